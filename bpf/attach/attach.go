@@ -1,0 +1,406 @@
+// Package attach puts the two programs of package datapath on the host-side veth of a pod, checks that they are there,
+// and takes them off. It knows nothing of Kubernetes or CNI; what it records of a pod is carried, not interpreted.
+package attach
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/containernetworking/plugins/pkg/netlinksafe"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/probelet/probelet/bpf/datapath"
+)
+
+var (
+	// ErrNotAttached: there is no attachment of that name.
+	ErrNotAttached = errors.New("not attached")
+	// ErrIncomplete: something of the attachment is missing, or is not ours.
+	ErrIncomplete = errors.New("attachment is not as it was made")
+)
+
+// ID names an attachment: the pod's container and the name of its interface, as CNI has them.
+type ID struct {
+	ContainerID string
+	IfName      string
+}
+
+// names of an ID on disk. A dot is reserved in bpffs, and "@" is in no container ID (CNI spec, section 2), so that the
+// first one ends it.
+var (
+	escape   = strings.NewReplacer("%", "%25", ".", "%2E", "/", "%2F")
+	unescape = strings.NewReplacer("%25", "%", "%2E", ".", "%2F", "/")
+)
+
+func (id ID) name() string { return escape.Replace(id.ContainerID) + "@" + escape.Replace(id.IfName) }
+
+func parseName(name string) (ID, bool) {
+	container, ifName, ok := strings.Cut(name, "@")
+	return ID{unescape.Replace(container), unescape.Replace(ifName)}, ok
+}
+
+func (id ID) String() string { return id.ContainerID + "/" + id.IfName }
+
+// XDPMode is how respond is attached.
+type XDPMode string
+
+// XDPGeneric runs respond on socket buffers, behind the driver. It is the only mode in which it works on a veth:
+// native XDP there sees what the pod sends, but not what is redirected into the device's receive path.
+const XDPGeneric XDPMode = "generic"
+
+// Hook is the tc hook that steer is attached to.
+type Hook string
+
+// Hooks. HookAuto takes tcx where the kernel has it (6.6) and clsact elsewhere.
+const (
+	HookAuto   Hook = ""
+	HookTCX    Hook = "tcx"
+	HookClsact Hook = "clsact"
+)
+
+const (
+	pinSteer   = "steer"
+	pinRespond = "respond"
+	// ownsQdisc is a directory in bpffs whose presence says that we made the clsact qdisc.
+	ownsQdisc  = "owns-clsact"
+	filterName = "probelet/steer"
+)
+
+// Attach makes the pod behind the host-side veth ifindex known to the programs, with nothing to be answered yet, and
+// attaches them. All of it or nothing: what is left of an earlier attempt of the same ID is removed first.
+func Attach(d *datapath.Datapath, bpfDir string, id ID, ifindex int, hook Hook) (err error) {
+	if err := Detach(d, bpfDir, id); err != nil {
+		return err
+	}
+	dir := filepath.Join(datapath.AttachmentsDir(bpfDir), id.name())
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, Detach(d, bpfDir, id))
+		}
+	}()
+	pod, err := d.NewPod()
+	if err != nil {
+		return err
+	}
+	defer pod.Close() //nolint:errcheck // pinned
+	if err := pod.Pin(dir); err != nil {
+		return err
+	}
+	if err := d.AddPod(uint32(ifindex), pod); err != nil {
+		return err
+	}
+	if err := attachRespond(d, dir, ifindex); err != nil {
+		return err
+	}
+	return attachSteer(d, dir, ifindex, hook)
+}
+
+// attachRespond comes first: steer must not redirect packets that nobody takes.
+func attachRespond(d *datapath.Datapath, dir string, ifindex int) error {
+	l, err := link.AttachXDP(link.XDPOptions{
+		Program:   d.Respond(),
+		Interface: ifindex,
+		Flags:     link.XDPGenericMode,
+	})
+	if err != nil {
+		return fmt.Errorf("attaching XDP to device %d%s: %w", ifindex, xdpUser(ifindex), err)
+	}
+	defer l.Close() //nolint:errcheck // pinned
+	return l.Pin(filepath.Join(dir, pinRespond))
+}
+
+// xdpUser says in words whose program is on the device already, if one is.
+func xdpUser(ifindex int) string {
+	if id, err := xdpProgram(ifindex); err == nil && id != 0 {
+		return fmt.Sprintf(" (it has XDP program %d already)", id)
+	}
+	return ""
+}
+
+func attachSteer(d *datapath.Datapath, dir string, ifindex int, hook Hook) error {
+	if hook != HookClsact {
+		l, err := link.AttachTCX(link.TCXOptions{
+			Program:   d.Steer(),
+			Interface: ifindex,
+			Attach:    ebpf.AttachTCXEgress,
+		})
+		if err == nil {
+			defer l.Close() //nolint:errcheck // pinned
+			return l.Pin(filepath.Join(dir, pinSteer))
+		}
+		if hook == HookTCX || !errors.Is(err, ebpf.ErrNotSupported) {
+			return fmt.Errorf("attaching tcx to device %d: %w", ifindex, err)
+		}
+	}
+	qdisc := clsact(ifindex)
+	if err := os.Mkdir(filepath.Join(dir, ownsQdisc), 0o700); err != nil {
+		return err
+	}
+	if err := netlink.QdiscAdd(qdisc); errors.Is(err, unix.EEXIST) {
+		if err := os.Remove(filepath.Join(dir, ownsQdisc)); err != nil {
+			return err
+		}
+	} else if err != nil {
+		return fmt.Errorf("adding clsact to device %d: %w", ifindex, err)
+	}
+	filter := &netlink.BpfFilter{
+		FilterAttrs: netlink.FilterAttrs{
+			LinkIndex: ifindex,
+			Parent:    netlink.HANDLE_MIN_EGRESS,
+			Handle:    1,
+			Protocol:  unix.ETH_P_ALL,
+			Priority:  1,
+		},
+		Fd:           d.Steer().FD(),
+		Name:         filterName,
+		DirectAction: true,
+	}
+	if err := netlink.FilterAdd(filter); err != nil {
+		return fmt.Errorf("adding a tc filter to device %d: %w", ifindex, err)
+	}
+	return nil
+}
+
+func clsact(ifindex int) *netlink.Clsact {
+	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: ifindex,
+		Handle:    netlink.MakeHandle(0xffff, 0),
+		Parent:    netlink.HANDLE_CLSACT,
+	}}
+}
+
+// Check compares the attachment with what Attach makes of it. The error is ErrNotAttached or ErrIncomplete, with what is
+// wrong.
+func Check(d *datapath.Datapath, bpfDir string, id ID, ifindex int) error {
+	dir := filepath.Join(datapath.AttachmentsDir(bpfDir), id.name())
+	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("%s: %w", id, ErrNotAttached)
+	}
+	wrong := func(format string, args ...any) error {
+		return fmt.Errorf("%s: %w: %s", id, ErrIncomplete, fmt.Sprintf(format, args...))
+	}
+
+	pinned, err := datapath.PinnedPodID(dir)
+	if err != nil {
+		return wrong("the pod's map is not pinned: %v", err)
+	}
+	devices, err := d.Devices()
+	if err != nil {
+		return err
+	}
+	if used, ok := devices[uint32(ifindex)]; !ok || used != pinned {
+		return wrong("the programs use map %d for device %d, not the pod's, which is %d", used, ifindex, pinned)
+	}
+
+	respond, err := programID(d.Respond())
+	if err != nil {
+		return err
+	}
+	attached, err := xdpProgram(ifindex)
+	if err != nil {
+		return err
+	}
+	if attached != respond {
+		return wrong("XDP program of device %d is %d (0: none), not respond, which is %d", ifindex, attached, respond)
+	}
+
+	steer, err := programID(d.Steer())
+	if err != nil {
+		return err
+	}
+	if has, err := hasSteer(ifindex, steer); err != nil {
+		return err
+	} else if !has {
+		return wrong("steer, program %d, is not at tc egress of device %d", steer, ifindex)
+	}
+	return nil
+}
+
+func programID(p *ebpf.Program) (ebpf.ProgramID, error) {
+	info, err := p.Info()
+	if err != nil {
+		return 0, err
+	}
+	id, _ := info.ID()
+	return id, nil
+}
+
+// xdpProgram is the id of the XDP program on the device, 0 if there is none.
+func xdpProgram(ifindex int) (ebpf.ProgramID, error) {
+	device, err := netlink.LinkByIndex(ifindex)
+	if err != nil {
+		return 0, fmt.Errorf("device %d: %w", ifindex, err)
+	}
+	if xdp := device.Attrs().Xdp; xdp != nil {
+		return ebpf.ProgramID(xdp.ProgId), nil
+	}
+	return 0, nil
+}
+
+// hasSteer looks for the program at both hooks.
+func hasSteer(ifindex int, steer ebpf.ProgramID) (bool, error) {
+	result, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: ebpf.AttachTCXEgress})
+	if err != nil && !errors.Is(err, ebpf.ErrNotSupported) && !errors.Is(err, unix.EINVAL) {
+		return false, fmt.Errorf("tcx programs of device %d: %w", ifindex, err)
+	}
+	if err == nil {
+		for _, p := range result.Programs {
+			if p.ID == steer {
+				return true, nil
+			}
+		}
+	}
+	filters, err := egressFilters(ifindex)
+	if err != nil {
+		return false, err
+	}
+	for _, f := range filters {
+		if f.Id == int(steer) {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// egressFilters are the BPF filters at the device's clsact egress, if it has one.
+func egressFilters(ifindex int) ([]*netlink.BpfFilter, error) {
+	device, err := netlink.LinkByIndex(ifindex)
+	if err != nil {
+		return nil, fmt.Errorf("device %d: %w", ifindex, err)
+	}
+	all, err := netlinksafe.FilterList(device, netlink.HANDLE_MIN_EGRESS)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) { // no such qdisc
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("tc filters of device %d: %w", ifindex, err)
+	}
+	var filters []*netlink.BpfFilter
+	for _, f := range all {
+		if b, ok := f.(*netlink.BpfFilter); ok {
+			filters = append(filters, b)
+		}
+	}
+	return filters, nil
+}
+
+// Detach removes everything that Attach made under the ID, also of a device that is gone or of an attempt that ended half-way.
+// It is all right if there is nothing. d may be nil if the programs are not loaded (any more).
+func Detach(d *datapath.Datapath, bpfDir string, id ID) error {
+	dir := filepath.Join(datapath.AttachmentsDir(bpfDir), id.name())
+	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err := detachLink(filepath.Join(dir, pinSteer)); err != nil {
+		return err
+	}
+	ifindex, err := deviceOf(d, dir)
+	if err != nil {
+		return err
+	}
+	if ifindex != 0 {
+		if err := detachClsact(dir, ifindex); err != nil {
+			return err
+		}
+	}
+	if err := detachLink(filepath.Join(dir, pinRespond)); err != nil {
+		return err
+	}
+	if ifindex != 0 {
+		if err := d.RemovePod(uint32(ifindex)); err != nil {
+			return err
+		}
+	}
+	return os.RemoveAll(dir)
+}
+
+// deviceOf is the device for which the programs use the map pinned in dir, 0 if there is none. The map tells, not the
+// index alone: an index may have been given to another pod's device meanwhile.
+func deviceOf(d *datapath.Datapath, dir string) (int, error) {
+	pinned, err := datapath.PinnedPodID(dir)
+	if errors.Is(err, os.ErrNotExist) || d == nil {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	devices, err := d.Devices()
+	if err != nil {
+		return 0, err
+	}
+	for ifindex, id := range devices {
+		if id == pinned {
+			return int(ifindex), nil
+		}
+	}
+	return 0, nil
+}
+
+// detachLink detaches at once; removing the pin alone would leave that to a kernel worker.
+func detachLink(pin string) error {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", pin, err)
+	}
+	defer l.Close() //nolint:errcheck // detached
+	if err := l.Detach(); err != nil && !errors.Is(err, unix.ENOLINK) {
+		return fmt.Errorf("detaching %s: %w", pin, err)
+	}
+	return l.Unpin()
+}
+
+func detachClsact(dir string, ifindex int) error {
+	filters, err := egressFilters(ifindex)
+	var gone netlink.LinkNotFoundError
+	if errors.As(err, &gone) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	others := 0
+	for _, f := range filters {
+		if f.Name != filterName {
+			others++
+		} else if err := netlink.FilterDel(f); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("removing the tc filter of device %d: %w", ifindex, err)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(dir, ownsQdisc)); err != nil || others > 0 {
+		return nil //nolint:nilerr // not ours to remove
+	}
+	if err := netlink.QdiscDel(clsact(ifindex)); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("removing clsact from device %d: %w", ifindex, err)
+	}
+	return nil
+}
+
+// List returns the attachments that are pinned, complete or not.
+func List(bpfDir string) ([]ID, error) {
+	entries, err := os.ReadDir(datapath.AttachmentsDir(bpfDir))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var ids []ID
+	for _, e := range entries {
+		if id, ok := parseName(e.Name()); ok {
+			ids = append(ids, id)
+		}
+	}
+	return ids, nil
+}

@@ -1,0 +1,333 @@
+// Package datapath loads the BPF programs and maps of probelet, pins them, and gives typed access to what the kernel
+// and user space share. It knows nothing of Kubernetes or CNI.
+package datapath
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/features"
+	"github.com/cilium/ebpf/ringbuf"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// ABI names the layout of maps and orders. Objects are pinned under it, so that builds that differ in it never
+	// open each other's.
+	ABI = "v1"
+	// DefaultDir is where everything is pinned unless a configuration says otherwise.
+	DefaultDir = "/sys/fs/bpf/probelet"
+)
+
+var (
+	// ErrNotLoaded: nothing is pinned under the directory (or under another ABI only).
+	ErrNotLoaded = errors.New("probelet's BPF objects are not loaded")
+	// ErrNoBPFFS: the directory does not lie in a BPF file system.
+	ErrNoBPFFS = errors.New("not on a BPF file system (mount -t bpf bpf /sys/fs/bpf)")
+	// ErrLocked: another process held the lock on the directory until the deadline.
+	ErrLocked = errors.New("locked by another process")
+)
+
+// Datapath is the set of loaded objects.
+type Datapath struct {
+	objects probeletObjects
+	dir     string // <bpf dir>/<ABI>; empty if nothing is pinned
+}
+
+// Load loads the objects without pinning them. They live until Close and the last attachment.
+func Load() (*Datapath, error) {
+	spec, err := loadProbelet()
+	if err != nil {
+		return nil, err
+	}
+	var random [8]byte
+	if _, err := rand.Read(random[:]); err != nil {
+		return nil, err
+	}
+	if err := spec.Variables[probeletVarOrderToken].Set(binary.NativeEndian.Uint64(random[:])); err != nil {
+		return nil, err
+	}
+	// Helper and flag came with the same release, 5.18. Before it, generic XDP linearizes every packet.
+	frags := features.HaveProgramHelper(ebpf.XDP, asm.FnXdpLoadBytes) == nil
+	if err := spec.Variables[probeletVarHaveXdpLoadBytes].Set(frags); err != nil {
+		return nil, err
+	}
+	if !frags {
+		spec.Programs[probeletProgRespond].Flags &^= unix.BPF_F_XDP_HAS_FRAGS
+	}
+	d := &Datapath{}
+	if err := spec.LoadAndAssign(&d.objects, nil); err != nil {
+		return nil, fmt.Errorf("loading BPF objects: %w", err)
+	}
+	return d, nil
+}
+
+// Open opens what is pinned under bpfDir. The error is ErrNotLoaded if nothing is.
+func Open(bpfDir string) (*Datapath, error) {
+	d := &Datapath{dir: filepath.Join(bpfDir, ABI)}
+	if _, err := os.Stat(d.dir); errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w", d.dir, ErrNotLoaded)
+	}
+	for name, m := range d.maps() {
+		loaded, err := ebpf.LoadPinnedMap(filepath.Join(d.dir, name), nil)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("opening %s: %w", filepath.Join(d.dir, name), err), d.Close())
+		}
+		*m = loaded
+	}
+	for name, p := range d.programs() {
+		loaded, err := ebpf.LoadPinnedProgram(filepath.Join(d.dir, name), nil)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("opening %s: %w", filepath.Join(d.dir, name), err), d.Close())
+		}
+		*p = loaded
+	}
+	return d, nil
+}
+
+// Ensure opens what is pinned under bpfDir, and loads and pins it first if nothing is: all of it or nothing. Concurrent
+// callers wait for each other until ctx ends; the error is then ErrLocked.
+func Ensure(ctx context.Context, bpfDir string) (*Datapath, error) {
+	if d, err := Open(bpfDir); !errors.Is(err, ErrNotLoaded) {
+		return d, err
+	}
+	if err := makeBPFDir(bpfDir); err != nil {
+		return nil, err
+	}
+	unlock, err := lock(ctx, bpfDir)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if d, err := Open(bpfDir); !errors.Is(err, ErrNotLoaded) {
+		return d, err
+	}
+	return loadAndPin(bpfDir)
+}
+
+// loadAndPin pins into a directory of its own and renames that into place, so that a half-pinned set is never seen.
+func loadAndPin(bpfDir string) (_ *Datapath, err error) {
+	d, err := Load()
+	if err != nil {
+		return nil, err
+	}
+	// Under the lock: whatever is there was left by a process that died.
+	staging := filepath.Join(bpfDir, ABI+"-loading")
+	if err := os.RemoveAll(staging); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(staging), d.Close())
+		}
+	}()
+	if err := os.Mkdir(staging, 0o700); err != nil {
+		return nil, err
+	}
+	for name, m := range d.maps() {
+		if err := (*m).Pin(filepath.Join(staging, name)); err != nil {
+			return nil, fmt.Errorf("pinning map %s: %w", name, err)
+		}
+	}
+	for name, p := range d.programs() {
+		if err := (*p).Pin(filepath.Join(staging, name)); err != nil {
+			return nil, fmt.Errorf("pinning program %s: %w", name, err)
+		}
+	}
+	if err := os.Mkdir(filepath.Join(staging, attachmentsDir), 0o700); err != nil {
+		return nil, err
+	}
+	d.dir = filepath.Join(bpfDir, ABI)
+	if err := os.Rename(staging, d.dir); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+const attachmentsDir = "attachments"
+
+// AttachmentsDir is where attachments are pinned, a directory each.
+func AttachmentsDir(bpfDir string) string { return filepath.Join(bpfDir, ABI, attachmentsDir) }
+
+// Dir is the directory that the objects are pinned in, empty if they are not.
+func (d *Datapath) Dir() string { return d.dir }
+
+func (d *Datapath) maps() map[string]**ebpf.Map {
+	m := &d.objects.probeletMaps
+	return map[string]**ebpf.Map{
+		probeletMapProber:      &m.Prober,
+		probeletMapPodEvidence: &m.PodEvidence,
+		probeletMapPodTallies:  &m.PodTallies,
+		probeletMapFlows:       &m.Flows,
+		probeletMapOutcomes:    &m.Outcomes,
+		probeletMapCounters:    &m.Counters,
+	}
+}
+
+func (d *Datapath) programs() map[string]**ebpf.Program {
+	return map[string]**ebpf.Program{
+		probeletProgSteer:   &d.objects.Steer,
+		probeletProgRespond: &d.objects.Respond,
+	}
+}
+
+// Steer is the tc egress program.
+func (d *Datapath) Steer() *ebpf.Program { return d.objects.Steer }
+
+// Respond is the XDP program.
+func (d *Datapath) Respond() *ebpf.Program { return d.objects.Respond }
+
+// Close closes the file descriptors; what is pinned or attached lives on.
+func (d *Datapath) Close() error {
+	var errs []error
+	for _, m := range d.maps() {
+		errs = append(errs, (*m).Close())
+	}
+	for _, p := range d.programs() {
+		errs = append(errs, (*p).Close())
+	}
+	if d.objects.Scratch != nil {
+		errs = append(errs, d.objects.Scratch.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Prober says whose connections are probes.
+type Prober struct {
+	// CgroupIDs are the cgroup v2 ids of the probers; at most 4.
+	CgroupIDs []uint64
+	// AnyLocal makes every process of the host's network namespace a prober.
+	AnyLocal bool
+}
+
+// SetProber replaces who probes, atomically enough for a reader in the kernel: it sees the old or the new value of
+// each field.
+func (d *Datapath) SetProber(p Prober) error {
+	var config probeletProberConfig
+	if len(p.CgroupIDs) > len(config.CgroupIds) {
+		return fmt.Errorf("%d prober cgroups, at most %d are possible", len(p.CgroupIDs), len(config.CgroupIds))
+	}
+	copy(config.CgroupIds[:], p.CgroupIDs)
+	if p.AnyLocal {
+		config.AnyLocal = 1
+	}
+	return d.objects.Prober.Put(uint32(0), &config)
+}
+
+// Prober returns who probes.
+func (d *Datapath) Prober() (Prober, error) {
+	var config probeletProberConfig
+	if err := d.objects.Prober.Lookup(uint32(0), &config); err != nil {
+		return Prober{}, err
+	}
+	p := Prober{AnyLocal: config.AnyLocal != 0}
+	for _, id := range config.CgroupIds {
+		if id != 0 {
+			p.CgroupIDs = append(p.CgroupIDs, id)
+		}
+	}
+	return p, nil
+}
+
+// Outcomes opens the ring buffer of outcomes. Only one reader at a time sees each of them.
+func (d *Datapath) Outcomes() (*OutcomeReader, error) {
+	r, err := ringbuf.NewReader(d.objects.Outcomes)
+	if err != nil {
+		return nil, err
+	}
+	return &OutcomeReader{r}, nil
+}
+
+// OutcomeReader reads outcomes of probes that were passed on.
+type OutcomeReader struct{ ring *ringbuf.Reader }
+
+// Read waits for the next outcome. After Close the error is os.ErrClosed.
+func (r *OutcomeReader) Read() (Outcome, error) {
+	var o Outcome
+	record, err := r.ring.Read()
+	if err != nil {
+		return o, err
+	}
+	_, err = binary.Decode(record.RawSample, binary.NativeEndian, &o)
+	return o, err
+}
+
+// Close ends the reading.
+func (r *OutcomeReader) Close() error { return r.ring.Close() }
+
+// CounterNames are the names of the counters, in the order of enum counter in bpf/abi.h.
+var CounterNames = [probeletCounterCOUNT_MAX]string{
+	"answered_http", "answered_tcp", "observed", "handed_over", "passed_not_fresh", "passed_not_probed",
+	"passed_not_parsable", "passed_not_prober", "dropped", "outcomes_lost",
+}
+
+// Counters returns the counters by name, summed over the CPUs.
+func (d *Datapath) Counters() (map[string]uint64, error) {
+	sums := make(map[string]uint64, len(CounterNames))
+	for i, name := range CounterNames {
+		var perCPU []uint64
+		if err := d.objects.Counters.Lookup(uint32(i), &perCPU); err != nil {
+			return nil, fmt.Errorf("counter %s: %w", name, err)
+		}
+		for _, n := range perCPU {
+			sums[name] += n
+		}
+	}
+	return sums, nil
+}
+
+// Now is the kernel's time as the programs read it: nanoseconds of CLOCK_BOOTTIME.
+func Now() uint64 {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		panic(err) // the clock exists on every kernel that Go runs on
+	}
+	return uint64(ts.Nano())
+}
+
+func makeBPFDir(dir string) error {
+	parent := filepath.Dir(dir)
+	var fs unix.Statfs_t
+	if err := unix.Statfs(parent, &fs); err != nil {
+		return fmt.Errorf("%s: %w", parent, err)
+	}
+	if fs.Type != unix.BPF_FS_MAGIC {
+		return fmt.Errorf("%s: %w", parent, ErrNoBPFFS)
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	return nil
+}
+
+// lock takes the lock on dir. It is released by the returned function, and by the kernel should the process die.
+func lock(ctx context.Context, dir string) (func(), error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { _ = f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			_ = f.Close()
+			return nil, fmt.Errorf("locking %s: %w", dir, err)
+		}
+		select {
+		case <-ctx.Done():
+			_ = f.Close()
+			return nil, fmt.Errorf("%s: %w", dir, ErrLocked)
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}

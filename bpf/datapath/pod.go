@@ -1,0 +1,271 @@
+package datapath
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+
+	"github.com/cilium/ebpf"
+)
+
+// The types that the kernel side shares, as generated from bpf/abi.h, where their fields are explained. Times are
+// nanoseconds of CLOCK_BOOTTIME (see Now).
+type (
+	// EndpointKey names an endpoint of a pod, or with KindPort all endpoints of a port.
+	EndpointKey = probeletEndpointKey
+	// Evidence is what was last observed of an endpoint and until when it may be served.
+	Evidence = probeletEvidence
+	// Tally is what the kernel notes of an endpoint.
+	Tally = probeletTally
+	// Outcome is the report of one probe that was passed on.
+	Outcome = probeletOutcome
+)
+
+// Kinds of an EndpointKey and an Outcome.
+const (
+	KindPort = uint8(probeletEndpointKindKIND_PORT)
+	KindTCP  = uint8(probeletEndpointKindKIND_TCP)
+	KindHTTP = uint8(probeletEndpointKindKIND_HTTP)
+)
+
+// Results of Evidence.
+const (
+	ResultUnknown = uint8(probeletEvidenceResultRESULT_UNKNOWN)
+	ResultSuccess = uint8(probeletEvidenceResultRESULT_SUCCESS)
+	ResultFailure = uint8(probeletEvidenceResultRESULT_FAILURE)
+)
+
+// Events of an Outcome.
+const (
+	EventConnected = uint8(probeletOutcomeEventOUTCOME_CONNECTED)
+	EventStatus    = uint8(probeletOutcomeEventOUTCOME_STATUS)
+	EventReset     = uint8(probeletOutcomeEventOUTCOME_RESET)
+	EventNoAnswer  = uint8(probeletOutcomeEventOUTCOME_NO_ANSWER)
+)
+
+const (
+	// MaxPath is the longest path, in bytes as sent, of which the kernel takes notice. PATH_MAX in bpf/abi.h.
+	MaxPath = 255
+	// MaxRequest is the longest request, in bytes, that the kernel reads. REQUEST_MAX in bpf/abi.h.
+	MaxRequest = 1024
+	// MaxEndpoints is how many records a pod's maps hold; every probed port takes one too.
+	// ENDPOINTS_PER_POD in bpf/abi.h.
+	MaxEndpoints = 64
+	// takenGrace is TAKEN_GRACE_NS in bpf/abi.h.
+	takenGrace = 1_000_000_000
+)
+
+// PathHash is the hash of path and query, as sent in the request line, under which the kernel looks an endpoint up:
+// 64-bit FNV-1a.
+func PathHash(path string) uint64 {
+	hash := uint64(0xcbf29ce484222325)
+	for i := range len(path) {
+		hash = (hash ^ uint64(path[i])) * 0x100000001b3
+	}
+	return hash
+}
+
+// PortKey names all endpoints of a port.
+func PortKey(port uint16) EndpointKey { return EndpointKey{Port: port, Kind: KindPort} }
+
+// TCPKey names the endpoint of a TCP probe.
+func TCPKey(port uint16) EndpointKey { return EndpointKey{Port: port, Kind: KindTCP} }
+
+// HTTPKey names the endpoint of an HTTP probe; path as in the request line, query included.
+func HTTPKey(port uint16, path string) EndpointKey {
+	return EndpointKey{Port: port, Kind: KindHTTP, PathHash: PathHash(path)}
+}
+
+// SetReply puts into e the reply with that status: ordinary HTTP/1.1 (RFC 9112), marked as ours by Cache-Status
+// (RFC 9211). Only a 2xx can be replied.
+func (e *probeletEvidence) SetReply(status int) error {
+	if status < 200 || status > 299 {
+		return fmt.Errorf("status %d: only a 2xx is answered", status)
+	}
+	text := fmt.Sprintf("HTTP/1.1 %d %s\r\n", status, http.StatusText(status))
+	if status != http.StatusNoContent { // RFC 9110, section 8.6
+		text += "Content-Length: 0\r\n"
+	}
+	text += "Connection: close\r\nCache-Status: probelet; hit\r\n\r\n"
+	if len(text) > len(e.Reply) {
+		return fmt.Errorf("status %d: a reply of %d bytes, at most %d are possible", status, len(text), len(e.Reply))
+	}
+	clear(e.Reply[:])
+	e.ReplyLen = uint16(copy(e.Reply[:], text))
+	e.Status = uint16(status)
+	e.ReplySum = 0
+	for i := 0; i < len(e.Reply); i += 2 { // the bytes beyond ReplyLen are 0
+		e.ReplySum += uint32(e.Reply[i]) | uint32(e.Reply[i+1])<<8 // little-endian, as the object is
+	}
+	return nil
+}
+
+// PortFresh is the kernel's verdict at a SYN, given the evidence and the tally under the port's PortKey: may the
+// connection be taken? It is the model that the program is tested against.
+func PortFresh(port Evidence, tally Tally, now uint64) bool {
+	return now < port.FreshUntil && port.ObservedAt > tally.WithdrawnAt
+}
+
+// MayAnswer is the kernel's verdict on a request of a connection that was taken at takenAt: may it be answered with e?
+// tally is the one under the port's PortKey.
+func MayAnswer(e Evidence, tally Tally, takenAt, now uint64) bool {
+	if e.Result != ResultSuccess || e.ObservedAt <= tally.WithdrawnAt {
+		return false
+	}
+	return now < e.FreshUntil || (takenAt < e.FreshUntil && now-takenAt < takenGrace)
+}
+
+// Pod is the pair of maps of one pod. Close closes the file descriptors only.
+type Pod struct {
+	evidence *ebpf.Map // written by the daemon
+	tallies  *ebpf.Map // written by the kernel
+}
+
+// NewPod creates the maps of a pod: empty, so that nothing is answered. They are as evidence_of_pod and tallies_of_pod
+// in bpf/abi.h say; the kernel refuses others at AddPod.
+func (d *Datapath) NewPod() (*Pod, error) {
+	create := func(name string, value any) (*ebpf.Map, error) {
+		return ebpf.NewMap(&ebpf.MapSpec{
+			Name:       name,
+			Type:       ebpf.Hash,
+			KeySize:    uint32(binary.Size(EndpointKey{})),
+			ValueSize:  uint32(binary.Size(value)),
+			MaxEntries: MaxEndpoints,
+		})
+	}
+	evidence, err := create("evidence", Evidence{})
+	if err != nil {
+		return nil, fmt.Errorf("creating a pod's evidence map: %w", err)
+	}
+	tallies, err := create("tallies", Tally{})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("creating a pod's tallies map: %w", err), evidence.Close())
+	}
+	return &Pod{evidence, tallies}, nil
+}
+
+// AddPod makes the programs use p for the device ifindex.
+func (d *Datapath) AddPod(ifindex uint32, p *Pod) error {
+	if err := d.objects.PodTallies.Put(ifindex, p.tallies); err != nil {
+		return fmt.Errorf("tallies of device %d: %w", ifindex, err)
+	}
+	if err := d.objects.PodEvidence.Put(ifindex, p.evidence); err != nil {
+		return fmt.Errorf("evidence of device %d: %w", ifindex, err)
+	}
+	return nil
+}
+
+// Pod opens the maps that the programs use for the device ifindex. The error is os.ErrNotExist if there are none.
+func (d *Datapath) Pod(ifindex uint32) (*Pod, error) {
+	evidence, err := openInner(d.objects.PodEvidence, ifindex)
+	if err != nil {
+		return nil, fmt.Errorf("evidence of device %d: %w", ifindex, err)
+	}
+	tallies, err := openInner(d.objects.PodTallies, ifindex)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("tallies of device %d: %w", ifindex, err), evidence.Close())
+	}
+	return &Pod{evidence, tallies}, nil
+}
+
+// Devices returns the map ids of each device's evidence, by ifindex.
+func (d *Datapath) Devices() (map[uint32]ebpf.MapID, error) {
+	devices := map[uint32]ebpf.MapID{}
+	var ifindex, id uint32
+	entries := d.objects.PodEvidence.Iterate()
+	for entries.Next(&ifindex, &id) {
+		devices[ifindex] = ebpf.MapID(id)
+	}
+	return devices, entries.Err()
+}
+
+// RemovePod makes the programs forget the device ifindex. It is all right if they do not know it.
+func (d *Datapath) RemovePod(ifindex uint32) error {
+	for _, outer := range []*ebpf.Map{d.objects.PodEvidence, d.objects.PodTallies} {
+		if err := outer.Delete(ifindex); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("forgetting device %d: %w", ifindex, err)
+		}
+	}
+	return nil
+}
+
+func openInner(outer *ebpf.Map, ifindex uint32) (*ebpf.Map, error) {
+	var id uint32
+	if err := outer.Lookup(ifindex, &id); errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil, os.ErrNotExist
+	} else if err != nil {
+		return nil, err
+	}
+	return ebpf.NewMapFromID(ebpf.MapID(id))
+}
+
+// Put sets an endpoint's evidence, and creates its tally if it has none.
+func (p *Pod) Put(key EndpointKey, e Evidence) error {
+	if err := p.tallies.Update(key, Tally{}, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+		return fmt.Errorf("tally of port %d: %w", key.Port, err)
+	}
+	if err := p.evidence.Put(key, e); err != nil {
+		return fmt.Errorf("evidence of port %d: %w", key.Port, err)
+	}
+	return nil
+}
+
+// Get returns an endpoint's evidence and tally. The error is ebpf.ErrKeyNotExist if it has none.
+func (p *Pod) Get(key EndpointKey) (Evidence, Tally, error) {
+	var e Evidence
+	var t Tally
+	if err := p.evidence.Lookup(key, &e); err != nil {
+		return e, t, err
+	}
+	return e, t, p.tallies.Lookup(key, &t)
+}
+
+// Delete removes an endpoint, evidence first.
+func (p *Pod) Delete(key EndpointKey) error {
+	for _, m := range []*ebpf.Map{p.evidence, p.tallies} {
+		if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// Keys returns the endpoints that the pod's maps hold, ports among them.
+func (p *Pod) Keys() ([]EndpointKey, error) {
+	var keys []EndpointKey
+	var key EndpointKey
+	var e Evidence
+	entries := p.evidence.Iterate()
+	for entries.Next(&key, &e) {
+		keys = append(keys, key)
+	}
+	return keys, entries.Err()
+}
+
+// Pin pins the maps in dir, and PinnedPodID returns the id of the evidence map pinned there.
+func (p *Pod) Pin(dir string) error {
+	if err := p.evidence.Pin(dir + "/evidence"); err != nil {
+		return err
+	}
+	return p.tallies.Pin(dir + "/tallies")
+}
+
+// PinnedPodID returns the id of the evidence map that was pinned in dir. The error is os.ErrNotExist if none is.
+func PinnedPodID(dir string) (ebpf.MapID, error) {
+	m, err := ebpf.LoadPinnedMap(dir+"/evidence", nil)
+	if err != nil {
+		return 0, err
+	}
+	defer m.Close() //nolint:errcheck // read only
+	info, err := m.Info()
+	if err != nil {
+		return 0, err
+	}
+	id, _ := info.ID()
+	return id, nil
+}
+
+// Close closes the maps' file descriptors.
+func (p *Pod) Close() error { return errors.Join(p.evidence.Close(), p.tallies.Close()) }
