@@ -18,7 +18,7 @@ struct segment {
 	struct flow_key flow;
 	__u32 l3_len;
 	__u32 tcp_len; /* header with options */
-	__u32 payload; /* bytes; by the IP header where there is no other */
+	__u32 payload; /* bytes, padding of the frame not included */
 	__u32 seq;
 	__u32 ack;
 	__u16 window;
@@ -92,11 +92,11 @@ static __always_inline bool parse_to_pod(struct __sk_buff *skb, struct segment *
 	} else {
 		return false;
 	}
+	if (!s->payload) /* more than 64 KiB (BIG TCP): the IP header cannot say it, the skb can */
+		s->payload = skb->len - ETH_HLEN - s->l3_len;
 	if (bpf_skb_load_bytes(skb, ETH_HLEN + s->l3_len, &tcp, sizeof(tcp)) || !read_tcp(s, &tcp, false))
 		return false;
-	/* What the IP header says is 0 for a segment of more than 64 KiB (BIG TCP); the skb knows. */
-	s->payload = skb->len - ETH_HLEN - s->l3_len - s->tcp_len;
-	if ((__s32)s->payload < 0)
+	if (ETH_HLEN + s->l3_len + s->tcp_len + s->payload > skb->len)
 		return false;
 	s->flow.ifindex = skb->ifindex;
 	return true;

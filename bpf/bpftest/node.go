@@ -1,0 +1,182 @@
+// Package bpftest gives tests what they need of a real machine: namespaces, veths, a BPF file system, packets.
+package bpftest
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/plugins/pkg/ns"
+	"github.com/containernetworking/plugins/pkg/testutils"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// RequireRoot skips the test where it cannot run. In CI it must be able to.
+func RequireRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() == 0 {
+		return
+	}
+	if os.Getenv("CI") != "" {
+		t.Fatal("needs root, and CI must have it")
+	}
+	t.Skip("needs root")
+}
+
+// BPFDir mounts a BPF file system for the test and returns a directory to pin under, which does not exist yet.
+func BPFDir(t testing.TB) string {
+	t.Helper()
+	mount := t.TempDir()
+	if err := unix.Mount("bpf", mount, "bpf", 0, ""); err != nil {
+		t.Fatalf("mounting a BPF file system: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(mount, unix.MNT_DETACH); err != nil {
+			t.Errorf("unmounting %s: %v", mount, err)
+		}
+	})
+	return filepath.Join(mount, "probelet")
+}
+
+// Node is a network namespace that plays a machine. Its processes are those of the test.
+type Node struct {
+	NS   ns.NetNS
+	pods int
+}
+
+// Pod is a network namespace behind a veth of a node.
+type Pod struct {
+	Node         *Node
+	NS           ns.NetNS
+	HostIfName   string
+	IfIndex      int // of the host-side veth
+	HostIPv4     netip.Addr
+	HostIPv6     netip.Addr
+	IPv4         netip.Addr
+	IPv6         netip.Addr
+	HostMAC, MAC net.HardwareAddr
+}
+
+func newNS(t testing.TB) ns.NetNS {
+	t.Helper()
+	n, err := testutils.NewNS()
+	if err != nil {
+		t.Fatalf("new network namespace: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(n.Close(), testutils.UnmountNS(n)); err != nil {
+			t.Errorf("removing a network namespace: %v", err)
+		}
+	})
+	Do(t, n, func() error {
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		return netlink.LinkSetUp(lo)
+	})
+	return n
+}
+
+// Do runs f in a namespace; an error fails the test.
+func Do(t testing.TB, n ns.NetNS, f func() error) {
+	t.Helper()
+	if err := n.Do(func(ns.NetNS) error { return f() }); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// NewNode makes a node without pods.
+func NewNode(t testing.TB) *Node {
+	t.Helper()
+	RequireRoot(t)
+	return &Node{NS: newNS(t)}
+}
+
+// AddPod makes a pod: a namespace, a veth, addresses of both families, routed (as the ptp plugin does it).
+func (n *Node) AddPod(t testing.TB) *Pod {
+	t.Helper()
+	n.pods++
+	p := &Pod{
+		Node:       n,
+		NS:         newNS(t),
+		HostIfName: fmt.Sprintf("veth%d", n.pods),
+		HostIPv4:   netip.AddrFrom4([4]byte{10, 244, byte(n.pods), 1}),
+		IPv4:       netip.AddrFrom4([4]byte{10, 244, byte(n.pods), 8}),
+		HostIPv6:   netip.MustParseAddr(fmt.Sprintf("fd00:10:244:%x::1", n.pods)),
+		IPv6:       netip.MustParseAddr(fmt.Sprintf("fd00:10:244:%x::8", n.pods)),
+	}
+	Do(t, n.NS, func() error {
+		return netlink.LinkAdd(&netlink.Veth{
+			LinkAttrs:     netlink.LinkAttrs{Name: p.HostIfName},
+			PeerName:      "eth0",
+			PeerNamespace: netlink.NsFd(int(p.NS.Fd())),
+		})
+	})
+	Do(t, n.NS, func() error {
+		attrs, err := configure(p.HostIfName, p.HostIPv4, p.HostIPv6)
+		if err == nil {
+			p.IfIndex, p.HostMAC = attrs.Index, attrs.HardwareAddr
+		}
+		return err
+	})
+	Do(t, p.NS, func() error {
+		attrs, err := configure("eth0", p.IPv4, p.IPv6)
+		if err == nil {
+			p.MAC = attrs.HardwareAddr
+		}
+		return err
+	})
+	return p
+}
+
+func configure(ifName string, addrs ...netip.Addr) (*netlink.LinkAttrs, error) {
+	link, err := netlink.LinkByName(ifName)
+	if err != nil {
+		return nil, err
+	}
+	for _, a := range addrs {
+		bits := 24
+		if a.Is6() {
+			bits = 64
+		}
+		addr := &netlink.Addr{
+			IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(bits, a.BitLen())},
+			Flags: unix.IFA_F_NODAD,
+		}
+		if err := netlink.AddrAdd(link, addr); err != nil {
+			return nil, fmt.Errorf("%s to %s: %w", a, ifName, err)
+		}
+	}
+	return link.Attrs(), netlink.LinkSetUp(link)
+}
+
+// Dial connects from the node.
+func (p *Pod) Dial(t testing.TB, address string) net.Conn {
+	t.Helper()
+	var conn net.Conn
+	Do(t, p.Node.NS, func() (err error) {
+		conn, err = net.DialTimeout("tcp", address, 5*time.Second)
+		return err
+	})
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// Listen listens in the pod, on all addresses.
+func (p *Pod) Listen(t testing.TB, port int) net.Listener {
+	t.Helper()
+	var l net.Listener
+	Do(t, p.NS, func() (err error) {
+		l, err = net.Listen("tcp", fmt.Sprintf(":%d", port))
+		return err
+	})
+	t.Cleanup(func() { _ = l.Close() })
+	return l
+}

@@ -1,0 +1,235 @@
+package datapath
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"hash/fnv"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/probelet/probelet/bpf/bpftest"
+)
+
+// ownCgroup is the id of the cgroup v2 that the test runs in.
+func ownCgroup(t testing.TB) uint64 {
+	t.Helper()
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	must(t, err)
+	cgroups, err := os.ReadFile("/proc/self/cgroup")
+	must(t, err)
+	for _, mount := range strings.Split(string(mounts), "\n") {
+		fields := strings.Fields(mount)
+		if len(fields) < 3 || fields[2] != "cgroup2" {
+			continue
+		}
+		for _, line := range strings.Split(string(cgroups), "\n") {
+			if path, ok := strings.CutPrefix(line, "0::"); ok {
+				var stat unix.Stat_t
+				must(t, unix.Stat(filepath.Join(fields[1], path), &stat))
+				return stat.Ino
+			}
+		}
+	}
+	t.Fatal("no cgroup v2")
+	return 0
+}
+
+func TestSharedTypesHaveTheSizesOfTheMaps(t *testing.T) {
+	spec, err := loadProbelet()
+	must(t, err)
+	for name, sizes := range map[string][2]int{
+		probeletMapProber: {4, binary.Size(probeletProberConfig{})},
+		probeletMapFlows:  {binary.Size(probeletFlowKey{}), binary.Size(probeletFlow{})},
+	} {
+		m := spec.Maps[name]
+		if int(m.KeySize) != sizes[0] || int(m.ValueSize) != sizes[1] {
+			t.Errorf("map %s: key %d value %d, Go has %v", name, m.KeySize, m.ValueSize, sizes)
+		}
+	}
+	for name, value := range map[string]any{probeletMapPodEvidence: Evidence{}, probeletMapPodTallies: Tally{}} {
+		inner := spec.Maps[name].InnerMap
+		if int(inner.KeySize) != binary.Size(EndpointKey{}) || int(inner.ValueSize) != binary.Size(value) ||
+			inner.MaxEntries != MaxEndpoints {
+			t.Errorf("map in %s: %v", name, inner)
+		}
+	}
+	for _, name := range CounterNames {
+		if name == "" {
+			t.Error("a counter has no name")
+		}
+	}
+}
+
+func TestPathHashIsFNV1a(t *testing.T) {
+	for _, path := range []string{"", "/", "/healthz", "/a%20b?x=1", strings.Repeat("x", 300)} {
+		h := fnv.New64a()
+		_, _ = h.Write([]byte(path))
+		if PathHash(path) != h.Sum64() {
+			t.Errorf("hash of %q: %#x, want %#x", path, PathHash(path), h.Sum64())
+		}
+	}
+}
+
+func TestModelAtTheBorders(t *testing.T) {
+	e := Evidence{ObservedAt: 100, FreshUntil: 200, Result: ResultSuccess}
+	for _, c := range []struct {
+		withdrawnAt, takenAt, now uint64
+		fresh, answer             bool
+	}{
+		{0, 150, 199, true, true},
+		{0, 150, 200, false, true},
+		{0, 199, 199 + takenGrace - 1, false, true},
+		{0, 199, 199 + takenGrace, false, false},
+		{0, 200, 200, false, false},
+		{99, 150, 150, true, true},
+		{100, 150, 150, false, false},
+	} {
+		tally := Tally{WithdrawnAt: c.withdrawnAt}
+		if PortFresh(e, tally, c.now) != c.fresh || MayAnswer(e, tally, c.takenAt, c.now) != c.answer {
+			t.Errorf("%+v: fresh %v, answer %v", c, PortFresh(e, tally, c.now), MayAnswer(e, tally, c.takenAt, c.now))
+		}
+	}
+}
+
+func pinned(t *testing.T, bpfDir string) []string {
+	t.Helper()
+	var paths []string
+	must(t, filepath.WalkDir(bpfDir, func(path string, _ os.DirEntry, err error) error {
+		paths = append(paths, strings.TrimPrefix(path, bpfDir))
+		return err
+	}))
+	return paths
+}
+
+func TestEnsureLoadsOnce(t *testing.T) {
+	bpftest.RequireRoot(t)
+	dir := bpftest.BPFDir(t)
+	if _, err := Open(dir); !errors.Is(err, ErrNotLoaded) {
+		t.Fatalf("open of nothing: %v", err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	ids := make([]uint32, 20)
+	var all sync.WaitGroup
+	for i := range ids {
+		all.Go(func() {
+			d, err := Ensure(ctx, dir)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			info, err := d.Steer().Info()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			id, _ := info.ID()
+			ids[i] = uint32(id)
+			if err := d.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	for _, id := range ids {
+		if id == 0 || id != ids[0] {
+			t.Fatalf("steer was loaded more than once: %v", ids)
+		}
+	}
+	want := "|/v1|/v1/attachments|/v1/counters|/v1/flows|/v1/outcomes|/v1/pod_evidence|/v1/pod_tallies|/v1/prober|/v1/respond|/v1/steer"
+	if got := strings.Join(pinned(t, dir), "|"); got != want {
+		t.Fatalf("pinned %s, want %s", got, want)
+	}
+}
+
+func TestEnsureRepairsWhatACrashLeft(t *testing.T) {
+	bpftest.RequireRoot(t)
+	dir := bpftest.BPFDir(t)
+	must(t, os.MkdirAll(filepath.Join(dir, ABI+"-loading", "attachments"), 0o700))
+	d, err := Ensure(context.Background(), dir)
+	must(t, err)
+	must(t, d.Close())
+	if _, err := os.Stat(filepath.Join(dir, ABI+"-loading")); !errors.Is(err, os.ErrNotExist) {
+		t.Fatalf("left over: %v", err)
+	}
+}
+
+func TestEnsureDoesNotWaitForever(t *testing.T) {
+	bpftest.RequireRoot(t)
+	dir := bpftest.BPFDir(t)
+	must(t, os.Mkdir(dir, 0o700))
+	unlock, err := lock(context.Background(), dir)
+	must(t, err)
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := Ensure(ctx, dir); !errors.Is(err, ErrLocked) {
+		t.Fatalf("with the lock held: %v", err)
+	}
+	if got := pinned(t, dir); len(got) != 1 {
+		t.Fatalf("pinned without the lock: %v", got)
+	}
+	unlock()
+	d, err := Ensure(context.Background(), dir)
+	must(t, err)
+	must(t, d.Close())
+}
+
+func TestEnsureNeedsABPFFileSystem(t *testing.T) {
+	bpftest.RequireRoot(t)
+	dir := filepath.Join(t.TempDir(), "probelet")
+	if _, err := Ensure(context.Background(), dir); !errors.Is(err, ErrNoBPFFS) {
+		t.Fatalf("on a plain directory: %v", err)
+	}
+	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+		t.Fatalf("made %s all the same", dir)
+	}
+}
+
+func TestPodsAreApart(t *testing.T) {
+	bpftest.RequireRoot(t)
+	d, err := Load()
+	must(t, err)
+	defer d.Close() //nolint:errcheck // a test's
+	a, err := d.NewPod()
+	must(t, err)
+	defer a.Close() //nolint:errcheck // a test's
+	b, err := d.NewPod()
+	must(t, err)
+	defer b.Close() //nolint:errcheck // a test's
+	must(t, d.AddPod(3, a))
+	must(t, d.AddPod(4, b))
+	must(t, a.Put(TCPKey(80), Evidence{Status: 7}))
+
+	opened, err := d.Pod(3)
+	must(t, err)
+	defer opened.Close() //nolint:errcheck // a test's
+	if e, _, err := opened.Get(TCPKey(80)); err != nil || e.Status != 7 {
+		t.Fatalf("through the device: %+v, %v", e, err)
+	}
+	if keys, err := b.Keys(); err != nil || len(keys) != 0 {
+		t.Fatalf("in the other pod: %v, %v", keys, err)
+	}
+	// An update keeps what the kernel has noted.
+	must(t, a.tallies.Put(TCPKey(80), Tally{Hits: 5}))
+	must(t, a.Put(TCPKey(80), Evidence{Status: 8}))
+	if e, tally, err := a.Get(TCPKey(80)); err != nil || e.Status != 8 || tally.Hits != 5 {
+		t.Fatalf("after an update: %+v %+v, %v", e, tally, err)
+	}
+	must(t, a.Delete(TCPKey(80)))
+	must(t, a.Delete(TCPKey(80)))
+	must(t, d.RemovePod(3))
+	must(t, d.RemovePod(3))
+	if _, err := d.Pod(3); !errors.Is(err, os.ErrNotExist) {
+		t.Fatalf("after removal: %v", err)
+	}
+	if devices, err := d.Devices(); err != nil || len(devices) != 1 {
+		t.Fatalf("devices %v, %v", devices, err)
+	}
+}
