@@ -1,0 +1,205 @@
+package probe
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Endpoint is what a probe asks: probes that ask the same share what was observed.
+type Endpoint struct {
+	Port uint16
+	Kind Kind
+	Path string // as in the request line; HTTP only
+}
+
+func (e Endpoint) String() string {
+	switch {
+	case e.Port == 0:
+		return string(e.Kind)
+	case e.Path == "":
+		return fmt.Sprintf("%s :%d", e.Kind, e.Port)
+	}
+	return fmt.Sprintf("%s :%d%s", e.Kind, e.Port, e.Path)
+}
+
+// Limits are what the kernel side can hold.
+type Limits struct {
+	Path    int // longest path and query, in bytes as sent
+	Request int // longest request, in bytes
+	Records int // of one pod: its endpoints and its ports
+}
+
+// EndpointSpec says who asks an endpoint, and how what is observed of it may be used.
+type EndpointSpec struct {
+	Endpoint
+	Host   string // dialled instead of the pod; empty: the pod
+	Askers []Asker
+	// Period is the shortest, Timeout the smallest of the probes that ask.
+	Period, Timeout time.Duration
+	// Staleness is how long after its observation a success may be answered.
+	Staleness time.Duration
+	// Headers identifies the custom headers. Evidence of the same endpoint with others is not evidence.
+	Headers string
+	// Observed: what the pod answers can be told apart by the kernel, so it is recorded, answered or not.
+	Observed bool
+	// Startup: asked by startup probes only. They end with their success, so their evidence is never renewed.
+	Startup bool
+	// Reason is why the endpoint is never answered; empty if it may be.
+	Reason string
+}
+
+// onPort is whether connections of the endpoint's probes arrive at the pod's port.
+func (s EndpointSpec) onPort() bool { return s.Port != 0 && s.Host == "" }
+
+// gates is whether the endpoint has a say in taking connections to its port. One that only startup probes ask has not:
+// it would close the port for ever once they have ended.
+func (s EndpointSpec) gates() bool { return s.onPort() && !s.Startup }
+
+const reasonStartup = "startup probe"
+
+// Endpoints returns the endpoints that the pod's probes ask, sorted. The error says that the pod has too many of them
+// for the kernel side; none is answered then, and the specs say so too.
+func Endpoints(pod Pod, limits Limits) ([]EndpointSpec, error) {
+	var specs []EndpointSpec
+	shared := map[Endpoint]int{}
+	for _, p := range pod.Probes {
+		one := endpointOf(p, pod.IPs, limits)
+		if i, ok := shared[one.Endpoint]; ok && one.Observed {
+			specs[i] = merge(specs[i], one)
+			continue
+		}
+		if one.Observed {
+			shared[one.Endpoint] = len(specs)
+		}
+		specs = append(specs, one)
+	}
+	for i := range specs {
+		if specs[i].Startup && specs[i].Reason == "" {
+			specs[i].Reason = reasonStartup
+		}
+		specs[i].Staleness = staleness(specs[i])
+	}
+	slices.SortStableFunc(specs, compare)
+	closePorts(specs)
+	return specs, limit(specs, limits.Records)
+}
+
+// staleness by default: a success holds for the period after which the next probe is due, and the time that one may
+// take. So of a lone prober's probes every second one reaches the pod.
+func staleness(s EndpointSpec) time.Duration { return s.Period + s.Timeout }
+
+func compare(a, b EndpointSpec) int {
+	return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Path, b.Path),
+		cmp.Compare(a.Host, b.Host))
+}
+
+// endpointOf is the endpoint as one probe alone asks it.
+func endpointOf(p Spec, ips []netip.Addr, limits Limits) EndpointSpec {
+	s := EndpointSpec{
+		Endpoint: Endpoint{p.Port, p.Kind, p.Path},
+		Host:     p.Host,
+		Askers:   []Asker{p.Asker()},
+		Period:   p.Period,
+		Timeout:  p.Timeout,
+		Headers:  headersID(p.Headers),
+		Startup:  p.Type == Startup,
+		Reason:   unanswerable(p, ips, limits),
+	}
+	s.Observed = p.Problem == "" && s.onPort() &&
+		(p.Kind == TCP || p.Kind == HTTP && len(p.Path) <= limits.Path)
+	return s
+}
+
+// unanswerable is why a probe can never be answered, whatever else the pod is asked.
+func unanswerable(p Spec, ips []netip.Addr, limits Limits) string {
+	switch {
+	case p.Problem != "":
+		return p.Problem
+	case p.Kind != HTTP && p.Kind != TCP:
+		return string(p.Kind) + " is never answered"
+	case p.Host != "":
+		return fmt.Sprintf("host %q is probed, not the pod", p.Host)
+	case p.Kind == TCP:
+		return ""
+	case len(p.Path) > limits.Path:
+		return fmt.Sprintf("path of %d bytes, at most %d are answered", len(p.Path), limits.Path)
+	case slices.ContainsFunc(p.Headers, isConnection):
+		return "header Connection is set by httpHeaders"
+	}
+	if size := requestSize(p, ips); size > limits.Request {
+		return fmt.Sprintf("request of about %d bytes, at most %d are answered", size, limits.Request)
+	}
+	return ""
+}
+
+func isConnection(h Header) bool { return strings.EqualFold(h.Name, "Connection") }
+
+// requestSize is the size of the kubelet's request, in bytes; approximate, as its User-Agent holds its version.
+func requestSize(p Spec, ips []netip.Addr) int {
+	const fixed = "GET  HTTP/1.1\r\nHost: []:65535\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n"
+	size := len(fixed) + len(p.Path)
+	longest := 0
+	for _, ip := range ips {
+		longest = max(longest, len(ip.String()))
+	}
+	for _, h := range p.Headers {
+		size += len(h.Name) + len(": \r\n") + len(h.Value)
+	}
+	return size + longest
+}
+
+// merge makes one endpoint of two that ask the same.
+func merge(a, b EndpointSpec) EndpointSpec {
+	a.Askers = append(a.Askers, b.Askers...)
+	a.Period = min(a.Period, b.Period)
+	a.Timeout = min(a.Timeout, b.Timeout)
+	a.Startup = a.Startup && b.Startup
+	a.Reason = cmp.Or(a.Reason, b.Reason)
+	if a.Headers != b.Headers {
+		a.Headers = "differ"
+		a.Reason = cmp.Or(a.Reason, "probes of this path differ in httpHeaders")
+	}
+	return a
+}
+
+// closePorts gives the endpoints of a port a reason if one beside them is never answered: a SYN does not tell which of
+// them it is for, and handing a taken connection over to the pod costs its probe a retransmission.
+func closePorts(specs []EndpointSpec) {
+	closers := map[uint16]EndpointSpec{}
+	for _, s := range specs {
+		if _, known := closers[s.Port]; !known && s.gates() && s.Reason != "" {
+			closers[s.Port] = s
+		}
+	}
+	for i, s := range specs {
+		if closer, closed := closers[s.Port]; closed && s.onPort() && s.Reason == "" {
+			specs[i].Reason = fmt.Sprintf("shares its port with %s of %s, which is never answered: %s",
+				closer.Endpoint, closer.Askers[0], closer.Reason)
+		}
+	}
+}
+
+// limit closes everything if the pod needs more records than there is room for.
+func limit(specs []EndpointSpec, records int) error {
+	endpoints, ports := 0, map[uint16]bool{}
+	for _, s := range specs {
+		if s.Observed {
+			endpoints++
+			ports[s.Port] = true
+		}
+	}
+	if endpoints+len(ports) <= records {
+		return nil
+	}
+	err := fmt.Errorf("%d endpoints on %d ports need %d records, a pod has room for %d",
+		endpoints, len(ports), endpoints+len(ports), records)
+	for i := range specs {
+		specs[i].Observed = false
+		specs[i].Reason = cmp.Or(specs[i].Reason, err.Error())
+	}
+	return err
+}

@@ -1,0 +1,87 @@
+package probe
+
+import "time"
+
+// Event is what was seen of a probe that the pod answered, or did not.
+type Event uint8
+
+// Events.
+const (
+	// Connected: the connection came about, and the prober closed it without a request.
+	Connected Event = iota + 1
+	// Answered: an HTTP status was seen. A 2xx counts when the prober has closed, so that its duration covers all.
+	Answered
+	// Reset: the pod refused or reset the connection.
+	Reset
+	// NoAnswer: the prober closed before the pod had answered.
+	NoAnswer
+)
+
+// Outcome is the report of one probe.
+type Outcome struct {
+	// Endpoint is what was asked. Kind empty: it is not known, and concerns every endpoint of the port.
+	Endpoint   Endpoint
+	Event      Event
+	Status     int // of Answered
+	ObservedAt uint64
+	// Duration is the time from the prober's SYN to ObservedAt.
+	Duration time.Duration
+}
+
+// concerns is whether the outcome says something of the endpoint.
+func (o Outcome) concerns(e Endpoint) bool {
+	return o.Endpoint == e || o.Endpoint.Kind == "" && o.Endpoint.Port == e.Port
+}
+
+// Result is what the last conclusive outcome says.
+type Result uint8
+
+// Results.
+const (
+	Unknown Result = iota
+	Success
+	Failure
+)
+
+func (r Result) String() string { return [...]string{"unknown", "success", "failure"}[r] }
+
+// late is whether the prober may have given up before the outcome. Its timer starts before its SYN, by as much as the
+// node is busy, and it decides when it has read the answer, not when the answer is seen on the way. So the last tenth
+// of the timeout is not trusted.
+func (s EndpointSpec) late(o Outcome) bool { return o.Duration >= s.Timeout-s.Timeout/10 }
+
+// judge is the kubelet's verdict on an outcome, where it can be known. Not conclusive: as if it had not been seen.
+func (s EndpointSpec) judge(o Outcome) (result Result, conclusive bool) {
+	switch o.Event {
+	case Reset:
+		return Failure, true
+	case NoAnswer:
+		// Before its timeout the prober left by itself: it was stopped, or is not the kubelet.
+		return Failure, s.late(o)
+	case Connected:
+		return successUnless(s.late(o)), true
+	case Answered:
+		return s.judgeStatus(o)
+	}
+	return Unknown, false
+}
+
+func (s EndpointSpec) judgeStatus(o Outcome) (result Result, conclusive bool) {
+	switch {
+	case o.Status >= 200 && o.Status < 300:
+		return successUnless(s.late(o)), true
+	case o.Status >= 300 && o.Status < 400:
+		// The kubelet follows it, or warns; either way the verdict is not about this answer, which is not repeated.
+		return Unknown, true
+	case o.Status >= 400:
+		return Failure, true
+	}
+	return Unknown, false
+}
+
+func successUnless(late bool) Result {
+	if late {
+		return Failure
+	}
+	return Success
+}

@@ -1,0 +1,98 @@
+// Package probe is what probelet knows of probes by itself: what is asked of a pod, what was observed of it, and for
+// how long that may be answered. It knows neither Kubernetes' API nor the kernel side, reads no clock and no file.
+//
+// Times are nanoseconds of one clock that goes on while the machine sleeps (CLOCK_BOOTTIME); 0 means never.
+package probe
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"net/netip"
+	"net/textproto"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Kind is what a probe speaks.
+type Kind string
+
+// Kinds. Only HTTP and TCP can be answered.
+const (
+	HTTP  Kind = "HTTP"
+	TCP   Kind = "TCP"
+	HTTPS Kind = "HTTPS"
+	HTTP2 Kind = "HTTP/2"
+	GRPC  Kind = "gRPC"
+	Exec  Kind = "exec"
+)
+
+// Type is what a probe is for.
+type Type string
+
+// Types of a container's probes.
+const (
+	Startup   Type = "startup"
+	Readiness Type = "readiness"
+	Liveness  Type = "liveness"
+)
+
+// Header is one custom header of an HTTP probe.
+type Header struct{ Name, Value string }
+
+// Spec is one probe of a container.
+type Spec struct {
+	Container string
+	Type      Type
+	Kind      Kind
+	// Host is dialled instead of the pod; empty: the pod.
+	Host string
+	// Port is 0 if the probe has none, or if it is not known.
+	Port uint16
+	// Path is path and query as in the request line; HTTP only.
+	Path    string
+	Headers []Header
+	Period  time.Duration
+	Timeout time.Duration
+	// Problem is why it is not known what the prober will send; empty if it is.
+	Problem string
+}
+
+// Asker is the name of a probe within its pod.
+type Asker struct {
+	Container string `json:"container"`
+	Type      Type   `json:"type"`
+}
+
+func (a Asker) String() string { return a.Container + "/" + string(a.Type) }
+
+// Asker is the name of the probe.
+func (s Spec) Asker() Asker { return Asker{s.Container, s.Type} }
+
+// Pod is a pod with the probes that it is asked.
+type Pod struct {
+	Namespace, Name string
+	IPs             []netip.Addr
+	Probes          []Spec
+}
+
+func (p Pod) String() string { return p.Namespace + "/" + p.Name }
+
+// headersID identifies a set of custom headers: empty if there are none. A digest, because values may be secret.
+func headersID(headers []Header) string {
+	if len(headers) == 0 {
+		return ""
+	}
+	canonical := slices.Clone(headers)
+	for i := range canonical {
+		canonical[i].Name = textproto.CanonicalMIMEHeaderKey(canonical[i].Name)
+	}
+	// Sorted as Go's client sends them; values of one name keep their order.
+	slices.SortStableFunc(canonical, func(a, b Header) int { return strings.Compare(a.Name, b.Name) })
+	digest := sha256.New()
+	for _, h := range canonical {
+		_, _ = fmt.Fprintf(digest, "%q:%q\n", h.Name, h.Value)
+	}
+	return hex.EncodeToString(digest.Sum(nil)[:8])
+}

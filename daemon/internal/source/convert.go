@@ -1,0 +1,186 @@
+package source
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"strconv"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/probelet/probelet/daemon/internal/probe"
+)
+
+// The API server's defaults for a probe, which a hand-written one has not got yet.
+const (
+	defaultPeriodSeconds  = 10
+	defaultTimeoutSeconds = 1
+)
+
+// probes converts the probes of containers, written as in a pod spec.
+func probes(containers, initContainers []corev1.Container) ([]probe.Spec, error) {
+	specs, err := probesOf("containers", containers)
+	sidecars, initErr := sidecars(initContainers)
+	return append(specs, sidecars...), errors.Join(err, initErr)
+}
+
+// sidecars are init containers that go on running; only these are probed.
+func sidecars(initContainers []corev1.Container) ([]probe.Spec, error) {
+	for i, c := range initContainers {
+		always := c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways
+		if !always && (c.StartupProbe != nil || c.ReadinessProbe != nil || c.LivenessProbe != nil) {
+			return nil, fmt.Errorf("initContainers[%d] (%s): probes need restartPolicy: Always", i, c.Name)
+		}
+	}
+	return probesOf("initContainers", initContainers)
+}
+
+func probesOf(field string, containers []corev1.Container) ([]probe.Spec, error) {
+	var specs []probe.Spec
+	var errs []error
+	names := map[string]bool{}
+	for i := range containers {
+		c := &containers[i]
+		at := fmt.Sprintf("%s[%d]", field, i)
+		if c.Name == "" || names[c.Name] {
+			errs = append(errs, fmt.Errorf("%s.name: %q: must be set, and only once", at, c.Name))
+		}
+		names[c.Name] = true
+		for _, p := range []struct {
+			probeType probe.Type
+			probe     *corev1.Probe
+		}{
+			{probe.Startup, c.StartupProbe}, {probe.Readiness, c.ReadinessProbe}, {probe.Liveness, c.LivenessProbe},
+		} {
+			if p.probe == nil {
+				continue
+			}
+			spec, err := convert(c, p.probeType, p.probe)
+			if err != nil {
+				errs = append(errs, fmt.Errorf("%s (%s): %sProbe.%w", at, c.Name, p.probeType, err))
+			}
+			specs = append(specs, spec)
+		}
+	}
+	return specs, errors.Join(errs...)
+}
+
+// convert says what the kubelet sends for a probe. An error names the field and the value that the API server would
+// refuse.
+func convert(c *corev1.Container, probeType probe.Type, p *corev1.Probe) (probe.Spec, error) {
+	spec := probe.Spec{Container: c.Name, Type: probeType}
+	var err error
+	if spec.Period, err = seconds("periodSeconds", p.PeriodSeconds, defaultPeriodSeconds); err != nil {
+		return spec, err
+	}
+	if spec.Timeout, err = seconds("timeoutSeconds", p.TimeoutSeconds, defaultTimeoutSeconds); err != nil {
+		return spec, err
+	}
+	if n := handlers(p); n != 1 {
+		return spec, fmt.Errorf("httpGet, tcpSocket, grpc, exec: %d of them are set, one is needed", n)
+	}
+	switch {
+	case p.HTTPGet != nil:
+		err = convertHTTP(&spec, c, p.HTTPGet)
+	case p.TCPSocket != nil:
+		spec.Kind, spec.Host = probe.TCP, p.TCPSocket.Host
+		err = setPort(&spec, c, "tcpSocket.port", p.TCPSocket.Port)
+	case p.GRPC != nil:
+		spec.Kind = probe.GRPC
+		err = setPort(&spec, c, "grpc.port", intstr.FromInt32(p.GRPC.Port))
+	default:
+		spec.Kind = probe.Exec
+	}
+	return spec, err
+}
+
+func handlers(p *corev1.Probe) int {
+	n := 0
+	for _, set := range []bool{p.HTTPGet != nil, p.TCPSocket != nil, p.GRPC != nil, p.Exec != nil} {
+		if set {
+			n++
+		}
+	}
+	return n
+}
+
+func seconds(field string, value, byDefault int32) (time.Duration, error) {
+	if value < 0 {
+		return 0, fmt.Errorf("%s: %d: must not be negative", field, value)
+	}
+	if value == 0 {
+		value = byDefault
+	}
+	return time.Duration(value) * time.Second, nil
+}
+
+func convertHTTP(spec *probe.Spec, c *corev1.Container, get *corev1.HTTPGetAction) error {
+	switch {
+	case get.Scheme != "" && get.Scheme != corev1.URISchemeHTTP && get.Scheme != corev1.URISchemeHTTPS:
+		return fmt.Errorf("httpGet.scheme: %q: must be HTTP or HTTPS", get.Scheme)
+	case get.Scheme == corev1.URISchemeHTTPS:
+		spec.Kind = probe.HTTPS
+	case get.Protocol != nil && *get.Protocol != corev1.HTTPProtocolHTTP1:
+		spec.Kind = probe.HTTP2
+	default:
+		spec.Kind = probe.HTTP
+	}
+	spec.Host = get.Host
+	for _, h := range get.HTTPHeaders {
+		spec.Headers = append(spec.Headers, probe.Header{Name: h.Name, Value: h.Value})
+	}
+	var err error
+	if spec.Path, err = wirePath(get.Path); err != nil {
+		spec.Path, spec.Problem = get.Path, err.Error()
+	}
+	return setPort(spec, c, "httpGet.port", get.Port)
+}
+
+// wirePath is path and query as the kubelet sends them (formatURL in its pkg/probe/http/request.go, then net/http): a
+// path that is no URL reference is escaped, a fragment is cut off.
+func wirePath(path string) (string, error) {
+	const pod = "pod"
+	u, err := url.Parse(path)
+	if err != nil {
+		u = &url.URL{Path: path}
+	}
+	u.Scheme, u.Host = "http", pod
+	sent, err := url.Parse(u.String())
+	if err != nil || sent.Host != pod {
+		return "", fmt.Errorf("path %q cannot be sent", path)
+	}
+	if sent.User != nil {
+		return "", errors.New("path holds credentials")
+	}
+	wire := sent.RequestURI()
+	for i := range len(wire) {
+		if wire[i] <= ' ' || wire[i] > '~' {
+			return "", fmt.Errorf("path %q is sent unescaped", path)
+		}
+	}
+	return wire, nil
+}
+
+// setPort resolves a port as the kubelet does (ResolveContainerPort in its pkg/probe/util.go).
+func setPort(spec *probe.Spec, c *corev1.Container, field string, port intstr.IntOrString) error {
+	number := port.IntValue() // of a string: its number, or 0
+	if port.Type == intstr.String {
+		for _, p := range c.Ports {
+			if p.Name == port.StrVal {
+				number = int(p.ContainerPort)
+				break
+			}
+		}
+		if _, err := strconv.Atoi(port.StrVal); err != nil && number == 0 {
+			spec.Problem = fmt.Sprintf("port %q is not among the container's ports", port.StrVal)
+			return nil
+		}
+	}
+	if number < 1 || number > 65535 {
+		return fmt.Errorf("%s: %s: must be between 1 and 65535", field, port.String())
+	}
+	spec.Port = uint16(number)
+	return nil
+}

@@ -1,0 +1,237 @@
+package source
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+	corev1 "k8s.io/api/core/v1"
+	kubejson "sigs.k8s.io/json"
+	"sigs.k8s.io/yaml"
+
+	"github.com/probelet/probelet/daemon/internal/probe"
+)
+
+// filePod is a pod in a specs file.
+type filePod struct {
+	Name      string `json:"name"`
+	Namespace string `json:"namespace,omitempty"` // empty: "default"
+	// IPs are needed where whoever attached the pod was not told its name.
+	IPs            []string           `json:"ips,omitempty"`
+	Containers     []corev1.Container `json:"containers"`
+	InitContainers []corev1.Container `json:"initContainers,omitempty"`
+}
+
+// settle is how long after a change the file is read: an editor truncates and writes, or removes and renames.
+const settle = 50 * time.Millisecond
+
+// File is a YAML file of pods, with containers as in a pod spec:
+//
+//	pods:
+//	- name: web
+//	  namespace: shop
+//	  ips: [10.0.0.7]
+//	  containers:
+//	  - name: server
+//	    ports: [{name: http, containerPort: 8080}]
+//	    readinessProbe: {httpGet: {path: /ready, port: http}, periodSeconds: 5}
+type File struct {
+	path    string
+	log     *slog.Logger
+	watcher *fsnotify.Watcher
+	initial []probe.Pod
+	text    []byte // as last read, good or bad
+	failing string // the last error that was logged
+}
+
+// NewFile reads the file, and begins to watch it. Close or the end of Run ends that.
+func NewFile(path string, log *slog.Logger) (*File, error) {
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		return nil, fmt.Errorf("watching %s: %w", path, err)
+	}
+	f := &File{path: path, log: log, watcher: watcher}
+	// The directory: a file that is replaced by a rename is another one, also behind the symbolic links of a ConfigMap.
+	if err := watcher.Add(filepath.Dir(path)); err != nil {
+		return nil, errors.Join(fmt.Errorf("watching %s: %w", filepath.Dir(path), err), watcher.Close())
+	}
+	if f.initial, err = f.read(); err != nil {
+		return nil, errors.Join(err, watcher.Close())
+	}
+	return f, nil
+}
+
+// Close ends the watching, if Run has not been called.
+func (f *File) Close() error { return f.watcher.Close() }
+
+// Run implements Source. A file that cannot be read or used is logged, and the last good one stays in force.
+func (f *File) Run(ctx context.Context, snapshots chan<- []probe.Pod) error {
+	defer f.watcher.Close() //nolint:errcheck // nothing is lost
+	if !send(ctx, snapshots, f.initial) {
+		return nil
+	}
+	var due <-chan time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case _, ok := <-f.watcher.Events:
+			if !ok {
+				return fmt.Errorf("watching %s: %w", f.path, os.ErrClosed)
+			}
+			if due == nil {
+				due = time.After(settle)
+			}
+		case err := <-f.watcher.Errors:
+			f.log.Warn("watching the specs", "file", f.path, "error", err)
+			due = time.After(settle) // events may be lost
+		case <-due:
+			due = nil
+			if pods, changed := f.reload(); changed && !send(ctx, snapshots, pods) {
+				return nil
+			}
+		}
+	}
+}
+
+func send(ctx context.Context, snapshots chan<- []probe.Pod, pods []probe.Pod) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case snapshots <- pods:
+		return true
+	}
+}
+
+var errUnchanged = errors.New("unchanged")
+
+func (f *File) reload() (pods []probe.Pod, changed bool) {
+	pods, err := f.read()
+	switch {
+	case errors.Is(err, errUnchanged):
+		return nil, false
+	case err != nil:
+		if err.Error() != f.failing {
+			f.log.Error("specs not usable, the last good ones stay in force", "error", err)
+		}
+		f.failing = err.Error()
+		return nil, false
+	}
+	f.failing = ""
+	f.log.Info("specs loaded", "file", f.path, "pods", len(pods))
+	return pods, true
+}
+
+func (f *File) read() ([]probe.Pod, error) {
+	text, err := os.ReadFile(f.path)
+	if err != nil {
+		f.text = nil // when it comes back, whatever it says is news
+		return nil, err
+	}
+	if f.text != nil && bytes.Equal(text, f.text) {
+		return nil, errUnchanged
+	}
+	f.text = text
+	pods, err := Parse(text)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", f.path, err)
+	}
+	return pods, nil
+}
+
+// Parse reads the text of a specs file. Errors name the pod, the field and the value.
+func Parse(text []byte) ([]probe.Pod, error) {
+	var file struct {
+		Pods *[]json.RawMessage `json:"pods"`
+	}
+	if err := yaml.UnmarshalStrict(text, &file); err != nil {
+		return nil, err
+	}
+	if file.Pods == nil {
+		return nil, errors.New("pods: missing (for no pods at all, write: pods: [])")
+	}
+	var pods []probe.Pod
+	var errs []error
+	for i, raw := range *file.Pods {
+		pod, err := parsePod(raw)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("pods[%d] (%s): %w", i, pod, err))
+			continue
+		}
+		pods = append(pods, pod)
+	}
+	return pods, errors.Join(append(errs, duplicates(pods))...)
+}
+
+func parsePod(raw []byte) (probe.Pod, error) {
+	var in filePod
+	err := decodeStrict(raw, &in)
+	if in.Namespace == "" {
+		in.Namespace = corev1.NamespaceDefault
+	}
+	pod := probe.Pod{Namespace: in.Namespace, Name: in.Name}
+	if err != nil {
+		return pod, err
+	}
+	if in.Name == "" {
+		return pod, errors.New("name: missing")
+	}
+	for i, text := range in.IPs {
+		ip, err := netip.ParseAddr(text)
+		if err != nil {
+			return pod, fmt.Errorf("ips[%d]: %q: not an IP address", i, text)
+		}
+		pod.IPs = append(pod.IPs, ip.Unmap())
+	}
+	pod.Probes, err = probes(in.Containers, in.InitContainers)
+	return pod, err
+}
+
+// decodeStrict refuses unknown fields and those of another case, and says which value does not fit its field's type.
+func decodeStrict(raw []byte, into any) error {
+	strict, err := kubejson.UnmarshalStrict(raw, into)
+	var mismatch *json.UnmarshalTypeError
+	if errors.As(err, &mismatch) {
+		field := strings.ReplaceAll(mismatch.Field, "ProbeHandler.", "") // embedded: nobody writes it
+		return fmt.Errorf("%s: %s: must be of type %s", field, valueBefore(raw, mismatch), mismatch.Type)
+	}
+	return errors.Join(append(strict, err)...)
+}
+
+// valueBefore is the scalar whose decoding failed, or its JSON type if it is not one.
+func valueBefore(raw []byte, mismatch *json.UnmarshalTypeError) string {
+	start := bytes.LastIndexAny(raw[:min(mismatch.Offset, int64(len(raw)))], ":[{,")
+	value := bytes.Trim(raw[start+1:min(mismatch.Offset, int64(len(raw)))], " ,}]")
+	if len(value) == 0 {
+		return mismatch.Value
+	}
+	return string(value)
+}
+
+func duplicates(pods []probe.Pod) error {
+	var errs []error
+	names := map[string]bool{}
+	owners := map[netip.Addr]string{}
+	for _, pod := range pods {
+		if names[pod.String()] {
+			errs = append(errs, fmt.Errorf("pods: name: %s: there is another pod of this name", pod))
+		}
+		names[pod.String()] = true
+		for _, ip := range pod.IPs {
+			if owner, taken := owners[ip]; taken {
+				errs = append(errs, fmt.Errorf("pods (%s): ips: %s: pod %s has it too", pod, ip, owner))
+			}
+			owners[ip] = pod.String()
+		}
+	}
+	return errors.Join(errs...)
+}
