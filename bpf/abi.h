@@ -207,21 +207,24 @@ struct {
 #define ENDPOINTS_PER_POD 64
 #define PODS_MAX 4096
 
-/* One pod's evidence. Written by the daemon only, read by steer and respond. */
+/*
+ * One pod's evidence: struct endpoint_key, struct evidence. Written by the daemon only, read by steer and respond. Lives
+ * as long as the pod's attachment. (Sizes, not types: kernels before 6.2 want a map without BTF here, as ADD makes it.)
+ */
 struct evidence_of_pod {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, ENDPOINTS_PER_POD);
-	__type(key, struct endpoint_key);
-	__type(value, struct evidence);
+	__uint(key_size, sizeof(struct endpoint_key));
+	__uint(value_size, sizeof(struct evidence));
 };
 
-/* One pod's tallies. Records are created by the daemon (zero) beside the evidence and then written by the kernel only,
+/* One pod's tallies: struct endpoint_key, struct tally. Records are created by the daemon (zero) beside the evidence and then written by the kernel only,
  * so that neither writer overwrites the other. */
 struct tallies_of_pod {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, ENDPOINTS_PER_POD);
-	__type(key, struct endpoint_key);
-	__type(value, struct tally);
+	__uint(key_size, sizeof(struct endpoint_key));
+	__uint(value_size, sizeof(struct tally));
 };
 
 /* key: ifindex of the host-side veth; value: the pod's map. Put in at ADD, taken out at DEL; read by both programs. */

@@ -242,6 +242,18 @@ static __always_inline struct scratch *get_scratch(void)
 	return bpf_map_lookup_elem(&scratch, &zero);
 }
 
+/* Copies len bytes of the packet, of which there are 1 to max, to where they can be looked at. */
+static __always_inline bool load_scratch(struct __sk_buff *skb, struct scratch *s, __u32 offset, __u32 len, __u32 max)
+{
+	if (len < 1 || len > max)
+		return false;
+	s->len = len;
+	/* Changes nothing, but verifiers before 6.3 do not conclude from the comparisons that len is not 0. */
+	asm volatile("" : "+r"(len));
+	len = ((len - 1) & (REQUEST_MAX - 1)) + 1;
+	return !bpf_skb_load_bytes(skb, offset, s->bytes, len);
+}
+
 static const char http_get[] = "GET /";
 static const char http_version[] = " HTTP/1.1\r\n";
 static const char http_close[] = "\r\nConnection: close\r\n\r\n";
@@ -259,11 +271,8 @@ static __always_inline bool parse_request(struct __sk_buff *skb, const struct se
 	__u32 offset = ETH_HLEN + seg->l3_len + seg->tcp_len;
 	__u32 len = seg->payload;
 
-	if (!s || len < REQUEST_MIN || len > REQUEST_MAX)
+	if (!s || len < REQUEST_MIN || !load_scratch(skb, s, offset, len, REQUEST_MAX))
 		return false;
-	if (bpf_skb_load_bytes(skb, offset, s->bytes, len))
-		return false;
-	s->len = len;
 	for (__u32 i = 0; i < LITERAL_LEN(http_get); i++)
 		if (s->bytes[i] != http_get[i])
 			return false;
@@ -286,14 +295,9 @@ static __always_inline bool parse_syn_options(struct __sk_buff *skb, const struc
 	__u32 len = seg->tcp_len - sizeof(struct tcphdr);
 
 	*mss = 0;
-	if (!s || len > 40)
-		return false;
 	if (len == 0)
 		return true;
-	if (bpf_skb_load_bytes(skb, ETH_HLEN + seg->l3_len + sizeof(struct tcphdr), s->bytes, len))
-		return false;
-	s->len = len;
-	if (read_syn_options(s))
+	if (!s || !load_scratch(skb, s, ETH_HLEN + seg->l3_len + sizeof(struct tcphdr), len, 40) || read_syn_options(s))
 		return false;
 	*mss = s->mss;
 	return true;

@@ -189,16 +189,19 @@ func Check(d *datapath.Datapath, bpfDir string, id ID, ifindex int) error {
 		return fmt.Errorf("%s: %w: %s", id, ErrIncomplete, fmt.Sprintf(format, args...))
 	}
 
-	pinned, err := datapath.PinnedPodID(dir)
-	if err != nil {
-		return wrong("the pod's map is not pinned: %v", err)
-	}
-	devices, err := d.Devices()
+	pinned, err := datapath.PinnedPodIDs(dir)
 	if err != nil {
 		return err
 	}
-	if used, ok := devices[uint32(ifindex)]; !ok || used != pinned {
-		return wrong("the programs use map %d for device %d, not the pod's, which is %d", used, ifindex, pinned)
+	if pinned.Evidence == 0 || pinned.Tallies == 0 {
+		return wrong("the pod's maps are %+v (0: not pinned)", pinned)
+	}
+	pods, err := d.PodIDs()
+	if err != nil {
+		return err
+	}
+	if used := pods[uint32(ifindex)]; used != pinned {
+		return wrong("the programs use maps %+v (0: none) for device %d, not the pod's, which are %+v", used, ifindex, pinned)
 	}
 
 	respond, err := programID(d.Respond())
@@ -273,22 +276,28 @@ func hasSteer(ifindex int, steer ebpf.ProgramID) (bool, error) {
 
 // egressFilters are the BPF filters at the device's clsact egress, if it has one.
 func egressFilters(ifindex int) ([]*netlink.BpfFilter, error) {
-	device, err := netlink.LinkByIndex(ifindex)
-	if err != nil {
-		return nil, fmt.Errorf("device %d: %w", ifindex, err)
-	}
-	all, err := netlinksafe.FilterList(device, netlink.HANDLE_MIN_EGRESS)
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) { // no such qdisc
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("tc filters of device %d: %w", ifindex, err)
-	}
+	all, err := filtersAt(ifindex, netlink.HANDLE_MIN_EGRESS)
 	var filters []*netlink.BpfFilter
 	for _, f := range all {
 		if b, ok := f.(*netlink.BpfFilter); ok {
 			filters = append(filters, b)
 		}
+	}
+	return filters, err
+}
+
+// filtersAt are the filters at one side of the device's clsact, if it has one.
+func filtersAt(ifindex int, parent uint32) ([]netlink.Filter, error) {
+	device, err := netlink.LinkByIndex(ifindex)
+	if err != nil {
+		return nil, fmt.Errorf("device %d: %w", ifindex, err)
+	}
+	filters, err := netlinksafe.FilterList(device, parent)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) { // no such qdisc
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("tc filters of device %d: %w", ifindex, err)
 	}
 	return filters, nil
 }
@@ -297,7 +306,7 @@ func egressFilters(ifindex int) ([]*netlink.BpfFilter, error) {
 // It is all right if there is nothing. d may be nil if the programs are not loaded (any more).
 func Detach(d *datapath.Datapath, bpfDir string, id ID) error {
 	dir := filepath.Join(datapath.AttachmentsDir(bpfDir), id.name())
-	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Stat(dir); absent(err) {
 		return nil
 	}
 	if err := detachLink(filepath.Join(dir, pinSteer)); err != nil {
@@ -315,7 +324,7 @@ func Detach(d *datapath.Datapath, bpfDir string, id ID) error {
 	if err := detachLink(filepath.Join(dir, pinRespond)); err != nil {
 		return err
 	}
-	if ifindex != 0 {
+	if ifindex != 0 && d != nil {
 		if err := d.RemovePod(uint32(ifindex)); err != nil {
 			return err
 		}
@@ -323,26 +332,48 @@ func Detach(d *datapath.Datapath, bpfDir string, id ID) error {
 	return os.RemoveAll(dir)
 }
 
-// deviceOf is the device for which the programs use the map pinned in dir, 0 if there is none. The map tells, not the
-// index alone: an index may have been given to another pod's device meanwhile.
+// deviceOf is the device that was attached under dir, 0 if there is none (any more). What is pinned tells, not an
+// index on record: an index may have been given to another pod's device meanwhile.
 func deviceOf(d *datapath.Datapath, dir string) (int, error) {
-	pinned, err := datapath.PinnedPodID(dir)
-	if errors.Is(err, os.ErrNotExist) || d == nil {
-		return 0, nil
+	if ifindex, err := xdpDevice(filepath.Join(dir, pinRespond)); err != nil || ifindex != 0 || d == nil {
+		return ifindex, err
 	}
+	pinned, err := datapath.PinnedPodIDs(dir)
 	if err != nil {
 		return 0, err
 	}
-	devices, err := d.Devices()
+	pods, err := d.PodIDs()
 	if err != nil {
 		return 0, err
 	}
-	for ifindex, id := range devices {
-		if id == pinned {
+	for ifindex, used := range pods {
+		// One of the two suffices: what made or removed them may have died in between.
+		if (used.Evidence != 0 && used.Evidence == pinned.Evidence) || (used.Tallies != 0 && used.Tallies == pinned.Tallies) {
 			return int(ifindex), nil
 		}
 	}
 	return 0, nil
+}
+
+// xdpDevice is the device that the pinned XDP link is attached to, 0 if there is none (any more).
+func xdpDevice(pin string) (int, error) {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", pin, err)
+	}
+	defer l.Close() //nolint:errcheck // read only
+	info, err := l.Info()
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", pin, err)
+	}
+	xdp := info.XDP()
+	if xdp == nil {
+		return 0, nil
+	}
+	return int(xdp.Ifindex), nil
 }
 
 // detachLink detaches at once; removing the pin alone would leave that to a kernel worker.
@@ -362,7 +393,7 @@ func detachLink(pin string) error {
 }
 
 func detachClsact(dir string, ifindex int) error {
-	filters, err := egressFilters(ifindex)
+	egress, err := filtersAt(ifindex, netlink.HANDLE_MIN_EGRESS)
 	var gone netlink.LinkNotFoundError
 	if errors.As(err, &gone) {
 		return nil
@@ -370,9 +401,13 @@ func detachClsact(dir string, ifindex int) error {
 	if err != nil {
 		return err
 	}
-	others := 0
-	for _, f := range filters {
-		if f.Name != filterName {
+	ingress, err := filtersAt(ifindex, netlink.HANDLE_MIN_INGRESS)
+	if err != nil {
+		return err
+	}
+	others := len(ingress)
+	for _, f := range egress {
+		if b, ok := f.(*netlink.BpfFilter); !ok || b.Name != filterName {
 			others++
 		} else if err := netlink.FilterDel(f); err != nil && !errors.Is(err, unix.ENOENT) {
 			return fmt.Errorf("removing the tc filter of device %d: %w", ifindex, err)
@@ -404,3 +439,56 @@ func List(bpfDir string) ([]ID, error) {
 	}
 	return ids, nil
 }
+
+// Orphaned says of an attachment, complete or not, whether its device is gone or was never reached.
+func Orphaned(d *datapath.Datapath, bpfDir string, id ID) (bool, error) {
+	ifindex, err := deviceOf(d, filepath.Join(datapath.AttachmentsDir(bpfDir), id.name()))
+	if err != nil || ifindex == 0 {
+		return err == nil, err
+	}
+	_, err = netlink.LinkByIndex(ifindex)
+	var gone netlink.LinkNotFoundError
+	if errors.As(err, &gone) {
+		return true, nil
+	}
+	return false, err
+}
+
+// Prune makes the programs forget the devices whose maps no attachment pins. Detach leaves none; they come from pins
+// removed by other means.
+func Prune(d *datapath.Datapath, bpfDir string) error {
+	// The order makes it safe beside Attach, which pins before it adds.
+	pods, err := d.PodIDs()
+	if err != nil {
+		return err
+	}
+	ids, err := List(bpfDir)
+	if err != nil {
+		return err
+	}
+	pinned := map[ebpf.MapID]bool{}
+	for _, id := range ids {
+		maps, err := datapath.PinnedPodIDs(filepath.Join(datapath.AttachmentsDir(bpfDir), id.name()))
+		if err != nil {
+			return err
+		}
+		pinned[maps.Evidence], pinned[maps.Tallies] = true, true
+	}
+	delete(pinned, 0)
+	now, err := d.PodIDs()
+	if err != nil {
+		return err
+	}
+	for ifindex, used := range pods {
+		if pinned[used.Evidence] || pinned[used.Tallies] || now[ifindex] != used {
+			continue
+		}
+		if err := d.RemovePod(ifindex); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// absent says whether err is that of a path that does not exist, also below something that is no directory.
+func absent(err error) bool { return errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTDIR) }

@@ -105,7 +105,7 @@ func ReadRecords(stateDir string) ([]Record, error) {
 // RemoveRecord removes a record. It is all right if there is none.
 func RemoveRecord(stateDir string, id ID) error {
 	err := os.Remove(recordPath(stateDir, id))
-	if errors.Is(err, os.ErrNotExist) {
+	if absent(err) {
 		return nil
 	}
 	return err

@@ -73,7 +73,7 @@ func Load() (*Datapath, error) {
 // Open opens what is pinned under bpfDir. The error is ErrNotLoaded if nothing is.
 func Open(bpfDir string) (*Datapath, error) {
 	d := &Datapath{dir: filepath.Join(bpfDir, ABI)}
-	if _, err := os.Stat(d.dir); errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Stat(d.dir); errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
 		return nil, fmt.Errorf("%s: %w", d.dir, ErrNotLoaded)
 	}
 	for name, m := range d.maps() {
@@ -297,7 +297,7 @@ func makeBPFDir(dir string) error {
 	parent := filepath.Dir(dir)
 	var fs unix.Statfs_t
 	if err := unix.Statfs(parent, &fs); err != nil {
-		return fmt.Errorf("%s: %w", parent, err)
+		return fmt.Errorf("%s: %w: %w", parent, ErrNoBPFFS, err)
 	}
 	if fs.Type != unix.BPF_FS_MAGIC {
 		return fmt.Errorf("%s: %w", parent, ErrNoBPFFS)

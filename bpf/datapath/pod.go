@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"path/filepath"
 
 	"github.com/cilium/ebpf"
 )
@@ -171,14 +172,39 @@ func (d *Datapath) Pod(ifindex uint32) (*Pod, error) {
 }
 
 // Devices returns the map ids of each device's evidence, by ifindex.
-func (d *Datapath) Devices() (map[uint32]ebpf.MapID, error) {
-	devices := map[uint32]ebpf.MapID{}
-	var ifindex, id uint32
-	entries := d.objects.PodEvidence.Iterate()
-	for entries.Next(&ifindex, &id) {
-		devices[ifindex] = ebpf.MapID(id)
+func (d *Datapath) Devices() (map[uint32]ebpf.MapID, error) { return innerIDs(d.objects.PodEvidence) }
+
+// PodIDs are the ids of a pod's maps, 0 for one that is missing.
+type PodIDs struct{ Evidence, Tallies ebpf.MapID }
+
+// PodIDs returns the ids of the maps that the programs use for each device, by ifindex.
+func (d *Datapath) PodIDs() (map[uint32]PodIDs, error) {
+	evidence, err := innerIDs(d.objects.PodEvidence)
+	if err != nil {
+		return nil, err
 	}
-	return devices, entries.Err()
+	tallies, err := innerIDs(d.objects.PodTallies)
+	if err != nil {
+		return nil, err
+	}
+	pods := make(map[uint32]PodIDs, len(tallies))
+	for ifindex, id := range tallies {
+		pods[ifindex] = PodIDs{Tallies: id}
+	}
+	for ifindex, id := range evidence {
+		pods[ifindex] = PodIDs{Evidence: id, Tallies: tallies[ifindex]}
+	}
+	return pods, nil
+}
+
+func innerIDs(outer *ebpf.Map) (map[uint32]ebpf.MapID, error) {
+	ids := map[uint32]ebpf.MapID{}
+	var ifindex, id uint32
+	entries := outer.Iterate()
+	for entries.Next(&ifindex, &id) {
+		ids[ifindex] = ebpf.MapID(id)
+	}
+	return ids, entries.Err()
 }
 
 // RemovePod makes the programs forget the device ifindex. It is all right if they do not know it.
@@ -244,19 +270,36 @@ func (p *Pod) Keys() ([]EndpointKey, error) {
 	return keys, entries.Err()
 }
 
-// Pin pins the maps in dir, and PinnedPodID returns the id of the evidence map pinned there.
+// Pin pins the maps in dir.
 func (p *Pod) Pin(dir string) error {
-	if err := p.evidence.Pin(dir + "/evidence"); err != nil {
+	if err := p.evidence.Pin(filepath.Join(dir, pinEvidence)); err != nil {
 		return err
 	}
-	return p.tallies.Pin(dir + "/tallies")
+	return p.tallies.Pin(filepath.Join(dir, pinTallies))
 }
 
-// PinnedPodID returns the id of the evidence map that was pinned in dir. The error is os.ErrNotExist if none is.
-func PinnedPodID(dir string) (ebpf.MapID, error) {
-	m, err := ebpf.LoadPinnedMap(dir+"/evidence", nil)
+const (
+	pinEvidence = "evidence"
+	pinTallies  = "tallies"
+)
+
+// PinnedPodIDs returns the ids of the maps that were pinned in dir.
+func PinnedPodIDs(dir string) (PodIDs, error) {
+	evidence, err := pinnedID(filepath.Join(dir, pinEvidence))
 	if err != nil {
-		return 0, err
+		return PodIDs{}, err
+	}
+	tallies, err := pinnedID(filepath.Join(dir, pinTallies))
+	return PodIDs{evidence, tallies}, err
+}
+
+func pinnedID(pin string) (ebpf.MapID, error) {
+	m, err := ebpf.LoadPinnedMap(pin, nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", pin, err)
 	}
 	defer m.Close() //nolint:errcheck // read only
 	info, err := m.Info()

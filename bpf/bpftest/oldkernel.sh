@@ -1,0 +1,56 @@
+#!/bin/bash
+# Runs the tests of bpf/datapath and bpf/attach on another kernel, in an emulator: oldkernel.sh [DEBIAN KERNEL PACKAGE [PATTERN OF TESTS]]
+# Needs the Debian packages qemu-system-x86, busybox-static, cpio, kmod; fetches the kernel package, installs nothing.
+set -euo pipefail
+
+pattern=${2:-.}
+package=${1:-$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image/ {print $2}')}
+root=$(cd "$(dirname "$0")/../.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+cd "$work"
+chmod 777 . # apt fetches as another user
+apt-get download "$package" >/dev/null
+dpkg-deb -x ./*.deb kernel
+version=$(basename kernel/boot/vmlinuz-* | sed 's/vmlinuz-//')
+depmod -b kernel "$version"
+
+mkdir -p image/{bin,proc,sys,tmp,run,var,tests,lib/modules}
+ln -s /run image/var/run
+cp "$(command -v busybox)" image/bin/busybox
+# The modules that the tests need, in an order in which they can be loaded.
+for module in veth sch_ingress cls_bpf bridge ipv6; do
+	modprobe -d kernel -S "$version" --show-depends "$module" 2>/dev/null | awk '$1 == "insmod" {print $2}'
+done | awk '!seen[$0]++' | while read -r file; do
+	cp "$file" image/lib/modules/
+	echo "/lib/modules/$(basename "$file")"
+done >image/modules
+for test in datapath attach; do
+	(cd "$root" && CGO_ENABLED=0 go test -c -o "$work/image/tests/$test" "./bpf/$test")
+done
+cat >image/init <<'INIT'
+#!/bin/busybox sh
+export PATH=/bin HOME=/ CI=1
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t tmpfs tmpfs /tmp
+mount -t tmpfs tmpfs /run
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+while read -r module; do insmod "$module" || echo "no $module"; done </modules
+ip link set lo up
+echo "kernel $(uname -r)"
+for test in /tests/*; do
+	echo "== $test"
+	"$test" -test.timeout 20m -test.run "$(cat /pattern)" && echo "OK $test" || echo "FAILED $test"
+done
+poweroff -f
+INIT
+chmod +x image/init
+echo "$pattern" >image/pattern
+(cd image && find . | cpio -o -H newc --quiet | gzip -1) >initramfs
+
+timeout 1800 qemu-system-x86_64 -machine accel=kvm:tcg -cpu max -smp 2 -m 2048 -nographic -no-reboot -net none \
+	-kernel "kernel/boot/vmlinuz-$version" -initrd initramfs -append "console=ttyS0 quiet panic=-1" </dev/null | tee log
+! grep -q '^FAILED' log && [ "$(grep -c '^OK /tests/' log)" = 2 ]
