@@ -142,26 +142,74 @@ func configure(ifName string, addrs ...netip.Addr) (*netlink.LinkAttrs, error) {
 		return nil, err
 	}
 	for _, a := range addrs {
-		bits := 24
-		if a.Is6() {
-			bits = 64
-		}
-		addr := &netlink.Addr{
-			IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(bits, a.BitLen())},
-			Flags: unix.IFA_F_NODAD,
-		}
-		if err := netlink.AddrAdd(link, addr); err != nil {
+		if err := netlink.AddrAdd(link, address(a)); err != nil {
 			return nil, fmt.Errorf("%s to %s: %w", a, ifName, err)
 		}
 	}
 	return link.Attrs(), netlink.LinkSetUp(link)
 }
 
+// Bridge puts the host-side veths of pods on one bridge, as the bridge plugin does, with the first pod's subnets: the others get
+// addresses of these. The node's addresses move to the bridge.
+func (n *Node) Bridge(t testing.TB, pods ...*Pod) {
+	t.Helper()
+	Do(t, n.NS, func() error {
+		err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}})
+		if err != nil {
+			return err
+		}
+		bridge, err := netlink.LinkByName("br0")
+		if err != nil {
+			return err
+		}
+		for _, p := range pods {
+			veth, err := netlink.LinkByIndex(p.IfIndex)
+			if err != nil {
+				return err
+			}
+			for _, a := range []netip.Addr{p.HostIPv4, p.HostIPv6} {
+				if err := netlink.AddrDel(veth, address(a)); err != nil {
+					return err
+				}
+			}
+			if err := netlink.LinkSetMaster(veth, bridge); err != nil {
+				return err
+			}
+		}
+		_, err = configure("br0", pods[0].HostIPv4, pods[0].HostIPv6)
+		return err
+	})
+	for i, p := range pods[1:] {
+		p.IPv4 = netip.AddrFrom4([4]byte{10, 244, pods[0].IPv4.As4()[2], byte(20 + i)})
+		Do(t, p.NS, func() error {
+			_, err := configure("eth0", p.IPv4)
+			return err
+		})
+	}
+}
+
+func address(a netip.Addr) *netlink.Addr {
+	bits := 24
+	if a.Is6() {
+		bits = 64
+	}
+	return &netlink.Addr{
+		IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(bits, a.BitLen())},
+		Flags: unix.IFA_F_NODAD,
+	}
+}
+
 // Dial connects from the node.
 func (p *Pod) Dial(t testing.TB, address string) net.Conn {
 	t.Helper()
+	return Dial(t, p.Node.NS, address)
+}
+
+// Dial connects from a namespace.
+func Dial(t testing.TB, from ns.NetNS, address string) net.Conn {
+	t.Helper()
 	var conn net.Conn
-	Do(t, p.Node.NS, func() (err error) {
+	Do(t, from, func() (err error) {
 		conn, err = net.DialTimeout("tcp", address, 5*time.Second)
 		return err
 	})

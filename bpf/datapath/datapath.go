@@ -284,6 +284,18 @@ func (d *Datapath) Counters() (map[string]uint64, error) {
 	return sums, nil
 }
 
+// Flows is the number of connections in the flow table.
+func (d *Datapath) Flows() (int, error) {
+	n := 0
+	var key probeletFlowKey
+	var flow probeletFlow
+	entries := d.objects.Flows.Iterate()
+	for entries.Next(&key, &flow) {
+		n++
+	}
+	return n, entries.Err()
+}
+
 // Now is the kernel's time as the programs read it: nanoseconds of CLOCK_BOOTTIME.
 func Now() uint64 {
 	var ts unix.Timespec

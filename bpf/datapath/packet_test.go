@@ -211,15 +211,10 @@ func (b *bench) podSends(want uint32, s bpftest.Segment) bpftest.Segment {
 	return bpftest.ParseSegment(b.t, frame)
 }
 
-func (b *bench) flows() (n int) {
+func (b *bench) flows() int {
 	b.t.Helper()
-	var key probeletFlowKey
-	var flow probeletFlow
-	entries := b.d.objects.Flows.Iterate()
-	for entries.Next(&key, &flow) {
-		n++
-	}
-	must(b.t, entries.Err())
+	n, err := b.d.Flows()
+	must(b.t, err)
 	return n
 }
 
