@@ -1,0 +1,94 @@
+// The demo has the kubelet's own prober probe pods that answer themselves, and the same pods once the kernel answers
+// for them. Everything that it makes ends with it.
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+
+	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/role"
+)
+
+// probesByDefault of each kind are sent in each run. DEMO_N says otherwise.
+const probesByDefault = 10_000
+
+func main() {
+	role.Main()
+	os.Exit(node.Run(func(m *node.Machine) int {
+		if err := demo(m); err != nil {
+			fmt.Fprintln(os.Stderr, "\nFAILED:", err)
+			return 1
+		}
+		return 0
+	}))
+}
+
+func demo(m *node.Machine) (err error) {
+	n := probesByDefault
+	if text := os.Getenv("DEMO_N"); text != "" {
+		if n, err = strconv.Atoi(text); err != nil || n < 1 {
+			return fmt.Errorf("DEMO_N=%q: not a number of probes", text)
+		}
+	}
+	s, err := setUp(m)
+	if err != nil {
+		return err
+	}
+	results, err := s.runAll(n)
+	if err != nil {
+		return errors.Join(err, s.tearDown())
+	}
+	printResults(os.Stdout, results)
+	if err := s.printStatus(os.Stdout); err != nil {
+		return errors.Join(err, s.tearDown())
+	}
+	progress("removing everything")
+	err = s.tearDown()
+	if file := os.Getenv("DEMO_JSON"); file != "" {
+		err = errors.Join(err, writeJSON(file, results))
+	}
+	return errors.Join(err, verdict(results))
+}
+
+func progress(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
+
+func writeJSON(file string, results []result) error {
+	text, err := json.MarshalIndent(map[string]any{"kernel": node.Kernel(), "runs": results}, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(file, append(text, '\n'), 0o644)
+}
+
+// verdict is an error if something did not go as it must.
+func verdict(results []result) error {
+	var errs []error
+	for _, r := range results {
+		wrong := func(format string, args ...any) {
+			errs = append(errs, fmt.Errorf("%s over %s, entry %s: %s", r.Probe, r.Family, r.Entry, fmt.Sprintf(format, args...)))
+		}
+		if r.Failures > 0 {
+			wrong("%d of %d probes failed, the first with %q", r.Failures, r.N, r.messages)
+		}
+		if r.Entry == absent {
+			if r.Answered > 0 {
+				wrong("the kernel answered %d probes that nothing was known of", r.Answered)
+			}
+			continue
+		}
+		if r.Answered != r.N {
+			wrong("the kernel answered %d of %d probes", r.Answered, r.N)
+		}
+		if r.segments > 0 {
+			wrong("%d TCP segments reached the pod", r.segments)
+		}
+		if r.TimeWaitHost > 0 {
+			wrong("%d sockets were left in TIME_WAIT on the host", r.TimeWaitHost)
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,102 @@
+package node
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// Daemon is a running probeletd.
+type Daemon struct{ cmd *exec.Cmd }
+
+// StartDaemon starts probeletd with the node's specs; the prober is ProberCgroup.
+func (n *Node) StartDaemon() (*Daemon, error) {
+	log, err := os.OpenFile(n.DaemonLog(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close() //nolint:errcheck // the daemon's
+	cmd := exec.Command(filepath.Join(n.Bin, "probeletd"), "run",
+		"--specs", n.specsFile(),
+		"--prober", "cgroup:"+n.CgroupPath(ProberCgroup),
+		"--bpf-dir", n.BPFDir, "--state-dir", n.StateDir)
+	cmd.Stdout, cmd.Stderr = log, log
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	return &Daemon{cmd}, nil
+}
+
+// DaemonLog is the file that probeletd writes to.
+func (n *Node) DaemonLog() string { return filepath.Join(n.dir, "probeletd.log") }
+
+// Kill ends the daemon at once, as a crash would.
+func (d *Daemon) Kill() {
+	_ = d.cmd.Process.Kill()
+	_ = d.cmd.Wait()
+}
+
+// Stop ends the daemon as an orderly shutdown does.
+func (d *Daemon) Stop() error {
+	if err := d.cmd.Process.Signal(unix.SIGTERM); err != nil {
+		return err
+	}
+	return d.cmd.Wait()
+}
+
+func (n *Node) specsFile() string { return filepath.Join(n.dir, "specs.yaml") }
+
+// Probed is a pod with a container's probes, as in a pod's specification.
+type Probed struct {
+	Pod       *Pod
+	Readiness []Probe
+}
+
+// Probe is a readiness probe: HTTP if it has a path, TCP otherwise.
+type Probe struct {
+	Path           string
+	Port           int
+	PeriodSeconds  int
+	TimeoutSeconds int
+}
+
+// WriteSpecs replaces the node's specs. A running daemon notices.
+func (n *Node) WriteSpecs(pods ...Probed) error {
+	list := []any{}
+	for _, p := range pods {
+		var containers []any
+		for i, probe := range p.Readiness { // a container has one readiness probe
+			containers = append(containers, map[string]any{
+				"name": fmt.Sprintf("container%d", i), "readinessProbe": probe.spec(),
+			})
+		}
+		list = append(list, map[string]any{
+			"name": p.Pod.Name, "namespace": Namespace,
+			"ips":        []string{p.Pod.IPv4.String(), p.Pod.IPv6.String()},
+			"containers": containers,
+		})
+	}
+	text, err := json.MarshalIndent(map[string]any{"pods": list}, "", "  ") // JSON is YAML
+	if err != nil {
+		return err
+	}
+	replacement := n.specsFile() + ".new"
+	if err := os.WriteFile(replacement, text, 0o644); err != nil {
+		return err
+	}
+	return os.Rename(replacement, n.specsFile())
+}
+
+func (p Probe) spec() map[string]any {
+	spec := map[string]any{"periodSeconds": p.PeriodSeconds, "timeoutSeconds": p.TimeoutSeconds}
+	if p.Path == "" {
+		spec["tcpSocket"] = map[string]any{"port": p.Port}
+	} else {
+		spec["httpGet"] = map[string]any{"port": p.Port, "path": p.Path}
+	}
+	return spec
+}

@@ -1,0 +1,197 @@
+package node
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Node is a network with pods, and what probelet keeps for them. Nodes of one machine know nothing of each other.
+type Node struct {
+	*Machine
+	BPFDir   string
+	StateDir string
+	LogFile  string // of the CNI plugin
+
+	dir     string
+	network string
+	pods    int
+}
+
+// Chain is the main plugin of a network, before probelet.
+type Chain string
+
+// Chains.
+const (
+	PTP    Chain = "ptp"
+	Bridge Chain = "bridge"
+)
+
+// NewNode writes the configuration of a network: chain, host-local addresses of both families, probelet.
+func (m *Machine) NewNode(chain Chain) (*Node, error) {
+	m.nodes++
+	network := fmt.Sprintf("net%d", m.nodes)
+	dir := filepath.Join(m.Dir, network)
+	n := &Node{
+		Machine:  m,
+		BPFDir:   filepath.Join(m.bpffs, network),
+		StateDir: filepath.Join(dir, "state"),
+		LogFile:  filepath.Join(dir, "plugin.log"),
+		dir:      dir,
+		network:  network,
+	}
+	main := map[string]any{
+		"type": chain,
+		"ipam": map[string]any{
+			"type":    "host-local",
+			"dataDir": filepath.Join(dir, "addresses"),
+			"ranges": [][]map[string]string{
+				{{"subnet": fmt.Sprintf("10.88.%d.0/24", m.nodes)}},
+				{{"subnet": fmt.Sprintf("fd00:88:%x::/64", m.nodes)}},
+			},
+		},
+	}
+	if chain == Bridge {
+		main["bridge"], main["isGateway"] = fmt.Sprintf("bridge%d", m.nodes), true
+	}
+	probelet := map[string]any{
+		"type": "probelet", "bpfDir": n.BPFDir, "stateDir": n.StateDir, "logFile": n.LogFile,
+	}
+	list := map[string]any{
+		"cniVersion": "1.1.0", "name": network, "plugins": []any{main, probelet},
+	}
+	text, err := json.MarshalIndent(list, "", "  ")
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range []string{n.netDir(), n.netnsDir()} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			return nil, err
+		}
+	}
+	return n, os.WriteFile(filepath.Join(n.netDir(), network+".conflist"), text, 0o644)
+}
+
+func (n *Node) netDir() string   { return filepath.Join(n.dir, "net.d") }
+func (n *Node) netnsDir() string { return filepath.Join(n.dir, "netns") }
+
+// Pod is a network namespace on a node.
+type Pod struct {
+	Name       string
+	Netns      string // path
+	IPv4, IPv6 netip.Addr
+	// HostDevice is the host-side end of its veth.
+	HostDevice string
+
+	node *Node
+}
+
+// Namespace is that of all pods.
+const Namespace = "default"
+
+// NewPod makes a network namespace that is not yet in the network.
+func (n *Node) NewPod() (*Pod, error) {
+	n.pods++
+	name := fmt.Sprintf("pod%d", n.pods)
+	p := &Pod{Name: name, Netns: filepath.Join(n.netnsDir(), name), node: n}
+	return p, newNetns(p.Netns)
+}
+
+// newNetns makes a network namespace that lives while it is mounted at path.
+func newNetns(path string) error {
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		return err
+	}
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends, and is not used for anything else
+		err := unix.Unshare(unix.CLONE_NEWNET)
+		if err == nil {
+			err = unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
+		}
+		if err == nil {
+			err = setUpNetns()
+		}
+		done <- err
+	}()
+	return <-done
+}
+
+// Add brings the pod into the network, as a container runtime does: cnitool runs the chain.
+func (p *Pod) Add() error {
+	out, err := p.cni("add")
+	if err != nil {
+		return err
+	}
+	var result struct {
+		Interfaces []struct{ Name, Sandbox string }
+		IPs        []struct{ Address netip.Prefix }
+	}
+	if err := json.Unmarshal(out, &result); err != nil {
+		return fmt.Errorf("result of ADD: %w: %s", err, out)
+	}
+	for _, i := range result.Interfaces {
+		if i.Sandbox == "" {
+			p.HostDevice = i.Name // of a bridge's three interfaces the veth is the second
+		}
+	}
+	for _, ip := range result.IPs {
+		if a := ip.Address.Addr(); a.Is4() {
+			p.IPv4 = a
+		} else {
+			p.IPv6 = a
+		}
+	}
+	if !p.IPv4.IsValid() || !p.IPv6.IsValid() {
+		return fmt.Errorf("result of ADD lacks an address: %s", out)
+	}
+	return nil
+}
+
+// Check has the chain compare the pod with what ADD made.
+func (p *Pod) Check() error {
+	_, err := p.cni("check")
+	return err
+}
+
+// Del takes the pod out of the network.
+func (p *Pod) Del() error {
+	_, err := p.cni("del")
+	return err
+}
+
+func (p *Pod) cni(verb string) ([]byte, error) {
+	n := p.node
+	cmd := exec.Command(filepath.Join(n.Bin, "cnitool"), verb, n.network, p.Netns)
+	cmd.Env = append(os.Environ(),
+		"CNI_PATH="+n.Bin,
+		"NETCONFPATH="+n.netDir(),
+		"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE="+Namespace+";K8S_POD_NAME="+p.Name,
+	)
+	return output(cmd)
+}
+
+// output is what a command prints. The error says what it printed otherwise.
+func output(cmd *exec.Cmd) ([]byte, error) {
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		said := strings.TrimSpace(stdout.String() + stderr.String())
+		return nil, fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, said)
+	}
+	return stdout.Bytes(), nil
+}
+
+// Remove removes the pod's network namespace, and with it the veth, as if the sandbox had gone without DEL.
+func (p *Pod) Remove() error {
+	return errors.Join(unix.Unmount(p.Netns, unix.MNT_DETACH), os.Remove(p.Netns))
+}

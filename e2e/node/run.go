@@ -1,0 +1,260 @@
+// Package node makes what the demo and the tests run on: a network namespace that plays the node, with a mount
+// namespace, a BPF file system, cgroups and pods of its own. All of it lives and dies with one process.
+package node
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Machine is what all nodes of one process share.
+type Machine struct {
+	Dir string // temporary, removed at the end
+	Bin string // where the built binaries are
+
+	bpffs  string
+	cgroup string
+	nodes  int
+}
+
+// The main thread cannot end. Were it to run newNetns, it would stay in a pod's namespace, and /proc/self/net with it.
+func init() { runtime.LockOSThread() }
+
+// cniCache is where cnitool keeps results, whatever one tells it.
+const cniCache = "/var/lib/cni"
+
+const (
+	dirEnv    = "PROBELET_MACHINE_DIR"
+	cgroupEnv = "PROBELET_MACHINE_CGROUP"
+)
+
+// ErrUnsuited says that this machine cannot run what was asked for, and why.
+var ErrUnsuited = errors.New("not possible here")
+
+// Suited returns an error that wraps ErrUnsuited unless the caller is root on a kernel that is new enough.
+func Suited() error {
+	if os.Geteuid() != 0 {
+		return fmt.Errorf("%w: namespaces, BPF programs and cgroups need root", ErrUnsuited)
+	}
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err != nil {
+		return err
+	}
+	var major, minor int
+	release := unix.ByteSliceToString(uts.Release[:])
+	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil {
+		return fmt.Errorf("kernel release %q: %w", release, err)
+	}
+	if major < 5 || major == 5 && minor < 15 {
+		return fmt.Errorf("%w: kernel %s, needed is 5.15 or later", ErrUnsuited, release)
+	}
+	if _, err := cgroupRoot(); err != nil {
+		return err
+	}
+	return nil
+}
+
+// Kernel is the release of the running kernel.
+func Kernel() string {
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err != nil {
+		return "unknown"
+	}
+	return unix.ByteSliceToString(uts.Release[:])
+}
+
+// Run calls inner in a process of its own, with namespaces of its own for mounts, network and processes, and returns
+// what inner returned. The program is started again for that, with the same arguments. Whatever inner leaves behind
+// ends with the namespaces, however it ends; what lies outside of them is removed here.
+func Run(inner func(*Machine) int) int {
+	if dir := os.Getenv(dirEnv); dir != "" {
+		m, err := enter(dir, os.Getenv(cgroupEnv))
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "setting up:", err)
+			return 1
+		}
+		return inner(m)
+	}
+	code, err := runOuter()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return max(code, 1)
+	}
+	return code
+}
+
+func runOuter() (code int, err error) {
+	if err := Suited(); err != nil {
+		return 1, err
+	}
+	interrupted := make(chan os.Signal, 1)
+	signal.Notify(interrupted, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+
+	dir, err := os.MkdirTemp("", "probelet-")
+	if err != nil {
+		return 1, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	root, err := cgroupRoot()
+	if err != nil {
+		return 1, err
+	}
+	cgroup := filepath.Join(root, filepath.Base(dir))
+	if err := os.Mkdir(cgroup, 0o755); err != nil {
+		return 1, err
+	}
+	defer func() { err = errors.Join(err, removeCgroup(cgroup)) }()
+	if err := os.Mkdir(cniCache, 0o755); err == nil {
+		defer os.Remove(cniCache) //nolint:errcheck // in use by now, if not empty
+	} else if !errors.Is(err, os.ErrExist) {
+		return 1, err
+	}
+
+	cmd := innerCommand(dir, cgroup)
+	if err := cmd.Start(); err != nil {
+		return 1, err
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	select {
+	case s := <-interrupted:
+		_ = cmd.Process.Kill() // init of its process namespace: nothing of it survives
+		<-ended
+		return 128 + int(s.(syscall.Signal)), fmt.Errorf("%s: everything is removed", s)
+	case err := <-ended:
+		var exit *exec.ExitError
+		if err != nil && !errors.As(err, &exit) {
+			return 1, err
+		}
+		return cmd.ProcessState.ExitCode(), nil
+	}
+}
+
+func innerCommand(dir, cgroup string) *exec.Cmd {
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Args[0] = os.Args[0]
+	cmd.Env = append(os.Environ(), dirEnv+"="+dir, cgroupEnv+"="+cgroup)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID,
+		Pdeathsig:  unix.SIGKILL, // when the thread that started it ends, here the main one
+		// Ctrl-C is for the outer process only.
+		Setpgid: true,
+	}
+	return cmd
+}
+
+// enter makes the new namespaces usable.
+func enter(dir, cgroup string) (*Machine, error) {
+	bin, err := binDir()
+	if err != nil {
+		return nil, err
+	}
+	m := &Machine{Dir: dir, Bin: bin, bpffs: filepath.Join(dir, "bpf"), cgroup: cgroup}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return nil, fmt.Errorf("making mounts private: %w", err)
+	}
+	if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil {
+		return nil, fmt.Errorf("mounting /proc: %w", err)
+	}
+	if err := os.Mkdir(m.bpffs, 0o700); err != nil {
+		return nil, err
+	}
+	if err := unix.Mount("bpf", m.bpffs, "bpf", 0, ""); err != nil {
+		return nil, fmt.Errorf("mounting a BPF file system: %w", err)
+	}
+	if err := unix.Mount("tmpfs", cniCache, "tmpfs", 0, ""); err != nil {
+		return nil, fmt.Errorf("covering %s: %w", cniCache, err)
+	}
+	for _, name := range []string{ProberCgroup, OtherCgroup} {
+		if err := os.Mkdir(filepath.Join(cgroup, name), 0o755); err != nil {
+			return nil, err
+		}
+	}
+	return m, setUpNetns()
+}
+
+// setUpNetns brings lo up and makes IPv6 addresses usable at once, in the calling thread's network namespace.
+func setUpNetns() error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		return err
+	}
+	for _, scope := range []string{"all", "default"} {
+		path := "/proc/sys/net/ipv6/conf/" + scope + "/accept_dad"
+		if err := os.WriteFile(path, []byte("0"), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// binDir is what PROBELET_BIN says, or where the running program is.
+func binDir() (string, error) {
+	if dir := os.Getenv("PROBELET_BIN"); dir != "" {
+		return filepath.Abs(dir)
+	}
+	exe, err := os.Executable()
+	return filepath.Dir(exe), err
+}
+
+// Cgroups that programs can be started in: that of the prober, and one that is nobody's.
+const (
+	ProberCgroup = "prober"
+	OtherCgroup  = "other"
+)
+
+// CgroupPath is the directory of one of the cgroups above.
+func (m *Machine) CgroupPath(name string) string { return filepath.Join(m.cgroup, name) }
+
+// cgroupRoot is where cgroup v2 is mounted.
+func cgroupRoot() (string, error) {
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(mounts)) {
+		// proc(5): the file system's type is the first field behind the separator.
+		before, after, ok := strings.Cut(line, " - ")
+		fields := strings.Fields(before)
+		if ok && strings.HasPrefix(after, "cgroup2 ") && len(fields) > 4 {
+			return fields[4], nil
+		}
+	}
+	return "", fmt.Errorf("%w: cgroup v2 is not mounted", ErrUnsuited)
+}
+
+// removeCgroup removes a cgroup and those in it. Processes that have ended may count for a moment longer.
+func removeCgroup(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.IsDir() {
+			if err := removeCgroup(filepath.Join(dir, e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		err := os.Remove(dir)
+		if !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
+			return err
+		}
+	}
+}

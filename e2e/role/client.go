@@ -1,0 +1,156 @@
+package role
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+	"k8s.io/kubernetes/pkg/probe"
+	httpprobe "k8s.io/kubernetes/pkg/probe/http"
+	tcpprobe "k8s.io/kubernetes/pkg/probe/tcp"
+)
+
+const clientRole = "client"
+
+// Client is a program on the node that connects to pods, from a cgroup of its own.
+type Client struct {
+	*process
+
+	mu      sync.Mutex // the order of calls is the order of sockets
+	sockets *net.UnixConn
+}
+
+// StartClient starts a client in a cgroup, in the caller's network namespace.
+func StartClient(cgroup string) (*Client, error) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	ours, theirs := os.NewFile(uintptr(pair[0]), "sockets"), os.NewFile(uintptr(pair[1]), "sockets")
+	defer ours.Close()   //nolint:errcheck // copied by FileConn
+	defer theirs.Close() //nolint:errcheck // the child's
+	sockets, err := net.FileConn(ours)
+	if err != nil {
+		return nil, err
+	}
+	p, err := start(clientRole, "", cgroup, theirs)
+	if err != nil {
+		return nil, errors.Join(err, sockets.Close())
+	}
+	return &Client{process: p, sockets: sockets.(*net.UnixConn)}, nil
+}
+
+// Stop kills the client. Connections that it dialled live on.
+func (c *Client) Stop() {
+	c.process.Stop()
+	_ = c.sockets.Close()
+}
+
+// Dial connects to a pod. The connection is the caller's, but its socket belongs to the client's cgroup for good.
+func (c *Client) Dial(address string) (net.Conn, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.call("Dial", address, &struct{}{}); err != nil {
+		return nil, err
+	}
+	rights := make([]byte, unix.CmsgSpace(4))
+	_, n, _, _, err := c.sockets.ReadMsgUnix(make([]byte, 1), rights)
+	if err != nil {
+		return nil, err
+	}
+	messages, err := unix.ParseSocketControlMessage(rights[:n])
+	if err != nil {
+		return nil, err
+	}
+	fds, err := unix.ParseUnixRights(&messages[0])
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fds[0]), address)
+	defer f.Close() //nolint:errcheck // copied by FileConn
+	return net.FileConn(f)
+}
+
+// Probes is a number of probes, one after the other.
+type Probes struct {
+	Path    string // empty for a TCP probe
+	Address string
+	Port    int
+	Count   int
+	Timeout time.Duration
+	// Every is the time from one probe's beginning to the next one's; 0: at once.
+	Every time.Duration
+}
+
+// Result is what became of them.
+type Result struct {
+	Failures  int
+	Messages  []string // of the first failures
+	Latencies []time.Duration
+}
+
+const messagesMax = 3
+
+// Probe has the kubelet's own prober (k8s.io/kubernetes/pkg/probe) do the probes.
+func (c *Client) Probe(p Probes) (result Result, err error) {
+	return result, c.call("Probe", p, &result)
+}
+
+// client is what runs in the cgroup.
+type client struct{}
+
+func (*client) Dial(address string, _ *struct{}) error {
+	conn, err := net.DialTimeout("tcp", address, 5*time.Second)
+	if err != nil {
+		return err
+	}
+	defer conn.Close() //nolint:errcheck // it lives on where it is sent
+	f, err := conn.(*net.TCPConn).File()
+	if err != nil {
+		return err
+	}
+	defer f.Close() //nolint:errcheck // likewise
+	return unix.Sendmsg(3, []byte{0}, unix.UnixRights(int(f.Fd())), nil, 0)
+}
+
+func (*client) Probe(p Probes, result *Result) error {
+	do := prober(p)
+	result.Latencies = make([]time.Duration, 0, p.Count)
+	for range p.Count {
+		start := time.Now()
+		outcome, message, err := do()
+		took := time.Since(start)
+		result.Latencies = append(result.Latencies, took)
+		if err != nil || outcome != probe.Success {
+			result.Failures++
+			if len(result.Messages) < messagesMax {
+				result.Messages = append(result.Messages, fmt.Sprintf("%s: %s (%v)", outcome, message, err))
+			}
+		}
+		time.Sleep(p.Every - took)
+	}
+	return nil
+}
+
+// prober does what the kubelet does for one probe (pkg/kubelet/prober, runProbe).
+func prober(p Probes) func() (probe.Result, string, error) {
+	if p.Path == "" {
+		tcp := tcpprobe.New()
+		return func() (probe.Result, string, error) { return tcp.Probe(p.Address, p.Port, p.Timeout) }
+	}
+	http := httpprobe.New(false)
+	action := &v1.HTTPGetAction{Path: p.Path, Port: intstr.FromInt32(int32(p.Port))}
+	return func() (probe.Result, string, error) {
+		request, err := httpprobe.NewRequestForHTTPGetAction(action, nil, p.Address, "probe")
+		if err != nil {
+			return probe.Unknown, "", err
+		}
+		return http.Probe(request, p.Timeout)
+	}
+}

@@ -1,0 +1,191 @@
+package role
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	"net"
+	"net/http"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const serverRole = "server"
+
+// Server is a program in a pod: an HTTP server on any number of ports.
+type Server struct{ *process }
+
+// StartServer starts a server in a network namespace. It listens nowhere yet.
+func StartServer(netns string) (*Server, error) {
+	p, err := start(serverRole, netns, "", nil)
+	if err != nil {
+		return nil, err
+	}
+	return &Server{p}, nil
+}
+
+// Seen is what reached a port of the server.
+type Seen struct {
+	Connections int // accepted
+	Requests    int // HTTP requests
+}
+
+// Listen makes the server listen on all addresses of its pod.
+func (s *Server) Listen(ports ...int) error { return s.call("Listen", ports, &struct{}{}) }
+
+// ListenTLS makes the server speak HTTP over TLS on a port, with a certificate that nobody signed.
+func (s *Server) ListenTLS(port int) error { return s.call("ListenTLS", port, &struct{}{}) }
+
+// Close makes the server no longer listen on a port. Connections that it has there live on.
+func (s *Server) Close(port int) error { return s.call("Close", port, &struct{}{}) }
+
+// Seen tells what has reached a port so far.
+func (s *Server) Seen(port int) (seen Seen, err error) {
+	return seen, s.call("Seen", port, &seen)
+}
+
+// SetStatus makes the server answer /healthz on all ports with that status.
+func (s *Server) SetStatus(status int) error {
+	return s.call("SetStatus", status, &struct{}{})
+}
+
+// server is what runs in the pod.
+type server struct {
+	mu     sync.Mutex
+	ports  map[int]*port
+	status atomic.Int32
+}
+
+type port struct {
+	listener              net.Listener
+	connections, requests atomic.Int64
+}
+
+// Accept counts. It makes *port a net.Listener.
+func (p *port) Accept() (net.Conn, error) {
+	conn, err := p.listener.Accept()
+	if err == nil {
+		p.connections.Add(1)
+	}
+	return conn, err
+}
+
+func (p *port) Close() error   { return p.listener.Close() }
+func (p *port) Addr() net.Addr { return p.listener.Addr() }
+
+func (s *server) Listen(ports []int, _ *struct{}) error {
+	for _, number := range ports {
+		if err := s.listen(number, nil); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *server) ListenTLS(number int, _ *struct{}) error {
+	certificate, err := selfSigned()
+	if err != nil {
+		return err
+	}
+	return s.listen(number, &tls.Config{Certificates: []tls.Certificate{certificate}})
+}
+
+func (s *server) listen(number int, config *tls.Config) error {
+	listener, err := net.Listen("tcp", ":"+strconv.Itoa(number))
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ports == nil {
+		s.ports = map[int]*port{}
+	}
+	p := s.ports[number]
+	if p == nil {
+		p = &port{}
+		s.ports[number] = p
+	}
+	p.listener = listener
+	web := &http.Server{Handler: s.handler(p), ReadHeaderTimeout: time.Minute, TLSConfig: config}
+	go func() {
+		if config != nil {
+			_ = web.ServeTLS(p, "", "")
+		} else {
+			_ = web.Serve(p)
+		}
+	}()
+	return nil
+}
+
+// handler is what the pod's server does. Its responses have no Date, so that the same request has the same response.
+func (s *server) handler(p *port) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(max(int(s.status.Load()), http.StatusOK))
+		_, _ = io.WriteString(w, "healthy\n")
+	})
+	mux.HandleFunc("/echo", func(w http.ResponseWriter, r *http.Request) {
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			panic(http.ErrAbortHandler)
+		}
+		_, _ = w.Write(body)
+	})
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		p.requests.Add(1)
+		w.Header()["Date"] = nil
+		mux.ServeHTTP(w, r)
+	})
+}
+
+func (s *server) port(number int) (*port, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if p := s.ports[number]; p != nil {
+		return p, nil
+	}
+	return nil, fmt.Errorf("not listening on port %d", number)
+}
+
+func (s *server) Close(number int, _ *struct{}) error {
+	p, err := s.port(number)
+	if err != nil {
+		return err
+	}
+	return p.Close()
+}
+
+func (s *server) Seen(number int, seen *Seen) error {
+	p, err := s.port(number)
+	if err != nil {
+		return err
+	}
+	*seen = Seen{int(p.connections.Load()), int(p.requests.Load())}
+	return nil
+}
+
+func (s *server) SetStatus(status int, _ *struct{}) error {
+	if status < 200 || status > 599 {
+		return errors.New("not a final status")
+	}
+	s.status.Store(int32(status))
+	return nil
+}
+
+func selfSigned() (tls.Certificate, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, err
+}
