@@ -1,0 +1,79 @@
+# Everything below works on a fresh Debian machine with Go, make and git; `check` needs clang besides and says so.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+BIN := $(CURDIR)/bin
+CLANG_PACKAGES := clang-19 llvm-19 clang-format-19 libbpf-dev linux-libc-dev
+
+# The CNI plugin is run by the runtime, once for each pod, on any distribution: small and static.
+GO_BUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w'
+# The kubelet's prober tells Kubernetes' version in its User-Agent, which the kubelet's own build sets.
+KUBE_VERSION := -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=37
+
+.PHONY: help
+help: ## Show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## Build everything into bin/
+	$(GO_BUILD) -o $(BIN)/probelet ./plugin
+	$(GO_BUILD) -o $(BIN)/ ./daemon/cmd/...
+	cd e2e && CGO_ENABLED=0 go build -trimpath -o $(BIN)/ tool
+	cd e2e && CGO_ENABLED=0 go build -trimpath -ldflags '$(KUBE_VERSION)' -o $(BIN)/demo ./demo
+
+.PHONY: demo
+demo: build ## Compare probes that the pod answers with probes that the kernel answers (root)
+	@$(BIN)/demo
+
+.PHONY: test
+test: build ## Run all tests; the privileged ones need root
+	@[ "$$(id -u)" = 0 ] || echo "NOT ROOT: tests with network namespaces and BPF programs are skipped$${CI:+, which fails under CI}"
+	go test -count=1 ./...
+	cd e2e && PROBELET_BIN=$(BIN) CGO_ENABLED=0 go test -count=1 -timeout 20m -ldflags '$(KUBE_VERSION)' ./...
+
+.PHONY: check
+check: format tidy vet drift lint ## Check formatting, modules, generated files and lint
+
+.PHONY: format
+format: clang
+	@unformatted="$$(gofmt -l .)"; [ -z "$$unformatted" ] || { echo "not formatted (gofmt -w):"; echo "$$unformatted"; exit 1; }
+	clang-format-19 --dry-run -Werror bpf/*.c bpf/*.h
+
+.PHONY: tidy
+tidy:
+	go mod tidy -diff
+	cd e2e && go mod tidy -diff
+
+.PHONY: vet
+vet:
+	go vet ./...
+	cd e2e && go vet ./...
+
+.PHONY: lint
+lint:
+	cd e2e/lint && go build -o $(BIN)/ tool
+	$(BIN)/golangci-lint run
+	cd e2e && $(BIN)/golangci-lint run --config ../.golangci.yml
+
+# Generates in a copy, so that the work tree stays as it is.
+.PHONY: drift
+drift: clang
+	@copy="$$(mktemp -d)"; trap 'rm -rf "$$copy"' EXIT; \
+	cp -R go.mod go.sum bpf "$$copy"; \
+	(cd "$$copy" && go generate ./bpf/datapath); \
+	diff -r bpf/datapath "$$copy/bpf/datapath" || { echo "generated files are not what the source gives: make generate"; exit 1; }
+
+.PHONY: generate
+generate: clang ## Compile the BPF programs anew (after a change in bpf/)
+	go generate ./bpf/datapath
+
+.PHONY: clang
+clang:
+	@command -v clang-19 clang-format-19 llvm-strip-19 >/dev/null && [ -e /usr/include/bpf/bpf_helpers.h ] || \
+		{ echo "clang 19 or its libraries are missing: apt-get install $(CLANG_PACKAGES)"; exit 1; }
+
+.PHONY: clean
+clean: ## Remove what was built
+	rm -rf $(BIN)
