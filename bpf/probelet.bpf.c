@@ -292,8 +292,9 @@ static __always_inline int steer_taken(struct __sk_buff *skb, const struct segme
 		if (e && may_answer(&seg->flow, flow, e, bpf_ktime_get_boot_ns()))
 			return answer_request(skb, seg, flow, path_hash);
 	}
-	/* Later data may overtake the first; only the first can be retransmitted into the new connection. */
-	if (flow->flags & FLOW_REQUESTED || offset != 0)
+	/* Later data may overtake the first; only the first can be retransmitted into the new connection. And a client that
+	 * has had an answer is not handed over any more. */
+	if (offset != 0 || seg->ack != flow->our_isn + 1)
 		return drop_quietly(skb, seg);
 	return replay_syn(skb, seg, flow);
 }

@@ -510,6 +510,24 @@ func TestWithdrawnBetweenSYNAndRequestIsHandedOver(t *testing.T) {
 	}
 }
 
+func TestWithdrawnBetweenOrderAndAnswerIsHandedOver(t *testing.T) {
+	onBench(t, func(b *bench) {
+		b.arm()
+		x := b.connect()
+		ask := b.toPod("PA", b.isn+1, x+1, request)
+		verdict, frame := bpftest.RunSteer(t, b.d.Steer(), b.ifindex, 0, ask.Bytes(t, nil))
+		if verdict != tcRedirect {
+			t.Fatalf("verdict %#x", verdict)
+		}
+		must(t, b.pod.Delete(HTTPKey(8080, "/healthz")))
+		if verdict, _ := bpftest.RunRespond(t, b.d.Respond(), b.ifindex, frame); verdict != xdpDrop {
+			t.Fatalf("verdict %d on an answer that is gone", verdict)
+		}
+		b.counted("answered_http", 0)
+		b.replaysSYN(ask)
+	})
+}
+
 // replaysSYN asserts that a client's packet becomes a SYN to the pod.
 func (b *bench) replaysSYN(s bpftest.Segment) {
 	b.t.Helper()
