@@ -1,0 +1,136 @@
+// Command probeletctl shows what probelet knows and does on this node.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/probelet/probelet/bpf/attach"
+	"github.com/probelet/probelet/bpf/datapath"
+)
+
+const statusHelp = `Shows every attachment on this node and every endpoint that is probed behind it. The daemon need not run.
+
+  STATE  fresh    a success was observed and may be answered, unless the last column says otherwise
+         stale    a success was observed; it has expired, or was withdrawn, or is never answered
+         failed   the last probe failed; probes reach the pod until one succeeds
+         unknown  nothing conclusive was observed
+  AGE    time since that observation
+  BOUND  how long after its observation a success is answered
+  HITS   probes answered in the kernel
+
+With -o json, the fields are those of type Status in daemon/cmd/probeletctl/status.go.`
+
+// environment is what the commands reach of the machine.
+type environment struct {
+	stdout, stderr io.Writer
+	now            func() uint64 // ns of CLOCK_BOOTTIME
+	open           func(bpfDir string) (kernel, error)
+}
+
+func main() {
+	env := environment{stdout: os.Stdout, stderr: os.Stderr, now: datapath.Now, open: openKernel}
+	if err := execute(context.Background(), env, os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "probeletctl:", err)
+		os.Exit(1)
+	}
+}
+
+func execute(ctx context.Context, env environment, args []string) error {
+	root := &cobra.Command{
+		Use:           "probeletctl",
+		Short:         "Shows what probelet knows and does on this node",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.AddCommand(statusCommand(env))
+	root.SetArgs(args)
+	root.SetOut(env.stdout)
+	root.SetErr(env.stderr)
+	return root.ExecuteContext(ctx)
+}
+
+// formats are the values of -o.
+var formats = map[string]func(io.Writer, Status) error{
+	"table": func(w io.Writer, s Status) error { return printTable(w, s, false) },
+	"wide":  func(w io.Writer, s Status) error { return printTable(w, s, true) },
+	"json":  printJSON,
+}
+
+func formatNames() string {
+	names := make([]string, 0, len(formats))
+	for name := range formats {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return strings.Join(names, "|")
+}
+
+func statusCommand(env environment) *cobra.Command {
+	var output, bpfDir, stateDir string
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show attachments, endpoints, and what is answered",
+		Long:  statusHelp,
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			show, ok := formats[output]
+			if !ok {
+				return fmt.Errorf("--output %q: must be one of %s", output, formatNames())
+			}
+			status, err := collect(env, bpfDir, stateDir)
+			if err != nil {
+				return err
+			}
+			return show(env.stdout, status)
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringVarP(&output, "output", "o", "table", "`format`: "+formatNames())
+	flags.StringVar(&bpfDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
+	flags.StringVar(&stateDir, "state-dir", attach.DefaultStateDir, "`directory` of attachment records and the daemon's state")
+	return cmd
+}
+
+func printJSON(w io.Writer, s Status) error {
+	encoder := json.NewEncoder(w)
+	encoder.SetIndent("", "  ")
+	return encoder.Encode(s)
+}
+
+// kernel is what the kernel side tells. Its errors are those of package datapath.
+type kernel interface {
+	Prober() (datapath.Prober, error)
+	Counters() (map[string]uint64, error)
+	Pod(ifindex uint32) (podMaps, error)
+	Close() error
+}
+
+type podMaps interface {
+	Get(datapath.EndpointKey) (datapath.Evidence, datapath.Tally, error)
+	Close() error
+}
+
+type openedKernel struct{ *datapath.Datapath }
+
+func (k openedKernel) Pod(ifindex uint32) (podMaps, error) { return k.Datapath.Pod(ifindex) }
+
+// openKernel returns nil if nothing is loaded.
+func openKernel(bpfDir string) (kernel, error) {
+	d, err := datapath.Open(bpfDir)
+	if errors.Is(err, datapath.ErrNotLoaded) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return openedKernel{d}, nil
+}

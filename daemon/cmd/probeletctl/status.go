@@ -1,0 +1,313 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/probelet/probelet/bpf/attach"
+	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/daemon/internal/store"
+)
+
+// Status is what probeletctl status shows.
+type Status struct {
+	Daemon Daemon `json:"daemon"`
+	// Prober is whose connections are probes; null if nothing is loaded into the kernel.
+	Prober *Prober `json:"prober"`
+	// Counters are the kernel's, by the names of datapath.CounterNames; null if nothing is loaded.
+	Counters    map[string]uint64 `json:"counters"`
+	Attachments []Attachment      `json:"attachments"`
+	// Unattached are pods that the daemon has specs of and that are not attached, as namespace/name.
+	Unattached []string `json:"unattached"`
+}
+
+// Daemon says whether probeletd runs on this state directory.
+type Daemon struct {
+	Running bool `json:"running"`
+	PID     int  `json:"pid,omitempty"`
+}
+
+// Prober says whose connections are probes: of every process of the host's network namespace, or of those in cgroups.
+type Prober struct {
+	Host      bool     `json:"host"`
+	CgroupIDs []uint64 `json:"cgroupIDs,omitempty"`
+}
+
+// Attachment is the interface of a pod, as recorded by whoever attached it.
+type Attachment struct {
+	Pod         string `json:"pod,omitempty"` // namespace/name
+	ContainerID string `json:"containerID"`
+	IfName      string `json:"ifName"`     // in the pod
+	HostIfName  string `json:"hostIfName"` // of the host-side veth, and so IfIndex
+	IfIndex     int    `json:"ifIndex"`
+	// WhyNotAnswered is why no endpoint is answered; empty if that is not about the whole attachment.
+	WhyNotAnswered string     `json:"whyNotAnswered,omitempty"`
+	Endpoints      []Endpoint `json:"endpoints"`
+}
+
+// State is what is known of an endpoint.
+type State string
+
+// States, as the command's help explains them.
+const (
+	Fresh   State = "fresh"
+	Stale   State = "stale"
+	Failed  State = "failed"
+	Unknown State = "unknown"
+)
+
+// Endpoint is what probes ask, and what is known of it.
+type Endpoint struct {
+	statedir.Endpoint
+	State State `json:"state"`
+	// Age is the time since the last conclusive observation, and FreshFor how long it will be answered; null if there is
+	// none, and if it is not fresh.
+	Age      *float64 `json:"ageSeconds"`
+	FreshFor *float64 `json:"freshForSeconds"`
+	Status   uint16   `json:"status,omitempty"` // the last HTTP status
+	Hits     uint64   `json:"hits"`
+	// WhyNotAnswered is why the next probe will reach the pod; empty if it is answered in the kernel.
+	WhyNotAnswered string `json:"whyNotAnswered,omitempty"`
+}
+
+func collect(env environment, bpfDir, stateDir string) (s Status, err error) {
+	s = Status{Attachments: []Attachment{}, Unattached: []string{}}
+	if s.Daemon.PID, s.Daemon.Running, err = statedir.Running(stateDir); err != nil {
+		return s, err
+	}
+	records, err := attach.ReadRecords(stateDir)
+	if err != nil {
+		warn(env, err)
+	}
+	described, err := statedir.ReadEndpoints(stateDir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		warn(env, err)
+	}
+	s.Unattached = append(s.Unattached, described.Unattached...)
+	k, err := env.open(bpfDir)
+	if err != nil {
+		return s, err
+	}
+	if k != nil {
+		defer k.Close() //nolint:errcheck // read only
+		if err := s.readKernel(k); err != nil {
+			return s, err
+		}
+	}
+	for _, r := range records {
+		a, err := s.attachment(k, r, described, env.now())
+		if err != nil {
+			return s, err
+		}
+		s.Attachments = append(s.Attachments, a)
+	}
+	slices.SortStableFunc(s.Attachments, func(a, b Attachment) int { return strings.Compare(a.Pod, b.Pod) })
+	return s, nil
+}
+
+func warn(env environment, err error) { _, _ = fmt.Fprintln(env.stderr, "probeletctl: warning:", err) }
+
+func (s *Status) readKernel(k kernel) error {
+	prober, err := k.Prober()
+	if err != nil {
+		return fmt.Errorf("prober: %w", err)
+	}
+	s.Prober = &Prober{Host: prober.AnyLocal, CgroupIDs: prober.CgroupIDs}
+	s.Counters, err = k.Counters()
+	return err
+}
+
+// attachment joins a record with what the daemon said of it and what the kernel holds.
+func (s *Status) attachment(k kernel, r attach.Record, described statedir.Endpoints, now uint64) (Attachment, error) {
+	a := Attachment{
+		ContainerID: r.ContainerID, IfName: r.IfName, HostIfName: r.HostIfName, IfIndex: r.IfIndex,
+		Endpoints: []Endpoint{},
+	}
+	if r.PodName != "" {
+		a.Pod = r.PodNamespace + "/" + r.PodName
+	}
+	i := slices.IndexFunc(described.Attachments, func(d statedir.Attachment) bool {
+		return d.ContainerID == r.ContainerID && d.IfName == r.IfName
+	})
+	if i >= 0 {
+		d := described.Attachments[i]
+		if d.Pod != "" {
+			a.Pod = d.Pod
+		}
+		for _, e := range d.Endpoints {
+			a.Endpoints = append(a.Endpoints, Endpoint{Endpoint: e, State: Unknown})
+		}
+	}
+	maps, err := openPod(k, r)
+	if err != nil {
+		return a, err
+	}
+	a.WhyNotAnswered = s.whyNone(r, maps != nil, i >= 0, len(a.Endpoints))
+	if maps == nil {
+		for i := range a.Endpoints {
+			a.Endpoints[i].WhyNotAnswered = cmp.Or(a.Endpoints[i].NotAnswered, a.WhyNotAnswered)
+		}
+		return a, nil
+	}
+	defer maps.Close() //nolint:errcheck // read only
+	return a, a.readMaps(maps, now)
+}
+
+// openPod returns nil if the pod has no maps.
+func openPod(k kernel, r attach.Record) (podMaps, error) {
+	if k == nil || r.IfIndex == 0 {
+		return nil, nil
+	}
+	maps, err := k.Pod(uint32(r.IfIndex))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	return maps, err
+}
+
+// whyNone is why nothing of an attachment is answered.
+func (s *Status) whyNone(r attach.Record, hasMaps, described bool, endpoints int) string {
+	switch {
+	case r.Error != "":
+		return "not attached: " + r.Error
+	case s.Prober == nil:
+		return "not attached: the BPF objects are not loaded"
+	case !hasMaps:
+		return fmt.Sprintf("not attached: the kernel has no maps for device %d", r.IfIndex)
+	case !described && s.Daemon.Running:
+		return "the daemon has not seen it yet"
+	case !described:
+		return "not known to a daemon, and none is running"
+	case endpoints == 0:
+		return "the daemon knows no probes of it"
+	case !s.Prober.Host && len(s.Prober.CgroupIDs) == 0:
+		return "nobody is the prober"
+	}
+	return ""
+}
+
+// port is what the kernel holds of all endpoints on a port.
+type port struct {
+	evidence datapath.Evidence
+	tally    datapath.Tally
+}
+
+// readMaps fills in what the kernel holds.
+func (a *Attachment) readMaps(maps podMaps, now uint64) error {
+	ports := map[uint16]port{}
+	for i := range a.Endpoints {
+		e := &a.Endpoints[i]
+		if !e.Observed {
+			continue
+		}
+		if _, known := ports[e.Port]; !known {
+			evidence, tally, err := get(maps, datapath.PortKey(e.Port))
+			if err != nil {
+				return err
+			}
+			ports[e.Port] = port{evidence, tally}
+		}
+		key, _ := store.Key(e.Endpoint.Endpoint())
+		evidence, tally, err := get(maps, key)
+		if err != nil {
+			return err
+		}
+		e.Hits = tally.Hits
+		e.judge(evidence, ports[e.Port].tally, now)
+	}
+	for i := range a.Endpoints {
+		e := &a.Endpoints[i]
+		p := ports[e.Port]
+		if e.State == Fresh && !datapath.PortFresh(p.evidence, p.tally, now) {
+			e.WhyNotAnswered = a.heldBack(*e)
+		}
+		e.WhyNotAnswered = cmp.Or(e.NotAnswered, e.WhyNotAnswered, a.WhyNotAnswered)
+	}
+	return nil
+}
+
+// get returns zeroes of an endpoint that has no record yet.
+func get(maps podMaps, key datapath.EndpointKey) (datapath.Evidence, datapath.Tally, error) {
+	evidence, tally, err := maps.Get(key)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return datapath.Evidence{}, datapath.Tally{}, nil
+	}
+	return evidence, tally, err
+}
+
+// judge sets the endpoint's state, and why it is not answered on its own account.
+func (e *Endpoint) judge(evidence datapath.Evidence, port datapath.Tally, now uint64) {
+	e.Status = evidence.Status
+	if evidence.ObservedAt == 0 {
+		e.WhyNotAnswered = "nothing observed yet"
+		return
+	}
+	e.Age = seconds(now, evidence.ObservedAt)
+	switch {
+	case datapath.MayAnswer(evidence, port, now, now):
+		e.State = Fresh
+		e.FreshFor = seconds(evidence.FreshUntil, now)
+	case evidence.Result == datapath.ResultSuccess && evidence.ObservedAt <= port.WithdrawnAt:
+		e.State = Stale
+		e.WhyNotAnswered = "withdrawn: a probe of the port was reset, or got a status other than 2xx"
+	case evidence.Result == datapath.ResultSuccess:
+		e.State = Stale
+		e.WhyNotAnswered = "expired"
+		if evidence.FreshUntil != 0 {
+			e.WhyNotAnswered = fmt.Sprintf("expired %s ago", duration(*seconds(now, evidence.FreshUntil)))
+		}
+	case evidence.Result == datapath.ResultFailure:
+		e.State = Failed
+		e.WhyNotAnswered = "the last probe failed: " + failure(evidence.Status)
+	default:
+		e.WhyNotAnswered = fmt.Sprintf("status %d: a redirect is never answered", evidence.Status)
+	}
+}
+
+func failure(status uint16) string {
+	switch {
+	case status == 0:
+		return "reset, or no answer in time"
+	case status < 300:
+		return fmt.Sprintf("status %d came too late", status)
+	}
+	return fmt.Sprintf("status %d", status)
+}
+
+// heldBack says which others on its port keep a fresh endpoint from being answered.
+func (a *Attachment) heldBack(e Endpoint) string {
+	var others []string
+	for _, o := range a.Endpoints {
+		if o.Port == e.Port && o.Observed && !o.StartupOnly && o.State != Fresh {
+			others = append(others, fmt.Sprintf("%s (%s)", o.Endpoint.Endpoint(), o.State))
+		}
+	}
+	if len(others) == 0 {
+		return "the port is not open yet"
+	}
+	return "shares its port with " + strings.Join(others, ", ")
+}
+
+// seconds is the time from earlier to later, both in ns.
+func seconds(later, earlier uint64) *float64 {
+	s := (time.Duration(later - min(later, earlier))).Seconds()
+	return &s
+}
+
+// duration is a time in seconds as a person likes to read it.
+func duration(seconds float64) time.Duration {
+	d := time.Duration(math.Round(seconds * float64(time.Second)))
+	if d < 10*time.Second {
+		return d.Round(100 * time.Millisecond)
+	}
+	return d.Round(time.Second)
+}

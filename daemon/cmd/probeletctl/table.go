@@ -1,0 +1,141 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+)
+
+// row is a line of the table: one endpoint, or what has none.
+type row struct {
+	pod, device, endpoint, state, age, bound, hits    string
+	probes, ifindex, status, period, timeout, sandbox string
+	why                                               string
+}
+
+var header = row{
+	"NAMESPACE/POD", "HOST VETH", "ENDPOINT", "STATE", "AGE", "BOUND", "HITS",
+	"PROBES", "IFINDEX", "STATUS", "PERIOD", "TIMEOUT", "CONTAINER ID",
+	"WHY NOT ANSWERED",
+}
+
+func (r row) columns(wide bool) []string {
+	columns := []string{r.pod, r.device, r.endpoint, r.state, r.age, r.bound, r.hits}
+	if wide {
+		columns = append(columns, r.probes, r.ifindex, r.status, r.period, r.timeout, r.sandbox)
+	}
+	columns = append(columns, r.why)
+	for i := range columns {
+		columns[i] = cmp.Or(columns[i], "-")
+	}
+	return columns
+}
+
+func printTable(w io.Writer, s Status, wide bool) error {
+	rows := s.rows()
+	if len(rows) == 0 {
+		if _, err := fmt.Fprintln(w, "nothing attached"); err != nil {
+			return err
+		}
+		return printSummary(w, s)
+	}
+	table := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
+	for _, r := range append([]row{header}, rows...) {
+		if _, err := fmt.Fprintln(table, strings.Join(r.columns(wide), "\t")); err != nil {
+			return err
+		}
+	}
+	if err := table.Flush(); err != nil {
+		return err
+	}
+	if _, err := fmt.Fprintln(w); err != nil {
+		return err
+	}
+	return printSummary(w, s)
+}
+
+func (s Status) rows() []row {
+	var rows []row
+	for _, a := range s.Attachments {
+		rows = append(rows, a.rows()...)
+	}
+	for _, pod := range s.Unattached {
+		rows = append(rows, row{pod: pod, why: "not attached"})
+	}
+	return rows
+}
+
+func (a Attachment) rows() []row {
+	blank := row{
+		pod: a.Pod, device: a.HostIfName, sandbox: a.ContainerID,
+		why: a.WhyNotAnswered,
+	}
+	if a.IfIndex != 0 {
+		blank.ifindex = strconv.Itoa(a.IfIndex)
+	}
+	if len(a.Endpoints) == 0 {
+		return []row{blank}
+	}
+	var rows []row
+	for _, e := range a.Endpoints {
+		r := blank
+		r.fill(e)
+		rows = append(rows, r)
+	}
+	return rows
+}
+
+func (r *row) fill(e Endpoint) {
+	r.endpoint, r.state = e.Endpoint.Endpoint().String(), string(e.State)
+	r.hits = strconv.FormatUint(e.Hits, 10)
+	r.why = cmp.Or(e.WhyNotAnswered, r.why)
+	if e.Age != nil {
+		r.age = duration(*e.Age).String()
+	}
+	if e.NotAnswered == "" {
+		r.bound = duration(e.StalenessBound).String()
+	}
+	if e.Status != 0 {
+		r.status = strconv.Itoa(int(e.Status))
+	}
+	r.period, r.timeout = duration(e.Period).String(), duration(e.Timeout).String()
+	var probes []string
+	for _, p := range e.Probes {
+		probes = append(probes, p.String())
+	}
+	r.probes = strings.Join(probes, ",")
+}
+
+// printSummary says what holds for all of the table.
+func printSummary(w io.Writer, s Status) error {
+	lines := []string{"probeletd: not running; what is fresh is answered until it expires"}
+	if s.Daemon.Running {
+		lines[0] = fmt.Sprintf("probeletd: running, pid %d", s.Daemon.PID)
+	}
+	if s.Prober == nil {
+		lines = append(lines, "kernel: the BPF objects are not loaded")
+	} else {
+		lines = append(lines, "prober: "+s.Prober.String(), fmt.Sprintf(
+			"answered: %d HTTP, %d TCP; observed: %d; handed over: %d", s.Counters["answered_http"],
+			s.Counters["answered_tcp"], s.Counters["observed"], s.Counters["handed_over"]))
+	}
+	_, err := fmt.Fprintln(w, strings.Join(lines, "\n"))
+	return err
+}
+
+func (p Prober) String() string {
+	switch {
+	case p.Host:
+		return "every process of the host's network namespace (not for production)"
+	case len(p.CgroupIDs) == 0:
+		return "nobody"
+	}
+	ids := make([]string, 0, len(p.CgroupIDs))
+	for _, id := range p.CgroupIDs {
+		ids = append(ids, strconv.FormatUint(id, 10))
+	}
+	return "cgroup " + strings.Join(ids, ", ")
+}

@@ -1,0 +1,288 @@
+package main
+
+import (
+	"errors"
+	"log/slog"
+	"net/netip"
+	"os"
+	"reflect"
+	"slices"
+
+	"github.com/probelet/probelet/bpf/attach"
+	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/daemon/internal/store"
+)
+
+// daemon brings together what is probed, what is attached and what was observed. It is not safe for concurrent use.
+type daemon struct {
+	log      *slog.Logger
+	datapath *datapath.Datapath
+	stateDir string
+	previous statedir.Endpoints // as an earlier run left them
+
+	pods        []probe.Pod
+	podsKnown   bool
+	records     []attach.Record
+	attachments map[attach.ID]*attachment
+	written     *statedir.Endpoints
+}
+
+// attachment is an attachment with what is known of the pod behind it.
+type attachment struct {
+	record   attach.Record
+	pod      *probe.Pod // nil: the specs say nothing of it
+	tracker  *probe.Tracker
+	restored bool // the maps' contents have been taken over
+	pending  bool // the maps are not as they should be
+	// What was logged last: why the pod is not answered at all, and why its maps could not be written.
+	refused, problem string
+}
+
+func newDaemon(log *slog.Logger, d *datapath.Datapath, stateDir string, previous statedir.Endpoints) *daemon {
+	return &daemon{
+		log: log, datapath: d, stateDir: stateDir, previous: previous,
+		attachments: map[attach.ID]*attachment{},
+	}
+}
+
+func (d *daemon) setPods(pods []probe.Pod) {
+	d.pods, d.podsKnown = pods, true
+	d.update()
+}
+
+func (d *daemon) readRecords() {
+	records, err := attach.ReadRecords(d.stateDir)
+	if err != nil {
+		d.log.Error("reading records of attachments", "error", err)
+	}
+	d.records = records
+	d.update()
+}
+
+// update matches pods and attachments anew.
+func (d *daemon) update() {
+	if !d.podsKnown {
+		return
+	}
+	current := map[attach.ID]*attachment{}
+	for _, r := range d.records {
+		current[r.ID()] = d.renew(r)
+	}
+	for id, a := range d.attachments {
+		if current[id] == nil {
+			d.log.Info("attachment gone", "id", id, "pod", a.podName())
+		}
+	}
+	d.attachments = current
+	d.syncAll()
+	d.describe()
+}
+
+func (d *daemon) syncAll() {
+	for _, a := range d.attachments {
+		d.sync(a)
+	}
+}
+
+// renew returns the attachment of a record, with what its pod is asked now.
+func (d *daemon) renew(r attach.Record) *attachment {
+	a := d.attachments[r.ID()]
+	if a == nil || a.record.IfIndex != r.IfIndex || !a.record.CreatedAt.Equal(r.CreatedAt) {
+		a = &attachment{tracker: probe.NewTracker()}
+		d.log.Info("attachment", "id", r.ID(), "device", r.HostIfName, "ifindex", r.IfIndex, "error", r.Error)
+	}
+	a.record, a.pod = r, match(r, d.pods)
+	a.tracker.SetEndpoints(d.endpoints(a), datapath.Now())
+	return a
+}
+
+func (d *daemon) endpoints(a *attachment) []probe.EndpointSpec {
+	if a.pod == nil {
+		return nil
+	}
+	endpoints, err := probe.Endpoints(*a.pod, store.Limits)
+	if err == nil {
+		a.refused = ""
+	} else if err.Error() != a.refused {
+		a.refused = err.Error()
+		d.log.Error("pod is not answered", "pod", a.podName(), "error", err)
+	}
+	return endpoints
+}
+
+// match finds the pod of an attachment: by name if whoever attached it was told the name, otherwise by an address.
+func match(r attach.Record, pods []probe.Pod) *probe.Pod {
+	for i, pod := range pods {
+		if r.PodName != "" {
+			if r.PodName == pod.Name && r.PodNamespace == pod.Namespace {
+				return &pods[i]
+			}
+			continue
+		}
+		if slices.ContainsFunc(r.PodIPs, func(ip string) bool { return hasIP(pod, ip) }) {
+			return &pods[i]
+		}
+	}
+	return nil
+}
+
+func hasIP(pod probe.Pod, text string) bool {
+	ip, err := netip.ParseAddr(text)
+	return err == nil && slices.Contains(pod.IPs, ip.Unmap())
+}
+
+func (a *attachment) podName() string {
+	if a.pod == nil {
+		return ""
+	}
+	return a.pod.String()
+}
+
+// sync brings the attachment's maps to what is known.
+func (d *daemon) sync(a *attachment) {
+	if a.record.Error != "" || a.record.IfIndex == 0 {
+		return
+	}
+	err := d.restore(a)
+	if err == nil {
+		err = d.publish(a)
+	}
+	a.pending = err != nil
+	switch {
+	case err == nil:
+		a.problem = ""
+	case errors.Is(err, os.ErrNotExist):
+		d.log.Debug("not attached yet, or not any more", "pod", a.podName(), "error", err)
+	case err.Error() != a.problem:
+		a.problem = err.Error()
+		d.log.Error("writing evidence", "pod", a.podName(), "device", a.record.HostIfName, "error", err)
+	}
+}
+
+func (d *daemon) publish(a *attachment) error {
+	want, err := store.Desired(a.tracker)
+	if err != nil {
+		return err
+	}
+	return store.Sync(d.datapath, uint32(a.record.IfIndex), want)
+}
+
+// restore takes over what an earlier run observed, of the endpoints that it asked the same.
+func (d *daemon) restore(a *attachment) error {
+	if a.restored {
+		return nil
+	}
+	records, err := store.Read(d.datapath, uint32(a.record.IfIndex))
+	if err != nil {
+		return err
+	}
+	a.restored = true
+	asked := d.askedBefore(a.record.ID())
+	for _, s := range a.tracker.Endpoints() {
+		key, ok := store.Key(s.Endpoint)
+		if !ok || !s.Observed || !asked[question{s.Endpoint, s.Headers}] {
+			continue
+		}
+		if record, ok := records[key]; ok {
+			a.tracker.Restore(s.Endpoint, store.Evidence(record), datapath.Now())
+		}
+	}
+	return nil
+}
+
+// question is what tells evidence of two endpoints apart.
+type question struct {
+	endpoint  probe.Endpoint
+	headersID string
+}
+
+func (d *daemon) askedBefore(id attach.ID) map[question]bool {
+	asked := map[question]bool{}
+	for _, a := range d.previous.Attachments {
+		if a.ContainerID != id.ContainerID || a.IfName != id.IfName {
+			continue
+		}
+		for _, e := range a.Endpoints {
+			asked[question{e.Endpoint(), e.HeadersID}] = e.Observed
+		}
+	}
+	return asked
+}
+
+// pending is whether maps of an attachment are not as they should be.
+func (d *daemon) pending() bool {
+	for _, a := range d.attachments {
+		if a.pending {
+			return true
+		}
+	}
+	return false
+}
+
+func (d *daemon) retry() {
+	for _, a := range d.attachments {
+		if a.pending {
+			d.sync(a)
+		}
+	}
+}
+
+func (d *daemon) observe(o datapath.Outcome) {
+	for _, a := range d.attachments {
+		if a.record.IfIndex != int(o.Ifindex) {
+			continue
+		}
+		outcome, ok := store.Outcome(o, a.tracker.Endpoints())
+		if !ok {
+			continue
+		}
+		changes := a.tracker.Observe(outcome)
+		for _, c := range changes {
+			d.logChange(a, outcome, c)
+		}
+		if len(changes) > 0 {
+			d.sync(a)
+		}
+	}
+}
+
+func (d *daemon) logChange(a *attachment, o probe.Outcome, c probe.Change) {
+	attributes := []any{
+		"pod", a.podName(), "endpoint", c.Endpoint, "result", c.To.Result, "status", c.To.Status, "took", o.Duration,
+	}
+	if c.From.Result == c.To.Result {
+		d.log.Debug("observed", attributes...)
+	} else {
+		d.log.Info("observed", attributes...)
+	}
+}
+
+// describe writes for probeletctl what is asked of which attachment, if that changed.
+func (d *daemon) describe() {
+	description := statedir.Endpoints{}
+	attached := map[string]bool{}
+	for _, r := range d.records {
+		a := d.attachments[r.ID()]
+		described := statedir.Attachment{ContainerID: r.ContainerID, IfName: r.IfName, Pod: a.podName()}
+		for _, s := range a.tracker.Endpoints() {
+			described.Endpoints = append(described.Endpoints, statedir.EndpointOf(s))
+		}
+		attached[described.Pod] = true
+		description.Attachments = append(description.Attachments, described)
+	}
+	for _, pod := range d.pods {
+		if !attached[pod.String()] {
+			description.Unattached = append(description.Unattached, pod.String())
+		}
+	}
+	if d.written != nil && reflect.DeepEqual(*d.written, description) {
+		return
+	}
+	if err := statedir.WriteEndpoints(d.stateDir, description); err != nil {
+		d.log.Error("writing what is probed", "error", err)
+		return
+	}
+	d.written = &description
+}

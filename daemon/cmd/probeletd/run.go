@@ -1,0 +1,250 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+
+	"github.com/probelet/probelet/bpf/attach"
+	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/source"
+	"github.com/probelet/probelet/daemon/internal/statedir"
+)
+
+const (
+	// loadDeadline is how long the loading of BPF objects by another process is waited for.
+	loadDeadline = 5 * time.Second
+	// retryAfter is when maps that were not there, or not writable, are tried again: records are written before maps.
+	retryAfter = 200 * time.Millisecond
+	// resyncInterval is how often all maps are compared with what they should hold: they may have been made anew under an
+	// unchanged record.
+	resyncInterval = 5 * time.Second
+	// proberInterval is how often a prober's cgroup is looked up, lest it was made anew.
+	proberInterval = time.Second
+	// recordsSettle is how long after a change of records they are read: a change is several events.
+	recordsSettle = 10 * time.Millisecond
+)
+
+// run runs the daemon until ctx ends, which is no error.
+func run(ctx context.Context, c config, log *slog.Logger) (err error) {
+	prober, err := parseProber(c.prober)
+	if err != nil {
+		return err
+	}
+	who, err := prober.resolve()
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(attach.RecordsDir(c.stateDir), 0o700); err != nil {
+		return err
+	}
+	unlock, err := statedir.Lock(c.stateDir)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
+	specs, err := source.NewFile(c.specs, log)
+	if err != nil {
+		return fmt.Errorf("--specs: %w", err)
+	}
+	defer specs.Close() //nolint:errcheck // nothing is lost
+
+	loading, cancel := context.WithTimeout(ctx, loadDeadline)
+	defer cancel()
+	d, err := datapath.Ensure(loading, c.bpfDir)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	if err := d.SetProber(who); err != nil {
+		return fmt.Errorf("--prober %s: %w", c.prober, err)
+	}
+	l := &loop{log: log, prober: prober, who: who, set: d.SetProber}
+	return l.serve(ctx, c, d, specs)
+}
+
+// serve starts the inputs, and runs the loop.
+func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs source.Source) error {
+	previous, err := statedir.ReadEndpoints(c.stateDir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		l.log.Warn("evidence of an earlier run is not used", "error", err)
+	}
+
+	// In this order: what is watched before it is read is not missed.
+	ctx, cancel := context.WithCancel(ctx)
+	in, err := watch(ctx, c.stateDir, d, specs)
+	if err != nil {
+		cancel()
+		return err
+	}
+	defer in.wait()
+	defer cancel()
+	l.daemon = newDaemon(l.log, d, c.stateDir, previous)
+	l.log.Info("running", "specs", c.specs, "prober", c.prober, "bpf", d.Dir(), "state", c.stateDir)
+	err = l.run(ctx, in)
+	l.log.Info("ended; evidence is left to expire")
+	return err
+}
+
+// inputs are what the loop reacts to.
+type inputs struct {
+	snapshots chan []probe.Pod
+	records   chan struct{} // they changed
+	outcomes  chan datapath.Outcome
+	failed    chan error
+	wait      func() // for the goroutines to end, after ctx
+}
+
+// watch starts a goroutine for each input.
+func watch(ctx context.Context, stateDir string, d *datapath.Datapath, specs source.Source) (*inputs, error) {
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		return nil, err
+	}
+	if err := watcher.Add(attach.RecordsDir(stateDir)); err != nil {
+		return nil, errors.Join(fmt.Errorf("watching %s: %w", attach.RecordsDir(stateDir), err), watcher.Close())
+	}
+	reader, err := d.Outcomes()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("outcomes: %w", err), watcher.Close())
+	}
+	in := &inputs{
+		snapshots: make(chan []probe.Pod),
+		records:   make(chan struct{}, 1),
+		outcomes:  make(chan datapath.Outcome, 256),
+		failed:    make(chan error, 3),
+	}
+	var all sync.WaitGroup
+	in.wait = all.Wait
+	all.Go(func() { in.fail(specs.Run(ctx, in.snapshots)) })
+	all.Go(func() { in.fail(in.watchRecords(ctx, watcher)) })
+	all.Go(func() { in.fail(in.readOutcomes(ctx, reader)) })
+	// A reader that waits is woken by closing it.
+	context.AfterFunc(ctx, func() { _ = reader.Close() })
+	return in, nil
+}
+
+func (in *inputs) fail(err error) {
+	if err != nil {
+		in.failed <- err
+	}
+}
+
+func (in *inputs) watchRecords(ctx context.Context, watcher *fsnotify.Watcher) error {
+	defer watcher.Close() //nolint:errcheck // nothing is lost
+	var due <-chan time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case _, ok := <-watcher.Events:
+			if !ok {
+				return fmt.Errorf("watching records: %w", os.ErrClosed)
+			}
+			if due == nil {
+				due = time.After(recordsSettle)
+			}
+		case <-watcher.Errors: // events may be lost
+			due = time.After(recordsSettle)
+		case <-due:
+			due = nil
+			select {
+			case in.records <- struct{}{}:
+			default: // one is waiting already
+			}
+		}
+	}
+}
+
+func (in *inputs) readOutcomes(ctx context.Context, reader *datapath.OutcomeReader) error {
+	for {
+		o, err := reader.Read()
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil:
+			return fmt.Errorf("reading outcomes: %w", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case in.outcomes <- o:
+		}
+	}
+}
+
+// loop is the one goroutine in which everything is decided.
+type loop struct {
+	*daemon
+	log    *slog.Logger
+	prober proberFlag
+	who    datapath.Prober
+	set    func(datapath.Prober) error
+	lost   bool // the prober's cgroup is not there, and that was logged
+}
+
+func (l *loop) run(ctx context.Context, in *inputs) error {
+	l.readRecords()
+	// Outcomes mean nothing, and records of endpoints would be taken for superfluous, until it is known what is probed.
+	var outcomes <-chan datapath.Outcome
+	var retry <-chan time.Time
+	prober := time.NewTicker(proberInterval)
+	defer prober.Stop()
+	resync := time.NewTicker(resyncInterval)
+	defer resync.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-in.failed:
+			return err
+		case pods := <-in.snapshots:
+			outcomes = in.outcomes
+			l.setPods(pods)
+		case <-in.records:
+			l.readRecords()
+		case o := <-outcomes:
+			l.observe(o)
+		case <-retry:
+			retry = nil
+			l.retry()
+		case <-resync.C:
+			l.syncAll()
+		case <-prober.C:
+			l.followProber()
+		}
+		if retry == nil && l.pending() {
+			retry = time.After(retryAfter)
+		}
+	}
+}
+
+// followProber keeps to the prober's cgroup when that is made anew. Until it is there nobody is the prober.
+func (l *loop) followProber() {
+	who, err := l.prober.resolve()
+	if err != nil {
+		if !l.lost {
+			l.log.Warn("no prober, until its cgroup is back", "error", err)
+		}
+		l.lost = true
+		return
+	}
+	l.lost = false
+	if who.AnyLocal == l.who.AnyLocal && slices.Equal(who.CgroupIDs, l.who.CgroupIDs) {
+		return
+	}
+	if err := l.set(who); err != nil {
+		l.log.Error("setting the prober", "error", err)
+		return
+	}
+	l.log.Info("the prober's cgroup is another one now", "ids", who.CgroupIDs)
+	l.who = who
+}

@@ -1,0 +1,168 @@
+// Package statedir is what the daemon leaves in the state directory for probeletctl, and for itself after a restart: a
+// lock that says that it runs, and a file that says what it does.
+package statedir
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
+
+	"github.com/probelet/probelet/daemon/internal/probe"
+)
+
+// Endpoints is the contents of <state dir>/endpoints.json. It changes with specs and attachments; what is observed is in
+// the kernel's maps.
+type Endpoints struct {
+	// Attachments are those that the daemon knows, in the order of their records.
+	Attachments []Attachment `json:"attachments"`
+	// Unattached are pods with specs and without an attachment, as namespace/name.
+	Unattached []string `json:"unattached,omitempty"`
+}
+
+// Attachment is one attachment, with what the pod behind it is asked.
+type Attachment struct {
+	ContainerID string `json:"containerID"`
+	IfName      string `json:"ifName"`
+	// Pod is the pod that the specs say it is, as namespace/name; empty if none.
+	Pod       string     `json:"pod,omitempty"`
+	Endpoints []Endpoint `json:"endpoints,omitempty"`
+}
+
+// Endpoint is an endpoint that probes ask. Times are in seconds.
+type Endpoint struct {
+	Kind   probe.Kind    `json:"kind"`
+	Port   uint16        `json:"port,omitempty"`
+	Path   string        `json:"path,omitempty"` // path and query as in the request line
+	Host   string        `json:"host,omitempty"` // dialled instead of the pod
+	Probes []probe.Asker `json:"probes"`
+	// Period is the shortest, Timeout the smallest of the probes, and StalenessBound how long a success is answered.
+	Period         float64 `json:"periodSeconds"`
+	Timeout        float64 `json:"timeoutSeconds"`
+	StalenessBound float64 `json:"stalenessBoundSeconds"`
+	// HeadersID is a digest of the custom headers, empty if there are none.
+	HeadersID string `json:"headersID,omitempty"`
+	// Observed: the kernel's maps hold a record of it.
+	Observed bool `json:"observed"`
+	// StartupOnly: it does not hold back its port.
+	StartupOnly bool `json:"startupOnly,omitempty"`
+	// NotAnswered is why it is never answered; empty if it may be.
+	NotAnswered string `json:"notAnswered,omitempty"`
+}
+
+// EndpointOf describes an endpoint.
+func EndpointOf(s probe.EndpointSpec) Endpoint {
+	return Endpoint{
+		Kind: s.Kind, Port: s.Port, Path: s.Path, Host: s.Host,
+		Probes:         s.Askers,
+		Period:         s.Period.Seconds(),
+		Timeout:        s.Timeout.Seconds(),
+		StalenessBound: s.Staleness.Seconds(),
+		HeadersID:      s.Headers,
+		Observed:       s.Observed,
+		StartupOnly:    s.Startup,
+		NotAnswered:    s.Reason,
+	}
+}
+
+// Endpoint is what is asked.
+func (e Endpoint) Endpoint() probe.Endpoint {
+	return probe.Endpoint{Port: e.Port, Kind: e.Kind, Path: e.Path}
+}
+
+func endpointsPath(stateDir string) string { return filepath.Join(stateDir, "endpoints.json") }
+
+// WriteEndpoints replaces the file; a reader sees the old or the new one.
+func WriteEndpoints(stateDir string, e Endpoints) error {
+	text, err := json.MarshalIndent(e, "", "  ")
+	if err != nil {
+		return err
+	}
+	return renameio.WriteFile(endpointsPath(stateDir), append(text, '\n'), 0o600)
+}
+
+// ReadEndpoints reads the file. The error is os.ErrNotExist if no daemon has ever written it.
+func ReadEndpoints(stateDir string) (Endpoints, error) {
+	var e Endpoints
+	text, err := os.ReadFile(endpointsPath(stateDir))
+	if err != nil {
+		return e, err
+	}
+	if err := json.Unmarshal(text, &e); err != nil {
+		return e, fmt.Errorf("%s: %w", endpointsPath(stateDir), err)
+	}
+	return e, nil
+}
+
+// ErrRunning: another daemon has the state directory.
+var ErrRunning = errors.New("another probeletd is running")
+
+func lockPath(stateDir string) string { return filepath.Join(stateDir, "probeletd.lock") }
+
+// wholeFile is a lock of an open file, as opposed to a process: the kernel releases it with the last descriptor, and it
+// can be asked for without being taken.
+func wholeFile() *unix.Flock_t { return &unix.Flock_t{Type: unix.F_WRLCK} }
+
+// Lock takes the state directory for this process, until unlock or its end. The error is ErrRunning if another daemon
+// has it.
+func Lock(stateDir string) (unlock func() error, err error) {
+	f, err := os.OpenFile(lockPath(stateDir), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, wholeFile()); err != nil {
+		pid, _ := readPID(f)
+		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
+			err = fmt.Errorf("%w, pid %d", ErrRunning, pid)
+		}
+		return nil, errors.Join(fmt.Errorf("locking %s: %w", f.Name(), err), f.Close())
+	}
+	if err := writePID(f); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f.Close, nil
+}
+
+// Running says whether a daemon has the state directory, and its pid.
+func Running(stateDir string) (pid int, running bool, err error) {
+	f, err := os.Open(lockPath(stateDir))
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, false, nil
+	}
+	if err != nil {
+		return 0, false, err
+	}
+	defer f.Close() //nolint:errcheck // read only
+	held := wholeFile()
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, held); err != nil {
+		return 0, false, fmt.Errorf("%s: %w", f.Name(), err)
+	}
+	if held.Type == unix.F_UNLCK {
+		return 0, false, nil
+	}
+	pid, err = readPID(f)
+	return pid, true, err
+}
+
+func writePID(f *os.File) error {
+	if err := f.Truncate(0); err != nil {
+		return err
+	}
+	_, err := f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
+	return err
+}
+
+func readPID(f *os.File) (int, error) {
+	text := make([]byte, 32)
+	n, err := f.ReadAt(text, 0)
+	if n == 0 {
+		return 0, err
+	}
+	return strconv.Atoi(strings.TrimSpace(string(text[:n])))
+}

@@ -1,0 +1,233 @@
+// Package store brings what the freshness policy says into the kernel's maps of a pod, and what the kernel reports back
+// to the policy.
+package store
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/probe"
+)
+
+// Limits are those of the kernel side.
+var Limits = probe.Limits{
+	Path:    datapath.MaxPath,
+	Request: datapath.MaxRequest,
+	Records: datapath.MaxEndpoints,
+}
+
+// Records are the contents of a pod's evidence map.
+type Records map[datapath.EndpointKey]datapath.Evidence
+
+// Key is the record of an endpoint; ok is false for kinds that have none.
+func Key(e probe.Endpoint) (key datapath.EndpointKey, ok bool) {
+	switch e.Kind {
+	case probe.HTTP:
+		return datapath.HTTPKey(e.Port, e.Path), true
+	case probe.TCP:
+		return datapath.TCPKey(e.Port), true
+	}
+	return datapath.EndpointKey{}, false
+}
+
+// Desired are the records that say what the policy says. Every endpoint has one, known or not: the kernel observes only
+// what it has a record of.
+func Desired(t *probe.Tracker) (Records, error) {
+	records := Records{}
+	for endpoint, evidence := range t.Evidence() {
+		key, ok := Key(endpoint)
+		if !ok {
+			return nil, fmt.Errorf("%s: no record for this kind", endpoint)
+		}
+		record, err := record(endpoint, evidence)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", endpoint, err)
+		}
+		records[key] = record
+	}
+	for port, gate := range t.Gates() {
+		records[datapath.PortKey(port)] = datapath.Evidence{ObservedAt: gate.ObservedAt, FreshUntil: gate.FreshUntil}
+	}
+	return records, nil
+}
+
+func record(endpoint probe.Endpoint, evidence probe.Evidence) (datapath.Evidence, error) {
+	record := datapath.Evidence{
+		ObservedAt: evidence.ObservedAt,
+		FreshUntil: evidence.FreshUntil,
+		Status:     uint16(evidence.Status),
+		Result:     results[evidence.Result],
+	}
+	if endpoint.Kind != probe.HTTP || evidence.Result != probe.Success {
+		return record, nil
+	}
+	return record, record.SetReply(evidence.Status)
+}
+
+var results = [...]uint8{
+	probe.Unknown: datapath.ResultUnknown,
+	probe.Success: datapath.ResultSuccess,
+	probe.Failure: datapath.ResultFailure,
+}
+
+// Evidence is what a record says.
+func Evidence(record datapath.Evidence) probe.Evidence {
+	return probe.Evidence{
+		Result:     probe.Result(max(slices.Index(results[:], record.Result), 0)),
+		Status:     int(record.Status),
+		ObservedAt: record.ObservedAt,
+		FreshUntil: record.FreshUntil,
+	}
+}
+
+// step is one change of a pod's evidence map.
+type step struct {
+	key    datapath.EndpointKey
+	record datapath.Evidence
+	remove bool
+}
+
+// diff returns the steps from have to want. At no moment between them may a connection be taken that is not
+// answerable: so gates close first, and open last. A record that is as it should be is not touched.
+func diff(have, want Records) []step {
+	var closing, endpoints, opening []step
+	for _, key := range slices.SortedFunc(maps.Keys(union(have, want)), compareKeys) {
+		old, exists := have[key]
+		wanted, stays := want[key]
+		isGate := key.Kind == datapath.KindPort
+		switch {
+		case exists && stays && old == wanted:
+		case !stays && isGate:
+			closing = append(closing, step{key: key, remove: true})
+		case !stays:
+			endpoints = append(endpoints, step{key: key, remove: true})
+		case !isGate:
+			endpoints = append(endpoints, step{key: key, record: wanted})
+		default:
+			if narrow := narrower(old, wanted); exists && narrow != old {
+				closing = append(closing, step{key: key, record: narrow})
+				old = narrow
+			}
+			if old != wanted || !exists {
+				opening = append(opening, step{key: key, record: wanted})
+			}
+		}
+	}
+	return slices.Concat(closing, endpoints, opening)
+}
+
+// narrower is a gate that lets through only what both let through.
+func narrower(a, b datapath.Evidence) datapath.Evidence {
+	return datapath.Evidence{
+		ObservedAt: min(a.ObservedAt, b.ObservedAt),
+		FreshUntil: min(a.FreshUntil, b.FreshUntil),
+	}
+}
+
+func union(a, b Records) Records {
+	both := maps.Clone(a)
+	if both == nil {
+		both = Records{}
+	}
+	maps.Copy(both, b)
+	return both
+}
+
+func compareKeys(a, b datapath.EndpointKey) int {
+	return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.PathHash, b.PathHash))
+}
+
+// Sync makes the maps of the pod behind the device ifindex hold the records. The error is os.ErrNotExist if the device
+// has no maps.
+func Sync(d *datapath.Datapath, ifindex uint32, want Records) error {
+	pod, err := d.Pod(ifindex)
+	if err != nil {
+		return err
+	}
+	defer pod.Close() //nolint:errcheck // nothing is buffered
+	have, err := read(pod)
+	if err != nil {
+		return err
+	}
+	for _, s := range diff(have, want) {
+		if err := apply(pod, s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func apply(pod *datapath.Pod, s step) error {
+	if s.remove {
+		return pod.Delete(s.key)
+	}
+	return pod.Put(s.key, s.record)
+}
+
+// Read returns the records in the maps of the pod behind the device ifindex. The error is os.ErrNotExist if the device
+// has no maps.
+func Read(d *datapath.Datapath, ifindex uint32) (Records, error) {
+	pod, err := d.Pod(ifindex)
+	if err != nil {
+		return nil, err
+	}
+	defer pod.Close() //nolint:errcheck // read only
+	return read(pod)
+}
+
+func read(pod *datapath.Pod) (Records, error) {
+	keys, err := pod.Keys()
+	if err != nil {
+		return nil, err
+	}
+	records := Records{}
+	for _, key := range keys {
+		record, _, err := pod.Get(key)
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			continue // no tally: of no use to the kernel, and made anew if it is wanted
+		}
+		if err != nil {
+			return nil, err
+		}
+		records[key] = record
+	}
+	return records, nil
+}
+
+var events = map[uint8]probe.Event{
+	datapath.EventConnected: probe.Connected,
+	datapath.EventStatus:    probe.Answered,
+	datapath.EventReset:     probe.Reset,
+	datapath.EventNoAnswer:  probe.NoAnswer,
+}
+
+// Outcome is what the kernel reports of a pod with these endpoints; ok is false if it concerns none of them.
+func Outcome(o datapath.Outcome, endpoints []probe.EndpointSpec) (outcome probe.Outcome, ok bool) {
+	outcome = probe.Outcome{
+		Event:      events[o.Event],
+		Status:     int(o.Status),
+		ObservedAt: o.ObservedAt,
+		Duration:   time.Duration(o.Duration),
+	}
+	reported := datapath.EndpointKey{Port: o.Port, Kind: o.Kind, PathHash: o.PathHash}
+	for _, s := range endpoints {
+		key, hasRecord := Key(s.Endpoint)
+		switch {
+		case !hasRecord || !s.Observed:
+		case key == reported:
+			outcome.Endpoint = s.Endpoint
+			return outcome, true
+		case reported == datapath.PortKey(s.Port):
+			outcome.Endpoint = probe.Endpoint{Port: s.Port}
+			return outcome, true
+		}
+	}
+	return outcome, false
+}
