@@ -29,7 +29,7 @@ type served struct {
 	seen atomic.Int64
 }
 
-func serve(t *testing.T, pod *bpftest.Pod, hook attach.Hook) *served {
+func serve(t testing.TB, pod *bpftest.Pod, hook attach.Hook) *served {
 	t.Helper()
 	s := &served{Pod: pod}
 	listener := pod.Listen(t, 8080)
