@@ -355,7 +355,6 @@ func gc(conf *netConf) error {
 	errs := []error{err}
 	records, err := attach.ReadRecords(conf.stateDir)
 	errs = append(errs, err)
-	complete := err == nil
 
 	recorded := map[attach.ID]bool{}
 	for _, r := range records {
@@ -364,10 +363,8 @@ func gc(conf *netConf) error {
 			errs = append(errs, remove(conf, r.ID()))
 		}
 	}
-	if complete { // otherwise one without a record may have one that can't be read
-		unknown := slices.DeleteFunc(pinned, func(id attach.ID) bool { return recorded[id] || valid[id] })
-		errs = append(errs, removeOrphans(conf, unknown))
-	}
+	unrecorded := slices.DeleteFunc(pinned, func(id attach.ID) bool { return recorded[id] || valid[id] })
+	errs = append(errs, removeOrphans(conf, unrecorded))
 	if err := errors.Join(errs...); err != nil {
 		return fault(codeDetach, "%v", err)
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
@@ -197,6 +198,19 @@ func forget(w *world, outer string, p *bpftest.Pod) error {
 		return err
 	}
 	return errors.Join(m.Delete(uint32(p.IfIndex)), m.Close())
+}
+
+func TestDelWithObjectsIncomplete(t *testing.T) {
+	w := newWorld(t)
+	pod := w.node.AddPod(t)
+	w.add(pod).must(t)
+	if err := os.Remove(filepath.Join(w.bpfDir(), datapath.ABI, "counters")); err != nil {
+		t.Fatal(err)
+	}
+	w.del(pod).must(t)
+	if state := w.state(); strings.Contains(state, "file") || strings.Contains(state, "XDP") || strings.Contains(state, "tcx 1") {
+		t.Errorf("state\n%s", state)
+	}
 }
 
 func TestDelLeavesOthersAlone(t *testing.T) {
@@ -633,6 +647,21 @@ func TestStatus(t *testing.T) {
 			t.Errorf("%s: stderr %q", field, r.stderr)
 		}
 	}
+}
+
+func TestStatusOfAReadOnlyStateDirectory(t *testing.T) {
+	w := newWorld(t).with(fields{"onError": "fail"})
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+	w = w.with(fields{"stateDir": dir})
+	w.status(newPlugin()).must(t)
+	if err := unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	wantFault(t, w.status(newPlugin()).err, types.ErrPluginNotAvailable, "not writable")
 }
 
 func TestLogFile(t *testing.T) {
