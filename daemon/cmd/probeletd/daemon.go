@@ -91,7 +91,10 @@ func (d *daemon) renew(r attach.Record) *attachment {
 	a := d.attachments[r.ID()]
 	if a == nil || a.record.IfIndex != r.IfIndex || !a.record.CreatedAt.Equal(r.CreatedAt) {
 		a = &attachment{tracker: probe.NewTracker()}
-		d.log.Info("attachment", "id", r.ID(), "device", r.HostIfName, "ifindex", r.IfIndex, "error", r.Error)
+		d.log.Info("attachment", "id", r.ID(), "device", r.HostIfName, "ifindex", r.IfIndex)
+	}
+	if r.Error != "" && r.Error != a.record.Error {
+		d.log.Warn("not attached", "id", r.ID(), "error", r.Error)
 	}
 	a.record, a.pod = r, match(r, d.pods)
 	a.tracker.SetEndpoints(d.endpoints(a), datapath.Now())

@@ -1,0 +1,359 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/probelet/probelet/bpf/attach"
+	"github.com/probelet/probelet/bpf/bpftest"
+	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/daemon/internal/store"
+)
+
+// node is a machine with one pod, in which an HTTP server listens on port 8080.
+type node struct {
+	t      *testing.T
+	pod    *bpftest.Pod
+	d      *datapath.Datapath
+	config config
+	record attach.Record
+
+	status atomic.Int32 // that the server answers with
+	served atomic.Int32 // requests that reached it
+}
+
+func newNode(t *testing.T) *node {
+	t.Helper()
+	n := &node{t: t, pod: bpftest.NewNode(t).AddPod(t)}
+	n.config = config{
+		specs:    filepath.Join(t.TempDir(), "specs.yaml"),
+		prober:   "host",
+		bpfDir:   bpftest.BPFDir(t),
+		stateDir: filepath.Join(t.TempDir(), "state"),
+	}
+	d, err := datapath.Ensure(t.Context(), n.config.bpfDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.d = d
+	t.Cleanup(func() { _ = d.Close() })
+	n.status.Store(http.StatusOK)
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		n.served.Add(1)
+		w.WriteHeader(int(n.status.Load()))
+	})}
+	listener := n.pod.Listen(t, 8080)
+	go func() { _ = server.Serve(listener) }()
+	t.Cleanup(func() { _ = server.Close() })
+	return n
+}
+
+// attach does what the plugin does at ADD, for a pod whose name is not told.
+func (n *node) attach() {
+	n.t.Helper()
+	n.record = attach.Record{
+		ContainerID: "c0ffee", IfName: "eth0", IfIndex: n.pod.IfIndex, HostIfName: n.pod.HostIfName,
+		PodIPs: []string{n.pod.IPv4.String(), n.pod.IPv6.String()}, CreatedAt: time.Now(),
+	}
+	if err := attach.WriteRecord(n.config.stateDir, n.record); err != nil {
+		n.t.Fatal(err)
+	}
+	bpftest.Do(n.t, n.pod.Node.NS, func() error {
+		return attach.Attach(n.d, n.config.bpfDir, n.record.ID(), n.pod.IfIndex, attach.HookAuto)
+	})
+	n.t.Cleanup(func() {
+		bpftest.Do(n.t, n.pod.Node.NS, func() error {
+			return attach.Detach(n.d, n.config.bpfDir, n.record.ID())
+		})
+	})
+}
+
+// specs replaces the specs: one container with this readiness probe.
+func (n *node) specs(probe string) {
+	n.t.Helper()
+	text := fmt.Sprintf("pods: [{name: web, ips: [%s], containers: [{name: c, readinessProbe: {%s}}]}]", n.pod.IPv4, probe)
+	if err := os.WriteFile(n.config.specs+".new", []byte(text), 0o600); err != nil {
+		n.t.Fatal(err)
+	}
+	if err := os.Rename(n.config.specs+".new", n.config.specs); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// start runs the daemon until stop, which may be called once or more.
+func (n *node) start() (stop func()) {
+	n.t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- run(ctx, n.config, slog.New(slog.NewTextHandler(n.t.Output(), nil))) }()
+	var stopped bool
+	stop = func() {
+		cancel()
+		if stopped {
+			return
+		}
+		stopped = true
+		if err := <-done; err != nil {
+			n.t.Errorf("daemon: %v", err)
+		}
+	}
+	n.t.Cleanup(stop)
+	return stop
+}
+
+func (n *node) eventually(what string, ok func() bool) {
+	n.t.Helper()
+	for range 2000 {
+		if ok() {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	n.t.Fatalf("never: %s", what)
+}
+
+func (n *node) records() store.Records {
+	n.t.Helper()
+	records, err := store.Read(n.d, uint32(n.pod.IfIndex))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return records
+}
+
+// has is whether the kernel has a record of the endpoint.
+func (n *node) has(key datapath.EndpointKey) func() bool {
+	return func() bool {
+		_, ok := n.records()[key]
+		return ok
+	}
+}
+
+// open is whether connections to the port are taken.
+func (n *node) open(port uint16) func() bool {
+	return func() bool {
+		pod, err := n.d.Pod(uint32(n.pod.IfIndex))
+		if err != nil {
+			n.t.Fatal(err)
+		}
+		defer pod.Close() //nolint:errcheck // read only
+		evidence, tally, err := pod.Get(datapath.PortKey(port))
+		return err == nil && datapath.PortFresh(evidence, tally, datapath.Now())
+	}
+}
+
+func not(f func() bool) func() bool { return func() bool { return !f() } }
+
+// ask is what the kubelet does. It returns the status, and whether the kernel answered.
+func (n *node) ask(path string) (status int, byKernel bool) {
+	n.t.Helper()
+	before := n.served.Load()
+	conn := n.pod.Dial(n.t, n.pod.IPv4.String()+":8080")
+	defer conn.Close() //nolint:errcheck // read to its end
+	if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		n.t.Fatal(err)
+	}
+	_, err := fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: x\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\n"+
+		"Connection: close\r\n\r\n", path)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		n.t.Fatalf("reading the answer: %v", err)
+	}
+	if _, err := io.Copy(io.Discard, response.Body); err != nil {
+		n.t.Fatalf("reading the body: %v", err)
+	}
+	byKernel = response.Header.Get("Cache-Status") != ""
+	if served := n.served.Load() - before; served != 0 == byKernel {
+		n.t.Fatalf("answered by the kernel: %v, and the server saw %d requests", byKernel, served)
+	}
+	return response.StatusCode, byKernel
+}
+
+// want expects an answer of the kernel or of the pod.
+func (n *node) want(path string, status int, byKernel bool) {
+	n.t.Helper()
+	if s, k := n.ask(path); s != status || k != byKernel {
+		n.t.Fatalf("%s: status %d, by the kernel: %v; want %d, %v", path, s, k, status, byKernel)
+	}
+}
+
+const (
+	long  = "periodSeconds: 300, timeoutSeconds: 30"
+	short = "periodSeconds: 1, timeoutSeconds: 1" // stale after 2 s
+)
+
+func TestHTTP(t *testing.T) {
+	n := newNode(t)
+	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
+	n.start()
+	n.attach()
+	healthz := datapath.HTTPKey(8080, "/healthz")
+	n.eventually("the probe's endpoint is known", n.has(healthz))
+
+	n.status.Store(http.StatusNoContent)
+	n.want("/healthz", 204, false)
+	n.eventually("fresh", n.open(8080))
+	n.want("/healthz", 204, true)
+	n.want("/other", 204, false) // handed over
+	n.want("/healthz", 204, true)
+
+	n.specs("httpGet: {path: /healthz, port: 8080}, " + short)
+	n.eventually("expired", not(n.open(8080)))
+	if r := n.records()[healthz]; r.Result != datapath.ResultSuccess || r.FreshUntil == 0 {
+		t.Errorf("the record was touched because it expired: %+v", r)
+	}
+	n.want("/healthz", 204, false)
+	n.eventually("fresh again", n.open(8080))
+
+	n.eventually("expired again", not(n.open(8080)))
+	n.status.Store(http.StatusServiceUnavailable)
+	n.want("/healthz", 503, false)
+	n.eventually("failed", func() bool { return n.records()[healthz].Result == datapath.ResultFailure })
+	n.want("/healthz", 503, false)
+	n.status.Store(http.StatusOK)
+	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
+	n.want("/healthz", 200, false)
+	n.eventually("recovered", n.open(8080))
+	n.want("/healthz", 200, true)
+
+	n.specs("httpGet: {path: /ready, port: 8080}, " + long)
+	n.eventually("the other endpoint is known", n.has(datapath.HTTPKey(8080, "/ready")))
+	n.eventually("the old one is forgotten", not(n.has(healthz)))
+	n.want("/healthz", 200, false)
+	n.want("/ready", 200, false)
+	n.eventually("fresh", n.open(8080))
+	n.want("/ready", 200, true)
+}
+
+func TestTCP(t *testing.T) {
+	n := newNode(t)
+	n.specs("tcpSocket: {port: 9090}, " + long)
+	n.attach()
+	n.start()
+	var accepted atomic.Int32
+	listener := n.pod.Listen(t, 9090)
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			accepted.Add(1)
+			_ = conn.Close()
+		}
+	}()
+	n.eventually("the probe's endpoint is known", n.has(datapath.TCPKey(9090)))
+	connect := func() { _ = n.pod.Dial(t, n.pod.IPv4.String()+":9090").Close() }
+
+	connect()
+	n.eventually("the pod has accepted", func() bool { return accepted.Load() == 1 })
+	n.eventually("fresh", n.open(9090))
+	connect()
+	counters, err := n.d.Counters()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := counters["answered_tcp"]; got != 1 || accepted.Load() != 1 {
+		t.Errorf("the kernel answered %d probes, the pod %d; want 1, 1", got, accepted.Load())
+	}
+}
+
+// A pod that refuses connections fails every endpoint of the port.
+func TestRefused(t *testing.T) {
+	n := newNode(t)
+	n.specs("tcpSocket: {port: 7070}, " + long)
+	n.attach()
+	n.start()
+	n.eventually("the probe's endpoint is known", n.has(datapath.TCPKey(7070)))
+	bpftest.Do(t, n.pod.Node.NS, func() error {
+		conn, err := net.DialTimeout("tcp", n.pod.IPv4.String()+":7070", 5*time.Second)
+		if err == nil {
+			return fmt.Errorf("%s accepted a connection", conn.RemoteAddr())
+		}
+		return nil
+	})
+	n.eventually("failed", func() bool { return n.records()[datapath.TCPKey(7070)].Result == datapath.ResultFailure })
+}
+
+// What is known outlives the daemon, within the bounds of the specs that the next one finds.
+func TestRestart(t *testing.T) {
+	n := newNode(t)
+	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
+	n.attach()
+	stop := n.start()
+	healthz := datapath.HTTPKey(8080, "/healthz")
+	n.eventually("the probe's endpoint is known", n.has(healthz))
+	n.want("/healthz", 200, false)
+	n.eventually("fresh", n.open(8080))
+	stop()
+	before := n.records()[healthz]
+	n.want("/healthz", 200, true)
+
+	n.specs("httpGet: {path: /healthz, port: 8080}, periodSeconds: 200, timeoutSeconds: 30")
+	stop = n.start()
+	bound := before.ObservedAt + uint64(230*time.Second)
+	n.eventually("the new bound holds", func() bool { return n.records()[healthz].FreshUntil == bound })
+	if after := n.records()[healthz]; after.ObservedAt != before.ObservedAt {
+		t.Errorf("observed at %d, was %d", after.ObservedAt, before.ObservedAt)
+	}
+	n.want("/healthz", 200, true)
+	stop()
+
+	// The same path, but another question.
+	n.specs("httpGet: {path: /healthz, port: 8080, httpHeaders: [{name: X, value: z}]}, " + long)
+	n.start()
+	n.eventually("evidence is void", func() bool { return n.records()[healthz].Result == datapath.ResultUnknown })
+	n.eventually("closed", not(n.open(8080)))
+}
+
+func TestTooManyEndpoints(t *testing.T) {
+	n := newNode(t)
+	var containers strings.Builder
+	for i := range datapath.MaxEndpoints {
+		fmt.Fprintf(&containers, "{name: c%d, livenessProbe: {httpGet: {path: /%d, port: 8080}}}, ", i, i)
+	}
+	text := fmt.Sprintf("pods: [{name: web, ips: [%s], containers: [%s]}]", n.pod.IPv4, containers.String())
+	if err := os.WriteFile(n.config.specs, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.attach()
+	n.start()
+	n.eventually("the refusal is described", func() bool {
+		e, err := statedir.ReadEndpoints(n.config.stateDir)
+		return err == nil && len(e.Attachments) == 1 && len(e.Attachments[0].Endpoints) == datapath.MaxEndpoints &&
+			strings.Contains(e.Attachments[0].Endpoints[0].NotAnswered, "65")
+	})
+	if records := n.records(); len(records) != 0 {
+		t.Errorf("%d records, want none", len(records))
+	}
+	n.want("/1", 200, false)
+}
+
+func TestOneDaemon(t *testing.T) {
+	n := newNode(t)
+	n.specs("exec: {}")
+	n.start()
+	n.eventually("running", func() bool {
+		_, running, err := statedir.Running(n.config.stateDir)
+		return err == nil && running
+	})
+	err := run(t.Context(), n.config, slog.New(slog.DiscardHandler))
+	if err == nil || !strings.Contains(err.Error(), statedir.ErrRunning.Error()) {
+		t.Errorf("a second daemon: %v", err)
+	}
+}
