@@ -423,8 +423,10 @@ func TestWhatIsNotUnderstoodPassesUntouched(t *testing.T) {
 		b.passes(b.toPod("FA", b.isn+1, 1, "").Bytes(t, nil))
 		b.passes(b.toPod("R", b.isn+1, 1, "").Bytes(t, nil))
 		if b.srv.Addr().Is4() {
-			b.passes(b.syn().Bytes(t, func(v4 *layers.IPv4, _ *layers.IPv6) {
-				v4.Options = []layers.IPv4Option{{OptionType: 7, OptionLength: 4, OptionData: []byte{4, 0}}}
+			// Read without regard to its IP options, this is a SYN to port 8080.
+			disguised := b.toPod("A", 1, 0x50020000, "")
+			b.passes(disguised.Bytes(t, func(v4 *layers.IPv4, _ *layers.IPv6) {
+				v4.Options = []layers.IPv4Option{{OptionType: 0x94, OptionLength: 4, OptionData: []byte{0x1f, 0x90}}}
 			}))
 			b.passes(b.syn().Bytes(t, func(v4 *layers.IPv4, _ *layers.IPv6) { v4.Flags = layers.IPv4MoreFragments }))
 			b.passes(b.syn().Bytes(t, func(v4 *layers.IPv4, _ *layers.IPv6) { v4.FragOffset = 8 }))
@@ -555,8 +557,9 @@ func TestHandover(t *testing.T) {
 		b.counted("handed_over", 1)
 
 		const p = uint32(0xffffff00)
-		stray := b.fromPod("A", 4711, 4712, "")
-		b.podSends(xdpDrop, stray)
+		for _, flags := range []string{"A", "SA", "RA", "R"} { // of an earlier connection on the same ports
+			b.podSends(xdpDrop, b.fromPod(flags, 4711, 4712, ""))
+		}
 		for range 2 { // the pod sends its SYN-ACK again if our ACK was lost
 			ack := b.podSends(xdpTX, b.fromPod("SA", p, b.isn+1, ""))
 			b.expect(ack, "A", b.isn+1, p+1, "")
