@@ -3,6 +3,7 @@ module github.com/probelet/probelet/e2e
 go 1.26.0
 
 require (
+	github.com/cilium/ebpf v0.22.0
 	github.com/containernetworking/plugins v1.9.1
 	github.com/vishvananda/netlink v1.3.1
 	golang.org/x/sys v0.47.0

@@ -83,11 +83,11 @@ func verdict(results []result) error {
 		if r.Answered != r.N {
 			wrong("the kernel answered %d of %d probes", r.Answered, r.N)
 		}
-		if r.segments > 0 {
-			wrong("%d TCP segments reached the pod", r.segments)
+		if r.segments > 0 || r.ServerRequests > 0 {
+			wrong("%d TCP segments and %d requests reached the pod", r.segments, r.ServerRequests)
 		}
-		if r.TimeWaitHost > 0 {
-			wrong("%d sockets were left in TIME_WAIT on the host", r.TimeWaitHost)
+		if r.TimeWaitHost > 0 || r.TimeWaitPod > 0 {
+			wrong("%d sockets were left in TIME_WAIT on the host, %d in the pod", r.TimeWaitHost, r.TimeWaitPod)
 		}
 	}
 	return errors.Join(errs...)

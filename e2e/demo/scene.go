@@ -75,7 +75,16 @@ func (s *scene) tearDown() error {
 	return errors.Join(append(errs, s.daemon.Stop())...)
 }
 
+// printStatus has each endpoint probed twice before, so that there is something to see.
 func (s *scene) printStatus(w io.Writer) error {
+	for _, q := range s.questions() {
+		if err := s.makeFresh(q); err != nil {
+			return err
+		}
+		if _, err := s.prober.Probe(q.probes(1)); err != nil {
+			return err
+		}
+	}
 	table, err := s.node.StatusTable()
 	if err == nil {
 		_, err = fmt.Fprintf(w, "\nprobeletctl status:\n\n%s\n", table)
@@ -144,16 +153,9 @@ func (s *scene) runAll(n int) ([]result, error) {
 		if err != nil {
 			return nil, err
 		}
-		last := q == s.questions()[len(s.questions())-1]
 		unanswered, err := s.runAbsent(q, n)
 		if err != nil {
 			return nil, err
-		}
-		if last {
-			// The status table shows something.
-			if err := s.makeFresh(q); err != nil {
-				return nil, err
-			}
 		}
 		results = append(results, unanswered, answered)
 	}
@@ -164,7 +166,7 @@ func (s *scene) runAbsent(q question, n int) (result, error) {
 	if err := s.node.WriteSpecs(); err != nil {
 		return result{}, err
 	}
-	if err := s.node.AwaitState(q.pod, q.port, q.path, ""); err != nil {
+	if err := s.node.AwaitState(q.pod, q.port, q.path, node.Absent); err != nil {
 		return result{}, err
 	}
 	return s.run(q, absent, n)
@@ -182,7 +184,7 @@ func (s *scene) makeFresh(q question) error {
 	if err := s.node.WriteSpecs(pods...); err != nil {
 		return err
 	}
-	if err := s.node.AwaitState(q.pod, q.port, q.path, node.Unknown, node.Fresh); err != nil {
+	if err := s.node.AwaitState(q.pod, q.port, q.path, node.Unknown, node.Stale, node.Fresh); err != nil {
 		return err
 	}
 	r, err := s.prober.Probe(q.probes(1))
@@ -201,7 +203,7 @@ type reading struct {
 	host, pod map[node.Connection]bool // in TIME_WAIT
 	seen      role.Seen
 	segments  int
-	hits      int
+	answered  int
 }
 
 func (s *scene) read(q question) (r reading, err error) {
@@ -211,9 +213,9 @@ func (s *scene) read(q question) (r reading, err error) {
 	r.pod, errs[1] = node.TimeWait(q.server.Pid(), endpoint)
 	r.seen, errs[2] = q.server.Seen(q.port)
 	r.segments, errs[3] = node.SegmentsIn(q.server.Pid())
-	var status node.EndpointStatus
-	status, errs[4] = s.node.Endpoint(q.pod, q.port, q.path)
-	r.hits = status.Hits
+	var status node.Status
+	status, errs[4] = s.node.Status()
+	r.answered = status.Counters["answered_"+q.probe]
 	return r, errors.Join(errs[:]...)
 }
 
@@ -241,7 +243,7 @@ func (s *scene) run(q question, entry string, n int) (result, error) {
 		TimeWaitHost:   newIn(after.host, before.host),
 		TimeWaitPod:    newIn(after.pod, before.pod),
 		ServerRequests: after.seen.Requests - before.seen.Requests,
-		Answered:       after.hits - before.hits,
+		Answered:       after.answered - before.answered,
 		segments:       after.segments - before.segments,
 	}
 	if q.probe == "tcp" {

@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -63,6 +64,13 @@ func Suited() error {
 		return err
 	}
 	return nil
+}
+
+// Environment is that of the process without what Run adds to it, for a program that is to have a machine of its own.
+func Environment() []string {
+	return slices.DeleteFunc(os.Environ(), func(v string) bool {
+		return strings.HasPrefix(v, dirEnv+"=") || strings.HasPrefix(v, cgroupEnv+"=")
+	})
 }
 
 // Kernel is the release of the running kernel.

@@ -9,25 +9,40 @@ import (
 	"time"
 )
 
-// Status is what `probeletctl status -o json` says.
+// Status is what `probeletctl status -o json` says, of which a part is read here.
 type Status struct {
-	Pods []PodStatus `json:"pods"`
-}
-
-// PodStatus is a pod's part of Status.
-type PodStatus struct {
-	Namespace string           `json:"namespace"`
-	Name      string           `json:"name"`
-	Endpoints []EndpointStatus `json:"endpoints"`
+	Counters    map[string]int `json:"counters"`
+	Attachments []struct {
+		Pod       string           `json:"pod"`
+		Endpoints []EndpointStatus `json:"endpoints"`
+	} `json:"attachments"`
 }
 
 // EndpointStatus is an endpoint's part of Status.
 type EndpointStatus struct {
-	Port  int    `json:"port"`
-	Path  string `json:"path"`
-	State string `json:"state"`
-	Hits  int    `json:"hits"`
+	Port           int     `json:"port"`
+	Path           string  `json:"path"`
+	State          string  `json:"state"`
+	FreshFor       float64 `json:"freshForSeconds"`
+	Hits           int     `json:"hits"`
+	WhyNotAnswered string  `json:"whyNotAnswered"`
 }
+
+// States of an endpoint. Absent is one that probeletctl does not list.
+const (
+	Absent  = ""
+	Unknown = "unknown"
+	Fresh   = "fresh"
+	Stale   = "stale"
+	Failed  = "failed"
+)
+
+// Names of counters.
+const (
+	AnsweredHTTP = "answered_http"
+	AnsweredTCP  = "answered_tcp"
+	HandedOver   = "handed_over"
+)
 
 func (n *Node) ctl(format string) *exec.Cmd {
 	return exec.Command(filepath.Join(n.Bin, "probeletctl"), "status", "-o", format,
@@ -49,23 +64,17 @@ func (n *Node) StatusTable() (string, error) {
 	return string(out), err
 }
 
-// States of an endpoint.
-const (
-	Unknown = "unknown"
-	Fresh   = "fresh"
-)
-
-// Endpoint returns the status of a pod's endpoint; the zero value if it is not known.
+// Endpoint returns the status of a pod's endpoint: Absent if probeletctl does not list it.
 func (n *Node) Endpoint(p *Pod, port int, path string) (EndpointStatus, error) {
 	s, err := n.Status()
 	if err != nil {
 		return EndpointStatus{}, err
 	}
-	for _, pod := range s.Pods {
-		if pod.Namespace != Namespace || pod.Name != p.Name {
+	for _, a := range s.Attachments {
+		if a.Pod != Namespace+"/"+p.Name {
 			continue
 		}
-		for _, e := range pod.Endpoints {
+		for _, e := range a.Endpoints {
 			if e.Port == port && e.Path == path {
 				return e, nil
 			}
@@ -74,15 +83,15 @@ func (n *Node) Endpoint(p *Pod, port int, path string) (EndpointStatus, error) {
 	return EndpointStatus{}, nil
 }
 
-// AwaitState waits until a pod's endpoint is in one of the states; "" stands for an endpoint that is not known.
+// AwaitState waits until a pod's endpoint is in one of the states; Fresh means that it is answered, too.
 func (n *Node) AwaitState(p *Pod, port int, path string, states ...string) error {
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		e, err := n.Endpoint(p, port, path)
-		if err == nil && slices.Contains(states, e.State) {
+		if err == nil && slices.Contains(states, e.State) && (e.State != Fresh || e.WhyNotAnswered == "") {
 			return nil
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("port %d path %q of %s is in state %q, not %q (%w)", port, path, p.Name, e.State, states, err)
+			return fmt.Errorf("port %d path %q of %s is not %q: %+v (%w)", port, path, p.Name, states, e, err)
 		}
 	}
 }

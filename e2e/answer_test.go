@@ -1,0 +1,247 @@
+package e2e
+
+import (
+	"bytes"
+	"crypto/rand"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/probelet/probelet/e2e/node"
+)
+
+// The promise as a whole, over both chains and both families.
+func TestAnsweredProbesNeverReachThePod(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		chain node.Chain
+		ipv6  bool
+		count int
+	}{
+		{"routed IPv4", node.PTP, false, 10_000},
+		{"routed IPv6", node.PTP, true, 1000},
+		{"bridged IPv4", node.Bridge, false, 1000},
+		{"bridged IPv6", node.Bridge, true, 1000},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := newScene(t, test.chain)
+			p := s.newFreshPod(longHTTP, longTCP)
+			address := p.IPv4
+			if test.ipv6 {
+				address = p.IPv6
+			}
+			for _, probe := range []node.Probe{longHTTP, longTCP} {
+				expectAnswered(t, p, probe, address, test.count)
+			}
+		})
+	}
+}
+
+func expectAnswered(t *testing.T, p *pod, probe node.Probe, address netip.Addr, count int) {
+	t.Helper()
+	endpoint := netip.AddrPortFrom(address, uint16(probe.Port))
+	waiting, err := node.TimeWait(os.Getpid(), endpoint)
+	must(t, err)
+	segments, err := node.SegmentsIn(p.Pid())
+	must(t, err)
+	hits := p.hits(probe)
+
+	p.probe(probe, address, count)
+
+	if got := p.hits(probe) - hits; got != count {
+		t.Errorf("port %d: the kernel answered %d of %d probes", probe.Port, got, count)
+	}
+	after, err := node.SegmentsIn(p.Pid())
+	must(t, err)
+	if after != segments {
+		t.Errorf("port %d: %d segments reached the pod", probe.Port, after-segments)
+	}
+	left, err := node.TimeWait(os.Getpid(), endpoint)
+	must(t, err)
+	for c := range left {
+		if !waiting[c] {
+			t.Errorf("port %d: a socket was left in TIME_WAIT: %v", probe.Port, c)
+		}
+	}
+}
+
+// A client beside the prober: same host, same address, same port, another cgroup.
+func TestOthersGetTheServer(t *testing.T) {
+	for _, chain := range []node.Chain{node.PTP, node.Bridge} {
+		t.Run(string(chain), func(t *testing.T) {
+			s := newScene(t, chain)
+			p := s.newPod()
+			must(t, s.WriteSpecs(node.Probed{Pod: p.Pod, Readiness: []node.Probe{longHTTP, longTCP}}))
+			request := "GET /healthz HTTP/1.1\r\nHost: pod\r\nConnection: close\r\n\r\n"
+			before := exchange(t, s.dial(t, s.other, p.address(httpPort)), send(request))
+			p.makeFresh(longHTTP, longTCP)
+			before.expectSame(t, exchange(t, s.dial(t, s.other, p.address(httpPort)), send(request)))
+
+			probing := make(chan error)
+			go func() {
+				result, err := s.prober.Probe(probesOf(longHTTP, p.IPv4, 3000))
+				if result.Failures > 0 {
+					t.Errorf("%d probes failed: %q", result.Failures, result.Messages)
+				}
+				probing <- err
+			}()
+			requests := p.seen(httpPort).Requests
+			made := useServer(t, s, p)
+			must(t, <-probing)
+			if got := p.seen(httpPort).Requests - requests; got != made {
+				t.Errorf("the server saw %d requests of %d", got, made)
+			}
+		})
+	}
+}
+
+// useServer does on one connection what an ordinary client does, and returns the number of requests.
+func useServer(t *testing.T, s *scene, p *pod) int {
+	t.Helper()
+	dialled := 0
+	client := &http.Client{Timeout: deadline, Transport: &http.Transport{
+		Dial: func(_, address string) (net.Conn, error) {
+			dialled++
+			return s.other.Dial(address)
+		},
+	}}
+	defer client.CloseIdleConnections()
+	base := "http://" + p.address(httpPort)
+	const rounds = 50
+	for range rounds {
+		expectBody(t, client, http.MethodGet, base+healthz, nil, []byte("healthy\n"))
+		megabyte := make([]byte, 1<<20)
+		_, _ = rand.Read(megabyte)
+		expectBody(t, client, http.MethodPost, base+"/echo", megabyte, megabyte)
+	}
+	if dialled != 1 {
+		t.Errorf("%d connections for requests that one could carry", dialled)
+	}
+	return 2 * rounds
+}
+
+func expectBody(t *testing.T, client *http.Client, method, url string, body, want []byte) {
+	t.Helper()
+	request, err := http.NewRequest(method, url, bytes.NewReader(body))
+	must(t, err)
+	response, err := client.Do(request)
+	must(t, err)
+	defer response.Body.Close() //nolint:errcheck // read only
+	got, err := io.ReadAll(response.Body)
+	must(t, err)
+	if response.StatusCode != http.StatusOK || !bytes.Equal(got, want) {
+		t.Errorf("%s %s: status %d, %d bytes; not those of the server", method, url, response.StatusCode, len(got))
+	}
+}
+
+// What was fresh when the connection was taken is answered, if the request comes at once.
+func TestExpiringBetweenSYNAndRequest(t *testing.T) {
+	s := newScene(t, node.PTP)
+	short := node.Probe{Port: httpPort, Path: healthz, PeriodSeconds: 1, TimeoutSeconds: 1}
+	p := s.newFreshPod(short)
+	for range 10 {
+		must(t, s.AwaitState(p.Pod, short.Port, short.Path, node.Stale, node.Fresh))
+		p.makeFresh(short)
+		e, err := s.Endpoint(p.Pod, short.Port, short.Path)
+		must(t, err)
+		const before = 300 * time.Millisecond
+		time.Sleep(time.Duration(e.FreshFor*float64(time.Second)) - before)
+		connections := p.seen(httpPort).Connections
+		dialled := time.Now()
+		conn := s.dial(t, s.prober, p.address(httpPort))
+		e, err = s.Endpoint(p.Pod, short.Port, short.Path)
+		must(t, err)
+		taken := e.State == node.Fresh
+		must(t, s.AwaitState(p.Pod, short.Port, short.Path, node.Stale))
+		_, err = io.WriteString(conn, probeRequest)
+		must(t, err)
+		// The kernel waits for one second; a slow machine may not have kept to that, and tries again.
+		if inTime := time.Since(dialled) < 900*time.Millisecond; !taken || !inTime {
+			continue
+		}
+		answered, err := answeredByKernel(conn)
+		must(t, err)
+		if got := p.seen(httpPort).Connections - connections; !answered || got != 0 {
+			t.Fatalf("answered by the kernel: %t; connections to the pod: %d", answered, got)
+		}
+		return
+	}
+	t.Fatal("this machine is too slow for the test")
+}
+
+// Expired evidence is not served; the next probe renews it.
+func TestExpiredBeforeSYN(t *testing.T) {
+	s := newScene(t, node.PTP)
+	short := node.Probe{Port: httpPort, Path: healthz, PeriodSeconds: 1, TimeoutSeconds: 1}
+	shortTCP := node.Probe{Port: tcpPort, PeriodSeconds: 1, TimeoutSeconds: 1}
+	p := s.newFreshPod(short, shortTCP)
+	for _, probe := range []node.Probe{short, shortTCP} {
+		must(t, s.AwaitState(p.Pod, probe.Port, probe.Path, node.Stale))
+		seen, hits := p.seen(probe.Port).Connections, p.hits(probe)
+		p.probe(probe, p.IPv4, 1)
+		if got := p.seen(probe.Port).Connections - seen; got != 1 {
+			t.Errorf("port %d: the pod saw %d of the probes that evidence had expired for", probe.Port, got)
+		}
+		must(t, s.AwaitState(p.Pod, probe.Port, probe.Path, node.Fresh))
+		if got := p.hits(probe) - hits; got != 0 {
+			t.Errorf("port %d: the kernel answered %d probes without evidence", probe.Port, got)
+		}
+	}
+}
+
+// Failures reach the prober, each for real, and so does the recovery.
+func TestFailuresAreNeverServed(t *testing.T) {
+	s := newScene(t, node.PTP)
+	short := node.Probe{Port: httpPort, Path: healthz, PeriodSeconds: 1, TimeoutSeconds: 1}
+	p := s.newFreshPod(short)
+	must(t, p.SetStatus(http.StatusInternalServerError))
+	must(t, s.AwaitState(p.Pod, short.Port, short.Path, node.Stale))
+	requests, hits := p.seen(httpPort).Requests, p.hits(short)
+	const failing = 20
+	result, err := s.prober.Probe(probesOf(short, p.IPv4, failing))
+	must(t, err)
+	if result.Failures != failing || p.seen(httpPort).Requests != requests+failing || p.hits(short) != hits {
+		t.Errorf("%d probes: %d failures, %d requests at the pod, %d answered", failing, result.Failures,
+			p.seen(httpPort).Requests-requests, p.hits(short)-hits)
+	}
+	must(t, s.AwaitState(p.Pod, short.Port, short.Path, node.Failed))
+	must(t, p.SetStatus(http.StatusOK))
+	p.probe(short, p.IPv4, 1)
+	must(t, s.AwaitState(p.Pod, short.Port, short.Path, node.Fresh))
+}
+
+// A daemon that dies takes the answers with it, within their bound, and no probe.
+func TestDaemonKilled(t *testing.T) {
+	s := newScene(t, node.PTP)
+	short := node.Probe{Port: httpPort, Path: healthz, PeriodSeconds: 1, TimeoutSeconds: 1}
+	p := s.newFreshPod(short)
+	go func() { time.Sleep(500 * time.Millisecond); s.daemon.Kill() }()
+	probes := probesOf(short, p.IPv4, 100)
+	probes.Every = 40 * time.Millisecond // for longer than the bound, after the kill
+	result, err := s.prober.Probe(probes)
+	must(t, err)
+	if result.Failures > 0 {
+		t.Errorf("%d probes failed: %q", result.Failures, result.Messages)
+	}
+	e, err := s.Endpoint(p.Pod, short.Port, short.Path)
+	must(t, err)
+	if e.State != node.Stale {
+		t.Errorf("after the bound: %+v", e)
+	}
+	requests := p.seen(httpPort).Requests
+	p.probe(short, p.IPv4, 10)
+	if got := p.seen(httpPort).Requests - requests; got != 10 || p.hits(short) != e.Hits {
+		t.Errorf("after the bound: %d of 10 probes reached the pod, %d were answered", got, p.hits(short)-e.Hits)
+	}
+	s.startDaemon()
+	p.makeFresh(short)
+	hits := p.hits(short)
+	p.probe(short, p.IPv4, 1)
+	if got := p.hits(short) - hits; got != 1 {
+		t.Errorf("with a new daemon %d of 1 probes were answered", got)
+	}
+}

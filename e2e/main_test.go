@@ -1,0 +1,35 @@
+// Package e2e tests probelet as it is used: built binaries, real CNI plugins, real sockets, the kubelet's prober.
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/role"
+)
+
+// machine is where all tests run.
+var machine *node.Machine
+
+func TestMain(m *testing.M) {
+	role.Main()
+	if err := node.Suited(); errors.Is(err, node.ErrUnsuited) && os.Getenv("CI") == "" {
+		fmt.Println("SKIPPED: all end-to-end tests:", err)
+		return
+	}
+	if os.Getenv("PROBELET_BIN") == "" {
+		_ = os.Setenv("PROBELET_BIN", "../bin")
+	}
+	if _, err := os.Stat(filepath.Join(os.Getenv("PROBELET_BIN"), "probeletd")); err != nil {
+		fmt.Println("the binaries are not built (make build):", err)
+		os.Exit(1)
+	}
+	os.Exit(node.Run(func(inner *node.Machine) int {
+		machine = inner
+		return m.Run()
+	}))
+}

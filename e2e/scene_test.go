@@ -1,0 +1,197 @@
+package e2e
+
+import (
+	"bufio"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/role"
+)
+
+const (
+	httpPort = 8080
+	tcpPort  = 9090
+	tlsPort  = 8443
+	healthz  = "/healthz"
+
+	// deadline of anything that must not hang.
+	deadline = 20 * time.Second
+)
+
+// Probes that keep evidence fresh for longer than any test takes.
+var (
+	longHTTP = node.Probe{Port: httpPort, Path: healthz, PeriodSeconds: 600, TimeoutSeconds: 1}
+	longTCP  = node.Probe{Port: tcpPort, PeriodSeconds: 600, TimeoutSeconds: 1}
+	longTLS  = node.Probe{Port: tlsPort, PeriodSeconds: 600, TimeoutSeconds: 1}
+)
+
+// scene is a node with a daemon, and the two kinds of clients.
+type scene struct {
+	*node.Node
+	t             *testing.T
+	daemon        *node.Daemon
+	prober, other *role.Client
+}
+
+// newScene ends with its test, and tells of daemon and plugin if that failed.
+func newScene(t *testing.T, chain node.Chain) *scene {
+	t.Helper()
+	n, err := machine.NewNode(chain)
+	must(t, err)
+	s := &scene{Node: n, t: t}
+	must(t, n.WriteSpecs())
+	s.startDaemon()
+	s.prober, err = role.StartClient(n.CgroupPath(node.ProberCgroup))
+	must(t, err)
+	t.Cleanup(s.prober.Stop)
+	s.other, err = role.StartClient(n.CgroupPath(node.OtherCgroup))
+	must(t, err)
+	t.Cleanup(s.other.Stop)
+	t.Cleanup(s.explain)
+	return s
+}
+
+func (s *scene) startDaemon() {
+	s.t.Helper()
+	daemon, err := s.StartDaemon()
+	must(s.t, err)
+	s.daemon = daemon
+	s.t.Cleanup(daemon.Kill)
+}
+
+func (s *scene) explain() {
+	if !s.t.Failed() {
+		return
+	}
+	table, err := s.StatusTable()
+	s.t.Logf("status: %v\n%s", err, table)
+	for _, file := range []string{s.DaemonLog(), s.LogFile} {
+		text, err := os.ReadFile(file)
+		s.t.Logf("%s: %v\n%s", file, err, lastLines(string(text), 40))
+	}
+}
+
+func lastLines(text string, n int) string {
+	lines := strings.SplitAfter(text, "\n")
+	return strings.Join(lines[max(0, len(lines)-n):], "")
+}
+
+// pod is a pod with a server in it.
+type pod struct {
+	*node.Pod
+	*role.Server
+	s *scene
+}
+
+// newPod makes a pod whose server listens on the usual ports.
+func (s *scene) newPod() *pod {
+	s.t.Helper()
+	p, err := s.NewPod()
+	must(s.t, err)
+	must(s.t, p.Add())
+	server, err := role.StartServer(p.Netns)
+	must(s.t, err)
+	s.t.Cleanup(server.Stop)
+	must(s.t, server.Listen(httpPort, tcpPort))
+	must(s.t, server.ListenTLS(tlsPort))
+	return &pod{p, server, s}
+}
+
+// newFreshPod makes the only pod with specs, with the probes given and all of them answered by the kernel.
+func (s *scene) newFreshPod(probes ...node.Probe) *pod {
+	s.t.Helper()
+	p := s.newPod()
+	must(s.t, s.WriteSpecs(node.Probed{Pod: p.Pod, Readiness: probes}))
+	p.makeFresh(probes...)
+	return p
+}
+
+// makeFresh sends one probe of each that the pod itself answers.
+func (p *pod) makeFresh(probes ...node.Probe) {
+	p.s.t.Helper()
+	for _, probe := range probes {
+		must(p.s.t, p.s.AwaitState(p.Pod, probe.Port, probe.Path, node.Unknown, node.Stale, node.Fresh))
+		p.probe(probe, p.IPv4, 1)
+	}
+	for _, probe := range probes {
+		must(p.s.t, p.s.AwaitState(p.Pod, probe.Port, probe.Path, node.Fresh))
+	}
+}
+
+// probe sends probes as the kubelet does, none of which may fail.
+func (p *pod) probe(probe node.Probe, address netip.Addr, count int) {
+	p.s.t.Helper()
+	result, err := p.s.prober.Probe(probesOf(probe, address, count))
+	must(p.s.t, err)
+	if result.Failures > 0 {
+		p.s.t.Fatalf("%d of %d probes of port %d failed: %q", result.Failures, count, probe.Port, result.Messages)
+	}
+}
+
+func probesOf(probe node.Probe, address netip.Addr, count int) role.Probes {
+	return role.Probes{
+		Address: address.String(), Port: probe.Port, Path: probe.Path, Count: count, Timeout: time.Second,
+	}
+}
+
+// seen is what has reached a port of the pod.
+func (p *pod) seen(port int) role.Seen {
+	p.s.t.Helper()
+	seen, err := p.Seen(port)
+	must(p.s.t, err)
+	return seen
+}
+
+// address of a port of the pod.
+func (p *pod) address(port int) string {
+	return net.JoinHostPort(p.IPv4.String(), strconv.Itoa(port))
+}
+
+func (s *scene) counter(t *testing.T, name string) int {
+	t.Helper()
+	status, err := s.Status()
+	must(t, err)
+	return status.Counters[name]
+}
+
+// hits is how many probes of an endpoint the kernel has answered.
+func (p *pod) hits(probe node.Probe) int {
+	p.s.t.Helper()
+	e, err := p.s.Endpoint(p.Pod, probe.Port, probe.Path)
+	must(p.s.t, err)
+	return e.Hits
+}
+
+// dial returns a connection of the client's, which ends with the test.
+func (s *scene) dial(t *testing.T, c *role.Client, address string) net.Conn {
+	t.Helper()
+	conn, err := c.Dial(address)
+	must(t, err)
+	must(t, conn.SetDeadline(time.Now().Add(deadline)))
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// answeredByKernel reads a response, and says whether it is the kernel's.
+func answeredByKernel(conn net.Conn) (bool, error) {
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		return false, err
+	}
+	defer response.Body.Close() //nolint:errcheck // read only
+	return strings.HasPrefix(response.Header.Get("Cache-Status"), "probelet"), nil
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
