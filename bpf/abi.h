@@ -101,8 +101,8 @@ enum flow_state {
 };
 
 enum flow_flag {
-	FLOW_CONNECTED = 1 << 0,	/* observing: the pod's SYN-ACK was seen */
-	FLOW_REQUESTED = 1 << 1,	/* observing: the request was seen; taken: it was answered */
+	FLOW_CONNECTED = 1 << 0, /* observing: the pod's SYN-ACK was seen */
+	FLOW_REQUESTED = 1 << 1, /* observing: the request was seen; taken: it was answered */
 	FLOW_CLIENT_FIN = 1 << 2,
 	FLOW_CLIENT_FIN_ACKED = 1 << 3,
 	FLOW_POD_FIN = 1 << 4,
@@ -208,8 +208,9 @@ struct {
 #define PODS_MAX 4096
 
 /*
- * One pod's evidence: struct endpoint_key, struct evidence. Written by the daemon only, read by steer and respond. Lives
- * as long as the pod's attachment. (Sizes, not types: kernels before 6.2 want a map without BTF here, as ADD makes it.)
+ * One pod's evidence: struct endpoint_key, struct evidence. Written by the daemon only, read by steer and respond.
+ * Lives as long as the pod's attachment. (Sizes, not types: kernels before 6.2 want a map without BTF here, as ADD
+ * makes it.)
  */
 struct evidence_of_pod {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -218,8 +219,8 @@ struct evidence_of_pod {
 	__uint(value_size, sizeof(struct evidence));
 };
 
-/* One pod's tallies: struct endpoint_key, struct tally. Records are created by the daemon (zero) beside the evidence and then written by the kernel only,
- * so that neither writer overwrites the other. */
+/* One pod's tallies: struct endpoint_key, struct tally. Records are created by the daemon (zero) beside the evidence
+ * and then written by the kernel only, so that neither writer overwrites the other. */
 struct tallies_of_pod {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, ENDPOINTS_PER_POD);
@@ -259,7 +260,8 @@ struct {
 	__uint(max_entries, 1 << 20);
 } outcomes SEC(".maps");
 
-/* key: enum counter; value: per-CPU count. Written by both programs, read by people. Lives until the pins are removed. */
+/* key: enum counter; value: per-CPU count. Written by both programs, read by people. Lives until the pins are removed.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, COUNT_MAX);

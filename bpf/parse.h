@@ -36,8 +36,7 @@ static __always_inline bool read_ipv4(struct segment *s, const struct iphdr *ip,
 {
 	__u32 total = bpf_ntohs(ip->tot_len);
 
-	if (ip->version != 4 || ip->ihl != 5 || ip->protocol != IPPROTO_TCP ||
-	    ip->frag_off & bpf_htons(IP_FRAGMENT))
+	if (ip->version != 4 || ip->ihl != 5 || ip->protocol != IPPROTO_TCP || ip->frag_off & bpf_htons(IP_FRAGMENT))
 		return false;
 	map_ipv4(from_pod ? s->flow.pod_addr : s->flow.client_addr, ip->saddr);
 	map_ipv4(from_pod ? s->flow.client_addr : s->flow.pod_addr, ip->daddr);
@@ -196,8 +195,8 @@ __noinline int find_header_end(struct scratch *s)
 }
 
 /*
- * Reads a SYN's options, len bytes in s->bytes: the MSS into s->mss. Returns -1 for one that we would have to honour and do not
- * know (MD5, authentication, fast open …).
+ * Reads a SYN's options, len bytes in s->bytes: the MSS into s->mss. Returns -1 for one that we would have to honour
+ * and do not know (MD5, authentication, fast open …).
  */
 __noinline int read_syn_options(struct scratch *s)
 {

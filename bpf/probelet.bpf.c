@@ -16,7 +16,8 @@
 #define PASS TC_ACT_UNSPEC /* TCX_NEXT: whoever comes after us decides */
 #define DROP TC_ACT_SHOT
 
-/* Sockets of the kernel itself (a RST or an ACK for a connection whose socket is gone) belong to the root cgroup, or none. */
+/* Sockets of the kernel itself (a RST or an ACK for a connection whose socket is gone) belong to the root cgroup, or
+ * none. */
 #define ROOT_CGROUP_ID 1
 
 #define OUR_WINDOW 64240
@@ -78,8 +79,7 @@ static __always_inline bool may_answer(const struct flow_key *key, const struct 
 {
 	if (e->result != RESULT_SUCCESS || e->observed_at <= withdrawn_at(key->ifindex, key->pod_port))
 		return false;
-	return now < e->fresh_until ||
-	       (flow->started_at < e->fresh_until && now - flow->started_at < TAKEN_GRACE_NS);
+	return now < e->fresh_until || (flow->started_at < e->fresh_until && now - flow->started_at < TAKEN_GRACE_NS);
 }
 
 static __always_inline void report(const struct flow_key *key, const struct flow *flow, __u8 event, __u8 kind,
@@ -130,13 +130,13 @@ static __always_inline int drop_quietly(struct __sk_buff *skb, const struct segm
 static __always_inline int send_syn_ack(struct __sk_buff *skb, const struct segment *seg, const struct flow *flow)
 {
 	struct order order = {
-		.verdict = ORDER_TO_CLIENT,
-		.seq = flow->our_isn,
-		.ack = flow->client_isn + 1,
-		.tcp_flags = TCP_SYN | TCP_ACK,
-		/* The client's own: it names what the way to the pod can carry, and is what the pod is offered. */
-		.mss = flow->client_mss,
-		.window = OUR_WINDOW,
+	    .verdict = ORDER_TO_CLIENT,
+	    .seq = flow->our_isn,
+	    .ack = flow->client_isn + 1,
+	    .tcp_flags = TCP_SYN | TCP_ACK,
+	    /* The client's own: it names what the way to the pod can carry, and is what the pod is offered. */
+	    .mss = flow->client_mss,
+	    .window = OUR_WINDOW,
 	};
 
 	return send_order(skb, seg, &order);
@@ -146,11 +146,11 @@ static __always_inline int send_syn_ack(struct __sk_buff *skb, const struct segm
 static __always_inline int replay_syn(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
 	struct order order = {
-		.verdict = ORDER_TO_POD,
-		.seq = flow->client_isn,
-		.tcp_flags = TCP_SYN,
-		.mss = flow->client_mss,
-		.window = seg->window,
+	    .verdict = ORDER_TO_POD,
+	    .seq = flow->client_isn,
+	    .tcp_flags = TCP_SYN,
+	    .mss = flow->client_mss,
+	    .window = seg->window,
 	};
 
 	if (flow->state == FLOW_TAKEN) {
@@ -234,10 +234,10 @@ static __always_inline void observe_client(struct __sk_buff *skb, const struct s
 static __always_inline int end_taken(struct __sk_buff *skb, const struct segment *seg, const struct flow *flow)
 {
 	struct order order = {
-		.verdict = ORDER_TO_CLIENT,
-		.seq = seg->ack,
-		.ack = seg->seq + seg->payload + 1,
-		.tcp_flags = TCP_RST | TCP_ACK,
+	    .verdict = ORDER_TO_CLIENT,
+	    .seq = seg->ack,
+	    .ack = seg->seq + seg->payload + 1,
+	    .tcp_flags = TCP_RST | TCP_ACK,
 	};
 
 	if (!(flow->flags & FLOW_REQUESTED))
@@ -250,14 +250,14 @@ static __always_inline int answer_request(struct __sk_buff *skb, const struct se
 					  __u64 path_hash)
 {
 	struct order order = {
-		.verdict = ORDER_TO_CLIENT,
-		.path_hash = path_hash,
-		.seq = flow->our_isn + 1,
-		.ack = seg->seq + seg->payload,
-		/* Data and FIN in one segment: the prober never closes first, so no TIME_WAIT is left. */
-		.tcp_flags = TCP_PSH | TCP_FIN | TCP_ACK,
-		.window = OUR_WINDOW,
-		.with_reply = true,
+	    .verdict = ORDER_TO_CLIENT,
+	    .path_hash = path_hash,
+	    .seq = flow->our_isn + 1,
+	    .ack = seg->seq + seg->payload,
+	    /* Data and FIN in one segment: the prober never closes first, so no TIME_WAIT is left. */
+	    .tcp_flags = TCP_PSH | TCP_FIN | TCP_ACK,
+	    .window = OUR_WINDOW,
+	    .with_reply = true,
 	};
 
 	if (!(flow->flags & FLOW_REQUESTED))
@@ -292,8 +292,8 @@ static __always_inline int steer_taken(struct __sk_buff *skb, const struct segme
 		if (e && may_answer(&seg->flow, flow, e, bpf_ktime_get_boot_ns()))
 			return answer_request(skb, seg, flow, path_hash);
 	}
-	/* Later data may overtake the first; only the first can be retransmitted into the new connection. And a client that
-	 * has had an answer is not handed over any more. */
+	/* Later data may overtake the first; only the first can be retransmitted into the new connection. And a client
+	 * that has had an answer is not handed over any more. */
 	if (offset != 0 || seg->ack != flow->our_isn + 1)
 		return drop_quietly(skb, seg);
 	return replay_syn(skb, seg, flow);
@@ -440,8 +440,8 @@ static __always_inline void observe_pod(struct xdp_md *ctx, const struct segment
 		/* After a good status a reset says nothing certain: the prober may have had the whole answer or not. */
 		if (!flow->status) {
 			withdraw(seg->flow.ifindex, seg->flow.pod_port, now);
-			report(&seg->flow, flow, OUTCOME_RESET,
-			       flow->flags & FLOW_REQUESTED ? KIND_HTTP : KIND_PORT, now);
+			report(&seg->flow, flow, OUTCOME_RESET, flow->flags & FLOW_REQUESTED ? KIND_HTTP : KIND_PORT,
+			       now);
 		}
 		bpf_map_delete_elem(&flows, &seg->flow);
 		return;
@@ -525,8 +525,9 @@ static __always_inline int translate_from_pod(struct xdp_md *ctx, const struct s
 		return XDP_PASS;
 	told = bpf_htonl(seg->seq - flow->pod_isn + flow->our_isn);
 	/*
-	 * A packet that never left this machine mostly carries the pseudo-header's sum only, which does not cover seq and
-	 * must stay for whoever completes it. XDP is not told; a full checksum equals that sum once in 65536 packets.
+	 * A packet that never left this machine mostly carries the pseudo-header's sum only, which does not cover seq
+	 * and must stay for whoever completes it. XDP is not told; a full checksum equals that sum once in 65536
+	 * packets.
 	 */
 	if (tcp->check != fold(pseudo_sum(ip, l3_len, seg->tcp_len + seg->payload)))
 		tcp->check = ~fold((__u64)(__u16)~tcp->check + (__u32)~tcp->seq + told);

@@ -13,8 +13,8 @@ struct reply {
 	__u16 mss; /* 0: no MSS option */
 	__u16 window;
 	__u8 tcp_flags;
-	bool swap;	    /* back to where the packet came from */
-	__u32 payload;	    /* bytes that already stand behind the TCP header */
+	bool swap;     /* back to where the packet came from */
+	__u32 payload; /* bytes that already stand behind the TCP header */
 	__u32 payload_sum;
 };
 
@@ -70,7 +70,8 @@ static __always_inline int rewrite(struct xdp_md *ctx, __u32 l3_len, const struc
 	__u32 tcp_len = sizeof(*tcp) + (r->mss ? 4 : 0), tcp_bytes = tcp_len + r->payload;
 	__u64 length = data_end - data, sum;
 
-	/* The verifier knows 64-bit arithmetic on packet pointers only, which the compiler would narrow further down. */
+	/* The verifier knows 64-bit arithmetic on packet pointers only, which the compiler would narrow further down.
+	 */
 	asm volatile("" : "+r"(length));
 	if ((void *)(tcp + 1) > data_end)
 		return -1;

@@ -424,10 +424,11 @@ func TestWhatIsNotUnderstoodPassesUntouched(t *testing.T) {
 		b.passes(b.toPod("R", b.isn+1, 1, "").Bytes(t, nil))
 		if b.srv.Addr().Is4() {
 			// Read without regard to its IP options, this is a SYN to port 8080.
-			disguised := b.toPod("A", 1, 0x50020000, "")
-			b.passes(disguised.Bytes(t, func(v4 *layers.IPv4, _ *layers.IPv6) {
+			disguised := b.toPod("A", 1, 0x50020000, "").Bytes(t, func(v4 *layers.IPv4, _ *layers.IPv6) {
 				v4.Options = []layers.IPv4Option{{OptionType: 0x94, OptionLength: 4, OptionData: []byte{0x1f, 0x90}}}
-			}))
+			})
+			binary.BigEndian.PutUint16(disguised[14+2:], 40)
+			b.passes(disguised[:14+40])
 			b.passes(b.syn().Bytes(t, func(v4 *layers.IPv4, _ *layers.IPv6) { v4.Flags = layers.IPv4MoreFragments }))
 			b.passes(b.syn().Bytes(t, func(v4 *layers.IPv4, _ *layers.IPv6) { v4.FragOffset = 8 }))
 			b.passes(b.syn().Bytes(t, func(v4 *layers.IPv4, _ *layers.IPv6) { v4.Protocol = layers.IPProtocolUDP }))
@@ -527,6 +528,15 @@ func TestWithdrawnBetweenOrderAndAnswerIsHandedOver(t *testing.T) {
 		}
 		b.counted("answered_http", 0)
 		b.replaysSYN(ask)
+	})
+	onBench(t, func(b *bench) { // but not if the client has had the answer
+		b.arm()
+		x := b.connect()
+		ask := b.toPod("PA", b.isn+1, x+1, request)
+		reply := b.reply(ask)
+		must(t, b.pod.Delete(HTTPKey(8080, "/healthz")))
+		ask.Ack += uint32(len(reply.Payload)) + 1
+		b.dropped(ask)
 	})
 }
 
