@@ -176,7 +176,7 @@ func closePorts(specs []EndpointSpec) {
 		}
 	}
 	for i, s := range specs {
-		if closer, closed := closers[s.Port]; closed && s.onPort() && s.Reason == "" {
+		if closer, closed := closers[s.Port]; closed && s.Reason == "" {
 			specs[i].Reason = fmt.Sprintf("shares its port with %s of %s, which is never answered: %s",
 				closer.Endpoint, closer.Askers[0], closer.Reason)
 		}

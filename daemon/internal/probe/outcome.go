@@ -59,9 +59,10 @@ func (s EndpointSpec) judge(o Outcome) (result Result, conclusive bool) {
 		// Before its timeout the prober left by itself: it was stopped, or is not the kubelet.
 		return Failure, s.late(o)
 	case Connected:
-		return successUnless(s.late(o)), true
+		return successUnless(s.late(o)), s.Kind == TCP && o.Endpoint == s.Endpoint
 	case Answered:
-		return s.judgeStatus(o)
+		result, conclusive = s.judgeStatus(o)
+		return result, conclusive && s.Kind == HTTP && o.Endpoint == s.Endpoint
 	}
 	return Unknown, false
 }

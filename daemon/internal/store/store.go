@@ -95,9 +95,10 @@ type step struct {
 }
 
 // diff returns the steps from have to want. At no moment between them may a connection be taken that is not
-// answerable: so gates close first, and open last. A record that is as it should be is not touched.
+// answerable: so gates close first, and open last. Room is made before it is used. A record that is as it should be is
+// not touched.
 func diff(have, want Records) []step {
-	var closing, endpoints, opening []step
+	var closing, removing, putting, opening []step
 	for _, key := range slices.SortedFunc(maps.Keys(union(have, want)), compareKeys) {
 		old, exists := have[key]
 		wanted, stays := want[key]
@@ -107,9 +108,9 @@ func diff(have, want Records) []step {
 		case !stays && isGate:
 			closing = append(closing, step{key: key, remove: true})
 		case !stays:
-			endpoints = append(endpoints, step{key: key, remove: true})
+			removing = append(removing, step{key: key, remove: true})
 		case !isGate:
-			endpoints = append(endpoints, step{key: key, record: wanted})
+			putting = append(putting, step{key: key, record: wanted})
 		default:
 			if narrow := narrower(old, wanted); exists && narrow != old {
 				closing = append(closing, step{key: key, record: narrow})
@@ -120,7 +121,7 @@ func diff(have, want Records) []step {
 			}
 		}
 	}
-	return slices.Concat(closing, endpoints, opening)
+	return slices.Concat(closing, removing, putting, opening)
 }
 
 // narrower is a gate that lets through only what both let through.

@@ -1,0 +1,334 @@
+package probe
+
+import (
+	"maps"
+	"slices"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+)
+
+const second = uint64(time.Second)
+
+var x = Endpoint{80, HTTP, "/x"}
+
+// track returns a tracker of the probes, at 1000 s.
+func track(t testing.TB, probes ...Spec) *Tracker {
+	tracker := NewTracker()
+	tracker.SetEndpoints(endpoints(t, probes...), 1000*second)
+	return tracker
+}
+
+// after is an outcome, seen that many seconds later, which took no time.
+func after(seconds uint64, e Endpoint, event Event, status int) Outcome {
+	return Outcome{Endpoint: e, Event: event, Status: status, ObservedAt: (1000 + seconds) * second}
+}
+
+func took(d time.Duration, o Outcome) Outcome {
+	o.Duration = d
+	return o
+}
+
+func TestJudgement(t *testing.T) {
+	tcp, anyOf80 := Endpoint{Port: 80, Kind: TCP}, Endpoint{Port: 80}
+	good := after(10, x, Answered, 200)
+	unchanged := Evidence{Success, 200, 1010 * second, 1021 * second}
+	at := func(seconds uint64, r Result, status int) Evidence {
+		e := Evidence{Result: r, Status: status, ObservedAt: (1000 + seconds) * second}
+		if r == Success {
+			e.FreshUntil = e.ObservedAt + 11*second
+		}
+		return e
+	}
+	for name, test := range map[string]struct {
+		endpoint Endpoint
+		outcomes []Outcome
+		want     Evidence
+	}{
+		"nothing":          {x, nil, Evidence{}},
+		"200":              {x, []Outcome{good}, unchanged},
+		"299":              {x, []Outcome{after(10, x, Answered, 299)}, at(10, Success, 299)},
+		"just in time":     {x, []Outcome{took(899*time.Millisecond, good)}, unchanged},
+		"too near":         {x, []Outcome{took(900*time.Millisecond, good)}, at(10, Failure, 200)},
+		"too late":         {x, []Outcome{took(time.Minute, after(100, x, Answered, 200))}, at(100, Failure, 200)},
+		"redirect":         {x, []Outcome{good, after(20, x, Answered, 302)}, at(20, Unknown, 302)},
+		"client error":     {x, []Outcome{good, after(20, x, Answered, 404)}, at(20, Failure, 404)},
+		"server error":     {x, []Outcome{good, after(20, x, Answered, 503)}, at(20, Failure, 503)},
+		"interim response": {x, []Outcome{good, after(20, x, Answered, 101)}, unchanged},
+		"reset":            {x, []Outcome{good, after(20, x, Reset, 0)}, at(20, Failure, 0)},
+		"port refused":     {x, []Outcome{good, after(20, anyOf80, Reset, 0)}, at(20, Failure, 0)},
+		"gave up":          {x, []Outcome{good, took(time.Second, after(20, x, NoAnswer, 0))}, at(20, Failure, 0)},
+		"left early":       {x, []Outcome{good, took(time.Second/2, after(20, x, NoAnswer, 0))}, unchanged},
+		"no connection":    {x, []Outcome{good, took(time.Second, after(20, anyOf80, NoAnswer, 0))}, at(20, Failure, 0)},
+		"recovered":        {x, []Outcome{after(5, x, Reset, 0), good}, unchanged},
+		"older":            {x, []Outcome{good, after(9, x, Answered, 500)}, unchanged},
+		"as old":           {x, []Outcome{good, after(10, x, Answered, 500)}, unchanged},
+		"another path":     {x, []Outcome{good, after(20, Endpoint{80, HTTP, "/y"}, Answered, 500)}, unchanged},
+		"another port":     {x, []Outcome{good, after(20, Endpoint{81, HTTP, "/x"}, Reset, 0)}, unchanged},
+		"other port":       {x, []Outcome{good, after(20, Endpoint{Port: 81}, Reset, 0)}, unchanged},
+		"another kind":     {x, []Outcome{after(10, tcp, Connected, 0)}, Evidence{}},
+		"connected":        {tcp, []Outcome{after(10, tcp, Connected, 0)}, at(10, Success, 0)},
+		"connected late":   {tcp, []Outcome{took(time.Second, after(10, tcp, Connected, 0))}, at(10, Failure, 0)},
+		"TCP refused":      {tcp, []Outcome{after(10, anyOf80, Reset, 0)}, at(10, Failure, 0)},
+		"asked before it was known": {x, []Outcome{took(500*time.Millisecond, Outcome{
+			Endpoint: x, Event: Answered, Status: 200, ObservedAt: 1000*second + 1})}, Evidence{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tracker := track(t, httpProbe(Readiness, "/x"), tcpProbe(Liveness))
+			for _, o := range test.outcomes {
+				tracker.Observe(o)
+			}
+			if got := tracker.Evidence()[test.endpoint]; got != test.want {
+				t.Errorf("got %+v, want %+v", got, test.want)
+			}
+		})
+	}
+}
+
+// The smallest timeout counts: which of the probes it was is not known.
+func TestSharedTimeout(t *testing.T) {
+	tracker := track(t, httpProbe(Readiness, "/x"), with(httpProbe(Liveness, "/x"), func(s *Spec) { s.Timeout = time.Minute }))
+	tracker.Observe(took(2*time.Second, after(10, x, Answered, 200)))
+	if got := tracker.Evidence()[x].Result; got != Failure {
+		t.Errorf("%s, want failure", got)
+	}
+}
+
+func TestGate(t *testing.T) {
+	y := Endpoint{80, HTTP, "/y"}
+	both := []Spec{httpProbe(Readiness, "/x"), with(httpProbe(Liveness, "/y"), func(s *Spec) { s.Period = 2 * time.Second })}
+	startup := with(httpProbe(Startup, "/y"), func(*Spec) {})
+	https := with(httpProbe(Startup, "/y"), func(s *Spec) { s.Kind = HTTPS })
+	closed := Gate{}
+	for name, test := range map[string]struct {
+		probes   []Spec
+		outcomes []Outcome
+		want     Gate
+	}{
+		"nothing known": {both, nil, closed},
+		"one known":     {both, []Outcome{after(10, x, Answered, 200)}, closed},
+		"oldest and earliest": {both, []Outcome{after(10, x, Answered, 200), after(12, y, Answered, 200)},
+			Gate{1010 * second, 1015 * second}},
+		"one failed": {both, []Outcome{after(10, x, Answered, 200), after(12, y, Answered, 200), after(13, x, Answered, 500)},
+			closed},
+		"one redirects": {both, []Outcome{after(10, x, Answered, 200), after(12, y, Answered, 301)}, closed},
+		"a startup probe, unknown": {[]Spec{both[0], startup}, []Outcome{after(10, x, Answered, 200)},
+			Gate{1010 * second, 1021 * second}},
+		"a startup probe, failed": {[]Spec{both[0], startup},
+			[]Outcome{after(10, x, Answered, 200), after(12, y, Answered, 500)}, Gate{1010 * second, 1021 * second}},
+		"a startup probe by HTTPS": {[]Spec{both[0], https}, []Outcome{after(10, x, Answered, 200)},
+			Gate{1010 * second, 1021 * second}},
+		"startup probes only": {[]Spec{startup}, []Outcome{after(10, y, Answered, 200)}, closed},
+		"beside HTTPS": {[]Spec{both[0], with(https, func(s *Spec) { s.Type = Liveness })},
+			[]Outcome{after(10, x, Answered, 200)}, closed},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tracker := track(t, test.probes...)
+			for _, o := range test.outcomes {
+				tracker.Observe(o)
+			}
+			if got := tracker.Gates()[80]; got != test.want {
+				t.Errorf("got %+v, want %+v", got, test.want)
+			}
+		})
+	}
+}
+
+func TestGatesOfEachPort(t *testing.T) {
+	tracker := track(t, httpProbe(Readiness, "/x"), with(tcpProbe(Liveness), func(s *Spec) { s.Port = 81 }),
+		with(tcpProbe(Liveness), func(s *Spec) { s.Container, s.Port, s.Host = "d", 82, "h" }))
+	tracker.Observe(after(10, x, Answered, 200))
+	if ports := slices.Sorted(maps.Keys(tracker.Gates())); !slices.Equal(ports, []uint16{80, 81}) {
+		t.Errorf("gates of %v, want those of 80 and 81", ports)
+	}
+	if gate := tracker.Gates()[81]; gate != (Gate{}) {
+		t.Errorf("what port 80 answers opens port 81: %+v", gate)
+	}
+}
+
+func TestSetEndpoints(t *testing.T) {
+	probe := httpProbe(Readiness, "/x")
+	fresh := Evidence{Success, 200, 1010 * second, 1021 * second}
+	for name, test := range map[string]struct {
+		probes []Spec
+		want   Evidence
+	}{
+		"the same":        {[]Spec{probe}, fresh},
+		"shorter period":  {[]Spec{with(probe, func(s *Spec) { s.Period = 3 * time.Second })}, Evidence{Success, 200, 1010 * second, 1014 * second}},
+		"longer period":   {[]Spec{with(probe, func(s *Spec) { s.Period = time.Minute })}, fresh},
+		"other headers":   {[]Spec{with(probe, func(s *Spec) { s.Headers = []Header{{"A", "1"}} })}, Evidence{}},
+		"startup only":    {[]Spec{with(probe, func(s *Spec) { s.Type = Startup })}, Evidence{Success, 200, 1010 * second, 0}},
+		"HTTPS beside it": {[]Spec{probe, with(probe, func(s *Spec) { s.Kind = HTTPS })}, Evidence{Success, 200, 1010 * second, 0}},
+		"gone":            {nil, Evidence{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tracker := track(t, probe)
+			tracker.Observe(after(10, x, Answered, 200))
+			tracker.SetEndpoints(endpoints(t, test.probes...), 1015*second)
+			if got := tracker.Evidence()[x]; got != test.want {
+				t.Errorf("got %+v, want %+v", got, test.want)
+			}
+		})
+	}
+}
+
+// A probe that was under way when its question changed was asked the old one.
+func TestSetEndpointsIgnoresAnswersToTheOldQuestion(t *testing.T) {
+	tracker := track(t, httpProbe(Readiness, "/x"))
+	changed := with(httpProbe(Readiness, "/x"), func(s *Spec) { s.Headers = []Header{{"A", "1"}} })
+	tracker.SetEndpoints(endpoints(t, changed), 1010*second)
+	tracker.Observe(took(500*time.Millisecond, Outcome{Endpoint: x, Event: Answered, Status: 200, ObservedAt: 1010*second + 1}))
+	if got := tracker.Evidence()[x]; got != (Evidence{}) {
+		t.Errorf("learned %+v from it", got)
+	}
+	tracker.Observe(after(11, x, Answered, 200))
+	if got := tracker.Evidence()[x].Result; got != Success {
+		t.Errorf("%s, want success", got)
+	}
+}
+
+func TestRestore(t *testing.T) {
+	now := 1010 * second
+	for name, test := range map[string]struct{ evidence, want Evidence }{
+		"within the bound": {Evidence{Success, 200, 1005 * second, 1008 * second}, Evidence{Success, 200, 1005 * second, 1008 * second}},
+		"beyond the bound": {Evidence{Success, 200, 1005 * second, 9999 * second}, Evidence{Success, 200, 1005 * second, 1016 * second}},
+		"failure":          {Evidence{Failure, 500, 1005 * second, 9999 * second}, Evidence{Failure, 500, 1005 * second, 0}},
+		"from the future":  {Evidence{Success, 200, 1011 * second, 1012 * second}, Evidence{}},
+		"empty":            {Evidence{}, Evidence{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tracker := track(t, httpProbe(Readiness, "/x"))
+			tracker.Restore(x, test.evidence, now)
+			if got := tracker.Evidence()[x]; got != test.want {
+				t.Errorf("got %+v, want %+v", got, test.want)
+			}
+		})
+	}
+}
+
+var (
+	modelEndpoints = []Endpoint{x, {80, HTTP, "/y"}, {80, TCP, ""}, {81, TCP, ""}}
+	wholePorts     = []Endpoint{{Port: 80}, {Port: 81}}
+)
+
+func drawOutcome(t *rapid.T) Outcome {
+	return Outcome{
+		Endpoint:   rapid.SampledFrom(slices.Concat(modelEndpoints, wholePorts)).Draw(t, "endpoint"),
+		Event:      rapid.SampledFrom([]Event{Connected, Answered, Reset, NoAnswer}).Draw(t, "event"),
+		Status:     rapid.SampledFrom([]int{0, 101, 200, 204, 302, 404, 503}).Draw(t, "status"),
+		ObservedAt: (2000 + rapid.Uint64Range(0, 60).Draw(t, "observed at")) * second,
+		Duration:   time.Duration(rapid.IntRange(0, 1500).Draw(t, "duration")) * time.Millisecond,
+	}
+}
+
+// success is what nobody would dispute: of the very endpoint, in its way, well in time.
+func success(o Outcome, e Endpoint) bool {
+	if o.Endpoint != e || o.Duration >= 900*time.Millisecond {
+		return false
+	}
+	return e.Kind == TCP && o.Event == Connected || e.Kind == HTTP && o.Event == Answered && o.Status/100 == 2
+}
+
+// failure is what nobody would overlook.
+func failure(o Outcome, e Endpoint) bool {
+	if o.Event == Reset && o.Endpoint == (Endpoint{Port: e.Port}) {
+		return true
+	}
+	return o.Endpoint == e && (o.Event == Reset || e.Kind == HTTP && o.Event == Answered && o.Status >= 400)
+}
+
+func TestInvariants(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		tracker := NewTracker()
+		staleness := map[Endpoint]uint64{}
+		set := func(t *rapid.T) {
+			var probes []Spec
+			for _, e := range modelEndpoints {
+				p := Spec{Container: "c", Type: Liveness, Kind: e.Kind, Port: e.Port, Path: e.Path, Timeout: time.Second}
+				p.Period = time.Duration(rapid.IntRange(1, 30).Draw(t, "period")) * time.Second
+				probes = append(probes, p)
+			}
+			specs, err := Endpoints(Pod{Probes: probes}, limits)
+			if err != nil {
+				t.Fatal(err)
+			}
+			tracker.SetEndpoints(specs, 1000*second)
+			for _, s := range specs {
+				staleness[s.Endpoint] = uint64(s.Staleness)
+			}
+		}
+		set(t)
+		successes := map[Endpoint]map[uint64]bool{} // when each endpoint was seen to succeed
+		failures := map[Endpoint]uint64{}           // when it was last seen to fail
+		for _, e := range modelEndpoints {
+			successes[e] = map[uint64]bool{}
+		}
+
+		t.Repeat(map[string]func(*rapid.T){
+			"reload": set,
+			"outcome": func(t *rapid.T) {
+				o := drawOutcome(t)
+				before := tracker.Evidence()
+				tracker.Observe(o)
+				for e, now := range tracker.Evidence() {
+					if success(o, e) {
+						successes[e][o.ObservedAt] = true
+					}
+					if failure(o, e) && o.ObservedAt > before[e].ObservedAt {
+						failures[e] = o.ObservedAt
+					}
+					if o.ObservedAt < before[e].ObservedAt && now != before[e] {
+						t.Fatalf("%s: an older outcome changed %+v to %+v", e, before[e], now)
+					}
+					if now.FreshUntil > before[e].FreshUntil && !success(o, e) {
+						t.Fatalf("%s: prolonged to %+v by %+v", e, now, o)
+					}
+				}
+			},
+			"": func(t *rapid.T) {
+				evidence := tracker.Evidence()
+				for _, e := range modelEndpoints {
+					checkEvidence(t, e, evidence[e], staleness[e], successes[e], failures[e])
+				}
+				for port, gate := range tracker.Gates() {
+					checkGate(t, port, gate, evidence)
+				}
+			},
+		})
+	})
+}
+
+func checkEvidence(t *rapid.T, e Endpoint, got Evidence, staleness uint64, successes map[uint64]bool, failed uint64) {
+	if got.FreshUntil == 0 {
+		return
+	}
+	if got.Result != Success || !successes[got.ObservedAt] {
+		t.Fatalf("%s: fresh without an observed success: %+v", e, got)
+	}
+	if got.FreshUntil > got.ObservedAt+staleness {
+		t.Fatalf("%s: fresh for longer than %d: %+v", e, staleness, got)
+	}
+	if failed != 0 && got.ObservedAt <= failed {
+		t.Fatalf("%s: fresh after a failure at %d: %+v", e, failed, got)
+	}
+}
+
+// checkGate: open exactly if all are, for no longer than any, and on evidence no older than the oldest.
+func checkGate(t *rapid.T, port uint16, gate Gate, evidence map[Endpoint]Evidence) {
+	open := true
+	want := Gate{^uint64(0), ^uint64(0)}
+	for e, known := range evidence {
+		if e.Port == port {
+			open = open && known.FreshUntil != 0
+			want.ObservedAt = min(want.ObservedAt, known.ObservedAt)
+			want.FreshUntil = min(want.FreshUntil, known.FreshUntil)
+		}
+	}
+	if !open {
+		want = Gate{}
+	}
+	if gate != want {
+		t.Fatalf("port %d: gate %+v, want %+v", port, gate, want)
+	}
+}
