@@ -1,0 +1,358 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/probelet/probelet/bpf/attach"
+	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/statedir"
+)
+
+const (
+	second = uint64(time.Second)
+	now    = 1000 * second
+)
+
+// fakeKernel holds pods' maps by ifindex.
+type fakeKernel struct {
+	prober datapath.Prober
+	pods   map[uint32]fakeMaps
+}
+
+type fakeMaps map[datapath.EndpointKey]fakeRecord
+
+type fakeRecord struct {
+	evidence datapath.Evidence
+	tally    datapath.Tally
+}
+
+func (k fakeKernel) Prober() (datapath.Prober, error) { return k.prober, nil }
+func (k fakeKernel) Close() error                     { return nil }
+
+func (k fakeKernel) Counters() (map[string]uint64, error) {
+	return map[string]uint64{"answered_http": 12, "answered_tcp": 3, "observed": 20, "handed_over": 1}, nil
+}
+
+func (k fakeKernel) Pod(ifindex uint32) (podMaps, error) {
+	if maps, ok := k.pods[ifindex]; ok {
+		return maps, nil
+	}
+	return nil, os.ErrNotExist
+}
+
+func (m fakeMaps) Close() error { return nil }
+
+func (m fakeMaps) Get(key datapath.EndpointKey) (datapath.Evidence, datapath.Tally, error) {
+	r, ok := m[key]
+	if !ok {
+		return r.evidence, r.tally, ebpf.ErrKeyNotExist
+	}
+	return r.evidence, r.tally, nil
+}
+
+// success was observed so many seconds ago, and is fresh for so many more.
+func success(ago, fresh uint64, status uint16) datapath.Evidence {
+	return datapath.Evidence{
+		Result: datapath.ResultSuccess, Status: status, ObservedAt: now - ago*second, FreshUntil: now + fresh*second,
+	}
+}
+
+func failed(ago uint64, status uint16) datapath.Evidence {
+	return datapath.Evidence{Result: datapath.ResultFailure, Status: status, ObservedAt: now - ago*second}
+}
+
+func hits(n uint64) datapath.Tally { return datapath.Tally{Hits: n} }
+
+func withdrawn(ago uint64) datapath.Tally { return datapath.Tally{WithdrawnAt: now - ago*second} }
+
+// machine is what a command of the test finds.
+type machine struct {
+	t        *testing.T
+	kernel   *fakeKernel // nil: nothing is loaded
+	stateDir string
+	stderr   bytes.Buffer
+}
+
+func newMachine(t *testing.T) *machine {
+	return &machine{t: t, stateDir: t.TempDir(), kernel: &fakeKernel{
+		prober: datapath.Prober{CgroupIDs: []uint64{4711}}, pods: map[uint32]fakeMaps{},
+	}}
+}
+
+func (m *machine) run(args ...string) (string, error) {
+	m.t.Helper()
+	var stdout bytes.Buffer
+	env := environment{
+		stdout: &stdout, stderr: &m.stderr,
+		now: func() uint64 { return now },
+		open: func(string) (kernel, error) {
+			if m.kernel == nil {
+				return nil, nil
+			}
+			return m.kernel, nil
+		},
+	}
+	err := execute(context.Background(), env, append(args, "--state-dir", m.stateDir))
+	return stdout.String(), err
+}
+
+func (m *machine) status(args ...string) string {
+	m.t.Helper()
+	out, err := m.run(append([]string{"status"}, args...)...)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	return out
+}
+
+// daemon says that one runs.
+func (m *machine) daemon() {
+	m.t.Helper()
+	unlock, err := statedir.Lock(m.stateDir)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.t.Cleanup(func() { _ = unlock() })
+}
+
+func (m *machine) describe(e statedir.Endpoints) {
+	m.t.Helper()
+	if err := statedir.WriteEndpoints(m.stateDir, e); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+func (m *machine) record(r attach.Record) {
+	m.t.Helper()
+	if err := attach.WriteRecord(m.stateDir, r); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+func endpoint(kind probe.Kind, port uint16, path string) statedir.Endpoint {
+	return statedir.Endpoint{
+		Kind: kind, Port: port, Path: path, Observed: true, Period: 10, Timeout: 1, StalenessBound: 11,
+		Probes: []probe.Asker{{Container: "c", Type: probe.Readiness}},
+	}
+}
+
+// web attaches a pod with these endpoints.
+func (m *machine) web(maps fakeMaps, endpoints ...statedir.Endpoint) {
+	m.t.Helper()
+	m.record(attach.Record{ContainerID: "c0ffee", IfName: "eth0", IfIndex: 7, HostIfName: "veth7", PodIPs: []string{"10.0.0.7"}})
+	m.describe(statedir.Endpoints{Attachments: []statedir.Attachment{{
+		ContainerID: "c0ffee", IfName: "eth0", Pod: "shop/web", Endpoints: endpoints,
+	}}})
+	m.kernel.pods[7] = maps
+}
+
+// squeeze makes of each run of blanks one.
+func squeeze(s string) string { return strings.Join(strings.Fields(s), " ") }
+
+func TestNothingLoaded(t *testing.T) {
+	m := newMachine(t)
+	m.kernel = nil
+	m.stateDir = filepath.Join(m.stateDir, "missing")
+	want := "nothing attached\n" +
+		"probeletd: not running; what is fresh is answered until it expires\n" +
+		"kernel: the BPF objects are not loaded\n"
+	if got := m.status(); got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+	var s Status
+	if err := json.Unmarshal([]byte(m.status("-o", "json")), &s); err != nil {
+		t.Fatal(err)
+	}
+	if s.Prober != nil || s.Counters != nil || s.Attachments == nil || s.Daemon.Running {
+		t.Errorf("%+v", s)
+	}
+}
+
+func TestTable(t *testing.T) {
+	m := newMachine(t)
+	tls := endpoint(probe.HTTPS, 443, "/")
+	tls.Observed, tls.NotAnswered = false, "HTTPS is never answered"
+	m.web(fakeMaps{
+		datapath.PortKey(8080):           {evidence: success(4, 7, 0)},
+		datapath.HTTPKey(8080, "/ready"): {success(4, 7, 204), hits(41)},
+	}, endpoint(probe.HTTP, 8080, "/ready"), tls)
+	m.record(attach.Record{ContainerID: "dead", IfName: "eth0", PodNamespace: "shop", PodName: "bad", Error: "no veth"})
+	got := m.status()
+	want := `NAMESPACE/POD   HOST VETH   ENDPOINT           STATE     AGE   BOUND   HITS   WHY NOT ANSWERED
+shop/bad        -           -                  -         -     -       -      not attached: no veth
+shop/web        veth7       HTTP :8080/ready   fresh     4s    11s     41     -
+shop/web        veth7       HTTPS :443/        unknown   -     -       0      HTTPS is never answered
+
+probeletd: not running; what is fresh is answered until it expires
+prober: cgroup 4711
+answered: 12 HTTP, 3 TCP; observed: 20; handed over: 1
+`
+	if got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+
+	wide := squeeze(m.status("-o", "wide"))
+	for _, part := range []string{
+		"HITS PROBES IFINDEX STATUS PERIOD TIMEOUT CONTAINER ID WHY NOT ANSWERED",
+		"HTTP :8080/ready fresh 4s 11s 41 c/readiness 7 204 10s 1s c0ffee -",
+	} {
+		if !strings.Contains(wide, part) {
+			t.Errorf("wide does not say %q:\n%s", part, wide)
+		}
+	}
+}
+
+// Every state, and every reason that is not the specs'.
+func TestStates(t *testing.T) {
+	http, tcp := endpoint(probe.HTTP, 80, "/x"), endpoint(probe.TCP, 80, "")
+	x, port := datapath.HTTPKey(80, "/x"), datapath.PortKey(80)
+	one, both := []statedir.Endpoint{http}, []statedir.Endpoint{http, tcp}
+	startup := tcp
+	startup.StartupOnly, startup.NotAnswered = true, "startup probe"
+	for name, test := range map[string]struct {
+		maps      fakeMaps
+		endpoints []statedir.Endpoint
+		state     State
+		why       string
+	}{
+		"answered":           {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {evidence: success(1, 5, 0)}}, one, Fresh, ""},
+		"no record yet":      {fakeMaps{}, one, Unknown, "nothing observed yet"},
+		"nothing observed":   {fakeMaps{x: {}, port: {}}, one, Unknown, "nothing observed yet"},
+		"redirect":           {fakeMaps{x: {evidence: datapath.Evidence{Status: 302, ObservedAt: 1}}}, one, Unknown, "status 302: a redirect"},
+		"error status":       {fakeMaps{x: {evidence: failed(2, 503)}}, one, Failed, "status 503"},
+		"reset":              {fakeMaps{x: {evidence: failed(2, 0)}}, one, Failed, "reset, or no answer in time"},
+		"too late":           {fakeMaps{x: {evidence: failed(2, 200)}}, one, Failed, "status 200 came too late"},
+		"expired":            {fakeMaps{x: {evidence: datapath.Evidence{Result: datapath.ResultSuccess, ObservedAt: 1, FreshUntil: now - 3*second}}}, one, Stale, "expired 3s ago"},
+		"withdrawn":          {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(4)}}, one, Stale, "withdrawn"},
+		"withdrawn before":   {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(5)}}, one, Fresh, ""},
+		"other unknown":      {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, both, Fresh, "shares its port with TCP :80 (unknown)"},
+		"other failed":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}, datapath.TCPKey(80): {evidence: failed(1, 0)}}, both, Fresh, "TCP :80 (failed)"},
+		"startup probe only": {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, startup}, Fresh, "not open yet"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t)
+			m.web(test.maps, test.endpoints...)
+			var s Status
+			if err := json.Unmarshal([]byte(m.status("-o", "json")), &s); err != nil {
+				t.Fatal(err)
+			}
+			e := s.Attachments[0].Endpoints[0]
+			if e.State != test.state || !strings.Contains(e.WhyNotAnswered, test.why) || test.why == "" && e.WhyNotAnswered != "" {
+				t.Errorf("%s: %q; want %s: %q", e.State, e.WhyNotAnswered, test.state, test.why)
+			}
+			if (e.FreshFor != nil) != (test.state == Fresh) {
+				t.Errorf("%s for %v", e.State, e.FreshFor)
+			}
+		})
+	}
+}
+
+// What keeps a whole attachment from being answered.
+func TestAttachments(t *testing.T) {
+	fresh := fakeMaps{datapath.PortKey(80): {evidence: success(1, 5, 0)}, datapath.HTTPKey(80, "/x"): {evidence: success(1, 5, 200)}}
+	for name, test := range map[string]struct {
+		change func(*machine)
+		why    string
+	}{
+		"nothing":         {func(*machine) {}, ""},
+		"objects gone":    {func(m *machine) { m.kernel = nil }, "not loaded"},
+		"maps gone":       {func(m *machine) { m.kernel.pods = nil }, "no maps for device 7"},
+		"nobody probes":   {func(m *machine) { m.kernel.prober = datapath.Prober{} }, "nobody is the prober"},
+		"everybody":       {func(m *machine) { m.kernel.prober = datapath.Prober{AnyLocal: true} }, ""},
+		"no specs":        {func(m *machine) { m.web(fresh) }, "knows no probes"},
+		"not described":   {func(m *machine) { m.describe(statedir.Endpoints{}) }, "none is running"},
+		"not yet":         {func(m *machine) { m.describe(statedir.Endpoints{}); m.daemon() }, "has not seen it yet"},
+		"failed to start": {func(m *machine) { m.record(attach.Record{ContainerID: "c0ffee", IfName: "eth0", Error: "busy"}) }, "not attached: busy"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t)
+			m.web(fresh, endpoint(probe.HTTP, 80, "/x"))
+			test.change(m)
+			var s Status
+			if err := json.Unmarshal([]byte(m.status("-o", "json")), &s); err != nil {
+				t.Fatal(err)
+			}
+			a := s.Attachments[0]
+			whys := []string{a.WhyNotAnswered}
+			for _, e := range a.Endpoints {
+				whys = append(whys, e.WhyNotAnswered)
+			}
+			for _, why := range whys {
+				if !strings.Contains(why, test.why) || test.why == "" && why != "" {
+					t.Errorf("%q, want %q", why, test.why)
+				}
+			}
+			if table := m.status(); test.why != "" && !strings.Contains(table, test.why) {
+				t.Errorf("the table does not say %q:\n%s", test.why, table)
+			}
+		})
+	}
+}
+
+func TestUnattached(t *testing.T) {
+	m := newMachine(t)
+	m.describe(statedir.Endpoints{Unattached: []string{"shop/api"}})
+	if got := squeeze(m.status()); !strings.Contains(got, "shop/api - - - - - - not attached") {
+		t.Errorf("got\n%s", got)
+	}
+}
+
+func TestSummary(t *testing.T) {
+	m := newMachine(t)
+	m.daemon()
+	m.kernel.prober = datapath.Prober{AnyLocal: true}
+	got := m.status()
+	for _, part := range []string{"probeletd: running, pid ", "prober: every process of the host's network namespace"} {
+		if !strings.Contains(got, part) {
+			t.Errorf("does not say %q:\n%s", part, got)
+		}
+	}
+}
+
+func TestErrors(t *testing.T) {
+	m := newMachine(t)
+	if _, err := m.run("status", "-o", "xml"); err == nil || !strings.Contains(err.Error(), `"xml"`) {
+		t.Errorf("format: %v", err)
+	}
+	if _, err := m.run("status", "extra"); err == nil {
+		t.Error("an argument is accepted")
+	}
+	broken := errors.New("broken")
+	env := environment{
+		stdout: &bytes.Buffer{}, stderr: &m.stderr, now: datapath.Now,
+		open: func(string) (kernel, error) { return nil, broken },
+	}
+	if err := execute(t.Context(), env, []string{"status", "--state-dir", m.stateDir}); !errors.Is(err, broken) {
+		t.Errorf("opening: %v", err)
+	}
+}
+
+// What cannot be read is said, and the rest is shown.
+func TestUnreadableState(t *testing.T) {
+	m := newMachine(t)
+	m.web(fakeMaps{})
+	for _, path := range []string{"endpoints.json", "attachments/beef@eth0.json"} {
+		if err := os.WriteFile(filepath.Join(m.stateDir, path), []byte("{"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out := m.status(); !strings.Contains(out, "veth7") {
+		t.Errorf("got\n%s", out)
+	}
+	for _, part := range []string{"endpoints.json", "beef@eth0.json"} {
+		if !strings.Contains(m.stderr.String(), part) {
+			t.Errorf("no warning names %s: %s", part, m.stderr.String())
+		}
+	}
+}
