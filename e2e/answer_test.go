@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"io"
 	"net"
@@ -104,7 +105,7 @@ func useServer(t *testing.T, s *scene, p *pod) int {
 	t.Helper()
 	dialled := 0
 	client := &http.Client{Timeout: deadline, Transport: &http.Transport{
-		Dial: func(_, address string) (net.Conn, error) {
+		DialContext: func(_ context.Context, _, address string) (net.Conn, error) {
 			dialled++
 			return s.other.Dial(address)
 		},
