@@ -27,6 +27,7 @@ type daemon struct {
 	records     []attach.Record
 	attachments map[attach.ID]*attachment
 	written     *statedir.Endpoints
+	unreadable  string // what was logged last of records
 }
 
 // attachment is an attachment with what is known of the pod behind it.
@@ -54,10 +55,14 @@ func (d *daemon) setPods(pods []probe.Pod) {
 
 func (d *daemon) readRecords() {
 	records, err := attach.ReadRecords(d.stateDir)
-	if err != nil {
+	d.records = records
+	switch {
+	case err == nil:
+		d.unreadable = ""
+	case err.Error() != d.unreadable:
+		d.unreadable = err.Error()
 		d.log.Error("reading records of attachments", "error", err)
 	}
-	d.records = records
 	d.update()
 }
 
@@ -76,14 +81,10 @@ func (d *daemon) update() {
 		}
 	}
 	d.attachments = current
-	d.syncAll()
-	d.describe()
-}
-
-func (d *daemon) syncAll() {
-	for _, a := range d.attachments {
+	for _, a := range current {
 		d.sync(a)
 	}
+	d.describe()
 }
 
 // renew returns the attachment of a record, with what its pod is asked now.

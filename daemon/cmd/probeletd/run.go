@@ -24,8 +24,8 @@ const (
 	loadDeadline = 5 * time.Second
 	// retryAfter is when maps that were not there, or not writable, are tried again: records are written before maps.
 	retryAfter = 200 * time.Millisecond
-	// resyncInterval is how often all maps are compared with what they should hold: they may have been made anew under an
-	// unchanged record.
+	// resyncInterval is how often records are read, and maps compared with what they should hold, without a reason: a
+	// directory may have been replaced, and maps made anew under an unchanged record.
 	resyncInterval = 5 * time.Second
 	// proberInterval is how often a prober's cgroup is looked up, lest it was made anew.
 	proberInterval = time.Second
@@ -80,7 +80,7 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 
 	// In this order: what is watched before it is read is not missed.
 	ctx, cancel := context.WithCancel(ctx)
-	in, err := watch(ctx, c.stateDir, d, specs)
+	in, err := watch(ctx, c.stateDir, d, specs, l.log)
 	if err != nil {
 		cancel()
 		return err
@@ -104,7 +104,7 @@ type inputs struct {
 }
 
 // watch starts a goroutine for each input.
-func watch(ctx context.Context, stateDir string, d *datapath.Datapath, specs source.Source) (*inputs, error) {
+func watch(ctx context.Context, stateDir string, d *datapath.Datapath, specs source.Source, log *slog.Logger) (*inputs, error) {
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
 		return nil, err
@@ -125,7 +125,7 @@ func watch(ctx context.Context, stateDir string, d *datapath.Datapath, specs sou
 	var all sync.WaitGroup
 	in.wait = all.Wait
 	all.Go(func() { in.fail(specs.Run(ctx, in.snapshots)) })
-	all.Go(func() { in.fail(in.watchRecords(ctx, watcher)) })
+	all.Go(func() { in.fail(in.watchRecords(ctx, watcher, log)) })
 	all.Go(func() { in.fail(in.readOutcomes(ctx, reader)) })
 	// A reader that waits is woken by closing it.
 	context.AfterFunc(ctx, func() { _ = reader.Close() })
@@ -138,7 +138,7 @@ func (in *inputs) fail(err error) {
 	}
 }
 
-func (in *inputs) watchRecords(ctx context.Context, watcher *fsnotify.Watcher) error {
+func (in *inputs) watchRecords(ctx context.Context, watcher *fsnotify.Watcher, log *slog.Logger) error {
 	defer watcher.Close() //nolint:errcheck // nothing is lost
 	var due <-chan time.Time
 	for {
@@ -152,7 +152,8 @@ func (in *inputs) watchRecords(ctx context.Context, watcher *fsnotify.Watcher) e
 			if due == nil {
 				due = time.After(recordsSettle)
 			}
-		case <-watcher.Errors: // events may be lost
+		case err := <-watcher.Errors:
+			log.Warn("watching records of attachments", "error", err)
 			due = time.After(recordsSettle)
 		case <-due:
 			due = nil
@@ -217,7 +218,7 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			retry = nil
 			l.retry()
 		case <-resync.C:
-			l.syncAll()
+			l.readRecords()
 		case <-prober.C:
 			l.followProber()
 		}

@@ -28,7 +28,6 @@ type node struct {
 	pod    *bpftest.Pod
 	d      *datapath.Datapath
 	config config
-	record attach.Record
 
 	status atomic.Int32 // that the server answers with
 	served atomic.Int32 // requests that reached it
@@ -61,22 +60,27 @@ func newNode(t *testing.T) *node {
 }
 
 // attach does what the plugin does at ADD, for a pod whose name is not told.
-func (n *node) attach() {
+func (n *node) attach() { n.attachPod(n.pod) }
+
+func (n *node) attachPod(pod *bpftest.Pod) {
 	n.t.Helper()
-	n.record = attach.Record{
-		ContainerID: "c0ffee", IfName: "eth0", IfIndex: n.pod.IfIndex, HostIfName: n.pod.HostIfName,
-		PodIPs: []string{n.pod.IPv4.String(), n.pod.IPv6.String()}, CreatedAt: time.Now(),
+	record := attach.Record{
+		ContainerID: "of-" + pod.HostIfName, IfName: "eth0", IfIndex: pod.IfIndex, HostIfName: pod.HostIfName,
+		PodIPs: []string{pod.IPv4.String(), pod.IPv6.String()}, CreatedAt: time.Now(),
 	}
-	if err := attach.WriteRecord(n.config.stateDir, n.record); err != nil {
+	if err := attach.WriteRecord(n.config.stateDir, record); err != nil {
 		n.t.Fatal(err)
 	}
-	bpftest.Do(n.t, n.pod.Node.NS, func() error {
-		return attach.Attach(n.d, n.config.bpfDir, n.record.ID(), n.pod.IfIndex, attach.HookAuto)
-	})
+	n.attachMaps(pod, record.ID())
 	n.t.Cleanup(func() {
-		bpftest.Do(n.t, n.pod.Node.NS, func() error {
-			return attach.Detach(n.d, n.config.bpfDir, n.record.ID())
-		})
+		bpftest.Do(n.t, pod.Node.NS, func() error { return attach.Detach(n.d, n.config.bpfDir, record.ID()) })
+	})
+}
+
+func (n *node) attachMaps(pod *bpftest.Pod, id attach.ID) {
+	n.t.Helper()
+	bpftest.Do(n.t, pod.Node.NS, func() error {
+		return attach.Attach(n.d, n.config.bpfDir, id, pod.IfIndex, attach.HookAuto)
 	})
 }
 
@@ -124,9 +128,11 @@ func (n *node) eventually(what string, ok func() bool) {
 	n.t.Fatalf("never: %s", what)
 }
 
-func (n *node) records() store.Records {
+func (n *node) records() store.Records { return n.recordsOf(n.pod) }
+
+func (n *node) recordsOf(pod *bpftest.Pod) store.Records {
 	n.t.Helper()
-	records, err := store.Read(n.d, uint32(n.pod.IfIndex))
+	records, err := store.Read(n.d, uint32(pod.IfIndex))
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -319,6 +325,47 @@ func TestRestart(t *testing.T) {
 	n.start()
 	n.eventually("evidence is void", func() bool { return n.records()[healthz].Result == datapath.ResultUnknown })
 	n.eventually("closed", not(n.open(8080)))
+}
+
+// One pod's evidence says nothing of another, though they are asked the same.
+func TestTwoPods(t *testing.T) {
+	n := newNode(t)
+	other := n.pod.Node.AddPod(t)
+	pod := func(name string, p *bpftest.Pod) string {
+		return fmt.Sprintf("{name: %s, ips: [%s], containers: [{name: c, readinessProbe: {httpGet: {port: 8080}, %s}}]}",
+			name, p.IPv6, long)
+	}
+	text := fmt.Sprintf("pods: [%s, %s]", pod("web", n.pod), pod("other", other))
+	if err := os.WriteFile(n.config.specs, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.attachPod(n.pod)
+	n.attachPod(other)
+	n.start()
+	root := datapath.HTTPKey(8080, "/")
+	n.eventually("the endpoints are known", func() bool {
+		_, known := n.recordsOf(other)[root]
+		return known && n.has(root)()
+	})
+	n.want("/", 200, false)
+	n.eventually("fresh", n.open(8080))
+	for key, r := range n.recordsOf(other) {
+		if r != (datapath.Evidence{}) {
+			t.Errorf("the other pod's %+v: %+v", key, r)
+		}
+	}
+}
+
+// Whoever attaches may do it again, under the same record.
+func TestMapsMadeAnew(t *testing.T) {
+	n := newNode(t)
+	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
+	n.attach()
+	n.start()
+	healthz := datapath.HTTPKey(8080, "/healthz")
+	n.eventually("the probe's endpoint is known", n.has(healthz))
+	n.attachMaps(n.pod, attach.ID{ContainerID: "of-" + n.pod.HostIfName, IfName: "eth0"})
+	n.eventually("the probe's endpoint is known again", n.has(healthz))
 }
 
 func TestTooManyEndpoints(t *testing.T) {
