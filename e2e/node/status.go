@@ -91,7 +91,7 @@ func (n *Node) AwaitState(p *Pod, port int, path string, states ...string) error
 			return nil
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("port %d path %q of %s is not %q: %+v (%w)", port, path, p.Name, states, e, err)
+			return fmt.Errorf("port %d path %q of %s is not %q: %+v (%v)", port, path, p.Name, states, e, err)
 		}
 	}
 }
