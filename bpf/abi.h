@@ -21,6 +21,7 @@
 
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
 
 #define REQUEST_MAX 1024 /* longest HTTP request that is read, in bytes */
 #define PATH_MAX 255	 /* longest path and query that is answered */
@@ -242,6 +243,21 @@ struct {
 	__type(key, __u32);
 	__array(values, struct tallies_of_pod);
 } pod_tallies SEC(".maps");
+
+#define DEVICES_PER_NETNS 4 /* interfaces of one pod that are attached */
+
+struct netns_devices {
+	__u32 ifindex[DEVICES_PER_NETNS]; /* of the host-side veths; 0: slot unused */
+};
+
+/* key: inode number of a pod's network namespace; value: its devices. Put in at ADD, taken out at DEL; read by watch.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, PODS_MAX);
+	__type(key, __u32);
+	__type(value, struct netns_devices);
+} pod_netns SEC(".maps");
 
 /*
  * A prober's connections. Created by steer at a SYN, changed by both programs, removed when the connection ends or the

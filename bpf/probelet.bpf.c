@@ -8,6 +8,11 @@
  *
  *   respond, XDP: obeys orders, and sees what the pod sends. Reports the outcome of probes that were passed on, and
  *   translates sequence numbers of connections that were handed to the pod.
+ *
+ * And one for the whole machine:
+ *
+ *   watch, at the trace point inet_sock_set_state: sees listening sockets of pods close, and voids their ports'
+ * evidence.
  */
 #include "abi.h"
 #include "parse.h"
@@ -574,6 +579,52 @@ int respond(struct xdp_md *ctx)
 		return translate_from_pod(ctx, &seg, flow);
 	}
 	return XDP_PASS;
+}
+
+/* What watch needs of the kernel's types; offsets are those of the running kernel (CO-RE). */
+#define KERNEL_TYPE __attribute__((preserve_access_index))
+struct ns_common {
+	unsigned int inum;
+} KERNEL_TYPE;
+struct net {
+	struct ns_common ns;
+} KERNEL_TYPE;
+typedef struct {
+	struct net *net;
+} KERNEL_TYPE possible_net_t;
+struct sock_common {
+	__u16 skc_num;
+	possible_net_t skc_net;
+} KERNEL_TYPE;
+struct sock {
+	struct sock_common __sk_common;
+} KERNEL_TYPE;
+
+/* include/net/tcp_states.h */
+#define STATE_CLOSE 7
+#define STATE_LISTEN 10
+
+/*
+ * A listening socket is closed: by its process, or by the kernel because that has ended, however it did. Evidence of
+ * its port is void there and then. Another socket may still listen on it (SO_REUSEPORT): then the next probe will tell.
+ */
+SEC("tp_btf/inet_sock_set_state")
+int BPF_PROG(watch, const struct sock *sk, int oldstate, int newstate)
+{
+	struct netns_devices *devices;
+	__u32 netns;
+
+	/* An accepted connection's socket begins as a copy of the listening one, and leaves that state too. */
+	if (oldstate != STATE_LISTEN || newstate != STATE_CLOSE)
+		return 0;
+	netns = sk->__sk_common.skc_net.net->ns.inum;
+	devices = bpf_map_lookup_elem(&pod_netns, &netns);
+	if (!devices)
+		return 0;
+	for (__u32 i = 0; i < DEVICES_PER_NETNS; i++)
+		if (devices->ifindex[i])
+			withdraw(devices->ifindex[i], sk->__sk_common.skc_num, bpf_ktime_get_boot_ns());
+	return 0;
 }
 
 char _license[] SEC("license") = "Dual MIT/GPL";

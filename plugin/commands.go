@@ -182,7 +182,7 @@ func (p *plugin) attachPod(conf *netConf, args *skel.CmdArgs, record *attach.Rec
 		return err
 	}
 	defer d.Close() //nolint:errcheck // pinned
-	if err := attach.Attach(d, conf.bpfDir, record.ID(), device.ifIndex, attach.HookAuto); err != nil {
+	if err := attach.Attach(d, conf.bpfDir, record.ID(), attach.Target{IfIndex: device.ifIndex, PodNetns: device.podNetns}, attach.HookAuto); err != nil {
 		return fault(codeAttach, "%v", err)
 	}
 	record.Error = ""

@@ -483,7 +483,7 @@ func TestCheckFinds(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		return errors.Join(d.AddPod(uint32(p.IfIndex), foreign), foreign.Close(), d.Close())
+		return errors.Join(d.AddPod(uint32(p.IfIndex), p.Netns, foreign), foreign.Close(), d.Close())
 	}
 	edit := func(change func(*attach.Record)) func(*world, *bpftest.Pod) error {
 		return func(w *world, p *bpftest.Pod) error {

@@ -10,12 +10,15 @@ import (
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // target is the device to attach to: the host side of a pod's veth.
 type target struct {
 	ifIndex int
 	ifName  string
+	// podNetns is the inode number of the pod's network namespace.
+	podNetns uint32
 }
 
 // findTarget follows the pod's interface to its peer in the current namespace, and makes sure that the two belong
@@ -37,7 +40,11 @@ func findTarget(netnsPath, ifName string, prevResult *current.Result) (target, e
 	if err := crossCheck(prevResult, ifName, onHost.Name); err != nil {
 		return target{}, err
 	}
-	return target{onHost.Index, onHost.Name}, nil
+	var stat unix.Stat_t
+	if err := unix.Fstat(int(podNS.Fd()), &stat); err != nil {
+		return target{}, fault(types.ErrInvalidNetNS, "the pod's network namespace %q: %v", netnsPath, err)
+	}
+	return target{onHost.Index, onHost.Name, uint32(stat.Ino)}, nil
 }
 
 func vethInPod(podNS ns.NetNS, ifName string) (*netlink.LinkAttrs, error) {

@@ -72,9 +72,16 @@ const (
 	filterName = "probelet/steer"
 )
 
-// Attach makes the pod behind the host-side veth ifindex known to the programs, with nothing to be answered yet, and
+// Target is what is attached to.
+type Target struct {
+	IfIndex int // of the host-side veth
+	// PodNetns is the inode number of the pod's network namespace.
+	PodNetns uint32
+}
+
+// Attach makes the pod behind the target known to the programs, with nothing to be answered yet, and
 // attaches them. All of it or nothing: what is left of an earlier attempt of the same ID is removed first.
-func Attach(d *datapath.Datapath, bpfDir string, id ID, ifindex int, hook Hook) (err error) {
+func Attach(d *datapath.Datapath, bpfDir string, id ID, target Target, hook Hook) (err error) {
 	if err := Detach(d, bpfDir, id); err != nil {
 		return err
 	}
@@ -95,13 +102,13 @@ func Attach(d *datapath.Datapath, bpfDir string, id ID, ifindex int, hook Hook) 
 	if err := pod.Pin(dir); err != nil {
 		return err
 	}
-	if err := d.AddPod(uint32(ifindex), pod); err != nil {
+	if err := d.AddPod(uint32(target.IfIndex), target.PodNetns, pod); err != nil {
 		return err
 	}
-	if err := attachRespond(d, dir, ifindex); err != nil {
+	if err := attachRespond(d, dir, target.IfIndex); err != nil {
 		return err
 	}
-	return attachSteer(d, dir, ifindex, hook)
+	return attachSteer(d, dir, target.IfIndex, hook)
 }
 
 // attachRespond comes first: steer must not redirect packets that nobody takes.

@@ -51,7 +51,9 @@ func (w *world) do(f func(device netlink.Link) error) {
 
 func (w *world) attach(hook attach.Hook) {
 	w.t.Helper()
-	bpftest.Do(w.t, w.pod.Node.NS, func() error { return attach.Attach(w.d, w.bpfDir, podID, w.pod.IfIndex, hook) })
+	bpftest.Do(w.t, w.pod.Node.NS, func() error {
+		return attach.Attach(w.d, w.bpfDir, podID, attach.Target{IfIndex: w.pod.IfIndex, PodNetns: w.pod.Netns}, hook)
+	})
 }
 
 func (w *world) detach(d *datapath.Datapath) {
@@ -260,7 +262,7 @@ func TestPruneKeepsWhatIsPinned(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(w.d.AddPod(4711, stray), stray.Close(), attach.Prune(w.d, w.bpfDir)); err != nil {
+	if err := errors.Join(w.d.AddPod(4711, 1, stray), stray.Close(), attach.Prune(w.d, w.bpfDir)); err != nil {
 		t.Fatal(err)
 	}
 	if err := w.check(); err != nil {

@@ -25,16 +25,17 @@ const probe = "GET /healthz HTTP/1.1\r\nHost: pod\r\nUser-Agent: kube-probe/1.37
 // served is a pod with a server, attached, its /healthz fresh, every local process a prober.
 type served struct {
 	*bpftest.Pod
-	d    *datapath.Datapath
-	seen atomic.Int64
+	d        *datapath.Datapath
+	listener net.Listener
+	seen     atomic.Int64
 }
 
 func serve(t testing.TB, pod *bpftest.Pod, hook attach.Hook) *served {
 	t.Helper()
 	s := &served{Pod: pod}
-	listener := pod.Listen(t, 8080)
+	s.listener = pod.Listen(t, 8080)
 	go func() {
-		_ = http.Serve(listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_ = http.Serve(s.listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			s.seen.Add(1)
 			n, _ := io.Copy(io.Discard, r.Body)
 			_, _ = fmt.Fprintf(w, "%s %s %d", r.Method, r.URL, n)
@@ -48,7 +49,7 @@ func serve(t testing.TB, pod *bpftest.Pod, hook attach.Hook) *served {
 	t.Cleanup(func() { _ = d.Close() })
 	s.d = d
 	bpftest.Do(t, pod.Node.NS, func() error {
-		return attach.Attach(d, dir, attach.ID{ContainerID: "c", IfName: "eth0"}, pod.IfIndex, hook)
+		return attach.Attach(d, dir, attach.ID{ContainerID: "c", IfName: "eth0"}, attach.Target{IfIndex: pod.IfIndex, PodNetns: pod.Netns}, hook)
 	})
 	if err := d.SetProber(datapath.Prober{AnyLocal: true}); err != nil {
 		t.Fatal(err)
@@ -243,4 +244,36 @@ func waitFor(t *testing.T, what string, done func() bool) {
 		time.Sleep(10 * time.Millisecond)
 	}
 	t.Fatalf("waited in vain for %s", what)
+}
+
+// When the server's socket closes, by whatever cause, its port is not answered any more: before anything asks.
+func TestAListenerThatClosesEndsItsEvidence(t *testing.T) {
+	node := bpftest.NewNode(t)
+	pod := node.AddPod(t)
+	s := serve(t, pod, attach.HookAuto)
+	if !s.d.Watched() {
+		t.Skip("this kernel does not describe its types (BTF)")
+	}
+	other := pod.Listen(t, 9090)
+	if err := other.Close(); err != nil {
+		t.Fatal(err)
+	}
+	elsewhere := node.AddPod(t).Listen(t, 8080)
+	if err := elsewhere.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if reply := s.ask(t, node.NS, pod.IPv4, probe); !strings.Contains(reply, hit) {
+		t.Fatalf("withdrawn by another port's or another pod's listener: %q", reply)
+	}
+	if err := s.listener.Close(); err != nil {
+		t.Fatal(err)
+	}
+	bpftest.Do(t, node.NS, func() error {
+		conn, err := net.DialTimeout("tcp", fmt.Sprintf("%s:8080", pod.IPv4), 5*time.Second)
+		if err == nil {
+			_ = conn.Close()
+			return fmt.Errorf("a connection was accepted in the closed server's name")
+		}
+		return nil
+	})
 }

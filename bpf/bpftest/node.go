@@ -54,6 +54,7 @@ type Node struct {
 type Pod struct {
 	Node         *Node
 	NS           ns.NetNS
+	Netns        uint32 // inode number of NS
 	HostIfName   string
 	IfIndex      int // of the host-side veth
 	HostIPv4     netip.Addr
@@ -112,6 +113,11 @@ func (n *Node) AddPod(t testing.TB) *Pod {
 		HostIPv6:   netip.MustParseAddr(fmt.Sprintf("fd00:10:244:%x::1", n.pods)),
 		IPv6:       netip.MustParseAddr(fmt.Sprintf("fd00:10:244:%x::8", n.pods)),
 	}
+	var stat unix.Stat_t
+	if err := unix.Fstat(int(p.NS.Fd()), &stat); err != nil {
+		t.Fatal(err)
+	}
+	p.Netns = uint32(stat.Ino)
 	Do(t, n.NS, func() error {
 		return netlink.LinkAdd(&netlink.Veth{
 			LinkAttrs:     netlink.LinkAttrs{Name: p.HostIfName},

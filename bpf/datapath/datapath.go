@@ -14,7 +14,9 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
+	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/ringbuf"
 	"golang.org/x/sys/unix"
 )
@@ -38,8 +40,13 @@ var (
 
 // Datapath is the set of loaded objects.
 type Datapath struct {
-	objects probeletObjects
-	dir     string // <bpf dir>/<ABI>; empty if nothing is pinned
+	objects struct {
+		probeletMaps
+		Steer   *ebpf.Program `ebpf:"steer"`
+		Respond *ebpf.Program `ebpf:"respond"`
+	}
+	watch link.Link // nil: listening sockets are not watched, or by another process' doing
+	dir   string    // <bpf dir>/<ABI>; empty if nothing is pinned
 }
 
 // Load loads the objects without pinning them. They live until Close and the last attachment.
@@ -67,8 +74,44 @@ func Load() (*Datapath, error) {
 	if err := spec.LoadAndAssign(&d.objects, nil); err != nil {
 		return nil, fmt.Errorf("loading BPF objects: %w", err)
 	}
+	if err := d.startWatch(spec); err != nil {
+		return nil, errors.Join(fmt.Errorf("watching listening sockets: %w", err), d.Close())
+	}
 	return d, nil
 }
+
+// startWatch attaches the program that sees listening sockets close. A kernel that does not describe its types (BTF) goes
+// without: evidence then ends with the next probe that is passed on, as it does for failures of any other kind.
+func (d *Datapath) startWatch(spec *ebpf.CollectionSpec) error {
+	if _, err := btf.LoadKernelSpec(); errors.Is(err, ebpf.ErrNotSupported) || errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	var programs struct {
+		Watch *ebpf.Program `ebpf:"watch"`
+	}
+	err := spec.LoadAndAssign(&programs, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
+		probeletMapPodNetns:   d.objects.PodNetns,
+		probeletMapPodTallies: d.objects.PodTallies,
+	}})
+	if err != nil {
+		return err
+	}
+	defer programs.Watch.Close() //nolint:errcheck // the link holds it
+	d.watch, err = link.AttachTracing(link.TracingOptions{Program: programs.Watch})
+	return err
+}
+
+// Watched is whether listening sockets of pods are watched, so that a port's evidence ends when its server does.
+func (d *Datapath) Watched() bool {
+	if d.dir == "" {
+		return d.watch != nil
+	}
+	_, err := os.Stat(filepath.Join(d.dir, pinWatch))
+	return err == nil
+}
+
+// pinWatch is the pin of the link of the program watch; unlike the other two it is attached once for all pods.
+const pinWatch = "watch"
 
 // Open opens what is pinned under bpfDir. The error is ErrNotLoaded if nothing is.
 func Open(bpfDir string) (*Datapath, error) {
@@ -142,6 +185,11 @@ func loadAndPin(bpfDir string) (_ *Datapath, err error) {
 			return nil, fmt.Errorf("pinning program %s: %w", name, err)
 		}
 	}
+	if d.watch != nil {
+		if err := d.watch.Pin(filepath.Join(staging, pinWatch)); err != nil {
+			return nil, fmt.Errorf("pinning the link of watch: %w", err)
+		}
+	}
 	if err := os.Mkdir(filepath.Join(staging, attachmentsDir), 0o700); err != nil {
 		return nil, err
 	}
@@ -166,6 +214,7 @@ func (d *Datapath) maps() map[string]**ebpf.Map {
 		probeletMapProber:      &m.Prober,
 		probeletMapPodEvidence: &m.PodEvidence,
 		probeletMapPodTallies:  &m.PodTallies,
+		probeletMapPodNetns:    &m.PodNetns,
 		probeletMapFlows:       &m.Flows,
 		probeletMapOutcomes:    &m.Outcomes,
 		probeletMapCounters:    &m.Counters,
@@ -193,6 +242,9 @@ func (d *Datapath) Close() error {
 	}
 	for _, p := range d.programs() {
 		errs = append(errs, (*p).Close())
+	}
+	if d.watch != nil {
+		errs = append(errs, d.watch.Close())
 	}
 	if d.objects.Scratch != nil {
 		errs = append(errs, d.objects.Scratch.Close())

@@ -7,11 +7,13 @@ import (
 	"hash/fnv"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/bpftest"
@@ -143,7 +145,7 @@ func TestEnsureLoadsOnce(t *testing.T) {
 			t.Fatalf("steer was loaded more than once: %v", ids)
 		}
 	}
-	want := "|/v1|/v1/attachments|/v1/counters|/v1/flows|/v1/outcomes|/v1/pod_evidence|/v1/pod_tallies|/v1/prober|/v1/respond|/v1/steer"
+	want := "|/v1|/v1/attachments|/v1/counters|/v1/flows|/v1/outcomes|/v1/pod_evidence|/v1/pod_netns|/v1/pod_tallies|/v1/prober|/v1/respond|/v1/steer|/v1/watch"
 	if got := strings.Join(pinned(t, dir), "|"); got != want {
 		t.Fatalf("pinned %s, want %s", got, want)
 	}
@@ -192,6 +194,41 @@ func TestEnsureNeedsABPFFileSystem(t *testing.T) {
 	}
 }
 
+// netnsDevices are those that watch knows; nil if it does not know the namespace.
+func netnsDevices(t *testing.T, d *Datapath, netns uint32) []uint32 {
+	t.Helper()
+	var devices probeletNetnsDevices
+	err := d.objects.PodNetns.Lookup(netns, &devices)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil
+	}
+	must(t, err)
+	return devices.Ifindex[:]
+}
+
+func TestANamespaceHasRoomForFourDevices(t *testing.T) {
+	bpftest.RequireRoot(t)
+	d, err := Load()
+	must(t, err)
+	defer d.Close() //nolint:errcheck // a test's
+	p, err := d.NewPod()
+	must(t, err)
+	defer p.Close() //nolint:errcheck // a test's
+	for ifindex := range uint32(4) {
+		must(t, d.AddPod(10+ifindex, 33, p))
+		must(t, d.AddPod(10+ifindex, 33, p))
+	}
+	if err := d.AddPod(20, 33, p); err == nil || !strings.Contains(err.Error(), "33") {
+		t.Fatalf("a fifth: %v", err)
+	}
+	for ifindex := range uint32(4) {
+		must(t, d.RemovePod(10+ifindex))
+	}
+	if devices := netnsDevices(t, d, 33); devices != nil {
+		t.Fatalf("left of the namespace: %v", devices)
+	}
+}
+
 func TestPodsAreApart(t *testing.T) {
 	bpftest.RequireRoot(t)
 	d, err := Load()
@@ -203,8 +240,8 @@ func TestPodsAreApart(t *testing.T) {
 	b, err := d.NewPod()
 	must(t, err)
 	defer b.Close() //nolint:errcheck // a test's
-	must(t, d.AddPod(3, a))
-	must(t, d.AddPod(4, b))
+	must(t, d.AddPod(3, 33, a))
+	must(t, d.AddPod(4, 33, b))
 	must(t, a.Put(TCPKey(80), Evidence{Status: 7}))
 
 	opened, err := d.Pod(3)
@@ -224,8 +261,14 @@ func TestPodsAreApart(t *testing.T) {
 	}
 	must(t, a.Delete(TCPKey(80)))
 	must(t, a.Delete(TCPKey(80)))
+	if devices := netnsDevices(t, d, 33); !slices.Equal(devices, []uint32{3, 4, 0, 0}) {
+		t.Fatalf("devices of the namespace: %v", devices)
+	}
 	must(t, d.RemovePod(3))
 	must(t, d.RemovePod(3))
+	if devices := netnsDevices(t, d, 33); !slices.Equal(devices, []uint32{0, 4, 0, 0}) {
+		t.Fatalf("devices of the namespace: %v", devices)
+	}
 	if _, err := d.Pod(3); !errors.Is(err, os.ErrNotExist) {
 		t.Fatalf("after removal: %v", err)
 	}

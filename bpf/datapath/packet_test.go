@@ -57,7 +57,7 @@ func onBench(t *testing.T, f func(b *bench)) {
 			p, err := d.NewPod()
 			must(t, err)
 			t.Cleanup(func() { _ = p.Close() })
-			must(t, d.AddPod(uint32(pod.IfIndex), p))
+			must(t, d.AddPod(uint32(pod.IfIndex), pod.Netns, p))
 			must(t, d.SetProber(Prober{AnyLocal: true}))
 			b := &bench{
 				t: t, d: d, pod: p, ifindex: uint32(pod.IfIndex), isn: 0xfffffff0, // wraps within a request

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/cilium/ebpf"
 )
@@ -147,15 +148,59 @@ func (d *Datapath) NewPod() (*Pod, error) {
 	return &Pod{evidence, tallies}, nil
 }
 
-// AddPod makes the programs use p for the device ifindex.
-func (d *Datapath) AddPod(ifindex uint32, p *Pod) error {
+// AddPod makes the programs use p for the device ifindex. netns is the inode number of the network namespace that the pod's
+// processes listen in.
+func (d *Datapath) AddPod(ifindex, netns uint32, p *Pod) error {
 	if err := d.objects.PodTallies.Put(ifindex, p.tallies); err != nil {
 		return fmt.Errorf("tallies of device %d: %w", ifindex, err)
 	}
 	if err := d.objects.PodEvidence.Put(ifindex, p.evidence); err != nil {
 		return fmt.Errorf("evidence of device %d: %w", ifindex, err)
 	}
+	return d.addToNetns(ifindex, netns)
+}
+
+// addToNetns assumes that one namespace's devices are added and removed one after the other, as CNI runtimes do.
+func (d *Datapath) addToNetns(ifindex, netns uint32) error {
+	var devices probeletNetnsDevices
+	if err := d.objects.PodNetns.Lookup(netns, &devices); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("devices of network namespace %d: %w", netns, err)
+	}
+	if slices.Contains(devices.Ifindex[:], ifindex) {
+		return nil
+	}
+	slot := slices.Index(devices.Ifindex[:], 0)
+	if slot < 0 {
+		return fmt.Errorf("network namespace %d has %d devices attached already", netns, len(devices.Ifindex))
+	}
+	devices.Ifindex[slot] = ifindex
+	if err := d.objects.PodNetns.Put(netns, &devices); err != nil {
+		return fmt.Errorf("devices of network namespace %d: %w", netns, err)
+	}
 	return nil
+}
+
+// removeFromNetns looks for the device everywhere: its namespace may be gone, or its number on record be wrong.
+func (d *Datapath) removeFromNetns(ifindex uint32) error {
+	changed := map[uint32]probeletNetnsDevices{}
+	var netns uint32
+	var devices probeletNetnsDevices
+	entries := d.objects.PodNetns.Iterate()
+	for entries.Next(&netns, &devices) {
+		if slot := slices.Index(devices.Ifindex[:], ifindex); slot >= 0 {
+			devices.Ifindex[slot] = 0
+			changed[netns] = devices
+		}
+	}
+	errs := []error{entries.Err()}
+	for netns, devices := range changed {
+		if devices.Ifindex == (probeletNetnsDevices{}).Ifindex {
+			errs = append(errs, d.objects.PodNetns.Delete(netns))
+		} else {
+			errs = append(errs, d.objects.PodNetns.Put(netns, &devices))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // Pod opens the maps that the programs use for the device ifindex. The error is os.ErrNotExist if there are none.
@@ -213,6 +258,9 @@ func (d *Datapath) RemovePod(ifindex uint32) error {
 		if err := outer.Delete(ifindex); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("forgetting device %d: %w", ifindex, err)
 		}
+	}
+	if err := d.removeFromNetns(ifindex); err != nil {
+		return fmt.Errorf("forgetting device %d: %w", ifindex, err)
 	}
 	return nil
 }

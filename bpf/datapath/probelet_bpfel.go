@@ -99,6 +99,11 @@ const (
 	probeletFlowStateFLOW_HANDED    probeletFlowState = 4
 )
 
+type probeletNetnsDevices struct {
+	_       structs.HostLayout
+	Ifindex [4]uint32
+}
+
 type probeletOrder struct {
 	_         structs.HostLayout
 	Token     uint64
@@ -166,11 +171,13 @@ const (
 	probeletMapFlows             = "flows"
 	probeletMapOutcomes          = "outcomes"
 	probeletMapPodEvidence       = "pod_evidence"
+	probeletMapPodNetns          = "pod_netns"
 	probeletMapPodTallies        = "pod_tallies"
 	probeletMapProber            = "prober"
 	probeletMapScratch           = "scratch"
 	probeletProgRespond          = "respond"
 	probeletProgSteer            = "steer"
+	probeletProgWatch            = "watch"
 	probeletVarBtfCounter        = "btf_counter"
 	probeletVarBtfEndpointKey    = "btf_endpoint_key"
 	probeletVarBtfEndpointKind   = "btf_endpoint_kind"
@@ -229,6 +236,7 @@ type probeletSpecs struct {
 type probeletProgramSpecs struct {
 	Respond *ebpf.ProgramSpec `ebpf:"respond"`
 	Steer   *ebpf.ProgramSpec `ebpf:"steer"`
+	Watch   *ebpf.ProgramSpec `ebpf:"watch"`
 }
 
 // probeletMapSpecs contains maps before they are loaded into the kernel.
@@ -239,6 +247,7 @@ type probeletMapSpecs struct {
 	Flows       *ebpf.MapSpec `ebpf:"flows"`
 	Outcomes    *ebpf.MapSpec `ebpf:"outcomes"`
 	PodEvidence *ebpf.MapSpec `ebpf:"pod_evidence"`
+	PodNetns    *ebpf.MapSpec `ebpf:"pod_netns"`
 	PodTallies  *ebpf.MapSpec `ebpf:"pod_tallies"`
 	Prober      *ebpf.MapSpec `ebpf:"prober"`
 	Scratch     *ebpf.MapSpec `ebpf:"scratch"`
@@ -286,6 +295,7 @@ type probeletMaps struct {
 	Flows       *ebpf.Map `ebpf:"flows"`
 	Outcomes    *ebpf.Map `ebpf:"outcomes"`
 	PodEvidence *ebpf.Map `ebpf:"pod_evidence"`
+	PodNetns    *ebpf.Map `ebpf:"pod_netns"`
 	PodTallies  *ebpf.Map `ebpf:"pod_tallies"`
 	Prober      *ebpf.Map `ebpf:"prober"`
 	Scratch     *ebpf.Map `ebpf:"scratch"`
@@ -297,6 +307,7 @@ func (m *probeletMaps) Close() error {
 		m.Flows,
 		m.Outcomes,
 		m.PodEvidence,
+		m.PodNetns,
 		m.PodTallies,
 		m.Prober,
 		m.Scratch,
@@ -327,12 +338,14 @@ type probeletVariables struct {
 type probeletPrograms struct {
 	Respond *ebpf.Program `ebpf:"respond"`
 	Steer   *ebpf.Program `ebpf:"steer"`
+	Watch   *ebpf.Program `ebpf:"watch"`
 }
 
 func (p *probeletPrograms) Close() error {
 	return _ProbeletClose(
 		p.Respond,
 		p.Steer,
+		p.Watch,
 	)
 }
 

@@ -80,7 +80,7 @@ func (n *node) attachPod(pod *bpftest.Pod) {
 func (n *node) attachMaps(pod *bpftest.Pod, id attach.ID) {
 	n.t.Helper()
 	bpftest.Do(n.t, pod.Node.NS, func() error {
-		return attach.Attach(n.d, n.config.bpfDir, id, pod.IfIndex, attach.HookAuto)
+		return attach.Attach(n.d, n.config.bpfDir, id, attach.Target{IfIndex: pod.IfIndex, PodNetns: pod.Netns}, attach.HookAuto)
 	})
 }
 

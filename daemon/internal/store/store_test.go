@@ -234,7 +234,7 @@ func withMaps(t *testing.T) *datapath.Datapath {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = pod.Close() })
-	if err := d.AddPod(1, pod); err != nil {
+	if err := d.AddPod(1, 1, pod); err != nil {
 		t.Fatal(err)
 	}
 	return d
