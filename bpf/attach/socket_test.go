@@ -93,9 +93,9 @@ func (s *served) ask(t *testing.T, from ns.NetNS, addr netip.Addr, request strin
 const hit = "Cache-Status: probelet; hit"
 
 func TestBothHooksAnswerRealSockets(t *testing.T) {
-	for _, hook := range []attach.Hook{attach.HookTCX, attach.HookClsact} {
+	for _, hook := range []attach.Hook{attach.HookAuto, attach.HookClsact} {
 		for _, bridged := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s bridged %v", hook, bridged), func(t *testing.T) {
+			t.Run(fmt.Sprintf("hook %q bridged %v", hook, bridged), func(t *testing.T) {
 				node := bpftest.NewNode(t)
 				pod := node.AddPod(t)
 				if bridged {
