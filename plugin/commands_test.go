@@ -147,7 +147,7 @@ func TestDelWithWhatIsLeft(t *testing.T) {
 			r.Error = addUnfinished
 			return attach.WriteRecord(w.stateDir(), r)
 		}},
-		"record unreadable": {lose: func(w *world, p *bpftest.Pod) error {
+		"record unreadable": {lose: func(w *world, _ *bpftest.Pod) error {
 			return os.WriteFile(recordFile(w), []byte("{"), 0o600)
 		}},
 	}
@@ -514,7 +514,7 @@ func TestCheckFinds(t *testing.T) {
 		"nothing pinned":      {unpin(""), "not attached"},
 		"objects not loaded":  {func(w *world, _ *bpftest.Pod) error { return os.RemoveAll(w.bpfDir()) }, "not loaded"},
 		"no record":           {func(w *world, p *bpftest.Pod) error { return attach.RemoveRecord(w.stateDir(), idOf(p)) }, "no record"},
-		"record unreadable": {func(w *world, p *bpftest.Pod) error {
+		"record unreadable": {func(w *world, _ *bpftest.Pod) error {
 			return os.WriteFile(recordFile(w), []byte("{"), 0o600)
 		}, "record"},
 		"another's container": {edit(func(r *attach.Record) { r.ContainerID = "other" }), "other"},
