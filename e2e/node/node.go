@@ -38,8 +38,8 @@ const (
 
 // NewNode writes the configuration of a network: chain, host-local addresses of both families, probelet.
 func (m *Machine) NewNode(chain Chain) (*Node, error) {
-	m.nodes++
-	network := fmt.Sprintf("net%d", m.nodes)
+	number := m.nodes.Add(1)
+	network := fmt.Sprintf("net%d", number)
 	dir := filepath.Join(m.Dir, network)
 	n := &Node{
 		Machine:  m,
@@ -55,13 +55,13 @@ func (m *Machine) NewNode(chain Chain) (*Node, error) {
 			"type":    "host-local",
 			"dataDir": filepath.Join(dir, "addresses"),
 			"ranges": [][]map[string]string{
-				{{"subnet": fmt.Sprintf("10.88.%d.0/24", m.nodes)}},
-				{{"subnet": fmt.Sprintf("fd00:88:%x::/64", m.nodes)}},
+				{{"subnet": fmt.Sprintf("10.88.%d.0/24", number)}},
+				{{"subnet": fmt.Sprintf("fd00:88:%x::/64", number)}},
 			},
 		},
 	}
 	if chain == Bridge {
-		main["bridge"], main["isGateway"] = fmt.Sprintf("bridge%d", m.nodes), true
+		main["bridge"], main["isGateway"] = fmt.Sprintf("bridge%d", number), true
 	}
 	probelet := map[string]any{
 		"type": "probelet", "bpfDir": n.BPFDir, "stateDir": n.StateDir, "logFile": n.LogFile,

@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -26,7 +27,7 @@ type Machine struct {
 
 	bpffs  string
 	cgroup string
-	nodes  int
+	nodes  atomic.Int32
 }
 
 // The main thread cannot end. Were it to run newNetns, it would stay in a pod's namespace, and /proc/self/net with it.
