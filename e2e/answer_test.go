@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"crypto/rand"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -205,6 +206,31 @@ func TestFailuresAreNeverServed(t *testing.T) {
 	must(t, p.SetStatus(http.StatusOK))
 	p.probe(short, p.IPv4, 1)
 	must(t, s.AwaitState(p.Pod, short.Port, short.Path, node.Fresh))
+}
+
+// Evidence ends with the socket that it was about, long before its bound, however the socket ends.
+func TestNotAnsweredOnceTheServerIsGone(t *testing.T) {
+	needBTF(t)
+	for name, end := range map[string]func(*pod) error{
+		"closed": func(p *pod) error { return errors.Join(p.Close(httpPort), p.Close(tcpPort)) },
+		"killed": func(p *pod) error {
+			p.Stop()
+			return nil
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newScene(t, node.PTP)
+			p := s.newFreshPod(longHTTP, longTCP)
+			must(t, end(p))
+			for _, probe := range []node.Probe{longHTTP, longTCP} {
+				result, err := s.prober.Probe(probesOf(probe, p.IPv4, 1))
+				must(t, err)
+				if result.Failures != 1 || p.hits(probe) != 0 {
+					t.Errorf("port %d: %d of 1 probes failed, %d were answered", probe.Port, result.Failures, p.hits(probe))
+				}
+			}
+		})
+	}
 }
 
 // A daemon that dies takes the answers with it, within their bound, and no probe.

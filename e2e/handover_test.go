@@ -214,12 +214,22 @@ func TestTLSBehindTCPProbe(t *testing.T) {
 
 // A pod that no longer listens when its connection is handed over to it.
 func TestStoppedListening(t *testing.T) {
-	s := newScene(t, node.PTP)
-	p := s.newFreshPod(longHTTP)
-	conn := s.dial(t, s.prober, p.address(httpPort))
-	must(t, p.Close(httpPort))
-	o := exchange(t, conn, send("GET /other HTTP/1.1\r\nHost: pod\r\n\r\n"))
-	if !errors.Is(o.err, unix.ECONNRESET) || len(o.bytes) > 0 {
-		t.Errorf("got %s (%v), want a reset", excerpt(o.bytes), o.err)
+	for name, request := range map[string]string{
+		"unknown path": "GET /other HTTP/1.1\r\nHost: pod\r\n\r\n",
+		"probed path":  probeRequest, // its evidence ended with the socket
+	} {
+		t.Run(name, func(t *testing.T) {
+			if request == probeRequest {
+				needBTF(t)
+			}
+			s := newScene(t, node.PTP)
+			p := s.newFreshPod(longHTTP)
+			conn := s.dial(t, s.prober, p.address(httpPort))
+			must(t, p.Close(httpPort))
+			o := exchange(t, conn, send(request))
+			if !errors.Is(o.err, unix.ECONNRESET) || len(o.bytes) > 0 {
+				t.Errorf("got %s (%v), want a reset", excerpt(o.bytes), o.err)
+			}
+		})
 	}
 }

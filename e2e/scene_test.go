@@ -189,6 +189,18 @@ func answeredByKernel(conn net.Conn) (bool, error) {
 	return strings.HasPrefix(response.Header.Get("Cache-Status"), "probelet"), nil
 }
 
+// needBTF is called where sockets have to be watched, which a kernel without a description of its types cannot.
+func needBTF(t *testing.T) {
+	t.Helper()
+	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err == nil {
+		return
+	}
+	if os.Getenv("CI") != "" {
+		t.Fatal("this kernel has no BTF")
+	}
+	t.Skip("this kernel has no BTF")
+}
+
 func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
