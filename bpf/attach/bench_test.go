@@ -1,11 +1,15 @@
 package attach_test
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"os"
+	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -83,6 +87,79 @@ func get(address string) (string, error) {
 func median(d []time.Duration) time.Duration {
 	slices.Sort(d)
 	return d[len(d)/2]
+}
+
+// BenchmarkKill kills a pod's server (kill -9) and reports how long, from the signal on, connections are still accepted in its
+// name: percentiles over b.N kills. The evidence is good for an hour, so only watch can end it.
+func BenchmarkKill(b *testing.B) {
+	node := bpftest.NewNode(b)
+	pod := node.AddPod(b)
+	s := serve(b, pod, attach.HookAuto)
+	if err := s.listener.Close(); err != nil {
+		b.Fatal(err)
+	}
+	address := fmt.Sprintf("%s:8080", pod.IPv4)
+	var took []time.Duration
+	for b.Loop() {
+		server := startServer(b, pod)
+		s.arm(b)
+		bpftest.Do(b, node.NS, func() error {
+			if reply, err := get(address); err != nil || !strings.Contains(reply, hit) {
+				return fmt.Errorf("before the kill: %q, %w", reply, err)
+			}
+			start := time.Now()
+			if err := server.Process.Kill(); err != nil {
+				return err
+			}
+			for {
+				conn, err := net.Dial("tcp", address)
+				if errors.Is(err, unix.ECONNREFUSED) {
+					break
+				}
+				if err != nil {
+					return err
+				}
+				_ = conn.Close()
+			}
+			took = append(took, time.Since(start))
+			return nil
+		})
+		_ = server.Wait() // killed
+	}
+	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)/2].Microseconds()), "p50-µs")
+	b.ReportMetric(float64(took[len(took)*99/100].Microseconds()), "p99-µs")
+	b.ReportMetric(float64(took[len(took)-1].Microseconds()), "max-µs")
+}
+
+// startServer starts this test's program as a server in the pod, and waits until it listens.
+func startServer(b *testing.B, pod *bpftest.Pod) *exec.Cmd {
+	b.Helper()
+	server := exec.Command("/proc/self/exe")
+	server.Env = append(os.Environ(), serverEnv+"=:8080")
+	server.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	ready, err := server.StdoutPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	bpftest.Do(b, pod.NS, server.Start)
+	if _, err := ready.Read(make([]byte, 1)); err != nil {
+		b.Fatalf("the server in the pod: %v", err)
+	}
+	return server
+}
+
+const serverEnv = "PROBELET_TEST_SERVER"
+
+func TestMain(m *testing.M) {
+	if address := os.Getenv(serverEnv); address != "" {
+		if _, err := net.Listen("tcp", address); err != nil {
+			panic(err)
+		}
+		fmt.Println("listening")
+		select {} // until killed
+	}
+	os.Exit(m.Run())
 }
 
 // BenchmarkBulk reports the throughput of a stream out of the pod with the programs attached against without.

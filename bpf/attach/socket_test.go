@@ -54,7 +54,14 @@ func serve(t testing.TB, pod *bpftest.Pod, hook attach.Hook) *served {
 	if err := d.SetProber(datapath.Prober{AnyLocal: true}); err != nil {
 		t.Fatal(err)
 	}
-	maps, err := d.Pod(uint32(pod.IfIndex))
+	s.arm(t)
+	return s
+}
+
+// arm makes /healthz fresh for an hour.
+func (s *served) arm(t testing.TB) {
+	t.Helper()
+	maps, err := s.d.Pod(uint32(s.IfIndex))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +76,6 @@ func serve(t testing.TB, pod *bpftest.Pod, hook attach.Hook) *served {
 			t.Fatal(err)
 		}
 	}
-	return s
 }
 
 // ask sends a request from a namespace and returns all that comes back.
