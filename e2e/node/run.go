@@ -33,9 +33,6 @@ type Machine struct {
 // The main thread cannot end. Were it to run newNetns, it would stay in a pod's namespace, and /proc/self/net with it.
 func init() { runtime.LockOSThread() }
 
-// cniCache is where cnitool keeps results, whatever one tells it.
-const cniCache = "/var/lib/cni"
-
 const (
 	dirEnv    = "PROBELET_MACHINE_DIR"
 	cgroupEnv = "PROBELET_MACHINE_CGROUP"
@@ -124,11 +121,6 @@ func runOuter() (code int, err error) {
 		return 1, err
 	}
 	defer func() { err = errors.Join(err, removeCgroup(cgroup)) }()
-	if err := os.Mkdir(cniCache, 0o755); err == nil {
-		defer os.Remove(cniCache) //nolint:errcheck // in use by now, if not empty
-	} else if !errors.Is(err, os.ErrExist) {
-		return 1, err
-	}
 
 	cmd := innerCommand(dir, cgroup)
 	if err := cmd.Start(); err != nil {
@@ -183,8 +175,8 @@ func enter(dir, cgroup string) (*Machine, error) {
 	if err := unix.Mount("bpf", m.bpffs, "bpf", 0, ""); err != nil {
 		return nil, fmt.Errorf("mounting a BPF file system: %w", err)
 	}
-	if err := unix.Mount("tmpfs", cniCache, "tmpfs", 0, ""); err != nil {
-		return nil, fmt.Errorf("covering %s: %w", cniCache, err)
+	if err := coverVarLib(filepath.Join(dir, "varlib")); err != nil {
+		return nil, err
 	}
 	for _, name := range []string{ProberCgroup, OtherCgroup} {
 		if err := os.Mkdir(filepath.Join(cgroup, name), 0o755); err != nil {
@@ -192,6 +184,27 @@ func enter(dir, cgroup string) (*Machine, error) {
 		}
 	}
 	return m, setUpNetns()
+}
+
+// coverVarLib makes what is written to /var/lib go to memory: cnitool keeps results in /var/lib/cni, whatever one tells it.
+func coverVarLib(dir string) error {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+		return fmt.Errorf("mounting a tmpfs: %w", err)
+	}
+	upper, work := filepath.Join(dir, "upper"), filepath.Join(dir, "work")
+	for _, d := range []string{upper, work} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			return err
+		}
+	}
+	options := "lowerdir=/var/lib,upperdir=" + upper + ",workdir=" + work
+	if err := unix.Mount("overlay", "/var/lib", "overlay", 0, options); err != nil {
+		return fmt.Errorf("covering /var/lib: %w", err)
+	}
+	return nil
 }
 
 // setUpNetns brings lo up and makes IPv6 addresses usable at once, in the calling thread's network namespace.
