@@ -37,8 +37,9 @@ type attachment struct {
 	tracker  *probe.Tracker
 	restored bool // the maps' contents have been taken over
 	pending  bool // the maps are not as they should be
-	// What was logged last: why the pod is not answered at all, and why its maps could not be written.
-	refused, problem string
+	// What was logged last: why the pod is not answered at all, by its specs or by their number, and why its maps could
+	// not be written.
+	notAnswered, refused, problem string
 }
 
 func newDaemon(log *slog.Logger, d *datapath.Datapath, stateDir string, previous statedir.Endpoints) *daemon {
@@ -105,6 +106,10 @@ func (d *daemon) renew(r attach.Record) *attachment {
 func (d *daemon) endpoints(a *attachment) []probe.EndpointSpec {
 	if a.pod == nil {
 		return nil
+	}
+	if a.notAnswered != a.pod.NotAnswered {
+		a.notAnswered = a.pod.NotAnswered
+		d.log.Info("pod answered", "pod", a.podName(), "may", a.notAnswered == "", "reason", a.notAnswered)
 	}
 	endpoints, err := probe.Endpoints(*a.pod, store.Limits)
 	if err == nil {

@@ -87,7 +87,13 @@ func (n *node) attachMaps(pod *bpftest.Pod, id attach.ID) {
 // specs replaces the specs: one container with this readiness probe.
 func (n *node) specs(probe string) {
 	n.t.Helper()
-	text := fmt.Sprintf("pods: [{name: web, ips: [%s], containers: [{name: c, readinessProbe: {%s}}]}]", n.pod.IPv4, probe)
+	n.container("readinessProbe: {" + probe + "}")
+}
+
+// container replaces the specs: one container with these fields.
+func (n *node) container(fields string) {
+	n.t.Helper()
+	text := fmt.Sprintf("pods: [{name: web, ips: [%s], containers: [{name: c, %s}]}]", n.pod.IPv4, fields)
 	if err := os.WriteFile(n.config.specs+".new", []byte(text), 0o600); err != nil {
 		n.t.Fatal(err)
 	}

@@ -50,10 +50,12 @@ type EndpointSpec struct {
 	Startup bool
 	// Reason is why the endpoint is never answered; empty if it may be.
 	Reason string
+	// elsewhere: what is dialled is certainly not the pod.
+	elsewhere bool
 }
 
-// onPort is whether connections of the endpoint's probes arrive at the pod's port.
-func (s EndpointSpec) onPort() bool { return s.Port != 0 && s.Host == "" }
+// onPort is whether connections of the endpoint's probes may arrive at the pod's port.
+func (s EndpointSpec) onPort() bool { return s.Port != 0 && !s.elsewhere }
 
 // gates is whether the endpoint has a say in taking connections to its port. One that only startup probes ask has not:
 // it would close the port for ever once they have ended.
@@ -81,6 +83,7 @@ func Endpoints(pod Pod, limits Limits) ([]EndpointSpec, error) {
 		if specs[i].Startup && specs[i].Reason == "" {
 			specs[i].Reason = reasonStartup
 		}
+		specs[i].Reason = cmp.Or(specs[i].Reason, pod.NotAnswered)
 		specs[i].Staleness = staleness(specs[i])
 	}
 	slices.SortStableFunc(specs, compare)
@@ -108,10 +111,19 @@ func endpointOf(p Spec, ips []netip.Addr, limits Limits) EndpointSpec {
 		Headers:  headersID(p.Headers),
 		Startup:  p.Type == Startup,
 		Reason:   unanswerable(p, ips, limits),
+
+		elsewhere: elsewhere(p.Host, ips),
 	}
-	s.Observed = p.Problem == "" && s.onPort() &&
+	s.Observed = p.Problem == "" && p.Host == "" && s.onPort() &&
 		(p.Kind == TCP || p.Kind == HTTP && len(p.Path) <= limits.Path)
 	return s
+}
+
+// elsewhere is whether host is certainly not the pod. Its other addresses are the pod, but not what its probes ask. A
+// name may be anything.
+func elsewhere(host string, ips []netip.Addr) bool {
+	ip, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && !slices.Contains(ips, ip.Unmap())
 }
 
 // unanswerable is why a probe can never be answered, whatever else the pod is asked.

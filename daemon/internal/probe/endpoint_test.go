@@ -72,14 +72,15 @@ func TestReasons(t *testing.T) {
 		observed bool
 		closes   bool // the ordinary one beside it is not answered either
 	}{
-		"HTTP":    {get, "", true, false},
-		"TCP":     {tcpProbe(Liveness), "", true, false},
-		"HTTPS":   {with(get, func(s *Spec) { s.Kind = HTTPS }), "HTTPS", false, true},
-		"HTTP/2":  {with(get, func(s *Spec) { s.Kind = HTTP2 }), "HTTP/2", false, true},
-		"gRPC":    {with(get, func(s *Spec) { s.Kind = GRPC }), "gRPC", false, true},
-		"exec":    {with(get, func(s *Spec) { s.Kind, s.Port, s.Path = Exec, 0, "" }), "exec", false, false},
-		"host":    {with(get, func(s *Spec) { s.Host = "10.9.9.9" }), "10.9.9.9", false, false},
-		"problem": {with(get, func(s *Spec) { s.Problem = "odd" }), "odd", false, true},
+		"HTTP":         {get, "", true, false},
+		"TCP":          {tcpProbe(Liveness), "", true, false},
+		"HTTPS":        {with(get, func(s *Spec) { s.Kind = HTTPS }), "HTTPS", false, true},
+		"HTTP/2":       {with(get, func(s *Spec) { s.Kind = HTTP2 }), "HTTP/2", false, true},
+		"gRPC":         {with(get, func(s *Spec) { s.Kind = GRPC }), "gRPC", false, true},
+		"exec":         {with(get, func(s *Spec) { s.Kind, s.Port, s.Path = Exec, 0, "" }), "exec", false, false},
+		"host":         {with(get, func(s *Spec) { s.Host = "10.9.9.9" }), "10.9.9.9", false, false},
+		"host, a name": {with(get, func(s *Spec) { s.Host = "h.example" }), "h.example", false, true},
+		"problem":      {with(get, func(s *Spec) { s.Problem = "odd" }), "odd", false, true},
 		"unknown port": {with(get, func(s *Spec) { s.Problem, s.Port = "which port?", 0 }),
 			"which port?", false, false},
 		"longest path":     {with(get, func(s *Spec) { s.Path = "/" + strings.Repeat("x", 254) }), "", true, false},
@@ -112,6 +113,21 @@ func TestReasons(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestPodNotAnswered(t *testing.T) {
+	specs, err := Endpoints(Pod{
+		Probes:      []Spec{httpProbe(Readiness, "/x"), with(tcpProbe(Liveness), func(s *Spec) { s.Kind = GRPC })},
+		NotAnswered: "the end",
+	}, limits)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range specs {
+		if want := map[Kind]string{HTTP: "the end", GRPC: "gRPC is never answered"}[s.Kind]; s.Reason != want {
+			t.Errorf("%s: reason %q, want %q", s.Endpoint, s.Reason, want)
+		}
 	}
 }
 

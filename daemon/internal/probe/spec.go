@@ -73,8 +73,10 @@ func (s Spec) Asker() Asker { return Asker{s.Container, s.Type} }
 // Pod is a pod with the probes that it is asked.
 type Pod struct {
 	Namespace, Name string
-	IPs             []netip.Addr
+	IPs             []netip.Addr // the first is the one that is probed
 	Probes          []Spec
+	// NotAnswered is why nothing that the pod is asked is answered; empty if that depends on the probes.
+	NotAnswered string
 }
 
 func (p Pod) String() string { return p.Namespace + "/" + p.Name }

@@ -60,6 +60,7 @@ func probesOf(field string, containers []corev1.Container) ([]probe.Spec, error)
 			spec, err := convert(c, p.probeType, p.probe)
 			if err != nil {
 				errs = append(errs, fmt.Errorf("%s (%s): %sProbe.%w", at, c.Name, p.probeType, err))
+				continue
 			}
 			specs = append(specs, spec)
 		}

@@ -178,22 +178,22 @@ func parsePod(raw []byte) (probe.Pod, error) {
 	if in.Namespace == "" {
 		in.Namespace = corev1.NamespaceDefault
 	}
-	pod := probe.Pod{Namespace: in.Namespace, Name: in.Name}
+	named := probe.Pod{Namespace: in.Namespace, Name: in.Name}
 	if err != nil {
-		return pod, err
+		return named, err
 	}
 	if in.Name == "" {
-		return pod, errors.New("name: missing")
+		return named, errors.New("name: missing")
 	}
+	pod := corev1.Pod{Spec: corev1.PodSpec{Containers: in.Containers, InitContainers: in.InitContainers}}
+	pod.Namespace, pod.Name = in.Namespace, in.Name
 	for i, text := range in.IPs {
-		ip, err := netip.ParseAddr(text)
-		if err != nil {
-			return pod, fmt.Errorf("ips[%d]: %q: not an IP address", i, text)
+		if _, err := netip.ParseAddr(text); err != nil {
+			return named, fmt.Errorf("ips[%d]: %q: not an IP address", i, text)
 		}
-		pod.IPs = append(pod.IPs, ip.Unmap())
+		pod.Status.PodIPs = append(pod.Status.PodIPs, corev1.PodIP{IP: text})
 	}
-	pod.Probes, err = probes(in.Containers, in.InitContainers)
-	return pod, err
+	return fromPod(&pod)
 }
 
 // decodeStrict refuses unknown fields and those of another case, and says which value does not fit its field's type.

@@ -1,0 +1,78 @@
+package source
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	"sigs.k8s.io/yaml"
+
+	"github.com/probelet/probelet/daemon/internal/probe"
+)
+
+// The corpus: pods as a kubelet tells of them, and beside each what is asked of it and whether it may be answered.
+func TestCorpus(t *testing.T) {
+	files, err := filepath.Glob("testdata/pods/*.yaml")
+	if err != nil || len(files) < 40 {
+		t.Fatalf("%d pods, %v; want at least 40", len(files), err)
+	}
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".yaml"), func(t *testing.T) {
+			text := readFile(t, file)
+			var pod corev1.Pod
+			if err := yaml.Unmarshal([]byte(text), &pod); err != nil {
+				t.Fatal(err)
+			}
+			want := readFile(t, strings.TrimSuffix(file, ".yaml")+".endpoints")
+			if got := described(t, &pod); got != want {
+				t.Errorf("got:\n%swant:\n%s", got, want)
+			}
+		})
+	}
+}
+
+func readFile(t *testing.T, path string) string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// described is what becomes of a pod, a line for each endpoint.
+func described(t *testing.T, p *corev1.Pod) string {
+	t.Helper()
+	pod, skipped := onNode(p)
+	if skipped != "" {
+		return "skipped: " + skipped + "\n"
+	}
+	endpoints, err := probe.Endpoints(pod, probe.Limits{Path: 255, Request: 1024, Records: 64})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var lines strings.Builder
+	lines.WriteString("ips")
+	for _, ip := range pod.IPs {
+		lines.WriteString(" " + ip.String())
+	}
+	for _, e := range endpoints {
+		fmt.Fprintf(&lines, "\n%s", e.Endpoint)
+		if e.Host != "" {
+			fmt.Fprintf(&lines, " at %s", e.Host)
+		}
+		if e.Headers != "" {
+			lines.WriteString(" with headers")
+		}
+		verdict := "may be answered"
+		if e.Reason != "" {
+			verdict = "never: " + e.Reason
+		}
+		fmt.Fprintf(&lines, " %v every %s, timeout %s: %s", e.Askers, e.Period, e.Timeout, verdict)
+	}
+	lines.WriteString("\n")
+	return lines.String()
+}
