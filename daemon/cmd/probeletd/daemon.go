@@ -54,8 +54,16 @@ func (d *daemon) setPods(pods []probe.Pod) {
 	d.update()
 }
 
-func (d *daemon) readRecords() {
+// readRecords returns whether there are attachments that there were not before.
+func (d *daemon) readRecords() (added bool) {
 	records, err := attach.ReadRecords(d.stateDir)
+	known := map[attach.ID]bool{}
+	for _, r := range d.records {
+		known[r.ID()] = true
+	}
+	for _, r := range records {
+		added = added || !known[r.ID()]
+	}
 	d.records = records
 	switch {
 	case err == nil:
@@ -65,6 +73,7 @@ func (d *daemon) readRecords() {
 		d.log.Error("reading records of attachments", "error", err)
 	}
 	d.update()
+	return added
 }
 
 // update matches pods and attachments anew.

@@ -9,17 +9,30 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/source"
 )
 
 const runHelp = `Runs the daemon in the foreground.
 
-Specs (--specs) are a YAML file of pods, with probes as in a pod spec:
+Specs come from a source (--source):
+
+  kubelet    GET /pods of this node's kubelet, again and again, and at once when a pod is attached. It needs "get" on
+             nodes/pods (before Kubernetes 1.33: nodes/proxy). --kubelet-ca-file must vouch for the kubelet's certificate:
+             one that the kubelet signed itself does so for itself (/var/lib/kubelet/pki/kubelet.crt), with the node's
+             name as --kubelet-server-name. With http: (the read-only port) no token is sent.
+  apiserver  the pods with spec.nodeName=--node-name are watched at the API server.
+  file       a file (--specs).
+
+While a source cannot be read, what it last said stays in force, and evidence expires as ever.
+
+A specs file is YAML, with probes as in a pod spec:
 
   pods:
   - name: web
@@ -43,8 +56,14 @@ The prober (--prober) is whose connections are probes:
 
 On SIGTERM and SIGINT the daemon ends and leaves everything as it is: evidence expires by itself.`
 
+// serviceAccount is where a pod finds its service account.
+const serviceAccount = "/var/run/secrets/kubernetes.io/serviceaccount/"
+
 type config struct {
-	specs, prober    string
+	source, prober   string
+	specs            string // file
+	kubelet          source.KubeletConfig
+	kubeconfig, node string // API server
 	bpfDir, stateDir string
 	logLevel         slog.Level
 }
@@ -75,7 +94,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 func runCommand(stderr io.Writer) *cobra.Command {
 	var c config
 	cmd := &cobra.Command{
-		Use:   "run --specs FILE --prober cgroup:PATH|host",
+		Use:   "run [--source kubelet|apiserver|file] --prober cgroup:PATH|host",
 		Short: "Run the daemon in the foreground",
 		Long:  runHelp,
 		Args:  cobra.NoArgs,
@@ -85,15 +104,21 @@ func runCommand(stderr io.Writer) *cobra.Command {
 		},
 	}
 	flags := cmd.Flags()
+	flags.StringVar(&c.source, "source", "", "where specs come from: `kubelet|apiserver|file` (default: file with --specs, otherwise kubelet)")
 	flags.StringVar(&c.specs, "specs", "", "YAML `FILE` of pods and their probes")
+	flags.StringVar(&c.kubelet.URL, "kubelet-url", "https://127.0.0.1:10250/pods", "`URL` of the kubelet's pods")
+	flags.StringVar(&c.kubelet.TokenFile, "kubelet-token-file", serviceAccount+"token", "`FILE` of the token for the kubelet")
+	flags.StringVar(&c.kubelet.CAFile, "kubelet-ca-file", serviceAccount+"ca.crt", "`FILE` of the authority of the kubelet's certificate")
+	flags.StringVar(&c.kubelet.ServerName, "kubelet-server-name", "", "`NAME` in the kubelet's certificate (default: the host of its URL)")
+	flags.DurationVar(&c.kubelet.Poll, "kubelet-poll", 10*time.Second, "`INTERVAL` at which the kubelet is asked")
+	flags.StringVar(&c.kubeconfig, "kubeconfig", "", "`FILE` that says how to reach the API server (default: as in a pod)")
+	flags.StringVar(&c.node, "node-name", os.Getenv("NODE_NAME"), "`NAME` of this node at the API server (default: $NODE_NAME)")
 	flags.StringVar(&c.prober, "prober", "", "whose connections are probes: `cgroup:PATH|host`")
 	flags.StringVar(&c.bpfDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
 	flags.StringVar(&c.stateDir, "state-dir", attach.DefaultStateDir, "`directory` of attachment records and the daemon's state")
 	flags.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "least `level` that is logged: debug, info, warn, error")
-	for _, name := range []string{"specs", "prober"} {
-		if err := cmd.MarkFlagRequired(name); err != nil {
-			panic(err) // no such flag
-		}
+	if err := cmd.MarkFlagRequired("prober"); err != nil {
+		panic(err) // no such flag
 	}
 	return cmd
 }

@@ -51,11 +51,13 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, unlock()) }()
-	specs, err := source.NewFile(c.specs, log)
+	specs, err := openSource(c, log)
 	if err != nil {
-		return fmt.Errorf("--specs: %w", err)
+		return err
 	}
-	defer specs.Close() //nolint:errcheck // nothing is lost
+	if file, ok := specs.(*source.File); ok {
+		defer file.Close() //nolint:errcheck // nothing is lost
+	}
 
 	loading, cancel := context.WithTimeout(ctx, loadDeadline)
 	defer cancel()
@@ -69,6 +71,40 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	}
 	l := &loop{log: log, prober: prober, who: who, set: d.SetProber}
 	return l.serve(ctx, c, d, specs)
+}
+
+// openSource opens the source that the flags ask for.
+func openSource(c config, log *slog.Logger) (source.Source, error) {
+	name := c.sourceName()
+	if (name == "file") != (c.specs != "") {
+		return nil, fmt.Errorf("--source %s, --specs %q: a file, and only a file, needs --specs", name, c.specs)
+	}
+	var s source.Source
+	var err error
+	switch name {
+	case "file":
+		s, err = source.NewFile(c.specs, log)
+	case "kubelet":
+		s, err = source.NewKubelet(c.kubelet, log)
+	case "apiserver":
+		s, err = source.NewAPIServer(c.kubeconfig, c.node, log)
+	default:
+		return nil, fmt.Errorf("--source %q: must be kubelet, apiserver or file", name)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("--source %s: %w", name, err)
+	}
+	return s, nil
+}
+
+func (c config) sourceName() string {
+	switch {
+	case c.source != "":
+		return c.source
+	case c.specs != "":
+		return "file"
+	}
+	return "kubelet"
 }
 
 // serve starts the inputs, and runs the loop.
@@ -88,7 +124,8 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 	defer in.wait()
 	defer cancel()
 	l.daemon = newDaemon(l.log, d, c.stateDir, previous)
-	l.log.Info("running", "specs", c.specs, "prober", c.prober, "bpf", d.Dir(), "state", c.stateDir)
+	l.refresh = specs.Refresh
+	l.log.Info("running", "source", c.sourceName(), "prober", c.prober, "bpf", d.Dir(), "state", c.stateDir)
 	err = l.run(ctx, in)
 	l.log.Info("ended; evidence is left to expire")
 	return err
@@ -189,7 +226,9 @@ type loop struct {
 	prober proberFlag
 	who    datapath.Prober
 	set    func(datapath.Prober) error
-	lost   bool // the prober's cgroup is not there, and that was logged
+	// refresh tells the source of a new attachment.
+	refresh func()
+	lost    bool // the prober's cgroup is not there, and that was logged
 }
 
 func (l *loop) run(ctx context.Context, in *inputs) error {
@@ -211,7 +250,9 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			outcomes = in.outcomes
 			l.setPods(pods)
 		case <-in.records:
-			l.readRecords()
+			if l.readRecords() {
+				l.refresh()
+			}
 		case o := <-outcomes:
 			l.observe(o)
 		case <-retry:

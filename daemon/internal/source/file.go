@@ -70,6 +70,9 @@ func NewFile(path string, log *slog.Logger) (*File, error) {
 	return f, nil
 }
 
+// Refresh implements Source: the file is watched.
+func (f *File) Refresh() {}
+
 // Close ends the watching, if Run has not been called.
 func (f *File) Close() error { return f.watcher.Close() }
 
@@ -100,15 +103,6 @@ func (f *File) Run(ctx context.Context, snapshots chan<- []probe.Pod) error {
 				return nil
 			}
 		}
-	}
-}
-
-func send(ctx context.Context, snapshots chan<- []probe.Pod, pods []probe.Pod) bool {
-	select {
-	case <-ctx.Done():
-		return false
-	case snapshots <- pods:
-		return true
 	}
 }
 

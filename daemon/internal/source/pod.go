@@ -40,6 +40,9 @@ func fromPod(p *corev1.Pod) (probe.Pod, error) {
 		pod.Probes[i].Host = dialled(pod.Probes[i].Host, pod.IPs)
 	}
 	pod.NotAnswered = cmp.Or(ending(p), ambiguousHook(p, pod.IPs))
+	if ended(p) {
+		pod.IPs = nil // another pod may have them by now
+	}
 	return pod, err
 }
 
@@ -71,10 +74,14 @@ func ending(p *corev1.Pod) string {
 	switch {
 	case p.DeletionTimestamp != nil:
 		return "the pod is being deleted"
-	case p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed:
+	case ended(p):
 		return "the pod has ended: " + string(p.Status.Phase)
 	}
 	return ""
+}
+
+func ended(p *corev1.Pod) bool {
+	return p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed
 }
 
 // ambiguousHook is why requests of the pod's lifecycle hooks might be taken for probes; empty if they cannot.

@@ -21,17 +21,21 @@ func TestCorpus(t *testing.T) {
 	}
 	for _, file := range files {
 		t.Run(strings.TrimSuffix(filepath.Base(file), ".yaml"), func(t *testing.T) {
-			text := readFile(t, file)
-			var pod corev1.Pod
-			if err := yaml.Unmarshal([]byte(text), &pod); err != nil {
-				t.Fatal(err)
-			}
 			want := readFile(t, strings.TrimSuffix(file, ".yaml")+".endpoints")
-			if got := described(t, &pod); got != want {
+			if got := described(t, podOf(t, file)); got != want {
 				t.Errorf("got:\n%swant:\n%s", got, want)
 			}
 		})
 	}
+}
+
+func podOf(t *testing.T, file string) *corev1.Pod {
+	t.Helper()
+	var pod corev1.Pod
+	if err := yaml.Unmarshal([]byte(readFile(t, file)), &pod); err != nil {
+		t.Fatalf("%s: %v", file, err)
+	}
+	return &pod
 }
 
 func readFile(t *testing.T, path string) string {

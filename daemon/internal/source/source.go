@@ -2,13 +2,66 @@
 package source
 
 import (
+	"cmp"
 	"context"
+	"log/slog"
+	"reflect"
+	"slices"
 
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
 // Source yields snapshots, each complete: a pod that is missing from one is gone.
 type Source interface {
-	// Run sends a snapshot at once and after every change, until ctx ends. An error means that there will be no more.
+	// Run sends a snapshot as soon as there is one and after every change, until ctx ends. While a source cannot be read
+	// it sends none, so what it last said stays in force. An error means that there will be no more.
 	Run(ctx context.Context, snapshots chan<- []probe.Pod) error
+	// Refresh says that there is a pod that the last snapshot may not have had. It does not wait, and may do nothing
+	// where changes come by themselves.
+	Refresh()
+}
+
+func send(ctx context.Context, snapshots chan<- []probe.Pod, pods []probe.Pod) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case snapshots <- pods:
+		return true
+	}
+}
+
+// publisher sends snapshots of a node's pods that differ from the one before, whatever order they came in.
+type publisher struct {
+	last  []probe.Pod
+	known bool
+}
+
+func (p *publisher) send(ctx context.Context, snapshots chan<- []probe.Pod, pods []probe.Pod) bool {
+	slices.SortFunc(pods, func(a, b probe.Pod) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
+	})
+	if p.known && reflect.DeepEqual(p.last, pods) {
+		return true
+	}
+	p.last, p.known = pods, true
+	return send(ctx, snapshots, slices.Clone(pods)) // what was sent is the receiver's
+}
+
+// health logs when a source fails and when it is well again, not each time in between.
+type health struct {
+	log     *slog.Logger
+	failing string // the kind of the failure that was logged last
+}
+
+// set takes the kind of failure, empty for none. Errors of one kind may differ each time: in ports, or in offsets.
+func (h *health) set(kind string, err error) {
+	switch {
+	case kind == h.failing:
+		return
+	case kind == "":
+		h.log.Info("the source of specs is well again")
+	default:
+		h.log.Error("the source of specs "+kind+"; what it last said stays in force", "error", err)
+	}
+	h.failing = kind
 }

@@ -1,0 +1,203 @@
+package source
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	apiwatch "k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/probelet/probelet/daemon/internal/probe"
+)
+
+// changesSettle is how long after a change a snapshot is made: one change of a pod is several of its object.
+const changesSettle = 20 * time.Millisecond
+
+// APIServer watches the node's pods at the API server.
+type APIServer struct {
+	client  rest.Interface
+	node    string
+	health  health
+	changed chan struct{}
+	last    publisher
+}
+
+// NewAPIServer takes a kubeconfig file; empty: as in a pod of the cluster. Whether the API server answers is Run's
+// concern.
+func NewAPIServer(kubeconfig, node string, log *slog.Logger) (*APIServer, error) {
+	if node == "" {
+		return nil, fmt.Errorf("node name %q: must be set", node)
+	}
+	config, err := clientConfig(kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	client, err := podClient(config)
+	if err != nil {
+		return nil, err
+	}
+	return &APIServer{
+		client: client, node: node, changed: make(chan struct{}, 1),
+		health: health{log: log.With("source", config.Host)},
+	}, nil
+}
+
+func clientConfig(kubeconfig string) (*rest.Config, error) {
+	if kubeconfig == "" {
+		return rest.InClusterConfig()
+	}
+	return clientcmd.BuildConfigFromFlags("", kubeconfig)
+}
+
+// podClient knows the core API only: all of client-go's would make the daemon much larger.
+func podClient(config *rest.Config) (rest.Interface, error) {
+	scheme := runtime.NewScheme()
+	if err := corev1.AddToScheme(scheme); err != nil {
+		return nil, err
+	}
+	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
+	config.APIPath = "/api"
+	config.GroupVersion = &corev1.SchemeGroupVersion
+	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
+	config.ContentType = runtime.ContentTypeProtobuf
+	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	config.UserAgent = "probeletd"
+	return rest.RESTClientFor(config)
+}
+
+// Refresh implements Source: the API server is watched.
+func (*APIServer) Refresh() {}
+
+// Run implements Source.
+func (a *APIServer) Run(ctx context.Context, snapshots chan<- []probe.Pod) error {
+	informer := cache.NewSharedIndexInformer(a.listWatch(), &corev1.Pod{}, 0, nil)
+	if err := informer.SetTransform(strip); err != nil {
+		return err
+	}
+	// health logs it.
+	if err := informer.SetWatchErrorHandlerWithContext(func(context.Context, *cache.Reflector, error) {}); err != nil {
+		return err
+	}
+	registration, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc:    func(any) { a.notify() },
+		UpdateFunc: func(any, any) { a.notify() },
+		DeleteFunc: func(any) { a.notify() },
+	})
+	if err != nil {
+		return err
+	}
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		informer.RunWithContext(ctx)
+	}()
+	defer func() { <-stopped }()
+	if !cache.WaitForCacheSync(ctx.Done(), registration.HasSynced) {
+		return nil
+	}
+	a.notify() // of no pods at all nobody else does
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-a.changed:
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(changesSettle):
+		}
+		if !a.last.send(ctx, snapshots, a.pods(informer.GetStore())) {
+			return nil
+		}
+	}
+}
+
+func (a *APIServer) notify() {
+	select {
+	case a.changed <- struct{}{}:
+	default: // one is waiting already
+	}
+}
+
+func (*APIServer) pods(store cache.Store) []probe.Pod {
+	var pods []probe.Pod
+	for _, object := range store.List() {
+		if p, ok := object.(*corev1.Pod); ok {
+			if pod, skipped := onNode(p); skipped == "" {
+				pods = append(pods, pod)
+			}
+		}
+	}
+	return pods
+}
+
+// listWatch is of the node's pods, and notes whether the API server answers.
+func (a *APIServer) listWatch() *cache.ListWatch {
+	selector := fields.OneTermEqualSelector("spec.nodeName", a.node)
+	from := cache.NewListWatchFromClient(a.client, "pods", metav1.NamespaceAll, selector)
+	return &cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
+			list, err := from.ListWithContext(ctx, options)
+			a.note(ctx, "does not list pods", err)
+			return list, err
+		},
+		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (apiwatch.Interface, error) {
+			w, err := from.WatchWithContext(ctx, options)
+			a.note(ctx, "does not let pods be watched", err)
+			return w, err
+		},
+	}
+}
+
+func (a *APIServer) note(ctx context.Context, kind string, err error) {
+	switch {
+	case ctx.Err() != nil:
+	case err == nil:
+		a.health.set("", nil)
+	default:
+		a.health.set(kind, err)
+	}
+}
+
+// strip keeps of a pod what is made use of; a node's pods are long.
+func strip(object any) (any, error) {
+	p, ok := object.(*corev1.Pod)
+	if !ok {
+		return object, nil
+	}
+	return &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: p.Namespace, Name: p.Name, UID: p.UID,
+			ResourceVersion: p.ResourceVersion, DeletionTimestamp: p.DeletionTimestamp,
+		},
+		Spec: corev1.PodSpec{
+			HostNetwork: p.Spec.HostNetwork,
+			Containers:  stripContainers(p.Spec.Containers), InitContainers: stripContainers(p.Spec.InitContainers),
+		},
+		Status: corev1.PodStatus{
+			Phase: p.Status.Phase, PodIP: p.Status.PodIP, PodIPs: p.Status.PodIPs,
+		},
+	}, nil
+}
+
+func stripContainers(all []corev1.Container) []corev1.Container {
+	kept := make([]corev1.Container, 0, len(all))
+	for i := range all {
+		c := &all[i]
+		kept = append(kept, corev1.Container{
+			Name: c.Name, Ports: c.Ports, RestartPolicy: c.RestartPolicy, Lifecycle: c.Lifecycle,
+			StartupProbe: c.StartupProbe, ReadinessProbe: c.ReadinessProbe, LivenessProbe: c.LivenessProbe,
+		})
+	}
+	return kept
+}

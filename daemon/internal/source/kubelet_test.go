@@ -1,0 +1,381 @@
+package source
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/probelet/probelet/daemon/internal/probe"
+)
+
+// logged is what was logged, readable while it is written.
+type logged struct {
+	mutex sync.Mutex
+	text  bytes.Buffer
+}
+
+func (l *logged) Write(p []byte) (int, error) {
+	l.mutex.Lock()
+	defer l.mutex.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logged) String() string {
+	l.mutex.Lock()
+	defer l.mutex.Unlock()
+	return l.text.String()
+}
+
+func (l *logged) count(part string) int { return strings.Count(l.String(), part) }
+
+func (l *logged) logger() *slog.Logger { return slog.New(slog.NewTextHandler(l, nil)) }
+
+// webPod is a running pod of a container with a readiness probe on port 80.
+func webPod(name, ip string) corev1.Pod {
+	get := &corev1.HTTPGetAction{Path: "/ready", Port: intstr.FromInt32(80)}
+	return corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name},
+		Spec: corev1.PodSpec{Containers: []corev1.Container{{
+			Name:           "web",
+			ReadinessProbe: &corev1.Probe{ProbeHandler: corev1.ProbeHandler{HTTPGet: get}},
+		}}},
+		Status: corev1.PodStatus{Phase: corev1.PodRunning, PodIP: ip},
+	}
+}
+
+func podList(t *testing.T, pods ...corev1.Pod) string {
+	t.Helper()
+	text, err := json.Marshal(corev1.PodList{TypeMeta: metav1.TypeMeta{Kind: "PodList", APIVersion: "v1"}, Items: pods})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// fakeKubelet answers as it is told.
+type fakeKubelet struct {
+	*httptest.Server
+	handle   atomic.Pointer[http.HandlerFunc]
+	requests atomic.Int32
+}
+
+func newFakeKubelet(t *testing.T, start func(*httptest.Server)) *fakeKubelet {
+	t.Helper()
+	f := &fakeKubelet{}
+	f.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		f.requests.Add(1)
+		(*f.handle.Load())(w, r)
+	}))
+	f.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
+	f.says("{}")
+	start(f.Server)
+	t.Cleanup(f.Close)
+	return f
+}
+
+func (f *fakeKubelet) does(h http.HandlerFunc) { f.handle.Store(&h) }
+
+func (f *fakeKubelet) says(text string) {
+	f.does(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, text) })
+}
+
+// running runs a source, and returns its snapshots.
+func running(t *testing.T, s Source) <-chan []probe.Pod {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	snapshots := make(chan []probe.Pod)
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx, snapshots) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("ended with %v", err)
+		}
+	})
+	return snapshots
+}
+
+func names(t *testing.T, snapshots <-chan []probe.Pod) []string {
+	t.Helper()
+	select {
+	case pods := <-snapshots:
+		all := []string{}
+		for _, pod := range pods {
+			all = append(all, fmt.Sprint(pod.Name, pod.IPs))
+		}
+		return all
+	case <-time.After(20 * time.Second):
+		t.Fatal("no snapshot")
+		return nil
+	}
+}
+
+func wantNext(t *testing.T, snapshots <-chan []probe.Pod, want ...string) {
+	t.Helper()
+	if got := names(t, snapshots); strings.Join(got, " ") != strings.Join(want, " ") {
+		t.Fatalf("snapshot of %v, want %v", got, want)
+	}
+}
+
+func kubelet(t *testing.T, c KubeletConfig, log *slog.Logger) *Kubelet {
+	t.Helper()
+	if c.Poll == 0 {
+		c.Poll = 20 * time.Millisecond
+	}
+	k, err := NewKubelet(c, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func TestKubelet(t *testing.T) {
+	f := newFakeKubelet(t, (*httptest.Server).Start)
+	hostNetwork := webPod("node-agent", "192.0.2.1")
+	hostNetwork.Spec.HostNetwork = true
+	b, a := webPod("b", "10.0.0.8"), webPod("a", "10.0.0.7")
+	f.says(podList(t, b, hostNetwork, a, webPod("starting", "")))
+	snapshots := running(t, kubelet(t, KubeletConfig{URL: f.URL + "/pods"}, slog.New(slog.DiscardHandler)))
+	wantNext(t, snapshots, "a[10.0.0.7]", "b[10.0.0.8]")
+
+	f.says(podList(t, a, hostNetwork, b)) // the kubelet's order is none
+	before := f.requests.Load()
+	eventually(t, "asked again", func() bool { return f.requests.Load() > before+2 })
+	f.says(podList(t, webPod("c", "10.0.0.9"), a))
+	wantNext(t, snapshots, "a[10.0.0.7]", "c[10.0.0.9]")
+	f.says(podList(t))
+	wantNext(t, snapshots)
+	f.says(podList(t, a))
+	wantNext(t, snapshots, "a[10.0.0.7]")
+	f.says(`{"kind":"PodList","apiVersion":"v1","metadata":{"later":[{}]},"items":null}`)
+	wantNext(t, snapshots)
+}
+
+// A new pod is learned of at once, and its address when the kubelet knows it, though the poll interval is long.
+func TestKubeletRefresh(t *testing.T) {
+	f := newFakeKubelet(t, (*httptest.Server).Start)
+	f.says(podList(t))
+	k := kubelet(t, KubeletConfig{URL: f.URL + "/pods", Poll: time.Hour}, slog.New(slog.DiscardHandler))
+	snapshots := running(t, k)
+	wantNext(t, snapshots)
+	f.says(podList(t, webPod("a", "10.0.0.7")))
+	start := time.Now()
+	k.Refresh()
+	wantNext(t, snapshots, "a[10.0.0.7]")
+	if took := time.Since(start); took > refreshAfter/2 {
+		t.Errorf("learned of after %s", took)
+	}
+	k.Refresh()
+	f.says(podList(t))
+	wantNext(t, snapshots)
+}
+
+// Whatever is wrong is said once, and what was last known stays in force.
+func TestKubeletFailures(t *testing.T) {
+	good := podList(t, webPod("a", "10.0.0.7"))
+	for name, test := range map[string]struct {
+		handle http.HandlerFunc
+		want   string
+	}{
+		"unauthorized": {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(401) }, "401 Unauthorized"},
+		"forbidden":    {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(403) }, "403 Forbidden"},
+		"redirect": {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/elsewhere", http.StatusFound) },
+			"302 Found"},
+		"no content": {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(204) }, "204"},
+		"reset":      {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, "is not reachable"},
+		"hangs":      {func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, "is not reachable"},
+		"hangs within": {func(w http.ResponseWriter, r *http.Request) {
+			_, _ = io.WriteString(w, good[:len(good)/2])
+			w.(http.Flusher).Flush()
+			<-r.Context().Done()
+		}, "no whole answer within"},
+		"empty":            {says(""), "unexpected EOF"},
+		"not JSON":         {says("<html>"), "invalid character"},
+		"half":             {says(good[:len(good)/2]), "unexpected EOF"},
+		"two":              {says(good + good), "more than one"},
+		"garbage behind":   {says(good + "}"), "more than one"},
+		"a list":           {says("[]"), "where { was expected"},
+		"another kind":     {says(`{"kind":"Status","code":500}`), `kind: \"Status\"`},
+		"no kind":          {says(`{"items":[]}`), "must be PodList"},
+		"items an object":  {says(`{"kind":"PodList","items":{}}`), "items"},
+		"a nameless pod":   {says(`{"kind":"PodList","items":[{}]}`), "items: [0]: a pod without name"},
+		"type of a field":  {says(strings.Replace(good, `"port":80`, `"port":[]`, 1)), "items: [0]"},
+		"case of a field":  {says(strings.Replace(good, `"name":"a"`, `"Name":"a"`, 1)), "without name"},
+		"null for the pod": {says(`{"kind":"PodList","items":[null]}`), "without name"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFakeKubelet(t, (*httptest.Server).Start)
+			f.says(good)
+			var log logged
+			k := kubelet(t, KubeletConfig{URL: f.URL + "/pods"}, log.logger())
+			k.timeout = 300 * time.Millisecond
+			snapshots := running(t, k)
+			wantNext(t, snapshots, "a[10.0.0.7]")
+			f.does(test.handle)
+			before := f.requests.Load()
+			eventually(t, "asked again", func() bool { return f.requests.Load() > before+3 })
+			f.says(podList(t, webPod("b", "10.0.0.8")))
+			wantNext(t, snapshots, "b[10.0.0.8]") // and nothing before it
+			if log.count("level=ERROR") != 1 || log.count(test.want) == 0 || log.count("well again") != 1 {
+				t.Errorf("want one error that says %s, one recovery; logged:\n%s", test.want, log.String())
+			}
+		})
+	}
+}
+
+func says(text string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, text) }
+}
+
+func TestKubeletNotThere(t *testing.T) {
+	f := newFakeKubelet(t, (*httptest.Server).Start)
+	f.Close()
+	var log logged
+	running(t, kubelet(t, KubeletConfig{URL: f.URL + "/pods", Poll: time.Millisecond}, log.logger()))
+	eventually(t, "said", func() bool { return log.count("refused") > 0 })
+	time.Sleep(50 * time.Millisecond)
+	if log.count("level=ERROR") != 1 {
+		t.Errorf("logged:\n%s", log.String())
+	}
+}
+
+// The authenticated port: a token that is renewed, and an authority.
+func TestKubeletTLS(t *testing.T) {
+	f := newFakeKubelet(t, (*httptest.Server).StartTLS)
+	good := podList(t, webPod("a", "10.0.0.7"))
+	f.does(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Authorization") != "Bearer second" {
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		_, _ = io.WriteString(w, good)
+	})
+	dir := t.TempDir()
+	c := KubeletConfig{URL: f.URL + "/pods", TokenFile: filepath.Join(dir, "token"), CAFile: filepath.Join(dir, "ca.crt")}
+	write := func(path, text string) {
+		t.Helper()
+		if err := os.WriteFile(path+".new", []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(path+".new", path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ca := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: f.Certificate().Raw}))
+	var log logged
+	says := func(part string) { t.Helper(); eventually(t, part, func() bool { return log.count(part) > 0 }) }
+	snapshots := running(t, kubelet(t, c, log.logger()))
+	says("ca.crt")
+	write(c.CAFile, "nonsense")
+	write(c.TokenFile, "first\n")
+	time.Sleep(100 * time.Millisecond)
+	write(c.CAFile, ca)
+	says("401 Unauthorized")
+	write(c.TokenFile, "second\n")
+	wantNext(t, snapshots, "a[10.0.0.7]")
+}
+
+func TestKubeletCertificate(t *testing.T) {
+	f := newFakeKubelet(t, (*httptest.Server).StartTLS)
+	f.says(podList(t))
+	ca := filepath.Join(t.TempDir(), "ca.crt")
+	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: f.Certificate().Raw})
+	if err := os.WriteFile(ca, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct {
+		config KubeletConfig
+		want   string // error; empty: none
+	}{
+		"unknown authority": {KubeletConfig{}, "unknown authority"},
+		"another name":      {KubeletConfig{CAFile: ca, ServerName: "node.example.org"}, "node.example.org"},
+		"its name":          {KubeletConfig{CAFile: ca, ServerName: "example.com"}, ""},
+		"its address":       {KubeletConfig{CAFile: ca}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			test.config.URL = f.URL + "/pods"
+			_, err := kubelet(t, test.config, slog.New(slog.DiscardHandler)).fetch(t.Context())
+			if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
+				t.Errorf("%v, want %q", err, test.want)
+			}
+		})
+	}
+}
+
+// No token goes over an open connection.
+func TestKubeletPlainHasNoToken(t *testing.T) {
+	f := newFakeKubelet(t, (*httptest.Server).Start)
+	good := podList(t)
+	var authorized atomic.Bool
+	f.does(func(w http.ResponseWriter, r *http.Request) {
+		authorized.Store(r.Header.Get("Authorization") != "")
+		_, _ = io.WriteString(w, good)
+	})
+	token := filepath.Join(t.TempDir(), "token")
+	if err := os.WriteFile(token, []byte("secret"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	k := kubelet(t, KubeletConfig{URL: f.URL, TokenFile: token, CAFile: "/nowhere"}, slog.New(slog.DiscardHandler))
+	if _, err := k.fetch(t.Context()); err != nil || authorized.Load() {
+		t.Errorf("error %v, token sent: %v", err, authorized.Load())
+	}
+}
+
+func TestKubeletConfigErrors(t *testing.T) {
+	for url, poll := range map[string]time.Duration{
+		"10.0.0.7:10250": 1, "unix:///run/x": 1, "https://": 1, "http://[::1/pods": 1, "http://localhost/pods": 0,
+	} {
+		if _, err := NewKubelet(KubeletConfig{URL: url, Poll: poll}, slog.New(slog.DiscardHandler)); err == nil {
+			t.Errorf("%s, every %s: accepted", url, poll)
+		}
+	}
+}
+
+// A huge answer costs time and not memory, and is given up.
+func TestKubeletHugeAnswer(t *testing.T) {
+	item := strings.TrimSuffix(strings.SplitN(podList(t, webPod("a", "10.0.0.7")), `"items":[`, 2)[1], "]}") + ","
+	answer := strings.NewReader(`{"kind":"PodList","items":[` + strings.Repeat(item, 9<<20/len(item)))
+	n := 0
+	err := readPodList(&limitedReader{answer, 8 << 20}, func(*corev1.Pod) { n++ })
+	if err == nil || !strings.Contains(err.Error(), "more than 256 MiB") || n < 1000 {
+		t.Errorf("error %v after %d pods", err, n)
+	}
+}
+
+func TestKubeletManyPodsAndLongAnnotations(t *testing.T) {
+	pods := make([]corev1.Pod, 10_000)
+	for i := range pods {
+		pods[i] = webPod(fmt.Sprintf("p%05d", i), fmt.Sprintf("10.1.%d.%d", i/250, i%250))
+	}
+	for i := range 20 {
+		pods[i].Annotations = map[string]string{"long": strings.Repeat(`"\ `, 350_000)}
+	}
+	text := podList(t, pods...)
+	f := newFakeKubelet(t, (*httptest.Server).Start)
+	f.says(text)
+	k := kubelet(t, KubeletConfig{URL: f.URL + "/pods"}, slog.New(slog.DiscardHandler))
+	start := time.Now()
+	got, err := k.fetch(t.Context())
+	if err != nil || len(got) != len(pods) {
+		t.Fatalf("%d pods, %v", len(got), err)
+	}
+	t.Logf("%d MiB in %s", len(text)>>20, time.Since(start))
+}
