@@ -55,10 +55,10 @@ type health struct {
 
 // set takes the kind of failure, empty for none. Errors of one kind may differ each time: in ports, or in offsets.
 func (h *health) set(kind string, err error) {
-	switch {
-	case kind == h.failing:
+	switch kind {
+	case h.failing:
 		return
-	case kind == "":
+	case "":
 		h.log.Info("the source of specs is well again")
 	default:
 		h.log.Error("the source of specs "+kind+"; what it last said stays in force", "error", err)
