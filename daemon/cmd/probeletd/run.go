@@ -87,7 +87,7 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 	}
 	defer in.wait()
 	defer cancel()
-	l.daemon = newDaemon(l.log, d, c.stateDir, previous)
+	l.daemon = newDaemon(l.log, d, c, previous)
 	l.log.Info("running", "specs", c.specs, "prober", c.prober, "bpf", d.Dir(), "state", c.stateDir)
 	err = l.run(ctx, in)
 	l.log.Info("ended; evidence is left to expire")

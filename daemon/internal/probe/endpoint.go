@@ -40,8 +40,9 @@ type EndpointSpec struct {
 	Askers []Asker
 	// Period is the shortest, Timeout the smallest of the probes that ask.
 	Period, Timeout time.Duration
-	// Staleness is how long after its observation a success may be answered.
+	// Staleness is how long after its observation a success may be answered. Capped: the node's ceiling lowered it.
 	Staleness time.Duration
+	Capped    bool
 	// Headers identifies the custom headers. Evidence of the same endpoint with others is not evidence.
 	Headers string
 	// Observed: what the pod answers can be told apart by the kernel, so it is recorded, answered or not.
@@ -63,7 +64,7 @@ const reasonStartup = "startup probe"
 
 // Endpoints returns the endpoints that the pod's probes ask, sorted. The error says that the pod has too many of them
 // for the kernel side; none is answered then, and the specs say so too.
-func Endpoints(pod Pod, limits Limits) ([]EndpointSpec, error) {
+func Endpoints(pod Pod, settings Settings, limits Limits) ([]EndpointSpec, error) {
 	var specs []EndpointSpec
 	shared := map[Endpoint]int{}
 	for _, p := range pod.Probes {
@@ -81,16 +82,12 @@ func Endpoints(pod Pod, limits Limits) ([]EndpointSpec, error) {
 		if specs[i].Startup && specs[i].Reason == "" {
 			specs[i].Reason = reasonStartup
 		}
-		specs[i].Staleness = staleness(specs[i])
 	}
 	slices.SortStableFunc(specs, compare)
 	closePorts(specs)
+	settings.apply(specs)
 	return specs, limit(specs, limits.Records)
 }
-
-// staleness by default: a success holds for the period after which the next probe is due, and the time that one may
-// take. So of a lone prober's probes every second one reaches the pod.
-func staleness(s EndpointSpec) time.Duration { return s.Period + s.Timeout }
 
 func compare(a, b EndpointSpec) int {
 	return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Path, b.Path),

@@ -74,7 +74,9 @@ func (s Spec) Asker() Asker { return Asker{s.Container, s.Type} }
 type Pod struct {
 	Namespace, Name string
 	IPs             []netip.Addr
-	Probes          []Spec
+	// Annotations are those for probelet (AnnotationPrefix); what a source has besides is not kept.
+	Annotations map[string]string
+	Probes      []Spec
 }
 
 func (p Pod) String() string { return p.Namespace + "/" + p.Name }

@@ -27,6 +27,7 @@ type filePod struct {
 	Namespace string `json:"namespace,omitempty"` // empty: "default"
 	// IPs are needed where whoever attached the pod was not told its name.
 	IPs            []string           `json:"ips,omitempty"`
+	Annotations    map[string]string  `json:"annotations,omitempty"`
 	Containers     []corev1.Container `json:"containers"`
 	InitContainers []corev1.Container `json:"initContainers,omitempty"`
 }
@@ -40,6 +41,7 @@ const settle = 50 * time.Millisecond
 //	- name: web
 //	  namespace: shop
 //	  ips: [10.0.0.7]
+//	  annotations: {probelet.dev/staleness: "2"}
 //	  containers:
 //	  - name: server
 //	    ports: [{name: http, containerPort: 8080}]
@@ -178,7 +180,7 @@ func parsePod(raw []byte) (probe.Pod, error) {
 	if in.Namespace == "" {
 		in.Namespace = corev1.NamespaceDefault
 	}
-	pod := probe.Pod{Namespace: in.Namespace, Name: in.Name}
+	pod := probe.Pod{Namespace: in.Namespace, Name: in.Name, Annotations: probe.OwnAnnotations(in.Annotations)}
 	if err != nil {
 		return pod, err
 	}

@@ -16,6 +16,7 @@ pods:
 - name: web
   namespace: shop
   ips: [10.0.0.7, "fd00::7"]
+  annotations: {probelet.dev/mode: observe, example.org/else: x}
   containers:
   - name: server
     image: example.org/server:1 # as in a pod spec; not looked at
@@ -38,7 +39,7 @@ pods:
 		t.Fatal(err)
 	}
 	want := []probe.Pod{{
-		Namespace: "shop", Name: "web",
+		Namespace: "shop", Name: "web", Annotations: map[string]string{probe.AnnotationMode: "observe"},
 		IPs: []netip.Addr{netip.MustParseAddr("10.0.0.7"), netip.MustParseAddr("fd00::7")},
 		Probes: []probe.Spec{
 			{Container: "server", Type: probe.Startup, Kind: probe.HTTP, Port: 8080, Path: "/",
@@ -84,6 +85,8 @@ func TestParseErrors(t *testing.T) {
 			[]string{"shop/web", "readinessProbe.exec.command", "true"}},
 		"fraction": {container("readinessProbe: {tcpSocket: {port: 1}, periodSeconds: 0.5}"),
 			[]string{"shop/web", "readinessProbe.periodSeconds", "0.5"}},
+		"annotation that is a number": {"pods: [{name: web, annotations: {probelet.dev/staleness: 2}}]",
+			[]string{"default/web", "annotations", "2", "string"}},
 		"negative period": {container("readinessProbe: {tcpSocket: {port: 1}, periodSeconds: -5}"),
 			[]string{"shop/web", "containers[0]", "readinessProbe.periodSeconds", "-5"}},
 		"negative timeout": {container("livenessProbe: {tcpSocket: {port: 1}, timeoutSeconds: -2}"),

@@ -31,8 +31,31 @@ type Attachment struct {
 	ContainerID string `json:"containerID"`
 	IfName      string `json:"ifName"`
 	// Pod is the pod that the specs say it is, as namespace/name; empty if none.
-	Pod       string     `json:"pod,omitempty"`
+	Pod string `json:"pod,omitempty"`
+	// Settings are the pod's; null if the specs say nothing of it.
+	Settings  *Settings  `json:"settings,omitempty"`
 	Endpoints []Endpoint `json:"endpoints,omitempty"`
+}
+
+// Settings are what holds for a pod, and who said so: default, node (a flag of the daemon) or annotation.
+type Settings struct {
+	Mode     probe.Mode   `json:"mode"`
+	ModeFrom probe.Origin `json:"modeFrom"`
+	// Staleness is in periods, as it is written in the annotation; StalenessCeiling is the node's.
+	Staleness        probe.Staleness `json:"staleness"`
+	StalenessFrom    probe.Origin    `json:"stalenessFrom"`
+	StalenessCeiling probe.Staleness `json:"stalenessCeiling"`
+	// Problem says which annotation cannot be used, and why; nothing is answered then.
+	Problem string `json:"problem,omitempty"`
+}
+
+// SettingsOf describes settings.
+func SettingsOf(s probe.Settings) *Settings {
+	return &Settings{
+		Mode: s.Mode, ModeFrom: s.ModeFrom,
+		Staleness: s.Staleness, StalenessFrom: s.StalenessFrom, StalenessCeiling: s.Ceiling,
+		Problem: s.Problem,
+	}
 }
 
 // Endpoint is an endpoint that probes ask. Times are in seconds.
@@ -46,6 +69,8 @@ type Endpoint struct {
 	Period         float64 `json:"periodSeconds"`
 	Timeout        float64 `json:"timeoutSeconds"`
 	StalenessBound float64 `json:"stalenessBoundSeconds"`
+	// StalenessCapped: the node's ceiling lowered the bound.
+	StalenessCapped bool `json:"stalenessCapped,omitempty"`
 	// HeadersID is a digest of the custom headers, empty if there are none.
 	HeadersID string `json:"headersID,omitempty"`
 	// Observed: the kernel's maps hold a record of it.
@@ -64,10 +89,12 @@ func EndpointOf(s probe.EndpointSpec) Endpoint {
 		Period:         s.Period.Seconds(),
 		Timeout:        s.Timeout.Seconds(),
 		StalenessBound: s.Staleness.Seconds(),
-		HeadersID:      s.Headers,
-		Observed:       s.Observed,
-		StartupOnly:    s.Startup,
-		NotAnswered:    s.Reason,
+
+		StalenessCapped: s.Capped,
+		HeadersID:       s.Headers,
+		Observed:        s.Observed,
+		StartupOnly:     s.Startup,
+		NotAnswered:     s.Reason,
 	}
 }
 
