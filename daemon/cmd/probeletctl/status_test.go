@@ -144,7 +144,10 @@ func (m *machine) record(r attach.Record) {
 func endpoint(kind probe.Kind, port uint16, path string) statedir.Endpoint {
 	return statedir.Endpoint{
 		Kind: kind, Port: port, Path: path, Observed: true, Period: 10, Timeout: 1, StalenessBound: 11,
-		Probes: []probe.Asker{{Container: "c", Type: probe.Readiness}},
+		Probes: []statedir.Probe{{
+			Asker:  probe.Asker{Container: "c", Type: probe.Readiness},
+			Period: 10, Timeout: 1, FailureThreshold: 3, Detection: 43, DetectionPlain: 31,
+		}},
 	}
 }
 
@@ -205,8 +208,8 @@ answered: 12 HTTP, 3 TCP; observed: 20; handed over: 1
 
 	wide := squeeze(m.status("-o", "wide"))
 	for _, part := range []string{
-		"HITS PROBES IFINDEX STATUS PERIOD TIMEOUT CONTAINER ID SETTINGS WHY NOT ANSWERED",
-		"HTTP :8080/ready fresh 4s 11s 41 c/readiness 7 204 10s 1s c0ffee - -",
+		"HITS PROBES IFINDEX STATUS PERIOD TIMEOUT CONTAINER ID DETECTED WITHIN SETTINGS WHY NOT ANSWERED",
+		"HTTP :8080/ready fresh 4s 11s 41 c/readiness 7 204 10s 1s c0ffee 43s/31s - -",
 	} {
 		if !strings.Contains(wide, part) {
 			t.Errorf("wide does not say %q:\n%s", part, wide)
@@ -269,11 +272,11 @@ func TestSettings(t *testing.T) {
 		capped   bool
 		want     string
 	}{
-		"unknown":   {nil, false, "c0ffee - nothing observed"},
-		"default":   {said(nil), false, "c0ffee - nothing observed"},
-		"staleness": {said(map[string]string{probe.AnnotationStaleness: "2"}), false, "c0ffee staleness 2 (annotation) nothing"},
+		"unknown":   {nil, false, "c0ffee 43s/31s - nothing observed"},
+		"default":   {said(nil), false, "c0ffee 43s/31s - nothing observed"},
+		"staleness": {said(map[string]string{probe.AnnotationStaleness: "2"}), false, "c0ffee 43s/31s staleness 2 (annotation) nothing"},
 		"both": {said(map[string]string{probe.AnnotationStaleness: "2", probe.AnnotationMode: "answer"}), true,
-			"c0ffee mode answer (annotation), staleness 2 (annotation), lowered to the node's ceiling nothing"},
+			"c0ffee 43s/31s mode answer (annotation), staleness 2 (annotation), lowered to the node's ceiling nothing"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)

@@ -16,19 +16,19 @@ import (
 type row struct {
 	pod, device, endpoint, state, age, bound, hits    string
 	probes, ifindex, status, period, timeout, sandbox string
-	settings, why                                     string
+	detection, settings, why                          string
 }
 
 var header = row{
 	"NAMESPACE/POD", "HOST VETH", "ENDPOINT", "STATE", "AGE", "BOUND", "HITS",
 	"PROBES", "IFINDEX", "STATUS", "PERIOD", "TIMEOUT", "CONTAINER ID",
-	"SETTINGS", "WHY NOT ANSWERED",
+	"DETECTED WITHIN", "SETTINGS", "WHY NOT ANSWERED",
 }
 
 func (r row) columns(wide bool) []string {
 	columns := []string{r.pod, r.device, r.endpoint, r.state, r.age, r.bound, r.hits}
 	if wide {
-		columns = append(columns, r.probes, r.ifindex, r.status, r.period, r.timeout, r.sandbox, r.settings)
+		columns = append(columns, r.probes, r.ifindex, r.status, r.period, r.timeout, r.sandbox, r.detection, r.settings)
 	}
 	columns = append(columns, r.why)
 	for i := range columns {
@@ -123,11 +123,12 @@ func (r *row) fill(e Endpoint) {
 		r.status = strconv.Itoa(int(e.Status))
 	}
 	r.period, r.timeout = duration(e.Period).String(), duration(e.Timeout).String()
-	var probes []string
+	var probes, detection []string
 	for _, p := range e.Probes {
 		probes = append(probes, p.String())
+		detection = append(detection, fmt.Sprintf("%s/%s", duration(p.Detection), duration(p.DetectionPlain)))
 	}
-	r.probes = strings.Join(probes, ",")
+	r.probes, r.detection = strings.Join(probes, ","), strings.Join(detection, ",")
 }
 
 // printSummary says what holds for all of the table.

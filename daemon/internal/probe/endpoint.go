@@ -51,6 +51,8 @@ type EndpointSpec struct {
 	Startup bool
 	// Reason is why the endpoint is never answered; empty if it may be.
 	Reason string
+
+	probes []Spec // of Askers
 }
 
 // onPort is whether connections of the endpoint's probes arrive at the pod's port.
@@ -100,6 +102,7 @@ func endpointOf(p Spec, ips []netip.Addr, limits Limits) EndpointSpec {
 		Endpoint: Endpoint{p.Port, p.Kind, p.Path},
 		Host:     p.Host,
 		Askers:   []Asker{p.Asker()},
+		probes:   []Spec{p},
 		Period:   p.Period,
 		Timeout:  p.Timeout,
 		Headers:  headersID(p.Headers),
@@ -152,6 +155,7 @@ func requestSize(p Spec, ips []netip.Addr) int {
 // merge makes one endpoint of two that ask the same.
 func merge(a, b EndpointSpec) EndpointSpec {
 	a.Askers = append(a.Askers, b.Askers...)
+	a.probes = append(a.probes, b.probes...)
 	a.Period = min(a.Period, b.Period)
 	a.Timeout = min(a.Timeout, b.Timeout)
 	a.Startup = a.Startup && b.Startup

@@ -55,6 +55,8 @@ type Spec struct {
 	Headers []Header
 	Period  time.Duration
 	Timeout time.Duration
+	// FailureThreshold is how many failures in a row make the prober's verdict.
+	FailureThreshold int
 	// Problem is why it is not known what the prober will send; empty if it is.
 	Problem string
 }

@@ -58,13 +58,38 @@ func SettingsOf(s probe.Settings) *Settings {
 	}
 }
 
+// Probe is a probe that asks an endpoint, and the bound on how long a failure can go unnoticed by it. Times are in
+// seconds.
+type Probe struct {
+	probe.Asker
+	Period           float64 `json:"periodSeconds"`
+	Timeout          float64 `json:"timeoutSeconds"`
+	FailureThreshold int     `json:"failureThreshold"`
+	// Detection is the longest time from the beginning of a failure to the prober's verdict, and DetectionPlain what it
+	// would be without probelet.
+	Detection      float64 `json:"worstDetectionSeconds"`
+	DetectionPlain float64 `json:"worstDetectionPlainSeconds"`
+}
+
+func probesOf(s probe.EndpointSpec) []Probe {
+	var probes []Probe
+	for _, d := range s.Delays() {
+		probes = append(probes, Probe{
+			Asker: d.Asker, Period: d.Period.Seconds(), Timeout: d.Timeout.Seconds(),
+			FailureThreshold: d.FailureThreshold,
+			Detection:        d.Probelet.Seconds(), DetectionPlain: d.Plain.Seconds(),
+		})
+	}
+	return probes
+}
+
 // Endpoint is an endpoint that probes ask. Times are in seconds.
 type Endpoint struct {
-	Kind   probe.Kind    `json:"kind"`
-	Port   uint16        `json:"port,omitempty"`
-	Path   string        `json:"path,omitempty"` // path and query as in the request line
-	Host   string        `json:"host,omitempty"` // dialled instead of the pod
-	Probes []probe.Asker `json:"probes"`
+	Kind   probe.Kind `json:"kind"`
+	Port   uint16     `json:"port,omitempty"`
+	Path   string     `json:"path,omitempty"` // path and query as in the request line
+	Host   string     `json:"host,omitempty"` // dialled instead of the pod
+	Probes []Probe    `json:"probes"`
 	// Period is the shortest, Timeout the smallest of the probes, and StalenessBound how long a success is answered.
 	Period         float64 `json:"periodSeconds"`
 	Timeout        float64 `json:"timeoutSeconds"`
@@ -85,7 +110,7 @@ type Endpoint struct {
 func EndpointOf(s probe.EndpointSpec) Endpoint {
 	return Endpoint{
 		Kind: s.Kind, Port: s.Port, Path: s.Path, Host: s.Host,
-		Probes:         s.Askers,
+		Probes:         probesOf(s),
 		Period:         s.Period.Seconds(),
 		Timeout:        s.Timeout.Seconds(),
 		StalenessBound: s.Staleness.Seconds(),
