@@ -27,6 +27,14 @@ const statusHelp = `Shows every attachment on this node and every endpoint that 
   BOUND  how long after its observation a success is answered
   HITS   probes answered in the kernel
 
+With -o wide also, for each of PROBES:
+
+  DETECTED WITHIN  the longest time from the beginning of a failure to the prober's verdict, and after the slash what it
+                   would be without probelet: failureThreshold × period + timeout (the timeout where that is longer
+                   than the period). With probelet a success may be answered for the BOUND, and a timeout, before that
+                   begins
+  SETTINGS         mode and staleness, where they are not the default, and who said so
+
 With -o json, the fields are those of type Status in daemon/cmd/probeletctl/status.go.`
 
 // environment is what the commands reach of the machine.

@@ -50,8 +50,10 @@ type Attachment struct {
 	HostIfName  string `json:"hostIfName"` // of the host-side veth, and so IfIndex
 	IfIndex     int    `json:"ifIndex"`
 	// WhyNotAnswered is why no endpoint is answered; empty if that is not about the whole attachment.
-	WhyNotAnswered string     `json:"whyNotAnswered,omitempty"`
-	Endpoints      []Endpoint `json:"endpoints"`
+	WhyNotAnswered string `json:"whyNotAnswered,omitempty"`
+	// Settings are mode and staleness of the pod; null if the daemon has no specs of it.
+	Settings  *statedir.Settings `json:"settings"`
+	Endpoints []Endpoint         `json:"endpoints"`
 }
 
 // State is what is known of an endpoint.
@@ -143,6 +145,7 @@ func (s *Status) attachment(k kernel, r attach.Record, described statedir.Endpoi
 		if d.Pod != "" {
 			a.Pod = d.Pod
 		}
+		a.Settings = d.Settings
 		for _, e := range d.Endpoints {
 			a.Endpoints = append(a.Endpoints, Endpoint{Endpoint: e, State: Unknown})
 		}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -143,7 +144,10 @@ func (m *machine) record(r attach.Record) {
 func endpoint(kind probe.Kind, port uint16, path string) statedir.Endpoint {
 	return statedir.Endpoint{
 		Kind: kind, Port: port, Path: path, Observed: true, Period: 10, Timeout: 1, StalenessBound: 11,
-		Probes: []probe.Asker{{Container: "c", Type: probe.Readiness}},
+		Probes: []statedir.Probe{{
+			Asker:  probe.Asker{Container: "c", Type: probe.Readiness},
+			Period: 10, Timeout: 1, FailureThreshold: 3, Detection: 43, DetectionPlain: 31,
+		}},
 	}
 }
 
@@ -204,8 +208,8 @@ answered: 12 HTTP, 3 TCP; observed: 20; handed over: 1
 
 	wide := squeeze(m.status("-o", "wide"))
 	for _, part := range []string{
-		"HITS PROBES IFINDEX STATUS PERIOD TIMEOUT CONTAINER ID WHY NOT ANSWERED",
-		"HTTP :8080/ready fresh 4s 11s 41 c/readiness 7 204 10s 1s c0ffee -",
+		"HITS PROBES IFINDEX STATUS PERIOD TIMEOUT CONTAINER ID DETECTED WITHIN SETTINGS WHY NOT ANSWERED",
+		"HTTP :8080/ready fresh 4s 11s 41 c/readiness 7 204 10s 1s c0ffee 43s/31s - -",
 	} {
 		if !strings.Contains(wide, part) {
 			t.Errorf("wide does not say %q:\n%s", part, wide)
@@ -253,6 +257,47 @@ func TestStates(t *testing.T) {
 			}
 			if (e.FreshFor != nil) != (test.state == Fresh) {
 				t.Errorf("%s for %v", e.State, e.FreshFor)
+			}
+		})
+	}
+}
+
+// Settings are shown where somebody said something, and who it was.
+func TestSettings(t *testing.T) {
+	said := func(annotations map[string]string) *statedir.Settings {
+		return statedir.SettingsOf(probe.NewDefaults().Settings(annotations))
+	}
+	for name, test := range map[string]struct {
+		settings *statedir.Settings
+		capped   bool
+		want     string
+	}{
+		"unknown":   {nil, false, "c0ffee 43s/31s - nothing observed"},
+		"default":   {said(nil), false, "c0ffee 43s/31s - nothing observed"},
+		"staleness": {said(map[string]string{probe.AnnotationStaleness: "2"}), false, "c0ffee 43s/31s staleness 2 (annotation) nothing"},
+		"both": {said(map[string]string{probe.AnnotationStaleness: "2", probe.AnnotationMode: "answer"}), true,
+			"c0ffee 43s/31s mode answer (annotation), staleness 2 (annotation), lowered to the node's ceiling nothing"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t)
+			e := endpoint(probe.HTTP, 80, "/x")
+			e.StalenessCapped = test.capped
+			m.web(fakeMaps{}, e)
+			m.describe(statedir.Endpoints{Attachments: []statedir.Attachment{{
+				ContainerID: "c0ffee", IfName: "eth0", Settings: test.settings, Endpoints: []statedir.Endpoint{e},
+			}}})
+			if got := squeeze(m.status("-o", "wide")); !strings.Contains(got, test.want) {
+				t.Errorf("does not say %q:\n%s", test.want, got)
+			}
+			if strings.Contains(m.status(), "SETTINGS") {
+				t.Error("settings in the narrow table")
+			}
+			var s Status
+			if err := json.Unmarshal([]byte(m.status("-o", "json")), &s); err != nil {
+				t.Fatal(err)
+			}
+			if !reflect.DeepEqual(s.Attachments[0].Settings, test.settings) {
+				t.Errorf("in JSON: %+v, want %+v", s.Attachments[0].Settings, test.settings)
 			}
 		})
 	}

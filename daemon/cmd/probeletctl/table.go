@@ -7,25 +7,28 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
+
+	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
 // row is a line of the table: one endpoint, or what has none.
 type row struct {
 	pod, device, endpoint, state, age, bound, hits    string
 	probes, ifindex, status, period, timeout, sandbox string
-	why                                               string
+	detection, settings, why                          string
 }
 
 var header = row{
 	"NAMESPACE/POD", "HOST VETH", "ENDPOINT", "STATE", "AGE", "BOUND", "HITS",
 	"PROBES", "IFINDEX", "STATUS", "PERIOD", "TIMEOUT", "CONTAINER ID",
-	"WHY NOT ANSWERED",
+	"DETECTED WITHIN", "SETTINGS", "WHY NOT ANSWERED",
 }
 
 func (r row) columns(wide bool) []string {
 	columns := []string{r.pod, r.device, r.endpoint, r.state, r.age, r.bound, r.hits}
 	if wide {
-		columns = append(columns, r.probes, r.ifindex, r.status, r.period, r.timeout, r.sandbox)
+		columns = append(columns, r.probes, r.ifindex, r.status, r.period, r.timeout, r.sandbox, r.detection, r.settings)
 	}
 	columns = append(columns, r.why)
 	for i := range columns {
@@ -71,7 +74,7 @@ func (s Status) rows() []row {
 func (a Attachment) rows() []row {
 	blank := row{
 		pod: a.Pod, device: a.HostIfName, sandbox: a.ContainerID,
-		why: a.WhyNotAnswered,
+		settings: settings(a.Settings), why: a.WhyNotAnswered,
 	}
 	if a.IfIndex != 0 {
 		blank.ifindex = strconv.Itoa(a.IfIndex)
@@ -88,6 +91,21 @@ func (a Attachment) rows() []row {
 	return rows
 }
 
+// settings are those that are not the default, and who said so.
+func settings(s *statedir.Settings) string {
+	if s == nil {
+		return ""
+	}
+	var said []string
+	if s.ModeFrom != probe.FromDefault {
+		said = append(said, fmt.Sprintf("mode %s (%s)", s.Mode, s.ModeFrom))
+	}
+	if s.StalenessFrom != probe.FromDefault {
+		said = append(said, fmt.Sprintf("staleness %s (%s)", s.Staleness, s.StalenessFrom))
+	}
+	return strings.Join(said, ", ")
+}
+
 func (r *row) fill(e Endpoint) {
 	r.endpoint, r.state = e.Endpoint.Endpoint().String(), string(e.State)
 	r.hits = strconv.FormatUint(e.Hits, 10)
@@ -98,15 +116,19 @@ func (r *row) fill(e Endpoint) {
 	if e.NotAnswered == "" {
 		r.bound = duration(e.StalenessBound).String()
 	}
+	if e.StalenessCapped {
+		r.settings = strings.TrimPrefix(r.settings+", lowered to the node's ceiling", ", ")
+	}
 	if e.Status != 0 {
 		r.status = strconv.Itoa(int(e.Status))
 	}
 	r.period, r.timeout = duration(e.Period).String(), duration(e.Timeout).String()
-	var probes []string
+	var probes, detection []string
 	for _, p := range e.Probes {
 		probes = append(probes, p.String())
+		detection = append(detection, fmt.Sprintf("%s/%s", duration(p.Detection), duration(p.DetectionPlain)))
 	}
-	r.probes = strings.Join(probes, ",")
+	r.probes, r.detection = strings.Join(probes, ","), strings.Join(detection, ",")
 }
 
 // printSummary says what holds for all of the table.

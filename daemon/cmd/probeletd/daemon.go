@@ -20,6 +20,7 @@ type daemon struct {
 	log      *slog.Logger
 	datapath *datapath.Datapath
 	stateDir string
+	defaults probe.Defaults
 	previous statedir.Endpoints // as an earlier run left them
 
 	pods        []probe.Pod
@@ -34,17 +35,18 @@ type daemon struct {
 type attachment struct {
 	record   attach.Record
 	pod      *probe.Pod // nil: the specs say nothing of it
+	settings probe.Settings
 	tracker  *probe.Tracker
 	restored bool // the maps' contents have been taken over
 	pending  bool // the maps are not as they should be
-	// What was logged last: why the pod is not answered at all, by its specs or by their number, and why its maps could
-	// not be written.
-	notAnswered, refused, problem string
+	// What was logged last: why the pod is not answered at all, by its specs, by their number or by its annotations, and
+	// why its maps could not be written.
+	notAnswered, refused, misset, problem string
 }
 
-func newDaemon(log *slog.Logger, d *datapath.Datapath, stateDir string, previous statedir.Endpoints) *daemon {
+func newDaemon(log *slog.Logger, d *datapath.Datapath, c config, previous statedir.Endpoints) *daemon {
 	return &daemon{
-		log: log, datapath: d, stateDir: stateDir, previous: previous,
+		log: log, datapath: d, stateDir: c.stateDir, defaults: c.defaults, previous: previous,
 		attachments: map[attach.ID]*attachment{},
 	}
 }
@@ -120,7 +122,12 @@ func (d *daemon) endpoints(a *attachment) []probe.EndpointSpec {
 		a.notAnswered = a.pod.NotAnswered
 		d.log.Info("pod answered", "pod", a.podName(), "may", a.notAnswered == "", "reason", a.notAnswered)
 	}
-	endpoints, err := probe.Endpoints(*a.pod, store.Limits)
+	a.settings = d.defaults.Settings(a.pod.Annotations)
+	if a.settings.Problem != "" && a.settings.Problem != a.misset {
+		d.log.Error("pod is not answered", "pod", a.podName(), "error", a.settings.Problem)
+	}
+	a.misset = a.settings.Problem
+	endpoints, err := probe.Endpoints(*a.pod, a.settings, store.Limits)
 	if err == nil {
 		a.refused = ""
 	} else if err.Error() != a.refused {
@@ -284,6 +291,9 @@ func (d *daemon) describe() {
 	for _, r := range d.records {
 		a := d.attachments[r.ID()]
 		described := statedir.Attachment{ContainerID: r.ContainerID, IfName: r.IfName, Pod: a.podName()}
+		if a.pod != nil {
+			described.Settings = statedir.SettingsOf(a.settings)
+		}
 		for _, s := range a.tracker.Endpoints() {
 			described.Endpoints = append(described.Endpoints, statedir.EndpointOf(s))
 		}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/source"
 )
 
@@ -38,6 +39,7 @@ A specs file is YAML, with probes as in a pod spec:
   - name: web
     namespace: shop          # default: default
     ips: [10.0.0.7]          # needed where the runtime did not tell the plugin the pod's name
+    annotations: {probelet.dev/staleness: "2", probelet.dev/mode: answer}   # as on a pod; see below
     containers:
     - name: server
       ports: [{name: http, containerPort: 8080}]
@@ -54,6 +56,21 @@ The prober (--prober) is whose connections are probes:
                client that came by a NodePort. Its requests would be answered by the kernel, not by the pod, and where
                the server speaks first both sides would wait: the client for the server, which has not been told.
 
+The mode (--mode, or the pod's annotation probelet.dev/mode) says what is done for a pod:
+
+  answer   probes are observed, and answered while what was observed is fresh
+  observe  probes are observed, and none is answered
+  off      neither
+
+The staleness (--staleness, or the pod's annotation probelet.dev/staleness) says for how long after its observation a
+success is answered, in periods of the shortest probe of the same endpoint: a number from 0.5 to 5. With +timeout after
+it, as in the default 1+timeout, the smallest timeout of these probes is added, so that a probe that is due after just so
+many periods is surely answered. No pod exceeds --staleness-ceiling, whatever its annotation says. What was
+observed already is not answered for longer when the staleness grows; only the next success is.
+
+An annotation that cannot be used is logged and shown by probeletctl status, and of its pod nothing is answered: whoever
+wrote it did not want the defaults.
+
 On SIGTERM and SIGINT the daemon ends and leaves everything as it is: evidence expires by itself.`
 
 // serviceAccount is where a pod finds its service account.
@@ -65,6 +82,7 @@ type config struct {
 	kubelet          source.KubeletConfig
 	kubeconfig, node string // API server
 	bpfDir, stateDir string
+	defaults         probe.Defaults
 	logLevel         slog.Level
 }
 
@@ -116,6 +134,10 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags.StringVar(&c.prober, "prober", "", "whose connections are probes: `cgroup:PATH|host`")
 	flags.StringVar(&c.bpfDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
 	flags.StringVar(&c.stateDir, "state-dir", attach.DefaultStateDir, "`directory` of attachment records and the daemon's state")
+	defaults := probe.NewDefaults()
+	flags.TextVar(&c.defaults.Mode, "mode", defaults.Mode, "what is done for pods without an annotation: answer|observe|off")
+	flags.TextVar(&c.defaults.Staleness, "staleness", defaults.Staleness, "for how many `periods` a success is answered")
+	flags.TextVar(&c.defaults.Ceiling, "staleness-ceiling", defaults.Ceiling, "most `periods` that an annotation can ask for")
 	flags.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "least `level` that is logged: debug, info, warn, error")
 	if err := cmd.MarkFlagRequired("prober"); err != nil {
 		panic(err) // no such flag

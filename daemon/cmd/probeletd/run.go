@@ -123,7 +123,7 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 	}
 	defer in.wait()
 	defer cancel()
-	l.daemon = newDaemon(l.log, d, c.stateDir, previous)
+	l.daemon = newDaemon(l.log, d, c, previous)
 	l.refresh = specs.Refresh
 	l.log.Info("running", "source", c.sourceName(), "prober", c.prober, "bpf", d.Dir(), "state", c.stateDir)
 	err = l.run(ctx, in)

@@ -18,6 +18,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/store"
 )
@@ -41,6 +42,7 @@ func newNode(t *testing.T) *node {
 		prober:   "host",
 		bpfDir:   bpftest.BPFDir(t),
 		stateDir: filepath.Join(t.TempDir(), "state"),
+		defaults: probe.NewDefaults(),
 	}
 	d, err := datapath.Ensure(t.Context(), n.config.bpfDir)
 	if err != nil {

@@ -40,8 +40,9 @@ type EndpointSpec struct {
 	Askers []Asker
 	// Period is the shortest, Timeout the smallest of the probes that ask.
 	Period, Timeout time.Duration
-	// Staleness is how long after its observation a success may be answered.
+	// Staleness is how long after its observation a success may be answered. Capped: the node's ceiling lowered it.
 	Staleness time.Duration
+	Capped    bool
 	// Headers identifies the custom headers. Evidence of the same endpoint with others is not evidence.
 	Headers string
 	// Observed: what the pod answers can be told apart by the kernel, so it is recorded, answered or not.
@@ -52,6 +53,8 @@ type EndpointSpec struct {
 	Reason string
 	// elsewhere: what is dialled is certainly not the pod.
 	elsewhere bool
+
+	probes []Spec // of Askers
 }
 
 // onPort is whether connections of the endpoint's probes may arrive at the pod's port.
@@ -65,7 +68,7 @@ const reasonStartup = "startup probe"
 
 // Endpoints returns the endpoints that the pod's probes ask, sorted. The error says that the pod has too many of them
 // for the kernel side; none is answered then, and the specs say so too.
-func Endpoints(pod Pod, limits Limits) ([]EndpointSpec, error) {
+func Endpoints(pod Pod, settings Settings, limits Limits) ([]EndpointSpec, error) {
 	var specs []EndpointSpec
 	shared := map[Endpoint]int{}
 	for _, p := range pod.Probes {
@@ -84,16 +87,12 @@ func Endpoints(pod Pod, limits Limits) ([]EndpointSpec, error) {
 			specs[i].Reason = reasonStartup
 		}
 		specs[i].Reason = cmp.Or(specs[i].Reason, pod.NotAnswered)
-		specs[i].Staleness = staleness(specs[i])
 	}
 	slices.SortStableFunc(specs, compare)
 	closePorts(specs)
+	settings.apply(specs)
 	return specs, limit(specs, limits.Records)
 }
-
-// staleness by default: a success holds for the period after which the next probe is due, and the time that one may
-// take. So of a lone prober's probes every second one reaches the pod.
-func staleness(s EndpointSpec) time.Duration { return s.Period + s.Timeout }
 
 func compare(a, b EndpointSpec) int {
 	return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Path, b.Path),
@@ -106,6 +105,7 @@ func endpointOf(p Spec, ips []netip.Addr, limits Limits) EndpointSpec {
 		Endpoint: Endpoint{p.Port, p.Kind, p.Path},
 		Host:     p.Host,
 		Askers:   []Asker{p.Asker()},
+		probes:   []Spec{p},
 		Period:   p.Period,
 		Timeout:  p.Timeout,
 		Headers:  headersID(p.Headers),
@@ -167,6 +167,7 @@ func requestSize(p Spec, ips []netip.Addr) int {
 // merge makes one endpoint of two that ask the same.
 func merge(a, b EndpointSpec) EndpointSpec {
 	a.Askers = append(a.Askers, b.Askers...)
+	a.probes = append(a.probes, b.probes...)
 	a.Period = min(a.Period, b.Period)
 	a.Timeout = min(a.Timeout, b.Timeout)
 	a.Startup = a.Startup && b.Startup

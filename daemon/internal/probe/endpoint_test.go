@@ -32,7 +32,8 @@ func with(s Spec, change func(*Spec)) Spec {
 
 func endpoints(t testing.TB, probes ...Spec) []EndpointSpec {
 	t.Helper()
-	specs, err := Endpoints(Pod{IPs: []netip.Addr{netip.MustParseAddr("10.0.0.7")}, Probes: probes}, limits)
+	specs, err := Endpoints(Pod{IPs: []netip.Addr{netip.MustParseAddr("10.0.0.7")}, Probes: probes},
+		NewDefaults().Settings(nil), limits)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -120,7 +121,7 @@ func TestPodNotAnswered(t *testing.T) {
 	specs, err := Endpoints(Pod{
 		Probes:      []Spec{httpProbe(Readiness, "/x"), with(tcpProbe(Liveness), func(s *Spec) { s.Kind = GRPC })},
 		NotAnswered: "the end",
-	}, limits)
+	}, NewDefaults().Settings(nil), limits)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -171,11 +172,11 @@ func TestTooManyEndpoints(t *testing.T) {
 	for i := range limits.Records - 1 { // and one for their port
 		pod.Probes = append(pod.Probes, httpProbe(Liveness, "/"+strconv.Itoa(i)))
 	}
-	if _, err := Endpoints(pod, limits); err != nil {
+	if _, err := Endpoints(pod, NewDefaults().Settings(nil), limits); err != nil {
 		t.Errorf("as many as fit: %v", err)
 	}
 	pod.Probes = append(pod.Probes, httpProbe(Liveness, "/more"))
-	specs, err := Endpoints(pod, limits)
+	specs, err := Endpoints(pod, NewDefaults().Settings(nil), limits)
 	if err == nil || !strings.Contains(err.Error(), "65") || !strings.Contains(err.Error(), "64") {
 		t.Errorf("error %v does not name the numbers", err)
 	}
@@ -186,7 +187,7 @@ func TestTooManyEndpoints(t *testing.T) {
 	}
 	pod.Probes[0].Kind, pod.Probes[0].Path = Exec, "" // needs no record
 	pod.Probes[0].Port = 0
-	if _, err := Endpoints(pod, limits); err != nil {
+	if _, err := Endpoints(pod, NewDefaults().Settings(nil), limits); err != nil {
 		t.Errorf("with one that needs no record: %v", err)
 	}
 }

@@ -55,6 +55,8 @@ type Spec struct {
 	Headers []Header
 	Period  time.Duration
 	Timeout time.Duration
+	// FailureThreshold is how many failures in a row make the prober's verdict.
+	FailureThreshold int
 	// Problem is why it is not known what the prober will send; empty if it is.
 	Problem string
 }
@@ -74,7 +76,9 @@ func (s Spec) Asker() Asker { return Asker{s.Container, s.Type} }
 type Pod struct {
 	Namespace, Name string
 	IPs             []netip.Addr // the first is the one that is probed
-	Probes          []Spec
+	// Annotations are those for probelet (AnnotationPrefix); what a source has besides is not kept.
+	Annotations map[string]string
+	Probes      []Spec
 	// NotAnswered is why nothing that the pod is asked is answered; empty if that depends on the probes.
 	NotAnswered string
 }

@@ -222,6 +222,23 @@ func drawOutcome(t *rapid.T) Outcome {
 	}
 }
 
+func drawSettings(t *rapid.T) Settings {
+	stalenesses := []Staleness{{0.5, false}, {1, true}, {2.5, false}, {5, true}}
+	defaults := Defaults{
+		Mode:      rapid.SampledFrom([]Mode{Answer, Answer, Observe, Off}).Draw(t, "mode of the node"),
+		Staleness: rapid.SampledFrom(stalenesses).Draw(t, "staleness of the node"),
+		Ceiling:   rapid.SampledFrom(stalenesses).Draw(t, "ceiling"),
+	}
+	annotations := map[string]string{}
+	if text := rapid.SampledFrom([]string{"", "answer", "observe", "off", "of"}).Draw(t, "mode"); text != "" {
+		annotations[AnnotationMode] = text
+	}
+	if text := rapid.SampledFrom([]string{"", "0.5", "1+timeout", "5", "6"}).Draw(t, "staleness"); text != "" {
+		annotations[AnnotationStaleness] = text
+	}
+	return defaults.Settings(annotations)
+}
+
 // success is what nobody would dispute: of the very endpoint, in its way, well in time.
 func success(o Outcome, e Endpoint) bool {
 	if o.Endpoint != e || o.Duration >= 900*time.Millisecond {
@@ -241,7 +258,13 @@ func failure(o Outcome, e Endpoint) bool {
 func TestInvariants(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		tracker := NewTracker()
+		successes := map[Endpoint]map[uint64]bool{} // when each endpoint was seen to succeed
+		failures := map[Endpoint]uint64{}           // when it was last seen to fail
+		for _, e := range modelEndpoints {
+			successes[e] = map[uint64]bool{}
+		}
 		staleness := map[Endpoint]uint64{}
+		var mode Mode
 		set := func(t *rapid.T) {
 			var probes []Spec
 			for _, e := range modelEndpoints {
@@ -249,21 +272,29 @@ func TestInvariants(t *testing.T) {
 				p.Period = time.Duration(rapid.IntRange(1, 30).Draw(t, "period")) * time.Second
 				probes = append(probes, p)
 			}
-			specs, err := Endpoints(Pod{Probes: probes}, limits)
+			settings := drawSettings(t)
+			specs, err := Endpoints(Pod{Probes: probes}, settings, limits)
 			if err != nil {
 				t.Fatal(err)
 			}
+			before := tracker.Evidence()
 			tracker.SetEndpoints(specs, 1000*second)
+			if mode = settings.Mode; mode == Off {
+				clear(failures) // what is not observed is forgotten
+			}
 			for _, s := range specs {
 				staleness[s.Endpoint] = uint64(s.Staleness)
+				if most := settings.Ceiling.Of(s.Period, s.Timeout); s.Staleness > most {
+					t.Fatalf("%s: staleness %s above the ceiling of %s", s.Endpoint, s.Staleness, most)
+				}
+			}
+			for e, now := range tracker.Evidence() {
+				if now.FreshUntil > before[e].FreshUntil {
+					t.Fatalf("%s: prolonged from %+v to %+v by %+v", e, before[e], now, settings)
+				}
 			}
 		}
 		set(t)
-		successes := map[Endpoint]map[uint64]bool{} // when each endpoint was seen to succeed
-		failures := map[Endpoint]uint64{}           // when it was last seen to fail
-		for _, e := range modelEndpoints {
-			successes[e] = map[uint64]bool{}
-		}
 
 		t.Repeat(map[string]func(*rapid.T){
 			"reload": set,
@@ -288,7 +319,13 @@ func TestInvariants(t *testing.T) {
 			},
 			"": func(t *rapid.T) {
 				evidence := tracker.Evidence()
+				if mode == Off && len(evidence) > 0 {
+					t.Fatalf("mode off, and something is observed: %+v", evidence)
+				}
 				for _, e := range modelEndpoints {
+					if mode != Answer && evidence[e].FreshUntil != 0 {
+						t.Fatalf("%s: fresh in mode %s: %+v", e, mode, evidence[e])
+					}
 					checkEvidence(t, e, evidence[e], staleness[e], successes[e], failures[e])
 				}
 				for port, gate := range tracker.Gates() {

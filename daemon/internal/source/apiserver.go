@@ -179,6 +179,7 @@ func strip(object any) (any, error) {
 		ObjectMeta: metav1.ObjectMeta{
 			Namespace: p.Namespace, Name: p.Name, UID: p.UID,
 			ResourceVersion: p.ResourceVersion, DeletionTimestamp: p.DeletionTimestamp,
+			Annotations: probe.OwnAnnotations(p.Annotations),
 		},
 		Spec: corev1.PodSpec{
 			HostNetwork: p.Spec.HostNetwork,

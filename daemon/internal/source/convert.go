@@ -1,6 +1,7 @@
 package source
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/url"
@@ -15,8 +16,9 @@ import (
 
 // The API server's defaults for a probe, which a hand-written one has not got yet.
 const (
-	defaultPeriodSeconds  = 10
-	defaultTimeoutSeconds = 1
+	defaultPeriodSeconds    = 10
+	defaultTimeoutSeconds   = 1
+	defaultFailureThreshold = 3
 )
 
 // probes converts the probes of containers, written as in a pod spec.
@@ -79,6 +81,10 @@ func convert(c *corev1.Container, probeType probe.Type, p *corev1.Probe) (probe.
 	if spec.Timeout, err = seconds("timeoutSeconds", p.TimeoutSeconds, defaultTimeoutSeconds); err != nil {
 		return spec, err
 	}
+	if p.FailureThreshold < 0 {
+		return spec, fmt.Errorf("failureThreshold: %d: must not be negative", p.FailureThreshold)
+	}
+	spec.FailureThreshold = int(cmp.Or(p.FailureThreshold, defaultFailureThreshold))
 	if n := handlers(p); n != 1 {
 		return spec, fmt.Errorf("httpGet, tcpSocket, grpc, exec: %d of them are set, one is needed", n)
 	}

@@ -27,6 +27,7 @@ type filePod struct {
 	Namespace string `json:"namespace,omitempty"` // empty: "default"
 	// IPs are needed where whoever attached the pod was not told its name.
 	IPs            []string           `json:"ips,omitempty"`
+	Annotations    map[string]string  `json:"annotations,omitempty"`
 	Containers     []corev1.Container `json:"containers"`
 	InitContainers []corev1.Container `json:"initContainers,omitempty"`
 }
@@ -40,6 +41,7 @@ const settle = 50 * time.Millisecond
 //	- name: web
 //	  namespace: shop
 //	  ips: [10.0.0.7]
+//	  annotations: {probelet.dev/staleness: "2"}
 //	  containers:
 //	  - name: server
 //	    ports: [{name: http, containerPort: 8080}]
@@ -180,7 +182,7 @@ func parsePod(raw []byte) (probe.Pod, error) {
 		return named, errors.New("name: missing")
 	}
 	pod := corev1.Pod{Spec: corev1.PodSpec{Containers: in.Containers, InitContainers: in.InitContainers}}
-	pod.Namespace, pod.Name = in.Namespace, in.Name
+	pod.Namespace, pod.Name, pod.Annotations = in.Namespace, in.Name, in.Annotations
 	for i, text := range in.IPs {
 		if _, err := netip.ParseAddr(text); err != nil {
 			return named, fmt.Errorf("ips[%d]: %q: not an IP address", i, text)

@@ -16,6 +16,7 @@ pods:
 - name: web
   namespace: shop
   ips: [10.0.0.7, "fd00::7"]
+  annotations: {probelet.dev/mode: observe, example.org/else: x}
   containers:
   - name: server
     image: example.org/server:1 # as in a pod spec; not looked at
@@ -38,16 +39,16 @@ pods:
 		t.Fatal(err)
 	}
 	want := []probe.Pod{{
-		Namespace: "shop", Name: "web",
+		Namespace: "shop", Name: "web", Annotations: map[string]string{probe.AnnotationMode: "observe"},
 		IPs: []netip.Addr{netip.MustParseAddr("10.0.0.7"), netip.MustParseAddr("fd00::7")},
 		Probes: []probe.Spec{
 			{Container: "server", Type: probe.Startup, Kind: probe.HTTP, Port: 8080, Path: "/",
-				Period: 10 * time.Second, Timeout: time.Second},
+				Period: 10 * time.Second, Timeout: time.Second, FailureThreshold: 30},
 			{Container: "server", Type: probe.Readiness, Kind: probe.HTTP, Port: 8080, Path: "/ready?x=1",
-				Headers: []probe.Header{{Name: "X-Probe", Value: "1"}}, Period: 5 * time.Second, Timeout: 2 * time.Second},
+				Headers: []probe.Header{{Name: "X-Probe", Value: "1"}}, Period: 5 * time.Second, Timeout: 2 * time.Second, FailureThreshold: 3},
 			{Container: "server", Type: probe.Liveness, Kind: probe.TCP, Port: 8080,
-				Period: 10 * time.Second, Timeout: time.Second},
-			{Container: "sidecar", Type: probe.Readiness, Kind: probe.Exec, Period: 10 * time.Second, Timeout: time.Second},
+				Period: 10 * time.Second, Timeout: time.Second, FailureThreshold: 3},
+			{Container: "sidecar", Type: probe.Readiness, Kind: probe.Exec, Period: 10 * time.Second, Timeout: time.Second, FailureThreshold: 3},
 		},
 	}, {Namespace: "default", Name: "plain"}}
 	if !reflect.DeepEqual(pods, want) {
@@ -84,10 +85,14 @@ func TestParseErrors(t *testing.T) {
 			[]string{"shop/web", "readinessProbe.exec.command", "true"}},
 		"fraction": {container("readinessProbe: {tcpSocket: {port: 1}, periodSeconds: 0.5}"),
 			[]string{"shop/web", "readinessProbe.periodSeconds", "0.5"}},
+		"annotation that is a number": {"pods: [{name: web, annotations: {probelet.dev/staleness: 2}}]",
+			[]string{"default/web", "annotations", "2", "string"}},
 		"negative period": {container("readinessProbe: {tcpSocket: {port: 1}, periodSeconds: -5}"),
 			[]string{"shop/web", "containers[0]", "readinessProbe.periodSeconds", "-5"}},
 		"negative timeout": {container("livenessProbe: {tcpSocket: {port: 1}, timeoutSeconds: -2}"),
 			[]string{"shop/web", "livenessProbe.timeoutSeconds", "-2"}},
+		"negative threshold": {container("livenessProbe: {tcpSocket: {port: 1}, failureThreshold: -1}"),
+			[]string{"shop/web", "livenessProbe.failureThreshold", "-1"}},
 		"port too large": {container("livenessProbe: {httpGet: {port: 70000}}"),
 			[]string{"shop/web", "livenessProbe.httpGet.port", "70000"}},
 		"port zero": {container("livenessProbe: {tcpSocket: {port: 0}}"),

@@ -31,7 +31,7 @@ func onNode(p *corev1.Pod) (pod probe.Pod, skipped string) {
 // fromPod is what a pod is probed for by the kubelet. The error names the fields and values that the API server would
 // refuse; the probes are those that are understood.
 func fromPod(p *corev1.Pod) (probe.Pod, error) {
-	pod := probe.Pod{Namespace: p.Namespace, Name: p.Name, IPs: addresses(p.Status)}
+	pod := probe.Pod{Namespace: p.Namespace, Name: p.Name, IPs: addresses(p.Status), Annotations: probe.OwnAnnotations(p.Annotations)}
 	var err error
 	if pod.Probes, err = probes(p.Spec.Containers, p.Spec.InitContainers); err != nil {
 		err = fmt.Errorf("not understood: %w", err)

@@ -54,7 +54,7 @@ func described(t *testing.T, p *corev1.Pod) string {
 	if skipped != "" {
 		return "skipped: " + skipped + "\n"
 	}
-	endpoints, err := probe.Endpoints(pod, probe.Limits{Path: 255, Request: 1024, Records: 64})
+	endpoints, err := probe.Endpoints(pod, probe.NewDefaults().Settings(pod.Annotations), probe.Limits{Path: 255, Request: 1024, Records: 64})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -31,21 +31,71 @@ type Attachment struct {
 	ContainerID string `json:"containerID"`
 	IfName      string `json:"ifName"`
 	// Pod is the pod that the specs say it is, as namespace/name; empty if none.
-	Pod       string     `json:"pod,omitempty"`
+	Pod string `json:"pod,omitempty"`
+	// Settings are the pod's; null if the specs say nothing of it.
+	Settings  *Settings  `json:"settings,omitempty"`
 	Endpoints []Endpoint `json:"endpoints,omitempty"`
+}
+
+// Settings are what holds for a pod, and who said so: default, node (a flag of the daemon) or annotation.
+type Settings struct {
+	Mode     probe.Mode   `json:"mode"`
+	ModeFrom probe.Origin `json:"modeFrom"`
+	// Staleness is in periods, as it is written in the annotation; StalenessCeiling is the node's.
+	Staleness        probe.Staleness `json:"staleness"`
+	StalenessFrom    probe.Origin    `json:"stalenessFrom"`
+	StalenessCeiling probe.Staleness `json:"stalenessCeiling"`
+	// Problem says which annotation cannot be used, and why; nothing is answered then.
+	Problem string `json:"problem,omitempty"`
+}
+
+// SettingsOf describes settings.
+func SettingsOf(s probe.Settings) *Settings {
+	return &Settings{
+		Mode: s.Mode, ModeFrom: s.ModeFrom,
+		Staleness: s.Staleness, StalenessFrom: s.StalenessFrom, StalenessCeiling: s.Ceiling,
+		Problem: s.Problem,
+	}
+}
+
+// Probe is a probe that asks an endpoint, and the bound on how long a failure can go unnoticed by it. Times are in
+// seconds.
+type Probe struct {
+	probe.Asker
+	Period           float64 `json:"periodSeconds"`
+	Timeout          float64 `json:"timeoutSeconds"`
+	FailureThreshold int     `json:"failureThreshold"`
+	// Detection is the longest time from the beginning of a failure to the prober's verdict, and DetectionPlain what it
+	// would be without probelet.
+	Detection      float64 `json:"worstDetectionSeconds"`
+	DetectionPlain float64 `json:"worstDetectionPlainSeconds"`
+}
+
+func probesOf(s probe.EndpointSpec) []Probe {
+	var probes []Probe
+	for _, d := range s.Delays() {
+		probes = append(probes, Probe{
+			Asker: d.Asker, Period: d.Period.Seconds(), Timeout: d.Timeout.Seconds(),
+			FailureThreshold: d.FailureThreshold,
+			Detection:        d.Probelet.Seconds(), DetectionPlain: d.Plain.Seconds(),
+		})
+	}
+	return probes
 }
 
 // Endpoint is an endpoint that probes ask. Times are in seconds.
 type Endpoint struct {
-	Kind   probe.Kind    `json:"kind"`
-	Port   uint16        `json:"port,omitempty"`
-	Path   string        `json:"path,omitempty"` // path and query as in the request line
-	Host   string        `json:"host,omitempty"` // dialled instead of the pod
-	Probes []probe.Asker `json:"probes"`
+	Kind   probe.Kind `json:"kind"`
+	Port   uint16     `json:"port,omitempty"`
+	Path   string     `json:"path,omitempty"` // path and query as in the request line
+	Host   string     `json:"host,omitempty"` // dialled instead of the pod
+	Probes []Probe    `json:"probes"`
 	// Period is the shortest, Timeout the smallest of the probes, and StalenessBound how long a success is answered.
 	Period         float64 `json:"periodSeconds"`
 	Timeout        float64 `json:"timeoutSeconds"`
 	StalenessBound float64 `json:"stalenessBoundSeconds"`
+	// StalenessCapped: the node's ceiling lowered the bound.
+	StalenessCapped bool `json:"stalenessCapped,omitempty"`
 	// HeadersID is a digest of the custom headers, empty if there are none.
 	HeadersID string `json:"headersID,omitempty"`
 	// Observed: the kernel's maps hold a record of it.
@@ -60,14 +110,16 @@ type Endpoint struct {
 func EndpointOf(s probe.EndpointSpec) Endpoint {
 	return Endpoint{
 		Kind: s.Kind, Port: s.Port, Path: s.Path, Host: s.Host,
-		Probes:         s.Askers,
+		Probes:         probesOf(s),
 		Period:         s.Period.Seconds(),
 		Timeout:        s.Timeout.Seconds(),
 		StalenessBound: s.Staleness.Seconds(),
-		HeadersID:      s.Headers,
-		Observed:       s.Observed,
-		StartupOnly:    s.Startup,
-		NotAnswered:    s.Reason,
+
+		StalenessCapped: s.Capped,
+		HeadersID:       s.Headers,
+		Observed:        s.Observed,
+		StartupOnly:     s.Startup,
+		NotAnswered:     s.Reason,
 	}
 }
 

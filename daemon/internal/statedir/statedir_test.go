@@ -1,6 +1,7 @@
 package statedir
 
 import (
+	"encoding/json"
 	"errors"
 	"os"
 	"reflect"
@@ -66,5 +67,22 @@ func TestEndpoints(t *testing.T) {
 	got, err := ReadEndpoints(dir)
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, %v; want %+v", got, err, want)
+	}
+}
+
+func TestEndpointOf(t *testing.T) {
+	specs, err := probe.Endpoints(probe.Pod{Probes: []probe.Spec{{
+		Container: "c", Type: probe.Liveness, Kind: probe.TCP, Port: 80,
+		Period: 10 * time.Second, Timeout: time.Second, FailureThreshold: 3,
+	}}}, probe.NewDefaults().Settings(nil), probe.Limits{Records: 64})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := json.Marshal(EndpointOf(specs[0]))
+	want := `{"kind":"TCP","port":80,"probes":[{"container":"c","type":"liveness","periodSeconds":10,"timeoutSeconds":1,` +
+		`"failureThreshold":3,"worstDetectionSeconds":43,"worstDetectionPlainSeconds":31}],` +
+		`"periodSeconds":10,"timeoutSeconds":1,"stalenessBoundSeconds":11,"observed":true}`
+	if err != nil || string(got) != want {
+		t.Errorf("got  %s, %v\nwant %s", got, err, want)
 	}
 }

@@ -29,7 +29,7 @@ func tracker(t testing.TB) *probe.Tracker {
 	t.Helper()
 	specs, err := probe.Endpoints(probe.Pod{Probes: []probe.Spec{
 		spec(probe.HTTP, 80, "/x"), spec(probe.TCP, 80, ""), spec(probe.TCP, 81, ""), spec(probe.HTTPS, 443, "/"),
-	}}, Limits)
+	}}, probe.NewDefaults().Settings(nil), Limits)
 	if err != nil {
 		t.Fatal(err)
 	}

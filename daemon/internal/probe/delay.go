@@ -1,0 +1,59 @@
+package probe
+
+import "time"
+
+// Delay is the bound on how long a failure can go unnoticed by one probe: from the moment at which its endpoint begins
+// to fail every request, to the prober's verdict, which takes failureThreshold failed probes in a row. It is about a
+// container that runs; the time that the kubelet takes for what follows is not in it.
+type Delay struct {
+	Asker
+	Period, Timeout  time.Duration
+	FailureThreshold int
+	// Plain is that of plain Kubernetes, Probelet the one with probelet. They are equal if the endpoint is not answered.
+	Plain, Probelet time.Duration
+}
+
+// plainDelay is
+//
+//	failureThreshold × max(period, timeout) + timeout
+//
+// The worst moment for a failure is just after a probe has begun that still succeeds. The prober begins the next one a
+// period later, or when one that took longer than that has ended: so after max(period, timeout) at the latest. Off-period
+// probes only come earlier, and put nothing off by more than a period. The last of failureThreshold failures may take
+// all of its timeout.
+func plainDelay(p Spec) time.Duration {
+	return time.Duration(max(p.FailureThreshold, 1))*max(p.Period, p.Timeout) + p.Timeout
+}
+
+// delay with probelet is
+//
+//	plain + smallest timeout + staleness
+//
+// where the smallest timeout is that of all probes of the endpoint. The last success may be of a request that was under
+// way when the failure began (one that the pod finishes although it takes no new ones), observed up to that timeout
+// later: later ones are no success. It is answered with for the staleness. So the last answered probe begins before
+// failure + timeout + staleness; and from its beginning on all is as in plain Kubernetes after its last success, because
+// an observed failure re-arms nothing and the probes after it all reach the pod.
+//
+// The second for which a taken connection may be answered after the bound (ARCHITECTURE.md) adds nothing: it is about
+// the end of a probe that began before, and the next one is due a period after the beginning.
+func (s EndpointSpec) delay(p Spec) Delay {
+	d := Delay{
+		Asker: p.Asker(), Period: p.Period, Timeout: p.Timeout, FailureThreshold: p.FailureThreshold,
+		Plain: plainDelay(p),
+	}
+	d.Probelet = d.Plain
+	if s.Reason == "" {
+		d.Probelet += s.Timeout + s.Staleness
+	}
+	return d
+}
+
+// Delays are the bounds for each of the probes that ask, in the order of Askers.
+func (s EndpointSpec) Delays() []Delay {
+	delays := make([]Delay, len(s.probes))
+	for i, p := range s.probes {
+		delays[i] = s.delay(p)
+	}
+	return delays
+}

@@ -1,0 +1,211 @@
+package probe
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// AnnotationPrefix begins the names of the annotations that are for probelet.
+const AnnotationPrefix = "probelet.dev/"
+
+// Annotations of a pod.
+const (
+	AnnotationMode      = AnnotationPrefix + "mode"
+	AnnotationStaleness = AnnotationPrefix + "staleness"
+)
+
+// OwnAnnotations are those for probelet; nil if there are none.
+func OwnAnnotations(all map[string]string) map[string]string {
+	var own map[string]string
+	for name, value := range all {
+		if strings.HasPrefix(name, AnnotationPrefix) {
+			if own == nil {
+				own = map[string]string{}
+			}
+			own[name] = value
+		}
+	}
+	return own
+}
+
+// Mode is what is done for a pod.
+type Mode string
+
+// Modes.
+const (
+	Answer  Mode = "answer"  // probes are observed, and answered while fresh
+	Observe Mode = "observe" // probes are observed, and none is answered
+	Off     Mode = "off"     // neither
+)
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (m *Mode) UnmarshalText(text []byte) error {
+	switch mode := Mode(text); mode {
+	case Answer, Observe, Off:
+		*m = mode
+		return nil
+	}
+	return fmt.Errorf("%q: must be %s, %s or %s", text, Answer, Observe, Off)
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (m Mode) MarshalText() ([]byte, error) { return []byte(m), nil }
+
+// Staleness is how long a success may be answered, as a person says it: in periods of the shortest probe of its
+// endpoint, and with PlusTimeout the smallest timeout of those probes besides.
+type Staleness struct {
+	Periods     float64
+	PlusTimeout bool
+}
+
+// Periods of a Staleness.
+const (
+	minPeriods = 0.5
+	maxPeriods = 5
+)
+
+// DefaultStaleness reaches to the end of the next probe. So of a lone prober's probes every second one reaches the pod.
+// Without the timeout it would end when the next probe is due, and chance would say which of them comes first.
+var DefaultStaleness = Staleness{1, true}
+
+// MaxStaleness is the longest that can be said.
+var MaxStaleness = Staleness{maxPeriods, true}
+
+const plusTimeout = "+timeout"
+
+// UnmarshalText implements encoding.TextUnmarshaler: "0.5" to "5", and "0.5+timeout" to "5+timeout".
+func (s *Staleness) UnmarshalText(text []byte) error {
+	number, plus := strings.CutSuffix(string(text), plusTimeout)
+	periods, err := strconv.ParseFloat(number, 64)
+	// Written so that NaN is refused.
+	if err != nil || !(periods >= minPeriods && periods <= maxPeriods) || strings.ContainsAny(number, "_xX+") {
+		return fmt.Errorf("%q: must be a number of periods from %v to %v, with or without %s after it",
+			shorten(string(text)), minPeriods, float64(maxPeriods), plusTimeout)
+	}
+	*s = Staleness{periods, plus}
+	return nil
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (s Staleness) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+func (s Staleness) String() string {
+	text := strconv.FormatFloat(s.Periods, 'f', -1, 64)
+	if s.PlusTimeout {
+		text += plusTimeout
+	}
+	return text
+}
+
+// Of is the staleness of an endpoint with these shortest times.
+func (s Staleness) Of(period, timeout time.Duration) time.Duration {
+	d := time.Duration(s.Periods * float64(period))
+	if s.PlusTimeout {
+		d += timeout
+	}
+	return d
+}
+
+// shorten keeps a foreign text from filling a log.
+func shorten(text string) string {
+	const most = 40
+	if len(text) > most {
+		return text[:most] + "…"
+	}
+	return text
+}
+
+// Origin is who said something.
+type Origin string
+
+// Origins.
+const (
+	FromDefault    Origin = "default"
+	FromNode       Origin = "node"
+	FromAnnotation Origin = "annotation"
+)
+
+// Defaults hold for a node's pods, where their annotations do not say otherwise.
+type Defaults struct {
+	Mode      Mode
+	Staleness Staleness
+	// Ceiling is what no pod exceeds, whoever asks for it.
+	Ceiling Staleness
+}
+
+// NewDefaults returns those of a node of which nobody has said anything.
+func NewDefaults() Defaults { return Defaults{Answer, DefaultStaleness, MaxStaleness} }
+
+// Settings are what holds for a pod.
+type Settings struct {
+	Mode          Mode
+	ModeFrom      Origin
+	Staleness     Staleness
+	StalenessFrom Origin
+	Ceiling       Staleness
+	// Problem names an annotation that cannot be used, its value, and what it should be; empty if there is none.
+	Problem string
+}
+
+// Settings of a pod with these annotations. Whoever wrote one that cannot be used wanted something else than the
+// defaults, perhaps less; what it was is not known. So of such a pod nothing is answered until it is put right: it is
+// observed, if it is not off.
+func (d Defaults) Settings(annotations map[string]string) Settings {
+	s := Settings{Mode: d.Mode, ModeFrom: FromDefault, Staleness: d.Staleness, StalenessFrom: FromDefault, Ceiling: d.Ceiling}
+	if d.Mode != Answer {
+		s.ModeFrom = FromNode
+	}
+	if d.Staleness != DefaultStaleness {
+		s.StalenessFrom = FromNode
+	}
+	var problems []error
+	if text, ok := annotations[AnnotationMode]; ok {
+		s.ModeFrom = FromAnnotation
+		if err := s.Mode.UnmarshalText([]byte(shorten(text))); err != nil {
+			problems = append(problems, fmt.Errorf("annotation %s: %w", AnnotationMode, err))
+		}
+	}
+	if text, ok := annotations[AnnotationStaleness]; ok {
+		s.StalenessFrom = FromAnnotation
+		if err := s.Staleness.UnmarshalText([]byte(text)); err != nil {
+			problems = append(problems, fmt.Errorf("annotation %s: %w", AnnotationStaleness, err))
+		}
+	}
+	if len(problems) > 0 {
+		s.Problem = strings.ReplaceAll(errors.Join(problems...).Error(), "\n", "; ")
+		if s.Mode == Answer {
+			s.Mode = Observe
+		}
+	}
+	return s
+}
+
+// staleness of an endpoint with these shortest times, and whether the ceiling lowered it.
+func (s Settings) staleness(period, timeout time.Duration) (time.Duration, bool) {
+	asked, most := s.Staleness.Of(period, timeout), s.Ceiling.Of(period, timeout)
+	return min(asked, most), asked > most
+}
+
+// reason is why nothing of the pod is answered; empty if something may be.
+func (s Settings) reason() string {
+	if s.Mode == Answer {
+		return ""
+	}
+	return cmp.Or(s.Problem, "mode "+string(s.Mode))
+}
+
+// apply puts the settings into endpoints that are otherwise complete. What could never be answered anyway says so
+// still, because in mode observe it is to be seen what answering would bring.
+func (s Settings) apply(specs []EndpointSpec) {
+	for i := range specs {
+		specs[i].Staleness, specs[i].Capped = s.staleness(specs[i].Period, specs[i].Timeout)
+		specs[i].Reason = cmp.Or(specs[i].Reason, s.reason())
+		if s.Mode == Off {
+			specs[i].Observed, specs[i].Reason = false, s.reason()
+		}
+	}
+}

@@ -1,0 +1,157 @@
+package probe
+
+import (
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestStalenessText(t *testing.T) {
+	for text, want := range map[string]Staleness{
+		"0.5": {0.5, false}, "1": {1, false}, "2.25": {2.25, false}, "5": {5, false},
+		"1+timeout": {1, true}, "0.5+timeout": {0.5, true},
+	} {
+		var got Staleness
+		if err := got.UnmarshalText([]byte(text)); err != nil || got != want || got.String() != text {
+			t.Errorf("%q: %+v (%s), %v", text, got, got, err)
+		}
+	}
+	for _, text := range []string{"", "0", "0.49", "5.01", "-1", "NaN", "Inf", "1s", "1 + timeout", "+timeout", "0x1p0", "+1", "1_0",
+		strings.Repeat("9", 1<<20)} {
+		got := DefaultStaleness
+		err := got.UnmarshalText([]byte(text))
+		if err == nil || got != DefaultStaleness {
+			t.Errorf("%.20q: accepted as %s", text, got)
+		} else if len(err.Error()) > 200 {
+			t.Errorf("an error of %d bytes", len(err.Error()))
+		}
+	}
+}
+
+func TestStalenessOf(t *testing.T) {
+	for text, want := range map[string]time.Duration{
+		"0.5": 5 * time.Second, "1": 10 * time.Second, "1+timeout": 11 * time.Second, "5": 50 * time.Second,
+	} {
+		var s Staleness
+		if err := s.UnmarshalText([]byte(text)); err != nil {
+			t.Fatal(err)
+		}
+		if got := s.Of(10*time.Second, time.Second); got != want {
+			t.Errorf("%s: %s, want %s", text, got, want)
+		}
+	}
+}
+
+func TestSettings(t *testing.T) {
+	type texts = map[string]string
+	const staleness, mode = AnnotationStaleness, AnnotationMode
+	cautious := Defaults{Observe, Staleness{0.5, false}, Staleness{2, false}}
+	for name, test := range map[string]struct {
+		node        Defaults
+		annotations texts
+		want        string // mode, its origin, staleness, its origin
+		problem     []string
+	}{
+		"nothing said":         {NewDefaults(), nil, "answer default 1+timeout default", nil},
+		"of others":            {NewDefaults(), texts{"other/mode": "off"}, "answer default 1+timeout default", nil},
+		"annotations":          {NewDefaults(), texts{staleness: "0.5", mode: "off"}, "off annotation 0.5 annotation", nil},
+		"node":                 {cautious, nil, "observe node 0.5 node", nil},
+		"annotations go ahead": {cautious, texts{staleness: "5", mode: "answer"}, "answer annotation 5 annotation", nil},
+		"bad staleness": {NewDefaults(), texts{staleness: "9"}, "observe default 1+timeout annotation",
+			[]string{staleness, `"9"`, "0.5 to 5"}},
+		"empty staleness": {NewDefaults(), texts{staleness: ""}, "observe default 1+timeout annotation", []string{staleness, `""`}},
+		"bad mode":        {NewDefaults(), texts{mode: "Off"}, "observe annotation 1+timeout default", []string{mode, `"Off"`, "observe"}},
+		"both bad": {NewDefaults(), texts{mode: "x", staleness: "y"}, "observe annotation 1+timeout annotation",
+			[]string{mode, staleness, `"x"`, `"y"`}},
+		"off and bad": {NewDefaults(), texts{mode: "off", staleness: "y"}, "off annotation 1+timeout annotation",
+			[]string{staleness}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := test.node.Settings(test.annotations)
+			got := strings.Join([]string{string(s.Mode), string(s.ModeFrom), s.Staleness.String(), string(s.StalenessFrom)}, " ")
+			if got != test.want || (s.Problem != "") != (test.problem != nil) || s.Ceiling != test.node.Ceiling {
+				t.Errorf("got %s %q, want %s", got, s.Problem, test.want)
+			}
+			for _, part := range test.problem {
+				if !strings.Contains(s.Problem, part) {
+					t.Errorf("problem %q does not name %s", s.Problem, part)
+				}
+			}
+		})
+	}
+}
+
+// What settings make of an ordinary endpoint, and of one that is never answered.
+func TestSettingsApply(t *testing.T) {
+	for name, test := range map[string]struct {
+		annotations map[string]string
+		ceiling     Staleness
+		reason      string // of the ordinary one; the other's own comes first, but in mode off
+		staleness   time.Duration
+		observed    bool
+		capped      bool
+	}{
+		"default":  {nil, MaxStaleness, "", 11 * time.Second, true, false},
+		"longer":   {map[string]string{AnnotationStaleness: "3"}, MaxStaleness, "", 30 * time.Second, true, false},
+		"capped":   {map[string]string{AnnotationStaleness: "3"}, Staleness{2, false}, "", 20 * time.Second, true, true},
+		"observe":  {map[string]string{AnnotationMode: "observe"}, MaxStaleness, "mode observe", 11 * time.Second, true, false},
+		"off":      {map[string]string{AnnotationMode: "off"}, MaxStaleness, "mode off", 11 * time.Second, false, false},
+		"unusable": {map[string]string{AnnotationStaleness: "x"}, MaxStaleness, AnnotationStaleness, 11 * time.Second, true, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			https := with(httpProbe(Liveness, "/y"), func(s *Spec) { s.Kind, s.Port = HTTPS, 443 })
+			settings := Defaults{Answer, DefaultStaleness, test.ceiling}.Settings(test.annotations)
+			specs, err := Endpoints(Pod{Probes: []Spec{httpProbe(Readiness, "/x"), https}}, settings, limits)
+			if err != nil {
+				t.Fatal(err)
+			}
+			x, y := specs[0], specs[1]
+			if !strings.Contains(x.Reason, test.reason) || test.reason == "" && x.Reason != "" {
+				t.Errorf("reason %q, want %q", x.Reason, test.reason)
+			}
+			if x.Staleness != test.staleness || x.Observed != test.observed || x.Capped != test.capped {
+				t.Errorf("got %+v", x)
+			}
+			if own := strings.Contains(y.Reason, "HTTPS"); own != (settings.Mode != Off) {
+				t.Errorf("the other's reason is %q", y.Reason)
+			}
+		})
+	}
+}
+
+// Evidence is not prolonged by settings, and comes back only with a new success.
+func TestSettingsChange(t *testing.T) {
+	set := func(tracker *Tracker, annotations map[string]string) {
+		specs, err := Endpoints(Pod{Probes: []Spec{httpProbe(Readiness, "/x")}}, NewDefaults().Settings(annotations), limits)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tracker.SetEndpoints(specs, 1015*second)
+	}
+	for name, test := range map[string]struct {
+		annotations map[string]string
+		fresh, back uint64 // until when, with the annotations, and without them again
+	}{
+		"longer":  {map[string]string{AnnotationStaleness: "5"}, 1021 * second, 1021 * second},
+		"shorter": {map[string]string{AnnotationStaleness: "0.5"}, 1015 * second, 1015 * second},
+		"observe": {map[string]string{AnnotationMode: "observe"}, 0, 0},
+		"off":     {map[string]string{AnnotationMode: "off"}, 0, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tracker := track(t, httpProbe(Readiness, "/x"))
+			tracker.Observe(after(10, x, Answered, 200))
+			set(tracker, test.annotations)
+			if got := tracker.Evidence()[x].FreshUntil; got != test.fresh {
+				t.Errorf("fresh until %d, want %d", got, test.fresh)
+			}
+			set(tracker, nil)
+			if got := tracker.Evidence()[x].FreshUntil; got != test.back {
+				t.Errorf("afterwards fresh until %d, want %d", got, test.back)
+			}
+			tracker.Observe(after(20, x, Answered, 200))
+			if got := tracker.Evidence()[x].FreshUntil; got != 1031*second {
+				t.Errorf("after the next success fresh until %d", got)
+			}
+		})
+	}
+}
