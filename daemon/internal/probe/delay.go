@@ -27,13 +27,12 @@ func plainDelay(p Spec) time.Duration {
 
 // delay with probelet is
 //
-//	plain + smallest timeout + staleness
+//	plain + staleness
 //
-// where the smallest timeout is that of all probes of the endpoint. The last success may be of a request that was under
-// way when the failure began (one that the pod finishes although it takes no new ones), observed up to that timeout
-// later: later ones are no success. It is answered with for the staleness. So the last answered probe begins before
-// failure + timeout + staleness; and from its beginning on all is as in plain Kubernetes after its last success, because
-// an observed failure re-arms nothing and the probes after it all reach the pod.
+// The last success was asked for before the failure began, and is answered with for the staleness from then on, even if
+// the pod took until later to complete it. So the last answered probe begins before failure + staleness; and from its
+// beginning on all is as in plain Kubernetes after its last success, because an observed failure re-arms nothing and the
+// probes after it all reach the pod.
 //
 // The second for which a taken connection may be answered after the bound (ARCHITECTURE.md) adds nothing: it is about
 // the end of a probe that began before, and the next one is due a period after the beginning.
@@ -44,7 +43,7 @@ func (s EndpointSpec) delay(p Spec) Delay {
 	}
 	d.Probelet = d.Plain
 	if s.Reason == "" {
-		d.Probelet += s.Timeout + s.Staleness
+		d.Probelet += s.Staleness
 	}
 	return d
 }

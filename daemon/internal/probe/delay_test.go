@@ -16,16 +16,16 @@ func TestDelays(t *testing.T) {
 		annotations     map[string]string
 		plain, probelet time.Duration // of the first one
 	}{
-		"default":          {[]Spec{probe(10, 1, 3)}, nil, 31, 43},
-		"one failure":      {[]Spec{probe(1, 1, 1)}, nil, 2, 5},
-		"half a period":    {[]Spec{probe(10, 1, 3)}, map[string]string{AnnotationStaleness: "0.5"}, 31, 37},
-		"five periods":     {[]Spec{probe(10, 1, 3)}, map[string]string{AnnotationStaleness: "5"}, 31, 82},
-		"long timeout":     {[]Spec{probe(1, 5, 2)}, nil, 15, 26},
-		"no threshold":     {[]Spec{probe(10, 1, 0)}, nil, 11, 23},
+		"default":          {[]Spec{probe(10, 1, 3)}, nil, 31, 42},
+		"one failure":      {[]Spec{probe(1, 1, 1)}, nil, 2, 4},
+		"half a period":    {[]Spec{probe(10, 1, 3)}, map[string]string{AnnotationStaleness: "0.5"}, 31, 36},
+		"five periods":     {[]Spec{probe(10, 1, 3)}, map[string]string{AnnotationStaleness: "5"}, 31, 81},
+		"long timeout":     {[]Spec{probe(1, 5, 2)}, nil, 15, 21},
+		"no threshold":     {[]Spec{probe(10, 1, 0)}, nil, 11, 22},
 		"observed only":    {[]Spec{probe(10, 1, 3)}, map[string]string{AnnotationMode: "observe"}, 31, 31},
 		"off":              {[]Spec{probe(10, 1, 3)}, map[string]string{AnnotationMode: "off"}, 31, 31},
 		"never answered":   {[]Spec{with(probe(10, 1, 3), func(s *Spec) { s.Kind = GRPC })}, nil, 31, 31},
-		"with another one": {[]Spec{probe(10, 3, 3), with(probe(5, 1, 1), func(s *Spec) { s.Type = Liveness })}, nil, 33, 33 + 1 + 6},
+		"with another one": {[]Spec{probe(10, 3, 3), with(probe(5, 1, 1), func(s *Spec) { s.Type = Liveness })}, nil, 33, 33 + 6},
 	} {
 		t.Run(name, func(t *testing.T) {
 			specs, err := Endpoints(Pod{Probes: test.probes}, NewDefaults().Settings(test.annotations), limits)

@@ -91,13 +91,19 @@ func (t *Tracker) Observe(o Outcome) []Change {
 	return changes
 }
 
+// observe dates a success from when it was asked for, not from when it was complete: what went wrong in between, such as
+// the server's closing its listening socket while it finishes its last requests, is the later word.
 func (e *entry) observe(o Outcome) bool {
 	result, conclusive := e.spec.judge(o)
 	askedAt := o.ObservedAt - min(o.ObservedAt, uint64(o.Duration))
-	if !conclusive || o.ObservedAt <= e.evidence.ObservedAt || askedAt < e.since {
+	observedAt := o.ObservedAt
+	if result == Success {
+		observedAt = askedAt
+	}
+	if !conclusive || observedAt <= e.evidence.ObservedAt || askedAt < e.since {
 		return false
 	}
-	e.evidence = Evidence{Result: result, Status: o.Status, ObservedAt: o.ObservedAt}
+	e.evidence = Evidence{Result: result, Status: o.Status, ObservedAt: observedAt}
 	e.evidence.FreshUntil = e.bound()
 	return true
 }

@@ -41,6 +41,9 @@ func TestJudgement(t *testing.T) {
 		}
 		return e
 	}
+	askedFor := func(d time.Duration) Evidence { // a success dates from when it was asked for
+		return Evidence{Success, 200, 1010*second - uint64(d), 1021*second - uint64(d)}
+	}
 	for name, test := range map[string]struct {
 		endpoint Endpoint
 		outcomes []Outcome
@@ -49,7 +52,8 @@ func TestJudgement(t *testing.T) {
 		"nothing":          {x, nil, Evidence{}},
 		"200":              {x, []Outcome{good}, unchanged},
 		"299":              {x, []Outcome{after(10, x, Answered, 299)}, at(10, Success, 299)},
-		"just in time":     {x, []Outcome{took(899*time.Millisecond, good)}, unchanged},
+		"just in time":     {x, []Outcome{took(899*time.Millisecond, good)}, askedFor(899 * time.Millisecond)},
+		"failed meanwhile": {x, []Outcome{after(15, x, Reset, 0), took(500*time.Millisecond, Outcome{Endpoint: x, Event: Answered, Status: 200, ObservedAt: 1015*second + second/4})}, at(15, Failure, 0)},
 		"too near":         {x, []Outcome{took(900*time.Millisecond, good)}, at(10, Failure, 200)},
 		"too late":         {x, []Outcome{took(time.Minute, after(100, x, Answered, 200))}, at(100, Failure, 200)},
 		"redirect":         {x, []Outcome{good, after(20, x, Answered, 302)}, at(20, Unknown, 302)},
@@ -304,7 +308,7 @@ func TestInvariants(t *testing.T) {
 				tracker.Observe(o)
 				for e, now := range tracker.Evidence() {
 					if success(o, e) {
-						successes[e][o.ObservedAt] = true
+						successes[e][o.ObservedAt-uint64(o.Duration)] = true
 					}
 					if failure(o, e) && o.ObservedAt > before[e].ObservedAt {
 						failures[e] = o.ObservedAt

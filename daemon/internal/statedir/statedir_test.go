@@ -80,7 +80,7 @@ func TestEndpointOf(t *testing.T) {
 	}
 	got, err := json.Marshal(EndpointOf(specs[0]))
 	want := `{"kind":"TCP","port":80,"probes":[{"container":"c","type":"liveness","periodSeconds":10,"timeoutSeconds":1,` +
-		`"failureThreshold":3,"worstDetectionSeconds":43,"worstDetectionPlainSeconds":31}],` +
+		`"failureThreshold":3,"worstDetectionSeconds":42,"worstDetectionPlainSeconds":31}],` +
 		`"periodSeconds":10,"timeoutSeconds":1,"stalenessBoundSeconds":11,"observed":true}`
 	if err != nil || string(got) != want {
 		t.Errorf("got  %s, %v\nwant %s", got, err, want)
