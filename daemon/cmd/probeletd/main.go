@@ -49,6 +49,9 @@ The file is read again when it changes. One that cannot be used is logged, and t
 
 The prober (--prober) is whose connections are probes:
 
+  kubelet      the process of that name, root's and in the daemon's network namespace, with whatever shares its cgroup
+               (default, but for specs from a file). It is followed when it restarts; until it is found nothing is answered.
+               The daemon must see the node's processes and cgroups (hostPID)
   cgroup:PATH  the processes of the cgroup v2 directory PATH itself (not of those below it): the kubelet's, for example
                cgroup:/sys/fs/cgroup/system.slice/kubelet.service
   host         every process of the host's network namespace. For trying things by hand, not for production: a
@@ -112,7 +115,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 func runCommand(stderr io.Writer) *cobra.Command {
 	var c config
 	cmd := &cobra.Command{
-		Use:   "run [--source kubelet|apiserver|file] --prober cgroup:PATH|host",
+		Use:   "run [--source kubelet|apiserver|file] [--prober kubelet|cgroup:PATH|host]",
 		Short: "Run the daemon in the foreground",
 		Long:  runHelp,
 		Args:  cobra.NoArgs,
@@ -131,7 +134,7 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags.DurationVar(&c.kubelet.Poll, "kubelet-poll", 10*time.Second, "`INTERVAL` at which the kubelet is asked")
 	flags.StringVar(&c.kubeconfig, "kubeconfig", "", "`FILE` that says how to reach the API server (default: as in a pod)")
 	flags.StringVar(&c.node, "node-name", os.Getenv("NODE_NAME"), "`NAME` of this node at the API server (default: $NODE_NAME)")
-	flags.StringVar(&c.prober, "prober", "", "whose connections are probes: `cgroup:PATH|host`")
+	flags.StringVar(&c.prober, "prober", "", "whose connections are probes: `kubelet|cgroup:PATH|host` (default: kubelet, but for specs from a file)")
 	flags.StringVar(&c.bpfDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
 	flags.StringVar(&c.stateDir, "state-dir", attach.DefaultStateDir, "`directory` of attachment records and the daemon's state")
 	defaults := probe.NewDefaults()
@@ -139,8 +142,5 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags.TextVar(&c.defaults.Staleness, "staleness", defaults.Staleness, "for how many `periods` a success is answered")
 	flags.TextVar(&c.defaults.Ceiling, "staleness-ceiling", defaults.Ceiling, "most `periods` that an annotation can ask for")
 	flags.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "least `level` that is logged: debug, info, warn, error")
-	if err := cmd.MarkFlagRequired("prober"); err != nil {
-		panic(err) // no such flag
-	}
 	return cmd
 }

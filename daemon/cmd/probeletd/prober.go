@@ -1,9 +1,12 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -13,16 +16,20 @@ import (
 
 // proberFlag is the value of --prober.
 type proberFlag struct {
-	cgroup string // directory; empty: every local process
+	kubelet bool   // the process of that name
+	cgroup  string // directory; empty without kubelet: every local process
 }
 
 func parseProber(value string) (proberFlag, error) {
 	if value == "host" {
 		return proberFlag{}, nil
 	}
+	if value == "kubelet" {
+		return proberFlag{kubelet: true}, nil
+	}
 	path, ok := strings.CutPrefix(value, "cgroup:")
 	if !ok || !filepath.IsAbs(path) {
-		return proberFlag{}, fmt.Errorf("--prober %q: must be host, or cgroup: and the absolute path of a cgroup v2 directory", value)
+		return proberFlag{}, fmt.Errorf("--prober %q: must be kubelet, host, or cgroup: and the absolute path of a cgroup v2 directory", value)
 	}
 	return proberFlag{cgroup: path}, nil
 }
@@ -30,14 +37,103 @@ func parseProber(value string) (proberFlag, error) {
 // resolve says what the kernel side is to compare with. A cgroup that is made anew (its service was restarted) has
 // another id.
 func (p proberFlag) resolve() (datapath.Prober, error) {
-	if p.cgroup == "" {
+	path := p.cgroup
+	if p.kubelet {
+		var err error
+		if path, err = kubeletCgroup("/proc"); err != nil {
+			return datapath.Prober{}, fmt.Errorf("--prober kubelet: %w", err)
+		}
+	}
+	if path == "" {
 		return datapath.Prober{AnyLocal: true}, nil
 	}
-	id, err := cgroupID(p.cgroup)
+	id, err := cgroupID(path)
 	if err != nil {
-		return datapath.Prober{}, fmt.Errorf("--prober cgroup:%s: %w", p.cgroup, err)
+		return datapath.Prober{}, fmt.Errorf("--prober cgroup:%s: %w", path, err)
 	}
 	return datapath.Prober{CgroupIDs: []uint64{id}}, nil
+}
+
+// kubeletCgroup finds the cgroup v2 directory of the kubelet: of the process of that name that is root's and in this
+// network namespace, lest a pod's process of the same name become the prober.
+func kubeletCgroup(proc string) (string, error) {
+	own, err := os.Readlink(filepath.Join(proc, "self/ns/net"))
+	if err != nil {
+		return "", err
+	}
+	processes, err := filepath.Glob(filepath.Join(proc, "[0-9]*"))
+	if err != nil {
+		return "", err
+	}
+	cgroups := map[string]bool{}
+	for _, process := range processes {
+		if !isKubelet(process, own) {
+			continue
+		}
+		if cgroup, err := cgroupOf(process); err == nil { // or it has ended
+			cgroups[cgroup] = true
+		}
+	}
+	switch {
+	case len(cgroups) == 0:
+		return "", errors.New("no process named kubelet, of root, in this network namespace")
+	case len(cgroups) > 1:
+		return "", fmt.Errorf("processes named kubelet in more than one cgroup: %s", slices.Sorted(maps.Keys(cgroups)))
+	case cgroups["/"]:
+		// Processes that nobody has put anywhere are there too.
+		return "", errors.New("the kubelet is in the root cgroup, where it cannot be told apart; give it a cgroup of its own")
+	}
+	mount, err := cgroupMount(proc)
+	if err != nil {
+		return "", err
+	}
+	for cgroup := range cgroups {
+		return filepath.Join(mount, cgroup), nil
+	}
+	return "", nil
+}
+
+func isKubelet(process, netns string) bool {
+	name, err := os.ReadFile(filepath.Join(process, "comm"))
+	if err != nil || strings.TrimSpace(string(name)) != "kubelet" {
+		return false
+	}
+	var stat unix.Stat_t
+	if err := unix.Stat(process, &stat); err != nil || stat.Uid != 0 {
+		return false
+	}
+	of, err := os.Readlink(filepath.Join(process, "ns/net"))
+	return err == nil && of == netns
+}
+
+// cgroupOf is the cgroup v2 of a process, from the hierarchy's root on (cgroups(7)).
+func cgroupOf(process string) (string, error) {
+	text, err := os.ReadFile(filepath.Join(process, "cgroup"))
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(text)) {
+		if path, ok := strings.CutPrefix(line, "0::"); ok {
+			return strings.TrimSpace(path), nil
+		}
+	}
+	return "", errors.New("no cgroup v2")
+}
+
+// cgroupMount is where the whole cgroup v2 hierarchy is mounted: on some machines beside version 1 (proc_pid_mountinfo(5)).
+func cgroupMount(proc string) (string, error) {
+	text, err := os.ReadFile(filepath.Join(proc, "self/mountinfo"))
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(text)) {
+		before, after, ok := strings.Cut(line, " - ")
+		fields, kind := strings.Fields(before), strings.Fields(after)
+		if ok && len(fields) > 4 && len(kind) > 0 && kind[0] == "cgroup2" && fields[3] == "/" {
+			return fields[4], nil
+		}
+	}
+	return "", errors.New("no cgroup v2 hierarchy is mounted")
 }
 
 // cgroupID is the id of a cgroup v2 as the kernel reports it of a socket: the inode number of its directory.

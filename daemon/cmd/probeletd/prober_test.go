@@ -1,11 +1,15 @@
 package main
 
 import (
+	"fmt"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -17,6 +21,7 @@ import (
 func TestParseProber(t *testing.T) {
 	for value, want := range map[string]proberFlag{
 		"host":               {},
+		"kubelet":            {kubelet: true},
 		"cgroup:/sys/fs/x/y": {cgroup: "/sys/fs/x/y"},
 	} {
 		if got, err := parseProber(value); got != want || err != nil {
@@ -72,7 +77,7 @@ func TestFollowProber(t *testing.T) {
 		prober: prober,
 		who:    datapath.Prober{CgroupIDs: []uint64{first}},
 		set: func(p datapath.Prober) error {
-			set = append(set, p.CgroupIDs...)
+			set = append(set, append(p.CgroupIDs, 0)[0])
 			return nil
 		},
 	}
@@ -81,13 +86,87 @@ func TestFollowProber(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.followProber()
-	if len(set) != 0 {
-		t.Errorf("set to %d without need", set)
+	l.followProber()
+	if !slices.Equal(set, []uint64{0}) {
+		t.Errorf("without its cgroup the prober is %d, want nobody (0), said once", set)
 	}
 	second := remake()
 	l.followProber()
 	l.followProber()
-	if first == second || !slices.Equal(set, []uint64{second}) {
+	if first == second || !slices.Equal(set, []uint64{0, second}) {
 		t.Errorf("first %d, then %d; set to %d", first, second, set)
 	}
+}
+
+// A process named kubelet, as the daemon sees it: started, restarted in another cgroup, one of several, a pod's.
+func TestKubeletIsFoundByItsProcess(t *testing.T) {
+	bpftest.RequireRoot(t)
+	mount, err := cgroupMount("/proc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	flag := proberFlag{kubelet: true}
+	if who, err := flag.resolve(); err == nil {
+		t.Skipf("there is a kubelet on this machine already: %+v", who)
+	}
+	program := filepath.Join(t.TempDir(), "kubelet")
+	sleep, err := os.ReadFile("/bin/sleep")
+	if err == nil {
+		err = os.WriteFile(program, sleep, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	// start runs it in a cgroup of its own, and returns that one's id and what ends it.
+	start := func(name string, namespaces uintptr) (uint64, func()) {
+		t.Helper()
+		cgroup := filepath.Join(mount, fmt.Sprintf("probelet-test-%d-%s", os.Getpid(), name))
+		if err := os.Mkdir(cgroup, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		dir, err := os.Open(cgroup)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer dir.Close() //nolint:errcheck // a test's
+		cmd := exec.Command(program, "300")
+		cmd.SysProcAttr = &syscall.SysProcAttr{
+			UseCgroupFD: true, CgroupFD: int(dir.Fd()), Cloneflags: namespaces, Pdeathsig: unix.SIGKILL,
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		end := sync.OnceFunc(func() {
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+			if err := os.Remove(cgroup); err != nil {
+				t.Error(err)
+			}
+		})
+		t.Cleanup(end)
+		id, err := cgroupID(cgroup)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return id, end
+	}
+	expect := func(want uint64) {
+		t.Helper()
+		if who, err := flag.resolve(); err != nil || !slices.Equal(who.CgroupIDs, []uint64{want}) || who.AnyLocal {
+			t.Fatalf("%+v, %v; want cgroup %d", who, err, want)
+		}
+	}
+
+	start("pod", unix.CLONE_NEWNET)
+	if who, err := flag.resolve(); err == nil {
+		t.Fatalf("a pod's process is the prober: %+v", who)
+	}
+	first, endFirst := start("first", 0)
+	expect(first)
+	second, _ := start("second", 0)
+	if who, err := flag.resolve(); err == nil || !strings.Contains(err.Error(), "more than one cgroup") {
+		t.Fatalf("with two kubelets: %+v, %v", who, err)
+	}
+	endFirst()
+	expect(second)
 }

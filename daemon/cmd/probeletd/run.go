@@ -28,19 +28,22 @@ const (
 	// directory may have been replaced, and maps made anew under an unchanged record.
 	resyncInterval = 5 * time.Second
 	// proberInterval is how often a prober's cgroup is looked up, lest it was made anew.
-	proberInterval = time.Second
+	proberInterval = 500 * time.Millisecond
 	// recordsSettle is how long after a change of records they are read: a change is several events.
 	recordsSettle = 10 * time.Millisecond
 )
 
 // run runs the daemon until ctx ends, which is no error.
 func run(ctx context.Context, c config, log *slog.Logger) (err error) {
+	if c.prober == "" && c.sourceName() != "file" {
+		c.prober = "kubelet"
+	}
 	prober, err := parseProber(c.prober)
 	if err != nil {
 		return err
 	}
 	who, err := prober.resolve()
-	if err != nil {
+	if err != nil && !prober.kubelet { // that may start later
 		return err
 	}
 	if err := os.MkdirAll(attach.RecordsDir(c.stateDir), 0o700); err != nil {
@@ -69,7 +72,10 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	if err := d.SetProber(who); err != nil {
 		return fmt.Errorf("--prober %s: %w", c.prober, err)
 	}
-	l := &loop{log: log, prober: prober, who: who, set: d.SetProber}
+	l := &loop{log: log, prober: prober, who: who, set: d.SetProber, lost: err != nil}
+	if l.lost {
+		log.Warn("no prober yet, so nothing is answered", "error", err)
+	}
 	return l.serve(ctx, c, d, specs)
 }
 
@@ -269,17 +275,19 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 	}
 }
 
-// followProber keeps to the prober's cgroup when that is made anew. Until it is there nobody is the prober.
+// followProber keeps to the prober's cgroup when that is made anew, or the kubelet starts in another. Until it is there
+// nobody is the prober.
 func (l *loop) followProber() {
 	who, err := l.prober.resolve()
 	if err != nil {
 		if !l.lost {
-			l.log.Warn("no prober, until its cgroup is back", "error", err)
+			l.log.Warn("no prober any more, so nothing is answered", "error", err)
 		}
 		l.lost = true
-		return
+		who = datapath.Prober{}
+	} else {
+		l.lost = false
 	}
-	l.lost = false
 	if who.AnyLocal == l.who.AnyLocal && slices.Equal(who.CgroupIDs, l.who.CgroupIDs) {
 		return
 	}
@@ -287,6 +295,8 @@ func (l *loop) followProber() {
 		l.log.Error("setting the prober", "error", err)
 		return
 	}
-	l.log.Info("the prober's cgroup is another one now", "ids", who.CgroupIDs)
 	l.who = who
+	if !l.lost {
+		l.log.Info("the prober's cgroup is another one now", "ids", who.CgroupIDs)
+	}
 }
