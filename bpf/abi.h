@@ -54,7 +54,7 @@ enum evidence_result {
 };
 
 struct evidence {
-	__u64 observed_at; /* KIND_PORT: the oldest of the port's endpoints */
+	__u64 observed_at; /* of a success: when it was asked for. KIND_PORT: the oldest of the port's endpoints */
 	__u64 fresh_until; /* 0: never to be answered. KIND_PORT: the earliest of the port's endpoints */
 	__u32 reply_sum;   /* ones' complement sum of reply, not folded into the checksum yet */
 	__u16 status;	   /* last HTTP status seen, 0 if none */
