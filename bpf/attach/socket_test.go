@@ -78,6 +78,23 @@ func (s *served) arm(t testing.TB) {
 	}
 }
 
+// armPort makes connections to another port taken, as those to 8080 are.
+func (s *served) armPort(t testing.TB, number uint16) {
+	t.Helper()
+	maps, err := s.d.Pod(uint32(s.IfIndex))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer maps.Close() //nolint:errcheck // a test's
+	port, _, err := maps.Get(datapath.PortKey(8080))
+	if err == nil {
+		err = maps.Put(datapath.PortKey(number), port)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // ask sends a request from a namespace and returns all that comes back.
 func (s *served) ask(t *testing.T, from ns.NetNS, addr netip.Addr, request string) string {
 	t.Helper()
@@ -177,24 +194,13 @@ func TestAPodThatStoppedListening(t *testing.T) {
 	node := bpftest.NewNode(t)
 	pod := node.AddPod(t)
 	s := serve(t, pod, attach.HookAuto)
-	maps, err := s.d.Pod(uint32(pod.IfIndex))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer maps.Close() //nolint:errcheck // a test's
-	port, _, err := maps.Get(datapath.PortKey(8080))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := maps.Put(datapath.PortKey(8081), port); err != nil { // fresh, and nobody listens
-		t.Fatal(err)
-	}
+	s.armPort(t, 8081) // and nobody listens
 	conn := s.Dial(t, fmt.Sprintf("%s:8081", pod.IPv4))
 	if _, err := io.WriteString(conn, probe); err != nil {
 		t.Fatal(err)
 	}
 	_ = conn.SetReadDeadline(time.Now().Add(20 * time.Second))
-	_, err = conn.Read(make([]byte, 1))
+	_, err := conn.Read(make([]byte, 1))
 	if err == nil || !strings.Contains(err.Error(), "connection reset by peer") {
 		t.Fatalf("the client got: %v", err)
 	}
@@ -216,18 +222,7 @@ func TestAServerThatSpeaksFirst(t *testing.T) {
 			_ = conn.Close()
 		}
 	}()
-	maps, err := s.d.Pod(uint32(pod.IfIndex))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer maps.Close() //nolint:errcheck // a test's
-	port, _, err := maps.Get(datapath.PortKey(8080))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := maps.Put(datapath.PortKey(2525), port); err != nil {
-		t.Fatal(err)
-	}
+	s.armPort(t, 2525)
 	conn := s.Dial(t, fmt.Sprintf("%s:2525", pod.IPv4))
 	if err := conn.(*net.TCPConn).SetKeepAliveConfig(net.KeepAliveConfig{
 		Enable: true, Idle: time.Second, Interval: time.Second, Count: 9,
