@@ -250,8 +250,7 @@ struct netns_devices {
 	__u32 ifindex[DEVICES_PER_NETNS]; /* of the host-side veths; 0: slot unused */
 };
 
-/* key: inode number of a pod's network namespace; value: its devices. Put in at ADD, taken out at DEL; read by watch.
- */
+/* key: inode number of a pod's network namespace; value: its devices. Written at ADD and DEL, read by watch. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, PODS_MAX);
@@ -276,8 +275,7 @@ struct {
 	__uint(max_entries, 1 << 20);
 } outcomes SEC(".maps");
 
-/* key: enum counter; value: per-CPU count. Written by both programs, read by people. Lives until the pins are removed.
- */
+/* key: enum counter; value: per-CPU count. Written by both programs, read by people. Lives until the pins go. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, COUNT_MAX);

@@ -11,8 +11,7 @@
  *
  * And one for the whole machine:
  *
- *   watch, at the trace point inet_sock_set_state: sees listening sockets of pods close, and voids their ports'
- * evidence.
+ *   watch, at the trace point inet_sock_set_state: sees pods' listening sockets close, and voids their ports' evidence.
  */
 #include "abi.h"
 #include "parse.h"

@@ -70,8 +70,7 @@ static __always_inline int rewrite(struct xdp_md *ctx, __u32 l3_len, const struc
 	__u32 tcp_len = sizeof(*tcp) + (r->mss ? 4 : 0), tcp_bytes = tcp_len + r->payload;
 	__u64 length = data_end - data, sum;
 
-	/* The verifier knows 64-bit arithmetic on packet pointers only, which the compiler would narrow further down.
-	 */
+	/* The verifier knows 64-bit arithmetic on packet pointers only, and the compiler would narrow it below. */
 	asm volatile("" : "+r"(length));
 	if ((void *)(tcp + 1) > data_end)
 		return -1;

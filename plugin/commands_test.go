@@ -343,6 +343,17 @@ func (w *world) withInterfaces(p *bpftest.Pod, interfaces ...fields) *world {
 	return w.with(fields{"prevResult": prev})
 }
 
+// world is one with a pod, and the trouble in it.
+func (tr trouble) world(t *testing.T) (*world, *bpftest.Pod) {
+	t.Helper()
+	w := newWorld(t)
+	pod := w.node.AddPod(t)
+	if tr.make != nil {
+		w = tr.make(w, pod)
+	}
+	return w, pod
+}
+
 func (tr trouble) add(w *world, pod *bpftest.Pod) result {
 	changes := fields{}
 	if _, set := w.conf["prevResult"]; !set {
@@ -358,11 +369,7 @@ func (tr trouble) add(w *world, pod *bpftest.Pod) result {
 func TestAddInTroubleIsIgnoredByDefault(t *testing.T) {
 	for name, tr := range troubles() {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t)
-			pod := w.node.AddPod(t)
-			if tr.make != nil {
-				w = tr.make(w, pod)
-			}
+			w, pod := tr.world(t)
 			before := w.state()
 			r := tr.add(w, pod).must(t)
 			if !strings.Contains(r.stderr, tr.text) || !strings.Contains(r.stdout, "interfaces") {
@@ -388,11 +395,7 @@ func TestAddInTroubleIsIgnoredByDefault(t *testing.T) {
 func TestAddInTroubleFailsIfAsked(t *testing.T) {
 	for name, tr := range troubles() {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t)
-			pod := w.node.AddPod(t)
-			if tr.make != nil {
-				w = tr.make(w, pod)
-			}
+			w, pod := tr.world(t)
 			w = w.with(fields{"onError": "fail"})
 			before := w.state()
 			r := tr.add(w, pod)

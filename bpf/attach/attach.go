@@ -60,7 +60,6 @@ type Hook string
 // Hooks. HookAuto takes tcx where the kernel has it (6.6) and clsact elsewhere.
 const (
 	HookAuto   Hook = ""
-	HookTCX    Hook = "tcx"
 	HookClsact Hook = "clsact"
 )
 
@@ -144,7 +143,7 @@ func attachSteer(d *datapath.Datapath, dir string, ifindex int, hook Hook) error
 			defer l.Close() //nolint:errcheck // pinned
 			return l.Pin(filepath.Join(dir, pinSteer))
 		}
-		if hook == HookTCX || !errors.Is(err, ebpf.ErrNotSupported) {
+		if !errors.Is(err, ebpf.ErrNotSupported) {
 			return fmt.Errorf("attaching tcx to device %d: %w", ifindex, err)
 		}
 	}

@@ -272,7 +272,7 @@ func TestPodsAreApart(t *testing.T) {
 	if _, err := d.Pod(3); !errors.Is(err, os.ErrNotExist) {
 		t.Fatalf("after removal: %v", err)
 	}
-	if devices, err := d.Devices(); err != nil || len(devices) != 1 {
-		t.Fatalf("devices %v, %v", devices, err)
+	if pods, err := d.PodIDs(); err != nil || len(pods) != 1 {
+		t.Fatalf("pods %v, %v", pods, err)
 	}
 }

@@ -216,9 +216,6 @@ func (d *Datapath) Pod(ifindex uint32) (*Pod, error) {
 	return &Pod{evidence, tallies}, nil
 }
 
-// Devices returns the map ids of each device's evidence, by ifindex.
-func (d *Datapath) Devices() (map[uint32]ebpf.MapID, error) { return innerIDs(d.objects.PodEvidence) }
-
 // PodIDs are the ids of a pod's maps, 0 for one that is missing.
 type PodIDs struct{ Evidence, Tallies ebpf.MapID }
 

@@ -261,7 +261,7 @@ func (e *Endpoint) judge(evidence datapath.Evidence, port datapath.Tally, now ui
 		e.FreshFor = seconds(evidence.FreshUntil, now)
 	case evidence.Result == datapath.ResultSuccess && evidence.ObservedAt <= port.WithdrawnAt:
 		e.State = Stale
-		e.WhyNotAnswered = "withdrawn: a probe of the port was reset, or got a status other than 2xx"
+		e.WhyNotAnswered = "withdrawn: the port's listening socket was closed, or a probe of it was reset or got a status other than 2xx"
 	case evidence.Result == datapath.ResultSuccess:
 		e.State = Stale
 		e.WhyNotAnswered = "expired"

@@ -170,3 +170,31 @@ func TestKubeletIsFoundByItsProcess(t *testing.T) {
 	endFirst()
 	expect(second)
 }
+
+// Without a kubelet the daemon runs, says so at once, and nobody is the prober.
+func TestStartsWithoutAKubelet(t *testing.T) {
+	n := newNode(t)
+	if who, err := (proberFlag{kubelet: true}).resolve(); err == nil {
+		t.Skipf("there is a kubelet on this machine: %+v", who)
+	}
+	if err := n.d.SetProber(datapath.Prober{AnyLocal: true}); err != nil {
+		t.Fatal(err)
+	}
+	n.config.prober = "kubelet"
+	n.specs("httpGet: {path: /, port: 8080}")
+	log, err := os.Create(filepath.Join(t.TempDir(), "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close() //nolint:errcheck // a test's
+	n.log = log
+	n.start()
+	n.eventually("nobody to be the prober", func() bool {
+		who, err := n.d.Prober()
+		return err == nil && !who.AnyLocal && len(who.CgroupIDs) == 0
+	})
+	n.eventually("a word of it", func() bool {
+		text, err := os.ReadFile(log.Name())
+		return err == nil && strings.Contains(string(text), "no prober yet")
+	})
+}

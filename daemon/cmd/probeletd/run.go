@@ -42,9 +42,9 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
-	who, err := prober.resolve()
-	if err != nil && !prober.kubelet { // that may start later
-		return err
+	who, notFound := prober.resolve()
+	if notFound != nil && !prober.kubelet { // that may start later
+		return notFound
 	}
 	if err := os.MkdirAll(attach.RecordsDir(c.stateDir), 0o700); err != nil {
 		return err
@@ -72,9 +72,9 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	if err := d.SetProber(who); err != nil {
 		return fmt.Errorf("--prober %s: %w", c.prober, err)
 	}
-	l := &loop{log: log, prober: prober, who: who, set: d.SetProber, lost: err != nil}
+	l := &loop{log: log, prober: prober, who: who, set: d.SetProber, lost: notFound != nil}
 	if l.lost {
-		log.Warn("no prober yet, so nothing is answered", "error", err)
+		log.Warn("no prober yet, so nothing is answered", "error", notFound)
 	}
 	return l.serve(ctx, c, d, specs)
 }

@@ -29,6 +29,7 @@ type node struct {
 	pod    *bpftest.Pod
 	d      *datapath.Datapath
 	config config
+	log    io.Writer // of the daemon
 
 	status atomic.Int32 // that the server answers with
 	served atomic.Int32 // requests that reached it
@@ -36,7 +37,7 @@ type node struct {
 
 func newNode(t *testing.T) *node {
 	t.Helper()
-	n := &node{t: t, pod: bpftest.NewNode(t).AddPod(t)}
+	n := &node{t: t, pod: bpftest.NewNode(t).AddPod(t), log: t.Output()}
 	n.config = config{
 		specs:    filepath.Join(t.TempDir(), "specs.yaml"),
 		prober:   "host",
@@ -109,7 +110,7 @@ func (n *node) start() (stop func()) {
 	n.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- run(ctx, n.config, slog.New(slog.NewTextHandler(n.t.Output(), nil))) }()
+	go func() { done <- run(ctx, n.config, slog.New(slog.NewTextHandler(n.log, nil))) }()
 	var stopped bool
 	stop = func() {
 		cancel()
