@@ -45,6 +45,10 @@ type EndpointSpec struct {
 	Capped    bool
 	// Headers identifies the custom headers. Evidence of the same endpoint with others is not evidence.
 	Headers string
+	// Instance identifies the running containers that the probes are of. Evidence of others is not evidence.
+	Instance string
+	// Refresh is how often the daemon is to ask by itself, so that a success is always fresh; 0: never.
+	Refresh time.Duration
 	// Observed: what the pod answers can be told apart by the kernel, so it is recorded, answered or not.
 	Observed bool
 	// Startup: asked by startup probes only. They end with their success, so their evidence is never renewed.
@@ -59,6 +63,9 @@ type EndpointSpec struct {
 
 // onPort is whether connections of the endpoint's probes may arrive at the pod's port.
 func (s EndpointSpec) onPort() bool { return s.Port != 0 && !s.elsewhere }
+
+// CustomHeaders are those of the probes' requests, where all of these have the same.
+func (s EndpointSpec) CustomHeaders() []Header { return s.probes[0].Headers }
 
 // gates is whether the endpoint has a say in taking connections to its port. One that only startup probes ask has not:
 // it would close the port for ever once they have ended.
@@ -109,6 +116,7 @@ func endpointOf(p Spec, ips []netip.Addr, limits Limits) EndpointSpec {
 		Period:   p.Period,
 		Timeout:  p.Timeout,
 		Headers:  headersID(p.Headers),
+		Instance: p.instanceID(),
 		Startup:  p.Type == Startup,
 		Reason:   unanswerable(p, ips, limits),
 
@@ -171,6 +179,9 @@ func merge(a, b EndpointSpec) EndpointSpec {
 	a.Period = min(a.Period, b.Period)
 	a.Timeout = min(a.Timeout, b.Timeout)
 	a.Startup = a.Startup && b.Startup
+	if !strings.Contains(a.Instance, b.Instance) {
+		a.Instance += " " + b.Instance
+	}
 	a.Reason = cmp.Or(a.Reason, b.Reason)
 	if a.Headers != b.Headers {
 		a.Headers = "differ"
@@ -211,7 +222,7 @@ func limit(specs []EndpointSpec, records int) error {
 	err := fmt.Errorf("%d endpoints on %d ports need %d records, a pod has room for %d",
 		endpoints, len(ports), endpoints+len(ports), records)
 	for i := range specs {
-		specs[i].Observed = false
+		specs[i].Observed, specs[i].Refresh = false, 0
 		specs[i].Reason = cmp.Or(specs[i].Reason, err.Error())
 	}
 	return err

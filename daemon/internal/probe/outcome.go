@@ -26,6 +26,8 @@ type Outcome struct {
 	ObservedAt uint64
 	// Duration is the time from the prober's SYN to ObservedAt.
 	Duration time.Duration
+	// Refresh: it is of the daemon's own request, not of a probe.
+	Refresh bool
 }
 
 // concerns is whether the outcome says something of the endpoint.

@@ -16,6 +16,7 @@ const AnnotationPrefix = "probelet.dev/"
 const (
 	AnnotationMode      = AnnotationPrefix + "mode"
 	AnnotationStaleness = AnnotationPrefix + "staleness"
+	AnnotationRefresh   = AnnotationPrefix + "refresh"
 )
 
 // OwnAnnotations are those for probelet; nil if there are none.
@@ -110,6 +111,57 @@ func (s Staleness) Of(period, timeout time.Duration) time.Duration {
 	return d
 }
 
+// Refresh is whether the daemon asks by itself, and how often, as a person says it.
+type Refresh struct {
+	On bool
+	// Interval is 0 for half of the endpoint's shortest period.
+	Interval time.Duration
+}
+
+// minRefresh is the shortest interval.
+const minRefresh = 100 * time.Millisecond
+
+// UnmarshalText implements encoding.TextUnmarshaler: "true", "false", or an interval such as "500ms".
+func (r *Refresh) UnmarshalText(text []byte) error {
+	switch string(text) {
+	case "true":
+		*r = Refresh{On: true}
+		return nil
+	case "false":
+		*r = Refresh{}
+		return nil
+	}
+	interval, err := time.ParseDuration(string(text))
+	if err != nil || interval < minRefresh {
+		return fmt.Errorf("%q: must be true, false or an interval of at least %s", shorten(string(text)), minRefresh)
+	}
+	*r = Refresh{true, interval}
+	return nil
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (r Refresh) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
+
+func (r Refresh) String() string {
+	if r.Interval > 0 {
+		return r.Interval.String()
+	}
+	return strconv.FormatBool(r.On)
+}
+
+// Of is how often an endpoint with this shortest period is asked; 0: never. It is half of the period at the most, so
+// that a success is renewed before it expires also with the shortest staleness.
+func (r Refresh) Of(period time.Duration) time.Duration {
+	if !r.On {
+		return 0
+	}
+	interval := period / 2
+	if r.Interval > 0 {
+		interval = min(interval, r.Interval)
+	}
+	return max(interval, minRefresh)
+}
+
 // shorten keeps a foreign text from filling a log.
 func shorten(text string) string {
 	const most = 40
@@ -135,10 +187,11 @@ type Defaults struct {
 	Staleness Staleness
 	// Ceiling is what no pod exceeds, whoever asks for it.
 	Ceiling Staleness
+	Refresh Refresh
 }
 
 // NewDefaults returns those of a node of which nobody has said anything.
-func NewDefaults() Defaults { return Defaults{Answer, DefaultStaleness, MaxStaleness} }
+func NewDefaults() Defaults { return Defaults{Answer, DefaultStaleness, MaxStaleness, Refresh{}} }
 
 // Settings are what holds for a pod.
 type Settings struct {
@@ -147,6 +200,8 @@ type Settings struct {
 	Staleness     Staleness
 	StalenessFrom Origin
 	Ceiling       Staleness
+	Refresh       Refresh
+	RefreshFrom   Origin
 	// Problem names an annotation that cannot be used, its value, and what it should be; empty if there is none.
 	Problem string
 }
@@ -155,12 +210,19 @@ type Settings struct {
 // defaults, perhaps less; what it was is not known. So of such a pod nothing is answered until it is put right: it is
 // observed, if it is not off.
 func (d Defaults) Settings(annotations map[string]string) Settings {
-	s := Settings{Mode: d.Mode, ModeFrom: FromDefault, Staleness: d.Staleness, StalenessFrom: FromDefault, Ceiling: d.Ceiling}
+	s := Settings{
+		Mode: d.Mode, ModeFrom: FromDefault,
+		Staleness: d.Staleness, StalenessFrom: FromDefault, Ceiling: d.Ceiling,
+		Refresh: d.Refresh, RefreshFrom: FromDefault,
+	}
 	if d.Mode != Answer {
 		s.ModeFrom = FromNode
 	}
 	if d.Staleness != DefaultStaleness {
 		s.StalenessFrom = FromNode
+	}
+	if d.Refresh.On {
+		s.RefreshFrom = FromNode
 	}
 	var problems []error
 	if text, ok := annotations[AnnotationMode]; ok {
@@ -173,6 +235,12 @@ func (d Defaults) Settings(annotations map[string]string) Settings {
 		s.StalenessFrom = FromAnnotation
 		if err := s.Staleness.UnmarshalText([]byte(text)); err != nil {
 			problems = append(problems, fmt.Errorf("annotation %s: %w", AnnotationStaleness, err))
+		}
+	}
+	if text, ok := annotations[AnnotationRefresh]; ok {
+		s.RefreshFrom = FromAnnotation
+		if err := s.Refresh.UnmarshalText([]byte(text)); err != nil {
+			problems = append(problems, fmt.Errorf("annotation %s: %w", AnnotationRefresh, err))
 		}
 	}
 	if len(problems) > 0 {
@@ -206,6 +274,9 @@ func (s Settings) apply(specs []EndpointSpec) {
 		specs[i].Reason = cmp.Or(specs[i].Reason, s.reason())
 		if s.Mode == Off {
 			specs[i].Observed, specs[i].Reason = false, s.reason()
+		}
+		if specs[i].Reason == "" {
+			specs[i].Refresh = s.Refresh.Of(specs[i].Period)
 		}
 	}
 }

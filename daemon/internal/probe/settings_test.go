@@ -28,6 +28,35 @@ func TestStalenessText(t *testing.T) {
 	}
 }
 
+func TestRefresh(t *testing.T) {
+	for text, want := range map[string]struct {
+		refresh  Refresh
+		interval time.Duration // of an endpoint that is asked every 10 s
+	}{
+		"true": {Refresh{true, 0}, 5 * time.Second}, "false": {Refresh{}, 0},
+		"100ms": {Refresh{true, 100 * time.Millisecond}, 100 * time.Millisecond},
+		"2s":    {Refresh{true, 2 * time.Second}, 2 * time.Second},
+		"1m0s":  {Refresh{true, time.Minute}, 5 * time.Second},
+	} {
+		var got Refresh
+		if err := got.UnmarshalText([]byte(text)); err != nil || got != want.refresh || got.String() != text {
+			t.Errorf("%q: %+v (%s), %v", text, got, got, err)
+		}
+		if interval := got.Of(10 * time.Second); interval != want.interval {
+			t.Errorf("%q: every %s, want %s", text, interval, want.interval)
+		}
+	}
+	for _, text := range []string{"", "yes", "True", "1", "99ms", "-1s", "NaN", strings.Repeat("9", 1<<20)} {
+		got := Refresh{On: true}
+		err := got.UnmarshalText([]byte(text))
+		if err == nil || got != (Refresh{On: true}) {
+			t.Errorf("%.20q: accepted as %s", text, got)
+		} else if len(err.Error()) > 200 {
+			t.Errorf("an error of %d bytes", len(err.Error()))
+		}
+	}
+}
+
 func TestStalenessOf(t *testing.T) {
 	for text, want := range map[string]time.Duration{
 		"0.5": 5 * time.Second, "1": 10 * time.Second, "1+timeout": 11 * time.Second, "5": 50 * time.Second,
@@ -45,7 +74,7 @@ func TestStalenessOf(t *testing.T) {
 func TestSettings(t *testing.T) {
 	type texts = map[string]string
 	const staleness, mode = AnnotationStaleness, AnnotationMode
-	cautious := Defaults{Observe, Staleness{0.5, false}, Staleness{2, false}}
+	cautious := Defaults{Observe, Staleness{0.5, false}, Staleness{2, false}, Refresh{}}
 	for name, test := range map[string]struct {
 		node        Defaults
 		annotations texts
@@ -61,6 +90,8 @@ func TestSettings(t *testing.T) {
 			[]string{staleness, `"9"`, "0.5 to 5"}},
 		"empty staleness": {NewDefaults(), texts{staleness: ""}, "observe default 1+timeout annotation", []string{staleness, `""`}},
 		"bad mode":        {NewDefaults(), texts{mode: "Off"}, "observe annotation 1+timeout default", []string{mode, `"Off"`, "observe"}},
+		"bad refresh": {NewDefaults(), texts{AnnotationRefresh: "1ms"}, "observe default 1+timeout default",
+			[]string{AnnotationRefresh, `"1ms"`, "100ms"}},
 		"both bad": {NewDefaults(), texts{mode: "x", staleness: "y"}, "observe annotation 1+timeout annotation",
 			[]string{mode, staleness, `"x"`, `"y"`}},
 		"off and bad": {NewDefaults(), texts{mode: "off", staleness: "y"}, "off annotation 1+timeout annotation",
@@ -100,7 +131,7 @@ func TestSettingsApply(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			https := with(httpProbe(Liveness, "/y"), func(s *Spec) { s.Kind, s.Port = HTTPS, 443 })
-			settings := Defaults{Answer, DefaultStaleness, test.ceiling}.Settings(test.annotations)
+			settings := Defaults{Answer, DefaultStaleness, test.ceiling, Refresh{}}.Settings(test.annotations)
 			specs, err := Endpoints(Pod{Probes: []Spec{httpProbe(Readiness, "/x"), https}}, settings, limits)
 			if err != nil {
 				t.Fatal(err)

@@ -44,8 +44,10 @@ type Header struct{ Name, Value string }
 // Spec is one probe of a container.
 type Spec struct {
 	Container string
-	Type      Type
-	Kind      Kind
+	// Instance tells the containers apart that come and go under one name; empty: none runs, or it is not known.
+	Instance string
+	Type     Type
+	Kind     Kind
 	// Host is dialled instead of the pod; empty: the pod.
 	Host string
 	// Port is 0 if the probe has none, or if it is not known.
@@ -72,9 +74,17 @@ func (a Asker) String() string { return a.Container + "/" + string(a.Type) }
 // Asker is the name of the probe.
 func (s Spec) Asker() Asker { return Asker{s.Container, s.Type} }
 
+func (s Spec) instanceID() string {
+	if s.Instance == "" {
+		return ""
+	}
+	return s.Container + "=" + s.Instance
+}
+
 // Pod is a pod with the probes that it is asked.
 type Pod struct {
 	Namespace, Name string
+	UID             string       // empty: not known
 	IPs             []netip.Addr // the first is the one that is probed
 	// Annotations are those for probelet (AnnotationPrefix); what a source has besides is not kept.
 	Annotations map[string]string

@@ -12,11 +12,27 @@ type Evidence struct {
 // ObservedAt. Both are 0 if they may not.
 type Gate struct{ ObservedAt, FreshUntil uint64 }
 
-// Change is an outcome that changed what is known of an endpoint.
+// Cause is why what is known of an endpoint changed.
+type Cause string
+
+// Causes.
+const (
+	ByProbe   Cause = "probe"   // the outcome of a probe
+	ByRefresh Cause = "refresh" // the outcome of the daemon's own request
+	ByRestart Cause = "restart" // a container began, ended or was replaced
+	BySpec    Cause = "spec"    // other probes, or other settings
+	ByRequest Cause = "request" // somebody asked for it
+)
+
+// Change is of what is known of an endpoint.
 type Change struct {
 	Endpoint Endpoint
+	Cause    Cause
 	From, To Evidence
 }
+
+// Withdrawn is whether a success that might still have been answered no longer is.
+func (c Change) Withdrawn(now uint64) bool { return c.From.FreshUntil > now && c.To.FreshUntil <= now }
 
 // Tracker is the freshness policy for one pod: outcomes in, evidence and gates out. Only an observed success arms an
 // endpoint, and nothing else ever prolongs it.
@@ -44,21 +60,34 @@ func (e *entry) bound() uint64 {
 func NewTracker() *Tracker { return &Tracker{entries: map[Endpoint]*entry{}} }
 
 // SetEndpoints replaces the endpoints, as Endpoints returns them. What is known of those that stay is kept, within their
-// new bounds.
-func (t *Tracker) SetEndpoints(specs []EndpointSpec, now uint64) {
+// new bounds; nothing is, where it is about other containers or another request.
+func (t *Tracker) SetEndpoints(specs []EndpointSpec, now uint64) []Change {
+	var changes []Change
 	entries := map[Endpoint]*entry{}
 	for _, s := range specs {
 		if !s.Observed {
 			continue
 		}
 		e := &entry{spec: s, since: now}
-		if old := t.entries[s.Endpoint]; old != nil && old.spec.Headers == s.Headers {
+		entries[s.Endpoint] = e
+		old := t.entries[s.Endpoint]
+		if old == nil {
+			continue
+		}
+		change := Change{Endpoint: s.Endpoint, Cause: BySpec, From: old.evidence}
+		switch {
+		case old.spec.Instance != s.Instance:
+			change.Cause = ByRestart
+		case old.spec.Headers == s.Headers:
 			e.evidence, e.since = old.evidence, old.since
 			e.evidence.FreshUntil = min(e.evidence.FreshUntil, e.bound())
 		}
-		entries[s.Endpoint] = e
+		if change.To = e.evidence; change.To != change.From {
+			changes = append(changes, change)
+		}
 	}
 	t.specs, t.entries = specs, entries
+	return changes
 }
 
 // Endpoints are those of SetEndpoints.
@@ -85,10 +114,17 @@ func (t *Tracker) Observe(o Outcome) []Change {
 		}
 		before := e.evidence
 		if e.observe(o) {
-			changes = append(changes, Change{s.Endpoint, before, e.evidence})
+			changes = append(changes, Change{s.Endpoint, o.cause(), before, e.evidence})
 		}
 	}
 	return changes
+}
+
+func (o Outcome) cause() Cause {
+	if o.Refresh {
+		return ByRefresh
+	}
+	return ByProbe
 }
 
 // observe dates a success from when it was asked for, not from when it was complete: what went wrong in between, such as
@@ -106,6 +142,33 @@ func (e *entry) observe(o Outcome) bool {
 	e.evidence = Evidence{Result: result, Status: o.Status, ObservedAt: observedAt}
 	e.evidence.FreshUntil = e.bound()
 	return true
+}
+
+// Withdraw forgets what is known of the endpoints that are meant, and does not believe answers that were asked for
+// before now.
+func (t *Tracker) Withdraw(meant func(Endpoint) bool, now uint64) []Change {
+	var changes []Change
+	for _, s := range t.specs {
+		e := t.entries[s.Endpoint]
+		if !s.Observed || !meant(s.Endpoint) {
+			continue
+		}
+		changes = append(changes, Change{s.Endpoint, ByRequest, e.evidence, Evidence{}})
+		e.evidence, e.since = Evidence{}, now
+	}
+	return changes
+}
+
+// Refreshing are the endpoints that the daemon is to ask by itself now: those that are known to succeed. After a failure
+// it is for the prober to find out that the pod has recovered.
+func (t *Tracker) Refreshing() []EndpointSpec {
+	var all []EndpointSpec
+	for _, s := range t.specs {
+		if s.Observed && s.Refresh > 0 && t.entries[s.Endpoint].evidence.Result == Success {
+			all = append(all, s)
+		}
+	}
+	return all
 }
 
 // Evidence returns what is known of the endpoints, of each that is observed.

@@ -164,6 +164,7 @@ func TestSetEndpoints(t *testing.T) {
 		"other headers":   {[]Spec{with(probe, func(s *Spec) { s.Headers = []Header{{"A", "1"}} })}, Evidence{}},
 		"startup only":    {[]Spec{with(probe, func(s *Spec) { s.Type = Startup })}, Evidence{Success, 200, 1010 * second, 0}},
 		"HTTPS beside it": {[]Spec{probe, with(probe, func(s *Spec) { s.Kind = HTTPS })}, Evidence{Success, 200, 1010 * second, 0}},
+		"a new container": {[]Spec{with(probe, func(s *Spec) { s.Instance = "b" })}, Evidence{}},
 		"gone":            {nil, Evidence{}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -190,6 +191,133 @@ func TestSetEndpointsIgnoresAnswersToTheOldQuestion(t *testing.T) {
 	if got := tracker.Evidence()[x].Result; got != Success {
 		t.Errorf("%s, want success", got)
 	}
+}
+
+// Whatever the old container was asked, or still answers, is not about the new one.
+func TestNewContainer(t *testing.T) {
+	of := func(instance string) Spec {
+		return with(httpProbe(Readiness, "/x"), func(s *Spec) { s.Instance = instance })
+	}
+	liveness := with(of("a"), func(s *Spec) { s.Type = Liveness })
+	sidecar := with(of("s"), func(s *Spec) { s.Container = "sidecar" })
+	for name, test := range map[string]struct {
+		before, after []Spec
+		kept          bool
+	}{
+		"the same":                    {[]Spec{of("a"), liveness}, []Spec{of("a"), liveness}, true},
+		"another":                     {[]Spec{of("a")}, []Spec{of("b")}, false},
+		"ended":                       {[]Spec{of("a")}, []Spec{of("")}, false},
+		"not known before":            {[]Spec{of("")}, []Spec{of("a")}, false},
+		"never known":                 {[]Spec{of("")}, []Spec{of("")}, true},
+		"one of two that ask it":      {[]Spec{of("a"), sidecar}, []Spec{of("b"), sidecar}, false},
+		"the other of two":            {[]Spec{sidecar, of("a")}, []Spec{sidecar, of("b")}, false},
+		"another, that asks not this": {[]Spec{of("a"), with(sidecar, func(s *Spec) { s.Path = "/y" })}, []Spec{of("a"), with(sidecar, func(s *Spec) { s.Path, s.Instance = "/y", "t" })}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tracker := track(t, test.before...)
+			tracker.Observe(after(10, x, Answered, 200))
+			fresh := tracker.Evidence()[x]
+			changes := tracker.SetEndpoints(endpoints(t, test.after...), 1015*second)
+			if test.kept {
+				if got := tracker.Evidence()[x]; got != fresh || len(changes) != 0 {
+					t.Fatalf("got %+v, %+v; want %+v kept", got, changes, fresh)
+				}
+				return
+			}
+			if got := tracker.Evidence()[x]; got != (Evidence{}) {
+				t.Fatalf("kept %+v", got)
+			}
+			want := Change{x, ByRestart, fresh, Evidence{}}
+			if len(changes) != 1 || changes[0] != want || !want.Withdrawn(1015*second) || want.Withdrawn(1021*second) {
+				t.Fatalf("changes %+v, want %+v", changes, want)
+			}
+			tracker.Observe(took(500*time.Millisecond, Outcome{Endpoint: x, Event: Answered, Status: 200, ObservedAt: 1015*second + 1}))
+			if got := tracker.Evidence()[x]; got != (Evidence{}) {
+				t.Fatalf("what the old container was asked made %+v", got)
+			}
+		})
+	}
+}
+
+func TestWithdraw(t *testing.T) {
+	y := Endpoint{80, HTTP, "/y"}
+	tracker := track(t, httpProbe(Readiness, "/x"), httpProbe(Liveness, "/y"))
+	tracker.Observe(after(10, x, Answered, 200))
+	tracker.Observe(after(10, y, Answered, 200))
+	fresh := tracker.Evidence()[x]
+	changes := tracker.Withdraw(func(e Endpoint) bool { return e == x }, 1012*second)
+	if want := (Change{x, ByRequest, fresh, Evidence{}}); len(changes) != 1 || changes[0] != want {
+		t.Fatalf("changes %+v, want %+v", changes, want)
+	}
+	if got := tracker.Evidence(); got[x] != (Evidence{}) || got[y] != fresh {
+		t.Fatalf("left %+v", got)
+	}
+	if got := tracker.Gates()[80]; got != (Gate{}) {
+		t.Fatalf("the port is open: %+v", got)
+	}
+	tracker.Observe(took(time.Second/2, Outcome{Endpoint: x, Event: Answered, Status: 200, ObservedAt: 1012*second + second/4}))
+	if got := tracker.Evidence()[x]; got != (Evidence{}) {
+		t.Fatalf("what was asked before made %+v", got)
+	}
+	tracker.Observe(after(13, x, Answered, 200))
+	if got := tracker.Evidence()[x].Result; got != Success {
+		t.Fatalf("afterwards %s", got)
+	}
+	if changes := tracker.Withdraw(func(e Endpoint) bool { return e.Port == 81 }, 1020*second); len(changes) != 0 {
+		t.Fatalf("of an unknown port: %+v", changes)
+	}
+}
+
+// The daemon asks by itself only what is known to succeed.
+func TestRefreshing(t *testing.T) {
+	tracker := NewTracker()
+	pod := Pod{Probes: []Spec{
+		httpProbe(Readiness, "/x"),
+		with(httpProbe(Startup, "/startup"), func(*Spec) {}),
+		with(tcpProbe(Liveness), func(s *Spec) { s.Port = 81 }),
+		with(httpProbe(Liveness, "/y"), func(s *Spec) { s.Container, s.Port, s.Host = "d", 82, "elsewhere" }),
+	}}
+	set := func(annotations map[string]string) {
+		t.Helper()
+		specs, err := Endpoints(pod, NewDefaults().Settings(annotations), limits)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tracker.SetEndpoints(specs, 1000*second)
+	}
+	expect := func(want ...Endpoint) {
+		t.Helper()
+		var got []Endpoint
+		for _, s := range tracker.Refreshing() {
+			got = append(got, s.Endpoint)
+		}
+		if !slices.Equal(got, want) {
+			t.Fatalf("refreshing %v, want %v", got, want)
+		}
+	}
+	on := map[string]string{AnnotationRefresh: "true"}
+	tcp := Endpoint{Port: 81, Kind: TCP}
+	set(on)
+	expect()
+	tracker.Observe(after(10, x, Answered, 200))
+	tracker.Observe(after(10, Endpoint{80, HTTP, "/startup"}, Answered, 200))
+	tracker.Observe(after(10, tcp, Connected, 0))
+	expect(x, tcp)
+
+	refused := after(15, x, Answered, 503)
+	refused.Refresh = true
+	if changes := tracker.Observe(refused); len(changes) != 1 || changes[0].Cause != ByRefresh || !changes[0].Withdrawn(1015*second) {
+		t.Fatalf("changes %+v", changes)
+	}
+	expect(tcp)
+	tracker.Observe(after(20, x, Answered, 200))
+	expect(x, tcp)
+	set(map[string]string{AnnotationRefresh: "true", AnnotationMode: "observe"})
+	expect()
+	set(nil)
+	expect()
+	set(on)
+	expect(x, tcp)
 }
 
 func TestRestore(t *testing.T) {
@@ -223,6 +351,7 @@ func drawOutcome(t *rapid.T) Outcome {
 		Status:     rapid.SampledFrom([]int{0, 101, 200, 204, 302, 404, 503}).Draw(t, "status"),
 		ObservedAt: (2000 + rapid.Uint64Range(0, 60).Draw(t, "observed at")) * second,
 		Duration:   time.Duration(rapid.IntRange(0, 1500).Draw(t, "duration")) * time.Millisecond,
+		Refresh:    rapid.Bool().Draw(t, "refresh"),
 	}
 }
 
@@ -239,6 +368,9 @@ func drawSettings(t *rapid.T) Settings {
 	}
 	if text := rapid.SampledFrom([]string{"", "0.5", "1+timeout", "5", "6"}).Draw(t, "staleness"); text != "" {
 		annotations[AnnotationStaleness] = text
+	}
+	if text := rapid.SampledFrom([]string{"", "true", "1s", "x"}).Draw(t, "refresh"); text != "" {
+		annotations[AnnotationRefresh] = text
 	}
 	return defaults.Settings(annotations)
 }
@@ -268,12 +400,14 @@ func TestInvariants(t *testing.T) {
 			successes[e] = map[uint64]bool{}
 		}
 		staleness := map[Endpoint]uint64{}
+		instances := map[Endpoint]string{}
 		var mode Mode
 		set := func(t *rapid.T) {
 			var probes []Spec
 			for _, e := range modelEndpoints {
 				p := Spec{Container: "c", Type: Liveness, Kind: e.Kind, Port: e.Port, Path: e.Path, Timeout: time.Second}
 				p.Period = time.Duration(rapid.IntRange(1, 30).Draw(t, "period")) * time.Second
+				p.Instance = rapid.SampledFrom([]string{"", "a", "a", "b"}).Draw(t, "instance")
 				probes = append(probes, p)
 			}
 			settings := drawSettings(t)
@@ -282,7 +416,17 @@ func TestInvariants(t *testing.T) {
 				t.Fatal(err)
 			}
 			before := tracker.Evidence()
-			tracker.SetEndpoints(specs, 1000*second)
+			changes := tracker.SetEndpoints(specs, 1000*second)
+			for _, s := range specs {
+				if instances[s.Endpoint] != s.Instance && tracker.Evidence()[s.Endpoint] != (Evidence{}) {
+					t.Fatalf("%s: %+v is kept from %q to %q", s.Endpoint, tracker.Evidence()[s.Endpoint], instances[s.Endpoint], s.Instance)
+				}
+				if instances[s.Endpoint] != s.Instance {
+					delete(failures, s.Endpoint)
+				}
+				instances[s.Endpoint] = s.Instance
+			}
+			checkChanges(t, changes, before, tracker.Evidence())
 			if mode = settings.Mode; mode == Off {
 				clear(failures) // what is not observed is forgotten
 			}
@@ -305,7 +449,7 @@ func TestInvariants(t *testing.T) {
 			"outcome": func(t *rapid.T) {
 				o := drawOutcome(t)
 				before := tracker.Evidence()
-				tracker.Observe(o)
+				checkChanges(t, tracker.Observe(o), before, tracker.Evidence())
 				for e, now := range tracker.Evidence() {
 					if success(o, e) {
 						successes[e][o.ObservedAt-uint64(o.Duration)] = true
@@ -338,6 +482,22 @@ func TestInvariants(t *testing.T) {
 			},
 		})
 	})
+}
+
+// checkChanges: no change goes unsaid, and none is said that is not one. What is no longer asked is not spoken of.
+func checkChanges(t *rapid.T, changes []Change, before, after map[Endpoint]Evidence) {
+	said := map[Endpoint]bool{}
+	for _, c := range changes {
+		said[c.Endpoint] = true
+		if c.From != before[c.Endpoint] || c.To != after[c.Endpoint] || c.Cause == "" {
+			t.Fatalf("said %+v, was %+v, is %+v", c, before[c.Endpoint], after[c.Endpoint])
+		}
+	}
+	for e, evidence := range after {
+		if evidence != before[e] && !said[e] {
+			t.Fatalf("%s: unsaid change from %+v to %+v", e, before[e], evidence)
+		}
+	}
 }
 
 func checkEvidence(t *rapid.T, e Endpoint, got Evidence, staleness uint64, successes map[uint64]bool, failed uint64) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -179,7 +180,7 @@ func strip(object any) (any, error) {
 		ObjectMeta: metav1.ObjectMeta{
 			Namespace: p.Namespace, Name: p.Name, UID: p.UID,
 			ResourceVersion: p.ResourceVersion, DeletionTimestamp: p.DeletionTimestamp,
-			Annotations: probe.OwnAnnotations(p.Annotations),
+			Annotations: stripAnnotations(p.Annotations),
 		},
 		Spec: corev1.PodSpec{
 			HostNetwork: p.Spec.HostNetwork,
@@ -187,8 +188,31 @@ func strip(object any) (any, error) {
 		},
 		Status: corev1.PodStatus{
 			Phase: p.Status.Phase, PodIP: p.Status.PodIP, PodIPs: p.Status.PodIPs,
+			ContainerStatuses:     stripStatuses(p.Status.ContainerStatuses),
+			InitContainerStatuses: stripStatuses(p.Status.InitContainerStatuses),
 		},
 	}, nil
+}
+
+func stripAnnotations(all map[string]string) map[string]string {
+	kept := map[string]string{}
+	maps.Copy(kept, probe.OwnAnnotations(all))
+	if mirror, ok := all[corev1.MirrorPodAnnotationKey]; ok {
+		kept[corev1.MirrorPodAnnotationKey] = mirror
+	}
+	return kept
+}
+
+func stripStatuses(all []corev1.ContainerStatus) []corev1.ContainerStatus {
+	kept := make([]corev1.ContainerStatus, 0, len(all))
+	for i := range all {
+		c := &all[i]
+		kept = append(kept, corev1.ContainerStatus{
+			Name: c.Name, ContainerID: c.ContainerID, RestartCount: c.RestartCount,
+			State: corev1.ContainerState{Running: c.State.Running},
+		})
+	}
+	return kept
 }
 
 func stripContainers(all []corev1.Container) []corev1.Container {

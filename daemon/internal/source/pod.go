@@ -31,19 +31,39 @@ func onNode(p *corev1.Pod) (pod probe.Pod, skipped string) {
 // fromPod is what a pod is probed for by the kubelet. The error names the fields and values that the API server would
 // refuse; the probes are those that are understood.
 func fromPod(p *corev1.Pod) (probe.Pod, error) {
-	pod := probe.Pod{Namespace: p.Namespace, Name: p.Name, IPs: addresses(p.Status), Annotations: probe.OwnAnnotations(p.Annotations)}
+	pod := probe.Pod{
+		Namespace: p.Namespace, Name: p.Name, UID: uid(p),
+		IPs: addresses(p.Status), Annotations: probe.OwnAnnotations(p.Annotations),
+	}
 	var err error
 	if pod.Probes, err = probes(p.Spec.Containers, p.Spec.InitContainers); err != nil {
 		err = fmt.Errorf("not understood: %w", err)
 	}
 	for i := range pod.Probes {
 		pod.Probes[i].Host = dialled(pod.Probes[i].Host, pod.IPs)
+		pod.Probes[i].Instance = instance(p.Status, pod.Probes[i].Container)
 	}
 	pod.NotAnswered = cmp.Or(ending(p), ambiguousHook(p, pod.IPs))
 	if ended(p) {
 		pod.IPs = nil // another pod may have them by now
 	}
 	return pod, err
+}
+
+// uid is the UID by which the runtime knows the pod: of a static pod not that of its mirror at the API server
+// (pkg/kubelet/types/pod_update.go).
+func uid(p *corev1.Pod) string {
+	return cmp.Or(p.Annotations[corev1.MirrorPodAnnotationKey], string(p.UID))
+}
+
+// instance tells a running container from those before and after it; empty if it does not run.
+func instance(status corev1.PodStatus, container string) string {
+	for _, c := range slices.Concat(status.ContainerStatuses, status.InitContainerStatuses) {
+		if c.Name == container && c.State.Running != nil {
+			return fmt.Sprintf("%s#%d", c.ContainerID, c.RestartCount)
+		}
+	}
+	return ""
 }
 
 // addresses are a pod's, the one that is probed first.

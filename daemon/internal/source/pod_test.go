@@ -80,3 +80,38 @@ func described(t *testing.T, p *corev1.Pod) string {
 	lines.WriteString("\n")
 	return lines.String()
 }
+
+// What tells a pod, and a container, from another of the same name.
+func TestIdentity(t *testing.T) {
+	running := corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}
+	pod := podOf(t, "testdata/pods/lone-readiness.yaml")
+	pod.UID = "of the API server"
+	container := pod.Spec.Containers[0].Name
+	for _, test := range []struct {
+		annotations  map[string]string
+		status       corev1.ContainerStatus
+		uid, running string
+	}{
+		{nil, corev1.ContainerStatus{Name: container, ContainerID: "containerd://1", RestartCount: 2, State: running},
+			"of the API server", "containerd://1#2"},
+		{nil, corev1.ContainerStatus{Name: container, ContainerID: "containerd://1", RestartCount: 2}, "of the API server", ""},
+		{nil, corev1.ContainerStatus{Name: "another", ContainerID: "containerd://1", State: running}, "of the API server", ""},
+		{map[string]string{corev1.MirrorPodAnnotationKey: "of the file"}, corev1.ContainerStatus{}, "of the file", ""},
+	} {
+		pod.Annotations = test.annotations
+		pod.Status.ContainerStatuses = []corev1.ContainerStatus{test.status}
+		stripped, err := strip(pod)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range []*corev1.Pod{pod, stripped.(*corev1.Pod)} {
+			got, skipped := onNode(p)
+			if skipped != "" || len(got.Probes) == 0 {
+				t.Fatalf("%s, %d probes", skipped, len(got.Probes))
+			}
+			if got.UID != test.uid || got.Probes[0].Instance != test.running {
+				t.Errorf("uid %q, instance %q; want %q, %q", got.UID, got.Probes[0].Instance, test.uid, test.running)
+			}
+		}
+	}
+}
