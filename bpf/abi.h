@@ -64,9 +64,18 @@ struct evidence {
 	__u8 reply[REPLY_MAX];
 };
 
+enum withdrawal_cause {
+	WITHDRAWN_LISTENER_CLOSED = 1,
+	WITHDRAWN_RESET = 2,  /* the pod refused or reset a probe's connection */
+	WITHDRAWN_STATUS = 3, /* the pod answered a probe with another status than 2xx */
+};
+
 struct tally {
-	__u64 hits;	    /* probes answered in the kernel */
-	__u64 withdrawn_at; /* KIND_PORT: evidence observed until then is void, whatever its bound */
+	__u64 hits;	      /* probes answered in the kernel */
+	__u64 answered_at;    /* the last of them */
+	__u64 withdrawn_at;   /* KIND_PORT: evidence observed until then is void, whatever its bound */
+	__u8 withdrawn_cause; /* KIND_PORT: enum withdrawal_cause */
+	__u8 pad[7];
 };
 
 struct prober_config {
@@ -142,9 +151,24 @@ enum counter {
 	COUNT_PASSED_NOT_PROBED,   /* connections of a prober to a port without probes */
 	COUNT_PASSED_NOT_PARSABLE, /* packets or requests of a prober that are not understood */
 	COUNT_PASSED_NOT_PROBER,   /* packets */
+	COUNT_PASSED_OWN,	   /* connections of the daemon */
 	COUNT_DROPPED,		   /* packets: steered, and no longer to be acted on */
 	COUNT_OUTCOMES_LOST,	   /* outcomes that did not fit the ring buffer */
+	/* ports that were fresh until then */
+	COUNT_WITHDRAWN_LISTENER_CLOSED,
+	COUNT_WITHDRAWN_RESET,
+	COUNT_WITHDRAWN_STATUS,
 	COUNT_MAX,
+};
+
+/* Answers are counted by the age of their evidence: of each bucket the longest, in ns; the last one has none. */
+#define AGE_BOUNDS                                                                                                     \
+	{100000000ULL,	250000000ULL,	500000000ULL,	1000000000ULL,	2500000000ULL,                                 \
+	 5000000000ULL, 10000000000ULL, 30000000000ULL, 60000000000ULL, 300000000000ULL}
+enum age {
+	AGE_BOUNDED = 10, /* buckets with a bound */
+	AGE_SUM = 11,	  /* of all ages, in ns */
+	AGE_MAX,
 };
 
 /*
@@ -191,6 +215,8 @@ const enum evidence_result *btf_evidence_result __attribute__((unused));
 const enum outcome_event *btf_outcome_event __attribute__((unused));
 const enum flow_state *btf_flow_state __attribute__((unused));
 const enum counter *btf_counter __attribute__((unused));
+const enum withdrawal_cause *btf_withdrawal_cause __attribute__((unused));
+const enum age *btf_age __attribute__((unused));
 
 /* Drawn by the loader, never readable by a pod. */
 const volatile __u64 order_token = 0;
@@ -204,6 +230,18 @@ struct {
 	__type(key, __u32);
 	__type(value, struct prober_config);
 } prober SEC(".maps");
+
+/*
+ * key: cookie of a socket of the daemon's; value: unused. Its connection is passed on like anybody's, whoever the
+ * prober is. Written by the daemon before it connects, and removed by it once that is done; read by steer at a SYN.
+ * LRU, so that those of a daemon that was killed cannot fill it.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, __u64);
+	__type(value, __u8);
+} own_sockets SEC(".maps");
 
 #define ENDPOINTS_PER_POD 64
 #define PODS_MAX 4096
@@ -283,12 +321,37 @@ struct {
 	__type(value, __u64);
 } counters SEC(".maps");
 
-static __always_inline void count(__u32 counter)
+/* key: enum age, or the index of a bucket in AGE_BOUNDS; value: per-CPU count. Written by respond, read by the daemon.
+ * Lives until the pins go. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, AGE_MAX);
+	__type(key, __u32);
+	__type(value, __u64);
+} answer_ages SEC(".maps");
+
+static __always_inline void add(void *per_cpu_array, __u32 index, __u64 n)
 {
-	__u64 *value = bpf_map_lookup_elem(&counters, &counter);
+	__u64 *value = bpf_map_lookup_elem(per_cpu_array, &index);
 
 	if (value)
-		(*value)++;
+		*value += n;
+}
+
+static __always_inline void count(__u32 counter)
+{
+	add(&counters, counter, 1);
+}
+
+static __always_inline void count_age(__u64 age)
+{
+	const __u64 bounds[] = AGE_BOUNDS;
+	__u32 bucket = 0;
+
+	for (__u32 i = 0; i < AGE_BOUNDED; i++)
+		bucket += age > bounds[i];
+	add(&answer_ages, bucket, 1);
+	add(&answer_ages, AGE_SUM, age);
 }
 
 #endif

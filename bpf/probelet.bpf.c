@@ -63,18 +63,25 @@ static __always_inline __u64 withdrawn_at(__u32 ifindex, __u16 port)
 	return tally ? tally->withdrawn_at : ~0ULL;
 }
 
-static __always_inline void withdraw(__u32 ifindex, __u16 port, __u64 now)
+/* May a connection to this port be taken now? */
+static __always_inline bool port_is_fresh(__u32 ifindex, __u16 number, const struct evidence *port, __u64 now)
 {
-	struct tally *tally = find_tally(ifindex, port, KIND_PORT, 0);
-
-	if (tally)
-		tally->withdrawn_at = now;
+	return now < port->fresh_until && port->observed_at > withdrawn_at(ifindex, number);
 }
 
-/* May a connection to this port be taken now? */
-static __always_inline bool port_is_fresh(const struct flow_key *key, const struct evidence *port, __u64 now)
+/* cause: of enum withdrawal_cause; counter: the one that is of this cause. */
+static __always_inline void withdraw(__u32 ifindex, __u16 number, __u8 cause, __u32 counter)
 {
-	return now < port->fresh_until && port->observed_at > withdrawn_at(key->ifindex, key->pod_port);
+	struct tally *tally = find_tally(ifindex, number, KIND_PORT, 0);
+	struct evidence *port = find_evidence(ifindex, number, KIND_PORT, 0);
+	__u64 now = bpf_ktime_get_boot_ns();
+
+	if (!tally)
+		return;
+	if (port && port_is_fresh(ifindex, number, port, now))
+		count(counter);
+	tally->withdrawn_at = now;
+	tally->withdrawn_cause = cause;
 }
 
 /* May a request on a taken connection be answered with this evidence? Freshness counts at the SYN, within the grace. */
@@ -164,6 +171,13 @@ static __always_inline int replay_syn(struct __sk_buff *skb, const struct segmen
 	return send_order(skb, seg, &order);
 }
 
+static __always_inline bool is_own(struct __sk_buff *skb)
+{
+	__u64 cookie = bpf_get_socket_cookie(skb);
+
+	return cookie && bpf_map_lookup_elem(&own_sockets, &cookie);
+}
+
 /* A SYN: the one moment at which it is decided whether a connection is taken. */
 static __always_inline int steer_syn(struct __sk_buff *skb, const struct segment *seg, bool prober)
 {
@@ -172,6 +186,10 @@ static __always_inline int steer_syn(struct __sk_buff *skb, const struct segment
 	struct evidence *port;
 	bool fresh;
 
+	if (prober && is_own(skb)) {
+		count(COUNT_PASSED_OWN);
+		prober = false;
+	}
 	if (old && old->client_isn == seg->seq && prober) { /* a retransmission */
 		if (old->state == FLOW_TAKEN)
 			return send_syn_ack(skb, seg, old);
@@ -188,7 +206,7 @@ static __always_inline int steer_syn(struct __sk_buff *skb, const struct segment
 		return PASS;
 	}
 	flow.started_at = bpf_ktime_get_boot_ns();
-	fresh = port_is_fresh(&seg->flow, port, flow.started_at);
+	fresh = port_is_fresh(seg->flow.ifindex, seg->flow.pod_port, port, flow.started_at);
 	/* Data on a SYN (fast open) and options that would have to be honoured are the pod's to answer. */
 	if (!parse_syn_options(skb, seg, &flow.client_mss) || seg->payload) {
 		count(COUNT_PASSED_NOT_PARSABLE);
@@ -391,6 +409,24 @@ static __always_inline int drop_steered(void)
 	return XDP_DROP;
 }
 
+static __always_inline void note_answer(__u32 ifindex, __u16 port, __u8 kind, __u64 path_hash)
+{
+	struct tally *tally = find_tally(ifindex, port, kind, path_hash);
+	struct evidence *e = find_evidence(ifindex, port, kind, path_hash);
+	__u64 now = bpf_ktime_get_boot_ns();
+
+	count(kind == KIND_HTTP ? COUNT_ANSWERED_HTTP : COUNT_ANSWERED_TCP);
+	if (tally) {
+		__sync_fetch_and_add(&tally->hits, 1);
+		tally->answered_at = now;
+	}
+	/* A connection for its own sake may be answered on what is known of other endpoints of the port only. */
+	if (!e || !e->observed_at)
+		e = find_evidence(ifindex, port, KIND_PORT, 0);
+	if (e)
+		count_age(now - e->observed_at);
+}
+
 /* Does what steer ordered. Whatever happens, the packet does not stay as it is. */
 static __always_inline int obey(struct xdp_md *ctx, __u32 l3_len)
 {
@@ -399,7 +435,6 @@ static __always_inline int obey(struct xdp_md *ctx, __u32 l3_len)
 	void *room = tcp + 1;
 	struct reply reply = {};
 	struct order order;
-	struct tally *tally;
 	struct evidence *e;
 
 	if (room + STEERED_ROOM > data_end)
@@ -423,12 +458,8 @@ static __always_inline int obey(struct xdp_md *ctx, __u32 l3_len)
 		reply.payload = e->reply_len;
 		reply.payload_sum = e->reply_sum;
 	}
-	if (order.answers) {
-		count(order.answers == KIND_HTTP ? COUNT_ANSWERED_HTTP : COUNT_ANSWERED_TCP);
-		tally = find_tally(ctx->ingress_ifindex, bpf_ntohs(tcp->dest), order.answers, order.path_hash);
-		if (tally)
-			__sync_fetch_and_add(&tally->hits, 1);
-	}
+	if (order.answers)
+		note_answer(ctx->ingress_ifindex, bpf_ntohs(tcp->dest), order.answers, order.path_hash);
 	if (rewrite(ctx, l3_len, &reply))
 		return drop_steered();
 	return order.verdict == ORDER_TO_POD ? XDP_TX : XDP_PASS;
@@ -443,7 +474,7 @@ static __always_inline void observe_pod(struct xdp_md *ctx, const struct segment
 	if (seg->tcp_flags & TCP_RST) {
 		/* After a good status a reset says nothing certain: the prober may have had the whole answer or not. */
 		if (!flow->status) {
-			withdraw(seg->flow.ifindex, seg->flow.pod_port, now);
+			withdraw(seg->flow.ifindex, seg->flow.pod_port, WITHDRAWN_RESET, COUNT_WITHDRAWN_RESET);
 			report(&seg->flow, flow, OUTCOME_RESET, flow->flags & FLOW_REQUESTED ? KIND_HTTP : KIND_PORT,
 			       now);
 		}
@@ -468,7 +499,7 @@ static __always_inline void observe_pod(struct xdp_md *ctx, const struct segment
 	}
 	if (status >= 300) {
 		flow->status = status;
-		withdraw(seg->flow.ifindex, seg->flow.pod_port, now);
+		withdraw(seg->flow.ifindex, seg->flow.pod_port, WITHDRAWN_STATUS, COUNT_WITHDRAWN_STATUS);
 		report(&seg->flow, flow, OUTCOME_STATUS, KIND_HTTP, now);
 	}
 	/* Otherwise not HTTP/1, an interim response or a status line in pieces: no evidence either way. */
@@ -622,7 +653,8 @@ int BPF_PROG(watch, const struct sock *sk, int oldstate, int newstate)
 		return 0;
 	for (__u32 i = 0; i < DEVICES_PER_NETNS; i++)
 		if (devices->ifindex[i])
-			withdraw(devices->ifindex[i], sk->__sk_common.skc_num, bpf_ktime_get_boot_ns());
+			withdraw(devices->ifindex[i], sk->__sk_common.skc_num, WITHDRAWN_LISTENER_CLOSED,
+				 COUNT_WITHDRAWN_LISTENER_CLOSED);
 	return 0;
 }
 

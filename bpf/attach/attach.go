@@ -312,7 +312,7 @@ func filtersAt(ifindex int, parent uint32) ([]netlink.Filter, error) {
 // It is all right if there is nothing. d may be nil if the programs are not loaded (any more).
 func Detach(d *datapath.Datapath, bpfDir string, id ID) error {
 	dir := filepath.Join(datapath.AttachmentsDir(bpfDir), id.name())
-	if _, err := os.Stat(dir); absent(err) {
+	if _, err := os.Stat(dir); datapath.Absent(err) {
 		return nil
 	}
 	if err := detachLink(filepath.Join(dir, pinSteer)); err != nil {
@@ -495,6 +495,3 @@ func Prune(d *datapath.Datapath, bpfDir string) error {
 	}
 	return nil
 }
-
-// absent says whether err is that of a path that does not exist, also below something that is no directory.
-func absent(err error) bool { return errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTDIR) }

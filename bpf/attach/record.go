@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/google/renameio/v2"
+
+	"github.com/probelet/probelet/bpf/datapath"
 )
 
 // DefaultStateDir is where records are kept unless a configuration says otherwise. Like bpffs it does not outlive the
@@ -105,7 +107,7 @@ func ReadRecords(stateDir string) ([]Record, error) {
 // RemoveRecord removes a record. It is all right if there is none.
 func RemoveRecord(stateDir string, id ID) error {
 	err := os.Remove(recordPath(stateDir, id))
-	if absent(err) {
+	if datapath.Absent(err) {
 		return nil
 	}
 	return err

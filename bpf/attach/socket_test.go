@@ -3,17 +3,21 @@ package attach_test
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/netip"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/containernetworking/plugins/pkg/ns"
+	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
@@ -269,6 +273,19 @@ func TestAListenerThatClosesEndsItsEvidence(t *testing.T) {
 	if err := s.listener.Close(); err != nil {
 		t.Fatal(err)
 	}
+	maps, err := s.d.Pod(uint32(s.IfIndex))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer maps.Close() //nolint:errcheck // a test's
+	_, tally, err := maps.Get(datapath.PortKey(8080))
+	if err != nil || datapath.WithdrawalCauses[tally.WithdrawnCause] != "listener_closed" {
+		t.Fatalf("%+v, %v", tally, err)
+	}
+	counters, err := s.d.Counters()
+	if err != nil || counters["withdrawn_listener_closed"] != 1 {
+		t.Fatalf("%v, %v", counters, err)
+	}
 	bpftest.Do(t, node.NS, func() error {
 		conn, err := net.DialTimeout("tcp", fmt.Sprintf("%s:8080", pod.IPv4), 5*time.Second)
 		if err == nil {
@@ -277,4 +294,56 @@ func TestAListenerThatClosesEndsItsEvidence(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// What the daemon asks by itself reaches the pod, though every local process is a prober, and all is fresh.
+func TestAnExemptSocketIsNoProbers(t *testing.T) {
+	node := bpftest.NewNode(t)
+	pod := node.AddPod(t)
+	const n = 2 // requests
+	for _, hook := range []attach.Hook{attach.HookAuto, attach.HookClsact} {
+		s := serve(t, pod, hook)
+		var cookie uint64
+		dialer := net.Dialer{Timeout: 5 * time.Second, Control: func(_, _ string, socket syscall.RawConn) (err error) {
+			control := socket.Control(func(fd uintptr) {
+				cookie, err = unix.GetsockoptUint64(int(fd), unix.SOL_SOCKET, unix.SO_COOKIE)
+			})
+			return errors.Join(control, err, s.d.ExemptSocket(cookie))
+		}}
+		bpftest.Do(t, node.NS, func() error {
+			conn, err := dialer.Dial("tcp", fmt.Sprintf("%s:8080", pod.IPv4))
+			if err != nil {
+				return err
+			}
+			defer conn.Close() //nolint:errcheck // a test's
+			// Again, as it does no harm, on the same connection, which goes on.
+			if err := errors.Join(s.d.ForgetSocket(cookie), s.d.ForgetSocket(cookie)); err != nil {
+				return err
+			}
+			for r := bufio.NewReader(conn); s.seen.Load() < n; {
+				if _, err := io.WriteString(conn, "GET /healthz HTTP/1.1\r\nHost: pod\r\n\r\n"); err != nil {
+					return err
+				}
+				reply, err := http.ReadResponse(r, nil)
+				if err != nil {
+					return err
+				}
+				if _, err := io.Copy(io.Discard, reply.Body); err != nil || reply.Header.Get("Cache-Status") != "" {
+					return fmt.Errorf("answered with %+v, %w", reply.Header, err)
+				}
+			}
+			return nil
+		})
+		if reply := s.ask(t, node.NS, pod.IPv4, probe); !strings.Contains(reply, hit) || s.seen.Load() != n {
+			t.Fatalf("another socket was answered with %q", reply)
+		}
+		counters, err := s.d.Counters()
+		if err != nil || counters["passed_own"] != 1 || counters["observed"] != 0 || counters["answered_http"] != 1 {
+			t.Fatalf("%v, %v", counters, err)
+		}
+		_ = s.listener.Close()
+		bpftest.Do(t, node.NS, func() error {
+			return attach.Detach(s.d, filepath.Dir(s.d.Dir()), attach.ID{ContainerID: "c", IfName: "eth0"})
+		})
+	}
 }

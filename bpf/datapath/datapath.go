@@ -24,7 +24,7 @@ import (
 const (
 	// ABI names the layout of maps and orders. Objects are pinned under it, so that builds that differ in it never
 	// open each other's.
-	ABI = "v1"
+	ABI = "v2"
 	// DefaultDir is where everything is pinned unless a configuration says otherwise.
 	DefaultDir = "/sys/fs/bpf/probelet"
 )
@@ -90,8 +90,10 @@ func (d *Datapath) startWatch(spec *ebpf.CollectionSpec) error {
 		Watch *ebpf.Program `ebpf:"watch"`
 	}
 	err := spec.LoadAndAssign(&programs, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
-		probeletMapPodNetns:   d.objects.PodNetns,
-		probeletMapPodTallies: d.objects.PodTallies,
+		probeletMapPodNetns:    d.objects.PodNetns,
+		probeletMapPodEvidence: d.objects.PodEvidence,
+		probeletMapPodTallies:  d.objects.PodTallies,
+		probeletMapCounters:    d.objects.Counters,
 	}})
 	if err != nil {
 		return err
@@ -116,7 +118,7 @@ const pinWatch = "watch"
 // Open opens what is pinned under bpfDir. The error is ErrNotLoaded if nothing is.
 func Open(bpfDir string) (*Datapath, error) {
 	d := &Datapath{dir: filepath.Join(bpfDir, ABI)}
-	if _, err := os.Stat(d.dir); errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+	if _, err := os.Stat(d.dir); Absent(err) {
 		return nil, fmt.Errorf("%s: %w", d.dir, ErrNotLoaded)
 	}
 	for name, m := range d.maps() {
@@ -135,6 +137,9 @@ func Open(bpfDir string) (*Datapath, error) {
 	}
 	return d, nil
 }
+
+// Absent says whether err is that of a path that does not exist, also below something that is no directory.
+func Absent(err error) bool { return errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTDIR) }
 
 // Ensure opens what is pinned under bpfDir, and loads and pins it first if nothing is: all of it or nothing. Concurrent
 // callers wait for each other until ctx ends; the error is then ErrLocked.
@@ -215,9 +220,11 @@ func (d *Datapath) maps() map[string]**ebpf.Map {
 		probeletMapPodEvidence: &m.PodEvidence,
 		probeletMapPodTallies:  &m.PodTallies,
 		probeletMapPodNetns:    &m.PodNetns,
+		probeletMapOwnSockets:  &m.OwnSockets,
 		probeletMapFlows:       &m.Flows,
 		probeletMapOutcomes:    &m.Outcomes,
 		probeletMapCounters:    &m.Counters,
+		probeletMapAnswerAges:  &m.AnswerAges,
 	}
 }
 
@@ -318,34 +325,106 @@ func (r *OutcomeReader) Close() error { return r.ring.Close() }
 // CounterNames are the names of the counters, in the order of enum counter in bpf/abi.h.
 var CounterNames = [probeletCounterCOUNT_MAX]string{
 	"answered_http", "answered_tcp", "observed", "handed_over", "passed_not_fresh", "passed_not_probed",
-	"passed_not_parsable", "passed_not_prober", "dropped", "outcomes_lost",
+	"passed_not_parsable", "passed_not_prober", "passed_own", "dropped", "outcomes_lost",
+	"withdrawn_listener_closed", "withdrawn_reset", "withdrawn_status",
 }
 
 // Counters returns the counters by name, summed over the CPUs.
 func (d *Datapath) Counters() (map[string]uint64, error) {
-	sums := make(map[string]uint64, len(CounterNames))
+	all, err := sums(d.objects.Counters, len(CounterNames))
+	if err != nil {
+		return nil, fmt.Errorf("counters: %w", err)
+	}
+	counters := make(map[string]uint64, len(CounterNames))
 	for i, name := range CounterNames {
+		counters[name] = all[i]
+	}
+	return counters, nil
+}
+
+// sums adds up the CPUs' values of the first n elements of an array.
+func sums(array *ebpf.Map, n int) ([]uint64, error) {
+	sums := make([]uint64, n)
+	for i := range sums {
 		var perCPU []uint64
-		if err := d.objects.Counters.Lookup(uint32(i), &perCPU); err != nil {
-			return nil, fmt.Errorf("counter %s: %w", name, err)
+		if err := array.Lookup(uint32(i), &perCPU); err != nil {
+			return nil, err
 		}
-		for _, n := range perCPU {
-			sums[name] += n
+		for _, value := range perCPU {
+			sums[i] += value
 		}
 	}
 	return sums, nil
 }
 
+// AnswerAgeBounds are the longest ages, in seconds, of the buckets of AnswerAges that have one. AGE_BOUNDS in bpf/abi.h.
+var AnswerAgeBounds = [probeletAgeAGE_BOUNDED]float64{0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300}
+
+// AnswerAges tells how old evidence was when it was answered with.
+type AnswerAges struct {
+	// Buckets are how many answers there were of each; the last one is of all that are older.
+	Buckets [len(AnswerAgeBounds) + 1]uint64
+	Sum     time.Duration // of all ages
+}
+
+// AnswerAges returns them of all answers since the programs were loaded.
+func (d *Datapath) AnswerAges() (AnswerAges, error) {
+	all, err := sums(d.objects.AnswerAges, int(probeletAgeAGE_MAX))
+	if err != nil {
+		return AnswerAges{}, fmt.Errorf("ages of answers: %w", err)
+	}
+	return AnswerAges{[len(AnswerAgeBounds) + 1]uint64(all), time.Duration(all[probeletAgeAGE_SUM])}, nil
+}
+
+// ExemptSocket makes the connection of the socket with that cookie (SO_COOKIE) reach the pod, whoever the prober is,
+// and not be observed. It must be called before the socket connects.
+func (d *Datapath) ExemptSocket(cookie uint64) error {
+	return d.objects.OwnSockets.Put(cookie, uint8(0))
+}
+
+// ForgetSocket ends what ExemptSocket began, for connections that are yet to be made.
+func (d *Datapath) ForgetSocket(cookie uint64) error {
+	err := d.objects.OwnSockets.Delete(cookie)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil
+	}
+	return err
+}
+
+// Fill is how full a map is.
+type Fill struct{ Entries, Max int }
+
+// Fills returns that of the maps that can be full: of flows the table of connections, of pods that of pods.
+func (d *Datapath) Fills() (map[string]Fill, error) {
+	flows, err := d.Flows()
+	if err != nil {
+		return nil, fmt.Errorf("flows: %w", err)
+	}
+	pods, err := innerIDs(d.objects.PodEvidence)
+	if err != nil {
+		return nil, err
+	}
+	return map[string]Fill{
+		"flows": {flows, int(d.objects.Flows.MaxEntries())},
+		"pods":  {len(pods), int(d.objects.PodEvidence.MaxEntries())},
+	}, nil
+}
+
 // Flows is the number of connections in the flow table.
 func (d *Datapath) Flows() (int, error) {
+	const batch = 4096
 	n := 0
-	var key probeletFlowKey
-	var flow probeletFlow
-	entries := d.objects.Flows.Iterate()
-	for entries.Next(&key, &flow) {
-		n++
+	keys, flows := make([]probeletFlowKey, batch), make([]probeletFlow, batch)
+	for cursor := new(ebpf.MapBatchCursor); ; {
+		count, err := d.objects.Flows.BatchLookup(cursor, keys, flows, nil)
+		n += count
+		if errors.Is(err, ebpf.ErrKeyNotExist) { // that was all
+			return n, nil
+		}
+		if err != nil {
+			return n, err
+		}
 	}
-	return n, entries.Err()
 }
 
 // Now is the kernel's time as the programs read it: nanoseconds of CLOCK_BOOTTIME.

@@ -145,7 +145,7 @@ func TestEnsureLoadsOnce(t *testing.T) {
 			t.Fatalf("steer was loaded more than once: %v", ids)
 		}
 	}
-	want := "|/v1|/v1/attachments|/v1/counters|/v1/flows|/v1/outcomes|/v1/pod_evidence|/v1/pod_netns|/v1/pod_tallies|/v1/prober|/v1/respond|/v1/steer|/v1/watch"
+	want := "|/v2|/v2/answer_ages|/v2/attachments|/v2/counters|/v2/flows|/v2/outcomes|/v2/own_sockets|/v2/pod_evidence|/v2/pod_netns|/v2/pod_tallies|/v2/prober|/v2/respond|/v2/steer|/v2/watch"
 	if got := strings.Join(pinned(t, dir), "|"); got != want {
 		t.Fatalf("pinned %s, want %s", got, want)
 	}

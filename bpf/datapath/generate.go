@@ -1,4 +1,4 @@
 package datapath
 
 // The object is committed so that building needs no clang; `make check` fails when it is not what the source gives.
-//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -go-package datapath -target bpfel -cc clang-19 -strip llvm-strip-19 -type endpoint_key -type endpoint_kind -type evidence -type evidence_result -type tally -type netns_devices -type prober_config -type outcome -type outcome_event -type flow_key -type flow -type flow_state -type order -type counter probelet ../probelet.bpf.c -- -O2 -mcpu=v3 -Wall -Wextra -Werror -Wno-unused-parameter -I/usr/include/x86_64-linux-gnu
+//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -go-package datapath -target bpfel -cc clang-19 -strip llvm-strip-19 -type endpoint_key -type endpoint_kind -type evidence -type evidence_result -type tally -type netns_devices -type prober_config -type outcome -type outcome_event -type flow_key -type flow -type flow_state -type order -type counter -type withdrawal_cause -type age probelet ../probelet.bpf.c -- -O2 -mcpu=v3 -Wall -Wextra -Werror -Wno-unused-parameter -I/usr/include/x86_64-linux-gnu

@@ -961,3 +961,110 @@ func TestAKeepAliveIsHandedOver(t *testing.T) {
 		b.expect(b.podSends(xdpPass, b.fromPod("PA", 7001, b.isn+1, "220 hello")), "PA", x+1, b.isn+1, "220 hello")
 	})
 }
+
+// What is answered is noted, with the age of what it is answered with.
+func TestAnswersAreNoted(t *testing.T) {
+	onBench(t, func(b *bench) {
+		ages := []float64{0.05}
+		for _, bound := range AnswerAgeBounds {
+			ages = append(ages, bound*1.1) // in the next bucket, and not in the one after that
+		}
+		var sum float64
+		for i, age := range ages {
+			e := success(t, 200, time.Hour)
+			e.ObservedAt -= uint64(age * float64(time.Second))
+			b.put(HTTPKey(b.srv.Port(), "/healthz"), e)
+			b.put(PortKey(b.srv.Port()), e)
+			sum += age
+			asked := Now()
+			isn := b.connect()
+			b.reply(b.toPod("PA", b.isn+1, isn+1, request))
+			b.reply(b.toPod("FA", b.isn+1+uint32(len(request)), isn+1, ""))
+			_, tally, err := b.pod.Get(HTTPKey(b.srv.Port(), "/healthz"))
+			must(t, err)
+			if tally.Hits != uint64(i+1) || tally.AnsweredAt < asked || tally.AnsweredAt > Now() {
+				t.Fatalf("%+v after %d answers, the last at %d", tally, i+1, asked)
+			}
+			got, err := b.d.AnswerAges()
+			must(t, err)
+			for bucket, n := range got.Buckets {
+				if want := bucket <= i; (n == 1) != want || n > 1 {
+					t.Fatalf("after an answer of age %v s: %v", age, got.Buckets)
+				}
+			}
+			if got.Sum.Seconds() < sum || got.Sum.Seconds() > sum*1.02+1 {
+				t.Fatalf("the sum of ages is %s, want %v s", got.Sum, sum)
+			}
+		}
+	})
+}
+
+// An answered connection without a request is as old as the port's evidence, if nothing else is known.
+func TestAgeOfConnections(t *testing.T) {
+	onBench(t, func(b *bench) {
+		for i, key := range []EndpointKey{PortKey(b.srv.Port()), TCPKey(b.srv.Port())} {
+			e := success(t, 200, time.Hour)
+			e.ObservedAt -= uint64([]time.Duration{20 * time.Second, 2 * time.Second}[i])
+			b.put(key, e)
+			isn := b.connect()
+			b.reply(b.toPod("FA", b.isn+1, isn+1, ""))
+		}
+		b.counted("answered_tcp", 2)
+		got, err := b.d.AnswerAges()
+		must(t, err)
+		if want := [...]uint64{4: 1, 7: 1, len(AnswerAgeBounds): 0}; got.Buckets != want {
+			t.Fatalf("got %v, want %v", got.Buckets, want)
+		}
+	})
+}
+
+// A withdrawal has a cause, and is counted if there was something to withdraw.
+func TestWithdrawalCauses(t *testing.T) {
+	onBench(t, func(b *bench) {
+		for name, fails := range map[string]func(isn uint32){
+			"reset": func(isn uint32) { b.podSends(xdpPass, b.fromPod("RA", isn+1, b.isn+1, "")) },
+			"status": func(isn uint32) {
+				b.podSends(xdpPass, b.fromPod("PA", isn+1, b.isn+1+uint32(len(request)), "HTTP/1.1 500 Oops\r\n\r\n"))
+			},
+		} {
+			// Observed while nothing was known; and meanwhile something is.
+			for _, fresh := range []bool{true, false} {
+				b.put(HTTPKey(b.srv.Port(), "/healthz"), Evidence{})
+				b.put(PortKey(b.srv.Port()), Evidence{})
+				const podISN = 7000
+				b.pass(b.syn())
+				b.podSends(xdpPass, b.fromPod("SA", podISN, b.isn+1, ""))
+				b.pass(b.toPod("PA", b.isn+1, podISN+1, request))
+				if fresh {
+					b.arm()
+				}
+				before, err := b.d.Counters()
+				must(t, err)
+				at := Now()
+				fails(podISN)
+				after, err := b.d.Counters()
+				must(t, err)
+				_, tally, err := b.pod.Get(PortKey(b.srv.Port()))
+				must(t, err)
+				if WithdrawalCauses[tally.WithdrawnCause] != name || tally.WithdrawnAt < at {
+					t.Fatalf("%s: %+v, of cause %q", name, tally, WithdrawalCauses[tally.WithdrawnCause])
+				}
+				if counted := after["withdrawn_"+name]-before["withdrawn_"+name] == 1; counted != fresh {
+					t.Fatalf("%s: counted: %v; was fresh: %v", name, counted, fresh)
+				}
+			}
+		}
+	})
+}
+
+func TestFills(t *testing.T) {
+	onBench(t, func(b *bench) {
+		b.arm()
+		b.connect()
+		fills, err := b.d.Fills()
+		must(t, err)
+		if fills["flows"] != (Fill{1, 65536}) || fills["pods"] != (Fill{1, 4096}) {
+			t.Fatalf("%+v", fills)
+		}
+	})
+}

@@ -47,6 +47,13 @@ const (
 	EventNoAnswer  = uint8(probeletOutcomeEventOUTCOME_NO_ANSWER)
 )
 
+// WithdrawalCauses are the names of those of Tally.WithdrawnCause.
+var WithdrawalCauses = map[uint8]string{
+	uint8(probeletWithdrawalCauseWITHDRAWN_LISTENER_CLOSED): "listener_closed",
+	uint8(probeletWithdrawalCauseWITHDRAWN_RESET):           "reset",
+	uint8(probeletWithdrawalCauseWITHDRAWN_STATUS):          "status",
+}
+
 const (
 	// MaxPath is the longest path, in bytes as sent, of which the kernel takes notice. PATH_MAX in bpf/abi.h.
 	MaxPath = 255

@@ -13,20 +13,32 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type probeletAge uint32
+
+const (
+	probeletAgeAGE_BOUNDED probeletAge = 10
+	probeletAgeAGE_SUM     probeletAge = 11
+	probeletAgeAGE_MAX     probeletAge = 12
+)
+
 type probeletCounter uint32
 
 const (
-	probeletCounterCOUNT_ANSWERED_HTTP       probeletCounter = 0
-	probeletCounterCOUNT_ANSWERED_TCP        probeletCounter = 1
-	probeletCounterCOUNT_OBSERVED            probeletCounter = 2
-	probeletCounterCOUNT_HANDED_OVER         probeletCounter = 3
-	probeletCounterCOUNT_PASSED_NOT_FRESH    probeletCounter = 4
-	probeletCounterCOUNT_PASSED_NOT_PROBED   probeletCounter = 5
-	probeletCounterCOUNT_PASSED_NOT_PARSABLE probeletCounter = 6
-	probeletCounterCOUNT_PASSED_NOT_PROBER   probeletCounter = 7
-	probeletCounterCOUNT_DROPPED             probeletCounter = 8
-	probeletCounterCOUNT_OUTCOMES_LOST       probeletCounter = 9
-	probeletCounterCOUNT_MAX                 probeletCounter = 10
+	probeletCounterCOUNT_ANSWERED_HTTP             probeletCounter = 0
+	probeletCounterCOUNT_ANSWERED_TCP              probeletCounter = 1
+	probeletCounterCOUNT_OBSERVED                  probeletCounter = 2
+	probeletCounterCOUNT_HANDED_OVER               probeletCounter = 3
+	probeletCounterCOUNT_PASSED_NOT_FRESH          probeletCounter = 4
+	probeletCounterCOUNT_PASSED_NOT_PROBED         probeletCounter = 5
+	probeletCounterCOUNT_PASSED_NOT_PARSABLE       probeletCounter = 6
+	probeletCounterCOUNT_PASSED_NOT_PROBER         probeletCounter = 7
+	probeletCounterCOUNT_PASSED_OWN                probeletCounter = 8
+	probeletCounterCOUNT_DROPPED                   probeletCounter = 9
+	probeletCounterCOUNT_OUTCOMES_LOST             probeletCounter = 10
+	probeletCounterCOUNT_WITHDRAWN_LISTENER_CLOSED probeletCounter = 11
+	probeletCounterCOUNT_WITHDRAWN_RESET           probeletCounter = 12
+	probeletCounterCOUNT_WITHDRAWN_STATUS          probeletCounter = 13
+	probeletCounterCOUNT_MAX                       probeletCounter = 14
 )
 
 type probeletEndpointKey struct {
@@ -158,38 +170,53 @@ type probeletScratch struct {
 }
 
 type probeletTally struct {
-	_           structs.HostLayout
-	Hits        uint64
-	WithdrawnAt uint64
+	_              structs.HostLayout
+	Hits           uint64
+	AnsweredAt     uint64
+	WithdrawnAt    uint64
+	WithdrawnCause uint8
+	Pad            [7]uint8
 }
+
+type probeletWithdrawalCause uint32
+
+const (
+	probeletWithdrawalCauseWITHDRAWN_LISTENER_CLOSED probeletWithdrawalCause = 1
+	probeletWithdrawalCauseWITHDRAWN_RESET           probeletWithdrawalCause = 2
+	probeletWithdrawalCauseWITHDRAWN_STATUS          probeletWithdrawalCause = 3
+)
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	probeletMapCounters          = "counters"
-	probeletMapFlows             = "flows"
-	probeletMapOutcomes          = "outcomes"
-	probeletMapPodEvidence       = "pod_evidence"
-	probeletMapPodNetns          = "pod_netns"
-	probeletMapPodTallies        = "pod_tallies"
-	probeletMapProber            = "prober"
-	probeletMapScratch           = "scratch"
-	probeletProgRespond          = "respond"
-	probeletProgSteer            = "steer"
-	probeletProgWatch            = "watch"
-	probeletVarBtfCounter        = "btf_counter"
-	probeletVarBtfEndpointKey    = "btf_endpoint_key"
-	probeletVarBtfEndpointKind   = "btf_endpoint_kind"
-	probeletVarBtfEvidence       = "btf_evidence"
-	probeletVarBtfEvidenceResult = "btf_evidence_result"
-	probeletVarBtfFlowState      = "btf_flow_state"
-	probeletVarBtfOrder          = "btf_order"
-	probeletVarBtfOutcome        = "btf_outcome"
-	probeletVarBtfOutcomeEvent   = "btf_outcome_event"
-	probeletVarBtfTally          = "btf_tally"
-	probeletVarHaveXdpLoadBytes  = "have_xdp_load_bytes"
-	probeletVarOrderToken        = "order_token"
+	probeletMapAnswerAges         = "answer_ages"
+	probeletMapCounters           = "counters"
+	probeletMapFlows              = "flows"
+	probeletMapOutcomes           = "outcomes"
+	probeletMapOwnSockets         = "own_sockets"
+	probeletMapPodEvidence        = "pod_evidence"
+	probeletMapPodNetns           = "pod_netns"
+	probeletMapPodTallies         = "pod_tallies"
+	probeletMapProber             = "prober"
+	probeletMapScratch            = "scratch"
+	probeletProgRespond           = "respond"
+	probeletProgSteer             = "steer"
+	probeletProgWatch             = "watch"
+	probeletVarBtfAge             = "btf_age"
+	probeletVarBtfCounter         = "btf_counter"
+	probeletVarBtfEndpointKey     = "btf_endpoint_key"
+	probeletVarBtfEndpointKind    = "btf_endpoint_kind"
+	probeletVarBtfEvidence        = "btf_evidence"
+	probeletVarBtfEvidenceResult  = "btf_evidence_result"
+	probeletVarBtfFlowState       = "btf_flow_state"
+	probeletVarBtfOrder           = "btf_order"
+	probeletVarBtfOutcome         = "btf_outcome"
+	probeletVarBtfOutcomeEvent    = "btf_outcome_event"
+	probeletVarBtfTally           = "btf_tally"
+	probeletVarBtfWithdrawalCause = "btf_withdrawal_cause"
+	probeletVarHaveXdpLoadBytes   = "have_xdp_load_bytes"
+	probeletVarOrderToken         = "order_token"
 )
 
 // loadProbelet returns the embedded CollectionSpec for probelet.
@@ -243,9 +270,11 @@ type probeletProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type probeletMapSpecs struct {
+	AnswerAges  *ebpf.MapSpec `ebpf:"answer_ages"`
 	Counters    *ebpf.MapSpec `ebpf:"counters"`
 	Flows       *ebpf.MapSpec `ebpf:"flows"`
 	Outcomes    *ebpf.MapSpec `ebpf:"outcomes"`
+	OwnSockets  *ebpf.MapSpec `ebpf:"own_sockets"`
 	PodEvidence *ebpf.MapSpec `ebpf:"pod_evidence"`
 	PodNetns    *ebpf.MapSpec `ebpf:"pod_netns"`
 	PodTallies  *ebpf.MapSpec `ebpf:"pod_tallies"`
@@ -257,18 +286,20 @@ type probeletMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type probeletVariableSpecs struct {
-	BtfCounter        *ebpf.VariableSpec `ebpf:"btf_counter"`
-	BtfEndpointKey    *ebpf.VariableSpec `ebpf:"btf_endpoint_key"`
-	BtfEndpointKind   *ebpf.VariableSpec `ebpf:"btf_endpoint_kind"`
-	BtfEvidence       *ebpf.VariableSpec `ebpf:"btf_evidence"`
-	BtfEvidenceResult *ebpf.VariableSpec `ebpf:"btf_evidence_result"`
-	BtfFlowState      *ebpf.VariableSpec `ebpf:"btf_flow_state"`
-	BtfOrder          *ebpf.VariableSpec `ebpf:"btf_order"`
-	BtfOutcome        *ebpf.VariableSpec `ebpf:"btf_outcome"`
-	BtfOutcomeEvent   *ebpf.VariableSpec `ebpf:"btf_outcome_event"`
-	BtfTally          *ebpf.VariableSpec `ebpf:"btf_tally"`
-	HaveXdpLoadBytes  *ebpf.VariableSpec `ebpf:"have_xdp_load_bytes"`
-	OrderToken        *ebpf.VariableSpec `ebpf:"order_token"`
+	BtfAge             *ebpf.VariableSpec `ebpf:"btf_age"`
+	BtfCounter         *ebpf.VariableSpec `ebpf:"btf_counter"`
+	BtfEndpointKey     *ebpf.VariableSpec `ebpf:"btf_endpoint_key"`
+	BtfEndpointKind    *ebpf.VariableSpec `ebpf:"btf_endpoint_kind"`
+	BtfEvidence        *ebpf.VariableSpec `ebpf:"btf_evidence"`
+	BtfEvidenceResult  *ebpf.VariableSpec `ebpf:"btf_evidence_result"`
+	BtfFlowState       *ebpf.VariableSpec `ebpf:"btf_flow_state"`
+	BtfOrder           *ebpf.VariableSpec `ebpf:"btf_order"`
+	BtfOutcome         *ebpf.VariableSpec `ebpf:"btf_outcome"`
+	BtfOutcomeEvent    *ebpf.VariableSpec `ebpf:"btf_outcome_event"`
+	BtfTally           *ebpf.VariableSpec `ebpf:"btf_tally"`
+	BtfWithdrawalCause *ebpf.VariableSpec `ebpf:"btf_withdrawal_cause"`
+	HaveXdpLoadBytes   *ebpf.VariableSpec `ebpf:"have_xdp_load_bytes"`
+	OrderToken         *ebpf.VariableSpec `ebpf:"order_token"`
 }
 
 // probeletObjects contains all objects after they have been loaded into the kernel.
@@ -291,9 +322,11 @@ func (o *probeletObjects) Close() error {
 //
 // It can be passed to loadProbeletObjects or ebpf.CollectionSpec.LoadAndAssign.
 type probeletMaps struct {
+	AnswerAges  *ebpf.Map `ebpf:"answer_ages"`
 	Counters    *ebpf.Map `ebpf:"counters"`
 	Flows       *ebpf.Map `ebpf:"flows"`
 	Outcomes    *ebpf.Map `ebpf:"outcomes"`
+	OwnSockets  *ebpf.Map `ebpf:"own_sockets"`
 	PodEvidence *ebpf.Map `ebpf:"pod_evidence"`
 	PodNetns    *ebpf.Map `ebpf:"pod_netns"`
 	PodTallies  *ebpf.Map `ebpf:"pod_tallies"`
@@ -303,9 +336,11 @@ type probeletMaps struct {
 
 func (m *probeletMaps) Close() error {
 	return _ProbeletClose(
+		m.AnswerAges,
 		m.Counters,
 		m.Flows,
 		m.Outcomes,
+		m.OwnSockets,
 		m.PodEvidence,
 		m.PodNetns,
 		m.PodTallies,
@@ -318,18 +353,20 @@ func (m *probeletMaps) Close() error {
 //
 // It can be passed to loadProbeletObjects or ebpf.CollectionSpec.LoadAndAssign.
 type probeletVariables struct {
-	BtfCounter        *ebpf.Variable `ebpf:"btf_counter"`
-	BtfEndpointKey    *ebpf.Variable `ebpf:"btf_endpoint_key"`
-	BtfEndpointKind   *ebpf.Variable `ebpf:"btf_endpoint_kind"`
-	BtfEvidence       *ebpf.Variable `ebpf:"btf_evidence"`
-	BtfEvidenceResult *ebpf.Variable `ebpf:"btf_evidence_result"`
-	BtfFlowState      *ebpf.Variable `ebpf:"btf_flow_state"`
-	BtfOrder          *ebpf.Variable `ebpf:"btf_order"`
-	BtfOutcome        *ebpf.Variable `ebpf:"btf_outcome"`
-	BtfOutcomeEvent   *ebpf.Variable `ebpf:"btf_outcome_event"`
-	BtfTally          *ebpf.Variable `ebpf:"btf_tally"`
-	HaveXdpLoadBytes  *ebpf.Variable `ebpf:"have_xdp_load_bytes"`
-	OrderToken        *ebpf.Variable `ebpf:"order_token"`
+	BtfAge             *ebpf.Variable `ebpf:"btf_age"`
+	BtfCounter         *ebpf.Variable `ebpf:"btf_counter"`
+	BtfEndpointKey     *ebpf.Variable `ebpf:"btf_endpoint_key"`
+	BtfEndpointKind    *ebpf.Variable `ebpf:"btf_endpoint_kind"`
+	BtfEvidence        *ebpf.Variable `ebpf:"btf_evidence"`
+	BtfEvidenceResult  *ebpf.Variable `ebpf:"btf_evidence_result"`
+	BtfFlowState       *ebpf.Variable `ebpf:"btf_flow_state"`
+	BtfOrder           *ebpf.Variable `ebpf:"btf_order"`
+	BtfOutcome         *ebpf.Variable `ebpf:"btf_outcome"`
+	BtfOutcomeEvent    *ebpf.Variable `ebpf:"btf_outcome_event"`
+	BtfTally           *ebpf.Variable `ebpf:"btf_tally"`
+	BtfWithdrawalCause *ebpf.Variable `ebpf:"btf_withdrawal_cause"`
+	HaveXdpLoadBytes   *ebpf.Variable `ebpf:"have_xdp_load_bytes"`
+	OrderToken         *ebpf.Variable `ebpf:"order_token"`
 }
 
 // probeletPrograms contains all programs after they have been loaded into the kernel.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"net/netip"
@@ -11,6 +12,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/refresh"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/store"
 )
@@ -22,6 +24,8 @@ type daemon struct {
 	stateDir string
 	defaults probe.Defaults
 	previous statedir.Endpoints // as an earlier run left them
+	// refresher asks by itself; nil: nobody does.
+	refresher *refresh.Refresher
 
 	pods        []probe.Pod
 	podsKnown   bool
@@ -44,9 +48,9 @@ type attachment struct {
 	notAnswered, refused, misset, problem string
 }
 
-func newDaemon(log *slog.Logger, d *datapath.Datapath, c config, previous statedir.Endpoints) *daemon {
+func newDaemon(log *slog.Logger, d *datapath.Datapath, c config, previous statedir.Endpoints, r *refresh.Refresher) *daemon {
 	return &daemon{
-		log: log, datapath: d, stateDir: c.stateDir, defaults: c.defaults, previous: previous,
+		log: log, datapath: d, stateDir: c.stateDir, defaults: c.defaults, previous: previous, refresher: r,
 		attachments: map[attach.ID]*attachment{},
 	}
 }
@@ -90,6 +94,7 @@ func (d *daemon) update() {
 	for id, a := range d.attachments {
 		if current[id] == nil {
 			d.log.Info("attachment gone", "id", id, "pod", a.podName())
+			d.refresher.Set(id, nil)
 		}
 	}
 	d.attachments = current
@@ -110,7 +115,9 @@ func (d *daemon) renew(r attach.Record) *attachment {
 		d.log.Warn("not attached", "id", r.ID(), "error", r.Error)
 	}
 	a.record, a.pod = r, match(r, d.pods)
-	a.tracker.SetEndpoints(d.endpoints(a), datapath.Now())
+	for _, c := range a.tracker.SetEndpoints(d.endpoints(a), datapath.Now()) {
+		d.logChange(a, c)
+	}
 	return a
 }
 
@@ -137,9 +144,13 @@ func (d *daemon) endpoints(a *attachment) []probe.EndpointSpec {
 	return endpoints
 }
 
-// match finds the pod of an attachment: by name if whoever attached it was told the name, otherwise by an address.
+// match finds the pod of an attachment: by name if whoever attached it was told the name, otherwise by an address. A pod
+// of the same name that came after it is another one.
 func match(r attach.Record, pods []probe.Pod) *probe.Pod {
 	for i, pod := range pods {
+		if r.PodUID != "" && pod.UID != "" && r.PodUID != pod.UID {
+			continue
+		}
 		if r.PodName != "" {
 			if r.PodName == pod.Name && r.PodNamespace == pod.Namespace {
 				return &pods[i]
@@ -165,8 +176,9 @@ func (a *attachment) podName() string {
 	return a.pod.String()
 }
 
-// sync brings the attachment's maps to what is known.
+// sync brings the attachment's maps, and what is asked of it besides, to what is known.
 func (d *daemon) sync(a *attachment) {
+	d.refresher.Set(a.record.ID(), a.targets())
 	if a.record.Error != "" || a.record.IfIndex == 0 {
 		return
 	}
@@ -184,6 +196,18 @@ func (d *daemon) sync(a *attachment) {
 		a.problem = err.Error()
 		d.log.Error("writing evidence", "pod", a.podName(), "device", a.record.HostIfName, "error", err)
 	}
+}
+
+// targets are what the daemon is to ask the attachment's pod by itself.
+func (a *attachment) targets() []refresh.Target {
+	if a.record.Error != "" || a.pod == nil || len(a.pod.IPs) == 0 {
+		return nil
+	}
+	var targets []refresh.Target
+	for _, s := range a.tracker.Refreshing() {
+		targets = append(targets, refresh.TargetOf(s, a.pod.IPs[0]))
+	}
+	return targets
 }
 
 func (d *daemon) publish(a *attachment) error {
@@ -207,7 +231,7 @@ func (d *daemon) restore(a *attachment) error {
 	asked := d.askedBefore(a.record.ID())
 	for _, s := range a.tracker.Endpoints() {
 		key, ok := store.Key(s.Endpoint)
-		if !ok || !s.Observed || !asked[question{s.Endpoint, s.Headers}] {
+		if !ok || !s.Observed || !asked[question{s.Endpoint, s.Headers, s.Instance}] {
 			continue
 		}
 		if record, ok := records[key]; ok {
@@ -219,8 +243,8 @@ func (d *daemon) restore(a *attachment) error {
 
 // question is what tells evidence of two endpoints apart.
 type question struct {
-	endpoint  probe.Endpoint
-	headersID string
+	endpoint              probe.Endpoint
+	headersID, instanceID string
 }
 
 func (d *daemon) askedBefore(id attach.ID) map[question]bool {
@@ -230,7 +254,7 @@ func (d *daemon) askedBefore(id attach.ID) map[question]bool {
 			continue
 		}
 		for _, e := range a.Endpoints {
-			asked[question{e.Endpoint(), e.HeadersID}] = e.Observed
+			asked[question{e.Endpoint(), e.HeadersID, e.InstanceID}] = e.Observed
 		}
 	}
 	return asked
@@ -254,34 +278,44 @@ func (d *daemon) retry() {
 	}
 }
 
+// observe learns from an outcome that the kernel reports.
 func (d *daemon) observe(o datapath.Outcome) {
 	for _, a := range d.attachments {
 		if a.record.IfIndex != int(o.Ifindex) {
 			continue
 		}
-		outcome, ok := store.Outcome(o, a.tracker.Endpoints())
-		if !ok {
-			continue
-		}
-		changes := a.tracker.Observe(outcome)
-		for _, c := range changes {
-			d.logChange(a, outcome, c)
-		}
-		if len(changes) > 0 {
-			d.sync(a)
+		if outcome, ok := store.Outcome(o, a.tracker.Endpoints()); ok {
+			d.learn(a, outcome)
 		}
 	}
 }
 
-func (d *daemon) logChange(a *attachment, o probe.Outcome, c probe.Change) {
-	attributes := []any{
-		"pod", a.podName(), "endpoint", c.Endpoint, "result", c.To.Result, "status", c.To.Status, "took", o.Duration,
+// refreshed learns from what the daemon asked by itself.
+func (d *daemon) refreshed(o refresh.Outcome) {
+	if a := d.attachments[o.Attachment]; a != nil {
+		d.learn(a, o.Outcome)
 	}
+}
+
+func (d *daemon) learn(a *attachment, o probe.Outcome) {
+	changes := a.tracker.Observe(o)
+	for _, c := range changes {
+		d.logChange(a, c, "took", o.Duration)
+	}
+	if len(changes) > 0 {
+		d.sync(a)
+	}
+}
+
+// logChange says at the usual level only what is a change of state.
+func (d *daemon) logChange(a *attachment, c probe.Change, more ...any) {
+	level := slog.LevelInfo
 	if c.From.Result == c.To.Result {
-		d.log.Debug("observed", attributes...)
-	} else {
-		d.log.Info("observed", attributes...)
+		level = slog.LevelDebug
 	}
+	d.log.Log(context.Background(), level, "endpoint "+c.To.Result.String(), append([]any{
+		"pod", a.podName(), "endpoint", c.Endpoint, "by", c.Cause, "status", c.To.Status,
+	}, more...)...)
 }
 
 // describe writes for probeletctl what is asked of which attachment, if that changed.

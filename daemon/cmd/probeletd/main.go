@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"os/signal"
 	"time"
@@ -86,6 +87,7 @@ type config struct {
 	kubeconfig, node string // API server
 	bpfDir, stateDir string
 	defaults         probe.Defaults
+	dial             dialFunc // from the node's network namespace
 	logLevel         slog.Level
 }
 
@@ -113,7 +115,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 }
 
 func runCommand(stderr io.Writer) *cobra.Command {
-	var c config
+	c := config{dial: (*net.Dialer).DialContext}
 	cmd := &cobra.Command{
 		Use:   "run [--source kubelet|apiserver|file] [--prober kubelet|cgroup:PATH|host]",
 		Short: "Run the daemon in the foreground",
@@ -141,6 +143,7 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags.TextVar(&c.defaults.Mode, "mode", defaults.Mode, "what is done for pods without an annotation: answer|observe|off")
 	flags.TextVar(&c.defaults.Staleness, "staleness", defaults.Staleness, "for how many `periods` a success is answered")
 	flags.TextVar(&c.defaults.Ceiling, "staleness-ceiling", defaults.Ceiling, "most `periods` that an annotation can ask for")
+	flags.TextVar(&c.defaults.Refresh, "refresh", defaults.Refresh, "whether the daemon asks by itself: `true|false`, or the longest interval")
 	flags.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "least `level` that is logged: debug, info, warn, error")
 	return cmd
 }

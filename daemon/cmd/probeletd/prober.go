@@ -34,13 +34,24 @@ func parseProber(value string) (proberFlag, error) {
 	return proberFlag{cgroup: path}, nil
 }
 
-// resolve says what the kernel side is to compare with. A cgroup that is made anew (its service was restarted) has
-// another id.
-func (p proberFlag) resolve() (datapath.Prober, error) {
+// proberFinder finds the prober again and again.
+type proberFinder struct {
+	proberFlag
+	kubelets []string // directories in /proc of those that were found last
+	finds    int
+}
+
+// lookAround is after how many finds all processes are looked at, though the kubelet that was found last still runs:
+// there may be a second one. Looking at each process of a full node twice a second would cost several percent of a core.
+const lookAround = 20
+
+// find says what the kernel side is to compare with. A cgroup that is made anew (its service was restarted) has another
+// id.
+func (p *proberFinder) find() (datapath.Prober, error) {
 	path := p.cgroup
 	if p.kubelet {
 		var err error
-		if path, err = kubeletCgroup("/proc"); err != nil {
+		if path, err = p.kubeletCgroup("/proc"); err != nil {
 			return datapath.Prober{}, fmt.Errorf("--prober kubelet: %w", err)
 		}
 	}
@@ -56,23 +67,21 @@ func (p proberFlag) resolve() (datapath.Prober, error) {
 
 // kubeletCgroup finds the cgroup v2 directory of the kubelet: of the process of that name that is root's and in this
 // network namespace, lest a pod's process of the same name become the prober.
-func kubeletCgroup(proc string) (string, error) {
+func (p *proberFinder) kubeletCgroup(proc string) (string, error) {
 	own, err := os.Readlink(filepath.Join(proc, "self/ns/net"))
 	if err != nil {
 		return "", err
 	}
-	processes, err := filepath.Glob(filepath.Join(proc, "[0-9]*"))
-	if err != nil {
-		return "", err
+	var cgroups map[string]bool
+	if p.finds++; p.finds%lookAround != 0 {
+		cgroups, p.kubelets = kubeletsAmong(p.kubelets, own)
 	}
-	cgroups := map[string]bool{}
-	for _, process := range processes {
-		if !isKubelet(process, own) {
-			continue
+	if len(cgroups) == 0 {
+		processes, err := filepath.Glob(filepath.Join(proc, "[0-9]*"))
+		if err != nil {
+			return "", err
 		}
-		if cgroup, err := cgroupOf(process); err == nil { // or it has ended
-			cgroups[cgroup] = true
-		}
+		cgroups, p.kubelets = kubeletsAmong(processes, own)
 	}
 	switch {
 	case len(cgroups) == 0:
@@ -91,6 +100,21 @@ func kubeletCgroup(proc string) (string, error) {
 		return filepath.Join(mount, cgroup), nil
 	}
 	return "", nil
+}
+
+// kubeletsAmong are the cgroups of the kubelets among processes, and these.
+func kubeletsAmong(processes []string, netns string) (cgroups map[string]bool, kubelets []string) {
+	cgroups = map[string]bool{}
+	for _, process := range processes {
+		if !isKubelet(process, netns) {
+			continue
+		}
+		if cgroup, err := cgroupOf(process); err == nil { // or it has ended
+			cgroups[cgroup] = true
+			kubelets = append(kubelets, process)
+		}
+	}
+	return cgroups, kubelets
 }
 
 func isKubelet(process, netns string) bool {

@@ -15,6 +15,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/refresh"
 	"github.com/probelet/probelet/daemon/internal/source"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
@@ -31,6 +32,9 @@ const (
 	proberInterval = 500 * time.Millisecond
 	// recordsSettle is how long after a change of records they are read: a change is several events.
 	recordsSettle = 10 * time.Millisecond
+	// refreshesAtATime keeps the daemon's own requests from coming all at once, however many pods want them. One that
+	// hangs is in the way for no longer than its probe's timeout, and is then not asked any more.
+	refreshesAtATime = 32
 )
 
 // run runs the daemon until ctx ends, which is no error.
@@ -38,11 +42,12 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	if c.prober == "" && c.sourceName() != "file" {
 		c.prober = "kubelet"
 	}
-	prober, err := parseProber(c.prober)
+	flag, err := parseProber(c.prober)
 	if err != nil {
 		return err
 	}
-	who, notFound := prober.resolve()
+	prober := proberFinder{proberFlag: flag}
+	who, notFound := prober.find()
 	if notFound != nil && !prober.kubelet { // that may start later
 		return notFound
 	}
@@ -129,7 +134,9 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 	}
 	defer in.wait()
 	defer cancel()
-	l.daemon = newDaemon(l.log, d, c, previous)
+	refresher := refresh.New(asOwn(d, c.dial), datapath.Now, refreshesAtATime)
+	defer refresher.Close()
+	l.daemon = newDaemon(l.log, d, c, previous, refresher)
 	l.refresh = specs.Refresh
 	l.log.Info("running", "source", c.sourceName(), "prober", c.prober, "bpf", d.Dir(), "state", c.stateDir)
 	err = l.run(ctx, in)
@@ -229,7 +236,7 @@ func (in *inputs) readOutcomes(ctx context.Context, reader *datapath.OutcomeRead
 type loop struct {
 	*daemon
 	log    *slog.Logger
-	prober proberFlag
+	prober proberFinder
 	who    datapath.Prober
 	set    func(datapath.Prober) error
 	// refresh tells the source of a new attachment.
@@ -261,6 +268,8 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			}
 		case o := <-outcomes:
 			l.observe(o)
+		case o := <-l.refresher.C:
+			l.refreshed(o)
 		case <-retry:
 			retry = nil
 			l.retry()
@@ -278,7 +287,7 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 // followProber keeps to the prober's cgroup when that is made anew, or the kubelet starts in another. Until it is there
 // nobody is the prober.
 func (l *loop) followProber() {
-	who, err := l.prober.resolve()
+	who, err := l.prober.find()
 	if err != nil {
 		if !l.lost {
 			l.log.Warn("no prober any more, so nothing is answered", "error", err)

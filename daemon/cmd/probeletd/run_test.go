@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containernetworking/plugins/pkg/ns"
+
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
@@ -44,6 +46,13 @@ func newNode(t *testing.T) *node {
 		bpfDir:   bpftest.BPFDir(t),
 		stateDir: filepath.Join(t.TempDir(), "state"),
 		defaults: probe.NewDefaults(),
+		dial: func(dialer *net.Dialer, ctx context.Context, network, address string) (conn net.Conn, err error) {
+			err = n.pod.Node.NS.Do(func(ns.NetNS) (err error) {
+				conn, err = dialer.DialContext(ctx, network, address)
+				return err
+			})
+			return conn, err
+		},
 	}
 	d, err := datapath.Ensure(t.Context(), n.config.bpfDir)
 	if err != nil {

@@ -28,6 +28,18 @@ type Outcome struct {
 	Duration time.Duration
 	// Refresh: it is of the daemon's own request, not of a probe.
 	Refresh bool
+	// ConnectedAt is when the connection was asked for, if that was before the request; otherwise 0.
+	ConnectedAt uint64
+}
+
+// askedAt is when all was asked for that the outcome says something of. A probe asks for a connection too, so an answer
+// on one that was kept is no newer than that: a pod that accepts none any more may go on answering on those it has.
+func (o Outcome) askedAt() uint64 {
+	asked := o.ObservedAt - min(o.ObservedAt, uint64(o.Duration))
+	if o.ConnectedAt != 0 {
+		asked = min(asked, o.ConnectedAt)
+	}
+	return asked
 }
 
 // concerns is whether the outcome says something of the endpoint.

@@ -149,13 +149,13 @@ func (r Refresh) String() string {
 	return strconv.FormatBool(r.On)
 }
 
-// Of is how often an endpoint with this shortest period is asked; 0: never. It is half of the period at the most, so
-// that a success is renewed before it expires also with the shortest staleness.
-func (r Refresh) Of(period time.Duration) time.Duration {
+// Of is how often an endpoint with this shortest period is asked; 0: never. It is half of the period at the most, and of
+// the staleness, so that a success is renewed before it expires.
+func (r Refresh) Of(period, staleness time.Duration) time.Duration {
 	if !r.On {
 		return 0
 	}
-	interval := period / 2
+	interval := min(period, staleness) / 2
 	if r.Interval > 0 {
 		interval = min(interval, r.Interval)
 	}
@@ -276,7 +276,7 @@ func (s Settings) apply(specs []EndpointSpec) {
 			specs[i].Observed, specs[i].Reason = false, s.reason()
 		}
 		if specs[i].Reason == "" {
-			specs[i].Refresh = s.Refresh.Of(specs[i].Period)
+			specs[i].Refresh = s.Refresh.Of(specs[i].Period, specs[i].Staleness)
 		}
 	}
 }

@@ -42,9 +42,12 @@ func TestRefresh(t *testing.T) {
 		if err := got.UnmarshalText([]byte(text)); err != nil || got != want.refresh || got.String() != text {
 			t.Errorf("%q: %+v (%s), %v", text, got, got, err)
 		}
-		if interval := got.Of(10 * time.Second); interval != want.interval {
+		if interval := got.Of(10*time.Second, time.Minute); interval != want.interval {
 			t.Errorf("%q: every %s, want %s", text, interval, want.interval)
 		}
+	}
+	if interval := (Refresh{On: true}).Of(10*time.Second, 5*time.Second); interval != 2500*time.Millisecond {
+		t.Errorf("with a staleness of half a period: every %s", interval)
 	}
 	for _, text := range []string{"", "yes", "True", "1", "99ms", "-1s", "NaN", strings.Repeat("9", 1<<20)} {
 		got := Refresh{On: true}

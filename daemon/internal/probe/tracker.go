@@ -131,12 +131,11 @@ func (o Outcome) cause() Cause {
 // the server's closing its listening socket while it finishes its last requests, is the later word.
 func (e *entry) observe(o Outcome) bool {
 	result, conclusive := e.spec.judge(o)
-	askedAt := o.ObservedAt - min(o.ObservedAt, uint64(o.Duration))
 	observedAt := o.ObservedAt
 	if result == Success {
-		observedAt = askedAt
+		observedAt = o.askedAt()
 	}
-	if !conclusive || observedAt <= e.evidence.ObservedAt || askedAt < e.since {
+	if !conclusive || observedAt <= e.evidence.ObservedAt || o.askedAt() < e.since {
 		return false
 	}
 	e.evidence = Evidence{Result: result, Status: o.Status, ObservedAt: observedAt}

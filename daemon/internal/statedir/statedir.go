@@ -45,6 +45,9 @@ type Settings struct {
 	Staleness        probe.Staleness `json:"staleness"`
 	StalenessFrom    probe.Origin    `json:"stalenessFrom"`
 	StalenessCeiling probe.Staleness `json:"stalenessCeiling"`
+	// Refresh is whether the daemon asks by itself, or how often, as it is written in the annotation.
+	Refresh     probe.Refresh `json:"refresh"`
+	RefreshFrom probe.Origin  `json:"refreshFrom"`
 	// Problem says which annotation cannot be used, and why; nothing is answered then.
 	Problem string `json:"problem,omitempty"`
 }
@@ -54,6 +57,7 @@ func SettingsOf(s probe.Settings) *Settings {
 	return &Settings{
 		Mode: s.Mode, ModeFrom: s.ModeFrom,
 		Staleness: s.Staleness, StalenessFrom: s.StalenessFrom, StalenessCeiling: s.Ceiling,
+		Refresh: s.Refresh, RefreshFrom: s.RefreshFrom,
 		Problem: s.Problem,
 	}
 }
@@ -98,6 +102,10 @@ type Endpoint struct {
 	StalenessCapped bool `json:"stalenessCapped,omitempty"`
 	// HeadersID is a digest of the custom headers, empty if there are none.
 	HeadersID string `json:"headersID,omitempty"`
+	// InstanceID tells the containers of the probes from those before and after them; empty if they are not known.
+	InstanceID string `json:"instanceID,omitempty"`
+	// Refresh is how often the daemon asks by itself while the endpoint succeeds; 0: never.
+	Refresh float64 `json:"refreshSeconds,omitempty"`
 	// Observed: the kernel's maps hold a record of it.
 	Observed bool `json:"observed"`
 	// StartupOnly: it does not hold back its port.
@@ -117,6 +125,8 @@ func EndpointOf(s probe.EndpointSpec) Endpoint {
 
 		StalenessCapped: s.Capped,
 		HeadersID:       s.Headers,
+		InstanceID:      s.Instance,
+		Refresh:         s.Refresh.Seconds(),
 		Observed:        s.Observed,
 		StartupOnly:     s.Startup,
 		NotAnswered:     s.Reason,

@@ -1,0 +1,45 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/refresh"
+)
+
+// dialFunc is net.Dialer.DialContext, of that dialer.
+type dialFunc func(dialer *net.Dialer, ctx context.Context, network, address string) (net.Conn, error)
+
+// asOwn makes connections that are never taken for a probe's, whoever the prober is: the kernel side is told of each
+// socket before it connects. Later packets of a connection that was passed on are passed on too.
+func asOwn(d *datapath.Datapath, dial dialFunc) refresh.Dial {
+	return func(ctx context.Context, network, address string) (conn net.Conn, err error) {
+		var cookies []uint64
+		dialer := &net.Dialer{Control: func(_, _ string, socket syscall.RawConn) error {
+			cookie, err := cookieOf(socket)
+			if err != nil {
+				return fmt.Errorf("socket cookie: %w", err)
+			}
+			cookies = append(cookies, cookie)
+			return d.ExemptSocket(cookie)
+		}}
+		conn, err = dial(dialer, ctx, network, address)
+		for _, cookie := range cookies {
+			err = errors.Join(err, d.ForgetSocket(cookie))
+		}
+		return conn, err
+	}
+}
+
+func cookieOf(socket syscall.RawConn) (cookie uint64, err error) {
+	control := socket.Control(func(fd uintptr) {
+		cookie, err = unix.GetsockoptUint64(int(fd), unix.SOL_SOCKET, unix.SO_COOKIE)
+	})
+	return cookie, errors.Join(control, err)
+}
