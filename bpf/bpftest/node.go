@@ -108,8 +108,8 @@ func (n *Node) AddPod(t testing.TB) *Pod {
 		Node:       n,
 		NS:         newNS(t),
 		HostIfName: fmt.Sprintf("veth%d", n.pods),
-		HostIPv4:   netip.AddrFrom4([4]byte{10, 244, byte(n.pods), 1}),
-		IPv4:       netip.AddrFrom4([4]byte{10, 244, byte(n.pods), 8}),
+		HostIPv4:   netip.AddrFrom4([4]byte{10, 244 + byte(n.pods>>8), byte(n.pods), 1}),
+		IPv4:       netip.AddrFrom4([4]byte{10, 244 + byte(n.pods>>8), byte(n.pods), 8}),
 		HostIPv6:   netip.MustParseAddr(fmt.Sprintf("fd00:10:244:%x::1", n.pods)),
 		IPv6:       netip.MustParseAddr(fmt.Sprintf("fd00:10:244:%x::8", n.pods)),
 	}

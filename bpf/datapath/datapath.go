@@ -302,21 +302,30 @@ func (d *Datapath) Outcomes() (*OutcomeReader, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &OutcomeReader{r}, nil
+	return &OutcomeReader{ring: r}, nil
 }
 
 // OutcomeReader reads outcomes of probes that were passed on.
-type OutcomeReader struct{ ring *ringbuf.Reader }
+type OutcomeReader struct {
+	ring   *ringbuf.Reader
+	record ringbuf.Record
+}
 
-// Read waits for the next outcome. After Close the error is os.ErrClosed.
-func (r *OutcomeReader) Read() (Outcome, error) {
-	var o Outcome
-	record, err := r.ring.Read()
-	if err != nil {
-		return o, err
+// Read waits for outcomes, and returns all that there are. After Close the error is os.ErrClosed.
+func (r *OutcomeReader) Read() ([]Outcome, error) {
+	const most = 1024
+	var outcomes []Outcome
+	for len(outcomes) == 0 || r.ring.AvailableBytes() > 0 && len(outcomes) < most {
+		if err := r.ring.ReadInto(&r.record); err != nil {
+			return outcomes, err
+		}
+		var o Outcome
+		if _, err := binary.Decode(r.record.RawSample, binary.NativeEndian, &o); err != nil {
+			return outcomes, err
+		}
+		outcomes = append(outcomes, o)
 	}
-	_, err = binary.Decode(record.RawSample, binary.NativeEndian, &o)
-	return o, err
+	return outcomes, nil
 }
 
 // Close ends the reading.

@@ -256,6 +256,22 @@ func innerIDs(outer *ebpf.Map) (map[uint32]ebpf.MapID, error) {
 	return ids, entries.Err()
 }
 
+// IDs returns the ids of the maps.
+func (p *Pod) IDs() (PodIDs, error) {
+	evidence, err := p.evidence.Info()
+	if err != nil {
+		return PodIDs{}, err
+	}
+	tallies, err := p.tallies.Info()
+	if err != nil {
+		return PodIDs{}, err
+	}
+	var ids PodIDs
+	ids.Evidence, _ = evidence.ID()
+	ids.Tallies, _ = tallies.ID()
+	return ids, nil
+}
+
 // RemovePod makes the programs forget the device ifindex. It is all right if they do not know it.
 func (d *Datapath) RemovePod(ifindex uint32) error {
 	for _, outer := range []*ebpf.Map{d.objects.PodEvidence, d.objects.PodTallies} {
@@ -285,6 +301,14 @@ func (p *Pod) Put(key EndpointKey, e Evidence) error {
 		return fmt.Errorf("tally of port %d: %w", key.Port, err)
 	}
 	if err := p.evidence.Put(key, e); err != nil {
+		return fmt.Errorf("evidence of port %d: %w", key.Port, err)
+	}
+	return nil
+}
+
+// Renew sets the evidence of an endpoint that has been Put.
+func (p *Pod) Renew(key EndpointKey, e Evidence) error {
+	if err := p.evidence.Update(key, e, ebpf.UpdateExist); err != nil {
 		return fmt.Errorf("evidence of port %d: %w", key.Port, err)
 	}
 	return nil

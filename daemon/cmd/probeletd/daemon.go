@@ -31,6 +31,7 @@ type daemon struct {
 	podsKnown   bool
 	records     []attach.Record
 	attachments map[attach.ID]*attachment
+	byDevice    map[uint32][]*attachment // by ifindex
 	written     *statedir.Endpoints
 	unreadable  string // what was logged last of records
 }
@@ -41,8 +42,9 @@ type attachment struct {
 	pod      *probe.Pod // nil: the specs say nothing of it
 	settings probe.Settings
 	tracker  *probe.Tracker
-	restored bool // the maps' contents have been taken over
-	pending  bool // the maps are not as they should be
+	maps     *store.Pod // nil: not there yet, or to be opened anew
+	restored bool       // the maps' contents have been taken over
+	pending  bool       // the maps are not as they should be
 	// What was logged last: why the pod is not answered at all, by its specs, by their number or by its annotations, and
 	// why its maps could not be written.
 	notAnswered, refused, misset, problem string
@@ -51,7 +53,7 @@ type attachment struct {
 func newDaemon(log *slog.Logger, d *datapath.Datapath, c config, previous statedir.Endpoints, r *refresh.Refresher) *daemon {
 	return &daemon{
 		log: log, datapath: d, stateDir: c.stateDir, defaults: c.defaults, previous: previous, refresher: r,
-		attachments: map[attach.ID]*attachment{},
+		attachments: map[attach.ID]*attachment{}, byDevice: map[uint32][]*attachment{},
 	}
 }
 
@@ -96,8 +98,15 @@ func (d *daemon) update() {
 			d.log.Info("attachment gone", "id", id, "pod", a.podName())
 			d.refresher.Set(id, nil)
 		}
+		if current[id] != a {
+			a.closeMaps()
+		}
 	}
 	d.attachments = current
+	clear(d.byDevice)
+	for _, a := range current {
+		d.byDevice[uint32(a.record.IfIndex)] = append(d.byDevice[uint32(a.record.IfIndex)], a)
+	}
 	for _, a := range current {
 		d.sync(a)
 	}
@@ -182,10 +191,7 @@ func (d *daemon) sync(a *attachment) {
 	if a.record.Error != "" || a.record.IfIndex == 0 {
 		return
 	}
-	err := d.restore(a)
-	if err == nil {
-		err = d.publish(a)
-	}
+	err := d.publish(a)
 	a.pending = err != nil
 	switch {
 	case err == nil:
@@ -211,21 +217,50 @@ func (a *attachment) targets() []refresh.Target {
 }
 
 func (d *daemon) publish(a *attachment) error {
-	want, err := store.Desired(a.tracker)
-	if err != nil {
-		return err
+	if a.maps == nil {
+		maps, err := store.Open(d.datapath, uint32(a.record.IfIndex))
+		if err != nil {
+			return err
+		}
+		a.maps = maps
+		d.restore(a)
 	}
-	return store.Sync(d.datapath, uint32(a.record.IfIndex), want)
+	want, err := store.Desired(a.tracker)
+	if err == nil {
+		err = a.maps.Sync(want)
+	}
+	if err != nil {
+		a.closeMaps()
+	}
+	return err
+}
+
+func (a *attachment) closeMaps() {
+	if a.maps != nil {
+		_ = a.maps.Close() // nothing is buffered
+		a.maps = nil
+	}
+}
+
+// checkMaps finds maps that were made anew under an unchanged record.
+func (d *daemon) checkMaps() {
+	current, err := d.datapath.PodIDs()
+	if err != nil {
+		d.log.Error("listing the pods' maps", "error", err)
+		return
+	}
+	for _, a := range d.attachments {
+		if a.maps != nil && a.maps.IDs() != current[uint32(a.record.IfIndex)] {
+			a.closeMaps()
+			d.sync(a)
+		}
+	}
 }
 
 // restore takes over what an earlier run observed, of the endpoints that it asked the same.
-func (d *daemon) restore(a *attachment) error {
+func (d *daemon) restore(a *attachment) {
 	if a.restored {
-		return nil
-	}
-	records, err := store.Read(d.datapath, uint32(a.record.IfIndex))
-	if err != nil {
-		return err
+		return
 	}
 	a.restored = true
 	asked := d.askedBefore(a.record.ID())
@@ -234,11 +269,10 @@ func (d *daemon) restore(a *attachment) error {
 		if !ok || !s.Observed || !asked[question{s.Endpoint, s.Headers, s.Instance}] {
 			continue
 		}
-		if record, ok := records[key]; ok {
+		if record, ok := a.maps.Records()[key]; ok {
 			a.tracker.Restore(s.Endpoint, store.Evidence(record), datapath.Now())
 		}
 	}
-	return nil
 }
 
 // question is what tells evidence of two endpoints apart.
@@ -278,33 +312,35 @@ func (d *daemon) retry() {
 	}
 }
 
-// observe learns from an outcome that the kernel reports.
-func (d *daemon) observe(o datapath.Outcome) {
-	for _, a := range d.attachments {
-		if a.record.IfIndex != int(o.Ifindex) {
-			continue
+// observe learns from outcomes that the kernel reports.
+func (d *daemon) observe(outcomes []datapath.Outcome) {
+	changed := map[*attachment]bool{}
+	for _, o := range outcomes {
+		for _, a := range d.byDevice[o.Ifindex] {
+			if outcome, ok := store.Outcome(o, a.tracker.Endpoints()); ok && d.learn(a, outcome) {
+				changed[a] = true
+			}
 		}
-		if outcome, ok := store.Outcome(o, a.tracker.Endpoints()); ok {
-			d.learn(a, outcome)
-		}
+	}
+	for a := range changed {
+		d.sync(a)
 	}
 }
 
 // refreshed learns from what the daemon asked by itself.
 func (d *daemon) refreshed(o refresh.Outcome) {
-	if a := d.attachments[o.Attachment]; a != nil {
-		d.learn(a, o.Outcome)
+	if a := d.attachments[o.Attachment]; a != nil && d.learn(a, o.Outcome) {
+		d.sync(a)
 	}
 }
 
-func (d *daemon) learn(a *attachment, o probe.Outcome) {
+// learn returns whether there was something to be learned.
+func (d *daemon) learn(a *attachment, o probe.Outcome) bool {
 	changes := a.tracker.Observe(o)
 	for _, c := range changes {
 		d.logChange(a, c, "took", o.Duration)
 	}
-	if len(changes) > 0 {
-		d.sync(a)
-	}
+	return len(changes) > 0
 }
 
 // logChange says at the usual level only what is a change of state.
@@ -312,6 +348,9 @@ func (d *daemon) logChange(a *attachment, c probe.Change, more ...any) {
 	level := slog.LevelInfo
 	if c.From.Result == c.To.Result {
 		level = slog.LevelDebug
+	}
+	if !d.log.Enabled(context.Background(), level) { // as with most outcomes
+		return
 	}
 	d.log.Log(context.Background(), level, "endpoint "+c.To.Result.String(), append([]any{
 		"pod", a.podName(), "endpoint", c.Endpoint, "by", c.Cause, "status", c.To.Status,

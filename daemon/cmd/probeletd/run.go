@@ -25,13 +25,15 @@ const (
 	loadDeadline = 5 * time.Second
 	// retryAfter is when maps that were not there, or not writable, are tried again: records are written before maps.
 	retryAfter = 200 * time.Millisecond
-	// resyncInterval is how often records are read, and maps compared with what they should hold, without a reason: a
-	// directory may have been replaced, and maps made anew under an unchanged record.
+	// resyncInterval is how often maps are compared with those that are known, and records are read if their directory
+	// has been replaced, of which nobody tells.
 	resyncInterval = 5 * time.Second
 	// proberInterval is how often a prober's cgroup is looked up, lest it was made anew.
 	proberInterval = 500 * time.Millisecond
 	// recordsSettle is how long after a change of records they are read: a change is several events.
 	recordsSettle = 10 * time.Millisecond
+	// outcomesGather is how long outcomes are left to gather.
+	outcomesGather = 20 * time.Millisecond
 	// refreshesAtATime keeps the daemon's own requests from coming all at once, however many pods want them. One that
 	// hangs is in the way for no longer than its probe's timeout, and is then not asked any more.
 	refreshesAtATime = 32
@@ -148,9 +150,11 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 type inputs struct {
 	snapshots chan []probe.Pod
 	records   chan struct{} // they changed
-	outcomes  chan datapath.Outcome
+	outcomes  chan []datapath.Outcome
 	failed    chan error
-	wait      func() // for the goroutines to end, after ctx
+	// recordsReplaced is whether their directory is not the one that is watched.
+	recordsReplaced func() bool
+	wait            func() // for the goroutines to end, after ctx
 }
 
 // watch starts a goroutine for each input.
@@ -162,14 +166,22 @@ func watch(ctx context.Context, stateDir string, d *datapath.Datapath, specs sou
 	if err := watcher.Add(attach.RecordsDir(stateDir)); err != nil {
 		return nil, errors.Join(fmt.Errorf("watching %s: %w", attach.RecordsDir(stateDir), err), watcher.Close())
 	}
+	watched, err := os.Stat(attach.RecordsDir(stateDir))
+	if err != nil {
+		return nil, errors.Join(err, watcher.Close())
+	}
 	reader, err := d.Outcomes()
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("outcomes: %w", err), watcher.Close())
 	}
 	in := &inputs{
+		recordsReplaced: func() bool {
+			current, err := os.Stat(attach.RecordsDir(stateDir))
+			return err != nil || !os.SameFile(watched, current)
+		},
 		snapshots: make(chan []probe.Pod),
 		records:   make(chan struct{}, 1),
-		outcomes:  make(chan datapath.Outcome, 256),
+		outcomes:  make(chan []datapath.Outcome),
 		failed:    make(chan error, 3),
 	}
 	var all sync.WaitGroup
@@ -215,9 +227,11 @@ func (in *inputs) watchRecords(ctx context.Context, watcher *fsnotify.Watcher, l
 	}
 }
 
+// readOutcomes reads as many as there are at a time, and then lets some more come: to wake up for each would cost more
+// than all the rest. What must have an effect at once the kernel side does by itself.
 func (in *inputs) readOutcomes(ctx context.Context, reader *datapath.OutcomeReader) error {
 	for {
-		o, err := reader.Read()
+		outcomes, err := reader.Read()
 		switch {
 		case ctx.Err() != nil:
 			return nil
@@ -227,7 +241,12 @@ func (in *inputs) readOutcomes(ctx context.Context, reader *datapath.OutcomeRead
 		select {
 		case <-ctx.Done():
 			return nil
-		case in.outcomes <- o:
+		case in.outcomes <- outcomes:
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(outcomesGather):
 		}
 	}
 }
@@ -247,7 +266,7 @@ type loop struct {
 func (l *loop) run(ctx context.Context, in *inputs) error {
 	l.readRecords()
 	// Outcomes mean nothing, and records of endpoints would be taken for superfluous, until it is known what is probed.
-	var outcomes <-chan datapath.Outcome
+	var outcomes <-chan []datapath.Outcome
 	var retry <-chan time.Time
 	prober := time.NewTicker(proberInterval)
 	defer prober.Stop()
@@ -274,7 +293,10 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			retry = nil
 			l.retry()
 		case <-resync.C:
-			l.readRecords()
+			if in.recordsReplaced() || l.unreadable != "" {
+				l.readRecords()
+			}
+			l.checkMaps()
 		case <-prober.C:
 			l.followProber()
 		}

@@ -150,11 +150,12 @@ func (n *node) records() store.Records { return n.recordsOf(n.pod) }
 
 func (n *node) recordsOf(pod *bpftest.Pod) store.Records {
 	n.t.Helper()
-	records, err := store.Read(n.d, uint32(pod.IfIndex))
+	maps, err := store.Open(n.d, uint32(pod.IfIndex))
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	return records
+	defer maps.Close() //nolint:errcheck // read only
+	return maps.Records()
 }
 
 // has is whether the kernel has a record of the endpoint.

@@ -252,7 +252,11 @@ func (a *asker) get(ctx context.Context, now uint64) (status int, err error) {
 // are no answer that could be repeated.
 func (a *asker) newClient() *http.Client {
 	return &http.Client{
-		Transport:     &http.Transport{DialContext: a.open, DisableCompression: true},
+		Transport: &http.Transport{
+			DialContext: a.open, DisableCompression: true,
+			// One whose request was given up may come to be idle after close.
+			IdleConnTimeout: a.Interval + a.Timeout,
+		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 }

@@ -355,7 +355,10 @@ func alwaysFresh(t *testing.T, staleness string, mostConnections int) {
 		go serveHTTP(func(http.ResponseWriter, *http.Request) { time.Sleep(tookToAnswer) })(theirs)
 		return ours, nil
 	}, now, 1)
-	defer r.Close()
+	defer func() {
+		r.Close()
+		time.Sleep(time.Minute) // for what was under way to end
+	}()
 	r.Set(pod, []Target{TargetOf(specs[0], netip.MustParseAddr("192.0.2.1"))})
 	for end := time.After(10 * time.Minute); ; {
 		var o Outcome

@@ -145,42 +145,57 @@ func compareKeys(a, b datapath.EndpointKey) int {
 	return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.PathHash, b.PathHash))
 }
 
-// Sync makes the maps of the pod behind the device ifindex hold the records. The error is os.ErrNotExist if the device
-// has no maps.
-func Sync(d *datapath.Datapath, ifindex uint32, want Records) error {
-	pod, err := d.Pod(ifindex)
-	if err != nil {
-		return err
-	}
-	defer pod.Close() //nolint:errcheck // nothing is buffered
-	have, err := read(pod)
-	if err != nil {
-		return err
-	}
-	for _, s := range diff(have, want) {
-		if err := apply(pod, s); err != nil {
-			return err
-		}
-	}
-	return nil
+// Pod is the maps of the pod behind a device, of which this process is the only one to write evidence.
+type Pod struct {
+	maps *datapath.Pod
+	ids  datapath.PodIDs
+	have Records // what the maps hold
 }
 
-func apply(pod *datapath.Pod, s step) error {
-	if s.remove {
-		return pod.Delete(s.key)
-	}
-	return pod.Put(s.key, s.record)
-}
-
-// Read returns the records in the maps of the pod behind the device ifindex. The error is os.ErrNotExist if the device
-// has no maps.
-func Read(d *datapath.Datapath, ifindex uint32) (Records, error) {
-	pod, err := d.Pod(ifindex)
+// Open opens the maps that the programs use for the device ifindex. The error is os.ErrNotExist if there are none.
+func Open(d *datapath.Datapath, ifindex uint32) (*Pod, error) {
+	maps, err := d.Pod(ifindex)
 	if err != nil {
 		return nil, err
 	}
-	defer pod.Close() //nolint:errcheck // read only
-	return read(pod)
+	p := &Pod{maps: maps}
+	if p.ids, err = maps.IDs(); err == nil {
+		p.have, err = read(maps)
+	}
+	if err != nil {
+		return nil, errors.Join(err, maps.Close())
+	}
+	return p, nil
+}
+
+// Close closes the maps' file descriptors.
+func (p *Pod) Close() error { return p.maps.Close() }
+
+// IDs are the maps'. If the programs use others by now, what is written here has no effect.
+func (p *Pod) IDs() datapath.PodIDs { return p.ids }
+
+// Records are what the maps hold. They must not be changed.
+func (p *Pod) Records() Records { return p.have }
+
+// Sync makes the maps hold the records. After an error it is not known what they hold: the pod must be opened anew.
+func (p *Pod) Sync(want Records) error {
+	for _, s := range diff(p.have, want) {
+		if err := p.apply(s); err != nil {
+			return err
+		}
+	}
+	p.have = want
+	return nil
+}
+
+func (p *Pod) apply(s step) error {
+	if s.remove {
+		return p.maps.Delete(s.key)
+	}
+	if _, exists := p.have[s.key]; exists {
+		return p.maps.Renew(s.key, s.record)
+	}
+	return p.maps.Put(s.key, s.record)
 }
 
 func read(pod *datapath.Pod) (Records, error) {

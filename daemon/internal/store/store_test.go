@@ -256,13 +256,14 @@ func TestSync(t *testing.T) {
 		datapath.TCPKey(81):        {Result: datapath.ResultFailure, ObservedAt: 7},
 		datapath.PortKey(81):       {},
 	}
-	for _, want := range []Records{first, first, second, {}} {
-		if err := Sync(d, 1, want); err != nil {
+	pod := open(t, d)
+	for _, want := range []Records{first, first, second, {}, first} {
+		if err := pod.Sync(want); err != nil {
 			t.Fatal(err)
 		}
-		got, err := Read(d, 1)
-		if err != nil || !maps.Equal(got, want) {
-			t.Errorf("got %+v, %v; want %+v", got, err, want)
+		// And as whoever comes next finds it.
+		if !maps.Equal(pod.Records(), want) || !maps.Equal(open(t, d).Records(), want) {
+			t.Errorf("got %+v; want %+v", open(t, d).Records(), want)
 		}
 	}
 }
@@ -276,19 +277,46 @@ func TestSyncAsMuchAsFits(t *testing.T) {
 		}
 		return records
 	}
+	pod := open(t, d)
 	for _, want := range []Records{full("/a"), full("/b")} {
-		if err := Sync(d, 1, want); err != nil {
+		if err := pod.Sync(want); err != nil {
 			t.Fatal(err)
 		}
 	}
 }
 
-func TestSyncWithoutMaps(t *testing.T) {
+func TestOpenWithoutMaps(t *testing.T) {
 	d := withMaps(t)
-	if err := Sync(d, 2, Records{}); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("sync: %v", err)
+	if _, err := Open(d, 2); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("open: %v", err)
 	}
-	if _, err := Read(d, 2); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("read: %v", err)
+}
+
+// Records that somebody else removed are missed, not forgotten.
+func TestSyncFindsRecordsGone(t *testing.T) {
+	d := withMaps(t)
+	pod := open(t, d)
+	key := datapath.TCPKey(80)
+	if err := pod.Sync(Records{key: {}}); err != nil {
+		t.Fatal(err)
 	}
+	if err := pod.maps.Delete(key); err != nil {
+		t.Fatal(err)
+	}
+	if err := pod.Sync(Records{key: {ObservedAt: 1}}); err == nil {
+		t.Error("nothing was missed")
+	}
+}
+
+func open(t *testing.T, d *datapath.Datapath) *Pod {
+	t.Helper()
+	pod, err := Open(d, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = pod.Close() })
+	if ids, err := d.PodIDs(); err != nil || ids[1] != pod.IDs() {
+		t.Fatalf("ids %+v, the programs use %+v, %v", pod.IDs(), ids, err)
+	}
+	return pod
 }
