@@ -93,22 +93,33 @@ func (e *probeletEvidence) SetReply(status int) error {
 	if status < 200 || status > 299 {
 		return fmt.Errorf("status %d: only a 2xx is answered", status)
 	}
+	r := &replies[status-200]
+	e.Reply, e.ReplyLen, e.ReplySum, e.Status = r.Reply, r.ReplyLen, r.ReplySum, r.Status
+	return nil
+}
+
+// replies are those of each status from 200 on: there are few, and each success needs one.
+var replies = func() (replies [100]Evidence) {
+	for i := range replies {
+		replies[i].buildReply(200 + i)
+	}
+	return replies
+}()
+
+func (e *probeletEvidence) buildReply(status int) {
 	text := fmt.Sprintf("HTTP/1.1 %d %s\r\n", status, http.StatusText(status))
 	if status != http.StatusNoContent { // RFC 9110, section 8.6
 		text += "Content-Length: 0\r\n"
 	}
 	text += "Connection: close\r\nCache-Status: probelet; hit\r\n\r\n"
 	if len(text) > len(e.Reply) {
-		return fmt.Errorf("status %d: a reply of %d bytes, at most %d are possible", status, len(text), len(e.Reply))
+		panic(fmt.Sprintf("status %d: a reply of %d bytes, at most %d are possible", status, len(text), len(e.Reply)))
 	}
-	clear(e.Reply[:])
 	e.ReplyLen = uint16(copy(e.Reply[:], text))
 	e.Status = uint16(status)
-	e.ReplySum = 0
 	for i := 0; i < len(e.Reply); i += 2 { // the bytes beyond ReplyLen are 0
 		e.ReplySum += uint32(e.Reply[i]) | uint32(e.Reply[i+1])<<8 // little-endian, as the object is
 	}
-	return nil
 }
 
 // PortFresh is the kernel's verdict at a SYN, given the evidence and the tally under the port's PortKey: may the

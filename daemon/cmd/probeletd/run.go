@@ -33,7 +33,7 @@ const (
 	// recordsSettle is how long after a change of records they are read: a change is several events.
 	recordsSettle = 10 * time.Millisecond
 	// outcomesGather is how long outcomes are left to gather.
-	outcomesGather = 20 * time.Millisecond
+	outcomesGather = 50 * time.Millisecond
 	// refreshesAtATime keeps the daemon's own requests from coming all at once, however many pods want them. One that
 	// hangs is in the way for no longer than its probe's timeout, and is then not asked any more.
 	refreshesAtATime = 32
