@@ -335,6 +335,14 @@ func (p *Pod) Get(key EndpointKey) (Evidence, Tally, error) {
 	return e, t, p.tallies.Lookup(key, &t)
 }
 
+// Tally returns an endpoint's tally, an empty one if it has none.
+func (p *Pod) Tally(key EndpointKey) (t Tally, err error) {
+	if err = p.tallies.Lookup(key, &t); errors.Is(err, ebpf.ErrKeyNotExist) {
+		return Tally{}, nil
+	}
+	return t, err
+}
+
 // Delete removes an endpoint, evidence first.
 func (p *Pod) Delete(key EndpointKey) error {
 	for _, m := range []*ebpf.Map{p.evidence, p.tallies} {

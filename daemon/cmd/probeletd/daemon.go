@@ -8,9 +8,11 @@ import (
 	"os"
 	"reflect"
 	"slices"
+	"time"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/refresh"
 	"github.com/probelet/probelet/daemon/internal/statedir"
@@ -26,6 +28,7 @@ type daemon struct {
 	previous statedir.Endpoints // as an earlier run left them
 	// refresher asks by itself; nil: nobody does.
 	refresher *refresh.Refresher
+	metrics   *metrics
 
 	pods        []probe.Pod
 	podsKnown   bool
@@ -42,9 +45,10 @@ type attachment struct {
 	pod      *probe.Pod // nil: the specs say nothing of it
 	settings probe.Settings
 	tracker  *probe.Tracker
-	maps     *store.Pod // nil: not there yet, or to be opened anew
-	restored bool       // the maps' contents have been taken over
-	pending  bool       // the maps are not as they should be
+	events   map[probe.Endpoint][]api.Event // the last ones
+	maps     *store.Pod                     // nil: not there yet, or to be opened anew
+	restored bool                           // the maps' contents have been taken over
+	pending  bool                           // the maps are not as they should be
 	// What was logged last: why the pod is not answered at all, by its specs, by their number or by its annotations, and
 	// why its maps could not be written.
 	notAnswered, refused, misset, problem string
@@ -53,12 +57,15 @@ type attachment struct {
 func newDaemon(log *slog.Logger, d *datapath.Datapath, c config, previous statedir.Endpoints, r *refresh.Refresher) *daemon {
 	return &daemon{
 		log: log, datapath: d, stateDir: c.stateDir, defaults: c.defaults, previous: previous, refresher: r,
+		metrics:     newMetrics(),
 		attachments: map[attach.ID]*attachment{}, byDevice: map[uint32][]*attachment{},
 	}
 }
 
 func (d *daemon) setPods(pods []probe.Pod) {
 	d.pods, d.podsKnown = pods, true
+	d.metrics.snapshots.Inc()
+	d.metrics.lastSnapshot.SetToCurrentTime()
 	d.update()
 }
 
@@ -117,7 +124,7 @@ func (d *daemon) update() {
 func (d *daemon) renew(r attach.Record) *attachment {
 	a := d.attachments[r.ID()]
 	if a == nil || a.record.IfIndex != r.IfIndex || !a.record.CreatedAt.Equal(r.CreatedAt) {
-		a = &attachment{tracker: probe.NewTracker()}
+		a = &attachment{tracker: probe.NewTracker(), events: map[probe.Endpoint][]api.Event{}}
 		d.log.Info("attachment", "id", r.ID(), "device", r.HostIfName, "ifindex", r.IfIndex)
 	}
 	if r.Error != "" && r.Error != a.record.Error {
@@ -125,7 +132,7 @@ func (d *daemon) renew(r attach.Record) *attachment {
 	}
 	a.record, a.pod = r, match(r, d.pods)
 	for _, c := range a.tracker.SetEndpoints(d.endpoints(a), datapath.Now()) {
-		d.logChange(a, c)
+		d.note(a, c, nil)
 	}
 	return a
 }
@@ -193,6 +200,9 @@ func (d *daemon) sync(a *attachment) {
 	}
 	err := d.publish(a)
 	a.pending = err != nil
+	if a.pending && !errors.Is(err, os.ErrNotExist) {
+		d.metrics.reconcileErrors.Inc()
+	}
 	switch {
 	case err == nil:
 		a.problem = ""
@@ -338,13 +348,20 @@ func (d *daemon) refreshed(o refresh.Outcome) {
 func (d *daemon) learn(a *attachment, o probe.Outcome) bool {
 	changes := a.tracker.Observe(o)
 	for _, c := range changes {
-		d.logChange(a, c, "took", o.Duration)
+		d.note(a, c, &o)
 	}
 	return len(changes) > 0
 }
 
-// logChange says at the usual level only what is a change of state.
-func (d *daemon) logChange(a *attachment, c probe.Change, more ...any) {
+// note lets people know of a change. outcome is what it was learned from; nil: from something else. At the usual level
+// only a change of state is logged.
+func (d *daemon) note(a *attachment, c probe.Change, outcome *probe.Outcome) {
+	d.metrics.changed(c, outcome)
+	var took *time.Duration
+	if outcome != nil {
+		took = &outcome.Duration
+	}
+	a.remember(c, took)
 	level := slog.LevelInfo
 	if c.From.Result == c.To.Result {
 		level = slog.LevelDebug
@@ -352,9 +369,11 @@ func (d *daemon) logChange(a *attachment, c probe.Change, more ...any) {
 	if !d.log.Enabled(context.Background(), level) { // as with most outcomes
 		return
 	}
-	d.log.Log(context.Background(), level, "endpoint "+c.To.Result.String(), append([]any{
-		"pod", a.podName(), "endpoint", c.Endpoint, "by", c.Cause, "status", c.To.Status,
-	}, more...)...)
+	attributes := []any{"pod", a.podName(), "endpoint", c.Endpoint, "by", c.Cause, "status", c.To.Status}
+	if took != nil {
+		attributes = append(attributes, "took", *took)
+	}
+	d.log.Log(context.Background(), level, "endpoint "+c.To.Result.String(), attributes...)
 }
 
 // describe writes for probeletctl what is asked of which attachment, if that changed.

@@ -72,8 +72,20 @@ it, as in the default 1+timeout, the smallest timeout of these probes is added, 
 many periods is surely answered. No pod exceeds --staleness-ceiling, whatever its annotation says. What was
 observed already is not answered for longer when the staleness grows; only the next success is.
 
+With refresh (--refresh, or the pod's annotation probelet.dev/refresh: true, or the longest interval, from 100ms) the daemon
+itself asks what the probes ask, once in half of the shortest period (and of the staleness) at least, so that the probes of
+a pod that is well are all answered. It asks only what is known to succeed; a failure withdraws at once, and then the
+prober finds out that the pod has recovered. Its connections are reset at their end and leave no TIME_WAIT. One is kept for
+as long as the staleness allows, because a success on it says nothing of whether connections are still accepted: with the
+default staleness about one is opened in each period.
+
 An annotation that cannot be used is logged and shown by probeletctl status, and of its pod nothing is answered: whoever
 wrote it did not want the defaults.
+
+The daemon listens on <state-dir>/probeletd.sock, for root only: POST /v1/invalidate takes
+{"namespace": "shop", "pod": "web", "port": 8080, "path": "/ready"} (without path and port: all of the pod) and returns when
+nothing is answered from what was known of it (404: there is no such pod, or endpoint; 400: malformed). Controllers on other
+machines can be given the same on TLS with client certificates (--api-listen).
 
 On SIGTERM and SIGINT the daemon ends and leaves everything as it is: evidence expires by itself.`
 
@@ -88,8 +100,14 @@ type config struct {
 	bpfDir, stateDir string
 	defaults         probe.Defaults
 	dial             dialFunc // from the node's network namespace
+	metricsListen    string
+	metricsPerPod    bool
+	api              apiConfig
 	logLevel         slog.Level
 }
+
+// apiConfig is for controllers on other machines; empty: they are not served.
+type apiConfig struct{ listen, certFile, keyFile, clientCAFile string }
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
@@ -144,6 +162,12 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags.TextVar(&c.defaults.Staleness, "staleness", defaults.Staleness, "for how many `periods` a success is answered")
 	flags.TextVar(&c.defaults.Ceiling, "staleness-ceiling", defaults.Ceiling, "most `periods` that an annotation can ask for")
 	flags.TextVar(&c.defaults.Refresh, "refresh", defaults.Refresh, "whether the daemon asks by itself: `true|false`, or the longest interval")
+	flags.StringVar(&c.metricsListen, "metrics-listen", "127.0.0.1:9553", "`ADDRESS` of /metrics, /healthz and /readyz, in plain HTTP; empty: none")
+	flags.BoolVar(&c.metricsPerPod, "metrics-per-pod", false, "one metric of each pod besides: as many time series as there are pods")
+	flags.StringVar(&c.api.listen, "api-listen", "", "`ADDRESS` of the API for controllers, in TLS with client certificates")
+	flags.StringVar(&c.api.certFile, "api-cert-file", "", "`FILE` of its certificate")
+	flags.StringVar(&c.api.keyFile, "api-key-file", "", "`FILE` of its key")
+	flags.StringVar(&c.api.clientCAFile, "api-client-ca-file", "", "`FILE` of the authority of its clients")
 	flags.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "least `level` that is logged: debug, info, warn, error")
 	return cmd
 }

@@ -2,9 +2,12 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
+	"net/http"
 	"os"
 	"slices"
 	"sync"
@@ -14,6 +17,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/refresh"
 	"github.com/probelet/probelet/daemon/internal/source"
@@ -79,7 +83,7 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	if err := d.SetProber(who); err != nil {
 		return fmt.Errorf("--prober %s: %w", c.prober, err)
 	}
-	l := &loop{log: log, prober: prober, who: who, set: d.SetProber, lost: notFound != nil}
+	l := &loop{log: log, prober: prober, who: who, set: d.SetProber, lost: notFound != nil, calls: make(chan func())}
 	if l.lost {
 		log.Warn("no prober yet, so nothing is answered", "error", notFound)
 	}
@@ -134,16 +138,55 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 		cancel()
 		return err
 	}
-	defer in.wait()
+	defer in.all.Wait()
 	defer cancel()
 	refresher := refresh.New(asOwn(d, c.dial), datapath.Now, refreshesAtATime)
 	defer refresher.Close()
 	l.daemon = newDaemon(l.log, d, c, previous, refresher)
-	l.refresh = specs.Refresh
+	l.refresh, l.failing = specs.Refresh, specs.Failing
+	if err := l.listen(ctx, c, in); err != nil {
+		return err
+	}
 	l.log.Info("running", "source", c.sourceName(), "prober", c.prober, "bpf", d.Dir(), "state", c.stateDir)
 	err = l.run(ctx, in)
 	l.log.Info("ended; evidence is left to expire")
 	return err
+}
+
+// listen begins to serve those who ask the daemon something.
+func (l *loop) listen(ctx context.Context, c config, in *inputs) error {
+	serve := func(listener net.Listener, handler http.Handler) {
+		in.all.Go(func() { in.fail(api.Serve(ctx, listener, handler, l.log)) })
+	}
+	metrics := l.handler(c.metricsPerPod)
+	local, err := api.Listen(c.stateDir)
+	if err != nil {
+		return fmt.Errorf("listening on %s: %w", api.SocketPath(c.stateDir), err)
+	}
+	serve(local, api.Local(l, metrics))
+	if c.metricsListen != "" {
+		listener, err := net.Listen("tcp", c.metricsListen)
+		if err != nil {
+			return fmt.Errorf("--metrics-listen %s: %w", c.metricsListen, err)
+		}
+		serve(listener, api.Health(l, metrics))
+	}
+	if c.api == (apiConfig{}) {
+		return nil
+	}
+	if c.api.listen == "" || c.api.certFile == "" || c.api.keyFile == "" || c.api.clientCAFile == "" {
+		return errors.New("--api-listen, --api-cert-file, --api-key-file and --api-client-ca-file: all of them are needed, or none")
+	}
+	config, err := api.TLSConfig(c.api.certFile, c.api.keyFile, c.api.clientCAFile)
+	if err != nil {
+		return fmt.Errorf("--api-listen %s: %w", c.api.listen, err)
+	}
+	listener, err := tls.Listen("tcp", c.api.listen, config)
+	if err != nil {
+		return fmt.Errorf("--api-listen %s: %w", c.api.listen, err)
+	}
+	serve(listener, api.Controls(l))
+	return nil
 }
 
 // inputs are what the loop reacts to.
@@ -151,10 +194,10 @@ type inputs struct {
 	snapshots chan []probe.Pod
 	records   chan struct{} // they changed
 	outcomes  chan []datapath.Outcome
-	failed    chan error
+	failed    chan error // the first of those that cannot go on
 	// recordsReplaced is whether their directory is not the one that is watched.
 	recordsReplaced func() bool
-	wait            func() // for the goroutines to end, after ctx
+	all             sync.WaitGroup // of goroutines, which end after ctx
 }
 
 // watch starts a goroutine for each input.
@@ -182,21 +225,23 @@ func watch(ctx context.Context, stateDir string, d *datapath.Datapath, specs sou
 		snapshots: make(chan []probe.Pod),
 		records:   make(chan struct{}, 1),
 		outcomes:  make(chan []datapath.Outcome),
-		failed:    make(chan error, 3),
+		failed:    make(chan error, 1),
 	}
-	var all sync.WaitGroup
-	in.wait = all.Wait
-	all.Go(func() { in.fail(specs.Run(ctx, in.snapshots)) })
-	all.Go(func() { in.fail(in.watchRecords(ctx, watcher, log)) })
-	all.Go(func() { in.fail(in.readOutcomes(ctx, reader)) })
+	in.all.Go(func() { in.fail(specs.Run(ctx, in.snapshots)) })
+	in.all.Go(func() { in.fail(in.watchRecords(ctx, watcher, log)) })
+	in.all.Go(func() { in.fail(in.readOutcomes(ctx, reader)) })
 	// A reader that waits is woken by closing it.
 	context.AfterFunc(ctx, func() { _ = reader.Close() })
 	return in, nil
 }
 
 func (in *inputs) fail(err error) {
-	if err != nil {
-		in.failed <- err
+	if err == nil {
+		return
+	}
+	select {
+	case in.failed <- err:
+	default:
 	}
 }
 
@@ -258,9 +303,11 @@ type loop struct {
 	prober proberFinder
 	who    datapath.Prober
 	set    func(datapath.Prober) error
-	// refresh tells the source of a new attachment.
+	// refresh tells the source of a new attachment; failing is how it fails.
 	refresh func()
-	lost    bool // the prober's cgroup is not there, and that was logged
+	failing func() string
+	calls   chan func() // of others, to be run between two decisions
+	lost    bool        // the prober's cgroup is not there, and that was logged
 }
 
 func (l *loop) run(ctx context.Context, in *inputs) error {
@@ -287,6 +334,8 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			}
 		case o := <-outcomes:
 			l.observe(o)
+		case call := <-l.calls:
+			call()
 		case o := <-l.refresher.C:
 			l.refreshed(o)
 		case <-retry:

@@ -119,7 +119,7 @@ func (n *node) start() (stop func()) {
 	n.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- run(ctx, n.config, slog.New(slog.NewTextHandler(n.log, nil))) }()
+	go func() { done <- run(ctx, n.config, n.logger()) }()
 	var stopped bool
 	stop = func() {
 		cancel()
@@ -134,6 +134,8 @@ func (n *node) start() (stop func()) {
 	n.t.Cleanup(stop)
 	return stop
 }
+
+func (n *node) logger() *slog.Logger { return slog.New(slog.NewTextHandler(n.log, nil)) }
 
 func (n *node) eventually(what string, ok func() bool) {
 	n.t.Helper()

@@ -25,9 +25,9 @@ const changesSettle = 20 * time.Millisecond
 
 // APIServer watches the node's pods at the API server.
 type APIServer struct {
-	client  rest.Interface
-	node    string
-	health  health
+	client rest.Interface
+	node   string
+	health
 	changed chan struct{}
 	last    publisher
 }
@@ -164,9 +164,9 @@ func (a *APIServer) note(ctx context.Context, kind string, err error) {
 	switch {
 	case ctx.Err() != nil:
 	case err == nil:
-		a.health.set("", nil)
+		a.set("", nil)
 	default:
-		a.health.set(kind, err)
+		a.set(kind, err)
 	}
 }
 

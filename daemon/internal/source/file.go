@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
@@ -51,8 +52,8 @@ type File struct {
 	log     *slog.Logger
 	watcher *fsnotify.Watcher
 	initial []probe.Pod
-	text    []byte // as last read, good or bad
-	failing string // the last error that was logged
+	text    []byte       // as last read, good or bad
+	failing atomic.Value // string: the last error that was logged
 }
 
 // NewFile reads the file, and begins to watch it. Close or the end of Run ends that.
@@ -74,6 +75,12 @@ func NewFile(path string, log *slog.Logger) (*File, error) {
 
 // Refresh implements Source: the file is watched.
 func (f *File) Refresh() {}
+
+// Failing implements Source.
+func (f *File) Failing() string {
+	failing, _ := f.failing.Load().(string)
+	return failing
+}
 
 // Close ends the watching, if Run has not been called.
 func (f *File) Close() error { return f.watcher.Close() }
@@ -116,13 +123,13 @@ func (f *File) reload() (pods []probe.Pod, changed bool) {
 	case errors.Is(err, errUnchanged):
 		return nil, false
 	case err != nil:
-		if err.Error() != f.failing {
+		if err.Error() != f.Failing() {
 			f.log.Error("specs not usable, the last good ones stay in force", "error", err)
 		}
-		f.failing = err.Error()
+		f.failing.Store(err.Error())
 		return nil, false
 	}
-	f.failing = ""
+	f.failing.Store("")
 	f.log.Info("specs loaded", "file", f.path, "pods", len(pods))
 	return pods, true
 }

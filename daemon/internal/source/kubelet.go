@@ -47,10 +47,10 @@ type Kubelet struct {
 	config  KubeletConfig
 	timeout time.Duration
 	refresh chan struct{}
-	health  health
-	client  *http.Client
-	ca      []byte // that client trusts
-	last    publisher
+	health
+	client *http.Client
+	ca     []byte // that client trusts
+	last   publisher
 }
 
 // NewKubelet checks the configuration. Whether the kubelet answers is Run's concern.
@@ -92,9 +92,9 @@ func (k *Kubelet) Run(ctx context.Context, snapshots chan<- []probe.Pod) error {
 		}
 		var failure *kubeletError
 		if errors.As(err, &failure) {
-			k.health.set(failure.kind, failure)
+			k.set(failure.kind, failure)
 		} else {
-			k.health.set("", nil)
+			k.set("", nil)
 			if !k.last.send(ctx, snapshots, pods) {
 				return nil
 			}

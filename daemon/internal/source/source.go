@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"reflect"
 	"slices"
+	"sync/atomic"
 
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
@@ -16,6 +17,8 @@ type Source interface {
 	// Run sends a snapshot as soon as there is one and after every change, until ctx ends. While a source cannot be read
 	// it sends none, so what it last said stays in force. An error means that there will be no more.
 	Run(ctx context.Context, snapshots chan<- []probe.Pod) error
+	// Failing is how the source fails at present; empty if it does not. It may be called at any time.
+	Failing() string
 	// Refresh says that there is a pod that the last snapshot may not have had. It does not wait, and may do nothing
 	// where changes come by themselves.
 	Refresh()
@@ -50,18 +53,24 @@ func (p *publisher) send(ctx context.Context, snapshots chan<- []probe.Pod, pods
 // health logs when a source fails and when it is well again, not each time in between.
 type health struct {
 	log     *slog.Logger
-	failing string // the kind of the failure that was logged last
+	failing atomic.Value // string: the kind of the failure that was logged last
+}
+
+// Failing implements Source.
+func (h *health) Failing() string {
+	kind, _ := h.failing.Load().(string)
+	return kind
 }
 
 // set takes the kind of failure, empty for none. Errors of one kind may differ each time: in ports, or in offsets.
 func (h *health) set(kind string, err error) {
 	switch kind {
-	case h.failing:
+	case h.Failing():
 		return
 	case "":
 		h.log.Info("the source of specs is well again")
 	default:
 		h.log.Error("the source of specs "+kind+"; what it last said stays in force", "error", err)
 	}
-	h.failing = kind
+	h.failing.Store(kind)
 }

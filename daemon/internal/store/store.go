@@ -177,6 +177,9 @@ func (p *Pod) IDs() datapath.PodIDs { return p.ids }
 // Records are what the maps hold. They must not be changed.
 func (p *Pod) Records() Records { return p.have }
 
+// Tally is what the kernel noted of a record; nothing if there is none.
+func (p *Pod) Tally(key datapath.EndpointKey) (datapath.Tally, error) { return p.maps.Tally(key) }
+
 // Sync makes the maps hold the records. After an error it is not known what they hold: the pod must be opened anew.
 func (p *Pod) Sync(want Records) error {
 	for _, s := range diff(p.have, want) {

@@ -1,0 +1,273 @@
+package main
+
+import (
+	"context"
+	"net/http"
+	"runtime/debug"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/store"
+)
+
+// metrics are what the daemon counts itself. What the kernel side counts, and what is at the moment, is collected when
+// somebody asks.
+type metrics struct {
+	evidence        *prometheus.CounterVec
+	withdrawals     *prometheus.CounterVec
+	reconcileErrors prometheus.Counter
+	snapshots       prometheus.Counter
+	lastSnapshot    prometheus.Gauge
+}
+
+func newMetrics() *metrics {
+	return &metrics{
+		evidence: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "probelet_evidence_total",
+			Help: "Outcomes that said something new of an endpoint, by who asked (probe, refresh) and result.",
+		}, []string{"source", "result"}),
+		withdrawals: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "probelet_withdrawn_endpoints_total",
+			Help: "Endpoints that were no longer answered before their bound, by the daemon's decision, by cause: timeout of a probe, refresh, restart, spec, request. What the kernel side withdraws by itself is in probelet_withdrawn_ports_total.",
+		}, []string{"cause"}),
+		reconcileErrors: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "probelet_reconcile_errors_total",
+			Help: "Failed attempts to write what is known into a pod's maps.",
+		}),
+		snapshots: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "probelet_source_snapshots_total",
+			Help: "Changes of what is probed that the source told of.",
+		}),
+		lastSnapshot: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "probelet_source_last_snapshot_timestamp_seconds",
+			Help: "When the last of them was, in Unix time; 0: never.",
+		}),
+	}
+}
+
+// changed counts a change of what is known. outcome is what it was learned from; nil: from something else.
+func (m *metrics) changed(c probe.Change, outcome *probe.Outcome) {
+	if outcome != nil {
+		m.evidence.WithLabelValues(string(c.Cause), c.To.Result.String()).Inc()
+	}
+	if !c.Withdrawn(datapath.Now()) {
+		return
+	}
+	switch {
+	case c.Cause != probe.ByProbe:
+		m.withdrawals.WithLabelValues(string(c.Cause)).Inc()
+	case outcome.Event == probe.NoAnswer, c.To.Result == probe.Failure && outcome.Status/100 == 2, outcome.Event == probe.Connected:
+		m.withdrawals.WithLabelValues("timeout").Inc()
+	}
+}
+
+// handler serves the metrics. With perPod there is one of each pod besides.
+func (l *loop) handler(perPod bool) http.Handler {
+	registry := prometheus.NewRegistry()
+	m := l.metrics
+	registry.MustRegister(m.evidence, m.withdrawals, m.reconcileErrors, m.snapshots, m.lastSnapshot,
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+		&collector{loop: l, perPod: perPod}, buildInfo())
+	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{})
+}
+
+func buildInfo() prometheus.Collector {
+	version := "unknown"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		version = info.Main.Version
+	}
+	gauge := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "probelet_build_info", Help: "1, labelled with the version of the daemon and of the layout of its maps.",
+		ConstLabels: prometheus.Labels{"version": version, "abi": datapath.ABI},
+	})
+	gauge.Set(1)
+	return gauge
+}
+
+func describe(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc("probelet_"+name, help, labels, nil)
+}
+
+var (
+	probesDesc      = describe("probes_total", "Connections of a prober to attached pods, by verdict (answered in the kernel, passed to the pod) and reason.", "verdict", "reason")
+	handedOverDesc  = describe("handed_over_connections_total", "Connections that were taken and then handed over to the pod, because what was asked could not be answered.")
+	observedDesc    = describe("observed_probes_total", "Probes that were passed to the pod and whose outcome was reported.")
+	lostDesc        = describe("lost_outcomes_total", "Outcomes that did not fit the ring buffer.")
+	ownDesc         = describe("own_connections_total", "Connections of the daemon itself (refresh).")
+	foreignDesc     = describe("foreign_packets_total", "Packets to attached pods that were not a prober's.")
+	droppedDesc     = describe("dropped_packets_total", "Packets of taken connections that ended in the kernel without an answer, such as acknowledgements.")
+	portsDesc       = describe("withdrawn_ports_total", "Ports that were no longer answered before their bound, by the kernel side's decision, by cause.", "cause")
+	agesDesc        = describe("answer_age_seconds", "Age of the evidence that probes were answered with.")
+	endpointsDesc   = describe("endpoints", "Endpoints that are probed, by state: fresh (answered), stale, failed, unknown, never (not answerable, or told not to).", "state")
+	attachmentsDesc = describe("attachments", "Attached interfaces, by whether it is known what their pods are probed for.", "known")
+	refreshedDesc   = describe("refreshed_endpoints", "Endpoints that the daemon asks by itself at present.")
+	entriesDesc     = describe("map_entries", "Entries of a BPF map: pods, and flows (connections).", "map")
+	capacityDesc    = describe("map_capacity_entries", "Entries that a BPF map can hold.", "map")
+	proberDesc      = describe("prober_found", "1 if it is known whose connections are probes, otherwise 0: nothing is answered then.")
+	sourceDesc      = describe("source_up", "1 if the source of specs can be read, otherwise 0: what it last said stays in force.")
+	perPodDesc      = describe("pod_answered_probes_total", "Probes of a pod that were answered in the kernel.", "namespace", "pod")
+)
+
+// collector tells what is at the moment, and what the kernel side has counted.
+type collector struct {
+	loop   *loop
+	perPod bool
+}
+
+// Describe implements prometheus.Collector.
+func (c *collector) Describe(descs chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{
+		probesDesc, handedOverDesc, observedDesc, lostDesc, ownDesc, foreignDesc, droppedDesc, portsDesc, agesDesc,
+		endpointsDesc, attachmentsDesc, refreshedDesc, entriesDesc, capacityDesc, proberDesc, sourceDesc,
+	} {
+		descs <- d
+	}
+	if c.perPod {
+		descs <- perPodDesc
+	}
+}
+
+// collectTimeout is shorter than what scrapers wait for.
+const collectTimeout = 5 * time.Second
+
+// Collect implements prometheus.Collector.
+func (c *collector) Collect(out chan<- prometheus.Metric) {
+	counter := func(d *prometheus.Desc, value uint64, labels ...string) {
+		out <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(value), labels...)
+	}
+	gauge := func(d *prometheus.Desc, value int, labels ...string) {
+		out <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(value), labels...)
+	}
+	d := c.loop.datapath
+	if counters, err := d.Counters(); err != nil {
+		out <- prometheus.NewInvalidMetric(probesDesc, err)
+	} else {
+		for _, protocol := range []string{"http", "tcp"} {
+			counter(probesDesc, counters["answered_"+protocol], "answered", protocol)
+		}
+		for _, reason := range []string{"not_fresh", "not_probed", "not_parsable"} {
+			counter(probesDesc, counters["passed_"+reason], "passed", reason)
+		}
+		for _, cause := range datapath.WithdrawalCauses {
+			counter(portsDesc, counters["withdrawn_"+cause], cause)
+		}
+		counter(handedOverDesc, counters["handed_over"])
+		counter(observedDesc, counters["observed"])
+		counter(lostDesc, counters["outcomes_lost"])
+		counter(ownDesc, counters["passed_own"])
+		counter(foreignDesc, counters["passed_not_prober"])
+		counter(droppedDesc, counters["dropped"])
+	}
+	if ages, err := d.AnswerAges(); err != nil {
+		out <- prometheus.NewInvalidMetric(agesDesc, err)
+	} else {
+		var count uint64
+		buckets := map[float64]uint64{}
+		for i, n := range ages.Buckets {
+			count += n
+			if i < len(datapath.AnswerAgeBounds) {
+				buckets[datapath.AnswerAgeBounds[i]] = count
+			}
+		}
+		out <- prometheus.MustNewConstHistogram(agesDesc, count, ages.Sum.Seconds(), buckets)
+	}
+	if fills, err := d.Fills(); err != nil {
+		out <- prometheus.NewInvalidMetric(entriesDesc, err)
+	} else {
+		for name, fill := range fills {
+			gauge(entriesDesc, fill.Entries, name)
+			gauge(capacityDesc, fill.Max, name)
+		}
+	}
+
+	ctx, cancel := context.WithTimeout(context.Background(), collectTimeout)
+	defer cancel()
+	var now moment
+	if err := c.loop.call(ctx, func() { now = c.loop.moment() }); err != nil {
+		out <- prometheus.NewInvalidMetric(endpointsDesc, err)
+		return
+	}
+	for _, state := range endpointStates {
+		gauge(endpointsDesc, now.endpoints[state], state)
+	}
+	gauge(attachmentsDesc, now.known, "true")
+	gauge(attachmentsDesc, now.unknown, "false")
+	gauge(refreshedDesc, now.refreshed)
+	gauge(proberDesc, btoi(now.proberFound))
+	gauge(sourceDesc, btoi(now.sourceUp))
+	if c.perPod {
+		for pod, hits := range now.hits {
+			counter(perPodDesc, hits, pod.Namespace, pod.Name)
+		}
+	}
+}
+
+func btoi(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+var endpointStates = []string{"fresh", "stale", "failed", "unknown", "never"}
+
+// podName is a pod's.
+type podName struct{ Namespace, Name string }
+
+// moment is what is known at a moment, in numbers.
+type moment struct {
+	endpoints                 map[string]int // by state
+	known, unknown, refreshed int
+	hits                      map[podName]uint64
+	proberFound, sourceUp     bool
+}
+
+func (l *loop) moment() moment {
+	m := moment{
+		endpoints: map[string]int{}, hits: map[podName]uint64{},
+		proberFound: !l.lost, sourceUp: l.failing() == "",
+	}
+	for _, a := range l.attachments {
+		if a.pod == nil {
+			m.unknown++
+			continue
+		}
+		m.known++
+		m.refreshed += len(a.targets())
+		evidence := a.tracker.Evidence()
+		var hits uint64
+		for _, s := range a.tracker.Endpoints() {
+			m.endpoints[a.state(s, evidence[s.Endpoint])]++
+			if key, ok := store.Key(s.Endpoint); ok && s.Observed && a.maps != nil {
+				tally, _ := a.maps.Tally(key) // an unreadable one is told of when it is written
+				hits += tally.Hits
+			}
+		}
+		m.hits[podName{a.pod.Namespace, a.pod.Name}] += hits
+	}
+	return m
+}
+
+// state is the endpoint's, as probeletctl status has it, but for those that are never answered.
+func (a *attachment) state(s probe.EndpointSpec, e probe.Evidence) string {
+	switch {
+	case s.Reason != "":
+		return "never"
+	case e.Result == probe.Failure:
+		return "failed"
+	case e.Result != probe.Success:
+		return "unknown"
+	case a.maps == nil:
+		return "stale"
+	}
+	port, err := a.maps.Tally(datapath.PortKey(s.Port))
+	if err != nil || e.FreshUntil <= datapath.Now() || e.ObservedAt <= port.WithdrawnAt {
+		return "stale"
+	}
+	return "fresh"
+}

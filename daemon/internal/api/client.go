@@ -1,0 +1,79 @@
+package api
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"syscall"
+)
+
+// Client speaks with the daemon of a state directory.
+type Client struct{ http http.Client }
+
+// NewClient returns a client. Whether a daemon runs shows when it is asked.
+func NewClient(stateDir string) *Client {
+	c := &Client{}
+	c.http.Timeout = 2 * patience
+	c.http.Transport = &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", SocketPath(stateDir))
+		},
+		DisableKeepAlives: true,
+	}
+	return c
+}
+
+// ErrDown: no daemon listens.
+var ErrDown = errors.New("probeletd is not running")
+
+// Invalidate is POST /v1/invalidate.
+func (c *Client) Invalidate(ctx context.Context, r InvalidateRequest) (reply InvalidateReply, err error) {
+	return reply, c.do(ctx, http.MethodPost, "/v1/invalidate", r, &reply)
+}
+
+// Events is GET /v1/pods/{namespace}/{pod}/events.
+func (c *Client) Events(ctx context.Context, namespace, pod string) (reply EventsReply, err error) {
+	path := "/v1/pods/" + url.PathEscape(namespace) + "/" + url.PathEscape(pod) + "/events"
+	return reply, c.do(ctx, http.MethodGet, path, nil, &reply)
+}
+
+func (c *Client) do(ctx context.Context, method, path string, body, reply any) error {
+	text, err := json.Marshal(body)
+	if err != nil {
+		return err
+	}
+	request, err := http.NewRequestWithContext(ctx, method, "http://probeletd"+path, bytes.NewReader(text))
+	if err != nil {
+		return err
+	}
+	response, err := c.http.Do(request)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+		return ErrDown
+	}
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close() //nolint:errcheck // read only
+	if text, err = io.ReadAll(response.Body); err != nil {
+		return err
+	}
+	if response.StatusCode == http.StatusOK {
+		return json.Unmarshal(text, reply)
+	}
+	var f failure
+	if json.Unmarshal(text, &f) != nil || f.Error == "" {
+		return fmt.Errorf("probeletd: %s: %s", response.Status, text)
+	}
+	if response.StatusCode == http.StatusNotFound {
+		return NotFound("%s", f.Error)
+	}
+	return errors.New(f.Error)
+}
