@@ -8,10 +8,12 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
@@ -35,7 +37,7 @@ With -o wide also, for each of PROBES:
                    begins
   SETTINGS         mode and staleness, where they are not the default, and who said so
 
-With -o json, the fields are those of type Status in daemon/cmd/probeletctl/status.go.`
+With -o json, the fields are those of docs/status.schema.json.`
 
 // environment is what the commands reach of the machine.
 type environment struct {
@@ -45,8 +47,10 @@ type environment struct {
 }
 
 func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
+	defer stop()
 	env := environment{stdout: os.Stdout, stderr: os.Stderr, now: datapath.Now, open: openKernel}
-	if err := execute(context.Background(), env, os.Args[1:]); err != nil {
+	if err := execute(ctx, env, os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "probeletctl:", err)
 		os.Exit(1)
 	}
@@ -59,7 +63,7 @@ func execute(ctx context.Context, env environment, args []string) error {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(statusCommand(env))
+	root.AddCommand(statusCommand(env), explainCommand(env), topCommand(env), invalidateCommand(env))
 	root.SetArgs(args)
 	root.SetOut(env.stdout)
 	root.SetErr(env.stderr)
@@ -70,7 +74,7 @@ func execute(ctx context.Context, env environment, args []string) error {
 var formats = map[string]func(io.Writer, Status) error{
 	"table": func(w io.Writer, s Status) error { return printTable(w, s, false) },
 	"wide":  func(w io.Writer, s Status) error { return printTable(w, s, true) },
-	"json":  printJSON,
+	"json":  printJSON[Status],
 }
 
 func formatNames() string {
@@ -83,7 +87,8 @@ func formatNames() string {
 }
 
 func statusCommand(env environment) *cobra.Command {
-	var output, bpfDir, stateDir string
+	var output string
+	var where place
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Show attachments, endpoints, and what is answered",
@@ -94,21 +99,27 @@ func statusCommand(env environment) *cobra.Command {
 			if !ok {
 				return fmt.Errorf("--output %q: must be one of %s", output, formatNames())
 			}
-			status, err := collect(env, bpfDir, stateDir)
+			status, err := collect(env, where)
 			if err != nil {
 				return err
 			}
 			return show(env.stdout, status)
 		},
 	}
-	flags := cmd.Flags()
-	flags.StringVarP(&output, "output", "o", "table", "`format`: "+formatNames())
-	flags.StringVar(&bpfDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
-	flags.StringVar(&stateDir, "state-dir", attach.DefaultStateDir, "`directory` of attachment records and the daemon's state")
+	cmd.Flags().StringVarP(&output, "output", "o", "table", "`format`: "+formatNames())
+	where.flags(cmd)
 	return cmd
 }
 
-func printJSON(w io.Writer, s Status) error {
+// place is where probelet is on this machine.
+type place struct{ bpfDir, stateDir string }
+
+func (p *place) flags(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&p.bpfDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
+	cmd.Flags().StringVar(&p.stateDir, "state-dir", attach.DefaultStateDir, "`directory` of attachment records and the daemon's state")
+}
+
+func printJSON[T any](w io.Writer, s T) error {
 	encoder := json.NewEncoder(w)
 	encoder.SetIndent("", "  ")
 	return encoder.Encode(s)

@@ -76,26 +76,32 @@ type Endpoint struct {
 	Age      *float64 `json:"ageSeconds"`
 	FreshFor *float64 `json:"freshForSeconds"`
 	Status   uint16   `json:"status,omitempty"` // the last HTTP status
-	Hits     uint64   `json:"hits"`
+	// Hits are how many probes were answered in the kernel, and LastHitAge the time since the last; null if there is none.
+	Hits       uint64   `json:"hits"`
+	LastHitAge *float64 `json:"lastHitAgeSeconds"`
+	// WithdrawnAge is the time since the kernel last withdrew what was known of the port, and WithdrawnCause why:
+	// listener_closed, reset or status; null and empty if it never did.
+	WithdrawnAge   *float64 `json:"withdrawnAgeSeconds"`
+	WithdrawnCause string   `json:"withdrawnCause,omitempty"`
 	// WhyNotAnswered is why the next probe will reach the pod; empty if it is answered in the kernel.
 	WhyNotAnswered string `json:"whyNotAnswered,omitempty"`
 }
 
-func collect(env environment, bpfDir, stateDir string) (s Status, err error) {
+func collect(env environment, where place) (s Status, err error) {
 	s = Status{Attachments: []Attachment{}, Unattached: []string{}}
-	if s.Daemon.PID, s.Daemon.Running, err = statedir.Running(stateDir); err != nil {
+	if s.Daemon.PID, s.Daemon.Running, err = statedir.Running(where.stateDir); err != nil {
 		return s, err
 	}
-	records, err := attach.ReadRecords(stateDir)
+	records, err := attach.ReadRecords(where.stateDir)
 	if err != nil {
 		warn(env, err)
 	}
-	described, err := statedir.ReadEndpoints(stateDir)
+	described, err := statedir.ReadEndpoints(where.stateDir)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		warn(env, err)
 	}
 	s.Unattached = append(s.Unattached, described.Unattached...)
-	k, err := env.open(bpfDir)
+	k, err := env.open(where.bpfDir)
 	if err != nil {
 		return s, err
 	}
@@ -225,6 +231,12 @@ func (a *Attachment) readMaps(maps podMaps, now uint64) error {
 			return err
 		}
 		e.Hits = tally.Hits
+		if tally.AnsweredAt != 0 {
+			e.LastHitAge = seconds(now, tally.AnsweredAt)
+		}
+		if port := ports[e.Port].tally; port.WithdrawnAt != 0 {
+			e.WithdrawnAge, e.WithdrawnCause = seconds(now, port.WithdrawnAt), datapath.WithdrawalCauses[port.WithdrawnCause]
+		}
 		e.judge(evidence, ports[e.Port].tally, now)
 	}
 	for i := range a.Endpoints {
@@ -261,7 +273,7 @@ func (e *Endpoint) judge(evidence datapath.Evidence, port datapath.Tally, now ui
 		e.FreshFor = seconds(evidence.FreshUntil, now)
 	case evidence.Result == datapath.ResultSuccess && evidence.ObservedAt <= port.WithdrawnAt:
 		e.State = Stale
-		e.WhyNotAnswered = "withdrawn: the port's listening socket was closed, or a probe of it was reset or got a status other than 2xx"
+		e.WhyNotAnswered = "withdrawn: " + withdrawal(e.WithdrawnCause)
 	case evidence.Result == datapath.ResultSuccess:
 		e.State = Stale
 		e.WhyNotAnswered = "expired"
@@ -274,6 +286,19 @@ func (e *Endpoint) judge(evidence datapath.Evidence, port datapath.Tally, now ui
 	default:
 		e.WhyNotAnswered = fmt.Sprintf("status %d: a redirect is never answered", evidence.Status)
 	}
+}
+
+// withdrawal is a cause in words.
+func withdrawal(cause string) string {
+	switch cause {
+	case "listener_closed":
+		return "the port's listening socket was closed"
+	case "reset":
+		return "a probe of the port was refused or reset"
+	case "status":
+		return "a probe of the port got a status other than 2xx"
+	}
+	return cause
 }
 
 func failure(status uint16) string {

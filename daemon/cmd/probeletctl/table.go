@@ -103,6 +103,9 @@ func settings(s *statedir.Settings) string {
 	if s.StalenessFrom != probe.FromDefault {
 		said = append(said, fmt.Sprintf("staleness %s (%s)", s.Staleness, s.StalenessFrom))
 	}
+	if s.RefreshFrom != probe.FromDefault {
+		said = append(said, fmt.Sprintf("refresh %s (%s)", s.Refresh, s.RefreshFrom))
+	}
 	return strings.Join(said, ", ")
 }
 
@@ -133,10 +136,7 @@ func (r *row) fill(e Endpoint) {
 
 // printSummary says what holds for all of the table.
 func printSummary(w io.Writer, s Status) error {
-	lines := []string{"probeletd: not running; what is fresh is answered until it expires"}
-	if s.Daemon.Running {
-		lines[0] = fmt.Sprintf("probeletd: running, pid %d", s.Daemon.PID)
-	}
+	lines := []string{s.Daemon.String()}
 	if s.Prober == nil {
 		lines = append(lines, "kernel: the BPF objects are not loaded")
 	} else {
@@ -146,6 +146,13 @@ func printSummary(w io.Writer, s Status) error {
 	}
 	_, err := fmt.Fprintln(w, strings.Join(lines, "\n"))
 	return err
+}
+
+func (d Daemon) String() string {
+	if d.Running {
+		return fmt.Sprintf("probeletd: running, pid %d", d.PID)
+	}
+	return "probeletd: not running; what is fresh is answered until it expires"
 }
 
 func (p Prober) String() string {

@@ -1,0 +1,260 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/probelet/probelet/daemon/internal/api"
+	"github.com/probelet/probelet/daemon/internal/probe"
+)
+
+// parsePod splits NAMESPACE/POD.
+func parsePod(text string) (namespace, pod string, err error) {
+	namespace, pod, ok := strings.Cut(text, "/")
+	if !ok || namespace == "" || pod == "" || strings.Contains(pod, "/") {
+		return "", "", fmt.Errorf("%q: must be NAMESPACE/POD", text)
+	}
+	return namespace, pod, nil
+}
+
+const invalidateHelp = `Has probelet forget what is known of a pod's endpoints: the next probes reach the pod, and an endpoint is answered again
+only after a probe of it has succeeded. When the command returns, that is so. It needs the daemon.`
+
+func invalidateCommand(env environment) *cobra.Command {
+	var where place
+	var r api.InvalidateRequest
+	cmd := &cobra.Command{
+		Use:   "invalidate NAMESPACE/POD",
+		Short: "Have the next probes of a pod reach it",
+		Long:  invalidateHelp,
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			if r.Namespace, r.Pod, err = parsePod(args[0]); err != nil {
+				return err
+			}
+			reply, err := api.NewClient(where.stateDir).Invalidate(cmd.Context(), r)
+			if errors.Is(err, api.ErrDown) {
+				return fmt.Errorf("%w, and nobody else may withdraw; %s", err, freshUntil(env, where, args[0]))
+			}
+			if err != nil {
+				return err
+			}
+			if len(reply.Withdrawn) == 0 {
+				reply.Withdrawn = []string{"nothing: no endpoint of it is attached and observed"}
+			}
+			_, err = fmt.Fprintf(env.stdout, "withdrawn of %s:\n  %s\n", reply.Pod, strings.Join(reply.Withdrawn, "\n  "))
+			return err
+		},
+	}
+	cmd.Flags().Uint16Var(&r.Port, "port", 0, "only endpoints on this `PORT`")
+	cmd.Flags().StringVar(&r.Path, "path", "", "only endpoints of this `PATH` (and query), as probed")
+	where.flags(cmd)
+	return cmd
+}
+
+// freshUntil says for how long a pod is still answered if nothing more happens.
+func freshUntil(env environment, where place, pod string) string {
+	s, err := collect(env, where)
+	if err != nil {
+		return err.Error()
+	}
+	longest := 0.0
+	for _, a := range s.Attachments {
+		for _, e := range a.Endpoints {
+			if a.Pod == pod && e.FreshFor != nil {
+				longest = max(longest, *e.FreshFor)
+			}
+		}
+	}
+	if longest == 0 {
+		return "nothing of " + pod + " is fresh"
+	}
+	return fmt.Sprintf("the last of %s expires in %s", pod, duration(longest))
+}
+
+const explainHelp = `Shows what is known of a pod: each endpoint with the probes that ask it, whether it is answered and why not, for how long at
+most a failure can go unnoticed by each probe, and the last events.
+
+Events are the daemon's memory. Without a daemon those that the kernel notes are shown: the last answer and the last
+withdrawal.`
+
+// Explanation is what probeletctl explain shows.
+type Explanation struct {
+	Daemon      Daemon       `json:"daemon"`
+	Attachments []Attachment `json:"attachments"`
+	// Events are the last of each endpoint, oldest first, as the daemon remembers them; null if it is not running.
+	Events []api.Event `json:"events"`
+}
+
+func explainCommand(env environment) *cobra.Command {
+	var where place
+	var output string
+	cmd := &cobra.Command{
+		Use:   "explain NAMESPACE/POD",
+		Short: "Show what is known of a pod, and why it is answered or not",
+		Long:  explainHelp,
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			x, err := explain(cmd.Context(), env, where, args[0])
+			if err != nil {
+				return err
+			}
+			switch output {
+			case "text":
+				return x.print(env.stdout)
+			case "json":
+				return printJSON(env.stdout, x)
+			}
+			return fmt.Errorf("--output %q: must be one of json|text", output)
+		},
+	}
+	cmd.Flags().StringVarP(&output, "output", "o", "text", "`format`: json|text")
+	where.flags(cmd)
+	return cmd
+}
+
+func explain(ctx context.Context, env environment, where place, name string) (Explanation, error) {
+	namespace, pod, err := parsePod(name)
+	if err != nil {
+		return Explanation{}, err
+	}
+	s, err := collect(env, where)
+	if err != nil {
+		return Explanation{}, err
+	}
+	x := Explanation{Daemon: s.Daemon, Attachments: []Attachment{}}
+	for _, a := range s.Attachments {
+		if a.Pod == name {
+			x.Attachments = append(x.Attachments, a)
+		}
+	}
+	if len(x.Attachments) == 0 {
+		if slices.Contains(s.Unattached, name) {
+			return x, fmt.Errorf("pod %s is not attached, so all of its probes reach it", name)
+		}
+		return x, fmt.Errorf("pod %s is not known on this node", name)
+	}
+	reply, err := api.NewClient(where.stateDir).Events(ctx, namespace, pod)
+	switch {
+	case err == nil:
+		x.Events = reply.Events
+	case !errors.Is(err, api.ErrDown) && !errors.Is(err, api.ErrNotFound):
+		warn(env, err)
+	}
+	return x, nil
+}
+
+func (x Explanation) print(w io.Writer) error {
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	line := func(columns ...string) { _, _ = fmt.Fprintln(table, strings.Join(columns, "\t")) } // Flush tells of errors
+	line(x.Daemon.String())
+	for _, a := range x.Attachments {
+		line()
+		line(fmt.Sprintf("%s  device %s, container %s", a.Pod, cmp.Or(a.HostIfName, "-"), a.ContainerID))
+		if s := a.Settings; s != nil {
+			line(fmt.Sprintf("mode %s (%s), staleness %s (%s), refresh %s (%s)",
+				s.Mode, s.ModeFrom, s.Staleness, s.StalenessFrom, s.Refresh, s.RefreshFrom))
+		}
+		if a.WhyNotAnswered != "" {
+			line("not answered: " + a.WhyNotAnswered)
+		}
+		for _, e := range a.Endpoints {
+			line()
+			x.printEndpoint(line, e)
+		}
+	}
+	return table.Flush()
+}
+
+func (x Explanation) printEndpoint(line func(...string), e Endpoint) {
+	line(e.Endpoint.Endpoint().String())
+	state := string(e.State)
+	if e.Status != 0 {
+		state += fmt.Sprintf(", status %d", e.Status)
+	}
+	if e.Age != nil {
+		state += fmt.Sprintf(", observed %s ago", duration(*e.Age))
+	}
+	line("", "state", state)
+	if e.WhyNotAnswered == "" {
+		line("", "next probe", fmt.Sprintf("answered in the kernel, for another %s", duration(*e.FreshFor)))
+	} else {
+		line("", "next probe", "reaches the pod: "+e.WhyNotAnswered)
+	}
+	if e.NotAnswered == "" {
+		bound := fmt.Sprintf("a success is answered for %s", duration(e.StalenessBound))
+		if e.StalenessCapped {
+			bound += ", the node's ceiling"
+		}
+		if e.Refresh != 0 {
+			bound += fmt.Sprintf("; the daemon asks by itself every %s", duration(e.Refresh))
+		}
+		line("", "bound", bound)
+	}
+	for _, p := range e.Probes {
+		line("", p.String(), fmt.Sprintf("every %s, timeout %s, threshold %d: a failure is detected within %s (%s without probelet)",
+			duration(p.Period), duration(p.Timeout), p.FailureThreshold, duration(p.Detection), duration(p.DetectionPlain)))
+	}
+	for _, event := range x.eventsOf(e) {
+		line("", duration(event.age).String()+" ago", event.text)
+	}
+}
+
+// happening is a line of the events.
+type happening struct {
+	age  float64 // in seconds
+	text string
+}
+
+// eventsOf are the daemon's and the kernel's, oldest first.
+func (x Explanation) eventsOf(e Endpoint) []happening {
+	var all []happening
+	for _, event := range x.Events {
+		if (probe.Endpoint{Port: event.Port, Kind: event.Kind, Path: event.Path}) == e.Endpoint.Endpoint() {
+			all = append(all, happening{time.Since(event.Time).Seconds(), describe(event)})
+		}
+	}
+	if e.LastHitAge != nil {
+		all = append(all, happening{*e.LastHitAge, fmt.Sprintf("answered in the kernel (%d times so far)", e.Hits)})
+	}
+	if e.WithdrawnAge != nil {
+		all = append(all, happening{*e.WithdrawnAge, "withdrawn by the kernel: " + withdrawal(e.WithdrawnCause)})
+	}
+	slices.SortStableFunc(all, func(a, b happening) int { return cmp.Compare(b.age, a.age) })
+	return all
+}
+
+func describe(e api.Event) string {
+	var text string
+	switch e.Cause {
+	case probe.ByProbe, probe.ByRefresh:
+		text = fmt.Sprintf("observed by %s: %s", e.Cause, e.Result)
+		if e.Status != 0 {
+			text += fmt.Sprintf(" %d", e.Status)
+		}
+	case probe.ByRestart:
+		text = "forgotten: a container began, ended or was replaced"
+	case probe.BySpec:
+		text = "changed: other probes or settings"
+	case probe.ByRequest:
+		text = "withdrawn: somebody asked for it"
+	default:
+		text = fmt.Sprintf("%s by %s", e.Result, e.Cause)
+	}
+	if e.Took != nil {
+		text += fmt.Sprintf(", took %s", e.Took.Round(10*time.Microsecond))
+	}
+	if e.Count > 1 {
+		text += fmt.Sprintf(" (the last of %d)", e.Count)
+	}
+	return text
+}
