@@ -41,13 +41,13 @@ type scene struct {
 }
 
 // newScene ends with its test, and tells of daemon and plugin if that failed.
-func newScene(t *testing.T, chain node.Chain) *scene {
+func newScene(t *testing.T, chain node.Chain, flags ...string) *scene {
 	t.Helper()
 	n, err := machine.NewNode(chain)
 	must(t, err)
 	s := &scene{Node: n, t: t}
 	must(t, n.WriteSpecs())
-	s.startDaemon()
+	s.startDaemon(flags...)
 	s.prober, err = role.StartClient(n.CgroupPath(node.ProberCgroup))
 	must(t, err)
 	t.Cleanup(s.prober.Stop)
@@ -58,9 +58,9 @@ func newScene(t *testing.T, chain node.Chain) *scene {
 	return s
 }
 
-func (s *scene) startDaemon() {
+func (s *scene) startDaemon(flags ...string) {
 	s.t.Helper()
-	daemon, err := s.StartDaemon()
+	daemon, err := s.StartDaemon(flags...)
 	must(s.t, err)
 	s.daemon = daemon
 	s.t.Cleanup(daemon.Kill)

@@ -13,17 +13,20 @@ import (
 // Daemon is a running probeletd.
 type Daemon struct{ cmd *exec.Cmd }
 
-// StartDaemon starts probeletd with the node's specs; the prober is ProberCgroup.
-func (n *Node) StartDaemon() (*Daemon, error) {
+// StartDaemon starts probeletd with the node's specs and these flags besides; the prober is ProberCgroup.
+func (n *Node) StartDaemon(flags ...string) (*Daemon, error) {
 	log, err := os.OpenFile(n.DaemonLog(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, err
 	}
 	defer log.Close() //nolint:errcheck // the daemon's
-	cmd := exec.Command(filepath.Join(n.Bin, "probeletd"), "run",
+	cmd := exec.Command(filepath.Join(n.Bin, "probeletd"), append([]string{
+		"run",
 		"--specs", n.specsFile(),
-		"--prober", "cgroup:"+n.CgroupPath(ProberCgroup),
-		"--bpf-dir", n.BPFDir, "--state-dir", n.StateDir)
+		"--prober", "cgroup:" + n.CgroupPath(ProberCgroup),
+		"--bpf-dir", n.BPFDir, "--state-dir", n.StateDir,
+		"--metrics-listen", "", // there may be other daemons
+	}, flags...)...)
 	cmd.Stdout, cmd.Stderr = log, log
 	if err := cmd.Start(); err != nil {
 		return nil, err

@@ -44,24 +44,25 @@ const (
 	HandedOver   = "handed_over"
 )
 
-func (n *Node) ctl(format string) *exec.Cmd {
-	return exec.Command(filepath.Join(n.Bin, "probeletctl"), "status", "-o", format,
-		"--bpf-dir", n.BPFDir, "--state-dir", n.StateDir)
+// Ctl runs probeletctl and returns what it prints.
+func (n *Node) Ctl(args ...string) (string, error) {
+	out, err := output(exec.Command(filepath.Join(n.Bin, "probeletctl"),
+		append(args, "--bpf-dir", n.BPFDir, "--state-dir", n.StateDir)...))
+	return string(out), err
 }
 
 // Status asks probeletctl.
 func (n *Node) Status() (s Status, err error) {
-	out, err := output(n.ctl("json"))
+	out, err := n.Ctl("status", "-o", "json")
 	if err != nil {
 		return s, err
 	}
-	return s, json.Unmarshal(out, &s)
+	return s, json.Unmarshal([]byte(out), &s)
 }
 
 // StatusTable is what probeletctl shows to a person.
 func (n *Node) StatusTable() (string, error) {
-	out, err := output(n.ctl("table"))
-	return string(out), err
+	return n.Ctl("status")
 }
 
 // Endpoint returns the status of a pod's endpoint: Absent if probeletctl does not list it.

@@ -1,0 +1,84 @@
+package e2e
+
+import (
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/probelet/probelet/e2e/node"
+)
+
+func (s *scene) ctl(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := s.Ctl(args...)
+	must(t, err)
+	return out
+}
+
+func expectText(t *testing.T, text string, patterns ...string) {
+	t.Helper()
+	for _, pattern := range patterns {
+		if !regexp.MustCompile(pattern).MatchString(text) {
+			t.Errorf("no %q in\n%s", pattern, text)
+		}
+	}
+}
+
+// What a person asks about a pod, with the daemon and without.
+func TestExplainAndInvalidate(t *testing.T) {
+	s := newScene(t, node.PTP)
+	p := s.newFreshPod(longHTTP, longTCP)
+	name := node.Namespace + "/" + p.Name
+	p.probe(longHTTP, p.IPv4, 3)
+	expectText(t, s.ctl(t, "explain", name),
+		`probeletd: running`,
+		`default/pod1  device \w+, container `,
+		`mode answer \(default\), staleness 1\+timeout \(default\), refresh false \(default\)`,
+		`(?s)HTTP :8080/healthz\n +state +fresh, status 200, observed .* ago\n +next probe +answered in the kernel, for another 10m`,
+		`bound +a success is answered for 10m1s`,
+		`container0/readiness +every 10m0s, timeout 1s, threshold 3: a failure is detected within 40m2s \(30m1s without probelet\)`,
+		`ago +observed by probe: success 200, took `,
+		`ago +answered in the kernel \(3 times so far\)`,
+		`(?s)TCP :9090\n +state +fresh, observed`,
+	)
+	expectText(t, s.ctl(t, "top", "-n", "1", "-d", "100ms"),
+		`answered/s: 0.0 HTTP`, `default/pod1 +HTTP :8080/healthz +fresh +\S+ +0\.0 +3\n`)
+
+	expectText(t, s.ctl(t, "invalidate", name, "--path", healthz), `withdrawn of default/pod1:\n  HTTP :8080/healthz\n$`)
+	requests := p.seen(httpPort).Requests
+	p.probe(longHTTP, p.IPv4, 1)
+	if got := p.seen(httpPort).Requests - requests; got != 1 {
+		t.Errorf("%d of 1 probes reached the pod", got)
+	}
+	must(t, s.AwaitState(p.Pod, longHTTP.Port, longHTTP.Path, node.Fresh))
+	expectText(t, s.ctl(t, "explain", name),
+		`(?s)withdrawn: somebody asked for it.*observed by probe: success 200`)
+	if err := p.Close(tcpPort); err != nil {
+		t.Fatal(err)
+	}
+	expectText(t, s.ctl(t, "explain", name),
+		`(?s)TCP :9090\n +state +stale, observed .*reaches the pod: withdrawn: the port's listening socket was closed`,
+		`ago +withdrawn by the kernel: the port's listening socket was closed`)
+
+	s.daemon.Kill()
+	text := s.ctl(t, "explain", name)
+	expectText(t, text, `probeletd: not running`, `next probe +answered in the kernel`, `answered in the kernel \(3 times so far\)`)
+	if strings.Contains(text, "observed by probe") {
+		t.Errorf("remembered what only the daemon knows:\n%s", text)
+	}
+	for want, args := range map[string][]string{
+		`probeletd is not running, and nobody else may withdraw; the last of default/pod1 expires in `: {"invalidate", name},
+		`"pod1": must be NAMESPACE/POD`:              {"invalidate", "pod1"},
+		`pod default/pod7 is not known on this node`: {"explain", "default/pod7"},
+		`--interval 1ms: must be at least 100ms`:     {"top", "-d", "1ms"},
+	} {
+		if _, err := s.Ctl(args...); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v", args, err)
+		}
+	}
+	s.startDaemon()
+	must(t, s.AwaitState(p.Pod, longHTTP.Port, longHTTP.Path, node.Fresh))
+	if _, err := s.Ctl("invalidate", "default/pod7"); err == nil || !strings.Contains(err.Error(), "default/pod7") {
+		t.Errorf("unknown pod: %v", err)
+	}
+}

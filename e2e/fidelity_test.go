@@ -1,0 +1,111 @@
+package e2e
+
+import (
+	"net/http"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/role"
+)
+
+// A pod that fails, in whatever way, is found out by the kubelet's prober within the stated bound, counted in probes: at
+// most as many are still answered as the staleness covers, then all fail. And its recovery is seen by the next probe.
+func TestFailuresAreDetectedWithinTheBound(t *testing.T) {
+	needBTF(t)
+	for name, test := range map[string]struct {
+		fail, recover func(*pod) error
+	}{
+		"hangs":   {(*pod).freeze, (*pod).thaw},
+		"errors":  {func(p *pod) error { return p.SetStatus(http.StatusInternalServerError) }, func(p *pod) error { return p.SetStatus(http.StatusOK) }},
+		"closes":  {func(p *pod) error { return p.Close(httpPort) }, func(p *pod) error { return p.Listen(httpPort) }},
+		"crashes": {func(p *pod) error { p.Stop(); return nil }, (*pod).restart},
+	} {
+		for mode, flags := range map[string][]string{"alone": nil, "with refresh": {"--refresh", "200ms"}} {
+			t.Run(name+" "+mode, func(t *testing.T) {
+				t.Parallel()
+				s := newScene(t, node.PTP, flags...)
+				every := node.Probe{Port: httpPort, Path: healthz, PeriodSeconds: 1, TimeoutSeconds: 1}
+				p := s.newFreshPod(every)
+				w := &worker{t: t, p: p, probe: every}
+				for range 2 {
+					w.healthy(4)
+					must(t, test.fail(p))
+					w.detects()
+					must(t, test.recover(p))
+				}
+				w.healthy(2)
+				if p.hits(every) == 0 {
+					t.Error("no probe was answered")
+				}
+			})
+		}
+	}
+}
+
+// worker probes every second, as the kubelet's does.
+type worker struct {
+	t     *testing.T
+	p     *pod
+	probe node.Probe
+}
+
+// once is one probe; it returns whether it succeeded, a period after it has begun.
+func (w *worker) once() bool {
+	w.t.Helper()
+	probes := probesOf(w.probe, w.p.IPv4, 1)
+	probes.Every = time.Second
+	result, err := w.p.s.prober.Probe(probes)
+	must(w.t, err)
+	return result.Failures == 0
+}
+
+func (w *worker) healthy(probes int) {
+	w.t.Helper()
+	for i := range probes {
+		if !w.once() {
+			w.t.Fatalf("probe %d of a pod that is well failed", i+1)
+		}
+	}
+}
+
+const (
+	threshold = 3
+	// answeredAtMost is how many probes that are a second apart the default staleness covers: one period, and the timeout
+	// of a second.
+	answeredAtMost = 2
+)
+
+// detects wants the verdict. Time is counted in probes: on a slow machine fewer of them are answered.
+func (w *worker) detects() {
+	w.t.Helper()
+	successes, failures := 0, 0
+	for failures < threshold {
+		switch {
+		case !w.once():
+			failures++
+		case failures > 0:
+			w.t.Fatalf("a success after %d failures, of a pod that fails", failures)
+		default:
+			if successes++; successes > answeredAtMost {
+				w.t.Fatalf("%d probes of a failing pod succeeded", successes)
+			}
+		}
+	}
+}
+
+func (p *pod) freeze() error { return unix.Kill(p.Pid(), unix.SIGSTOP) }
+func (p *pod) thaw() error   { return unix.Kill(p.Pid(), unix.SIGCONT) }
+
+// restart starts another server in the pod.
+func (p *pod) restart() error {
+	server, err := role.StartServer(p.Netns)
+	if err != nil {
+		return err
+	}
+	p.s.t.Cleanup(server.Stop)
+	p.Server = server
+	return server.Listen(httpPort, tcpPort)
+}
