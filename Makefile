@@ -33,6 +33,10 @@ test: build ## Run all tests; the privileged ones need root
 	go test -count=1 ./...
 	cd e2e && PROBELET_BIN=$(BIN) CGO_ENABLED=0 go test -count=1 -timeout 20m -ldflags '$(KUBE_VERSION)' ./...
 
+.PHONY: simulate
+simulate: ## Hold the freshness policy against plain Kubernetes, over simulated days; writes docs/simulation.*
+	go run ./daemon/simulate -docs docs
+
 .PHONY: oldkernel
 oldkernel: ## Run the BPF tests on Debian's Linux 6.1, in an emulator (qemu-system-x86 busybox-static cpio kmod)
 	bpf/bpftest/oldkernel.sh

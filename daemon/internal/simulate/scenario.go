@@ -1,0 +1,172 @@
+package simulate
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/probelet/probelet/daemon/internal/probe"
+)
+
+// Scenario is a kind of pod.
+type Scenario struct {
+	Name string
+	// Expected is the share of probes of healthy servers that is answered, as computed; 0: not computed. Demanded is the
+	// least that it must be.
+	Expected, Demanded float64
+	// Why is how Expected was computed.
+	Why string
+
+	config Config
+	draw   func(seed uint64) []probe.Spec // instead of the config's probes
+}
+
+// Run simulates pods, some at a time. done, if not nil, is called after each, one at a time.
+func (s Scenario) Run(pods int, d time.Duration, seed uint64, done func()) Result {
+	results := make([]Result, pods)
+	next := make(chan int)
+	var workers sync.WaitGroup
+	var one sync.Mutex
+	for range runtime.GOMAXPROCS(0) {
+		workers.Go(func() {
+			for i := range next {
+				c := s.config
+				c.Duration, c.Seed = d, seed<<32+uint64(i)
+				if s.draw != nil {
+					c.Probes = s.draw(c.Seed)
+				}
+				results[i] = Run(c)
+				if done != nil {
+					one.Lock()
+					done()
+					one.Unlock()
+				}
+			}
+		})
+	}
+	for i := range pods {
+		next <- i
+	}
+	close(next)
+	workers.Wait()
+	var all Result
+	for _, r := range results {
+		all.add(r)
+	}
+	return all
+}
+
+func http(container string, t probe.Type, port uint16, path string, period time.Duration) probe.Spec {
+	return probe.Spec{
+		Container: container, Type: t, Kind: probe.HTTP, Port: port, Path: path,
+		Period: period, Timeout: time.Second, FailureThreshold: 3,
+	}
+}
+
+func tcp(container string, t probe.Type, port uint16, period time.Duration) probe.Spec {
+	s := http(container, t, port, "", period)
+	s.Kind = probe.TCP
+	return s
+}
+
+const usually = 10 * time.Second // Kubernetes' default period
+
+func with(staleness string, refresh bool) probe.Defaults {
+	d := probe.NewDefaults()
+	if err := d.Staleness.UnmarshalText([]byte(staleness)); err != nil {
+		panic(err)
+	}
+	d.Refresh.On = refresh
+	return d
+}
+
+var (
+	lone = []probe.Spec{http("c", probe.Readiness, 80, "/x", usually)}
+	pair = []probe.Spec{http("c", probe.Readiness, 80, "/x", usually), http("c", probe.Liveness, 80, "/x", usually)}
+	own  = []probe.Spec{http("c", probe.Readiness, 80, "/x", usually), http("c", probe.Liveness, 80, "/y", usually)}
+)
+
+// Of two probes with a period of 10 s and a timeout of 1 s a fifth begin within a second of each other.
+const (
+	twoOfThree = 0.8*2/3 + 0.2*3/4
+	oneOfThree = 0.8*1/3 + 0.2*1/2
+)
+
+// Scenarios are the kinds of pods that the table has.
+func Scenarios() []Scenario {
+	scenario := func(name string, expected, demanded float64, why, staleness string, refresh bool, probes ...probe.Spec) Scenario {
+		return Scenario{
+			Name: name, Expected: expected, Demanded: demanded, Why: why,
+			config: Config{Probes: probes, Defaults: with(staleness, refresh)},
+		}
+	}
+	const usual = "1+timeout"
+	return []Scenario{
+		scenario("one probe", 1./2, .49, "one observed, the next one answered", usual, false, lone...),
+		scenario("one TCP probe", 1./2, .49, "likewise", usual, false, tcp("c", probe.Liveness, 80, usually)),
+		scenario("readiness + liveness, one path", twoOfThree, .66,
+			"two of three answered; three of four for the fifth of pods whose two probes come within a timeout of each other", usual, false, pair...),
+		scenario("readiness + liveness, two paths", oneOfThree, 0,
+			"one of three, because both must be fresh for either to be answered; one of two for that fifth", usual, false, own...),
+		scenario("startup, readiness, liveness, one path", twoOfThree, .66, "startup probes end", usual, false,
+			append([]probe.Spec{http("c", probe.Startup, 80, "/x", usually)}, pair...)...),
+		scenario("two containers", twoOfThree, .66, "each as one", usual, false,
+			http("c", probe.Readiness, 80, "/x", usually), http("c", probe.Liveness, 80, "/x", usually),
+			http("d", probe.Readiness, 81, "/x", usually), http("d", probe.Liveness, 81, "/x", usually)),
+		{
+			Name: "one to four probes of 1 to 30 s", config: Config{Defaults: with(usual, false)}, draw: drawProbes,
+			Why: "drawn: kinds, paths, periods, timeouts, thresholds",
+		},
+		scenario("one probe, staleness 5", 5./6, .82, "one observed, five answered", "5+timeout", false, lone...),
+		scenario("one probe, refresh", 1, .99, "all but the first after a failure", usual, true, lone...),
+		scenario("one probe, refresh, staleness 5", 1, .99, "likewise", "5+timeout", true, lone...),
+		scenario("readiness + liveness, two paths, refresh", 1, .99, "likewise", usual, true, own...),
+		{
+			Name: "one to four probes, refresh", config: Config{Defaults: with(usual, true)}, draw: drawProbes,
+			Why: "drawn as above",
+		},
+	}
+}
+
+// Sweep are the scenarios of the plot: stalenesses from 0.5 to 5 periods.
+func Sweep() []Scenario {
+	var all []Scenario
+	for _, kind := range []struct {
+		name    string
+		probes  []probe.Spec
+		refresh bool
+	}{{"one probe", lone, false}, {"readiness + liveness, one path", pair, false}, {"one probe, refresh", lone, true}} {
+		for half := 1; half <= 10; half++ {
+			staleness := fmt.Sprintf("%g+timeout", float64(half)/2)
+			all = append(all, Scenario{
+				Name: kind.name, Why: staleness, config: Config{Probes: kind.probes, Defaults: with(staleness, kind.refresh)},
+			})
+		}
+	}
+	return all
+}
+
+// drawProbes draws a pod's probes: of one container, on one or two ports.
+func drawProbes(seed uint64) []probe.Spec {
+	rng := rand.New(rand.NewPCG(seed, 2))
+	types := []probe.Type{probe.Readiness, probe.Liveness}
+	var specs []probe.Spec
+	for _, container := range []string{"c", "d"}[:1+rng.IntN(2)] {
+		port := uint16(80)
+		if container == "d" {
+			port = 81
+		}
+		for _, t := range types[:1+rng.IntN(2)] {
+			s := http(container, t, port, []string{"/x", "/y"}[rng.IntN(2)], time.Duration(1+rng.IntN(30))*time.Second)
+			if rng.IntN(4) == 0 {
+				s = tcp(container, t, port, s.Period)
+			}
+			s.Timeout = time.Duration(1+rng.IntN(5)) * time.Second
+			s.FailureThreshold = 1 + rng.IntN(4)
+			specs = append(specs, s)
+		}
+	}
+	return specs
+}
