@@ -328,6 +328,9 @@ func (r *OutcomeReader) Read() ([]Outcome, error) {
 	return outcomes, nil
 }
 
+// SetDeadline makes Read return os.ErrDeadlineExceeded from then on, if there is nothing to be read.
+func (r *OutcomeReader) SetDeadline(t time.Time) { r.ring.SetDeadline(t) }
+
 // Close ends the reading.
 func (r *OutcomeReader) Close() error { return r.ring.Close() }
 

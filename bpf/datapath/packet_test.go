@@ -240,7 +240,7 @@ func (b *bench) outcomes() []Outcome {
 	r, err := b.d.Outcomes()
 	must(b.t, err)
 	defer r.Close() //nolint:errcheck // a test's
-	r.ring.SetDeadline(time.Unix(1, 0))
+	r.SetDeadline(time.Unix(1, 0))
 	all, err := r.Read()
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		must(b.t, err)

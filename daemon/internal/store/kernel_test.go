@@ -1,0 +1,476 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/plugins/pkg/ns"
+	"pgregory.net/rapid"
+
+	"github.com/probelet/probelet/bpf/bpftest"
+	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/probe"
+)
+
+// The same histories through the policy alone and through everything that stands between it and a probe: outcomes as the
+// kernel reports them, records in real maps, the verdicts of the real programs.
+func TestKernelDoesWhatThePolicySays(t *testing.T) {
+	node := bpftest.NewNode(t)
+	pod := node.AddPod(t)
+	d, err := datapath.Load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = d.Close() })
+	if err := d.SetProber(datapath.Prober{AnyLocal: true}); err != nil {
+		t.Fatal(err)
+	}
+	verdicts := map[verdict]int{}
+	bpftest.Do(t, node.NS, func() error {
+		rapid.Check(t, func(rt *rapid.T) {
+			h := newHistory(t, rt, d, pod)
+			defer h.end()
+			actions := map[string]func(*rapid.T){
+				"wait":     h.wait,
+				"listener": h.closeListener,
+				"specs":    h.setSpecs,
+				"withdraw": h.withdraw,
+				"refresh":  h.refresh,
+				"daemon":   h.restartDaemon,
+				"":         func(*rapid.T) {},
+			}
+			for i := range 20 { // mostly probes
+				actions[fmt.Sprint("probe ", i)] = h.probe
+			}
+			rt.Repeat(actions)
+			for v, n := range h.verdicts {
+				verdicts[v] += n
+			}
+		})
+		return nil
+	})
+	t.Logf("%v", verdicts)
+	for _, v := range []verdict{passed, answered, handedOver} {
+		if verdicts[v] == 0 {
+			t.Errorf("no probe was %s", v)
+		}
+	}
+}
+
+type verdict string
+
+const (
+	passed     verdict = "passed"
+	answered   verdict = "answered"
+	handedOver verdict = "handed over"
+)
+
+// What the probes of a history ask; the last one at the start only.
+var asked = []probe.Endpoint{
+	{Port: 80, Kind: probe.HTTP, Path: "/x"}, {Port: 80, Kind: probe.HTTP, Path: "/y"}, {Port: 81, Kind: probe.HTTP, Path: "/x"},
+	{Port: 82, Kind: probe.TCP}, {Port: 81, Kind: probe.HTTP, Path: "/startup"},
+}
+
+const (
+	period, timeout = 40 * time.Millisecond, 20 * time.Millisecond
+	// A bound that is so near that this machine's speed decides is not drawn upon.
+	near = uint64(4 * time.Millisecond)
+	// An exchange takes far less than this, or is meant to be slow and takes more than the timeout.
+	quick, slowly = timeout / 2, timeout + timeout/2
+)
+
+// history is one pod's.
+type history struct {
+	t   *testing.T
+	d   *datapath.Datapath
+	pod *bpftest.Pod
+
+	policy    *probe.Tracker    // the policy alone
+	withdrawn map[uint16]uint64 // when the kernel must have withdrawn a port's evidence
+	tracker   *probe.Tracker    // the daemon's
+	maps      *Pod
+	inner     *datapath.Pod
+	outcomes  *datapath.OutcomeReader
+
+	specs    []probe.EndpointSpec
+	since    uint64 // the last change of what is asked, or believed
+	client   uint16 // port
+	verdicts map[verdict]int
+}
+
+func newHistory(t *testing.T, rt *rapid.T, d *datapath.Datapath, pod *bpftest.Pod) *history {
+	h := &history{
+		t: t, d: d, pod: pod, withdrawn: map[uint16]uint64{}, verdicts: map[verdict]int{}, client: 20000,
+		policy: probe.NewTracker(), tracker: probe.NewTracker(),
+	}
+	var err error
+	if h.inner, err = d.NewPod(); err == nil {
+		err = d.AddPod(uint32(pod.IfIndex), pod.Netns, h.inner)
+	}
+	if err == nil {
+		h.maps, err = Open(d, uint32(pod.IfIndex))
+	}
+	if err == nil {
+		h.outcomes, err = d.Outcomes()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.outcomes.SetDeadline(time.Unix(1, 0))
+	_, _ = h.outcomes.Read() // of the history before
+	h.setSpecs(rt)
+	return h
+}
+
+func (h *history) end() {
+	_ = h.outcomes.Close()
+	_ = h.maps.Close()
+	_ = h.inner.Close()
+	if err := h.d.RemovePod(uint32(h.pod.IfIndex)); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+func (h *history) setSpecs(rt *rapid.T) {
+	var probes []probe.Spec
+	for i, e := range asked {
+		p := probe.Spec{
+			Container: fmt.Sprint(i), Type: probe.Liveness, Kind: e.Kind, Port: e.Port, Path: e.Path, Period: period, Timeout: timeout,
+			Instance: rapid.SampledFrom([]string{"a", "a", "a", "b"}).Draw(rt, "instance"),
+		}
+		if e.Path == "/startup" {
+			p.Type = probe.Startup
+		}
+		if rapid.IntRange(0, 9).Draw(rt, "headers") == 0 {
+			p.Headers = []probe.Header{{Name: "A", Value: "1"}}
+		}
+		if rapid.IntRange(0, 9).Draw(rt, "not asked") > 0 {
+			probes = append(probes, p)
+		}
+	}
+	settings := probe.NewDefaults().Settings(map[string]string{
+		probe.AnnotationMode:      rapid.SampledFrom([]string{"answer", "answer", "answer", "answer", "observe", "off"}).Draw(rt, "mode"),
+		probe.AnnotationStaleness: rapid.SampledFrom([]string{"1+timeout", "5", "5", "0.5"}).Draw(rt, "staleness"),
+	})
+	specs, err := probe.Endpoints(probe.Pod{Probes: probes}, settings, Limits)
+	if err != nil {
+		rt.Fatal(err)
+	}
+	h.specs = specs
+	now := datapath.Now()
+	h.since = now
+	h.policy.SetEndpoints(specs, now)
+	h.tracker.SetEndpoints(specs, now)
+	h.sync(rt)
+}
+
+func (h *history) sync(rt *rapid.T) {
+	want, err := Desired(h.tracker)
+	if err == nil {
+		err = h.maps.Sync(want)
+	}
+	if err != nil {
+		rt.Fatal(err)
+	}
+}
+
+func (h *history) wait(rt *rapid.T) {
+	time.Sleep(time.Duration(rapid.IntRange(0, 70).Draw(rt, "wait")) * time.Millisecond)
+}
+
+func (h *history) withdraw(rt *rapid.T) {
+	e := rapid.SampledFrom(asked).Draw(rt, "withdrawn")
+	now := datapath.Now()
+	meant := func(other probe.Endpoint) bool { return other == e }
+	h.since = now
+	h.policy.Withdraw(meant, now)
+	h.tracker.Withdraw(meant, now)
+	h.sync(rt)
+}
+
+// restartDaemon loses all but the maps, and takes over what is in them.
+func (h *history) restartDaemon(rt *rapid.T) {
+	h.tracker = probe.NewTracker()
+	now := datapath.Now()
+	h.since = now
+	h.tracker.SetEndpoints(h.specs, now)
+	_ = h.maps.Close()
+	maps, err := Open(h.d, uint32(h.pod.IfIndex))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.maps = maps
+	for _, s := range h.specs {
+		if key, ok := Key(s.Endpoint); ok && s.Observed {
+			h.tracker.Restore(s.Endpoint, Evidence(maps.Records()[key]), now)
+		}
+	}
+	h.sync(rt)
+}
+
+// closeListener withdraws, where the kernel can be watched.
+func (h *history) closeListener(rt *rapid.T) {
+	if !h.d.Watched() {
+		return
+	}
+	port := rapid.SampledFrom([]uint16{80, 81, 82}).Draw(rt, "closed")
+	// In a goroutine, because this one is in the node's namespace.
+	closed := make(chan error)
+	go func() {
+		closed <- h.pod.NS.Do(func(ns.NetNS) error {
+			listener, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
+			if err != nil {
+				return err
+			}
+			return listener.Close()
+		})
+	}()
+	if err := <-closed; err != nil {
+		h.t.Fatal(err)
+	}
+	h.withdrawn[port] = datapath.Now()
+}
+
+// refresh is an outcome that the daemon itself has come by.
+func (h *history) refresh(rt *rapid.T) {
+	now := datapath.Now()
+	o := probe.Outcome{
+		Endpoint: rapid.SampledFrom(asked).Draw(rt, "refreshed"), ObservedAt: now, Duration: 1, Refresh: true,
+		Event:  rapid.SampledFrom([]probe.Event{probe.Answered, probe.Answered, probe.Reset, probe.Connected}).Draw(rt, "refresh"),
+		Status: rapid.SampledFrom([]int{200, 200, 500, 302}).Draw(rt, "status of the refresh"),
+	}
+	if kept := uint64(rapid.IntRange(0, 60).Draw(rt, "kept for")) * uint64(time.Millisecond); o.Event == probe.Answered {
+		// Not from before the question: of that a daemon knows nothing that was restarted since.
+		o.ConnectedAt = max(now-kept, h.since)
+	}
+	h.policy.Observe(o)
+	h.tracker.Observe(o)
+	h.sync(rt)
+}
+
+// expect is what the policy says of a probe now; certain is false where it is about to say something else.
+func (h *history) expect(e probe.Endpoint, now uint64) (v verdict, certain bool) {
+	certain = true
+	before := func(bound uint64) bool {
+		certain = certain && (bound == 0 || bound > now+near || bound+near < now)
+		return now < bound
+	}
+	gate := h.policy.Gates()[e.Port]
+	if !before(gate.FreshUntil) || gate.ObservedAt <= h.withdrawn[e.Port] {
+		return passed, certain
+	}
+	known := h.policy.Evidence()[e]
+	switch {
+	case e.Kind == probe.TCP:
+		return answered, certain
+	case known.Result == probe.Success && before(known.FreshUntil) && known.ObservedAt > h.withdrawn[e.Port]:
+		return answered, certain
+	}
+	return handedOver, certain
+}
+
+// observed is whether the kernel has a record of the endpoint's port, and of itself.
+func (h *history) observed(e probe.Endpoint) (port, endpoint bool) {
+	for _, s := range h.specs {
+		port = port || s.Observed && s.Port == e.Port
+		endpoint = endpoint || s.Observed && s.Endpoint == e
+	}
+	return port, endpoint
+}
+
+// behaviours of a pod whose probe reaches it.
+const (
+	refuses   = "refuses"
+	resets    = "resets"
+	silent    = "silent"
+	responds  = "responds"
+	slowReply = "responds slowly"
+)
+
+func (h *history) probe(rt *rapid.T) {
+	e := rapid.SampledFrom(asked).Draw(rt, "endpoint")
+	behaviour := rapid.SampledFrom([]string{responds, responds, responds, responds, responds, responds, responds, responds, slowReply, silent, resets, refuses}).Draw(rt, "pod")
+	status := rapid.SampledFrom([]int{200, 200, 200, 200, 200, 200, 204, 302, 503}).Draw(rt, "status")
+	if e.Kind == probe.TCP && (behaviour == silent || behaviour == resets) {
+		behaviour = responds // nothing is asked that it could be silent to
+	}
+	began := datapath.Now()
+	want, certain := h.expect(e, began)
+	c := h.dial(e)
+	got := c.probe()
+	if certain && datapath.Now()-began < near && got != want {
+		rt.Fatalf("%s was %s, want %s; gate %+v, evidence %+v, withdrawn %d, now %d",
+			e, got, want, h.policy.Gates()[e.Port], h.policy.Evidence()[e], h.withdrawn[e.Port], began)
+	}
+	h.verdicts[got]++
+	if got != passed {
+		c.forget()
+		return
+	}
+	if port, endpoint := h.observed(e); !port || !endpoint && e.Kind == probe.HTTP && behaviour != refuses {
+		c.forget() // nothing is reported of what is not known
+		_, _ = h.outcomes.Read()
+		return
+	}
+	o := c.exchange(behaviour, status)
+	if o.Event == 0 {
+		return
+	}
+	took := o.Duration
+	if slow := behaviour == slowReply || behaviour == silent; slow && took < slowly || !slow && took > quick {
+		rt.Skip("this machine was too slow")
+	}
+	h.policy.Observe(o)
+	if o.Event == probe.Reset || o.Status >= 300 {
+		h.withdrawn[e.Port] = o.ObservedAt
+	}
+	reported, err := h.outcomes.Read()
+	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		h.t.Fatal(err)
+	}
+	if len(reported) != 1 {
+		rt.Fatalf("%s: %s, %d: %d outcomes are reported", e, behaviour, status, len(reported))
+	}
+	if outcome, ok := Outcome(reported[0], h.tracker.Endpoints()); ok {
+		h.tracker.Observe(outcome)
+		h.sync(rt)
+	}
+	h.compare(rt)
+}
+
+// compare holds what the daemon has learned from the kernel against what the policy has from the truth.
+func (h *history) compare(rt *rapid.T) {
+	policy, daemon := h.policy.Evidence(), h.tracker.Evidence()
+	for _, e := range slices.SortedFunc(maps.Keys(policy), func(a, b probe.Endpoint) int { return int(a.Port) - int(b.Port) }) {
+		a, b := policy[e], daemon[e]
+		if a.Result != b.Result || a.Status != b.Status || apart(a.ObservedAt, b.ObservedAt) || apart(a.FreshUntil, b.FreshUntil) {
+			rt.Fatalf("%s: the policy knows %+v, the daemon %+v", e, a, b)
+		}
+	}
+}
+
+func apart(a, b uint64) bool { return max(a, b)-min(a, b) > near }
+
+// connection is a prober's, put packet by packet through the programs.
+type connection struct {
+	*history
+	e           probe.Endpoint
+	client, srv netip.AddrPort
+	began       uint64
+}
+
+const clientISN, podISN = 1000, 7000
+
+func (h *history) dial(e probe.Endpoint) *connection {
+	h.client++
+	return &connection{
+		history: h, e: e, began: datapath.Now(),
+		client: netip.AddrPortFrom(h.pod.HostIPv4, h.client), srv: netip.AddrPortFrom(h.pod.IPv4, e.Port),
+	}
+}
+
+func (c *connection) request() string {
+	return "GET " + c.e.Path + " HTTP/1.1\r\nHost: pod\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n"
+}
+
+// steer puts a client's packet through the programs. It returns whether it goes to the pod, or else the answer.
+func (c *connection) steer(flags string, seq, ack uint32, payload string) (passes bool, answer *bpftest.Segment) {
+	const redirected, upTheStack = 7, 2
+	ifindex := uint32(c.pod.IfIndex)
+	s := bpftest.Segment{
+		Src: c.client, Dst: c.srv, SrcMAC: bpftest.ClientMAC, DstMAC: bpftest.PodMAC,
+		Flags: flags, Seq: seq, Ack: ack, Window: 501, Payload: payload,
+	}
+	verdict, frame := bpftest.RunSteer(c.t, c.d.Steer(), ifindex, 0, s.Bytes(c.t, nil))
+	if verdict != redirected {
+		return true, nil
+	}
+	if verdict, frame = bpftest.RunRespond(c.t, c.d.Respond(), ifindex, frame); verdict != upTheStack {
+		return false, nil
+	}
+	parsed := bpftest.ParseSegment(c.t, frame)
+	return false, &parsed
+}
+
+func (c *connection) podSends(flags string, seq, ack uint32, payload string) {
+	s := bpftest.Segment{
+		Src: c.srv, Dst: c.client, SrcMAC: bpftest.PodMAC, DstMAC: bpftest.ClientMAC,
+		Flags: flags, Seq: seq, Ack: ack, Window: 502, Payload: payload,
+	}
+	bpftest.RunRespond(c.t, c.d.Respond(), uint32(c.pod.IfIndex), s.Bytes(c.t, nil))
+}
+
+// probe begins one, and ends it if it is answered.
+func (c *connection) probe() verdict {
+	passes, answer := c.steer("S", clientISN, 0, "")
+	if passes {
+		return passed
+	}
+	if answer == nil {
+		c.t.Fatal("a SYN is dropped")
+	}
+	ack := answer.Seq + 1
+	c.steer("A", clientISN+1, ack, "")
+	if c.e.Kind == probe.TCP {
+		if _, answer = c.steer("FA", clientISN+1, ack, ""); answer == nil || answer.Flags != "RA" {
+			c.t.Fatalf("a connection's end is answered with %v", answer)
+		}
+		return answered
+	}
+	if _, answer = c.steer("PA", clientISN+1, ack, c.request()); answer == nil {
+		return handedOver
+	}
+	return answered
+}
+
+// forget ends what is left of the connection.
+func (c *connection) forget() { c.steer("RA", clientISN+1, podISN+1, "") }
+
+// exchange is what comes of a probe that was passed on, as the prober sees it; event 0: nothing is to be learned.
+func (c *connection) exchange(behaviour string, status int) (o probe.Outcome) {
+	end := func(event probe.Event, status int) probe.Outcome {
+		now := datapath.Now()
+		return probe.Outcome{Endpoint: c.e, Event: event, Status: status, ObservedAt: now, Duration: time.Duration(now - c.began)}
+	}
+	if behaviour == refuses {
+		c.podSends("RA", 0, clientISN+1, "")
+		o = end(probe.Reset, 0)
+		o.Endpoint = probe.Endpoint{Port: c.e.Port}
+		return o
+	}
+	c.podSends("SA", podISN, clientISN+1, "")
+	c.steer("A", clientISN+1, podISN+1, "")
+	if behaviour == slowReply || behaviour == silent {
+		time.Sleep(slowly)
+	}
+	if c.e.Kind == probe.TCP {
+		c.steer("FA", clientISN+1, podISN+1, "")
+		return end(probe.Connected, 0)
+	}
+	request := c.request()
+	sent := clientISN + 1 + uint32(len(request))
+	c.steer("PA", clientISN+1, podISN+1, request)
+	switch behaviour {
+	case resets:
+		c.podSends("RA", podISN+1, sent, "")
+		return end(probe.Reset, 0)
+	case silent:
+		c.steer("FA", sent, podISN+1, "")
+		return end(probe.NoAnswer, 0)
+	}
+	response := fmt.Sprintf("HTTP/1.1 %d Status\r\nContent-Length: 0\r\n\r\n", status)
+	c.podSends("PA", podISN+1, sent, response)
+	o = end(probe.Answered, status)
+	c.steer("FA", sent, podISN+1+uint32(len(response)), "")
+	if status < 300 {
+		o = end(probe.Answered, status) // a success is complete when the prober has closed
+	}
+	return o
+}
