@@ -22,9 +22,9 @@ import (
 type Status struct {
 	Daemon Daemon `json:"daemon"`
 	// Prober is whose connections are probes; null if nothing is loaded into the kernel.
-	Prober *Prober `json:"prober"`
+	Prober *Prober `json:"prober" jsonschema:"nullable"`
 	// Counters are the kernel's, by the names of datapath.CounterNames; null if nothing is loaded.
-	Counters    map[string]uint64 `json:"counters"`
+	Counters    map[string]uint64 `json:"counters" jsonschema:"nullable"`
 	Attachments []Attachment      `json:"attachments"`
 	// Unattached are pods that the daemon has specs of and that are not attached, as namespace/name.
 	Unattached []string `json:"unattached"`
@@ -52,7 +52,7 @@ type Attachment struct {
 	// WhyNotAnswered is why no endpoint is answered; empty if that is not about the whole attachment.
 	WhyNotAnswered string `json:"whyNotAnswered,omitempty"`
 	// Settings are mode and staleness of the pod; null if the daemon has no specs of it.
-	Settings  *statedir.Settings `json:"settings"`
+	Settings  *statedir.Settings `json:"settings" jsonschema:"nullable"`
 	Endpoints []Endpoint         `json:"endpoints"`
 }
 
@@ -73,15 +73,15 @@ type Endpoint struct {
 	State State `json:"state"`
 	// Age is the time since the last conclusive observation, and FreshFor how long it will be answered; null if there is
 	// none, and if it is not fresh.
-	Age      *float64 `json:"ageSeconds"`
-	FreshFor *float64 `json:"freshForSeconds"`
+	Age      *float64 `json:"ageSeconds" jsonschema:"nullable"`
+	FreshFor *float64 `json:"freshForSeconds" jsonschema:"nullable"`
 	Status   uint16   `json:"status,omitempty"` // the last HTTP status
 	// Hits are how many probes were answered in the kernel, and LastHitAge the time since the last; null if there is none.
 	Hits       uint64   `json:"hits"`
-	LastHitAge *float64 `json:"lastHitAgeSeconds"`
+	LastHitAge *float64 `json:"lastHitAgeSeconds" jsonschema:"nullable"`
 	// WithdrawnAge is the time since the kernel last withdrew what was known of the port, and WithdrawnCause why:
 	// listener_closed, reset or status; null and empty if it never did.
-	WithdrawnAge   *float64 `json:"withdrawnAgeSeconds"`
+	WithdrawnAge   *float64 `json:"withdrawnAgeSeconds" jsonschema:"nullable"`
 	WithdrawnCause string   `json:"withdrawnCause,omitempty"`
 	// WhyNotAnswered is why the next probe will reach the pod; empty if it is answered in the kernel.
 	WhyNotAnswered string `json:"whyNotAnswered,omitempty"`

@@ -60,7 +60,7 @@ func (d *daemon) invalidate(r api.InvalidateRequest) (api.InvalidateReply, error
 	var asked []string
 	for _, a := range attachments {
 		for _, s := range a.tracker.Endpoints() {
-			asked = append(asked, s.Endpoint.String())
+			asked = append(asked, s.String())
 		}
 		changes := a.tracker.Withdraw(func(e probe.Endpoint) bool {
 			return (r.Port == 0 || r.Port == e.Port) && (r.Path == "" || r.Path == e.Path)
