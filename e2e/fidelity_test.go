@@ -109,3 +109,30 @@ func (p *pod) restart() error {
 	p.Server = server
 	return server.Listen(httpPort, tcpPort)
 }
+
+// A daemon that is killed and started again, over and over, costs no probe, and what was known is still known.
+func TestDaemonRestartsUnderProbes(t *testing.T) {
+	s := newScene(t, node.PTP)
+	p := s.newFreshPod(longHTTP)
+	probing := make(chan error, 1)
+	var failures int
+	go func() {
+		probes := probesOf(longHTTP, p.IPv4, 300)
+		probes.Every = 10 * time.Millisecond
+		result, err := s.prober.Probe(probes)
+		failures = result.Failures
+		probing <- err
+	}()
+	requests := p.seen(httpPort).Requests
+	for range 5 {
+		s.daemon.Kill()
+		time.Sleep(100 * time.Millisecond)
+		s.startDaemon()
+		must(t, s.AwaitState(p.Pod, longHTTP.Port, longHTTP.Path, node.Fresh))
+		time.Sleep(100 * time.Millisecond)
+	}
+	must(t, <-probing)
+	if got := p.seen(httpPort).Requests - requests; failures > 0 || got > 0 {
+		t.Errorf("%d probes failed; %d reached the pod, although all was known", failures, got)
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"reflect"
@@ -134,6 +135,9 @@ func (d *daemon) renew(r attach.Record) *attachment {
 	for _, c := range a.tracker.SetEndpoints(d.endpoints(a), datapath.Now()) {
 		d.note(a, c, nil)
 	}
+	maps.DeleteFunc(a.events, func(e probe.Endpoint, _ []api.Event) bool {
+		return !slices.ContainsFunc(a.tracker.Endpoints(), func(s probe.EndpointSpec) bool { return s.Endpoint == e })
+	})
 	return a
 }
 
@@ -228,11 +232,11 @@ func (a *attachment) targets() []refresh.Target {
 
 func (d *daemon) publish(a *attachment) error {
 	if a.maps == nil {
-		maps, err := store.Open(d.datapath, uint32(a.record.IfIndex))
+		opened, err := store.Open(d.datapath, uint32(a.record.IfIndex))
 		if err != nil {
 			return err
 		}
-		a.maps = maps
+		a.maps = opened
 		d.restore(a)
 	}
 	want, err := store.Desired(a.tracker)

@@ -49,6 +49,13 @@ func TestKernelDoesWhatThePolicySays(t *testing.T) {
 			for i := range 20 { // mostly probes
 				actions[fmt.Sprint("probe ", i)] = h.probe
 			}
+			for name, action := range actions {
+				actions[name] = func(rt *rapid.T) {
+					if !h.lost {
+						action(rt)
+					}
+				}
+			}
 			rt.Repeat(actions)
 			for v, n := range h.verdicts {
 				verdicts[v] += n
@@ -82,8 +89,8 @@ const (
 	period, timeout = 40 * time.Millisecond, 20 * time.Millisecond
 	// A bound that is so near that this machine's speed decides is not drawn upon.
 	near = uint64(4 * time.Millisecond)
-	// An exchange takes far less than this, or is meant to be slow and takes more than the timeout.
-	quick, slowly = timeout / 2, timeout + timeout/2
+	// An exchange takes far less than quick, or is meant to be slow and takes so much longer.
+	quick, slowly = 3 * time.Millisecond, timeout + timeout/2
 )
 
 // history is one pod's.
@@ -101,13 +108,14 @@ type history struct {
 
 	specs    []probe.EndpointSpec
 	since    uint64 // the last change of what is asked, or believed
-	client   uint16 // port
 	verdicts map[verdict]int
+	// lost: this machine was so slow once that times are not what they were meant to be. Nothing more is done then.
+	lost bool
 }
 
 func newHistory(t *testing.T, rt *rapid.T, d *datapath.Datapath, pod *bpftest.Pod) *history {
 	h := &history{
-		t: t, d: d, pod: pod, withdrawn: map[uint16]uint64{}, verdicts: map[verdict]int{}, client: 20000,
+		t: t, d: d, pod: pod, withdrawn: map[uint16]uint64{}, verdicts: map[verdict]int{},
 		policy: probe.NewTracker(), tracker: probe.NewTracker(),
 	}
 	var err error
@@ -305,7 +313,8 @@ func (h *history) probe(rt *rapid.T) {
 	want, certain := h.expect(e, began)
 	c := h.dial(e)
 	got := c.probe()
-	if certain && datapath.Now()-began < near && got != want {
+	h.lost = datapath.Now()-began > near/2
+	if certain && !h.lost && got != want {
 		rt.Fatalf("%s was %s, want %s; gate %+v, evidence %+v, withdrawn %d, now %d",
 			e, got, want, h.policy.Gates()[e.Port], h.policy.Evidence()[e], h.withdrawn[e.Port], began)
 	}
@@ -323,9 +332,12 @@ func (h *history) probe(rt *rapid.T) {
 	if o.Event == 0 {
 		return
 	}
-	took := o.Duration
-	if slow := behaviour == slowReply || behaviour == silent; slow && took < slowly || !slow && took > quick {
-		rt.Skip("this machine was too slow")
+	h.lost = o.Duration > quick
+	if behaviour == slowReply || behaviour == silent {
+		h.lost = o.Duration > slowly+quick
+	}
+	if h.lost {
+		return
 	}
 	h.policy.Observe(o)
 	if o.Event == probe.Reset || o.Status >= 300 {
@@ -336,7 +348,7 @@ func (h *history) probe(rt *rapid.T) {
 		h.t.Fatal(err)
 	}
 	if len(reported) != 1 {
-		rt.Fatalf("%s: %s, %d: %d outcomes are reported", e, behaviour, status, len(reported))
+		rt.Fatalf("%s: %s, %d: outcomes %+v are reported, began %d", e, behaviour, status, reported, c.began)
 	}
 	if outcome, ok := Outcome(reported[0], h.tracker.Endpoints()); ok {
 		h.tracker.Observe(outcome)
@@ -368,11 +380,15 @@ type connection struct {
 
 const clientISN, podISN = 1000, 7000
 
+// clients is how many connections there have been.
+var clients int
+
 func (h *history) dial(e probe.Endpoint) *connection {
-	h.client++
+	// Not one of the ports that a history before may have left in the flow table.
+	clients++
 	return &connection{
 		history: h, e: e, began: datapath.Now(),
-		client: netip.AddrPortFrom(h.pod.HostIPv4, h.client), srv: netip.AddrPortFrom(h.pod.IPv4, e.Port),
+		client: netip.AddrPortFrom(h.pod.HostIPv4, uint16(10000+clients%50000)), srv: netip.AddrPortFrom(h.pod.IPv4, e.Port),
 	}
 }
 
