@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/santhosh-tekuri/jsonschema/v6"
+
 	"github.com/probelet/probelet/e2e/node"
 )
 
@@ -41,6 +43,13 @@ func TestExplainAndInvalidate(t *testing.T) {
 		`ago +answered in the kernel \(3 times so far\)`,
 		`(?s)TCP :9090\n +state +fresh, observed`,
 	)
+	schema, err := jsonschema.NewCompiler().Compile("../docs/status.schema.json")
+	must(t, err)
+	status, err := jsonschema.UnmarshalJSON(strings.NewReader(s.ctl(t, "status", "-o", "json")))
+	must(t, err)
+	if err := schema.Validate(status); err != nil {
+		t.Error(err)
+	}
 	expectText(t, s.ctl(t, "top", "-n", "1", "-d", "100ms"),
 		`answered/s: 0.0 HTTP`, `default/pod1 +HTTP :8080/healthz +fresh +\S+ +0\.0 +3\n`)
 

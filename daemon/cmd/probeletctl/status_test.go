@@ -157,6 +157,7 @@ func (m *machine) web(maps fakeMaps, endpoints ...statedir.Endpoint) {
 	m.record(attach.Record{ContainerID: "c0ffee", IfName: "eth0", IfIndex: 7, HostIfName: "veth7", PodIPs: []string{"10.0.0.7"}})
 	m.describe(statedir.Endpoints{Attachments: []statedir.Attachment{{
 		ContainerID: "c0ffee", IfName: "eth0", Pod: "shop/web", Endpoints: endpoints,
+		Settings: statedir.SettingsOf(probe.NewDefaults().Settings(nil)),
 	}}})
 	m.kernel.pods[7] = maps
 }
