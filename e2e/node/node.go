@@ -24,6 +24,7 @@ type Node struct {
 
 	dir     string
 	network string
+	plugins string // directory
 	pods    int
 }
 
@@ -47,6 +48,7 @@ func (m *Machine) NewNode(chain Chain) (*Node, error) {
 		StateDir: filepath.Join(dir, "state"),
 		LogFile:  filepath.Join(dir, "plugin.log"),
 		dir:      dir,
+		plugins:  m.Bin,
 		network:  network,
 	}
 	main := map[string]any{
@@ -73,15 +75,37 @@ func (m *Machine) NewNode(chain Chain) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, d := range []string{n.netDir(), n.netnsDir()} {
+	for _, d := range []string{n.NetDir(), n.netnsDir()} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return nil, err
 		}
 	}
-	return n, os.WriteFile(filepath.Join(n.netDir(), network+".conflist"), text, 0o644)
+	return n, os.WriteFile(filepath.Join(n.NetDir(), network+".conflist"), text, 0o644)
 }
 
-func (n *Node) netDir() string   { return filepath.Join(n.dir, "net.d") }
+// NetDir is where the node's network configurations are.
+func (n *Node) NetDir() string { return filepath.Join(n.dir, "net.d") }
+
+// PluginDir is where its CNI plugins are.
+func (n *Node) PluginDir() string { return n.plugins }
+
+// OwnPlugins gives the node a directory of plugins of its own, with these in it.
+func (n *Node) OwnPlugins(names ...string) error {
+	n.plugins = filepath.Join(n.dir, "plugins")
+	if err := os.Mkdir(n.plugins, 0o755); err != nil {
+		return err
+	}
+	for _, name := range names {
+		if err := os.Link(filepath.Join(n.Bin, name), filepath.Join(n.plugins, name)); err != nil {
+			// Another file system.
+			if _, err := output(exec.Command("cp", filepath.Join(n.Bin, name), n.plugins)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 func (n *Node) netnsDir() string { return filepath.Join(n.dir, "netns") }
 
 // Pod is a network namespace on a node.
@@ -173,11 +197,17 @@ func (p *Pod) cni(verb string) ([]byte, error) {
 	n := p.node
 	cmd := exec.Command(filepath.Join(n.Bin, "cnitool"), verb, n.network, p.Netns)
 	cmd.Env = append(os.Environ(),
-		"CNI_PATH="+n.Bin,
-		"NETCONFPATH="+n.netDir(),
+		"CNI_PATH="+n.plugins,
+		"NETCONFPATH="+n.NetDir(),
 		"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE="+Namespace+";K8S_POD_NAME="+p.Name,
 	)
 	return output(cmd)
+}
+
+// RunCommand runs a command. The error says what it printed.
+func RunCommand(cmd *exec.Cmd) error {
+	_, err := output(cmd)
+	return err
 }
 
 // output is what a command prints. The error says what it printed otherwise.

@@ -38,7 +38,7 @@ func (n *node) local() *http.Client {
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
-			return d.DialContext(ctx, "unix", api.SocketPath(n.config.stateDir))
+			return d.DialContext(ctx, "unix", statedir.SocketPath(n.config.stateDir))
 		},
 	}}
 }
@@ -146,7 +146,7 @@ func TestSocket(t *testing.T) {
 	if err := os.MkdirAll(n.config.stateDir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	path := api.SocketPath(n.config.stateDir)
+	path := statedir.SocketPath(n.config.stateDir)
 	if err := os.WriteFile(path, nil, 0o666); err != nil {
 		t.Fatal(err)
 	}
@@ -174,7 +174,7 @@ func TestReadiness(t *testing.T) {
 		t.Skipf("there is a kubelet on this machine: %+v", who)
 	}
 	n.start()
-	n.eventually("the socket", func() bool { _, err := os.Stat(api.SocketPath(n.config.stateDir)); return err == nil })
+	n.eventually("the socket", func() bool { _, err := os.Stat(statedir.SocketPath(n.config.stateDir)); return err == nil })
 	n.eventually("it says what is missing", func() bool {
 		status, reply := do(t, n.local(), http.MethodGet, "http://probeletd/readyz", "")
 		return status == http.StatusServiceUnavailable && reply == "no prober was found, so nothing is answered\n"

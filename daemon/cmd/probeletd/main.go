@@ -100,6 +100,7 @@ type config struct {
 	bpfDir, stateDir string
 	defaults         probe.Defaults
 	dial             dialFunc // from the node's network namespace
+	netDir, chain    string   // of network configurations; empty: somebody else sees to the chain
 	metricsListen    string
 	metricsPerPod    bool
 	api              apiConfig
@@ -125,7 +126,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(runCommand(stderr))
+	root.AddCommand(runCommand(stderr), installCommand(stderr), uninstallCommand(stderr))
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
@@ -162,6 +163,8 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags.TextVar(&c.defaults.Staleness, "staleness", defaults.Staleness, "for how many `periods` a success is answered")
 	flags.TextVar(&c.defaults.Ceiling, "staleness-ceiling", defaults.Ceiling, "most `periods` that an annotation can ask for")
 	flags.TextVar(&c.defaults.Refresh, "refresh", defaults.Refresh, "whether the daemon asks by itself: `true|false`, or the longest interval")
+	flags.StringVar(&c.netDir, "cni-net-dir", "", "`directory` of network configurations, to keep the plugin in the chain of (default: somebody else does)")
+	flags.StringVar(&c.chain, "chain", "auto", "how the plugin is in the chain: `auto|dropin|copy`, as with install")
 	flags.StringVar(&c.metricsListen, "metrics-listen", "127.0.0.1:9553", "`ADDRESS` of /metrics, /healthz and /readyz, in plain HTTP; empty: none")
 	flags.BoolVar(&c.metricsPerPod, "metrics-per-pod", false, "one metric of each pod besides: as many time series as there are pods")
 	flags.StringVar(&c.api.listen, "api-listen", "", "`ADDRESS` of the API for controllers, in TLS with client certificates")

@@ -18,6 +18,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
+	"github.com/probelet/probelet/daemon/internal/chain"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/refresh"
 	"github.com/probelet/probelet/daemon/internal/source"
@@ -147,6 +148,14 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 	if err := l.listen(ctx, c, in); err != nil {
 		return err
 	}
+	if c.netDir != "" {
+		way, err := chainWay(c.chain, l.log)
+		if err != nil {
+			return err
+		}
+		network := chain.Node{NetDir: c.netDir, Conf: pluginConf(c.bpfDir, c.stateDir), Log: l.log}
+		in.all.Go(func() { in.fail(network.Follow(ctx, way, false)) })
+	}
 	l.log.Info("running", "source", c.sourceName(), "prober", c.prober, "bpf", d.Dir(), "state", c.stateDir)
 	err = l.run(ctx, in)
 	l.log.Info("ended; evidence is left to expire")
@@ -161,7 +170,7 @@ func (l *loop) listen(ctx context.Context, c config, in *inputs) error {
 	metrics := l.handler(c.metricsPerPod)
 	local, err := api.Listen(c.stateDir)
 	if err != nil {
-		return fmt.Errorf("listening on %s: %w", api.SocketPath(c.stateDir), err)
+		return fmt.Errorf("listening on %s: %w", statedir.SocketPath(c.stateDir), err)
 	}
 	serve(local, api.Local(l, metrics))
 	if c.metricsListen != "" {

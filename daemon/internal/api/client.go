@@ -12,6 +12,8 @@ import (
 	"net/url"
 	"os"
 	"syscall"
+
+	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
 // Client speaks with the daemon of a state directory.
@@ -24,7 +26,7 @@ func NewClient(stateDir string) *Client {
 	c.http.Transport = &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
-			return d.DialContext(ctx, "unix", SocketPath(stateDir))
+			return d.DialContext(ctx, "unix", statedir.SocketPath(stateDir))
 		},
 		DisableKeepAlives: true,
 	}

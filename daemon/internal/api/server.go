@@ -15,6 +15,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
 const (
@@ -23,9 +25,6 @@ const (
 	// patience is how long the daemon may take to answer: it decides one thing after the other.
 	patience = 5 * time.Second
 )
-
-// SocketPath is where the daemon of a state directory listens.
-func SocketPath(stateDir string) string { return filepath.Join(stateDir, "probeletd.sock") }
 
 // Listen listens on the socket of a state directory, in place of one that a daemon before left: the caller has the state
 // directory to itself. Only the owner may connect, from the first moment on.
@@ -42,7 +41,7 @@ func Listen(stateDir string) (net.Listener, error) {
 	}
 	l.SetUnlinkOnClose(false) // the next daemon may have replaced it
 	if err = os.Chmod(path, 0o600); err == nil {
-		err = os.Rename(path, SocketPath(stateDir))
+		err = os.Rename(path, statedir.SocketPath(stateDir))
 	}
 	if err != nil {
 		return nil, errors.Join(err, l.Close())

@@ -138,6 +138,9 @@ func (e Endpoint) Endpoint() probe.Endpoint {
 	return probe.Endpoint{Port: e.Port, Kind: e.Kind, Path: e.Path}
 }
 
+// SocketPath is where the daemon listens (package api).
+func SocketPath(stateDir string) string { return filepath.Join(stateDir, "probeletd.sock") }
+
 func endpointsPath(stateDir string) string { return filepath.Join(stateDir, "endpoints.json") }
 
 // WriteEndpoints replaces the file; a reader sees the old or the new one.
@@ -227,4 +230,17 @@ func readPID(f *os.File) (int, error) {
 		return 0, err
 	}
 	return strconv.Atoi(strings.TrimSpace(string(text[:n])))
+}
+
+// Remove removes the daemon's files, and the directory if nothing else is in it. To be called under Lock.
+func Remove(stateDir string) error {
+	for _, file := range []string{endpointsPath(stateDir), SocketPath(stateDir), lockPath(stateDir)} {
+		if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	if err := os.Remove(stateDir); err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
+		return err
+	}
+	return nil
 }

@@ -1,0 +1,273 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/probelet/probelet/bpf/attach"
+	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/chain"
+	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/daemon/internal/store"
+)
+
+const installHelp = `Puts the CNI plugin onto the node: its binary into the plugins' directory, and then the plugin into the chain of the
+network that the runtime takes, which is the first file in the directory of network configurations. If there is none yet, it
+waits. No file of somebody else's is edited, and whatever is there at any moment is whole.
+
+The plugin joins (--chain)
+
+  dropin  by a file of its own, <net-dir>/<network>/10-probelet.conf, which libcni 1.3 and newer adds to the network
+  copy    by a copy of the network's configuration, under a name that sorts first; "probeletd run --cni-net-dir" keeps it as its
+          original is
+  auto    by the first if the runtime's process tells that it has such a libcni, otherwise by the second
+
+Pods that run already are not attached; they are when they are made anew.`
+
+const uninstallHelp = `Takes probelet off the node: the plugin leaves the chain; when the runtime has had the time to notice, everything is
+detached from the pods, what is pinned and recorded is removed, and the plugin's binary last. Running pods stay as they are,
+and their probes reach them. The daemon must have ended.
+
+Nothing is taken any more before anything is detached, and connections that were handed over have the time to end (--drain).`
+
+// installation is what install and uninstall are told.
+type installation struct {
+	node             chain.Node
+	way              string
+	plugin           string
+	bpfDir, stateDir string
+	settle, drain    time.Duration
+}
+
+func (i *installation) flags(cmd *cobra.Command) {
+	flags := cmd.Flags()
+	flags.StringVar(&i.node.NetDir, "cni-net-dir", "/etc/cni/net.d", "`directory` of network configurations")
+	flags.StringVar(&i.node.BinDir, "cni-bin-dir", "/opt/cni/bin", "`directory` of CNI plugins")
+	flags.StringVar(&i.bpfDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
+	flags.StringVar(&i.stateDir, "state-dir", attach.DefaultStateDir, "`directory` of attachment records and the daemon's state")
+}
+
+func installCommand(stderr io.Writer) *cobra.Command {
+	var i installation
+	cmd := &cobra.Command{
+		Use:   "install",
+		Short: "Put the CNI plugin onto the node and into the chain",
+		Long:  installHelp,
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			i.node.Log = slog.New(slog.NewTextHandler(stderr, nil))
+			return i.install(cmd.Context())
+		},
+	}
+	i.flags(cmd)
+	cmd.Flags().StringVar(&i.way, "chain", "auto", "how to join the chain: `auto|dropin|copy`")
+	cmd.Flags().StringVar(&i.plugin, "plugin", "", "`FILE` of the plugin's binary (default: probelet beside this one)")
+	return cmd
+}
+
+func uninstallCommand(stderr io.Writer) *cobra.Command {
+	var i installation
+	cmd := &cobra.Command{
+		Use:   "uninstall",
+		Short: "Take probelet off the node",
+		Long:  uninstallHelp,
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			i.node.Log = slog.New(slog.NewTextHandler(stderr, nil))
+			return i.uninstall(cmd.Context())
+		},
+	}
+	i.flags(cmd)
+	cmd.Flags().DurationVar(&i.settle, "settle", 5*time.Second, "how `long` the runtime may take to notice a change of its configuration")
+	cmd.Flags().DurationVar(&i.drain, "drain", 10*time.Second, "how `long` connections that were handed over are waited for")
+	return cmd
+}
+
+// chainWay resolves --chain, and says what it was resolved by.
+func chainWay(text string, log *slog.Logger) (chain.Way, error) {
+	switch text {
+	case "auto":
+		r := chain.FindRuntime("/proc")
+		log.Info("container runtime", "process", r.Name, "pid", r.PID, "libcni", r.Libcni, "chain", r.Way())
+		return r.Way(), nil
+	case string(chain.DropIn), string(chain.Copy):
+		return chain.Way(text), nil
+	}
+	return "", fmt.Errorf("--chain %q: must be auto, dropin or copy", text)
+}
+
+// pluginConf are the plugin's fields that are not its defaults.
+func pluginConf(bpfDir, stateDir string) map[string]string {
+	conf := map[string]string{}
+	if bpfDir != datapath.DefaultDir {
+		conf["bpfDir"] = bpfDir
+	}
+	if stateDir != attach.DefaultStateDir {
+		conf["stateDir"] = stateDir
+	}
+	return conf
+}
+
+func (i *installation) install(ctx context.Context) error {
+	way, err := chainWay(i.way, i.node.Log)
+	if err != nil {
+		return err
+	}
+	if i.plugin == "" {
+		self, err := os.Executable()
+		if err != nil {
+			return err
+		}
+		i.plugin = filepath.Join(filepath.Dir(self), chain.PluginType)
+	}
+	i.node.Conf = pluginConf(i.bpfDir, i.stateDir)
+	// First: a chain that names a plugin that is not there would keep pods from starting.
+	changed, err := i.node.PutPlugin(i.plugin)
+	if err != nil {
+		return fmt.Errorf("plugin: %w", err)
+	}
+	i.node.Log.Info("plugin", "dir", i.node.BinDir, "new", changed)
+	if err := os.MkdirAll(i.node.NetDir, 0o755); err != nil {
+		return err
+	}
+	return i.node.Follow(ctx, way, true)
+}
+
+func (i *installation) uninstall(ctx context.Context) error {
+	log := i.node.Log
+	unlock, err := i.lock()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unlock() }()
+	changed, err := i.node.Leave()
+	if err != nil {
+		return fmt.Errorf("leaving the chain: %w", err)
+	}
+	log.Info("left the chain", "was in it", changed)
+	if changed && !wait(ctx, i.settle) {
+		return ctx.Err()
+	}
+	if err := i.detach(ctx); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(i.bpfDir); err != nil {
+		return err
+	}
+	if err := i.removeState(); err != nil {
+		return err
+	}
+	if err := i.node.RemovePlugin(); err != nil {
+		return err
+	}
+	log.Info("nothing of probelet is left on the node")
+	return nil
+}
+
+// lock keeps a daemon from attaching what is being detached.
+func (i *installation) lock() (unlock func() error, err error) {
+	unlock, err = statedir.Lock(i.stateDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return func() error { return nil }, nil
+	}
+	if errors.Is(err, statedir.ErrRunning) {
+		return nil, fmt.Errorf("%w; end it first", err)
+	}
+	return unlock, err
+}
+
+// wait is false if ctx ended before.
+func wait(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
+	}
+}
+
+// takenGrace is longer than a connection that was taken may still be answered.
+const takenGrace = 1500 * time.Millisecond
+
+func (i *installation) detach(ctx context.Context) error {
+	d, err := datapath.Open(i.bpfDir)
+	if errors.Is(err, datapath.ErrNotLoaded) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer d.Close() //nolint:errcheck // nothing is lost
+	if err := i.quiesce(ctx, d); err != nil {
+		return err
+	}
+	ids, err := attach.List(i.bpfDir)
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		if err := attach.Detach(d, i.bpfDir, id); err != nil {
+			return fmt.Errorf("detaching %s: %w", id, err)
+		}
+		if err := attach.RemoveRecord(i.stateDir, id); err != nil {
+			return err
+		}
+	}
+	i.node.Log.Info("detached", "pods", len(ids))
+	return attach.Prune(d, i.bpfDir)
+}
+
+// quiesce makes the programs take no connection any more, and waits for those that they have.
+func (i *installation) quiesce(ctx context.Context, d *datapath.Datapath) error {
+	pods, err := d.PodIDs()
+	if err != nil {
+		return err
+	}
+	for ifindex := range pods {
+		pod, err := store.Open(d, ifindex)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // deleted meanwhile
+		}
+		if err != nil {
+			return err
+		}
+		err = errors.Join(pod.Sync(store.Records{}), pod.Close())
+		if err != nil {
+			return fmt.Errorf("device %d: %w", ifindex, err)
+		}
+	}
+	if err := d.SetProber(datapath.Prober{}); err != nil {
+		return err
+	}
+	for deadline := time.Now().Add(i.drain); ; {
+		if !wait(ctx, takenGrace) {
+			return ctx.Err()
+		}
+		flows, err := d.Flows()
+		if err != nil || flows == 0 {
+			return err
+		}
+		if time.Now().After(deadline) {
+			i.node.Log.Warn("connections that were handed over, or observed, have not ended", "connections", flows)
+			return nil
+		}
+	}
+}
+
+// removeState removes the daemon's files and the records, but nothing of others.
+func (i *installation) removeState() error {
+	records := attach.RecordsDir(i.stateDir)
+	if err := os.RemoveAll(records); err != nil {
+		return err
+	}
+	return statedir.Remove(i.stateDir)
+}

@@ -1,0 +1,360 @@
+// Package chain puts the CNI plugin onto a node and into the chain of the node's network, and takes it out again. It
+// never edits a file of somebody else's, and whatever is there at any moment is whole.
+package chain
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/google/renameio/v2"
+)
+
+// PluginType is the plugin's type in a network configuration, and the name of its binary.
+const PluginType = "probelet"
+
+// Way is how the plugin joins the chain.
+type Way string
+
+// Ways.
+const (
+	// DropIn is a file of its own in the directory that is named after the network (libcni 1.3 and newer).
+	DropIn Way = "dropin"
+	// Copy is a copy of the primary network's configuration, with the plugin in it, under a name that sorts first.
+	Copy Way = "copy"
+)
+
+// Node is where CNI keeps its files.
+type Node struct {
+	NetDir string // of network configurations
+	BinDir string // of plugins
+	// Conf are the plugin's own fields in the configuration, beside its type.
+	Conf map[string]string
+	Log  *slog.Logger
+}
+
+// What may be otherwise in a moment.
+var (
+	// ErrNoNetwork: there is no network configuration.
+	ErrNoNetwork = errors.New("no network configuration")
+	// ErrUnusable: the one that there is cannot be read.
+	ErrUnusable = errors.New("not a network configuration")
+)
+
+// network is the configuration that the runtime takes: the first one that it can read.
+type network struct {
+	file    string // name in NetDir
+	name    string
+	members map[string]json.RawMessage
+	plugins []json.RawMessage
+	// inlinedOnly: drop-in files are not read.
+	inlinedOnly bool
+}
+
+// derivedFrom is the member of a copy that says what it is a copy of.
+const derivedFrom = "probelet.dev/derivedFrom"
+
+// copyNames are those that a copy may have: the first one that sorts before what it is a copy of.
+var copyNames = []string{"00-probelet.conflist", "00-0-probelet.conflist", "!00-probelet.conflist"}
+
+const dropInName = "10-probelet.conf"
+
+// primary finds the network that the runtime would take without us. The first file is it, or nothing: a runtime may take
+// the next one if that cannot be used, but more often its owner is just writing it.
+func (n Node) primary() (*network, error) {
+	entries, err := os.ReadDir(n.NetDir) // sorted
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	for _, e := range entries {
+		if e.IsDir() || !slices.Contains([]string{".conf", ".conflist", ".json"}, filepath.Ext(e.Name())) {
+			continue
+		}
+		text, err := os.ReadFile(filepath.Join(n.NetDir, e.Name()))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // renamed or removed meanwhile, which somebody will tell of
+		}
+		if err != nil {
+			return nil, err
+		}
+		found, err := parse(text)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w: %w", filepath.Join(n.NetDir, e.Name()), ErrUnusable, err)
+		}
+		if _, ours := found.members[derivedFrom]; ours {
+			continue
+		}
+		found.file = e.Name()
+		return found, nil
+	}
+	return nil, fmt.Errorf("%w in %s", ErrNoNetwork, n.NetDir)
+}
+
+// parse reads a list of plugins, or a single one's configuration, which becomes a list.
+func parse(text []byte) (*network, error) {
+	n := &network{}
+	if err := json.Unmarshal(text, &n.members); err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(n.members["name"], &n.name); err != nil || n.name == "" {
+		return nil, errors.New("name: must be set")
+	}
+	if list, ok := n.members["plugins"]; ok {
+		if err := json.Unmarshal(list, &n.plugins); err != nil || len(n.plugins) == 0 {
+			return nil, errors.New("plugins: must be a list of at least one")
+		}
+	} else {
+		single := map[string]json.RawMessage{"name": n.members["name"]}
+		if version, ok := n.members["cniVersion"]; ok {
+			single["cniVersion"] = version
+		}
+		n.plugins, n.members = []json.RawMessage{bytes.TrimSpace(text)}, single
+	}
+	for i, p := range n.plugins {
+		if pluginType(p) == "" {
+			return nil, fmt.Errorf("plugins[%d].type: must be set", i)
+		}
+	}
+	if text, ok := n.members["loadOnlyInlinedPlugins"]; ok {
+		if err := json.Unmarshal(text, &n.inlinedOnly); err != nil {
+			return nil, fmt.Errorf("loadOnlyInlinedPlugins: %s: must be true or false", text)
+		}
+	}
+	return n, nil
+}
+
+func pluginType(conf json.RawMessage) string {
+	var plugin struct {
+		Type string `json:"type"`
+	}
+	_ = json.Unmarshal(conf, &plugin) // of what is no object: none
+	return plugin.Type
+}
+
+// has is whether the plugin is in the list already, by somebody's hand.
+func (w *network) has() bool {
+	return slices.ContainsFunc(w.plugins, func(p json.RawMessage) bool { return pluginType(p) == PluginType })
+}
+
+// plugin is our entry.
+func (n Node) plugin() (json.RawMessage, error) {
+	conf := map[string]string{"type": PluginType}
+	for name, value := range n.Conf {
+		conf[name] = value
+	}
+	return json.MarshalIndent(conf, "", "  ")
+}
+
+// copyOf is the copy of a network's configuration, with the plugin at the end of its chain.
+func (n Node) copyOf(w *network) (name string, text []byte, err error) {
+	ours := n.ours()
+	i := slices.IndexFunc(copyNames, func(name string) bool {
+		file := filepath.Join(n.NetDir, name)
+		_, err := os.Lstat(file)
+		return name < w.file && (slices.Contains(ours, file) || errors.Is(err, fs.ErrNotExist))
+	})
+	if i < 0 {
+		return "", nil, fmt.Errorf("%s: no free name sorts before it", filepath.Join(n.NetDir, w.file))
+	}
+	entry, err := n.plugin()
+	if err != nil {
+		return "", nil, err
+	}
+	members := map[string]any{}
+	for member, value := range w.members {
+		members[member] = value
+	}
+	members["plugins"] = append(slices.Clone(w.plugins), entry)
+	members[derivedFrom] = w.file
+	text, err = json.MarshalIndent(members, "", "  ")
+	return copyNames[i], append(text, '\n'), err
+}
+
+// Joined says how the plugin is in the chain.
+type Joined struct {
+	Way     Way    // empty: by somebody else's hand
+	Network string // its name
+	Primary string // the file of its configuration
+	File    string // ours; empty with Way
+	Changed bool   // just now
+}
+
+// Join puts the plugin into the chain of the primary network, or adapts what is there to how that is now. The error is
+// ErrNoNetwork if there is none; then nothing of ours is left either, lest a network outlive its configuration. It is
+// ErrUnusable if that cannot be read; then everything stays as it is.
+func (n Node) Join(way Way) (Joined, error) {
+	w, err := n.primary()
+	if err != nil {
+		if errors.Is(err, ErrNoNetwork) {
+			_, left := n.Leave()
+			err = errors.Join(err, left)
+		}
+		return Joined{}, err
+	}
+	j := Joined{Way: way, Network: w.name, Primary: filepath.Join(n.NetDir, w.file)}
+	if w.has() {
+		j.Way = ""
+		j.Changed, err = n.leaveBut("")
+		return j, err
+	}
+	var text []byte
+	// Runtimes look for drop-ins of lists only.
+	if way == DropIn && !w.inlinedOnly && filepath.Ext(w.file) == ".conflist" {
+		j.File = filepath.Join(n.NetDir, w.name, dropInName)
+		if text, err = n.plugin(); err == nil {
+			text = append(text, '\n')
+		}
+	} else {
+		j.Way = Copy
+		var name string
+		name, text, err = n.copyOf(w)
+		j.File = filepath.Join(n.NetDir, name)
+	}
+	if err != nil {
+		return j, err
+	}
+	if filepath.Base(w.name) != w.name || w.name == "." || w.name == ".." {
+		return j, fmt.Errorf("%s: name: %q: is no file's name", j.Primary, w.name)
+	}
+	if j.Changed, err = n.put(j.File, text); err != nil {
+		return j, err
+	}
+	left, err := n.leaveBut(j.File)
+	j.Changed = j.Changed || left
+	return j, err
+}
+
+// put writes a file if it does not have that text, and has the runtime read it.
+func (n Node) put(file string, text []byte) (changed bool, err error) {
+	if old, err := os.ReadFile(file); err == nil && bytes.Equal(old, text) {
+		return false, nil
+	}
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		return false, err
+	}
+	if err := renameio.WriteFile(file, text, 0o644); err != nil {
+		return false, err
+	}
+	return true, n.wake(file)
+}
+
+// wake makes the runtime read its configuration again: it watches NetDir, and not the directories in it.
+func (n Node) wake(file string) error {
+	if filepath.Dir(file) == n.NetDir {
+		return nil
+	}
+	bell, err := os.CreateTemp(n.NetDir, "."+PluginType)
+	if err != nil {
+		return err
+	}
+	return errors.Join(bell.Close(), os.Remove(bell.Name()))
+}
+
+// Leave takes the plugin out of the chain. changed is whether it was in there.
+func (n Node) Leave() (changed bool, err error) { return n.leaveBut("") }
+
+// leaveBut removes all files of ours but one, and what writing them left when it was interrupted.
+func (n Node) leaveBut(keep string) (changed bool, err error) {
+	var errs []error
+	for _, file := range n.ours() {
+		if file == keep {
+			continue
+		}
+		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+			continue
+		}
+		changed = true
+		n.removeEmpty(filepath.Dir(file))
+		errs = append(errs, n.wake(file))
+	}
+	patterns := []string{"." + PluginType + "[0-9]*", filepath.Join("*", "."+dropInName+"[0-9]*")}
+	for _, name := range copyNames {
+		patterns = append(patterns, "."+name+"[0-9]*")
+	}
+	for _, pattern := range patterns {
+		left, _ := filepath.Glob(filepath.Join(n.NetDir, pattern))
+		for _, file := range left {
+			errs = append(errs, os.Remove(file))
+		}
+	}
+	// The directory for a drop-in, if making or removing that was interrupted.
+	if w, err := n.primary(); err == nil && filepath.Base(w.name) == w.name {
+		n.removeEmpty(filepath.Join(n.NetDir, w.name))
+	}
+	return changed, errors.Join(errs...)
+}
+
+// removeEmpty removes a network's directory if nobody has a file in it.
+func (n Node) removeEmpty(dir string) {
+	if dir != n.NetDir {
+		_ = os.Remove(dir)
+	}
+}
+
+// ours are the files that Join has made.
+func (n Node) ours() []string {
+	var files []string
+	for _, name := range copyNames {
+		file := filepath.Join(n.NetDir, name)
+		text, err := os.ReadFile(file)
+		if err != nil {
+			continue
+		}
+		// One that is not whole was not written by us, who never leave one.
+		if found, err := parse(text); err == nil && found.members[derivedFrom] != nil {
+			files = append(files, file)
+		}
+	}
+	dropIns, _ := filepath.Glob(filepath.Join(n.NetDir, "*", dropInName))
+	for _, file := range dropIns {
+		if text, err := os.ReadFile(file); err == nil && pluginType(text) == PluginType {
+			files = append(files, file)
+		}
+	}
+	return files
+}
+
+// PutPlugin puts the plugin's binary where the runtime finds it. changed is whether it was not there, or another one.
+func (n Node) PutPlugin(source string) (changed bool, err error) {
+	program, err := os.ReadFile(source)
+	if err != nil {
+		return false, err
+	}
+	target := n.pluginFile()
+	left, _ := filepath.Glob(filepath.Join(n.BinDir, "."+PluginType+"[0-9]*")) // by who was interrupted
+	for _, file := range left {
+		_ = os.Remove(file)
+	}
+	if old, err := os.ReadFile(target); err == nil && bytes.Equal(old, program) {
+		return false, os.Chmod(target, 0o755)
+	}
+	if err := os.MkdirAll(n.BinDir, 0o755); err != nil {
+		return false, err
+	}
+	return true, renameio.WriteFile(target, program, 0o755)
+}
+
+// RemovePlugin removes the binary.
+func (n Node) RemovePlugin() error {
+	if err := os.Remove(n.pluginFile()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+func (n Node) pluginFile() string { return filepath.Join(n.BinDir, PluginType) }
+
+func (j Joined) String() string {
+	if j.Way == "" {
+		return fmt.Sprintf("network %s (%s) has the plugin in its own configuration", j.Network, j.Primary)
+	}
+	return fmt.Sprintf("network %s (%s), by %s", j.Network, j.Primary, strings.TrimPrefix(string(j.Way)+" "+j.File, " "))
+}

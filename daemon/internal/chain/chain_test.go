@@ -1,0 +1,419 @@
+package chain
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+)
+
+const (
+	list   = `{"cniVersion":"1.0.0","name":"pods","x":{"big":12345678901234567890},"plugins":[{"type":"ptp","mtu":1.50},{"type":"portmap"}]}`
+	single = `{"cniVersion":"0.3.1","name":"pods","type":"bridge","bridge":"b"}`
+)
+
+type files = map[string]string
+
+func newNode(t *testing.T, network files) Node {
+	t.Helper()
+	n := Node{NetDir: filepath.Join(t.TempDir(), "net.d"), BinDir: filepath.Join(t.TempDir(), "bin"), Log: slog.New(slog.NewTextHandler(t.Output(), nil))}
+	for _, dir := range []string{n.NetDir, n.BinDir} {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, text := range network {
+		n.write(t, name, text)
+	}
+	return n
+}
+
+func (n Node) write(t *testing.T, name, text string) {
+	t.Helper()
+	file := filepath.Join(n.NetDir, name)
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// contents are all files and directories below a directory.
+func contents(t *testing.T, dir string) files {
+	t.Helper()
+	all := files{}
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || path == dir {
+			return err
+		}
+		name, _ := filepath.Rel(dir, path)
+		if d.IsDir() {
+			all[name+"/"] = ""
+			return nil
+		}
+		text, err := os.ReadFile(path)
+		all[name] = string(text)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// chainIn is what the runtime would take: the first network's plugins, by type.
+func (n Node) chainIn(t *testing.T) string {
+	t.Helper()
+	entries, err := os.ReadDir(n.NetDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if e.IsDir() || filepath.Ext(e.Name()) == "" || strings.HasPrefix(e.Name(), ".") {
+			continue
+		}
+		text, err := os.ReadFile(filepath.Join(n.NetDir, e.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		w, err := parse(text)
+		if err != nil {
+			continue
+		}
+		var types []string
+		for _, p := range w.plugins {
+			types = append(types, pluginType(p))
+		}
+		dropIns, _ := filepath.Glob(filepath.Join(n.NetDir, w.name, "*.conf"))
+		for _, file := range dropIns {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			types = append(types, pluginType(text))
+		}
+		return w.name + ": " + strings.Join(types, " ")
+	}
+	return "none"
+}
+
+func TestJoinAndLeave(t *testing.T) {
+	for name, test := range map[string]struct {
+		way     Way
+		network files
+		chain   string
+		by      Way
+		file    string
+	}{
+		"drop-in":               {DropIn, files{"10-pods.conflist": list}, "pods: ptp portmap probelet", DropIn, "pods/10-probelet.conf"},
+		"drop-in beside others": {DropIn, files{"10-pods.conflist": list, "pods/20-other.conf": `{"type":"other"}`}, "pods: ptp portmap probelet other", DropIn, "pods/10-probelet.conf"},
+		"copy":                  {Copy, files{"10-pods.conflist": list}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
+		"copy of a single one":  {Copy, files{"10-pods.conf": single}, "pods: bridge probelet", Copy, "00-probelet.conflist"},
+		"copy before 00-multus": {Copy, files{"00-multus.conf": single}, "pods: bridge probelet", Copy, "00-0-probelet.conflist"},
+		"copy before 00-":       {Copy, files{"00-.conf": single}, "pods: bridge probelet", Copy, "!00-probelet.conflist"},
+		"drop-ins not read": {DropIn, files{"10-pods.conflist": strings.Replace(list, `"x":`, `"loadOnlyInlinedPlugins":true,"x":`, 1)},
+			"pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
+		"the first of two":         {Copy, files{"10-pods.conflist": list, "20-more.conf": single}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
+		"there by hand":            {Copy, files{"10-pods.conflist": strings.Replace(list, `"portmap"`, `"probelet"`, 1)}, "pods: ptp probelet", "", ""},
+		"somebody's of a name":     {Copy, files{"00-probelet.conflist": single}, "pods: bridge probelet", Copy, "00-0-probelet.conflist"},
+		"a single one, no drop-in": {DropIn, files{"10-pods.conf": single}, "pods: bridge probelet", Copy, "00-probelet.conflist"},
+		"others' files":            {Copy, files{"05-a.txt": "-", "10-pods.conflist": list}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t, test.network)
+			before, plain := contents(t, n.NetDir), n.chainIn(t)
+			for _, changed := range []bool{test.file != "", false} {
+				j, err := n.Join(test.way)
+				if err != nil {
+					t.Fatal(err)
+				}
+				want := ""
+				if test.file != "" {
+					want = filepath.Join(n.NetDir, test.file)
+				}
+				if j.Way != test.by || j.File != want || j.Changed != changed || j.Network != "pods" {
+					t.Fatalf("%+v", j)
+				}
+				if got := n.chainIn(t); got != test.chain {
+					t.Fatalf("the chain is %q, want %q", got, test.chain)
+				}
+			}
+			for file, text := range before {
+				if got := contents(t, n.NetDir)[file]; got != text {
+					t.Errorf("%s was changed: %s", file, got)
+				}
+			}
+			if _, err := n.Leave(); err != nil {
+				t.Fatal(err)
+			}
+			if got := n.chainIn(t); got != plain {
+				t.Errorf("afterwards the chain is %q, was %q", got, plain)
+			}
+			if after := contents(t, n.NetDir); !reflect.DeepEqual(after, before) {
+				t.Errorf("left %v, want %v", after, before)
+			}
+		})
+	}
+}
+
+// A copy has all that its original has, to the digit.
+func TestCopyIsFaithful(t *testing.T) {
+	n := newNode(t, files{"10-pods.conflist": list})
+	n.Conf = map[string]string{"bpfDir": "/sys/fs/bpf/other"}
+	j, err := n.Join(Copy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(j.File)
+	if err != nil {
+		t.Fatal(err)
+	}
+	compact := func(text []byte) string {
+		var value map[string]json.RawMessage
+		if err := json.Unmarshal(text, &value); err != nil {
+			t.Fatal(err)
+		}
+		delete(value, derivedFrom)
+		again, err := json.Marshal(value)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(again)
+	}
+	want := strings.Replace(list, `{"type":"portmap"}`, `{"type":"portmap"},{"bpfDir":"/sys/fs/bpf/other","type":"probelet"}`, 1)
+	if got := compact(text); got != compact([]byte(want)) {
+		t.Errorf("got  %s\nwant %s", got, compact([]byte(want)))
+	}
+}
+
+func TestJoinErrors(t *testing.T) {
+	for name, test := range map[string]struct {
+		network files
+		want    []string
+	}{
+		"nothing":           {nil, []string{"no network configuration"}},
+		"no plugins":        {files{"10-x.conflist": `{"name":"x","plugins":[]}`}, []string{"10-x.conflist", "not a network configuration", "plugins: must be"}},
+		"the next is none":  {files{"10-x.conflist": "", "20-y.conflist": list}, []string{"10-x.conflist", "not a network configuration"}},
+		"of our name":       {files{"00-probelet.conflist": "{", "10-x.conflist": list}, []string{"00-probelet.conflist", "not a network configuration"}},
+		"no name":           {files{"10-x.conflist": `{"plugins":[{"type":"a"}]}`}, []string{"10-x.conflist", "name: must be set"}},
+		"no type":           {files{"10-x.conflist": `{"name":"x","plugins":[{"type":"a"},{}]}`}, []string{"plugins[1].type"}},
+		"a name with a way": {files{"10-x.conflist": `{"name":"../x","plugins":[{"type":"a"}]}`}, []string{`"../x"`, "no file's name"}},
+		"no name is left":   {files{"!00-a.conf": single}, []string{"!00-a.conf", "no free name sorts before"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t, test.network)
+			before := contents(t, n.NetDir)
+			_, err := n.Join(Copy)
+			for _, part := range test.want {
+				if err == nil || !strings.Contains(err.Error(), part) {
+					t.Errorf("%v does not say %q", err, part)
+				}
+			}
+			if got := contents(t, n.NetDir); !reflect.DeepEqual(got, before) {
+				t.Errorf("left %v", got)
+			}
+		})
+	}
+	if _, err := newNode(t, nil).Join(DropIn); !errors.Is(err, ErrNoNetwork) {
+		t.Errorf("not ErrNoNetwork: %v", err)
+	}
+}
+
+// Whatever happens to the primary's file, the chain is the primary's with the plugin behind it; and without a primary
+// there is no network.
+func TestFollow(t *testing.T) {
+	for _, way := range []Way{Copy, DropIn} {
+		t.Run(string(way), func(t *testing.T) {
+			n := newNode(t, nil)
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error, 1)
+			go func() { done <- n.Follow(ctx, way, false) }()
+			expect := func(what, want string) {
+				t.Helper()
+				for range 1000 {
+					if n.chainIn(t) == want {
+						return
+					}
+					time.Sleep(10 * time.Millisecond)
+				}
+				t.Fatalf("%s: the chain is %q, want %q", what, n.chainIn(t), want)
+			}
+			rename := func(from, to string) {
+				t.Helper()
+				if err := os.Rename(filepath.Join(n.NetDir, from), filepath.Join(n.NetDir, to)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			n.write(t, "10-pods.conflist", list)
+			expect("it comes", "pods: ptp portmap probelet")
+			n.write(t, "10-pods.conflist", strings.Replace(list, "portmap", "firewall", 1))
+			expect("it changes", "pods: ptp firewall probelet")
+			whole := contents(t, n.NetDir)
+			n.write(t, "10-pods.conflist", list[:40])
+			n.write(t, "99-other.conflist", strings.Replace(list, `"pods"`, `"other"`, 1))
+			time.Sleep(3 * settle)
+			whole["10-pods.conflist"], whole["99-other.conflist"] = list[:40], strings.Replace(list, `"pods"`, `"other"`, 1)
+			if got := contents(t, n.NetDir); !reflect.DeepEqual(got, whole) {
+				t.Fatalf("it is half written: there is\n%v, want\n%v", got, whole)
+			}
+			n.write(t, "new", strings.Replace(list, "portmap", "bandwidth", 1))
+			if err := os.Remove(filepath.Join(n.NetDir, "99-other.conflist")); err != nil {
+				t.Fatal(err)
+			}
+			rename("new", "10-pods.conflist")
+			expect("it is replaced", "pods: ptp bandwidth probelet")
+			rename("10-pods.conflist", "30-pods.conflist")
+			expect("it is renamed", "pods: ptp bandwidth probelet")
+			n.write(t, "20-other.conflist", strings.Replace(list, `"pods"`, `"other"`, 1))
+			expect("another comes before it", "other: ptp portmap probelet")
+			if err := os.Remove(filepath.Join(n.NetDir, "20-other.conflist")); err != nil {
+				t.Fatal(err)
+			}
+			expect("the other goes", "pods: ptp bandwidth probelet")
+			if err := os.Remove(filepath.Join(n.NetDir, "30-pods.conflist")); err != nil {
+				t.Fatal(err)
+			}
+			expect("it goes", "none")
+			n.write(t, "10-pods.conflist", list)
+			expect("it comes back", "pods: ptp portmap probelet")
+			cancel()
+			if err := <-done; err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+}
+
+const victim = "PROBELET_TEST_INSTALL"
+
+// TestMain plays the process that is killed in TestKilledAtAnyMoment.
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(victim); dir != "" {
+		n := Node{NetDir: filepath.Join(dir, "net.d"), BinDir: filepath.Join(dir, "bin"), Log: slog.New(slog.DiscardHandler)}
+		for i := 0; ; i++ {
+			n.Conf = map[string]string{"logFile": fmt.Sprintf("/%d", i)} // so that each writes anew
+			_, err := n.PutPlugin(filepath.Join(dir, fmt.Sprintf("program%d", i%2)))
+			if err == nil {
+				_, err = n.Join([]Way{Copy, DropIn}[i/2%2])
+			}
+			if err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(1)
+			}
+		}
+	}
+	os.Exit(m.Run())
+}
+
+func TestKilledAtAnyMoment(t *testing.T) {
+	dir := t.TempDir()
+	n := Node{NetDir: filepath.Join(dir, "net.d"), BinDir: filepath.Join(dir, "bin"), Log: slog.New(slog.DiscardHandler)}
+	if err := os.Mkdir(n.NetDir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	n.write(t, "10-pods.conflist", list)
+	before := contents(t, n.NetDir)
+	programs := map[string]bool{}
+	for i := range 2 {
+		program := strings.Repeat(fmt.Sprint(i), 1<<20)
+		programs[program] = true
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("program%d", i)), []byte(program), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 40 {
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), victim+"="+dir)
+		cmd.Stderr = os.Stderr
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(20*time.Millisecond + rand.N(40*time.Millisecond))
+		_ = cmd.Process.Kill()
+		if err := cmd.Wait(); err == nil || cmd.ProcessState.ExitCode() >= 0 {
+			t.Fatalf("it ended by itself: %v", err)
+		}
+		// Once may be too early, twice while one file takes the place of the other.
+		if got := n.chainIn(t); got != "pods: ptp portmap" && strings.ReplaceAll(got, " probelet", "") != "pods: ptp portmap" {
+			t.Fatalf("the chain is %q", got)
+		}
+		for _, file := range n.ours() {
+			if text, err := os.ReadFile(file); err != nil || !json.Valid(text) {
+				t.Fatalf("%s: %q, %v", file, text, err)
+			}
+		}
+		if program, err := os.ReadFile(n.pluginFile()); err == nil && !programs[string(program)] {
+			t.Fatalf("a plugin of %d bytes", len(program))
+		}
+	}
+	if got := n.chainIn(t); !strings.Contains(got, "probelet") {
+		t.Errorf("it never came to join: %q", got)
+	}
+	if _, err := n.Join(Copy); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.Leave(); err != nil {
+		t.Fatal(err)
+	}
+	if got := contents(t, n.NetDir); !reflect.DeepEqual(got, before) {
+		t.Errorf("left %v", got)
+	}
+	if _, err := n.PutPlugin(filepath.Join(dir, "program0")); err != nil {
+		t.Fatal(err)
+	}
+	if got := contents(t, n.BinDir); len(got) != 1 {
+		t.Errorf("in the plugins' directory: %d files", len(got))
+	}
+	if err := n.RemovePlugin(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestRuntime(t *testing.T) {
+	proc, programs := t.TempDir(), t.TempDir()
+	program := filepath.Join(programs, "plugin") // has libcni in it, as a runtime has
+	if out, err := exec.Command("go", "build", "-o", program, "github.com/probelet/probelet/plugin").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	process := func(pid, name, program string) {
+		t.Helper()
+		dir := filepath.Join(proc, pid)
+		err := os.Mkdir(dir, 0o755)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, "comm"), []byte(name+"\n"), 0o644)
+		}
+		if err == nil {
+			err = os.Symlink(program, filepath.Join(dir, "exe"))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	process("17", "bash", "/bin/bash")
+	if r := FindRuntime(proc); r != (Runtime{}) || r.Way() != Copy {
+		t.Errorf("without a runtime: %+v", r)
+	}
+	process("23", "containerd", program)
+	if r := FindRuntime(proc); r.Name != "containerd" || r.PID != "23" || !strings.HasPrefix(r.Libcni, "v1.") || r.Way() != DropIn {
+		t.Errorf("%+v", r)
+	}
+	for libcni, want := range map[string]Way{"": Copy, "(devel)": Copy, "v1.2.3": Copy, "v1.3.0": DropIn, "v1.3.0-rc1": Copy, "v1.10.0": DropIn, "v0.8.1": Copy} {
+		if got := (Runtime{Libcni: libcni}).Way(); got != want {
+			t.Errorf("libcni %s: %s", libcni, got)
+		}
+	}
+	if got := libcniOf("/bin/bash"); got != "" {
+		t.Errorf("of a program without modules: %s", got)
+	}
+}

@@ -1,0 +1,165 @@
+package e2e
+
+import (
+	"encoding/json"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/probelet/probelet/e2e/node"
+)
+
+// snapshot is all that lies below directories: files with mode and contents.
+func snapshot(t *testing.T, dirs ...string) map[string]string {
+	t.Helper()
+	all := map[string]string{}
+	for _, dir := range dirs {
+		must(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if err != nil {
+				return err
+			}
+			info, err := d.Info()
+			if err != nil || d.IsDir() {
+				all[path] = "directory"
+				return err
+			}
+			text, err := os.ReadFile(path)
+			all[path] = info.Mode().String() + " " + string(text)
+			return err
+		}))
+	}
+	return all
+}
+
+// A node with a network of somebody else's gets probelet, and is rid of it again, as it was before.
+func TestInstallAndUninstall(t *testing.T) {
+	for _, way := range []string{"copy", "dropin"} {
+		t.Run(way, func(t *testing.T) {
+			s := newScene(t, node.PTP)
+			plain := s.withoutProbelet(t)
+			before := snapshot(t, s.NetDir(), s.PluginDir())
+			old := plain.add(t)
+
+			s.daemon.Kill()
+			must(t, s.probeletd("install", "--chain", way, "--cni-net-dir", s.NetDir(), "--cni-bin-dir", s.PluginDir()))
+			s.startDaemon("--cni-net-dir", s.NetDir(), "--chain", way)
+			p := plain.add(t)
+			must(t, s.WriteSpecs(node.Probed{Pod: p.Pod, Readiness: []node.Probe{longHTTP}}))
+			p.makeFresh(longHTTP)
+			expectAnswered(t, p, longHTTP, p.IPv4, 10)
+			must(t, p.Check())
+			ended := plain.add(t)
+			must(t, ended.Del())
+
+			// The primary's owner rewrites its configuration: the chain follows.
+			rewritten := plain.rewrite(t)
+			deadline := time.Now().Add(deadline)
+			for !strings.Contains(s.effective(t), `"mtu": 1400`) {
+				if time.Now().After(deadline) {
+					t.Fatalf("the chain is still %s", s.effective(t))
+				}
+				time.Sleep(20 * time.Millisecond)
+			}
+			before[rewritten] = snapshot(t, s.NetDir())[rewritten]
+
+			if err := s.probeletd("uninstall", "--cni-net-dir", s.NetDir(), "--cni-bin-dir", s.PluginDir(), "--settle", "10ms"); err == nil ||
+				!strings.Contains(err.Error(), "another probeletd is running") {
+				t.Fatalf("beside a daemon: %v", err)
+			}
+			must(t, s.daemon.Stop())
+			uninstalled := make(chan error, 1)
+			go func() {
+				uninstalled <- s.probeletd("uninstall", "--cni-net-dir", s.NetDir(), "--cni-bin-dir", s.PluginDir(), "--settle", "200ms")
+			}()
+			// Probes, and pods that come and go all the while.
+			for gone := false; !gone; {
+				select {
+				case err := <-uninstalled:
+					must(t, err)
+					gone = true
+				default:
+				}
+				p.probe(longHTTP, p.IPv4, 20)
+				passing := plain.add(t)
+				must(t, passing.Del())
+			}
+			if after := snapshot(t, s.NetDir(), s.PluginDir()); !reflect.DeepEqual(after, before) {
+				t.Errorf("left\n%v\nwas\n%v", after, before)
+			}
+			for _, dir := range []string{s.BPFDir, s.StateDir} {
+				if _, err := os.Stat(dir); !os.IsNotExist(err) {
+					t.Errorf("%s is left: %v", dir, err)
+				}
+			}
+			must(t, p.Check())
+			p.probe(longHTTP, p.IPv4, 3)
+			must(t, p.Del())
+			must(t, old.Del())
+		})
+	}
+}
+
+// network is one without probelet.
+type network struct {
+	s    *scene
+	file string
+}
+
+// withoutProbelet takes probelet out of the node's configuration, and its binary out of the plugins' directory.
+func (s *scene) withoutProbelet(t *testing.T) *network {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(s.NetDir(), "*.conflist"))
+	must(t, err)
+	n := &network{s, files[0]}
+	n.edit(t, func(plugins []any) []any { return plugins[:len(plugins)-1] })
+	must(t, s.OwnPlugins("ptp", "host-local"))
+	return n
+}
+
+func (n *network) edit(t *testing.T, change func(plugins []any) []any) {
+	t.Helper()
+	text, err := os.ReadFile(n.file)
+	must(t, err)
+	var list map[string]any
+	must(t, json.Unmarshal(text, &list))
+	list["plugins"] = change(list["plugins"].([]any))
+	text, err = json.MarshalIndent(list, "", "  ")
+	must(t, err)
+	must(t, os.WriteFile(n.file+".new", text, 0o644))
+	must(t, os.Rename(n.file+".new", n.file))
+}
+
+func (n *network) rewrite(t *testing.T) (file string) {
+	t.Helper()
+	n.edit(t, func(plugins []any) []any {
+		plugins[0].(map[string]any)["mtu"] = 1400
+		return plugins
+	})
+	return n.file
+}
+
+func (n *network) add(t *testing.T) *pod {
+	t.Helper()
+	return n.s.newPod()
+}
+
+// effective is the text of the file that the runtime reads first.
+func (s *scene) effective(t *testing.T) string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(s.NetDir(), "*.conflist"))
+	must(t, err)
+	text, err := os.ReadFile(files[0])
+	must(t, err)
+	return string(text)
+}
+
+// probeletd runs a command of the node's.
+func (s *scene) probeletd(args ...string) error {
+	cmd := exec.Command(filepath.Join(s.Bin, "probeletd"), append(args, "--bpf-dir", s.BPFDir, "--state-dir", s.StateDir)...)
+	return node.RunCommand(cmd)
+}
