@@ -120,7 +120,7 @@ func runOuter() (code int, err error) {
 	if err := os.Mkdir(cgroup, 0o755); err != nil {
 		return 1, err
 	}
-	defer func() { err = errors.Join(err, removeCgroup(cgroup)) }()
+	defer func() { err = errors.Join(err, removeCgroup(cgroup), removeCgroupsV1(filepath.Base(dir))) }()
 
 	cmd := innerCommand(dir, cgroup)
 	if err := cmd.Start(); err != nil {
@@ -175,7 +175,8 @@ func enter(dir, cgroup string) (*Machine, error) {
 	if err := unix.Mount("bpf", m.bpffs, "bpf", 0, ""); err != nil {
 		return nil, fmt.Errorf("mounting a BPF file system: %w", err)
 	}
-	if err := coverVarLib(filepath.Join(dir, "varlib")); err != nil {
+	// cnitool keeps results in /var/lib/cni, whatever one tells it.
+	if err := Cover("/var/lib", filepath.Join(dir, "varlib")); err != nil {
 		return nil, err
 	}
 	for _, name := range []string{ProberCgroup, OtherCgroup} {
@@ -186,23 +187,23 @@ func enter(dir, cgroup string) (*Machine, error) {
 	return m, setUpNetns()
 }
 
-// coverVarLib makes what is written to /var/lib go to memory: cnitool keeps results in /var/lib/cni, whatever one tells it.
-func coverVarLib(dir string) error {
-	if err := os.Mkdir(dir, 0o700); err != nil {
+// Cover makes what is written to a directory go to memory, mounted at scratch.
+func Cover(dir, scratch string) error {
+	if err := os.Mkdir(scratch, 0o700); err != nil {
 		return err
 	}
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+	if err := unix.Mount("tmpfs", scratch, "tmpfs", 0, ""); err != nil {
 		return fmt.Errorf("mounting a tmpfs: %w", err)
 	}
-	upper, work := filepath.Join(dir, "upper"), filepath.Join(dir, "work")
+	upper, work := filepath.Join(scratch, "upper"), filepath.Join(scratch, "work")
 	for _, d := range []string{upper, work} {
 		if err := os.Mkdir(d, 0o755); err != nil {
 			return err
 		}
 	}
-	options := "lowerdir=/var/lib,upperdir=" + upper + ",workdir=" + work
-	if err := unix.Mount("overlay", "/var/lib", "overlay", 0, options); err != nil {
-		return fmt.Errorf("covering /var/lib: %w", err)
+	options := "lowerdir=" + dir + ",upperdir=" + upper + ",workdir=" + work
+	if err := unix.Mount("overlay", dir, "overlay", 0, options); err != nil {
+		return fmt.Errorf("covering %s: %w", dir, err)
 	}
 	return nil
 }
@@ -243,21 +244,54 @@ const (
 // CgroupPath is the directory of one of the cgroups above.
 func (m *Machine) CgroupPath(name string) string { return filepath.Join(m.cgroup, name) }
 
+// CgroupName is the path of the machine's cgroup in its hierarchy, and of what container runtimes may make in those of
+// version 1.
+func (m *Machine) CgroupName() string { return "/" + filepath.Base(m.cgroup) }
+
 // cgroupRoot is where cgroup v2 is mounted.
 func cgroupRoot() (string, error) {
-	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	roots, err := mounts("cgroup2")
+	if err == nil && len(roots) == 0 {
+		err = fmt.Errorf("%w: cgroup v2 is not mounted", ErrUnsuited)
+	}
 	if err != nil {
 		return "", err
 	}
-	for line := range strings.Lines(string(mounts)) {
+	return roots[0], nil
+}
+
+// mounts are where file systems of a type are mounted.
+func mounts(kind string) ([]string, error) {
+	text, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	var found []string
+	for line := range strings.Lines(string(text)) {
 		// proc(5): the file system's type is the first field behind the separator.
 		before, after, ok := strings.Cut(line, " - ")
 		fields := strings.Fields(before)
-		if ok && strings.HasPrefix(after, "cgroup2 ") && len(fields) > 4 {
-			return fields[4], nil
+		if ok && strings.HasPrefix(after, kind+" ") && len(fields) > 4 {
+			found = append(found, fields[4])
 		}
 	}
-	return "", fmt.Errorf("%w: cgroup v2 is not mounted", ErrUnsuited)
+	return found, nil
+}
+
+// removeCgroupsV1 removes what container runtimes have made under that name.
+func removeCgroupsV1(name string) error {
+	roots, err := mounts("cgroup")
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, root := range roots {
+		dir := filepath.Join(root, name)
+		if _, err := os.Stat(dir); err == nil {
+			errs = append(errs, removeCgroup(dir))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // removeCgroup removes a cgroup and those in it. Processes that have ended may count for a moment longer.

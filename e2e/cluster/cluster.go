@@ -1,0 +1,473 @@
+// Package cluster runs a Kubernetes cluster of one node, of the real etcd, kube-apiserver, kubelet, containerd, runc and
+// CNI plugins, in the namespaces of package node. Their files are where they are on a node: what they write goes to
+// memory, and is gone with the namespaces.
+package cluster
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+
+	"github.com/probelet/probelet/e2e/image"
+	"github.com/probelet/probelet/e2e/node"
+)
+
+// Where things are on the node.
+const (
+	NetDir = "/etc/cni/net.d"
+	BinDir = "/opt/cni/bin"
+	BPFFS  = "/sys/fs/bpf"
+
+	NodeName   = "node1"
+	nodeIP     = "192.168.177.1"
+	apiAddress = "https://" + nodeIP + ":6443"
+	adminToken = "admin"
+	nodeToken  = "node"
+)
+
+// Images that the node has.
+const (
+	AppImage      = "probelet.test/app:test"
+	ProbeletImage = "ghcr.io/probelet/probelet:test"
+)
+
+// Cluster is a running cluster.
+type Cluster struct {
+	*node.Machine
+	Client kubernetes.Interface
+	Config *rest.Config
+
+	tools   string // directory of its binaries
+	dir     string // of its own files
+	running map[string]*exec.Cmd
+}
+
+// Start starts a cluster whose node is Ready, with pods on the network that networkConf configures.
+func Start(ctx context.Context, m *node.Machine, tools, networkConf string, say func(string)) (*Cluster, error) {
+	c := &Cluster{Machine: m, tools: tools, dir: filepath.Join(m.Dir, "cluster"), running: map[string]*exec.Cmd{}}
+	for _, step := range []struct {
+		what string
+		do   func() error
+	}{
+		{"files", c.prepareFiles},
+		{"network", c.prepareNetwork},
+		{"etcd", c.startEtcd},
+		{"kube-apiserver", func() error { return c.startAPIServer(ctx) }},
+		{"CNI", func() error { return c.installCNI(networkConf) }},
+		{"containerd", c.startContainerd},
+		{"images", c.importImages},
+		{"kubelet", func() error { return c.StartKubelet() }},
+		{"node ready", func() error { return c.awaitNode(ctx) }},
+	} {
+		say(step.what)
+		if err := step.do(); err != nil {
+			return c, fmt.Errorf("%s: %w", step.what, err)
+		}
+	}
+	return c, nil
+}
+
+// prepareFiles covers the directories that a node's parts write to.
+func (c *Cluster) prepareFiles() error {
+	if err := os.Mkdir(c.dir, 0o700); err != nil {
+		return err
+	}
+	for _, dir := range []string{"/etc", "/opt"} {
+		if err := node.Cover(dir, filepath.Join(c.Dir, "cover"+strings.ReplaceAll(dir, "/", "-"))); err != nil {
+			return err
+		}
+	}
+	for _, dir := range []string{"/run", "/var/lib/kubelet", "/var/lib/containerd", "/var/log"} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=755"); err != nil {
+			return fmt.Errorf("covering %s: %w", dir, err)
+		}
+	}
+	if err := c.MountBPFFS(); err != nil {
+		return err
+	}
+	// What a pod mounts of the host is to see mounts to come, as on a machine with systemd.
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
+		return err
+	}
+	for _, dir := range []string{NetDir, BinDir, "/etc/kubernetes", "/run/netns"} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// MountBPFFS mounts a BPF file system, as systemd does at boot.
+func (c *Cluster) MountBPFFS() error { return unix.Mount("bpf", BPFFS, "bpf", 0, "") }
+
+// prepareNetwork gives the node an address.
+func (c *Cluster) prepareNetwork() error {
+	err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "uplink"}, PeerName: "uplink-peer"})
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{"uplink", "uplink-peer"} {
+		device, err := netlink.LinkByName(name)
+		if err != nil {
+			return err
+		}
+		if err := netlink.LinkSetUp(device); err != nil {
+			return err
+		}
+		if name == "uplink" {
+			address, err := netlink.ParseAddr(nodeIP + "/24")
+			if err != nil {
+				return err
+			}
+			if err := netlink.AddrAdd(device, address); err != nil {
+				return err
+			}
+		}
+	}
+	for _, knob := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
+		if err := os.WriteFile(filepath.Join("/proc/sys/net", knob), []byte("1"), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *Cluster) startEtcd() error {
+	return c.start("etcd", node.OtherCgroup, "etcd", "--data-dir", filepath.Join(c.dir, "etcd"), "--unsafe-no-fsync", "--log-level", "warn")
+}
+
+func (c *Cluster) startAPIServer(ctx context.Context) error {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		return err
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return err
+	}
+	keyFile := filepath.Join(c.dir, "service-accounts.key")
+	err = os.WriteFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600)
+	if err != nil {
+		return err
+	}
+	tokens := filepath.Join(c.dir, "tokens.csv")
+	err = os.WriteFile(tokens, []byte(adminToken+",admin,admin,system:masters\n"+
+		nodeToken+",system:node:"+NodeName+",node,system:nodes\n"), 0o600)
+	if err != nil {
+		return err
+	}
+	if err := c.StartAPIServer(); err != nil {
+		return err
+	}
+	ca := filepath.Join(c.dir, "apiserver", "apiserver.crt")
+	c.Config = &rest.Config{Host: apiAddress, BearerToken: adminToken, TLSClientConfig: rest.TLSClientConfig{CAFile: ca}, QPS: 1000, Burst: 1000}
+	err = until(ctx, time.Minute, func(ctx context.Context) error {
+		config := *c.Config
+		client, err := kubernetes.NewForConfig(&config)
+		if err != nil {
+			return err
+		}
+		c.Client = client
+		_, err = client.Discovery().RESTClient().Get().AbsPath("/readyz").DoRaw(ctx)
+		return err
+	})
+	if err != nil {
+		return errors.Join(err, c.Log("kube-apiserver"))
+	}
+	kubeconfig := fmt.Sprintf(`{"apiVersion": "v1", "kind": "Config", "current-context": "node",
+		"clusters": [{"name": "c", "cluster": {"server": %q, "certificate-authority": %q}}],
+		"users": [{"name": "u", "user": {"token": %q}}],
+		"contexts": [{"name": "node", "context": {"cluster": "c", "user": "u"}}]}`, apiAddress, ca, nodeToken)
+	if err := os.WriteFile(c.kubeconfig(), []byte(kubeconfig), 0o600); err != nil {
+		return err
+	}
+	return c.prepareAPI(ctx, ca)
+}
+
+// prepareAPI makes what controllers would: there are none here.
+func (c *Cluster) prepareAPI(ctx context.Context, ca string) error {
+	text, err := os.ReadFile(ca)
+	if err != nil {
+		return err
+	}
+	for _, namespace := range []string{"default", "kube-system"} {
+		err := until(ctx, time.Minute, func(ctx context.Context) error {
+			_, err := c.Client.CoreV1().ServiceAccounts(namespace).Create(ctx,
+				&corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "default"}}, metav1.CreateOptions{})
+			if err == nil || apierrors.IsAlreadyExists(err) {
+				_, err = c.Client.CoreV1().ConfigMaps(namespace).Create(ctx, &corev1.ConfigMap{
+					ObjectMeta: metav1.ObjectMeta{Name: "kube-root-ca.crt"}, Data: map[string]string{"ca.crt": string(text)},
+				}, metav1.CreateOptions{})
+			}
+			if apierrors.IsAlreadyExists(err) {
+				return nil
+			}
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// StartAPIServer starts the API server, for example after Stop.
+func (c *Cluster) StartAPIServer() error {
+	keyFile := filepath.Join(c.dir, "service-accounts.key")
+	return c.start("kube-apiserver", node.OtherCgroup, filepath.Join(c.tools, "kube-apiserver"),
+		"--etcd-servers=http://127.0.0.1:2379",
+		"--advertise-address="+nodeIP, "--external-hostname="+nodeIP,
+		"--cert-dir="+filepath.Join(c.dir, "apiserver"),
+		"--service-cluster-ip-range=10.96.0.0/16",
+		"--service-account-issuer="+apiAddress,
+		"--service-account-key-file="+keyFile, "--service-account-signing-key-file="+keyFile,
+		"--token-auth-file="+filepath.Join(c.dir, "tokens.csv"),
+		"--authorization-mode=Node,RBAC",
+		"--allow-privileged=true",
+	)
+}
+
+// installCNI puts the primary network onto the node.
+func (c *Cluster) installCNI(conf string) error {
+	for _, plugin := range []string{"ptp", "bridge", "host-local", "loopback"} {
+		program, err := os.ReadFile(filepath.Join(c.Bin, plugin))
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(BinDir, plugin), program, 0o755); err != nil {
+			return err
+		}
+	}
+	return os.WriteFile(filepath.Join(NetDir, "10-pods.conflist"), []byte(conf), 0o644)
+}
+
+// Network is the configuration of a network of both families, or of some.
+func Network(main string, families ...string) string {
+	ranges := [][]map[string]string{}
+	for _, subnet := range families {
+		ranges = append(ranges, []map[string]string{{"subnet": subnet}})
+	}
+	plugin := map[string]any{"type": main, "ipam": map[string]any{"type": "host-local", "ranges": ranges}}
+	if main == "bridge" {
+		plugin["bridge"], plugin["isGateway"] = "pods0", true
+	}
+	text, err := json.MarshalIndent(map[string]any{
+		"cniVersion": "1.0.0", "name": "pods", "plugins": []any{plugin},
+	}, "", "  ")
+	if err != nil {
+		panic(err)
+	}
+	return string(text)
+}
+
+// Subnets of pods.
+const (
+	IPv4 = "10.89.0.0/16"
+	IPv6 = "fd00:89::/64"
+)
+
+func (c *Cluster) startContainerd() error {
+	config := fmt.Sprintf(`version = 3
+root = "/var/lib/containerd"
+state = "/run/containerd"
+[grpc]
+  address = "/run/containerd/containerd.sock"
+[plugins."io.containerd.cri.v1.images"]
+  snapshotter = "overlayfs"
+  [plugins."io.containerd.cri.v1.images".pinned_images]
+    sandbox = %q
+[plugins."io.containerd.cri.v1.runtime"]
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  tolerate_missing_hugetlb_controller = true
+  netns_mounts_under_state_dir = false
+  [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+  [plugins."io.containerd.cri.v1.runtime".cni]
+    bin_dirs = [%q]
+    conf_dir = %q
+`, pauseImage, BinDir, NetDir)
+	file := filepath.Join(c.dir, "containerd.toml")
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		return err
+	}
+	if err := c.start("containerd", node.OtherCgroup, filepath.Join(c.tools, "containerd"), "--config", file); err != nil {
+		return err
+	}
+	return until(context.Background(), 30*time.Second, func(context.Context) error { return c.ctr("version") })
+}
+
+const pauseImage = "probelet.test/pause:test"
+
+func (c *Cluster) importImages() error {
+	app := filepath.Join(c.Bin, "app")
+	probelet := []string{filepath.Join(c.Bin, "probelet"), filepath.Join(c.Bin, "probeletd"), filepath.Join(c.Bin, "probeletctl")}
+	for _, i := range []struct {
+		reference, dir string
+		entrypoint     []string
+		binaries       []string
+	}{
+		{AppImage, "/", []string{"/app"}, []string{app}},
+		{pauseImage, "/", []string{"/app", "pause"}, []string{app}},
+		{ProbeletImage, "/usr/local/bin", []string{"/usr/local/bin/probeletd"}, probelet},
+	} {
+		file := filepath.Join(c.dir, "image.tar")
+		if err := image.Write(file, i.reference, i.dir, i.entrypoint, i.binaries...); err != nil {
+			return fmt.Errorf("%s: %w", i.reference, err)
+		}
+		if err := c.ctr("images", "import", file); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *Cluster) ctr(args ...string) error {
+	return node.RunCommand(exec.Command(filepath.Join(c.tools, "ctr"), append([]string{"-n", "k8s.io"}, args...)...))
+}
+
+func (c *Cluster) kubeconfig() string { return filepath.Join(c.dir, "kubelet.kubeconfig") }
+
+// StartKubelet starts the kubelet, for example after Stop.
+func (c *Cluster) StartKubelet() error {
+	config := fmt.Sprintf(`apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+failCgroupV1: false
+cgroupDriver: cgroupfs
+cgroupsPerQOS: false
+enforceNodeAllocatable: []
+localStorageCapacityIsolation: false
+makeIPTablesUtilChains: false
+failSwapOn: false
+evictionHard: {memory.available: "0%%", nodefs.available: "0%%", nodefs.inodesFree: "0%%", imagefs.available: "0%%", imagefs.inodesFree: "0%%"}
+containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
+maxPods: 250
+cgroupRoot: %s
+authentication:
+  anonymous: {enabled: false}
+  webhook: {enabled: true}
+authorization: {mode: Webhook}
+registerNode: true
+syncFrequency: 10s
+nodeStatusUpdateFrequency: 5s
+volumePluginDir: %s
+`, c.CgroupName(), filepath.Join(c.dir, "volume-plugins"))
+	file := filepath.Join(c.dir, "kubelet.yaml")
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		return err
+	}
+	return c.start("kubelet", node.ProberCgroup, filepath.Join(c.tools, "kubelet"),
+		"--config", file, "--kubeconfig", c.kubeconfig(),
+		"--hostname-override", NodeName, "--node-ip", nodeIP)
+}
+
+func (c *Cluster) awaitNode(ctx context.Context) error {
+	err := until(ctx, time.Minute, func(ctx context.Context) error {
+		n, err := c.Client.CoreV1().Nodes().Get(ctx, NodeName, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		for _, condition := range n.Status.Conditions {
+			if condition.Type == corev1.NodeReady && condition.Status == corev1.ConditionTrue {
+				return nil
+			}
+		}
+		return fmt.Errorf("the node is %+v", n.Status.Conditions)
+	})
+	if err != nil {
+		return errors.Join(err, c.Log("kubelet"), c.Log("containerd"))
+	}
+	return nil
+}
+
+// start starts a part in one of the cgroups of the machine.
+func (c *Cluster) start(name, cgroup, program string, args ...string) error {
+	log, err := os.OpenFile(c.logFile(name), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	defer log.Close() //nolint:errcheck // the part's
+	dir, err := os.Open(c.CgroupPath(cgroup))
+	if err != nil {
+		return err
+	}
+	defer dir.Close() //nolint:errcheck // read only
+	cmd := exec.Command(program, args...)
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.Env = append(os.Environ(), "PATH="+c.tools+":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	c.running[name] = cmd
+	return nil
+}
+
+// Stop ends a part, in an orderly manner or not.
+func (c *Cluster) Stop(name string, signal os.Signal) error {
+	cmd := c.running[name]
+	if cmd == nil {
+		return fmt.Errorf("%s is not running", name)
+	}
+	delete(c.running, name)
+	if err := cmd.Process.Signal(signal); err != nil {
+		return err
+	}
+	_ = cmd.Wait() // it was told to
+	return nil
+}
+
+func (c *Cluster) logFile(name string) string { return filepath.Join(c.dir, name+".log") }
+
+// Log is the end of what a part has written, as an error.
+func (c *Cluster) Log(name string) error {
+	text, err := os.ReadFile(c.logFile(name))
+	if err != nil {
+		return err
+	}
+	lines := bytes.Split(bytes.TrimSpace(text), []byte("\n"))
+	return fmt.Errorf("the log of %s ends with\n%s", name, bytes.Join(lines[max(0, len(lines)-15):], []byte("\n")))
+}
+
+// Kubelet gets a path of the kubelet's own server.
+func (c *Cluster) Kubelet(ctx context.Context, path string) ([]byte, error) {
+	return c.Client.CoreV1().RESTClient().Get().AbsPath("/api/v1/nodes/" + NodeName + "/proxy" + path).DoRaw(ctx)
+}
+
+// until tries until there is no error, or it has taken too long.
+func until(ctx context.Context, limit time.Duration, try func(context.Context) error) error {
+	deadline := time.Now().Add(limit)
+	for {
+		err := try(ctx)
+		if err == nil {
+			return nil
+		}
+		if time.Now().After(deadline) || ctx.Err() != nil {
+			return fmt.Errorf("not within %s: %w", limit, err)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}

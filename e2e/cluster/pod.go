@@ -1,0 +1,187 @@
+package cluster
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+)
+
+// Namespace is that of the tests' pods.
+const Namespace = "default"
+
+// App is a container of the tests' program that listens on ports.
+func App(name string, ports ...int) corev1.Container {
+	var list []string
+	for _, p := range ports {
+		list = append(list, strconv.Itoa(p))
+	}
+	return corev1.Container{
+		Name: name, Image: AppImage, ImagePullPolicy: corev1.PullNever,
+		Command: []string{"/app", "-listen", strings.Join(list, ",")},
+	}
+}
+
+// HTTP is a probe each second.
+func HTTP(path string, port intstr.IntOrString) *corev1.Probe {
+	return &corev1.Probe{PeriodSeconds: 1, ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: path, Port: port}}}
+}
+
+// TCP is a probe each second.
+func TCP(port intstr.IntOrString) *corev1.Probe {
+	return &corev1.Probe{PeriodSeconds: 1, ProbeHandler: corev1.ProbeHandler{TCPSocket: &corev1.TCPSocketAction{Port: port}}}
+}
+
+// Pod is a pod on the node that ends at once when it is told to.
+func Pod(name string, containers ...corev1.Container) *corev1.Pod {
+	none := int64(0)
+	no := false
+	return &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: Namespace},
+		Spec: corev1.PodSpec{
+			NodeName: NodeName, Containers: containers,
+			TerminationGracePeriodSeconds: &none, AutomountServiceAccountToken: &no,
+		},
+	}
+}
+
+// Create creates a pod.
+func (c *Cluster) Create(ctx context.Context, pod *corev1.Pod) (*corev1.Pod, error) {
+	return c.Client.CoreV1().Pods(pod.Namespace).Create(ctx, pod, metav1.CreateOptions{})
+}
+
+// Get returns a pod as it is now.
+func (c *Cluster) Get(ctx context.Context, pod *corev1.Pod) (*corev1.Pod, error) {
+	return c.Client.CoreV1().Pods(pod.Namespace).Get(ctx, pod.Name, metav1.GetOptions{})
+}
+
+// Await waits until the pod is as wanted, and returns it.
+func (c *Cluster) Await(ctx context.Context, pod *corev1.Pod, limit time.Duration, what string, wanted func(*corev1.Pod) bool) (*corev1.Pod, error) {
+	var now *corev1.Pod
+	err := until(ctx, limit, func(ctx context.Context) (err error) {
+		if now, err = c.Get(ctx, pod); err != nil {
+			return err
+		}
+		if !wanted(now) {
+			status, _ := json.Marshal(now.Status)
+			return fmt.Errorf("%s is not %s: %s", pod.Name, what, status)
+		}
+		return nil
+	})
+	return now, err
+}
+
+// Ready is whether a pod is.
+func Ready(pod *corev1.Pod) bool {
+	for _, condition := range pod.Status.Conditions {
+		if condition.Type == corev1.PodReady {
+			return condition.Status == corev1.ConditionTrue
+		}
+	}
+	return false
+}
+
+// Restarts counts those of all containers.
+func Restarts(pod *corev1.Pod) (n int) {
+	for _, list := range [][]corev1.ContainerStatus{pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses} {
+		for _, status := range list {
+			n += int(status.RestartCount)
+		}
+	}
+	return n
+}
+
+// Delete deletes a pod, and waits until it is gone.
+func (c *Cluster) Delete(ctx context.Context, pod *corev1.Pod) error {
+	err := c.Client.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{})
+	if err != nil {
+		return err
+	}
+	return until(ctx, time.Minute, func(ctx context.Context) error {
+		_, err := c.Get(ctx, pod)
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
+		return fmt.Errorf("%s is still there: %w", pod.Name, err)
+	})
+}
+
+// Seen is what has reached the test's program: cmd/app has the same.
+type Seen struct{ Connections, Probes, Others int64 }
+
+// Ask sends a request to the program in a pod, as somebody on the node who is not the prober.
+func Ask(ctx context.Context, pod *corev1.Pod, port int, path string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	url := "http://" + net.JoinHostPort(pod.Status.PodIP, strconv.Itoa(port)) + path
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, err
+	}
+	request.Close = true
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return nil, err
+	}
+	defer response.Body.Close() //nolint:errcheck // read only
+	text, err := io.ReadAll(response.Body)
+	if err == nil && response.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s: %s", url, response.Status, text)
+	}
+	return text, err
+}
+
+// SeenBy asks a pod what has reached it.
+func SeenBy(ctx context.Context, pod *corev1.Pod, port int) (seen Seen, err error) {
+	text, err := Ask(ctx, pod, port, "/seen")
+	if err != nil {
+		return seen, err
+	}
+	return seen, json.Unmarshal(text, &seen)
+}
+
+// ProbeCount is of the kubelet's probes of a container.
+type ProbeCount struct{ Successful, Failed int }
+
+// ProbeCounts are the kubelet's, by probe type, of a container (prober_probe_total of /metrics/probes).
+func (c *Cluster) ProbeCounts(ctx context.Context, pod, container string) (map[string]ProbeCount, error) {
+	text, err := c.Kubelet(ctx, "/metrics/probes")
+	if err != nil {
+		return nil, err
+	}
+	counts := map[string]ProbeCount{}
+	for line := range strings.Lines(string(text)) {
+		if !strings.HasPrefix(line, "prober_probe_total{") || !strings.Contains(line, fmt.Sprintf("pod=%q", pod)) ||
+			!strings.Contains(line, fmt.Sprintf("container=%q", container)) {
+			continue
+		}
+		var value float64
+		fields := strings.Fields(line)
+		if _, err := fmt.Sscan(fields[len(fields)-1], &value); err != nil {
+			return nil, fmt.Errorf("%s: %w", line, err)
+		}
+		for _, kind := range []string{"Readiness", "Liveness", "Startup"} {
+			if !strings.Contains(line, fmt.Sprintf("probe_type=%q", kind)) {
+				continue
+			}
+			count := counts[kind]
+			if strings.Contains(line, `result="successful"`) {
+				count.Successful += int(value)
+			} else {
+				count.Failed += int(value)
+			}
+			counts[kind] = count
+		}
+	}
+	return counts, nil
+}
