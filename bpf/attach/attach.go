@@ -184,6 +184,11 @@ func clsact(ifindex int) *netlink.Clsact {
 	}}
 }
 
+// OpenPod opens the maps of an attachment. The error is os.ErrNotExist if they are not pinned.
+func OpenPod(bpfDir string, id ID) (*datapath.Pod, error) {
+	return datapath.OpenPod(filepath.Join(datapath.AttachmentsDir(bpfDir), id.name()))
+}
+
 // Check compares the attachment with what Attach makes of it. The error is ErrNotAttached or ErrIncomplete, with what is
 // wrong.
 func Check(d *datapath.Datapath, bpfDir string, id ID, ifindex int) error {

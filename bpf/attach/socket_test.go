@@ -30,9 +30,12 @@ const probe = "GET /healthz HTTP/1.1\r\nHost: pod\r\nUser-Agent: kube-probe/1.37
 type served struct {
 	*bpftest.Pod
 	d        *datapath.Datapath
+	bpfDir   string
 	listener net.Listener
 	seen     atomic.Int64
 }
+
+var servedID = attach.ID{ContainerID: "c", IfName: "eth0"}
 
 func serve(t testing.TB, pod *bpftest.Pod, hook attach.Hook) *served {
 	t.Helper()
@@ -51,9 +54,9 @@ func serve(t testing.TB, pod *bpftest.Pod, hook attach.Hook) *served {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = d.Close() })
-	s.d = d
+	s.d, s.bpfDir = d, dir
 	bpftest.Do(t, pod.Node.NS, func() error {
-		return attach.Attach(d, dir, attach.ID{ContainerID: "c", IfName: "eth0"}, attach.Target{IfIndex: pod.IfIndex, PodNetns: pod.Netns}, hook)
+		return attach.Attach(d, dir, servedID, attach.Target{IfIndex: pod.IfIndex, PodNetns: pod.Netns}, hook)
 	})
 	if err := d.SetProber(datapath.Prober{AnyLocal: true}); err != nil {
 		t.Fatal(err)
@@ -65,7 +68,7 @@ func serve(t testing.TB, pod *bpftest.Pod, hook attach.Hook) *served {
 // arm makes /healthz fresh for an hour.
 func (s *served) arm(t testing.TB) {
 	t.Helper()
-	maps, err := s.d.Pod(uint32(s.IfIndex))
+	maps, err := attach.OpenPod(s.bpfDir, servedID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -85,7 +88,7 @@ func (s *served) arm(t testing.TB) {
 // armPort makes connections to another port taken, as those to 8080 are.
 func (s *served) armPort(t testing.TB, number uint16) {
 	t.Helper()
-	maps, err := s.d.Pod(uint32(s.IfIndex))
+	maps, err := attach.OpenPod(s.bpfDir, servedID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -273,7 +276,7 @@ func TestAListenerThatClosesEndsItsEvidence(t *testing.T) {
 	if err := s.listener.Close(); err != nil {
 		t.Fatal(err)
 	}
-	maps, err := s.d.Pod(uint32(s.IfIndex))
+	maps, err := attach.OpenPod(s.bpfDir, servedID)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -244,11 +244,16 @@ func TestPodsAreApart(t *testing.T) {
 	must(t, d.AddPod(4, 33, b))
 	must(t, a.Put(TCPKey(80), Evidence{Status: 7}))
 
-	opened, err := d.Pod(3)
+	dir := filepath.Dir(bpftest.BPFDir(t))
+	if _, err := OpenPod(dir); !errors.Is(err, os.ErrNotExist) {
+		t.Fatalf("before it was pinned: %v", err)
+	}
+	must(t, a.Pin(dir))
+	opened, err := OpenPod(dir)
 	must(t, err)
 	defer opened.Close() //nolint:errcheck // a test's
 	if e, _, err := opened.Get(TCPKey(80)); err != nil || e.Status != 7 {
-		t.Fatalf("through the device: %+v, %v", e, err)
+		t.Fatalf("by its pins: %+v, %v", e, err)
 	}
 	if keys, err := b.Keys(); err != nil || len(keys) != 0 {
 		t.Fatalf("in the other pod: %v, %v", keys, err)
@@ -268,9 +273,6 @@ func TestPodsAreApart(t *testing.T) {
 	must(t, d.RemovePod(3))
 	if devices := netnsDevices(t, d, 33); !slices.Equal(devices, []uint32{0, 4, 0, 0}) {
 		t.Fatalf("devices of the namespace: %v", devices)
-	}
-	if _, err := d.Pod(3); !errors.Is(err, os.ErrNotExist) {
-		t.Fatalf("after removal: %v", err)
 	}
 	if pods, err := d.PodIDs(); err != nil || len(pods) != 1 {
 		t.Fatalf("pods %v, %v", pods, err)

@@ -221,15 +221,16 @@ func (d *Datapath) removeFromNetns(ifindex uint32) error {
 	return errors.Join(errs...)
 }
 
-// Pod opens the maps that the programs use for the device ifindex. The error is os.ErrNotExist if there are none.
-func (d *Datapath) Pod(ifindex uint32) (*Pod, error) {
-	evidence, err := openInner(d.objects.PodEvidence, ifindex)
+// OpenPod opens the maps that were pinned in dir. The error is os.ErrNotExist if they were not. By their pins, because to
+// open a map by its id takes CAP_SYS_ADMIN (bpf_map_get_fd_by_id in kernel/bpf/syscall.c).
+func OpenPod(dir string) (*Pod, error) {
+	evidence, err := ebpf.LoadPinnedMap(filepath.Join(dir, pinEvidence), nil)
 	if err != nil {
-		return nil, fmt.Errorf("evidence of device %d: %w", ifindex, err)
+		return nil, fmt.Errorf("evidence of a pod: %w", err)
 	}
-	tallies, err := openInner(d.objects.PodTallies, ifindex)
+	tallies, err := ebpf.LoadPinnedMap(filepath.Join(dir, pinTallies), nil)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("tallies of device %d: %w", ifindex, err), evidence.Close())
+		return nil, errors.Join(fmt.Errorf("tallies of a pod: %w", err), evidence.Close())
 	}
 	return &Pod{evidence, tallies}, nil
 }
@@ -294,16 +295,6 @@ func (d *Datapath) RemovePod(ifindex uint32) error {
 		return fmt.Errorf("forgetting device %d: %w", ifindex, err)
 	}
 	return nil
-}
-
-func openInner(outer *ebpf.Map, ifindex uint32) (*ebpf.Map, error) {
-	var id uint32
-	if err := outer.Lookup(ifindex, &id); errors.Is(err, ebpf.ErrKeyNotExist) {
-		return nil, os.ErrNotExist
-	} else if err != nil {
-		return nil, err
-	}
-	return ebpf.NewMapFromID(ebpf.MapID(id))
 }
 
 // Put sets an endpoint's evidence, and creates its tally if it has none.

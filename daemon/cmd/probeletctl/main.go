@@ -129,7 +129,8 @@ func printJSON[T any](w io.Writer, s T) error {
 type kernel interface {
 	Prober() (datapath.Prober, error)
 	Counters() (map[string]uint64, error)
-	Pod(ifindex uint32) (podMaps, error)
+	// Pod opens the maps of an attachment.
+	Pod(attach.Record) (podMaps, error)
 	Close() error
 }
 
@@ -138,9 +139,12 @@ type podMaps interface {
 	Close() error
 }
 
-type openedKernel struct{ *datapath.Datapath }
+type openedKernel struct {
+	*datapath.Datapath
+	bpfDir string
+}
 
-func (k openedKernel) Pod(ifindex uint32) (podMaps, error) { return k.Datapath.Pod(ifindex) }
+func (k openedKernel) Pod(r attach.Record) (podMaps, error) { return attach.OpenPod(k.bpfDir, r.ID()) }
 
 // openKernel returns nil if nothing is loaded.
 func openKernel(bpfDir string) (kernel, error) {
@@ -151,5 +155,5 @@ func openKernel(bpfDir string) (kernel, error) {
 	if err != nil {
 		return nil, err
 	}
-	return openedKernel{d}, nil
+	return openedKernel{d, bpfDir}, nil
 }

@@ -176,7 +176,7 @@ func openPod(k kernel, r attach.Record) (podMaps, error) {
 	if k == nil || r.IfIndex == 0 {
 		return nil, nil
 	}
-	maps, err := k.Pod(uint32(r.IfIndex))
+	maps, err := k.Pod(r)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}

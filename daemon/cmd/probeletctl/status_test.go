@@ -45,8 +45,8 @@ func (k fakeKernel) Counters() (map[string]uint64, error) {
 	return map[string]uint64{"answered_http": 12, "answered_tcp": 3, "observed": 20, "handed_over": 1}, nil
 }
 
-func (k fakeKernel) Pod(ifindex uint32) (podMaps, error) {
-	if maps, ok := k.pods[ifindex]; ok {
+func (k fakeKernel) Pod(r attach.Record) (podMaps, error) {
+	if maps, ok := k.pods[uint32(r.IfIndex)]; ok {
 		return maps, nil
 	}
 	return nil, os.ErrNotExist

@@ -24,6 +24,7 @@ import (
 type daemon struct {
 	log      *slog.Logger
 	datapath *datapath.Datapath
+	bpfDir   string
 	stateDir string
 	defaults probe.Defaults
 	previous statedir.Endpoints // as an earlier run left them
@@ -57,7 +58,7 @@ type attachment struct {
 
 func newDaemon(log *slog.Logger, d *datapath.Datapath, c config, previous statedir.Endpoints, r *refresh.Refresher) *daemon {
 	return &daemon{
-		log: log, datapath: d, stateDir: c.stateDir, defaults: c.defaults, previous: previous, refresher: r,
+		log: log, datapath: d, bpfDir: c.bpfDir, stateDir: c.stateDir, defaults: c.defaults, previous: previous, refresher: r,
 		metrics:     newMetrics(),
 		attachments: map[attach.ID]*attachment{}, byDevice: map[uint32][]*attachment{},
 	}
@@ -232,7 +233,11 @@ func (a *attachment) targets() []refresh.Target {
 
 func (d *daemon) publish(a *attachment) error {
 	if a.maps == nil {
-		opened, err := store.Open(d.datapath, uint32(a.record.IfIndex))
+		pinned, err := attach.OpenPod(d.bpfDir, a.record.ID())
+		if err != nil {
+			return err
+		}
+		opened, err := store.Open(pinned)
 		if err != nil {
 			return err
 		}

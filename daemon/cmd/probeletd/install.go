@@ -207,11 +207,11 @@ func (i *installation) detach(ctx context.Context) error {
 		return err
 	}
 	defer d.Close() //nolint:errcheck // nothing is lost
-	if err := i.quiesce(ctx, d); err != nil {
-		return err
-	}
 	ids, err := attach.List(i.bpfDir)
 	if err != nil {
+		return err
+	}
+	if err := i.quiesce(ctx, d, ids); err != nil {
 		return err
 	}
 	for _, id := range ids {
@@ -227,22 +227,22 @@ func (i *installation) detach(ctx context.Context) error {
 }
 
 // quiesce makes the programs take no connection any more, and waits for those that they have.
-func (i *installation) quiesce(ctx context.Context, d *datapath.Datapath) error {
-	pods, err := d.PodIDs()
-	if err != nil {
-		return err
-	}
-	for ifindex := range pods {
-		pod, err := store.Open(d, ifindex)
+func (i *installation) quiesce(ctx context.Context, d *datapath.Datapath, ids []attach.ID) error {
+	for _, id := range ids {
+		pinned, err := attach.OpenPod(i.bpfDir, id)
 		if errors.Is(err, os.ErrNotExist) {
-			continue // deleted meanwhile
+			continue // deleted meanwhile, or never whole
 		}
+		if err != nil {
+			return err
+		}
+		pod, err := store.Open(pinned)
 		if err != nil {
 			return err
 		}
 		err = errors.Join(pod.Sync(store.Records{}), pod.Close())
 		if err != nil {
-			return fmt.Errorf("device %d: %w", ifindex, err)
+			return fmt.Errorf("%s: %w", id, err)
 		}
 	}
 	if err := d.SetProber(datapath.Prober{}); err != nil {

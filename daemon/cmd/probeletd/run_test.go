@@ -74,6 +74,19 @@ func newNode(t *testing.T) *node {
 // attach does what the plugin does at ADD, for a pod whose name is not told.
 func (n *node) attach() { n.attachPod(n.pod) }
 
+// idOf is the name of a pod's attachment, of which there is a record.
+func (n *node) idOf(pod *bpftest.Pod) attach.ID {
+	n.t.Helper()
+	records, err := attach.ReadRecords(n.config.stateDir)
+	for _, r := range records {
+		if r.IfIndex == pod.IfIndex {
+			return r.ID()
+		}
+	}
+	n.t.Fatalf("no record of %s: %v", pod.HostIfName, err)
+	return attach.ID{}
+}
+
 func (n *node) attachPod(pod *bpftest.Pod) {
 	n.t.Helper()
 	record := attach.Record{
@@ -152,7 +165,11 @@ func (n *node) records() store.Records { return n.recordsOf(n.pod) }
 
 func (n *node) recordsOf(pod *bpftest.Pod) store.Records {
 	n.t.Helper()
-	maps, err := store.Open(n.d, uint32(pod.IfIndex))
+	pinned, err := attach.OpenPod(n.config.bpfDir, n.idOf(pod))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	maps, err := store.Open(pinned)
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -171,7 +188,7 @@ func (n *node) has(key datapath.EndpointKey) func() bool {
 // open is whether connections to the port are taken.
 func (n *node) open(port uint16) func() bool {
 	return func() bool {
-		pod, err := n.d.Pod(uint32(n.pod.IfIndex))
+		pod, err := attach.OpenPod(n.config.bpfDir, n.idOf(n.pod))
 		if err != nil {
 			n.t.Fatal(err)
 		}

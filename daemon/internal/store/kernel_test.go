@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -32,10 +33,11 @@ func TestKernelDoesWhatThePolicySays(t *testing.T) {
 	if err := d.SetProber(datapath.Prober{AnyLocal: true}); err != nil {
 		t.Fatal(err)
 	}
+	bpffs := filepath.Dir(bpftest.BPFDir(t))
 	verdicts := map[verdict]int{}
 	bpftest.Do(t, node.NS, func() error {
 		rapid.Check(t, func(rt *rapid.T) {
-			h := newHistory(t, rt, d, pod)
+			h := newHistory(t, rt, d, bpffs, pod)
 			defer h.end()
 			actions := map[string]func(*rapid.T){
 				"wait":     h.wait,
@@ -98,6 +100,8 @@ type history struct {
 	t   *testing.T
 	d   *datapath.Datapath
 	pod *bpftest.Pod
+	// pins are where the pod's maps are pinned.
+	pins string
 
 	policy    *probe.Tracker    // the policy alone
 	withdrawn map[uint16]uint64 // when the kernel must have withdrawn a port's evidence
@@ -113,7 +117,7 @@ type history struct {
 	lost bool
 }
 
-func newHistory(t *testing.T, rt *rapid.T, d *datapath.Datapath, pod *bpftest.Pod) *history {
+func newHistory(t *testing.T, rt *rapid.T, d *datapath.Datapath, bpffs string, pod *bpftest.Pod) *history {
 	h := &history{
 		t: t, d: d, pod: pod, withdrawn: map[uint16]uint64{}, verdicts: map[verdict]int{},
 		policy: probe.NewTracker(), tracker: probe.NewTracker(),
@@ -123,7 +127,13 @@ func newHistory(t *testing.T, rt *rapid.T, d *datapath.Datapath, pod *bpftest.Po
 		err = d.AddPod(uint32(pod.IfIndex), pod.Netns, h.inner)
 	}
 	if err == nil {
-		h.maps, err = Open(d, uint32(pod.IfIndex))
+		h.pins, err = os.MkdirTemp(bpffs, "history")
+	}
+	if err == nil {
+		err = h.inner.Pin(h.pins)
+	}
+	if err == nil {
+		h.maps, err = opened(h.pins)
 	}
 	if err == nil {
 		h.outcomes, err = d.Outcomes()
@@ -141,6 +151,7 @@ func (h *history) end() {
 	_ = h.outcomes.Close()
 	_ = h.maps.Close()
 	_ = h.inner.Close()
+	_ = os.RemoveAll(h.pins)
 	if err := h.d.RemovePod(uint32(h.pod.IfIndex)); err != nil {
 		h.t.Fatal(err)
 	}
@@ -210,7 +221,7 @@ func (h *history) restartDaemon(rt *rapid.T) {
 	h.since = now
 	h.tracker.SetEndpoints(h.specs, now)
 	_ = h.maps.Close()
-	maps, err := Open(h.d, uint32(h.pod.IfIndex))
+	maps, err := opened(h.pins)
 	if err != nil {
 		h.t.Fatal(err)
 	}

@@ -152,14 +152,12 @@ type Pod struct {
 	have Records // what the maps hold
 }
 
-// Open opens the maps that the programs use for the device ifindex. The error is os.ErrNotExist if there are none.
-func Open(d *datapath.Datapath, ifindex uint32) (*Pod, error) {
-	maps, err := d.Pod(ifindex)
-	if err != nil {
-		return nil, err
-	}
+// Open reads a pod's maps, which are closed with it.
+func Open(maps *datapath.Pod) (*Pod, error) {
 	p := &Pod{maps: maps}
-	if p.ids, err = maps.IDs(); err == nil {
+	ids, err := maps.IDs()
+	if err == nil {
+		p.ids = ids
 		p.have, err = read(maps)
 	}
 	if err != nil {

@@ -1,10 +1,9 @@
 package store
 
 import (
-	"errors"
 	"fmt"
 	"maps"
-	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -221,7 +220,21 @@ func checkOpen(t *rapid.T, port uint16, have, now, want Records) {
 }
 
 // withMaps returns the maps of a pod behind device 1.
-func withMaps(t *testing.T) *datapath.Datapath {
+// pinned is the kernel side with one pod, of device 1.
+type pinned struct {
+	*datapath.Datapath
+	pins string // where its maps are pinned
+}
+
+func opened(pins string) (*Pod, error) {
+	maps, err := datapath.OpenPod(pins)
+	if err != nil {
+		return nil, err
+	}
+	return Open(maps)
+}
+
+func withMaps(t *testing.T) pinned {
 	t.Helper()
 	bpftest.RequireRoot(t)
 	d, err := datapath.Load()
@@ -237,7 +250,11 @@ func withMaps(t *testing.T) *datapath.Datapath {
 	if err := d.AddPod(1, 1, pod); err != nil {
 		t.Fatal(err)
 	}
-	return d
+	pins := filepath.Dir(bpftest.BPFDir(t))
+	if err := pod.Pin(pins); err != nil {
+		t.Fatal(err)
+	}
+	return pinned{d, pins}
 }
 
 func TestSync(t *testing.T) {
@@ -285,13 +302,6 @@ func TestSyncAsMuchAsFits(t *testing.T) {
 	}
 }
 
-func TestOpenWithoutMaps(t *testing.T) {
-	d := withMaps(t)
-	if _, err := Open(d, 2); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("open: %v", err)
-	}
-}
-
 // Records that somebody else removed are missed, not forgotten.
 func TestSyncFindsRecordsGone(t *testing.T) {
 	d := withMaps(t)
@@ -308,9 +318,9 @@ func TestSyncFindsRecordsGone(t *testing.T) {
 	}
 }
 
-func open(t *testing.T, d *datapath.Datapath) *Pod {
+func open(t *testing.T, d pinned) *Pod {
 	t.Helper()
-	pod, err := Open(d, 1)
+	pod, err := opened(d.pins)
 	if err != nil {
 		t.Fatal(err)
 	}
