@@ -171,7 +171,7 @@ func (p *plugin) attachPod(conf *netConf, args *skel.CmdArgs, record *attach.Rec
 	if err != nil {
 		return err
 	}
-	record.IfIndex, record.HostIfName = device.ifIndex, device.ifName
+	record.IfIndex, record.HostIfName, record.PodNetns = device.ifIndex, device.ifName, device.podNetns
 
 	record.Error = addUnfinished
 	if err := attach.WriteRecord(conf.stateDir, *record); err != nil {
@@ -182,7 +182,7 @@ func (p *plugin) attachPod(conf *netConf, args *skel.CmdArgs, record *attach.Rec
 		return err
 	}
 	defer d.Close() //nolint:errcheck // pinned
-	if err := attach.Attach(d, conf.bpfDir, record.ID(), attach.Target{IfIndex: device.ifIndex, PodNetns: device.podNetns}, attach.HookAuto); err != nil {
+	if err := attach.Attach(d, conf.bpfDir, record.ID(), record.Target(), attach.HookAuto); err != nil {
 		return fault(codeAttach, "%v", err)
 	}
 	record.Error = ""

@@ -189,10 +189,31 @@ func OpenPod(bpfDir string, id ID) (*datapath.Pod, error) {
 	return datapath.OpenPod(filepath.Join(datapath.AttachmentsDir(bpfDir), id.name()))
 }
 
-// Check compares the attachment with what Attach makes of it. The error is ErrNotAttached or ErrIncomplete, with what is
-// wrong.
-func Check(d *datapath.Datapath, bpfDir string, id ID, ifindex int) error {
-	dir := filepath.Join(datapath.AttachmentsDir(bpfDir), id.name())
+// Checker compares attachments with what Attach makes of them, all with one look at what is common to them.
+type Checker struct {
+	bpfDir         string
+	pods           map[uint32]datapath.PodIDs
+	respond, steer ebpf.ProgramID
+}
+
+// NewChecker looks.
+func NewChecker(d *datapath.Datapath, bpfDir string) (*Checker, error) {
+	c := &Checker{bpfDir: bpfDir}
+	var err error
+	if c.pods, err = d.PodIDs(); err != nil {
+		return nil, err
+	}
+	if c.respond, err = programID(d.Respond()); err != nil {
+		return nil, err
+	}
+	c.steer, err = programID(d.Steer())
+	return c, err
+}
+
+// Check is of one attachment, to the device ifindex. The error is ErrNotAttached or ErrIncomplete, with what is wrong; another one
+// says that this cannot be found out.
+func (c *Checker) Check(id ID, ifindex int) error {
+	dir := filepath.Join(datapath.AttachmentsDir(c.bpfDir), id.name())
 	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("%s: %w", id, ErrNotAttached)
 	}
@@ -207,36 +228,32 @@ func Check(d *datapath.Datapath, bpfDir string, id ID, ifindex int) error {
 	if pinned.Evidence == 0 || pinned.Tallies == 0 {
 		return wrong("the pod's maps are %+v (0: not pinned)", pinned)
 	}
-	pods, err := d.PodIDs()
-	if err != nil {
-		return err
-	}
-	if used := pods[uint32(ifindex)]; used != pinned {
+	if used := c.pods[uint32(ifindex)]; used != pinned {
 		return wrong("the programs use maps %+v (0: none) for device %d, not the pod's, which are %+v", used, ifindex, pinned)
 	}
 
-	respond, err := programID(d.Respond())
-	if err != nil {
-		return err
-	}
 	attached, err := xdpProgram(ifindex)
 	if err != nil {
 		return err
 	}
-	if attached != respond {
-		return wrong("XDP program of device %d is %d (0: none), not respond, which is %d", ifindex, attached, respond)
+	if attached != c.respond {
+		return wrong("XDP program of device %d is %d (0: none), not respond, which is %d", ifindex, attached, c.respond)
 	}
+	if has, err := hasSteer(ifindex, c.steer); err != nil {
+		return err
+	} else if !has {
+		return wrong("steer, program %d, is not at tc egress of device %d", c.steer, ifindex)
+	}
+	return nil
+}
 
-	steer, err := programID(d.Steer())
+// Check is that of a Checker.
+func Check(d *datapath.Datapath, bpfDir string, id ID, ifindex int) error {
+	c, err := NewChecker(d, bpfDir)
 	if err != nil {
 		return err
 	}
-	if has, err := hasSteer(ifindex, steer); err != nil {
-		return err
-	} else if !has {
-		return wrong("steer, program %d, is not at tc egress of device %d", steer, ifindex)
-	}
-	return nil
+	return c.Check(id, ifindex)
 }
 
 func programID(p *ebpf.Program) (ebpf.ProgramID, error) {

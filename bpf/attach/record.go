@@ -29,6 +29,8 @@ type Record struct {
 	// IfIndex and HostIfName are of the host-side veth; 0 and empty if none was found.
 	IfIndex    int    `json:"ifIndex"`
 	HostIfName string `json:"hostIfName"`
+	// PodNetns is the inode number of the pod's network namespace, as in Target.
+	PodNetns uint32 `json:"podNetns"`
 
 	PodNamespace string   `json:"podNamespace,omitempty"`
 	PodName      string   `json:"podName,omitempty"`
@@ -36,9 +38,14 @@ type Record struct {
 	PodIPs       []string `json:"podIPs,omitempty"`
 
 	CreatedAt time.Time `json:"createdAt"`
+	// Adopted: the daemon attached it, of a pod that had its network before.
+	Adopted bool `json:"adopted,omitempty"`
 	// Error is why nothing is attached; empty if it is.
 	Error string `json:"error,omitempty"`
 }
+
+// Target is what is attached to.
+func (r Record) Target() Target { return Target{IfIndex: r.IfIndex, PodNetns: r.PodNetns} }
 
 // ID is the name of the attachment.
 func (r Record) ID() ID { return ID{r.ContainerID, r.IfName} }

@@ -207,6 +207,30 @@ func loadAndPin(bpfDir string) (_ *Datapath, err error) {
 
 const attachmentsDir = "attachments"
 
+// Current is whether what is pinned is this still. It is not when somebody has mounted another BPF file system, or has
+// removed the pins.
+func (d *Datapath) Current() (bool, error) {
+	pinned, err := ebpf.LoadPinnedMap(filepath.Join(d.dir, probeletMapProber), nil)
+	if Absent(err) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer pinned.Close() //nolint:errcheck // read only
+	theirs, err := pinned.Info()
+	if err != nil {
+		return false, err
+	}
+	ours, err := d.objects.Prober.Info()
+	if err != nil {
+		return false, err
+	}
+	a, _ := theirs.ID()
+	b, _ := ours.ID()
+	return a == b, nil
+}
+
 // AttachmentsDir is where attachments are pinned, a directory each.
 func AttachmentsDir(bpfDir string) string { return filepath.Join(bpfDir, ABI, attachmentsDir) }
 

@@ -48,7 +48,7 @@ const (
 // Images that the node has.
 const (
 	AppImage      = "probelet.test/app:test"
-	ProbeletImage = "ghcr.io/probelet/probelet:test"
+	ProbeletImage = "probelet/probelet:dev" // as in the chart
 )
 
 // Cluster is a running cluster.

@@ -160,6 +160,9 @@ func (x Explanation) print(w io.Writer) error {
 	for _, a := range x.Attachments {
 		line()
 		line(fmt.Sprintf("%s  device %s, container %s", a.Pod, cmp.Or(a.HostIfName, "-"), a.ContainerID))
+		if a.Adopted {
+			line("attached by the daemon: the pod had its network before probelet")
+		}
 		if s := a.Settings; s != nil {
 			line(fmt.Sprintf("mode %s (%s), staleness %s (%s), refresh %s (%s)",
 				s.Mode, s.ModeFrom, s.Staleness, s.StalenessFrom, s.Refresh, s.RefreshFrom))

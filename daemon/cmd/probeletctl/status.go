@@ -49,6 +49,8 @@ type Attachment struct {
 	IfName      string `json:"ifName"`     // in the pod
 	HostIfName  string `json:"hostIfName"` // of the host-side veth, and so IfIndex
 	IfIndex     int    `json:"ifIndex"`
+	// Adopted: attached by the daemon, because the pod had its network before probelet; otherwise by the CNI plugin at ADD.
+	Adopted bool `json:"adopted"`
 	// WhyNotAnswered is why no endpoint is answered; empty if that is not about the whole attachment.
 	WhyNotAnswered string `json:"whyNotAnswered,omitempty"`
 	// Settings are mode and staleness of the pod; null if the daemon has no specs of it.
@@ -137,7 +139,7 @@ func (s *Status) readKernel(k kernel) error {
 // attachment joins a record with what the daemon said of it and what the kernel holds.
 func (s *Status) attachment(k kernel, r attach.Record, described statedir.Endpoints, now uint64) (Attachment, error) {
 	a := Attachment{
-		ContainerID: r.ContainerID, IfName: r.IfName, HostIfName: r.HostIfName, IfIndex: r.IfIndex,
+		ContainerID: r.ContainerID, IfName: r.IfName, HostIfName: r.HostIfName, IfIndex: r.IfIndex, Adopted: r.Adopted,
 		Endpoints: []Endpoint{},
 	}
 	if r.PodName != "" {

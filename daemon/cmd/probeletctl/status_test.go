@@ -209,8 +209,8 @@ answered: 12 HTTP, 3 TCP; observed: 20; handed over: 1
 
 	wide := squeeze(m.status("-o", "wide"))
 	for _, part := range []string{
-		"HITS PROBES IFINDEX STATUS PERIOD TIMEOUT CONTAINER ID DETECTED WITHIN SETTINGS WHY NOT ANSWERED",
-		"HTTP :8080/ready fresh 4s 11s 41 c/readiness 7 204 10s 1s c0ffee 43s/31s - -",
+		"HITS PROBES IFINDEX STATUS PERIOD TIMEOUT CONTAINER ID DETECTED WITHIN ATTACHED BY SETTINGS WHY NOT ANSWERED",
+		"HTTP :8080/ready fresh 4s 11s 41 c/readiness 7 204 10s 1s c0ffee 43s/31s ADD - -",
 	} {
 		if !strings.Contains(wide, part) {
 			t.Errorf("wide does not say %q:\n%s", part, wide)
@@ -273,11 +273,11 @@ func TestSettings(t *testing.T) {
 		capped   bool
 		want     string
 	}{
-		"unknown":   {nil, false, "c0ffee 43s/31s - nothing observed"},
-		"default":   {said(nil), false, "c0ffee 43s/31s - nothing observed"},
-		"staleness": {said(map[string]string{probe.AnnotationStaleness: "2"}), false, "c0ffee 43s/31s staleness 2 (annotation) nothing"},
+		"unknown":   {nil, false, "c0ffee 43s/31s ADD - nothing observed"},
+		"default":   {said(nil), false, "c0ffee 43s/31s ADD - nothing observed"},
+		"staleness": {said(map[string]string{probe.AnnotationStaleness: "2"}), false, "c0ffee 43s/31s ADD staleness 2 (annotation) nothing"},
 		"both": {said(map[string]string{probe.AnnotationStaleness: "2", probe.AnnotationMode: "answer"}), true,
-			"c0ffee 43s/31s mode answer (annotation), staleness 2 (annotation), lowered to the node's ceiling nothing"},
+			"c0ffee 43s/31s ADD mode answer (annotation), staleness 2 (annotation), lowered to the node's ceiling nothing"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
@@ -301,6 +301,19 @@ func TestSettings(t *testing.T) {
 				t.Errorf("in JSON: %+v, want %+v", s.Attachments[0].Settings, test.settings)
 			}
 		})
+	}
+}
+
+// A pod that was there before is told from those that came after.
+func TestAdopted(t *testing.T) {
+	m := newMachine(t)
+	m.web(fakeMaps{}, endpoint(probe.HTTP, 80, "/x"))
+	m.record(attach.Record{ContainerID: "c0ffee", IfName: "eth0", IfIndex: 7, HostIfName: "veth7", Adopted: true})
+	if got := squeeze(m.status("-o", "wide")); !strings.Contains(got, "c0ffee 43s/31s daemon -") {
+		t.Errorf("%s", got)
+	}
+	if got := m.status("-o", "json"); !strings.Contains(got, `"adopted": true`) {
+		t.Errorf("%s", got)
 	}
 }
 

@@ -16,19 +16,19 @@ import (
 type row struct {
 	pod, device, endpoint, state, age, bound, hits    string
 	probes, ifindex, status, period, timeout, sandbox string
-	detection, settings, why                          string
+	detection, by, settings, why                      string
 }
 
 var header = row{
 	"NAMESPACE/POD", "HOST VETH", "ENDPOINT", "STATE", "AGE", "BOUND", "HITS",
 	"PROBES", "IFINDEX", "STATUS", "PERIOD", "TIMEOUT", "CONTAINER ID",
-	"DETECTED WITHIN", "SETTINGS", "WHY NOT ANSWERED",
+	"DETECTED WITHIN", "ATTACHED BY", "SETTINGS", "WHY NOT ANSWERED",
 }
 
 func (r row) columns(wide bool) []string {
 	columns := []string{r.pod, r.device, r.endpoint, r.state, r.age, r.bound, r.hits}
 	if wide {
-		columns = append(columns, r.probes, r.ifindex, r.status, r.period, r.timeout, r.sandbox, r.detection, r.settings)
+		columns = append(columns, r.probes, r.ifindex, r.status, r.period, r.timeout, r.sandbox, r.detection, r.by, r.settings)
 	}
 	columns = append(columns, r.why)
 	for i := range columns {
@@ -74,7 +74,10 @@ func (s Status) rows() []row {
 func (a Attachment) rows() []row {
 	blank := row{
 		pod: a.Pod, device: a.HostIfName, sandbox: a.ContainerID,
-		settings: settings(a.Settings), why: a.WhyNotAnswered,
+		settings: settings(a.Settings), why: a.WhyNotAnswered, by: "ADD",
+	}
+	if a.Adopted {
+		blank.by = "daemon"
 	}
 	if a.IfIndex != 0 {
 		blank.ifindex = strconv.Itoa(a.IfIndex)

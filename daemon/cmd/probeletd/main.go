@@ -3,20 +3,25 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"os"
 	"os/signal"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/adopt"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/source"
 )
@@ -87,6 +92,9 @@ The daemon listens on <state-dir>/probeletd.sock, for root only: POST /v1/invali
 nothing is answered from what was known of it (404: there is no such pod, or endpoint; 400: malformed). Controllers on other
 machines can be given the same on TLS with client certificates (--api-listen).
 
+Every flag can be given by the environment too: --staleness-ceiling as PROBELET_STALENESS_CEILING. What is given on the command
+line prevails.
+
 On SIGTERM and SIGINT the daemon ends and leaves everything as it is: evidence expires by itself.`
 
 // serviceAccount is where a pod finds its service account.
@@ -100,7 +108,9 @@ type config struct {
 	bpfDir, stateDir string
 	defaults         probe.Defaults
 	dial             dialFunc // from the node's network namespace
-	netDir, chain    string   // of network configurations; empty: somebody else sees to the chain
+	keep             bool     // attachments as the node is
+	cniCacheDir      string
+	netDir, chain    string // of network configurations; empty: somebody else sees to the chain
 	metricsListen    string
 	metricsPerPod    bool
 	api              apiConfig
@@ -126,15 +136,44 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(runCommand(stderr), installCommand(stderr), uninstallCommand(stderr))
+	root.AddCommand(runCommand(stderr), installCommand(stderr), uninstallCommand(stderr), waitCommand())
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	return root.ExecuteContext(ctx)
 }
 
+// waitCommand is what the pods of a DaemonSet run that have nothing to do any more, but must not end.
+func waitCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:    "wait",
+		Short:  "Do nothing until SIGTERM",
+		Args:   cobra.NoArgs,
+		Hidden: true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			<-cmd.Context().Done()
+			return nil
+		},
+	}
+}
+
+// fromEnvironment sets the flags that were not given from variables such as PROBELET_LOG_LEVEL.
+func fromEnvironment(flags *pflag.FlagSet) error {
+	var errs []error
+	flags.VisitAll(func(f *pflag.Flag) {
+		name := "PROBELET_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		if value, ok := os.LookupEnv(name); ok && !f.Changed {
+			if err := flags.Set(f.Name, value); err != nil {
+				errs = append(errs, fmt.Errorf("$%s: %w", name, err))
+			}
+		}
+	})
+	return errors.Join(errs...)
+}
+
 func runCommand(stderr io.Writer) *cobra.Command {
 	c := config{dial: (*net.Dialer).DialContext}
+	c.kubelet.SelfSigned = func() ([]byte, error) { return kubeletsCertificate("/proc") }
 	cmd := &cobra.Command{
 		Use:   "run [--source kubelet|apiserver|file] [--prober kubelet|cgroup:PATH|host]",
 		Short: "Run the daemon in the foreground",
@@ -148,9 +187,10 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags := cmd.Flags()
 	flags.StringVar(&c.source, "source", "", "where specs come from: `kubelet|apiserver|file` (default: file with --specs, otherwise kubelet)")
 	flags.StringVar(&c.specs, "specs", "", "YAML `FILE` of pods and their probes")
-	flags.StringVar(&c.kubelet.URL, "kubelet-url", "https://127.0.0.1:10250/pods", "`URL` of the kubelet's pods")
+	kubelet := "https://" + net.JoinHostPort(cmp.Or(os.Getenv("NODE_IP"), "127.0.0.1"), "10250") + "/pods"
+	flags.StringVar(&c.kubelet.URL, "kubelet-url", kubelet, "`URL` of the kubelet's pods (default: with $NODE_IP, if that is set)")
 	flags.StringVar(&c.kubelet.TokenFile, "kubelet-token-file", serviceAccount+"token", "`FILE` of the token for the kubelet")
-	flags.StringVar(&c.kubelet.CAFile, "kubelet-ca-file", serviceAccount+"ca.crt", "`FILE` of the authority of the kubelet's certificate")
+	flags.StringVar(&c.kubelet.CAFile, "kubelet-ca-file", serviceAccount+"ca.crt", "`FILE` of the authority of the kubelet's certificate; one that the kubelet made for itself is recognised")
 	flags.StringVar(&c.kubelet.ServerName, "kubelet-server-name", "", "`NAME` in the kubelet's certificate (default: the host of its URL)")
 	flags.DurationVar(&c.kubelet.Poll, "kubelet-poll", 10*time.Second, "`INTERVAL` at which the kubelet is asked")
 	flags.StringVar(&c.kubeconfig, "kubeconfig", "", "`FILE` that says how to reach the API server (default: as in a pod)")
@@ -163,6 +203,8 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags.TextVar(&c.defaults.Staleness, "staleness", defaults.Staleness, "for how many `periods` a success is answered")
 	flags.TextVar(&c.defaults.Ceiling, "staleness-ceiling", defaults.Ceiling, "most `periods` that an annotation can ask for")
 	flags.TextVar(&c.defaults.Refresh, "refresh", defaults.Refresh, "whether the daemon asks by itself: `true|false`, or the longest interval")
+	flags.BoolVar(&c.keep, "repair", true, "attach pods that had their network before probelet, and put right what was lost")
+	flags.StringVar(&c.cniCacheDir, "cni-cache-dir", adopt.DefaultCacheDir, "`directory` of the host where the runtime's CNI library keeps results, for that")
 	flags.StringVar(&c.netDir, "cni-net-dir", "", "`directory` of network configurations, to keep the plugin in the chain of (default: somebody else does)")
 	flags.StringVar(&c.chain, "chain", "auto", "how the plugin is in the chain: `auto|dropin|copy`, as with install")
 	flags.StringVar(&c.metricsListen, "metrics-listen", "127.0.0.1:9553", "`ADDRESS` of /metrics, /healthz and /readyz, in plain HTTP; empty: none")
@@ -171,6 +213,7 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags.StringVar(&c.api.certFile, "api-cert-file", "", "`FILE` of its certificate")
 	flags.StringVar(&c.api.keyFile, "api-key-file", "", "`FILE` of its key")
 	flags.StringVar(&c.api.clientCAFile, "api-client-ca-file", "", "`FILE` of the authority of its clients")
+	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error { return fromEnvironment(cmd.Flags()) }
 	flags.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "least `level` that is logged: debug, info, warn, error")
 	return cmd
 }

@@ -21,12 +21,13 @@ type metrics struct {
 	evidence        *prometheus.CounterVec
 	withdrawals     *prometheus.CounterVec
 	reconcileErrors prometheus.Counter
+	repairs         *prometheus.CounterVec
 	snapshots       prometheus.Counter
 	lastSnapshot    prometheus.Gauge
 }
 
 func newMetrics() *metrics {
-	return &metrics{
+	m := &metrics{
 		evidence: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "probelet_evidence_total",
 			Help: "Outcomes that said something new of an endpoint, by who asked (probe, refresh) and result.",
@@ -39,6 +40,10 @@ func newMetrics() *metrics {
 			Name: "probelet_reconcile_errors_total",
 			Help: "Failed attempts to write what is known into a pod's maps.",
 		}),
+		repairs: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "probelet_repairs_total",
+			Help: "Attachments that the daemon saw to: reattached (something of it was lost), removed (its device is gone), adopted (the pod had its network before).",
+		}, []string{"what"}),
 		snapshots: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "probelet_source_snapshots_total",
 			Help: "Changes of what is probed that the source told of.",
@@ -48,6 +53,10 @@ func newMetrics() *metrics {
 			Help: "When the last of them was, in Unix time; 0: never.",
 		}),
 	}
+	for _, what := range []string{reattached, removed, adopted} {
+		m.repairs.WithLabelValues(what)
+	}
+	return m
 }
 
 // changed counts a change of what is known. outcome is what it was learned from; nil: from something else.
@@ -70,7 +79,7 @@ func (m *metrics) changed(c probe.Change, outcome *probe.Outcome) {
 func (l *loop) handler(perPod bool) http.Handler {
 	registry := prometheus.NewRegistry()
 	m := l.metrics
-	registry.MustRegister(m.evidence, m.withdrawals, m.reconcileErrors, m.snapshots, m.lastSnapshot,
+	registry.MustRegister(m.evidence, m.withdrawals, m.reconcileErrors, m.repairs, m.snapshots, m.lastSnapshot,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		&collector{loop: l, perPod: perPod}, buildInfo())
 	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{})

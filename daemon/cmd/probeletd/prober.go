@@ -68,20 +68,17 @@ func (p *proberFinder) find() (datapath.Prober, error) {
 // kubeletCgroup finds the cgroup v2 directory of the kubelet: of the process of that name that is root's and in this
 // network namespace, lest a pod's process of the same name become the prober.
 func (p *proberFinder) kubeletCgroup(proc string) (string, error) {
-	own, err := os.Readlink(filepath.Join(proc, "self/ns/net"))
-	if err != nil {
-		return "", err
-	}
 	var cgroups map[string]bool
+	var err error
 	if p.finds++; p.finds%lookAround != 0 {
-		cgroups, p.kubelets = kubeletsAmong(p.kubelets, own)
-	}
-	if len(cgroups) == 0 {
-		processes, err := filepath.Glob(filepath.Join(proc, "[0-9]*"))
-		if err != nil {
+		if cgroups, p.kubelets, err = kubeletsAmong(proc, p.kubelets); err != nil {
 			return "", err
 		}
-		cgroups, p.kubelets = kubeletsAmong(processes, own)
+	}
+	if len(cgroups) == 0 {
+		if cgroups, p.kubelets, err = kubelets(proc); err != nil {
+			return "", err
+		}
 	}
 	switch {
 	case len(cgroups) == 0:
@@ -92,18 +89,26 @@ func (p *proberFinder) kubeletCgroup(proc string) (string, error) {
 		// Processes that nobody has put anywhere are there too.
 		return "", errors.New("the kubelet is in the root cgroup, where it cannot be told apart; give it a cgroup of its own")
 	}
-	mount, err := cgroupMount(proc)
-	if err != nil {
-		return "", err
-	}
 	for cgroup := range cgroups {
-		return filepath.Join(mount, cgroup), nil
+		return cgroupDir(proc, cgroup)
 	}
 	return "", nil
 }
 
-// kubeletsAmong are the cgroups of the kubelets among processes, and these.
-func kubeletsAmong(processes []string, netns string) (cgroups map[string]bool, kubelets []string) {
+// kubelets are those among all processes, as directories in proc, and their cgroups.
+func kubelets(proc string) (cgroups map[string]bool, found []string, err error) {
+	processes, err := filepath.Glob(filepath.Join(proc, "[0-9]*"))
+	if err != nil {
+		return nil, nil, err
+	}
+	return kubeletsAmong(proc, processes)
+}
+
+func kubeletsAmong(proc string, processes []string) (cgroups map[string]bool, found []string, err error) {
+	netns, err := os.Readlink(filepath.Join(proc, "self/ns/net"))
+	if err != nil {
+		return nil, nil, err
+	}
 	cgroups = map[string]bool{}
 	for _, process := range processes {
 		if !isKubelet(process, netns) {
@@ -111,10 +116,43 @@ func kubeletsAmong(processes []string, netns string) (cgroups map[string]bool, k
 		}
 		if cgroup, err := cgroupOf(process); err == nil { // or it has ended
 			cgroups[cgroup] = true
-			kubelets = append(kubelets, process)
+			found = append(found, process)
 		}
 	}
-	return cgroups, kubelets
+	return cgroups, found, nil
+}
+
+// defaultCertDir is the kubelet's, unless --cert-dir says otherwise (cmd/kubelet/app/options).
+const defaultCertDir = "/var/lib/kubelet/pki"
+
+// kubeletsCertificate is the certificate that the kubelet has made for itself, if it has, as it is in the file system that
+// the kubelet sees.
+func kubeletsCertificate(proc string) ([]byte, error) {
+	_, found, err := kubelets(proc)
+	if err != nil {
+		return nil, err
+	}
+	if len(found) != 1 {
+		return nil, fmt.Errorf("there are %d processes named kubelet, of root, in this network namespace", len(found))
+	}
+	text, err := os.ReadFile(filepath.Join(found[0], "cmdline"))
+	if err != nil {
+		return nil, err
+	}
+	dir := defaultCertDir
+	args := strings.Split(string(text), "\x00")
+	for i, arg := range args {
+		name, value, joined := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+		if name != "cert-dir" || !strings.HasPrefix(arg, "-") {
+			continue
+		}
+		if joined {
+			dir = value
+		} else if i+1 < len(args) {
+			dir = args[i+1]
+		}
+	}
+	return os.ReadFile(filepath.Join(found[0], "root", dir, "kubelet.crt"))
 }
 
 func isKubelet(process, netns string) bool {
@@ -130,7 +168,8 @@ func isKubelet(process, netns string) bool {
 	return err == nil && of == netns
 }
 
-// cgroupOf is the cgroup v2 of a process, from the hierarchy's root on (cgroups(7)).
+// cgroupOf is the cgroup v2 of a process, as seen from the root of our cgroup namespace (cgroups(7)): in a pod that is the
+// pod's own cgroup, and others are at /../../system.slice/kubelet.service.
 func cgroupOf(process string) (string, error) {
 	text, err := os.ReadFile(filepath.Join(process, "cgroup"))
 	if err != nil {
@@ -144,8 +183,9 @@ func cgroupOf(process string) (string, error) {
 	return "", errors.New("no cgroup v2")
 }
 
-// cgroupMount is where the whole cgroup v2 hierarchy is mounted: on some machines beside version 1 (proc_pid_mountinfo(5)).
-func cgroupMount(proc string) (string, error) {
+// cgroupDir is the directory of a cgroup v2, in a mount of the hierarchy that reaches that far up: on some machines there is
+// one beside version 1, and in a pod the one that the runtime made begins at the pod (proc_pid_mountinfo(5), cgroup_namespaces(7)).
+func cgroupDir(proc, cgroup string) (string, error) {
 	text, err := os.ReadFile(filepath.Join(proc, "self/mountinfo"))
 	if err != nil {
 		return "", err
@@ -153,11 +193,15 @@ func cgroupMount(proc string) (string, error) {
 	for line := range strings.Lines(string(text)) {
 		before, after, ok := strings.Cut(line, " - ")
 		fields, kind := strings.Fields(before), strings.Fields(after)
-		if ok && len(fields) > 4 && len(kind) > 0 && kind[0] == "cgroup2" && fields[3] == "/" {
-			return fields[4], nil
+		if !ok || len(fields) <= 4 || len(kind) == 0 || kind[0] != "cgroup2" {
+			continue
+		}
+		below, ok := strings.CutPrefix(cgroup, strings.TrimSuffix(fields[3], "/"))
+		if ok && strings.HasPrefix(below, "/") && !slices.Contains(strings.Split(below, "/"), "..") {
+			return filepath.Join(fields[4], below), nil
 		}
 	}
-	return "", errors.New("no cgroup v2 hierarchy is mounted")
+	return "", fmt.Errorf("cgroup %s is in no mounted cgroup v2 hierarchy; in a pod the host's /sys/fs/cgroup must be mounted", cgroup)
 }
 
 // cgroupID is the id of a cgroup v2 as the kernel reports it of a socket: the inode number of its directory.

@@ -98,13 +98,48 @@ func TestFollowProber(t *testing.T) {
 	}
 }
 
+func TestCgroupDir(t *testing.T) {
+	const (
+		v1      = "30 23 0:26 / /sys/fs/cgroup/cpu rw,relatime shared:9 - cgroup cgroup rw,cpu\n"
+		whole   = "31 23 0:27 / /sys/fs/cgroup rw,relatime shared:9 - cgroup2 cgroup2 rw\n"
+		hybrid  = "31 23 0:27 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n"
+		ofPod   = "32 23 0:27 / /sys/fs/cgroup ro,relatime - cgroup2 cgroup rw\n"
+		ofHost  = "33 23 0:27 /../../.. /host/cgroup ro,relatime - cgroup2 cgroup2 rw\n"
+		kubelet = "/system.slice/kubelet.service"
+	)
+	for name, test := range map[string]struct{ mounts, cgroup, want string }{
+		"version 2":         {whole, kubelet, "/sys/fs/cgroup" + kubelet},
+		"beside version 1":  {v1 + hybrid, kubelet, "/sys/fs/cgroup/unified" + kubelet},
+		"in a pod":          {v1 + ofPod + ofHost, "/../../.." + kubelet, "/host/cgroup" + kubelet},
+		"the host's only":   {ofHost, "/../../.." + kubelet, "/host/cgroup" + kubelet},
+		"our own":           {ofHost + ofPod, "/below", "/sys/fs/cgroup/below"},
+		"the pod's only":    {ofPod, "/../../.." + kubelet, ""},
+		"not far enough up": {ofPod + ofHost, "/../../../.." + kubelet, ""},
+		"a common parent":   {ofPod + ofHost, "/../.." + kubelet, ""},
+		"none":              {v1, kubelet, ""},
+	} {
+		proc := t.TempDir()
+		err := os.Mkdir(filepath.Join(proc, "self"), 0o700)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(proc, "self/mountinfo"), []byte(test.mounts), 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := cgroupDir(proc, test.cgroup); got != test.want || (err != nil) != (test.want == "") {
+			t.Errorf("%s: %q, %v; want %q", name, got, err, test.want)
+		}
+	}
+}
+
 // A process named kubelet, as the daemon sees it: started, restarted in another cgroup, one of several, a pod's.
 func TestKubeletIsFoundByItsProcess(t *testing.T) {
 	bpftest.RequireRoot(t)
-	mount, err := cgroupMount("/proc")
+	mount, err := cgroupDir("/proc", "/x")
 	if err != nil {
 		t.Fatal(err)
 	}
+	mount = filepath.Dir(mount)
 	prober := proberFinder{proberFlag: proberFlag{kubelet: true}}
 	if who, err := prober.find(); err == nil {
 		t.Skipf("there is a kubelet on this machine already: %+v", who)

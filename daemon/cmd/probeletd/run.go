@@ -145,6 +145,11 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 	defer refresher.Close()
 	l.daemon = newDaemon(l.log, d, c, previous, refresher)
 	l.refresh, l.failing = specs.Refresh, specs.Failing
+	if c.keep {
+		if l.keeper, err = newKeeper(c.cniCacheDir); err != nil {
+			l.log.Warn("attachments are not looked after, and pods that had their network before are not adopted", "reason", err)
+		}
+	}
 	if err := l.listen(ctx, c, in); err != nil {
 		return err
 	}
@@ -317,6 +322,7 @@ type loop struct {
 	failing func() string
 	calls   chan func() // of others, to be run between two decisions
 	lost    bool        // the prober's cgroup is not there, and that was logged
+	keeper  *keeper     // nil: attachments are as others leave them
 }
 
 func (l *loop) run(ctx context.Context, in *inputs) error {
@@ -353,6 +359,9 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 		case <-resync.C:
 			if in.recordsReplaced() || l.unreadable != "" {
 				l.readRecords()
+			}
+			if err := l.repair(); err != nil {
+				return err
 			}
 			l.checkMaps()
 		case <-prober.C:

@@ -2,10 +2,12 @@ package source
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -39,6 +41,9 @@ type KubeletConfig struct {
 	TokenFile, CAFile string
 	// ServerName is the name in the kubelet's certificate; empty: the host of the URL.
 	ServerName string
+	// SelfSigned returns the certificate, in PEM, that the kubelet made for itself if it was given none, as it does unless
+	// told otherwise (cmd/kubelet/app/server.go, initializeTLS). It is good besides what CAFile is good for. May be nil.
+	SelfSigned func() ([]byte, error)
 	Poll       time.Duration
 }
 
@@ -65,6 +70,7 @@ func NewKubelet(c KubeletConfig, log *slog.Logger) (*Kubelet, error) {
 	if c.Poll <= 0 {
 		return nil, fmt.Errorf("poll interval %s: must be positive", c.Poll)
 	}
+	c.ServerName = cmp.Or(c.ServerName, u.Hostname())
 	if u.Scheme == "http" {
 		c.TokenFile, c.CAFile = "", "" // a token is not for everyone on the way
 	}
@@ -192,12 +198,39 @@ func (k *Kubelet) prepareClient() error {
 	k.ca = ca
 	k.client = &http.Client{
 		Transport: &http.Transport{ // no proxy: it is this node
-			TLSClientConfig: &tls.Config{RootCAs: pool, ServerName: k.config.ServerName, MinVersion: tls.VersionTLS12},
+			TLSClientConfig: &tls.Config{
+				ServerName: k.config.ServerName, MinVersion: tls.VersionTLS12,
+				InsecureSkipVerify: true, // verify does it
+				VerifyConnection:   func(s tls.ConnectionState) error { return k.verify(s, pool) },
+			},
 		},
 		// Elsewhere there is nothing to be asked, least of all with our token.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	return nil
+}
+
+// verify accepts what package tls accepts, and the certificate that the kubelet of this node made for itself: that names
+// neither address nor authority that we know.
+func (k *Kubelet) verify(s tls.ConnectionState, roots *x509.CertPool) error {
+	intermediates := x509.NewCertPool()
+	for _, c := range s.PeerCertificates[1:] {
+		intermediates.AddCert(c)
+	}
+	_, err := s.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: intermediates, DNSName: k.config.ServerName})
+	if err == nil || k.config.SelfSigned == nil {
+		return err
+	}
+	text, readErr := k.config.SelfSigned()
+	if readErr != nil {
+		return fmt.Errorf("%w (and the certificate that the kubelet made for itself is not known: %w)", err, readErr)
+	}
+	for block, rest := pem.Decode(text); block != nil; block, rest = pem.Decode(rest) {
+		if block.Type == "CERTIFICATE" && bytes.Equal(block.Bytes, s.PeerCertificates[0].Raw) {
+			return nil
+		}
+	}
+	return fmt.Errorf("%w (and it is not the certificate that the kubelet made for itself)", err)
 }
 
 // limitedReader fails, rather than ends, where more comes than is allowed.

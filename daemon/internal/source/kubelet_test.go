@@ -2,6 +2,7 @@ package source
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"encoding/pem"
@@ -21,6 +22,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
+	"k8s.io/client-go/util/cert"
 
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
@@ -301,6 +303,13 @@ func TestKubeletCertificate(t *testing.T) {
 	if err := os.WriteFile(ca, text, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	own := func(text []byte, err error) func() ([]byte, error) {
+		return func() ([]byte, error) { return text, err }
+	}
+	another, _, err := cert.GenerateSelfSignedCertKey("node", nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, test := range map[string]struct {
 		config KubeletConfig
 		want   string // error; empty: none
@@ -309,9 +318,14 @@ func TestKubeletCertificate(t *testing.T) {
 		"another name":      {KubeletConfig{CAFile: ca, ServerName: "node.example.org"}, "node.example.org"},
 		"its name":          {KubeletConfig{CAFile: ca, ServerName: "example.com"}, ""},
 		"its address":       {KubeletConfig{CAFile: ca}, ""},
+		"another host":      {KubeletConfig{CAFile: ca, URL: strings.Replace(f.URL, "127.0.0.1", "localhost", 1)}, "localhost"},
+		"another address":   {KubeletConfig{CAFile: ca, ServerName: "127.0.0.2"}, "127.0.0.2"},
+		"self-signed":       {KubeletConfig{SelfSigned: own(text, nil), ServerName: "node"}, ""},
+		"another's":         {KubeletConfig{SelfSigned: own(another, nil)}, "not the certificate that the kubelet made"},
+		"none of its own":   {KubeletConfig{SelfSigned: own(nil, os.ErrNotExist)}, "not exist"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			test.config.URL = f.URL + "/pods"
+			test.config.URL = cmp.Or(test.config.URL, f.URL) + "/pods"
 			_, err := kubelet(t, test.config, slog.New(slog.DiscardHandler)).fetch(t.Context())
 			if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
 				t.Errorf("%v, want %q", err, test.want)

@@ -239,8 +239,10 @@ func Remove(stateDir string) error {
 			return err
 		}
 	}
-	if err := os.Remove(stateDir); err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
-		return err
+	err := os.Remove(stateDir)
+	// Others' files stay, and so does the directory; in a pod it is a mount.
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EBUSY) {
+		return nil
 	}
-	return nil
+	return err
 }
