@@ -26,6 +26,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
 
 	"github.com/probelet/probelet/e2e/image"
@@ -122,6 +123,21 @@ func (c *Cluster) prepareFiles() error {
 
 // MountBPFFS mounts a BPF file system, as systemd does at boot.
 func (c *Cluster) MountBPFFS() error { return unix.Mount("bpf", BPFFS, "bpf", 0, "") }
+
+// emptyRun is what a reboot makes of /run.
+func (c *Cluster) emptyRun() error {
+	mounts, err := filepath.Glob("/run/netns/*")
+	if err != nil {
+		return err
+	}
+	for _, mount := range mounts {
+		_ = unix.Unmount(mount, unix.MNT_DETACH)
+	}
+	if err := unix.Unmount("/run", unix.MNT_DETACH); err != nil {
+		return err
+	}
+	return unix.Mount("tmpfs", "/run", "tmpfs", 0, "mode=755")
+}
 
 // prepareNetwork gives the node an address.
 func (c *Cluster) prepareNetwork() error {
@@ -252,7 +268,7 @@ func (c *Cluster) StartAPIServer() error {
 
 // installCNI puts the primary network onto the node.
 func (c *Cluster) installCNI(conf string) error {
-	for _, plugin := range []string{"ptp", "bridge", "host-local", "loopback"} {
+	for _, plugin := range []string{"ptp", "bridge", "host-local", "loopback", "tuning"} {
 		program, err := os.ReadFile(filepath.Join(c.Bin, plugin))
 		if err != nil {
 			return err
@@ -454,7 +470,13 @@ func (c *Cluster) Log(name string) error {
 
 // Kubelet gets a path of the kubelet's own server.
 func (c *Cluster) Kubelet(ctx context.Context, path string) ([]byte, error) {
-	return c.Client.CoreV1().RESTClient().Get().AbsPath("/api/v1/nodes/" + NodeName + "/proxy" + path).DoRaw(ctx)
+	config := &rest.Config{Host: "https://" + nodeIP + ":10250", BearerToken: adminToken, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}
+	config.GroupVersion, config.NegotiatedSerializer = &corev1.SchemeGroupVersion, scheme.Codecs
+	client, err := rest.RESTClientFor(config)
+	if err != nil {
+		return nil, err
+	}
+	return client.Get().AbsPath(path).DoRaw(ctx)
 }
 
 // until tries until there is no error, or it has taken too long.

@@ -240,8 +240,8 @@ func Remove(stateDir string) error {
 		}
 	}
 	err := os.Remove(stateDir)
-	// Others' files stay, and so does the directory; in a pod it is a mount.
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EBUSY) {
+	// Others' files stay, and so does the directory; in a pod it is a mount, in a root that is read-only.
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EROFS) {
 		return nil
 	}
 	return err
