@@ -29,6 +29,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
@@ -170,7 +171,7 @@ func TestReadiness(t *testing.T) {
 	n := newNode(t)
 	n.config.prober = "kubelet"
 	n.specs("exec: {}")
-	if who, err := (&proberFinder{proberFlag: proberFlag{kubelet: true}}).find(); err == nil {
+	if who, err := (&prober.Finder{Kubelet: true}).Find(); err == nil {
 		t.Skipf("there is a kubelet on this machine: %+v", who)
 	}
 	n.start()

@@ -23,6 +23,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/adopt"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/source"
 )
 
@@ -173,7 +174,7 @@ func fromEnvironment(flags *pflag.FlagSet) error {
 
 func runCommand(stderr io.Writer) *cobra.Command {
 	c := config{dial: (*net.Dialer).DialContext}
-	c.kubelet.SelfSigned = func() ([]byte, error) { return kubeletsCertificate("/proc") }
+	c.kubelet.SelfSigned = func() ([]byte, error) { return prober.KubeletCertificate("/proc") }
 	cmd := &cobra.Command{
 		Use:   "run [--source kubelet|apiserver|file] [--prober kubelet|cgroup:PATH|host]",
 		Short: "Run the daemon in the foreground",

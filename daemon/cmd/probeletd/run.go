@@ -20,6 +20,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/chain"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/refresh"
 	"github.com/probelet/probelet/daemon/internal/source"
 	"github.com/probelet/probelet/daemon/internal/statedir"
@@ -49,13 +50,12 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	if c.prober == "" && c.sourceName() != "file" {
 		c.prober = "kubelet"
 	}
-	flag, err := parseProber(c.prober)
+	finder, err := prober.Parse(c.prober)
 	if err != nil {
 		return err
 	}
-	prober := proberFinder{proberFlag: flag}
-	who, notFound := prober.find()
-	if notFound != nil && !prober.kubelet { // that may start later
+	who, notFound := finder.Find()
+	if notFound != nil && !finder.Kubelet { // that may start later
 		return notFound
 	}
 	if err := os.MkdirAll(attach.RecordsDir(c.stateDir), 0o700); err != nil {
@@ -84,7 +84,7 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	if err := d.SetProber(who); err != nil {
 		return fmt.Errorf("--prober %s: %w", c.prober, err)
 	}
-	l := &loop{log: log, prober: prober, who: who, set: d.SetProber, lost: notFound != nil, calls: make(chan func())}
+	l := &loop{log: log, prober: finder, who: who, set: d.SetProber, lost: notFound != nil, calls: make(chan func())}
 	if l.lost {
 		log.Warn("no prober yet, so nothing is answered", "error", notFound)
 	}
@@ -314,7 +314,7 @@ func (in *inputs) readOutcomes(ctx context.Context, reader *datapath.OutcomeRead
 type loop struct {
 	*daemon
 	log    *slog.Logger
-	prober proberFinder
+	prober prober.Finder
 	who    datapath.Prober
 	set    func(datapath.Prober) error
 	// refresh tells the source of a new attachment; failing is how it fails.
@@ -376,7 +376,7 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 // followProber keeps to the prober's cgroup when that is made anew, or the kubelet starts in another. Until it is there
 // nobody is the prober.
 func (l *loop) followProber() {
-	who, err := l.prober.find()
+	who, err := l.prober.Find()
 	if err != nil {
 		if !l.lost {
 			l.log.Warn("no prober any more, so nothing is answered", "error", err)

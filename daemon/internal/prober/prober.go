@@ -1,4 +1,5 @@
-package main
+// Package prober finds out whose connections are probes: the kubelet, by its process, and its cgroup.
+package prober
 
 import (
 	"errors"
@@ -14,42 +15,39 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// proberFlag is the value of --prober.
-type proberFlag struct {
-	kubelet bool   // the process of that name
-	cgroup  string // directory; empty without kubelet: every local process
+// Finder finds the prober again and again.
+type Finder struct {
+	// Kubelet: it is the process of that name, and has to be looked for.
+	Kubelet  bool
+	cgroup   string   // directory; empty without Kubelet: every local process
+	kubelets []string // directories in /proc of those that were found last
+	finds    int
 }
 
-func parseProber(value string) (proberFlag, error) {
+// Parse reads the value of --prober: kubelet, host, or cgroup: and a directory.
+func Parse(value string) (Finder, error) {
 	if value == "host" {
-		return proberFlag{}, nil
+		return Finder{}, nil
 	}
 	if value == "kubelet" {
-		return proberFlag{kubelet: true}, nil
+		return Finder{Kubelet: true}, nil
 	}
 	path, ok := strings.CutPrefix(value, "cgroup:")
 	if !ok || !filepath.IsAbs(path) {
-		return proberFlag{}, fmt.Errorf("--prober %q: must be kubelet, host, or cgroup: and the absolute path of a cgroup v2 directory", value)
+		return Finder{}, fmt.Errorf("--prober %q: must be kubelet, host, or cgroup: and the absolute path of a cgroup v2 directory", value)
 	}
-	return proberFlag{cgroup: path}, nil
-}
-
-// proberFinder finds the prober again and again.
-type proberFinder struct {
-	proberFlag
-	kubelets []string // directories in /proc of those that were found last
-	finds    int
+	return Finder{cgroup: path}, nil
 }
 
 // lookAround is after how many finds all processes are looked at, though the kubelet that was found last still runs:
 // there may be a second one. Looking at each process of a full node twice a second would cost several percent of a core.
 const lookAround = 20
 
-// find says what the kernel side is to compare with. A cgroup that is made anew (its service was restarted) has another
+// Find says what the kernel side is to compare with. A cgroup that is made anew (its service was restarted) has another
 // id.
-func (p *proberFinder) find() (datapath.Prober, error) {
+func (p *Finder) Find() (datapath.Prober, error) {
 	path := p.cgroup
-	if p.kubelet {
+	if p.Kubelet {
 		var err error
 		if path, err = p.kubeletCgroup("/proc"); err != nil {
 			return datapath.Prober{}, fmt.Errorf("--prober kubelet: %w", err)
@@ -67,7 +65,7 @@ func (p *proberFinder) find() (datapath.Prober, error) {
 
 // kubeletCgroup finds the cgroup v2 directory of the kubelet: of the process of that name that is root's and in this
 // network namespace, lest a pod's process of the same name become the prober.
-func (p *proberFinder) kubeletCgroup(proc string) (string, error) {
+func (p *Finder) kubeletCgroup(proc string) (string, error) {
 	var cgroups map[string]bool
 	var err error
 	if p.finds++; p.finds%lookAround != 0 {
@@ -125,9 +123,9 @@ func kubeletsAmong(proc string, processes []string) (cgroups map[string]bool, fo
 // defaultCertDir is the kubelet's, unless --cert-dir says otherwise (cmd/kubelet/app/options).
 const defaultCertDir = "/var/lib/kubelet/pki"
 
-// kubeletsCertificate is the certificate that the kubelet has made for itself, if it has, as it is in the file system that
+// KubeletCertificate is the certificate that the kubelet has made for itself, if it has, as it is in the file system that
 // the kubelet sees.
-func kubeletsCertificate(proc string) ([]byte, error) {
+func KubeletCertificate(proc string) ([]byte, error) {
 	_, found, err := kubelets(proc)
 	if err != nil {
 		return nil, err

@@ -1,0 +1,189 @@
+package cluster
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"text/tabwriter"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+const (
+	density = 100
+	// measured is as long as a TIME_WAIT, so that those at its end are all its own.
+	measured = time.Minute
+)
+
+// load is what probes cost the node in a while.
+type load struct {
+	probes, answered     int
+	kubelet, apps        time.Duration // CPU
+	timeWait, conntracks int           // at its end
+	failed               int
+}
+
+// What a hundred pods with two probes each second cost the node, with probelet and without.
+func TestDensity(t *testing.T) {
+	trackConnections(t)
+	modes := []string{"answer", "off"}
+	deploy(t, map[string]any{"mode": modes[0]})
+	pods := make([]*corev1.Pod, density)
+	t.Cleanup(func() { deleteAll(t, pods) })
+	for i := range pods {
+		pod, err := cluster.Create(t.Context(), web(fmt.Sprintf("dense-%d", i)))
+		must(t, err)
+		pods[i] = pod
+	}
+	for i, pod := range pods {
+		var err error
+		pods[i], err = cluster.Await(t.Context(), pod, 5*time.Minute, "ready", Ready)
+		must(t, err)
+		if i%20 == 19 {
+			say("%d of %d pods are ready", i+1, density)
+		}
+	}
+	loads := map[string]load{}
+	for _, mode := range modes {
+		deploy(t, map[string]any{"mode": mode})
+		loads[mode] = measure(t)
+		say("measured: %s", mode)
+	}
+	table := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', 0)
+	_, _ = fmt.Fprintf(table, "%d PODS, 2 PROBES EACH SECOND\tPROBES/s\tANSWERED\tFAILED\tKUBELET CPU\tAPPS CPU\tTIME_WAIT\tCONNTRACK\n", density)
+	for _, mode := range modes {
+		l := loads[mode]
+		_, _ = fmt.Fprintf(table, "mode %s\t%.0f\t%d %%\t%d\t%.0f %%\t%.0f %%\t%d\t%d\n", mode,
+			float64(l.probes)/measured.Seconds(), 100*l.answered/max(l.probes, 1), l.failed,
+			100*l.kubelet.Seconds()/measured.Seconds(), 100*l.apps.Seconds()/measured.Seconds(), l.timeWait, l.conntracks)
+	}
+	must(t, table.Flush())
+	off, on := loads["off"], loads["answer"]
+	if off.failed+on.failed > 0 || off.answered > 0 || on.answered*2 < on.probes {
+		t.Errorf("off %+v, answer %+v", off, on)
+	}
+	if on.timeWait*3 > off.timeWait*2 || on.conntracks*3 > off.conntracks*2 {
+		t.Errorf("no fewer sockets: off %+v, answer %+v", off, on)
+	}
+}
+
+// trackConnections makes the kernel track the node's connections, as it does where there are Services.
+func trackConnections(t *testing.T) {
+	t.Helper()
+	c, err := nftables.New()
+	must(t, err)
+	table := c.AddTable(&nftables.Table{Name: "tracking", Family: nftables.TableFamilyINet})
+	t.Cleanup(func() {
+		c.DelTable(table)
+		must(t, c.Flush())
+	})
+	chain := c.AddChain(&nftables.Chain{
+		Name: "output", Table: table, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter,
+	})
+	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: 1}}})
+	must(t, c.Flush())
+}
+
+func measure(t *testing.T) (l load) {
+	t.Helper()
+	before := total(t)
+	kubelet, apps := cpuOf(t, "kubelet"), cpuOf(t, "app")
+	time.Sleep(measured)
+	l.kubelet, l.apps = cpuOf(t, "kubelet")-kubelet, cpuOf(t, "app")-apps
+	after := total(t)
+	l.probes, l.failed, l.answered = after.probes-before.probes, after.failed-before.failed, after.answered-before.answered
+	for _, file := range []string{"/proc/self/net/tcp", "/proc/self/net/tcp6"} {
+		text, err := os.ReadFile(file)
+		must(t, err)
+		for line := range strings.Lines(string(text)) {
+			if fields := strings.Fields(line); len(fields) > 3 && fields[3] == "06" {
+				l.timeWait++
+			}
+		}
+	}
+	text, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count")
+	must(t, err)
+	l.conntracks, err = strconv.Atoi(strings.TrimSpace(string(text)))
+	must(t, err)
+	return l
+}
+
+// total is since the beginning.
+func total(t *testing.T) (l load) {
+	t.Helper()
+	text, err := cluster.Kubelet(t.Context(), "/metrics/probes")
+	must(t, err)
+	for line := range strings.Lines(string(text)) {
+		if !strings.HasPrefix(line, "prober_probe_total{") || !strings.Contains(line, `pod="dense-`) {
+			continue
+		}
+		fields := strings.Fields(line)
+		n, err := strconv.ParseFloat(fields[len(fields)-1], 64)
+		must(t, err)
+		l.probes += int(n)
+		if !strings.Contains(line, `result="successful"`) {
+			l.failed += int(n)
+		}
+	}
+	s := readStatus(t)
+	for i := range density {
+		l.answered += s.hits(fmt.Sprintf("dense-%d", i))
+	}
+	return l
+}
+
+// cpuOf is the CPU time that processes of a name have used.
+func cpuOf(t *testing.T, name string) (used time.Duration) {
+	t.Helper()
+	files, err := filepath.Glob("/proc/[0-9]*/stat")
+	must(t, err)
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil || !strings.Contains(string(text), "("+name+")") {
+			continue
+		}
+		// proc(5): the 14th and 15th are ticks of a hundredth of a second, in user space and in the kernel.
+		_, rest, _ := strings.Cut(string(text), ") ")
+		fields := strings.Fields(rest)
+		for _, field := range fields[11:13] {
+			ticks, err := strconv.Atoi(field)
+			must(t, err)
+			used += time.Duration(ticks) * 10 * time.Millisecond
+		}
+	}
+	return used
+}
+
+func deleteAll(t *testing.T, pods []*corev1.Pod) {
+	t.Helper()
+	ctx := context.Background()
+	for _, pod := range pods {
+		if pod == nil {
+			continue
+		}
+		err := cluster.Client.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{})
+		if err != nil && !apierrors.IsNotFound(err) {
+			t.Error(err)
+		}
+	}
+	err := until(ctx, 5*time.Minute, func(ctx context.Context) error {
+		list, err := cluster.Client.CoreV1().Pods(Namespace).List(ctx, metav1.ListOptions{})
+		if err == nil && len(list.Items) > 0 {
+			err = fmt.Errorf("%d pods are left", len(list.Items))
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
