@@ -22,6 +22,7 @@ build: ## Build everything into bin/
 	$(GO_BUILD) -o $(BIN)/ ./daemon/cmd/...
 	cd e2e && CGO_ENABLED=0 go build -trimpath -o $(BIN)/ tool
 	cd e2e && CGO_ENABLED=0 go build -trimpath -ldflags '$(KUBE_VERSION)' -o $(BIN)/demo ./demo
+	cd e2e && $(GO_BUILD) -o $(BIN)/app ./app
 
 .PHONY: demo
 demo: build ## Compare probes that the pod answers with probes that the kernel answers (root)
@@ -32,6 +33,12 @@ test: build ## Run all tests; the privileged ones need root
 	@[ "$$(id -u)" = 0 ] || echo "NOT ROOT: tests with network namespaces and BPF programs are skipped$${CI:+, which fails under CI}"
 	go test -count=1 ./...
 	cd e2e && PROBELET_BIN=$(BIN) CGO_ENABLED=0 go test -count=1 -timeout 20m -ldflags '$(KUBE_VERSION)' ./...
+
+.PHONY: e2e
+e2e: build ## Test on a real kubelet, API server and containerd (root; etcd-server runc; the first build takes 15 minutes)
+	@command -v etcd runc >/dev/null || { echo "etcd or runc is missing: apt-get install etcd-server runc"; exit 1; }
+	e2e/cluster/build.sh $(BIN)/cluster
+	cd e2e && PROBELET_BIN=$(BIN) PROBELET_CLUSTER=$(BIN)/cluster CGO_ENABLED=0 go test -count=1 -timeout 40m -v ./cluster
 
 .PHONY: simulate
 simulate: ## Hold the freshness policy against plain Kubernetes, over simulated days; writes docs/simulation.*
