@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containernetworking/plugins/pkg/netlinksafe"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
@@ -72,7 +73,7 @@ func TestOthersInTheChain(t *testing.T) {
 					awaitHits(t, pod.Name, 3)
 					if name == "another MTU" {
 						for _, a := range ours(t, pod) {
-							device, err := netlink.LinkByName(a)
+							device, err := netlinksafe.LinkByName(a)
 							must(t, err)
 							if device.Attrs().MTU != 1400 {
 								t.Errorf("%s has MTU %d", a, device.Attrs().MTU)
@@ -140,7 +141,7 @@ func TestReboot(t *testing.T) {
 		must(t, cluster.Stop(part, syscall.SIGKILL))
 	}
 	must(t, killAllContainers())
-	devices, err := netlink.LinkList()
+	devices, err := netlinksafe.LinkList()
 	must(t, err)
 	for _, device := range devices {
 		if strings.HasPrefix(device.Attrs().Name, "veth") {

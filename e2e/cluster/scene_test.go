@@ -165,7 +165,6 @@ type steady struct {
 	done   sync.WaitGroup
 	mu     sync.Mutex
 	wrong  []string
-	ended  bool
 }
 
 func watchSteady(t *testing.T, pods ...*corev1.Pod) *steady {
@@ -173,7 +172,7 @@ func watchSteady(t *testing.T, pods ...*corev1.Pod) *steady {
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &steady{t: t, pods: pods, cancel: cancel, failed: map[string]int{}}
 	for _, pod := range pods {
-		s.failed[pod.Name] = s.failures(pod)
+		s.failed[pod.Name] = failures(t, pod)
 	}
 	watch, err := cluster.Client.CoreV1().Pods(Namespace).Watch(ctx, metav1.ListOptions{})
 	must(t, err)
@@ -198,11 +197,12 @@ func (s *steady) look(pod *corev1.Pod) {
 	}
 }
 
-func (s *steady) failures(pod *corev1.Pod) (failed int) {
-	s.t.Helper()
+// failures is how many probes of a pod have failed, to the kubelet's count.
+func failures(t *testing.T, pod *corev1.Pod) (failed int) {
+	t.Helper()
 	for _, c := range pod.Spec.Containers {
 		counts, err := cluster.ProbeCounts(context.Background(), pod.Name, c.Name)
-		must(s.t, err)
+		must(t, err)
 		for _, count := range counts {
 			failed += count.Failed
 		}
@@ -217,7 +217,7 @@ func (s *steady) end(countProbes bool) {
 		now, err := cluster.Get(context.Background(), pod)
 		must(s.t, err)
 		s.look(now)
-		if failed := s.failures(pod); countProbes && failed != s.failed[pod.Name] {
+		if failed := failures(s.t, pod); countProbes && failed != s.failed[pod.Name] {
 			s.t.Errorf("%d probes of %s failed: %s", failed-s.failed[pod.Name], pod.Name, events(s.t, pod))
 		}
 	}

@@ -9,7 +9,7 @@ import (
 	"slices"
 	"syscall"
 
-	"github.com/vishvananda/netlink"
+	"github.com/containernetworking/plugins/pkg/netlinksafe"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/daemon/internal/adopt"
@@ -77,7 +77,7 @@ func sameBPFFS(bpfDir string) bool {
 
 // look returns whether records have changed.
 func (k *keeper) look(d *daemon) (changed bool, err error) {
-	devices, err := netlink.LinkList()
+	devices, err := netlinksafe.LinkList()
 	if err != nil {
 		return false, fmt.Errorf("listing devices: %w", err)
 	}
@@ -105,7 +105,7 @@ func (k *keeper) look(d *daemon) (changed bool, err error) {
 		errs = append(errs, err)
 	}
 	k.suspects = suspects
-	errs = append(errs, k.removeUnrecorded(d, present))
+	errs = append(errs, k.removeUnrecorded(d))
 	more, err := k.adoptAll(d)
 	return changed || more, errors.Join(append(errs, err)...)
 }
@@ -156,7 +156,7 @@ func (d *daemon) repaired(what string, r attach.Record, why error) {
 }
 
 // removeUnrecorded removes what is pinned of devices that are gone, and has no record.
-func (k *keeper) removeUnrecorded(d *daemon, present map[int]bool) error {
+func (k *keeper) removeUnrecorded(d *daemon) error {
 	pinned, err := attach.List(d.bpfDir)
 	if err != nil {
 		return err

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containernetworking/plugins/pkg/netlinksafe"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -75,7 +76,7 @@ func (n Node) Find(pods []Pod) (records []attach.Record, err error) {
 	if err != nil {
 		return nil, err
 	}
-	devices, err := netlink.LinkList()
+	devices, err := netlinksafe.LinkList()
 	if err != nil {
 		return nil, fmt.Errorf("listing devices: %w", err)
 	}
