@@ -47,7 +47,7 @@ func TestAddAttachesRecordsAndReturnsPrevResult(t *testing.T) {
 	got.CreatedAt = time.Time{}
 	if want := (attach.Record{
 		ContainerID: idOf(pod).ContainerID, IfName: "eth0", Network: "net",
-		IfIndex: pod.IfIndex, HostIfName: pod.HostIfName,
+		IfIndex: pod.IfIndex, HostIfName: pod.HostIfName, PodNetns: pod.Netns,
 		PodNamespace: "shop", PodName: "cart-0", PodUID: "u-1",
 		PodIPs: []string{pod.IPv4.String(), pod.IPv6.String()},
 	}); !reflect.DeepEqual(got, want) {

@@ -194,6 +194,16 @@ func (p *Pod) Del() error {
 }
 
 func (p *Pod) cni(verb string) ([]byte, error) {
+	out, err := p.cniOnce(verb)
+	// The library lists the directory, and then opens each file that it found: a file that is removed in between is its error,
+	// before any plugin is run. A runtime reads again when the directory changes; this command reads only once.
+	if err != nil && strings.Contains(err.Error(), "error reading "+p.node.NetDir()) && strings.Contains(err.Error(), "no such file") {
+		return p.cniOnce(verb)
+	}
+	return out, err
+}
+
+func (p *Pod) cniOnce(verb string) ([]byte, error) {
 	n := p.node
 	cmd := exec.Command(filepath.Join(n.Bin, "cnitool"), verb, n.network, p.Netns)
 	cmd.Env = append(os.Environ(),

@@ -226,7 +226,8 @@ func (i *installation) detach(ctx context.Context) error {
 	return attach.Prune(d, i.bpfDir)
 }
 
-// quiesce makes the programs take no connection any more, and waits for those that they have.
+// quiesce makes the programs take no connection any more, by leaving them nothing to answer from, and waits for those that
+// they have.
 func (i *installation) quiesce(ctx context.Context, d *datapath.Datapath, ids []attach.ID) error {
 	for _, id := range ids {
 		pinned, err := attach.OpenPod(i.bpfDir, id)
@@ -245,9 +246,7 @@ func (i *installation) quiesce(ctx context.Context, d *datapath.Datapath, ids []
 			return fmt.Errorf("%s: %w", id, err)
 		}
 	}
-	if err := d.SetProber(datapath.Prober{}); err != nil {
-		return err
-	}
+	// The prober stays who it is: the programs know by that which packets may be of connections that they have.
 	for deadline := time.Now().Add(i.drain); ; {
 		if !wait(ctx, takenGrace) {
 			return ctx.Err()
