@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -247,6 +248,41 @@ func (c *Checker) Check(id ID, ifindex int) error {
 	return nil
 }
 
+// Others names the BPF programs and tc filters at a device's XDP and tc hooks that are not ours, by where they are.
+func (c *Checker) Others(ifindex int) (others []string, err error) {
+	xdp, err := xdpProgram(ifindex)
+	if err != nil {
+		return nil, err
+	}
+	if xdp != 0 && xdp != c.respond {
+		others = append(others, fmt.Sprintf("XDP program %d", xdp))
+	}
+	for name, hook := range map[string]ebpf.AttachType{"ingress": ebpf.AttachTCXIngress, "egress": ebpf.AttachTCXEgress} {
+		programs, err := tcxPrograms(ifindex, hook)
+		if err != nil {
+			return nil, err
+		}
+		for _, p := range programs {
+			if p.ID != c.steer {
+				others = append(others, fmt.Sprintf("program %d at tcx %s", p.ID, name))
+			}
+		}
+	}
+	for name, parent := range map[string]uint32{"ingress": netlink.HANDLE_MIN_INGRESS, "egress": netlink.HANDLE_MIN_EGRESS} {
+		filters, err := filtersAt(ifindex, parent)
+		if err != nil {
+			return nil, err
+		}
+		for _, f := range filters {
+			if b, ok := f.(*netlink.BpfFilter); !ok || b.Id != int(c.steer) {
+				others = append(others, fmt.Sprintf("%s filter with priority %d at tc %s", f.Type(), f.Attrs().Priority, name))
+			}
+		}
+	}
+	slices.Sort(others)
+	return others, nil
+}
+
 // Check is that of a Checker.
 func Check(d *datapath.Datapath, bpfDir string, id ID, ifindex int) error {
 	c, err := NewChecker(d, bpfDir)
@@ -279,15 +315,13 @@ func xdpProgram(ifindex int) (ebpf.ProgramID, error) {
 
 // hasSteer looks for the program at both hooks.
 func hasSteer(ifindex int, steer ebpf.ProgramID) (bool, error) {
-	result, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: ebpf.AttachTCXEgress})
-	if err != nil && !errors.Is(err, ebpf.ErrNotSupported) && !errors.Is(err, unix.EINVAL) {
-		return false, fmt.Errorf("tcx programs of device %d: %w", ifindex, err)
+	programs, err := tcxPrograms(ifindex, ebpf.AttachTCXEgress)
+	if err != nil {
+		return false, err
 	}
-	if err == nil {
-		for _, p := range result.Programs {
-			if p.ID == steer {
-				return true, nil
-			}
+	for _, p := range programs {
+		if p.ID == steer {
+			return true, nil
 		}
 	}
 	filters, err := egressFilters(ifindex)
@@ -300,6 +334,18 @@ func hasSteer(ifindex int, steer ebpf.ProgramID) (bool, error) {
 		}
 	}
 	return false, nil
+}
+
+// tcxPrograms are none on a kernel without tcx.
+func tcxPrograms(ifindex int, hook ebpf.AttachType) ([]link.AttachedProgram, error) {
+	result, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: hook})
+	if errors.Is(err, ebpf.ErrNotSupported) || errors.Is(err, unix.EINVAL) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s programs of device %d: %w", hook, ifindex, err)
+	}
+	return result.Programs, nil
 }
 
 // egressFilters are the BPF filters at the device's clsact egress, if it has one.

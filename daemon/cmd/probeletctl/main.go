@@ -63,7 +63,7 @@ func execute(ctx context.Context, env environment, args []string) error {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(statusCommand(env), explainCommand(env), topCommand(env), invalidateCommand(env))
+	root.AddCommand(statusCommand(env), explainCommand(env), topCommand(env), invalidateCommand(env), doctorCommand(env))
 	root.SetArgs(args)
 	root.SetOut(env.stdout)
 	root.SetErr(env.stderr)

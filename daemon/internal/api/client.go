@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"strings"
 	"syscall"
 
 	"github.com/probelet/probelet/daemon/internal/statedir"
@@ -47,6 +48,33 @@ func (c *Client) Events(ctx context.Context, namespace, pod string) (reply Event
 	return reply, c.do(ctx, http.MethodGet, path, nil, &reply)
 }
 
+// Ready is GET /readyz: what the daemon lacks, a line for each thing.
+func (c *Client) Ready(ctx context.Context) (missing []string, err error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://probeletd/readyz", nil)
+	if err != nil {
+		return nil, err
+	}
+	status, text, err := c.send(request)
+	if err != nil || status == http.StatusOK {
+		return nil, err
+	}
+	return strings.Split(strings.TrimSpace(string(text)), "\n"), nil
+}
+
+// send returns ErrDown if nobody listens.
+func (c *Client) send(request *http.Request) (status int, text []byte, err error) {
+	response, err := c.http.Do(request)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+		return 0, nil, ErrDown
+	}
+	if err != nil {
+		return 0, nil, err
+	}
+	defer response.Body.Close() //nolint:errcheck // read only
+	text, err = io.ReadAll(response.Body)
+	return response.StatusCode, text, err
+}
+
 func (c *Client) do(ctx context.Context, method, path string, body, reply any) error {
 	text, err := json.Marshal(body)
 	if err != nil {
@@ -56,25 +84,18 @@ func (c *Client) do(ctx context.Context, method, path string, body, reply any) e
 	if err != nil {
 		return err
 	}
-	response, err := c.http.Do(request)
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
-		return ErrDown
-	}
+	status, text, err := c.send(request)
 	if err != nil {
 		return err
 	}
-	defer response.Body.Close() //nolint:errcheck // read only
-	if text, err = io.ReadAll(response.Body); err != nil {
-		return err
-	}
-	if response.StatusCode == http.StatusOK {
+	if status == http.StatusOK {
 		return json.Unmarshal(text, reply)
 	}
 	var f failure
 	if json.Unmarshal(text, &f) != nil || f.Error == "" {
-		return fmt.Errorf("probeletd: %s: %s", response.Status, text)
+		return fmt.Errorf("probeletd: status %d: %s", status, text)
 	}
-	if response.StatusCode == http.StatusNotFound {
+	if status == http.StatusNotFound {
 		return NotFound("%s", f.Error)
 	}
 	return errors.New(f.Error)

@@ -231,6 +231,29 @@ func (n Node) Join(way Way) (Joined, error) {
 	return j, err
 }
 
+// Look finds out how the plugin is in the chain of the primary network, and changes nothing. The errors are Join's.
+func (n Node) Look() (j Joined, in bool, err error) {
+	w, err := n.primary()
+	if err != nil {
+		return Joined{}, false, err
+	}
+	j = Joined{Network: w.name, Primary: filepath.Join(n.NetDir, w.file)}
+	if w.has() {
+		return j, true, nil
+	}
+	for _, file := range n.ours() {
+		if filepath.Dir(file) == filepath.Clean(n.NetDir) {
+			j.Way, j.File = Copy, file
+			return j, filepath.Base(file) < w.file, nil
+		}
+		if file == filepath.Join(n.NetDir, w.name, dropInName) {
+			j.Way, j.File = DropIn, file
+			return j, !w.inlinedOnly, nil
+		}
+	}
+	return j, false, nil
+}
+
 // put writes a file if it does not have that text, and has the runtime read it.
 func (n Node) put(file string, text []byte) (changed bool, err error) {
 	if old, err := os.ReadFile(file); err == nil && bytes.Equal(old, text) {

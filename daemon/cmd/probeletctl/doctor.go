@@ -1,0 +1,330 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/cilium/ebpf/features"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/probelet/probelet/bpf/attach"
+	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/api"
+	"github.com/probelet/probelet/daemon/internal/chain"
+	"github.com/probelet/probelet/daemon/internal/prober"
+)
+
+const doctorHelp = `Looks at everything that probelet needs on this node, changes nothing, and says in words what to do about what is not well.
+
+  ok        as it should be
+  note      probelet works, but you may want to know
+  PROBLEM   something is not answered, or not attached; the command then ends with 1
+
+It looks as the process that it is: run it as root on the node, or in the daemon's pod.`
+
+// verdict is what doctor thinks of something that it has looked at.
+type verdict string
+
+const (
+	well    verdict = "ok"
+	note    verdict = "note"
+	problem verdict = "PROBLEM"
+)
+
+// doctor looks at a node.
+type doctor struct {
+	env    environment
+	where  place
+	chain  chain.Node
+	status Status
+	// problems is how many have been found.
+	problems int
+}
+
+func doctorCommand(env environment) *cobra.Command {
+	d := &doctor{env: env}
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Look at everything that probelet needs on this node, and say what to do",
+		Long:  doctorHelp,
+		Args:  cobra.NoArgs,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return d.run(cmd.Context()) },
+	}
+	d.where.flags(cmd)
+	cmd.Flags().StringVar(&d.chain.NetDir, "cni-net-dir", "/etc/cni/net.d", "`directory` of network configurations")
+	cmd.Flags().StringVar(&d.chain.BinDir, "cni-bin-dir", "/opt/cni/bin", "`directory` of CNI plugins")
+	return cmd
+}
+
+func (d *doctor) run(ctx context.Context) error {
+	d.kernel()
+	d.bpffs()
+	d.cgroup()
+	var err error
+	if d.status, err = collect(d.env, d.where); err != nil {
+		d.says(problem, "state", err.Error(), "run this as root")
+	}
+	d.capabilities()
+	d.objects()
+	d.network()
+	d.plugin()
+	d.daemon(ctx)
+	d.kubelet()
+	d.attachments()
+	if d.problems > 0 {
+		return fmt.Errorf("%d of these need to be seen to", d.problems)
+	}
+	return nil
+}
+
+// says prints a line, and below it what to do.
+func (d *doctor) says(v verdict, about, what, do string) {
+	if v == problem {
+		d.problems++
+	}
+	_, _ = fmt.Fprintf(d.env.stdout, "%-8s %-13s %s\n", v, about, what)
+	if do != "" {
+		_, _ = fmt.Fprintf(d.env.stdout, "%-8s %-13s -> %s\n", "", "", do)
+	}
+}
+
+// btf is where the kernel describes its own types.
+const btf = "/sys/kernel/btf/vmlinux"
+
+func (d *doctor) kernel() {
+	v, err := features.LinuxVersionCode()
+	version := fmt.Sprintf("Linux %d.%d", v>>16, v>>8&0xff)
+	switch _, noBTF := os.Stat(btf); {
+	case err != nil:
+		d.says(problem, "kernel", "its version is not known: "+err.Error(), "")
+	case v < 5<<16|15<<8:
+		d.says(problem, "kernel", version, "probelet needs 5.15 or newer; pods start as ever, without it")
+	case noBTF != nil:
+		d.says(note, "kernel", version+", without "+btf, "with CONFIG_DEBUG_INFO_BTF a listening socket that is closed is noticed at once; now it is by the next probe that reaches the pod")
+	default:
+		d.says(well, "kernel", version+" with BTF", "")
+	}
+}
+
+func isFS(dir string, magic int64) bool {
+	var fs unix.Statfs_t
+	return unix.Statfs(dir, &fs) == nil && int64(fs.Type) == magic //nolint:unconvert // its width is the architecture's
+}
+
+func (d *doctor) bpffs() {
+	if parent := filepath.Dir(d.where.bpfDir); isFS(parent, unix.BPF_FS_MAGIC) {
+		d.says(well, "bpffs", parent, "")
+	} else {
+		d.says(problem, "bpffs", parent+" is not a BPF file system", "mount -t bpf bpf "+parent+"; for every start in /etc/fstab")
+	}
+}
+
+func (d *doctor) cgroup() {
+	// /host/cgroup is where the chart mounts the host's.
+	dirs := []string{"/host/cgroup", "/host/cgroup/unified", "/sys/fs/cgroup", "/sys/fs/cgroup/unified"}
+	if i := slices.IndexFunc(dirs, func(dir string) bool { return isFS(dir, unix.CGROUP2_SUPER_MAGIC) }); i >= 0 {
+		d.says(well, "cgroup v2", dirs[i], "")
+		return
+	}
+	d.says(problem, "cgroup v2", "is mounted in none of "+strings.Join(dirs, ", "),
+		"the kubelet's connections are known by its cgroup: mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified")
+}
+
+// needed are the capabilities of the daemon; the chart says what each is for.
+var needed = []struct {
+	name string
+	bit  int
+}{
+	{"BPF", unix.CAP_BPF}, {"NET_ADMIN", unix.CAP_NET_ADMIN}, {"PERFMON", unix.CAP_PERFMON}, {"SYS_PTRACE", unix.CAP_SYS_PTRACE},
+}
+
+func (d *doctor) capabilities() {
+	who, process := "this command's", "self"
+	if d.status.Daemon.Running {
+		who, process = "the daemon's", strconv.Itoa(d.status.Daemon.PID)
+	}
+	has, err := capabilitiesOf(process)
+	if err != nil {
+		d.says(note, "capabilities", "cannot be read: "+err.Error(), "")
+		return
+	}
+	var missing []string
+	for _, c := range needed {
+		if has&(1<<c.bit|1<<unix.CAP_SYS_ADMIN) == 0 || c.bit == unix.CAP_NET_ADMIN && has&(1<<c.bit) == 0 {
+			missing = append(missing, "CAP_"+c.name)
+		}
+	}
+	if len(missing) > 0 {
+		d.says(problem, "capabilities", who+" lack "+strings.Join(missing, ", "), "add them to the container's securityContext, or run as root on the node")
+		return
+	}
+	d.says(well, "capabilities", who, "")
+}
+
+// capabilitiesOf are a process's effective ones (CapEff in proc(5)).
+func capabilitiesOf(process string) (uint64, error) {
+	f, err := os.Open(filepath.Join("/proc", process, "status"))
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close() //nolint:errcheck // read only
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		if text, ok := strings.CutPrefix(lines.Text(), "CapEff:"); ok {
+			return strconv.ParseUint(strings.TrimSpace(text), 16, 64)
+		}
+	}
+	return 0, fmt.Errorf("%s: no CapEff", f.Name())
+}
+
+func (d *doctor) objects() {
+	if d.status.Prober == nil {
+		d.says(note, "BPF objects", "none in "+d.where.bpfDir, "the daemon, or the first pod that is added, loads them")
+		return
+	}
+	d.says(well, "BPF objects", d.where.bpfDir, "")
+}
+
+// network looks at the chain, and at the runtime that is to read it.
+func (d *doctor) network() {
+	runtime := chain.FindRuntime("/proc")
+	switch {
+	case runtime.Name == "":
+		d.says(note, "runtime", "no process of containerd, crio or cri-dockerd is to be seen", "")
+	case runtime.Libcni == "":
+		d.says(note, "runtime", runtime.Name+", process "+runtime.PID+"; its libcni is not known", "install with --chain copy, which every runtime reads")
+	default:
+		d.says(well, "runtime", fmt.Sprintf("%s, process %s, libcni %s, reads %s", runtime.Name, runtime.PID, runtime.Libcni, runtime.Way()), "")
+	}
+	joined, in, err := d.chain.Look()
+	switch {
+	case err != nil:
+		d.says(problem, "chain", err.Error(), "see to the primary network's plugin; probeletd joins as soon as there is a network")
+	case !in:
+		d.says(problem, "chain", fmt.Sprintf("the plugin is not in network %s, of %s", joined.Network, joined.Primary), "probeletd install --cni-net-dir "+d.chain.NetDir)
+	case joined.Way == chain.DropIn && runtime.Name != "" && runtime.Way() != chain.DropIn:
+		d.says(problem, "chain", joined.File+", which this runtime is not known to read", "probeletd install --chain copy, or a runtime with libcni 1.3 or newer")
+	case joined.File == "":
+		d.says(well, "chain", fmt.Sprintf("network %s, by its own configuration %s", joined.Network, joined.Primary), "")
+	default:
+		d.says(well, "chain", fmt.Sprintf("network %s of %s, by %s", joined.Network, joined.Primary, joined.File), "")
+	}
+}
+
+func (d *doctor) plugin() {
+	file := filepath.Join(d.chain.BinDir, chain.PluginType)
+	info, err := os.Stat(file)
+	if errors.Is(err, os.ErrNotExist) { // in a pod, which has not mounted it
+		info, err = os.Stat(filepath.Join("/proc/1/root", file))
+	}
+	const do = "probeletd install; until then no pod can start on a network that names the plugin"
+	switch {
+	case err != nil:
+		d.says(problem, "plugin", err.Error(), do)
+	case !info.Mode().IsRegular() || info.Mode()&0o111 == 0 || info.Size() == 0:
+		d.says(problem, "plugin", fmt.Sprintf("%s is no program: %s, %d bytes", file, info.Mode(), info.Size()), do)
+	default:
+		d.says(well, "plugin", file, "")
+	}
+}
+
+func (d *doctor) daemon(ctx context.Context) {
+	if !d.status.Daemon.Running {
+		d.says(problem, "daemon", "does not run on "+d.where.stateDir, "probeletd run; see the pod's log if it ends at once. Until then every probe reaches its pod")
+		return
+	}
+	missing, err := api.NewClient(d.where.stateDir).Ready(ctx)
+	if err != nil {
+		missing = []string{err.Error()}
+	}
+	if len(missing) > 0 {
+		d.says(problem, "daemon", fmt.Sprintf("runs, process %d, but: %s", d.status.Daemon.PID, strings.Join(missing, "; ")), "see its log")
+		return
+	}
+	d.says(well, "daemon", fmt.Sprintf("process %d, ready", d.status.Daemon.PID), "")
+}
+
+// kubelet compares whose connections are probes to the kernel side with who should be.
+func (d *doctor) kubelet() {
+	set := d.status.Prober
+	if set != nil && set.Host {
+		d.says(note, "prober", "every process of the node is taken for one (--prober host)", "for a node of a cluster: --prober kubelet")
+		return
+	}
+	finder, err := prober.Parse("kubelet")
+	if err == nil {
+		var found datapath.Prober
+		if found, err = finder.Find(); err == nil {
+			switch {
+			case set != nil && slices.Equal(set.CgroupIDs, found.CgroupIDs):
+				d.says(well, "prober", fmt.Sprintf("the kubelet, cgroup %d", found.CgroupIDs[0]), "")
+			default:
+				d.says(problem, "prober", fmt.Sprintf("the kubelet's cgroup is %d, but not what is set", found.CgroupIDs[0]), "run the daemon with --prober kubelet")
+			}
+			return
+		}
+	}
+	if set != nil && len(set.CgroupIDs) > 0 {
+		d.says(note, "prober", fmt.Sprintf("cgroup %d, which is not a kubelet's", set.CgroupIDs[0]), "")
+		return
+	}
+	d.says(problem, "prober", err.Error(), "nothing is answered. Is the kubelet running, and are the node's processes to be seen (hostPID)?")
+}
+
+// attachments looks at those on record, and at who else is on their devices.
+func (d *doctor) attachments() {
+	records, err := attach.ReadRecords(d.where.stateDir)
+	if err != nil {
+		d.says(problem, "attachments", err.Error(), "remove the record; the pod is adopted, or attached when it is made anew")
+	}
+	if unattached := d.status.Unattached; len(unattached) > 0 {
+		d.says(note, "attachments", fmt.Sprintf("%d pods have probes, and are not attached: %s", len(unattached), strings.Join(unattached, ", ")),
+			"restart them if they are older than probelet and the daemon does not adopt them; pods with hostNetwork never are")
+	}
+	if d.status.Prober == nil || len(records) == 0 {
+		d.says(well, "attachments", fmt.Sprintf("%d", len(records)), "")
+		return
+	}
+	objects, err := datapath.Open(d.where.bpfDir)
+	if err != nil {
+		d.says(problem, "attachments", err.Error(), "")
+		return
+	}
+	defer objects.Close() //nolint:errcheck // read only
+	checker, err := attach.NewChecker(objects, d.where.bpfDir)
+	if err != nil {
+		d.says(problem, "attachments", err.Error(), "")
+		return
+	}
+	good := 0
+	for _, r := range records {
+		name := r.ID().String()
+		if r.PodName != "" {
+			name = r.PodNamespace + "/" + r.PodName
+		}
+		others, _ := checker.Others(r.IfIndex) // of a device that is gone Check tells
+		err := checker.Check(r.ID(), r.IfIndex)
+		switch {
+		case r.Error != "":
+			d.says(problem, "attachments", name+" was not attached: "+r.Error, "the pod runs without probelet")
+		case err != nil:
+			d.says(problem, "attachments", name+": "+err.Error(), "the daemon mends this within 10 s, unless another program keeps the place")
+		default:
+			good++
+		}
+		if len(others) > 0 {
+			d.says(note, "attachments", fmt.Sprintf("others on %s of %s: %s", r.HostIfName, name, strings.Join(others, ", ")),
+				"XDP has one place per device; at tc, programs that drop or redirect before ours keep probes from being answered")
+		}
+	}
+	if good == len(records) {
+		d.says(well, "attachments", fmt.Sprintf("%d, all as they were made", good), "")
+	}
+}
