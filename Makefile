@@ -33,12 +33,21 @@ test: build ## Run all tests; the privileged ones need root
 	@[ "$$(id -u)" = 0 ] || echo "NOT ROOT: tests with network namespaces and BPF programs are skipped$${CI:+, which fails under CI}"
 	go test -count=1 ./...
 	cd e2e && PROBELET_BIN=$(BIN) CGO_ENABLED=0 go test -count=1 -timeout 20m -ldflags '$(KUBE_VERSION)' ./...
+	cd e2e/kind && go test -count=1 ./...
 
 .PHONY: e2e
 e2e: build ## Test on a real kubelet, API server and containerd (root; etcd-server runc; the first build takes 15 minutes)
 	@command -v etcd runc >/dev/null || { echo "etcd or runc is missing: apt-get install etcd-server runc"; exit 1; }
 	e2e/cluster/build.sh $(BIN)/cluster
 	cd e2e && PROBELET_BIN=$(BIN) PROBELET_CLUSTER=$(BIN)/cluster CGO_ENABLED=0 go test -count=1 -timeout 40m -v ./cluster
+
+.PHONY: e2e-kind
+e2e-kind: build ## The same tests on a cluster of kind's (docker)
+	e2e/kind/run.sh $(BIN)
+
+.PHONY: image
+image: build ## Write the container image into bin/probelet-image.tar, without Docker
+	cd e2e && go run ./image/write -o $(BIN)/probelet-image.tar -bin $(BIN)
 
 .PHONY: simulate
 simulate: ## Hold the freshness policy against plain Kubernetes, over simulated days; writes docs/simulation.*
@@ -60,6 +69,7 @@ format: clang
 tidy:
 	go mod tidy -diff
 	cd e2e && go mod tidy -diff
+	cd e2e/kind && go mod tidy -diff
 
 .PHONY: vet
 vet:

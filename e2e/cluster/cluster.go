@@ -1,6 +1,6 @@
 // Package cluster runs a Kubernetes cluster of one node, of the real etcd, kube-apiserver, kubelet, containerd, runc and
 // CNI plugins, in the namespaces of package node. Their files are where they are on a node: what they write goes to
-// memory, and is gone with the namespaces.
+// memory, and is gone with the namespaces. Or it runs on the node of a kind cluster, as a process of that node.
 package cluster
 
 import (
@@ -28,6 +28,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/probelet/probelet/e2e/image"
 	"github.com/probelet/probelet/e2e/node"
@@ -39,18 +40,15 @@ const (
 	BinDir = "/opt/cni/bin"
 	BPFFS  = "/sys/fs/bpf"
 
-	NodeName   = "node1"
+	ownNode    = "node1"
 	nodeIP     = "192.168.177.1"
 	apiAddress = "https://" + nodeIP + ":6443"
 	adminToken = "admin"
 	nodeToken  = "node"
 )
 
-// Images that the node has.
-const (
-	AppImage      = "probelet.test/app:test"
-	ProbeletImage = "probelet/probelet:dev" // as in the chart
-)
+// AppImage is of the app that the tests probe.
+const AppImage = "probelet.test/app:test"
 
 // Cluster is a running cluster.
 type Cluster struct {
@@ -58,14 +56,20 @@ type Cluster struct {
 	Client kubernetes.Interface
 	Config *rest.Config
 
-	tools   string // directory of its binaries
-	dir     string // of its own files
+	NodeName string
+	// Kind: this is the node of a kind cluster, whose parts systemd and the kubelet run, and which has all controllers.
+	Kind bool
+
+	kubelet *rest.Config // its own server
+	tools   string       // directory of its binaries; empty with Kind: in the PATH
+	dir     string       // of its own files
 	running map[string]*exec.Cmd
 }
 
 // Start starts a cluster whose node is Ready, with pods on the network that networkConf configures.
 func Start(ctx context.Context, m *node.Machine, tools, networkConf string, say func(string)) (*Cluster, error) {
-	c := &Cluster{Machine: m, tools: tools, dir: filepath.Join(m.Dir, "cluster"), running: map[string]*exec.Cmd{}}
+	c := &Cluster{Machine: m, NodeName: ownNode, tools: tools, dir: filepath.Join(m.Dir, "cluster"), running: map[string]*exec.Cmd{}}
+	c.kubelet = &rest.Config{Host: "https://" + nodeIP + ":10250", BearerToken: adminToken, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}
 	for _, step := range []struct {
 		what string
 		do   func() error
@@ -78,6 +82,52 @@ func Start(ctx context.Context, m *node.Machine, tools, networkConf string, say 
 		{"containerd", c.startContainerd},
 		{"images", c.importImages},
 		{"kubelet", func() error { return c.StartKubelet() }},
+		{"node ready", func() error { return c.awaitNode(ctx) }},
+	} {
+		say(step.what)
+		if err := step.do(); err != nil {
+			return c, fmt.Errorf("%s: %w", step.what, err)
+		}
+	}
+	return c, nil
+}
+
+// adminConfig is where kubeadm puts the administrator's kubeconfig.
+const adminConfig = "/etc/kubernetes/admin.conf"
+
+// OnKind takes the node of a kind cluster that this process runs on. There is nothing to be torn down: that is the node's.
+func OnKind(ctx context.Context, bin string, say func(string)) (*Cluster, error) {
+	dir, err := os.MkdirTemp("", "probelet")
+	if err != nil {
+		return nil, err
+	}
+	c := &Cluster{Machine: &node.Machine{Dir: dir, Bin: bin}, Kind: true, dir: dir}
+	if c.NodeName, err = os.Hostname(); err != nil {
+		return c, err
+	}
+	if c.Config, err = clientcmd.BuildConfigFromFlags("", adminConfig); err != nil {
+		return c, err
+	}
+	if c.Client, err = kubernetes.NewForConfig(c.Config); err != nil {
+		return c, err
+	}
+	// The kubelet knows the cluster's authority, and its certificate is its own.
+	c.kubelet = rest.CopyConfig(c.Config)
+	c.kubelet.Host = "https://127.0.0.1:10250"
+	c.kubelet.Insecure, c.kubelet.CAData, c.kubelet.CAFile = true, nil, ""
+	for _, step := range []struct {
+		what string
+		do   func() error
+	}{
+		{"BPF file system", func() error {
+			var fs unix.Statfs_t
+			if err := unix.Statfs(BPFFS, &fs); err != nil || fs.Type == unix.BPF_FS_MAGIC {
+				return err
+			}
+			return c.MountBPFFS()
+		}},
+		{"plugins", c.installPlugins},
+		{"images", c.importImages},
 		{"node ready", func() error { return c.awaitNode(ctx) }},
 	} {
 		say(step.what)
@@ -191,7 +241,7 @@ func (c *Cluster) startAPIServer(ctx context.Context) error {
 	}
 	tokens := filepath.Join(c.dir, "tokens.csv")
 	err = os.WriteFile(tokens, []byte(adminToken+",admin,admin,system:masters\n"+
-		nodeToken+",system:node:"+NodeName+",node,system:nodes\n"), 0o600)
+		nodeToken+",system:node:"+c.NodeName+",node,system:nodes\n"), 0o600)
 	if err != nil {
 		return err
 	}
@@ -252,6 +302,9 @@ func (c *Cluster) prepareAPI(ctx context.Context, ca string) error {
 
 // StartAPIServer starts the API server, for example after Stop.
 func (c *Cluster) StartAPIServer() error {
+	if c.Kind {
+		return os.Rename(parked, apiServerManifest)
+	}
 	keyFile := filepath.Join(c.dir, "service-accounts.key")
 	return c.start("kube-apiserver", node.OtherCgroup, filepath.Join(c.tools, "kube-apiserver"),
 		"--etcd-servers=http://127.0.0.1:2379",
@@ -268,7 +321,18 @@ func (c *Cluster) StartAPIServer() error {
 
 // installCNI puts the primary network onto the node.
 func (c *Cluster) installCNI(conf string) error {
+	if err := c.installPlugins(); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(NetDir, "10-pods.conflist"), []byte(conf), 0o644)
+}
+
+// installPlugins puts those CNI plugins onto the node that the tests use and it does not have.
+func (c *Cluster) installPlugins() error {
 	for _, plugin := range []string{"ptp", "bridge", "host-local", "loopback", "tuning"} {
+		if _, err := os.Stat(filepath.Join(BinDir, plugin)); err == nil {
+			continue
+		}
 		program, err := os.ReadFile(filepath.Join(c.Bin, plugin))
 		if err != nil {
 			return err
@@ -277,7 +341,15 @@ func (c *Cluster) installCNI(conf string) error {
 			return err
 		}
 	}
-	return os.WriteFile(filepath.Join(NetDir, "10-pods.conflist"), []byte(conf), 0o644)
+	return nil
+}
+
+// Primary is the file of the primary network, and the network's name.
+func (c *Cluster) Primary() (file, name string) {
+	if c.Kind {
+		return filepath.Join(NetDir, "10-kindnet.conflist"), "kindnet"
+	}
+	return filepath.Join(NetDir, "10-pods.conflist"), "pods"
 }
 
 // Network is the configuration of a network of both families, or of some.
@@ -340,7 +412,6 @@ const pauseImage = "probelet.test/pause:test"
 
 func (c *Cluster) importImages() error {
 	app := filepath.Join(c.Bin, "app")
-	probelet := []string{filepath.Join(c.Bin, "probelet"), filepath.Join(c.Bin, "probeletd"), filepath.Join(c.Bin, "probeletctl")}
 	for _, i := range []struct {
 		reference, dir string
 		entrypoint     []string
@@ -348,7 +419,6 @@ func (c *Cluster) importImages() error {
 	}{
 		{AppImage, "/", []string{"/app"}, []string{app}},
 		{pauseImage, "/", []string{"/app", "pause"}, []string{app}},
-		{ProbeletImage, "/usr/local/bin", []string{"/usr/local/bin/probeletd"}, probelet},
 	} {
 		file := filepath.Join(c.dir, "image.tar")
 		if err := image.Write(file, i.reference, i.dir, i.entrypoint, i.binaries...); err != nil {
@@ -358,17 +428,32 @@ func (c *Cluster) importImages() error {
 			return err
 		}
 	}
-	return nil
+	file := filepath.Join(c.dir, "image.tar")
+	if err := image.WriteProbelet(file, image.Reference, c.Bin); err != nil {
+		return err
+	}
+	return c.ctr("images", "import", file)
 }
 
 func (c *Cluster) ctr(args ...string) error {
-	return node.RunCommand(exec.Command(filepath.Join(c.tools, "ctr"), append([]string{"-n", "k8s.io"}, args...)...))
+	return node.RunCommand(exec.Command(c.tool("ctr"), append([]string{"-n", "k8s.io"}, args...)...))
+}
+
+// tool is one of the cluster's own binaries.
+func (c *Cluster) tool(name string) string {
+	if c.tools == "" {
+		return name
+	}
+	return filepath.Join(c.tools, name)
 }
 
 func (c *Cluster) kubeconfig() string { return filepath.Join(c.dir, "kubelet.kubeconfig") }
 
 // StartKubelet starts the kubelet, for example after Stop.
 func (c *Cluster) StartKubelet() error {
+	if c.Kind {
+		return node.RunCommand(exec.Command("systemctl", "start", "kubelet"))
+	}
 	config := fmt.Sprintf(`apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 failCgroupV1: false
@@ -397,12 +482,12 @@ volumePluginDir: %s
 	}
 	return c.start("kubelet", node.ProberCgroup, filepath.Join(c.tools, "kubelet"),
 		"--config", file, "--kubeconfig", c.kubeconfig(),
-		"--hostname-override", NodeName, "--node-ip", nodeIP)
+		"--hostname-override", c.NodeName, "--node-ip", nodeIP)
 }
 
 func (c *Cluster) awaitNode(ctx context.Context) error {
 	err := until(ctx, time.Minute, func(ctx context.Context) error {
-		n, err := c.Client.CoreV1().Nodes().Get(ctx, NodeName, metav1.GetOptions{})
+		n, err := c.Client.CoreV1().Nodes().Get(ctx, c.NodeName, metav1.GetOptions{})
 		if err != nil {
 			return err
 		}
@@ -444,6 +529,9 @@ func (c *Cluster) start(name, cgroup, program string, args ...string) error {
 
 // Stop ends a part, in an orderly manner or not.
 func (c *Cluster) Stop(name string, signal os.Signal) error {
+	if c.Kind {
+		return stopOnKind(name, signal)
+	}
 	cmd := c.running[name]
 	if cmd == nil {
 		return fmt.Errorf("%s is not running", name)
@@ -456,10 +544,31 @@ func (c *Cluster) Stop(name string, signal os.Signal) error {
 	return nil
 }
 
+// The API server of kind is a static pod: it is there as long as this file is.
+const (
+	apiServerManifest = "/etc/kubernetes/manifests/kube-apiserver.yaml"
+	parked            = "/etc/kubernetes/kube-apiserver.yaml.parked"
+)
+
+func stopOnKind(name string, signal os.Signal) error {
+	if name == "kube-apiserver" {
+		return os.Rename(apiServerManifest, parked)
+	}
+	if signal == syscall.SIGKILL {
+		if err := node.RunCommand(exec.Command("systemctl", "kill", "--signal=SIGKILL", name)); err != nil {
+			return err
+		}
+	}
+	return node.RunCommand(exec.Command("systemctl", "stop", name)) // which would start it again
+}
+
 func (c *Cluster) logFile(name string) string { return filepath.Join(c.dir, name+".log") }
 
 // Log is the end of what a part has written, as an error.
 func (c *Cluster) Log(name string) error {
+	if c.Kind {
+		return fmt.Errorf("%s: see journalctl on the node", name)
+	}
 	text, err := os.ReadFile(c.logFile(name))
 	if err != nil {
 		return err
@@ -470,7 +579,7 @@ func (c *Cluster) Log(name string) error {
 
 // Kubelet gets a path of the kubelet's own server.
 func (c *Cluster) Kubelet(ctx context.Context, path string) ([]byte, error) {
-	config := &rest.Config{Host: "https://" + nodeIP + ":10250", BearerToken: adminToken, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}
+	config := rest.CopyConfig(c.kubelet)
 	config.GroupVersion, config.NegotiatedSerializer = &corev1.SchemeGroupVersion, scheme.Codecs
 	client, err := rest.RESTClientFor(config)
 	if err != nil {

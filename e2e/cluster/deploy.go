@@ -61,7 +61,10 @@ func (c *Cluster) Deploy(ctx context.Context, values map[string]any) (*corev1.Po
 			return nil, err
 		}
 	}
-	if err := c.Undeploy(ctx); err != nil {
+	if c.Kind {
+		return c.awaitRollout(ctx, set)
+	}
+	if err := c.endDaemonPod(ctx); err != nil {
 		return nil, err
 	}
 	return c.startDaemonPod(ctx, set)
@@ -81,8 +84,63 @@ func createOrUpdate[T any](ctx context.Context, object T, create func(context.Co
 // daemonPod is what the DaemonSet's pods are called: there is one at a time.
 const daemonPod = "probelet-node1"
 
-// Undeploy ends the daemon's pod, if there is one, in an orderly manner.
+// awaitRollout waits for the controller.
+func (c *Cluster) awaitRollout(ctx context.Context, set *appsv1.DaemonSet) (*corev1.Pod, error) {
+	err := until(ctx, 3*time.Minute, func(ctx context.Context) error {
+		now, err := c.Client.AppsV1().DaemonSets(System).Get(ctx, set.Name, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		if s := now.Status; s.ObservedGeneration != now.Generation || s.DesiredNumberScheduled == 0 ||
+			s.UpdatedNumberScheduled != s.DesiredNumberScheduled || s.NumberReady != s.DesiredNumberScheduled {
+			return fmt.Errorf("DaemonSet %s: %+v", set.Name, s)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	pods, err := c.daemonPods(ctx)
+	if err != nil || len(pods) == 0 {
+		return nil, fmt.Errorf("pods of DaemonSet %s: %d, %w", set.Name, len(pods), err)
+	}
+	return &pods[0], nil
+}
+
+// daemonPods are those that the controller has made.
+func (c *Cluster) daemonPods(ctx context.Context) ([]corev1.Pod, error) {
+	list, err := c.Client.CoreV1().Pods(System).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=probelet"})
+	if err != nil {
+		return nil, err
+	}
+	return list.Items, nil
+}
+
+// Undeploy deletes the DaemonSet, and with it the daemon's pod, if there is one, in an orderly manner.
 func (c *Cluster) Undeploy(ctx context.Context) error {
+	if !c.Kind {
+		return c.endDaemonPod(ctx)
+	}
+	sets := c.Client.AppsV1().DaemonSets(System)
+	list, err := sets.List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=probelet"})
+	if err != nil {
+		return err
+	}
+	for _, set := range list.Items {
+		if err := sets.Delete(ctx, set.Name, metav1.DeleteOptions{}); err != nil {
+			return err
+		}
+	}
+	return until(ctx, time.Minute, func(ctx context.Context) error {
+		pods, err := c.daemonPods(ctx)
+		if err == nil && len(pods) > 0 {
+			err = fmt.Errorf("pod %s is still there", pods[0].Name)
+		}
+		return err
+	})
+}
+
+func (c *Cluster) endDaemonPod(ctx context.Context) error {
 	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: daemonPod, Namespace: System}}
 	err := c.Delete(ctx, pod)
 	if apierrors.IsNotFound(err) {
@@ -95,7 +153,6 @@ func (c *Cluster) Undeploy(ctx context.Context) error {
 func (c *Cluster) startDaemonPod(ctx context.Context, set *appsv1.DaemonSet) (*corev1.Pod, error) {
 	pod := &corev1.Pod{ObjectMeta: set.Spec.Template.ObjectMeta, Spec: set.Spec.Template.Spec}
 	pod.Name, pod.Namespace = daemonPod, System
-	pod.Spec.NodeName = NodeName
 	pod, err := c.Create(ctx, pod)
 	if err != nil {
 		return nil, err

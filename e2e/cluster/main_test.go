@@ -23,6 +23,15 @@ func say(format string, args ...any) {
 }
 
 func TestMain(m *testing.M) {
+	if os.Getenv("PROBELET_KIND") != "" {
+		var err error
+		cluster, err = OnKind(context.Background(), os.Getenv("PROBELET_BIN"), func(what string) { say("preparing: %s", what) })
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(m.Run())
+	}
 	tools := os.Getenv("PROBELET_CLUSTER")
 	if tools == "" {
 		fmt.Println("SKIPPED: tests on a cluster: make e2e builds and runs them")

@@ -19,7 +19,7 @@ import (
 // setNetwork rewrites the primary's configuration, as its owner does, and puts the usual one back at the end of the test.
 func setNetwork(t *testing.T, conf string) {
 	t.Helper()
-	file := filepath.Join(NetDir, "10-pods.conflist")
+	file, _ := cluster.Primary()
 	write := func(text string) {
 		must(t, os.WriteFile(file+".new", []byte(text), 0o644))
 		must(t, os.Rename(file+".new", file))
@@ -40,7 +40,8 @@ const settled = 2 * time.Second
 // edit changes the primary's configuration.
 func edit(t *testing.T, change func(list map[string]any)) string {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join(NetDir, "10-pods.conflist"))
+	file, _ := cluster.Primary()
+	text, err := os.ReadFile(file)
 	must(t, err)
 	var list map[string]any
 	must(t, json.Unmarshal(text, &list))
@@ -84,7 +85,8 @@ func TestOthersInTheChain(t *testing.T) {
 			}
 			if way == "dropin" {
 				t.Run("another behind us", func(t *testing.T) {
-					file := filepath.Join(NetDir, "pods", "20-tuning.conf")
+					_, network := cluster.Primary()
+					file := filepath.Join(NetDir, network, "20-tuning.conf")
 					text, err := json.Marshal(tuning("log_martians"))
 					must(t, err)
 					must(t, os.WriteFile(file, text, 0o644))
@@ -101,12 +103,8 @@ func TestOthersInTheChain(t *testing.T) {
 // ours are the host-side devices of a pod.
 func ours(t *testing.T, pod *corev1.Pod) []string {
 	t.Helper()
-	var status struct {
-		Attachments []struct{ Pod, HostIfName string }
-	}
-	must(t, json.Unmarshal([]byte(ctl(t, "status", "-o", "json")), &status))
 	var names []string
-	for _, a := range status.Attachments {
+	for _, a := range readStatus(t).Attachments {
 		if a.Pod == Namespace+"/"+pod.Name {
 			names = append(names, a.HostIfName)
 		}
@@ -134,6 +132,9 @@ func TestFamilies(t *testing.T) {
 
 // Everything that does not outlive a reboot is gone: processes, /run, BPF file systems, devices.
 func TestReboot(t *testing.T) {
+	if cluster.Kind {
+		t.Skip("what ends with the node of a kind cluster is this test, too")
+	}
 	deploy(t, nil)
 	pod := run(t, web("rebooted"))
 	awaitHits(t, pod.Name, 3)
@@ -195,7 +196,7 @@ func TestRepair(t *testing.T) {
 	awaitHits(t, pod.Name, 3)
 	watch := watchSteady(t, pod)
 	for name, lose := range map[string]func(){
-		"pins":  func() { must(t, os.RemoveAll(BPFFS+"/probelet/v2/attachments/"+attachmentOf(t))) },
+		"pins":  func() { must(t, os.RemoveAll(BPFFS+"/probelet/v2/attachments/"+attachmentOf(t, pod))) },
 		"bpffs": func() { must(t, unix.Unmount(BPFFS, unix.MNT_DETACH)); must(t, cluster.MountBPFFS()) },
 		"all":   func() { must(t, os.RemoveAll(BPFFS+"/probelet")) },
 	} {
@@ -212,13 +213,14 @@ func TestRepair(t *testing.T) {
 	watch.end(true)
 }
 
-// attachmentOf is the name of the only attachment's directory.
-func attachmentOf(t *testing.T) string {
+// attachmentOf is the name of an attachment's directory.
+func attachmentOf(t *testing.T, pod *corev1.Pod) string {
 	t.Helper()
-	entries, err := os.ReadDir(BPFFS + "/probelet/v2/attachments")
-	must(t, err)
-	if len(entries) != 1 {
-		t.Fatalf("%d attachments", len(entries))
+	for _, a := range readStatus(t).Attachments {
+		if a.Pod == Namespace+"/"+pod.Name {
+			return a.ContainerID + "@" + a.IfName
+		}
 	}
-	return entries[0].Name()
+	t.Fatalf("%s is not attached", pod.Name)
+	return ""
 }

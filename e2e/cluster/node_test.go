@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"strings"
@@ -275,6 +276,34 @@ func uninstall(t *testing.T) error {
 	return err
 }
 
+// A node that is well is called so, by a process of the host and by one of the daemon's pod; and one that is not, not.
+func TestDoctor(t *testing.T) {
+	daemon, err := cluster.Deploy(t.Context(), map[string]any{"mode": "answer"})
+	must(t, err)
+	pod := run(t, web("well"))
+	awaitHits(t, pod.Name, 3)
+	text := ctl(t, "doctor")
+	if !strings.Contains(text, "the kubelet, cgroup") || !strings.Contains(text, "containerd, process") {
+		t.Error(text)
+	}
+	_, id, _ := strings.Cut(daemon.Status.ContainerStatuses[0].ContainerID, "://")
+	must(t, cluster.ctr("tasks", "exec", "--exec-id", "doctor", id, "/usr/local/bin/probeletctl", "doctor"))
+
+	must(t, uninstall(t))
+	out, err := exec.Command(filepath.Join(cluster.Bin, "probeletctl"), "doctor").CombinedOutput()
+	for _, about := range []string{"chain", "plugin", "daemon", "prober"} {
+		if err == nil || !strings.Contains(string(out), fmt.Sprintf("%-8s %s", "PROBLEM", about)) {
+			t.Errorf("%s: %v\n%s", about, err, out)
+		}
+	}
+}
+
+// Where an attachment leaves something.
+const (
+	pinsDir    = BPFFS + "/probelet/v2/attachments"
+	recordsDir = "/run/probelet/attachments"
+)
+
 // A pod of before, deleted while probelet is there, leaves nothing.
 func TestAdoptedIsDeleted(t *testing.T) {
 	must(t, uninstall(t))
@@ -283,10 +312,15 @@ func TestAdoptedIsDeleted(t *testing.T) {
 	old = awaitReady(t, old)
 	deploy(t, nil)
 	awaitHits(t, old.Name, 3)
+	name := attachmentOf(t, old)
+	left := func(dir string) bool {
+		files, err := filepath.Glob(filepath.Join(dir, name+"*"))
+		must(t, err)
+		return len(files) > 0
+	}
+	if !left(pinsDir) || !left(recordsDir) {
+		t.Fatalf("%s is not pinned, or not on record", name)
+	}
 	must(t, cluster.Delete(t.Context(), old))
-	eventually(t, "nothing of it is left", 10*time.Second, func() bool {
-		pins, _ := os.ReadDir(BPFFS + "/probelet/v2/attachments")
-		records, _ := os.ReadDir("/run/probelet/attachments")
-		return len(pins) == 0 && len(records) == 0
-	})
+	eventually(t, "nothing of it is left", 10*time.Second, func() bool { return !left(pinsDir) && !left(recordsDir) })
 }

@@ -101,7 +101,8 @@ func events(t *testing.T, of *corev1.Pod) string {
 // status is what the tests want of probeletctl status -o json.
 type status struct {
 	Attachments []struct {
-		Pod       string
+		Pod, ContainerID, IfName, HostIfName string
+
 		Adopted   bool
 		Endpoints []struct {
 			State  string

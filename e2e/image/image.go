@@ -17,6 +17,16 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 )
 
+// Reference is the image of the chart's default values.
+const Reference = "probelet/probelet:dev"
+
+// WriteProbelet writes the image that the Dockerfile describes, of binaries in directory bin.
+func WriteProbelet(file, reference, bin string) error {
+	const dir = "/usr/local/bin"
+	return Write(file, reference, dir, []string{dir + "/probeletd"},
+		filepath.Join(bin, "probelet"), filepath.Join(bin, "probeletd"), filepath.Join(bin, "probeletctl"))
+}
+
 // Write writes an image into a file that containerd and Docker import: the binaries, in directory dir of the image, and
 // the command that runs if nothing else is said.
 func Write(file, reference, dir string, entrypoint []string, binaries ...string) error {

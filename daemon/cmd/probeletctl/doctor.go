@@ -221,8 +221,10 @@ func (d *doctor) network() {
 func (d *doctor) plugin() {
 	file := filepath.Join(d.chain.BinDir, chain.PluginType)
 	info, err := os.Stat(file)
-	if errors.Is(err, os.ErrNotExist) { // in a pod, which has not mounted it
-		info, err = os.Stat(filepath.Join("/proc/1/root", file))
+	if errors.Is(err, os.ErrNotExist) { // or this is a pod, which has not mounted it
+		if onHost, hostErr := os.Stat(filepath.Join("/proc/1/root", file)); hostErr == nil {
+			info, err = onHost, nil
+		}
 	}
 	const do = "probeletd install; until then no pod can start on a network that names the plugin"
 	switch {

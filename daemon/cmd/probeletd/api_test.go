@@ -9,6 +9,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -350,6 +351,22 @@ func TestMetricsAreDocumented(t *testing.T) {
 	for name := range exposed {
 		if !documented[name] {
 			t.Errorf("%s is not documented in docs/metrics.md", name)
+		}
+	}
+	dashboard, err := os.ReadFile("../../../cni-conf/grafana/probelet.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !json.Valid(dashboard) {
+		t.Error("the dashboard is no JSON")
+	}
+	shown := regexp.MustCompile(`\bprobelet_\w+`).FindAllString(string(dashboard), -1)
+	if len(shown) < 15 {
+		t.Errorf("the dashboard shows only %q", shown)
+	}
+	for _, name := range shown {
+		if !exposed[name] && !exposed[strings.TrimSuffix(name, "_bucket")] {
+			t.Errorf("the dashboard shows %s, which does not exist", name)
 		}
 	}
 }

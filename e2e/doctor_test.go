@@ -1,0 +1,64 @@
+package e2e
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/containernetworking/plugins/pkg/netlinksafe"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/probelet/probelet/e2e/node"
+)
+
+// What is not well is named, with what to do about it; what is well is no matter.
+func TestDoctor(t *testing.T) {
+	s := newScene(t, node.PTP)
+	p := s.newFreshPod(longHTTP)
+	doctor := func(netDir string) (string, error) {
+		return s.Ctl("doctor", "--cni-net-dir", netDir, "--cni-bin-dir", s.PluginDir())
+	}
+
+	text, err := doctor(s.NetDir())
+	must(t, err)
+	expectText(t, text,
+		`ok +kernel +Linux \d`, `ok +bpffs`, `ok +cgroup v2`, `ok +capabilities +the daemon's`, `ok +BPF objects`,
+		`ok +chain +network `, `ok +plugin`, `ok +daemon +process \d+, ready`, `note +prober +cgroup \d+, which is not a kubelet's`,
+		`ok +attachments +1, all as they were made`)
+
+	device, err := netlinksafe.LinkByName(p.HostDevice)
+	must(t, err)
+	must(t, netlink.QdiscReplace(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: device.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
+	}}))
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.SchedCLS, License: "MIT", Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},
+	})
+	must(t, err)
+	defer program.Close() //nolint:errcheck // a test's
+	must(t, netlink.FilterAdd(&netlink.BpfFilter{
+		FilterAttrs: netlink.FilterAttrs{
+			LinkIndex: device.Attrs().Index, Parent: netlink.HANDLE_MIN_INGRESS, Priority: 7, Protocol: unix.ETH_P_ALL,
+		},
+		Fd: program.FD(), Name: "somebody's", DirectAction: true,
+	}))
+	text, err = doctor(s.NetDir())
+	must(t, err)
+	expectText(t, text, `note +attachments +others on `+p.HostDevice+` of default/pod1: bpf filter with priority 7 at tc ingress`)
+
+	must(t, s.daemon.Stop())
+	pins, err := filepath.Glob(filepath.Join(s.BPFDir, "v2", "attachments", "*"))
+	must(t, err)
+	for _, dir := range pins {
+		must(t, os.RemoveAll(dir))
+	}
+	_, err = doctor(t.TempDir())
+	if err == nil {
+		t.Fatal("no error")
+	}
+	expectText(t, err.Error(), `PROBLEM +chain +no network configuration`, `PROBLEM +daemon +does not run`, `-> probeletd run`,
+		`PROBLEM +attachments +default/pod1: .*not attached`, `3 of these need to be seen to`)
+}

@@ -1,0 +1,63 @@
+// Package kind has what make e2e-kind needs. Its tests are about what can be said without Docker.
+package kind
+
+import (
+	"os"
+	"os/exec"
+	"slices"
+	"testing"
+
+	"sigs.k8s.io/kind/pkg/apis/config/v1alpha4"
+	"sigs.k8s.io/yaml"
+)
+
+func TestConfigIsKinds(t *testing.T) {
+	text, err := os.ReadFile("kind.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var config v1alpha4.Cluster
+	if err := yaml.UnmarshalStrict(text, &config); err != nil {
+		t.Fatal(err)
+	}
+	v1alpha4.SetDefaultsCluster(&config)
+	if config.Kind != "Cluster" || config.APIVersion != "kind.x-k8s.io/v1alpha4" || len(config.Nodes) != 1 || config.Networking.IPFamily != v1alpha4.DualStackFamily {
+		t.Errorf("%+v", config)
+	}
+}
+
+func TestScriptIsBash(t *testing.T) {
+	if out, err := exec.Command("bash", "-n", "run.sh").CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
+// What the workflow runs is there to be run.
+func TestWorkflow(t *testing.T) {
+	text, err := os.ReadFile("../../.github/workflows/e2e-kind.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var workflow struct {
+		Jobs map[string]struct {
+			Steps []struct {
+				Run string `json:"run"`
+			} `json:"steps"`
+		} `json:"jobs"`
+	}
+	if err := yaml.Unmarshal(text, &workflow); err != nil {
+		t.Fatal(err)
+	}
+	var commands []string
+	for _, job := range workflow.Jobs {
+		for _, step := range job.Steps {
+			commands = append(commands, step.Run)
+		}
+	}
+	if !slices.Contains(commands, "make e2e-kind") {
+		t.Errorf("commands: %q", commands)
+	}
+	if out, err := exec.Command("make", "-n", "-C", "../..", "e2e-kind").CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+}
