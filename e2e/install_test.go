@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -101,6 +102,43 @@ func TestInstallAndUninstall(t *testing.T) {
 			must(t, p.Del())
 			must(t, old.Del())
 		})
+	}
+}
+
+// CRI-O deletes a pod with the configuration of its ADD. As long as that may name the plugin, the binary stays, and works
+// with nothing else left. Here a process only bears CRI-O's name.
+func TestUninstallLeavesThePluginToCRIO(t *testing.T) {
+	s := newScene(t, node.PTP)
+	plain := s.withoutProbelet(t)
+	s.daemon.Kill()
+	must(t, s.probeletd("install", "--chain", "copy", "--cni-net-dir", s.NetDir(), "--cni-bin-dir", s.PluginDir()))
+	p := plain.add(t)
+
+	sleep, err := os.ReadFile("/bin/sleep")
+	must(t, err)
+	program := filepath.Join(t.TempDir(), "crio")
+	must(t, os.WriteFile(program, sleep, 0o755))
+	crio := exec.Command(program, "infinity")
+	must(t, crio.Start())
+	t.Cleanup(func() {
+		_ = crio.Process.Kill()
+		_ = crio.Wait()
+	})
+	uninstall := func() {
+		t.Helper()
+		must(t, s.probeletd("uninstall", "--cni-net-dir", s.NetDir(), "--cni-bin-dir", s.PluginDir(), "--settle", "10ms"))
+	}
+	uninstall()
+	del := exec.Command(filepath.Join(s.PluginDir(), "probelet"))
+	del.Env = []string{"CNI_COMMAND=DEL", "CNI_CONTAINERID=any", "CNI_IFNAME=eth0", "CNI_NETNS=" + p.Netns, "CNI_PATH=" + s.PluginDir()}
+	del.Stdin = strings.NewReader(fmt.Sprintf(`{"cniVersion": "1.0.0", "name": "n", "type": "probelet", "bpfDir": %q, "stateDir": %q}`, s.BPFDir, s.StateDir))
+	must(t, node.RunCommand(del))
+	must(t, p.Del())
+	uninstall()
+	for _, path := range []string{s.BPFDir, s.StateDir, filepath.Join(s.PluginDir(), "probelet")} {
+		if _, err := os.Stat(path); !os.IsNotExist(err) {
+			t.Errorf("%s is left: %v", path, err)
+		}
 	}
 }
 

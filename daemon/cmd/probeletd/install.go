@@ -15,6 +15,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/adopt"
 	"github.com/probelet/probelet/daemon/internal/chain"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/store"
@@ -166,11 +167,31 @@ func (i *installation) uninstall(ctx context.Context) error {
 	if err := i.removeState(); err != nil {
 		return err
 	}
+	if i.pluginIsNeeded() {
+		return nil
+	}
 	if err := i.node.RemovePlugin(); err != nil {
 		return err
 	}
 	log.Info("nothing of probelet is left on the node")
 	return nil
+}
+
+// pluginIsNeeded is whether the runtime will still run the plugin, to delete pods that are there.
+func (i *installation) pluginIsNeeded() bool {
+	if !chain.FindRuntime("/proc").KeepsConfiguration() {
+		return false
+	}
+	const hint = "the plugin's binary is left, which does nothing now: the runtime deletes a pod with the network configuration of its ADD. Run uninstall again when pods of before are gone"
+	pods, err := adopt.Node{Root: "/proc/1/root", CacheDir: adopt.DefaultCacheDir}.Naming(chain.PluginType)
+	if err != nil {
+		i.node.Log.Warn(hint, "error", err)
+		return true
+	}
+	if pods > 0 {
+		i.node.Log.Warn(hint, "interfaces", pods)
+	}
+	return pods > 0
 }
 
 // lock keeps a daemon from attaching what is being detached.

@@ -33,6 +33,7 @@ type result struct {
 	NetworkName string      `json:"networkName"`
 	Netns       string      `json:"netns"` // libcni 1.1 and newer
 	Args        [][2]string `json:"cniArgs"`
+	Config      []byte      `json:"config"` // of the network, as it was
 	Result      struct {
 		Interfaces []struct {
 			Name    string `json:"name"`
@@ -116,6 +117,31 @@ func (n Node) find(pod Pod, results []result, devices []netlink.Link) ([]attach.
 		return nil, errors.Join(reasons...)
 	}
 	return nil, fmt.Errorf("the runtime has no record of its network in %s", n.CacheDir)
+}
+
+// Naming is of how many interfaces libcni has kept a network configuration that has a plugin of that type.
+func (n Node) Naming(plugin string) (count int, err error) {
+	results, err := n.results()
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	for _, r := range results {
+		var list struct {
+			Plugins []struct {
+				Type string `json:"type"`
+			} `json:"plugins"`
+		}
+		if json.Unmarshal(r.Config, &list) != nil {
+			continue // no runtime could use it either
+		}
+		for _, p := range list.Plugins {
+			if p.Type == plugin {
+				count++
+				break
+			}
+		}
+	}
+	return count, err
 }
 
 func (n Node) results() ([]result, error) {

@@ -39,6 +39,10 @@ func FindRuntime(proc string) Runtime {
 	return Runtime{}
 }
 
+// KeepsConfiguration is whether it deletes a pod with the network configuration of that pod's ADD. CRI-O does so
+// (TearDownPodWithContext in ocicni.go); the others take the configuration that there is at DEL.
+func (r Runtime) KeepsConfiguration() bool { return r.Name == "crio" }
+
 // libcniOf reads what the Go linker notes of a program's modules.
 func libcniOf(program string) string {
 	info, err := buildinfo.ReadFile(program)
