@@ -26,10 +26,7 @@ func setNetwork(t *testing.T, conf string) {
 	}
 	old, err := os.ReadFile(file)
 	must(t, err)
-	t.Cleanup(func() {
-		write(string(old))
-		time.Sleep(settled)
-	})
+	t.Cleanup(func() { write(string(old)) })
 	write(conf)
 	time.Sleep(settled)
 }
@@ -60,19 +57,17 @@ func TestOthersInTheChain(t *testing.T) {
 		t.Run(way, func(t *testing.T) {
 			deploy(t, map[string]any{"cni": map[string]any{"chain": way}})
 			for name, conf := range map[string]string{
-				"another MTU": edit(t, func(list map[string]any) {
+				"another MTU, and another before us": edit(t, func(list map[string]any) {
 					list["plugins"].([]any)[0].(map[string]any)["mtu"] = 1400
-				}),
-				"a bridge": Network("bridge", "10.90.0.0/16"),
-				"another before us": edit(t, func(list map[string]any) {
 					list["plugins"] = append(list["plugins"].([]any), tuning("log_martians"))
 				}),
+				"a bridge": Network("bridge", "10.90.0.0/16"),
 			} {
 				t.Run(name, func(t *testing.T) {
 					setNetwork(t, conf)
 					pod := run(t, web("in-"+way))
 					awaitHits(t, pod.Name, 3)
-					if name == "another MTU" {
+					if name != "a bridge" {
 						for _, a := range ours(t, pod) {
 							device, err := netlinksafe.LinkByName(a)
 							must(t, err)
