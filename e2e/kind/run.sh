@@ -7,7 +7,8 @@ name=probelet-e2e
 node="$name-control-plane"
 command -v docker >/dev/null || { echo "docker is missing"; exit 1; }
 work="$(mktemp -d)"
-kind() { (cd "$here" && go run sigs.k8s.io/kind "$@"); }
+# The user's kubeconfig stays as it is.
+kind() { (cd "$here" && KUBECONFIG="$work/kubeconfig" go run sigs.k8s.io/kind "$@"); }
 trap 'kind delete cluster --name "$name"; rm -rf "$work"' EXIT
 
 (cd "$here/.." && CGO_ENABLED=0 go test -c -o "$work/cluster.test" ./cluster)
