@@ -108,6 +108,8 @@ func TestInstallAndUninstall(t *testing.T) {
 // CRI-O deletes a pod with the configuration of its ADD. As long as that may name the plugin, the binary stays, and works
 // with nothing else left. Here a process only bears CRI-O's name.
 func TestUninstallLeavesThePluginToCRIO(t *testing.T) {
+	// What the pods of other tests have left there: all nodes share the directory.
+	must(t, os.RemoveAll(filepath.Join("/var/lib/cni", "results")))
 	s := newScene(t, node.PTP)
 	plain := s.withoutProbelet(t)
 	s.daemon.Kill()

@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf/link"
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -191,6 +193,7 @@ func TestRepair(t *testing.T) {
 	awaitHits(t, pod.Name, 3)
 	watch := watchSteady(t, pod)
 	for name, lose := range map[string]func(){
+		"links": func() { detachLinks(t, attachmentOf(t, pod)) },
 		"pins":  func() { must(t, os.RemoveAll(BPFFS+"/probelet/v2/attachments/"+attachmentOf(t, pod))) },
 		"bpffs": func() { must(t, unix.Unmount(BPFFS, unix.MNT_DETACH)); must(t, cluster.MountBPFFS()) },
 		"all":   func() { must(t, os.RemoveAll(BPFFS+"/probelet")) },
@@ -206,6 +209,25 @@ func TestRepair(t *testing.T) {
 		})
 	}
 	watch.end(true)
+}
+
+// detachLinks takes the programs off a pod's device, as bpftool link detach does.
+func detachLinks(t *testing.T, attachment string) {
+	t.Helper()
+	pins, err := os.ReadDir(filepath.Join(pinsDir, attachment))
+	must(t, err)
+	detached := 0
+	for _, pin := range pins {
+		l, err := link.LoadPinnedLink(filepath.Join(pinsDir, attachment, pin.Name()), nil)
+		if err != nil {
+			continue // a map
+		}
+		must(t, errors.Join(l.Detach(), l.Close()))
+		detached++
+	}
+	if detached == 0 {
+		t.Fatalf("no links among %v", pins)
+	}
 }
 
 // attachmentOf is the name of an attachment's directory.
