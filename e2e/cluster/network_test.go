@@ -194,7 +194,7 @@ func TestRepair(t *testing.T) {
 	watch := watchSteady(t, pod)
 	for name, lose := range map[string]func(){
 		"links": func() { detachLinks(t, attachmentOf(t, pod)) },
-		"pins":  func() { must(t, os.RemoveAll(BPFFS+"/probelet/v2/attachments/"+attachmentOf(t, pod))) },
+		"pins":  func() { must(t, os.RemoveAll(filepath.Join(pinsDir, attachmentOf(t, pod)))) },
 		"bpffs": func() { must(t, unix.Unmount(BPFFS, unix.MNT_DETACH)); must(t, cluster.MountBPFFS()) },
 		"all":   func() { must(t, os.RemoveAll(BPFFS+"/probelet")) },
 	} {
