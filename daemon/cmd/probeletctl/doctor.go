@@ -194,22 +194,28 @@ func (d *doctor) objects() {
 
 // network looks at the chain, and at the runtime that is to read it.
 func (d *doctor) network() {
-	runtime := chain.FindRuntime("/proc")
+	found := chain.FindRuntimes("/proc")
 	switch {
-	case runtime.Name == "":
+	case len(found) == 0:
 		d.says(note, "runtime", "no process of containerd, crio or cri-dockerd is to be seen", "")
-	case runtime.Libcni == "":
-		d.says(note, "runtime", runtime.Name+", process "+runtime.PID+"; its libcni is not known", "install with --chain copy, which every runtime reads")
+	case len(found) > 1:
+		d.says(note, "runtime", found.String()+fmt.Sprintf("; all of them read %s", found.Way()), "one of them runs the pods")
+	case found[0].Libcni == "":
+		d.says(note, "runtime", found.String(), "install with --chain copy, which every runtime reads")
 	default:
-		d.says(well, "runtime", fmt.Sprintf("%s, process %s, libcni %s, reads %s", runtime.Name, runtime.PID, runtime.Libcni, runtime.Way()), "")
+		d.says(well, "runtime", fmt.Sprintf("%s, reads %s", found, found.Way()), "")
 	}
 	joined, in, err := d.chain.Look()
 	switch {
 	case err != nil:
 		d.says(problem, "chain", err.Error(), "see to the primary network's plugin; probeletd joins as soon as there is a network")
 	case !in:
-		d.says(problem, "chain", fmt.Sprintf("the plugin is not in network %s, of %s", joined.Network, joined.Primary), "probeletd install --cni-net-dir "+d.chain.NetDir)
-	case joined.Way == chain.DropIn && runtime.Name != "" && runtime.Way() != chain.DropIn:
+		what := fmt.Sprintf("the plugin is not in network %s, of %s", joined.Network, joined.Primary)
+		if joined.File != "" {
+			what += "; " + joined.File + " is not what would be derived from it now, or is not read"
+		}
+		d.says(problem, "chain", what, "probeletd install --cni-net-dir "+d.chain.NetDir)
+	case joined.Way == chain.DropIn && len(found) > 0 && found.Way() != chain.DropIn:
 		d.says(problem, "chain", joined.File+", which this runtime is not known to read", "probeletd install --chain copy, or a runtime with libcni 1.3 or newer")
 	case joined.File == "":
 		d.says(well, "chain", fmt.Sprintf("network %s, by its own configuration %s", joined.Network, joined.Primary), "")

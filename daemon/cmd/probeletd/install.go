@@ -7,11 +7,14 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
@@ -30,15 +33,17 @@ The plugin joins (--chain)
   dropin  by a file of its own, <net-dir>/<network>/10-probelet.conf, which libcni 1.3 and newer adds to the network
   copy    by a copy of the network's configuration, under a name that sorts first; "probeletd run --cni-net-dir" keeps it as its
           original is
-  auto    by the first if the runtime's process tells that it has such a libcni, otherwise by the second
+  auto    by the first if the runtime's process tells that it has such a libcni, and is not CRI-O; otherwise by the second
 
-Pods that run already are not attached; they are when they are made anew.`
+Pods that run already are not attached by this; the daemon adopts them.`
 
 const uninstallHelp = `Takes probelet off the node: the plugin leaves the chain; when the runtime has had the time to notice, everything is
 detached from the pods, what is pinned and recorded is removed, and the plugin's binary last. Running pods stay as they are,
 and their probes reach them. The daemon must have ended.
 
-Nothing is taken any more before anything is detached, and connections that were handed over have the time to end (--drain).`
+Plugins that the runtime runs by the configuration of before are waited for (--in-flight). Nothing is taken any more before anything
+is detached, and connections that were handed over have the time to end (--drain). It can be run again, whenever it was
+interrupted.`
 
 // installation is what install and uninstall are told.
 type installation struct {
@@ -46,7 +51,8 @@ type installation struct {
 	way              string
 	plugin           string
 	bpfDir, stateDir string
-	settle, drain    time.Duration
+	// How long is waited: for the runtime to notice, for plugins that it runs, for connections.
+	settle, inFlight, drain time.Duration
 }
 
 func (i *installation) flags(cmd *cobra.Command) {
@@ -89,6 +95,7 @@ func uninstallCommand(stderr io.Writer) *cobra.Command {
 	}
 	i.flags(cmd)
 	cmd.Flags().DurationVar(&i.settle, "settle", 5*time.Second, "how `long` the runtime may take to notice a change of its configuration")
+	cmd.Flags().DurationVar(&i.inFlight, "in-flight", 4*time.Minute, "how `long` plugins are waited for that the runtime ran by the configuration of before")
 	cmd.Flags().DurationVar(&i.drain, "drain", 10*time.Second, "how `long` connections that were handed over are waited for")
 	return cmd
 }
@@ -97,9 +104,9 @@ func uninstallCommand(stderr io.Writer) *cobra.Command {
 func chainWay(text string, log *slog.Logger) (chain.Way, error) {
 	switch text {
 	case "auto":
-		r := chain.FindRuntime("/proc")
-		log.Info("container runtime", "process", r.Name, "pid", r.PID, "libcni", r.Libcni, "chain", r.Way())
-		return r.Way(), nil
+		found := chain.FindRuntimes("/proc")
+		log.Info("container runtime", "found", found, "chain", found.Way())
+		return found.Way(), nil
 	case string(chain.DropIn), string(chain.Copy):
 		return chain.Way(text), nil
 	}
@@ -150,18 +157,27 @@ func (i *installation) uninstall(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = unlock() }()
+	naming, err := i.node.Naming()
+	if err != nil {
+		return err
+	}
+	if len(naming) > 0 {
+		return fmt.Errorf("somebody else has put the plugin into %s: take it out there, and run uninstall again; nothing has been changed", strings.Join(naming, ", "))
+	}
 	changed, err := i.node.Leave()
 	if err != nil {
 		return fmt.Errorf("leaving the chain: %w", err)
 	}
 	log.Info("left the chain", "was in it", changed)
-	if changed && !wait(ctx, i.settle) {
-		return ctx.Err()
+	if changed || i.node.HasPlugin() {
+		if err := i.settleDown(ctx); err != nil {
+			return err
+		}
 	}
 	if err := i.detach(ctx); err != nil {
 		return err
 	}
-	if err := os.RemoveAll(i.bpfDir); err != nil {
+	if err := i.removePins(); err != nil {
 		return err
 	}
 	if err := i.removeState(); err != nil {
@@ -177,9 +193,50 @@ func (i *installation) uninstall(ctx context.Context) error {
 	return nil
 }
 
+// A chain is run by one process after the other. One that is not seen at so many looks, this far apart, has ended.
+const (
+	inFlightLooks    = 5
+	inFlightInterval = 100 * time.Millisecond
+)
+
+// settleDown waits until the runtime has read its configuration, and until those have ended that it ran by the one before.
+func (i *installation) settleDown(ctx context.Context) error {
+	if err := i.node.Wake(); err != nil { // whoever left the chain may have been killed before
+		return err
+	}
+	if !wait(ctx, i.settle) {
+		return ctx.Err()
+	}
+	began := map[string]bool{}
+	for range inFlightLooks {
+		maps.Copy(began, chain.UnderWay("/proc"))
+		if !wait(ctx, inFlightInterval) {
+			return ctx.Err()
+		}
+	}
+	if len(began) > 0 {
+		i.node.Log.Info("waiting for CNI plugins that are at work", "containers", len(began))
+	}
+	deadline := time.Now().Add(i.inFlight)
+	for unseen := 0; unseen < inFlightLooks && len(began) > 0; unseen++ {
+		for container := range chain.UnderWay("/proc") {
+			if began[container] {
+				unseen = -1
+			}
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("CNI plugins are still at work after %s, by a configuration that may name the plugin; run uninstall again", i.inFlight)
+		}
+		if !wait(ctx, inFlightInterval) {
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
 // pluginIsNeeded is whether the runtime will still run the plugin, to delete pods that are there.
 func (i *installation) pluginIsNeeded() bool {
-	if !chain.FindRuntime("/proc").KeepsConfiguration() {
+	if !chain.FindRuntimes("/proc").KeepConfiguration() {
 		return false
 	}
 	const hint = "the plugin's binary is left, which does nothing now: the runtime deletes a pod with the network configuration of its ADD. Run uninstall again when pods of before are gone"
@@ -221,19 +278,22 @@ const takenGrace = 1500 * time.Millisecond
 
 func (i *installation) detach(ctx context.Context) error {
 	d, err := datapath.Open(i.bpfDir)
-	if errors.Is(err, datapath.ErrNotLoaded) {
-		return nil
-	}
-	if err != nil {
+	switch {
+	case errors.Is(err, datapath.ErrNotLoaded) || errors.Is(err, fs.ErrNotExist):
+		d = nil // or what is left of it when uninstall was killed
+	case err != nil:
 		return err
+	default:
+		defer d.Close() //nolint:errcheck // nothing is lost
 	}
-	defer d.Close() //nolint:errcheck // nothing is lost
 	ids, err := attach.List(i.bpfDir)
 	if err != nil {
 		return err
 	}
-	if err := i.quiesce(ctx, d, ids); err != nil {
-		return err
+	if d != nil {
+		if err := i.quiesce(ctx, d, ids); err != nil {
+			return err
+		}
 	}
 	for _, id := range ids {
 		if err := attach.Detach(d, i.bpfDir, id); err != nil {
@@ -244,7 +304,20 @@ func (i *installation) detach(ctx context.Context) error {
 		}
 	}
 	i.node.Log.Info("detached", "pods", len(ids))
+	if d == nil {
+		return nil
+	}
 	return attach.Prune(d, i.bpfDir)
+}
+
+// removePins removes the directory of pins, but never a whole file system of others' pins.
+func (i *installation) removePins() error {
+	var fs unix.Statfs_t
+	if parent := filepath.Dir(i.bpfDir); unix.Statfs(parent, &fs) != nil || fs.Type != unix.BPF_FS_MAGIC {
+		i.node.Log.Info("no pins", "reason", parent+" is not a BPF file system")
+		return nil
+	}
+	return os.RemoveAll(i.bpfDir)
 }
 
 // quiesce makes the programs take no connection any more, by leaving them nothing to answer from, and waits for those that

@@ -9,12 +9,15 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 
 	"github.com/google/renameio/v2"
+	"golang.org/x/mod/semver"
+	"golang.org/x/sys/unix"
 )
 
 // PluginType is the plugin's type in a network configuration, and the name of its binary.
@@ -46,6 +49,8 @@ var (
 	ErrNoNetwork = errors.New("no network configuration")
 	// ErrUnusable: the one that there is cannot be read.
 	ErrUnusable = errors.New("not a network configuration")
+	// ErrUnsupported: it can, but the plugin would keep its pods from starting.
+	ErrUnsupported = errors.New("the plugin cannot be in this network")
 )
 
 // network is the configuration that the runtime takes: the first one that it can read.
@@ -56,6 +61,8 @@ type network struct {
 	plugins []json.RawMessage
 	// inlinedOnly: drop-in files are not read.
 	inlinedOnly bool
+	// unsupported is why the plugin cannot be in it; nil if it can.
+	unsupported error
 }
 
 // derivedFrom is the member of a copy that says what it is a copy of.
@@ -78,11 +85,11 @@ func (n Node) primary() (*network, error) {
 			continue
 		}
 		text, err := os.ReadFile(filepath.Join(n.NetDir, e.Name()))
-		if errors.Is(err, fs.ErrNotExist) {
+		if _, link := os.Lstat(filepath.Join(n.NetDir, e.Name())); errors.Is(err, fs.ErrNotExist) && link != nil {
 			continue // renamed or removed meanwhile, which somebody will tell of
 		}
-		if err != nil {
-			return nil, err
+		if err != nil { // such as: a link that leads nowhere from here; the runtime may see more
+			return nil, fmt.Errorf("%w: %w", ErrUnusable, err)
 		}
 		found, err := parse(text)
 		if err != nil {
@@ -110,6 +117,8 @@ func parse(text []byte) (*network, error) {
 		if err := json.Unmarshal(list, &n.plugins); err != nil || len(n.plugins) == 0 {
 			return nil, errors.New("plugins: must be a list of at least one")
 		}
+	} else if pluginType(text) == "" {
+		n.unsupported = errors.New("plugins: there are none in its own file, so nothing is certain to come before the plugin")
 	} else {
 		single := map[string]json.RawMessage{"name": n.members["name"]}
 		if version, ok := n.members["cniVersion"]; ok {
@@ -123,11 +132,29 @@ func parse(text []byte) (*network, error) {
 		}
 	}
 	if text, ok := n.members["loadOnlyInlinedPlugins"]; ok {
-		if err := json.Unmarshal(text, &n.inlinedOnly); err != nil {
+		// libcni takes it as a string, too.
+		if err := json.Unmarshal(bytes.ToLower(bytes.Trim(text, `"`)), &n.inlinedOnly); err != nil {
 			return nil, fmt.Errorf("loadOnlyInlinedPlugins: %s: must be true or false", text)
 		}
 	}
+	if n.unsupported == nil {
+		n.unsupported = n.tooOld()
+	}
 	return n, nil
+}
+
+// oldestCNI is the oldest version of the CNI specification whose results the plugin reads; before it there was no prevResult.
+const oldestCNI = "0.3.0"
+
+func (w *network) tooOld() error {
+	var version string
+	var versions []string
+	_ = json.Unmarshal(w.members["cniVersion"], &version) // of what is no string: none
+	_ = json.Unmarshal(w.members["cniVersions"], &versions)
+	if slices.ContainsFunc(append(versions, version), func(v string) bool { return semver.Compare("v"+v, "v"+oldestCNI) >= 0 }) {
+		return nil
+	}
+	return fmt.Errorf("cniVersion: %q: must be %s or newer", version, oldestCNI)
 }
 
 func pluginType(conf json.RawMessage) string {
@@ -139,8 +166,32 @@ func pluginType(conf json.RawMessage) string {
 }
 
 // has is whether the plugin is in the list already, by somebody's hand.
-func (w *network) has() bool {
-	return slices.ContainsFunc(w.plugins, func(p json.RawMessage) bool { return pluginType(p) == PluginType })
+func (w *network) has() bool { return slices.ContainsFunc(w.plugins, isPlugin) }
+
+func isPlugin(conf json.RawMessage) bool { return pluginType(conf) == PluginType }
+
+// Naming are the files that name the plugin by somebody else's hand, of all networks that there are.
+func (n Node) Naming() ([]string, error) {
+	var files []string
+	for _, pattern := range []string{"*.conflist", "*.conf", "*.json", filepath.Join("*", "*.conf")} {
+		found, err := filepath.Glob(filepath.Join(n.NetDir, pattern))
+		if err != nil {
+			return nil, err
+		}
+		files = append(files, found...)
+	}
+	ours := n.ours()
+	var naming []string
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil || slices.Contains(ours, file) {
+			continue
+		}
+		if w, err := parse(text); isPlugin(text) || err == nil && w.has() {
+			naming = append(naming, file)
+		}
+	}
+	return naming, nil
 }
 
 // plugin is our entry.
@@ -187,26 +238,33 @@ type Joined struct {
 }
 
 // Join puts the plugin into the chain of the primary network, or adapts what is there to how that is now. The error is
-// ErrNoNetwork if there is none; then nothing of ours is left either, lest a network outlive its configuration. It is
-// ErrUnusable if that cannot be read; then everything stays as it is.
+// ErrNoNetwork if there is none, and ErrUnsupported if the plugin cannot be in it; then nothing of ours is left either, lest a
+// network outlive its configuration. It is ErrUnusable if that cannot be read; then everything stays as it is.
 func (n Node) Join(way Way) (Joined, error) {
-	w, err := n.primary()
+	unlock, err := lock(n.NetDir)
 	if err != nil {
-		if errors.Is(err, ErrNoNetwork) {
-			_, left := n.Leave()
+		return Joined{}, err
+	}
+	defer unlock()
+	w, err := n.primary()
+	if err == nil && w.unsupported != nil {
+		err = fmt.Errorf("%s: %w: %w", filepath.Join(n.NetDir, w.file), ErrUnsupported, w.unsupported)
+	}
+	if err != nil {
+		if errors.Is(err, ErrNoNetwork) || errors.Is(err, ErrUnsupported) {
+			_, left := n.leaveBut("")
 			err = errors.Join(err, left)
 		}
 		return Joined{}, err
 	}
 	j := Joined{Way: way, Network: w.name, Primary: filepath.Join(n.NetDir, w.file)}
-	if w.has() {
+	if w.has() || way == DropIn && n.hasDropIn(w) {
 		j.Way = ""
 		j.Changed, err = n.leaveBut("")
 		return j, err
 	}
 	var text []byte
-	// Runtimes look for drop-ins of lists only.
-	if way == DropIn && !w.inlinedOnly && filepath.Ext(w.file) == ".conflist" {
+	if way == DropIn && w.readsDropIns() {
 		j.File = filepath.Join(n.NetDir, w.name, dropInName)
 		if text, err = n.plugin(); err == nil {
 			text = append(text, '\n')
@@ -231,27 +289,105 @@ func (n Node) Join(way Way) (Joined, error) {
 	return j, err
 }
 
-// Look finds out how the plugin is in the chain of the primary network, and changes nothing. The errors are Join's.
+// hasDropIn is whether the plugin is in a drop-in of the network by somebody's hand.
+func (n Node) hasDropIn(w *network) bool {
+	files, err := n.Naming()
+	return err == nil && w.readsDropIns() && slices.ContainsFunc(files, func(file string) bool {
+		return filepath.Dir(file) == filepath.Join(n.NetDir, w.name)
+	})
+}
+
+// readsDropIns is whether a runtime that knows drop-ins looks for those of this network: they are of lists only.
+func (w *network) readsDropIns() bool { return !w.inlinedOnly && filepath.Ext(w.file) == ".conflist" }
+
+// Look finds out how the plugin is in the chain of the primary network, and changes nothing. in is whether it is there as Join
+// would have it. The errors are Join's.
 func (n Node) Look() (j Joined, in bool, err error) {
 	w, err := n.primary()
 	if err != nil {
 		return Joined{}, false, err
 	}
 	j = Joined{Network: w.name, Primary: filepath.Join(n.NetDir, w.file)}
-	if w.has() {
+	if w.unsupported != nil {
+		return j, false, fmt.Errorf("%s: %w: %w", j.Primary, ErrUnsupported, w.unsupported)
+	}
+	if w.has() || n.hasDropIn(w) {
 		return j, true, nil
 	}
 	for _, file := range n.ours() {
 		if filepath.Dir(file) == filepath.Clean(n.NetDir) {
 			j.Way, j.File = Copy, file
-			return j, filepath.Base(file) < w.file, nil
+			return j, n.isCopy(file, w), nil
 		}
 		if file == filepath.Join(n.NetDir, w.name, dropInName) {
 			j.Way, j.File = DropIn, file
-			return j, !w.inlinedOnly, nil
+			return j, w.readsDropIns(), nil
 		}
 	}
 	return j, false, nil
+}
+
+// isCopy is whether a copy comes before its original, and has what that has now. Our own fields may be others.
+func (n Node) isCopy(file string, w *network) bool {
+	text, err := os.ReadFile(file)
+	if err != nil || filepath.Base(file) >= w.file {
+		return false
+	}
+	found, err := parse(text)
+	if err != nil || len(found.plugins) != len(w.plugins)+1 {
+		return false
+	}
+	delete(found.members, derivedFrom)
+	found.members["plugins"], w.members["plugins"] = nil, nil
+	same := func(a, b json.RawMessage) bool {
+		var x, y bytes.Buffer
+		return json.Compact(&x, a) == nil && json.Compact(&y, b) == nil && bytes.Equal(x.Bytes(), y.Bytes())
+	}
+	return slices.EqualFunc(found.plugins[:len(w.plugins)], w.plugins, same) &&
+		maps.EqualFunc(found.members, w.members, func(a, b json.RawMessage) bool { return a == nil && b == nil || same(a, b) })
+}
+
+// lock keeps other processes from changing a directory, until unlock. Each has it for a moment only.
+func lock(dir string) (unlock func(), err error) {
+	f, err := os.Open(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return func() {}, nil // nor is there anything to be changed
+	}
+	if err != nil {
+		return nil, err
+	}
+	for {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX); !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("locking %s: %w", dir, err), f.Close())
+	}
+	return func() { _ = f.Close() }, nil
+}
+
+// writeFile replaces a file, whole and for good: also should the machine lose its power now.
+func writeFile(file string, text []byte, mode fs.FileMode) error {
+	dir := filepath.Dir(file)
+	// Beside the file: a runtime sees a file that is renamed within the directory, not one that comes from elsewhere.
+	err := renameio.WriteFile(file, text, mode, renameio.WithTempDir(dir), renameio.WithStaticPermissions(mode))
+	if err != nil {
+		return err
+	}
+	return syncDir(dir)
+}
+
+func syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	err = f.Sync()
+	if errors.Is(err, unix.EINVAL) { // a file system that has nothing to be synced
+		err = nil
+	}
+	return errors.Join(err, f.Close())
 }
 
 // put writes a file if it does not have that text, and has the runtime read it.
@@ -259,29 +395,53 @@ func (n Node) put(file string, text []byte) (changed bool, err error) {
 	if old, err := os.ReadFile(file); err == nil && bytes.Equal(old, text) {
 		return false, nil
 	}
-	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+	if dir := filepath.Dir(file); dir != n.NetDir {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return false, err
+		}
+		if err := syncDir(n.NetDir); err != nil {
+			return false, err
+		}
+	}
+	if err := writeFile(file, text, 0o644); err != nil {
 		return false, err
 	}
-	if err := renameio.WriteFile(file, text, 0o644); err != nil {
-		return false, err
-	}
-	return true, n.wake(file)
+	return true, n.Wake()
 }
 
-// wake makes the runtime read its configuration again: it watches NetDir, and not the directories in it.
-func (n Node) wake(file string) error {
-	if filepath.Dir(file) == n.NetDir {
-		return nil
+// bell begins the name of the file that comes and goes to wake the runtime.
+const bell = "." + PluginType
+
+// Wake makes the runtime read its configuration again: it watches NetDir, and not the directories in it.
+func (n Node) Wake() error {
+	f, err := os.CreateTemp(n.NetDir, bell)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // nothing to be read
 	}
-	bell, err := os.CreateTemp(n.NetDir, "."+PluginType)
 	if err != nil {
 		return err
 	}
-	return errors.Join(bell.Close(), os.Remove(bell.Name()))
+	err = errors.Join(f.Close(), os.Remove(f.Name()))
+	if errors.Is(err, fs.ErrNotExist) { // somebody has cleaned up
+		return nil
+	}
+	return err
 }
 
 // Leave takes the plugin out of the chain. changed is whether it was in there.
-func (n Node) Leave() (changed bool, err error) { return n.leaveBut("") }
+func (n Node) Leave() (changed bool, err error) {
+	unlock, err := lock(n.NetDir)
+	if err != nil {
+		return false, err
+	}
+	defer unlock()
+	changed, err = n.leaveBut("")
+	// The directory for a drop-in, if making or removing that was interrupted.
+	if w, err := n.primary(); err == nil && filepath.Base(w.name) == w.name {
+		n.removeEmpty(filepath.Join(n.NetDir, w.name))
+	}
+	return changed, err
+}
 
 // leaveBut removes all files of ours but one, and what writing them left when it was interrupted.
 func (n Node) leaveBut(keep string) (changed bool, err error) {
@@ -296,23 +456,30 @@ func (n Node) leaveBut(keep string) (changed bool, err error) {
 		}
 		changed = true
 		n.removeEmpty(filepath.Dir(file))
-		errs = append(errs, n.wake(file))
 	}
-	patterns := []string{"." + PluginType + "[0-9]*", filepath.Join("*", "."+dropInName+"[0-9]*")}
+	patterns := []string{bell + "[0-9]*", filepath.Join("*", "."+dropInName+"[0-9]*")}
 	for _, name := range copyNames {
 		patterns = append(patterns, "."+name+"[0-9]*")
 	}
 	for _, pattern := range patterns {
-		left, _ := filepath.Glob(filepath.Join(n.NetDir, pattern))
-		for _, file := range left {
-			errs = append(errs, os.Remove(file))
-		}
+		errs = append(errs, removeAll(filepath.Join(n.NetDir, pattern)))
 	}
-	// The directory for a drop-in, if making or removing that was interrupted.
-	if w, err := n.primary(); err == nil && filepath.Base(w.name) == w.name {
-		n.removeEmpty(filepath.Join(n.NetDir, w.name))
+	if changed {
+		errs = append(errs, syncDir(n.NetDir), n.Wake())
 	}
 	return changed, errors.Join(errs...)
+}
+
+// removeAll removes the files that a pattern matches.
+func removeAll(pattern string) error {
+	files, err := filepath.Glob(pattern)
+	errs := []error{err}
+	for _, file := range files {
+		if err := os.Remove(file); !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // removeEmpty removes a network's directory if nobody has a file in it.
@@ -351,26 +518,46 @@ func (n Node) PutPlugin(source string) (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	target := n.pluginFile()
-	left, _ := filepath.Glob(filepath.Join(n.BinDir, "."+PluginType+"[0-9]*")) // by who was interrupted
-	for _, file := range left {
-		_ = os.Remove(file)
-	}
-	if old, err := os.ReadFile(target); err == nil && bytes.Equal(old, program) {
-		return false, os.Chmod(target, 0o755)
-	}
 	if err := os.MkdirAll(n.BinDir, 0o755); err != nil {
 		return false, err
 	}
-	return true, renameio.WriteFile(target, program, 0o755)
+	unlock, err := lock(n.BinDir)
+	if err != nil {
+		return false, err
+	}
+	defer unlock()
+	if err := n.removeInterrupted(); err != nil {
+		return false, err
+	}
+	target := n.pluginFile()
+	if old, err := os.ReadFile(target); err == nil && bytes.Equal(old, program) {
+		return false, os.Chmod(target, 0o755)
+	}
+	return true, writeFile(target, program, 0o755)
+}
+
+// removeInterrupted removes what writing the binary left when it was interrupted.
+func (n Node) removeInterrupted() error {
+	return removeAll(filepath.Join(n.BinDir, "."+PluginType+"[0-9]*"))
+}
+
+// HasPlugin is whether the binary is there.
+func (n Node) HasPlugin() bool {
+	_, err := os.Lstat(n.pluginFile())
+	return err == nil
 }
 
 // RemovePlugin removes the binary.
 func (n Node) RemovePlugin() error {
+	unlock, err := lock(n.BinDir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	if err := os.Remove(n.pluginFile()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return nil
+	return n.removeInterrupted()
 }
 
 func (n Node) pluginFile() string { return filepath.Join(n.BinDir, PluginType) }

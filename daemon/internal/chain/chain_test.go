@@ -208,7 +208,7 @@ func TestJoinErrors(t *testing.T) {
 		"of our name":       {files{"00-probelet.conflist": "{", "10-x.conflist": list}, []string{"00-probelet.conflist", "not a network configuration"}},
 		"no name":           {files{"10-x.conflist": `{"plugins":[{"type":"a"}]}`}, []string{"10-x.conflist", "name: must be set"}},
 		"no type":           {files{"10-x.conflist": `{"name":"x","plugins":[{"type":"a"},{}]}`}, []string{"plugins[1].type"}},
-		"a name with a way": {files{"10-x.conflist": `{"name":"../x","plugins":[{"type":"a"}]}`}, []string{`"../x"`, "no file's name"}},
+		"a name with a way": {files{"10-x.conflist": `{"cniVersion":"1.0.0","name":"../x","plugins":[{"type":"a"}]}`}, []string{`"../x"`, "no file's name"}},
 		"no name is left":   {files{"!00-a.conf": single}, []string{"!00-a.conf", "no free name sorts before"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -380,40 +380,86 @@ func TestKilledAtAnyMoment(t *testing.T) {
 	}
 }
 
-func TestRuntime(t *testing.T) {
+func TestRuntimes(t *testing.T) {
 	proc, programs := t.TempDir(), t.TempDir()
 	program := filepath.Join(programs, "plugin") // has libcni in it, as a runtime has
-	if out, err := exec.Command("go", "build", "-o", program, "github.com/probelet/probelet/plugin").CombinedOutput(); err != nil {
+	build := exec.Command("go", "build", "-ldflags", "-X github.com/containerd/containerd/v2/version.Version=2.9.1", "-o", program, "github.com/probelet/probelet/plugin")
+	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	process := func(pid, name, program string) {
+	process := func(pid, name, mounts, program string) {
 		t.Helper()
 		dir := filepath.Join(proc, pid)
-		err := os.Mkdir(dir, 0o755)
+		err := os.MkdirAll(filepath.Join(dir, "ns"), 0o755)
 		if err == nil {
 			err = os.WriteFile(filepath.Join(dir, "comm"), []byte(name+"\n"), 0o644)
 		}
 		if err == nil {
 			err = os.Symlink(program, filepath.Join(dir, "exe"))
 		}
+		if err == nil {
+			err = os.Symlink(mounts, filepath.Join(dir, "ns/mnt"))
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
 	}
-	process("17", "bash", "/bin/bash")
-	if r := FindRuntime(proc); r != (Runtime{}) || r.Way() != Copy {
-		t.Errorf("without a runtime: %+v", r)
+	expect := func(names string, way Way, keeps bool) {
+		t.Helper()
+		var found []string
+		all := FindRuntimes(proc)
+		for _, r := range all {
+			found = append(found, r.Name)
+		}
+		if got := strings.Join(found, " "); got != names || all.Way() != way || all.KeepConfiguration() != keeps {
+			t.Errorf("found %s (%s), %s, keeps %v; want %s, %s, %v", got, all, all.Way(), all.KeepConfiguration(), names, way, keeps)
+		}
 	}
-	process("23", "containerd", program)
-	if r := FindRuntime(proc); r.Name != "containerd" || r.PID != "23" || !strings.HasPrefix(r.Libcni, "v1.") || r.Way() != DropIn {
+	process("1", "systemd", "host", "/bin/bash")
+	process("17", "bash", "host", "/bin/bash")
+	expect("", Copy, false)
+	process("230", "containerd", "pod", program) // Docker's, in a pod
+	expect("containerd", DropIn, false)
+	process("2300", "cri-dockerd", "host", "/bin/bash")
+	expect("cri-dockerd", Copy, false)
+	process("900", "crio", "host", program)
+	expect("cri-dockerd crio", Copy, true)
+
+	r := Runtime{Name: "containerd", PID: "230"}
+	if r.Version, r.Libcni = versionsOf(program); r.Version != "2.9.1" || !strings.HasPrefix(r.Libcni, "v1.") || (Runtimes{r}).Way() != DropIn {
 		t.Errorf("%+v", r)
 	}
 	for libcni, want := range map[string]Way{"": Copy, "(devel)": Copy, "v1.2.3": Copy, "v1.3.0": DropIn, "v1.3.0-rc1": Copy, "v1.10.0": DropIn, "v0.8.1": Copy} {
-		if got := (Runtime{Libcni: libcni}).Way(); got != want {
+		if got := (Runtimes{{Libcni: libcni}}).Way(); got != want {
 			t.Errorf("libcni %s: %s", libcni, got)
 		}
+		if got := (Runtimes{{Name: "crio", Libcni: libcni}}).Way(); got != Copy {
+			t.Errorf("libcni %s in CRI-O: %s", libcni, got)
+		}
 	}
-	if got := libcniOf("/bin/bash"); got != "" {
-		t.Errorf("of a program without modules: %s", got)
+	if own, libcni := versionsOf("/bin/bash"); own+libcni != "" {
+		t.Errorf("of a program without modules: %s, %s", own, libcni)
+	}
+}
+
+func TestUnderWay(t *testing.T) {
+	sleep := exec.Command("sleep", "infinity")
+	sleep.Env = []string{"CNI_COMMAND=ADD", "CNI_CONTAINERID=abc"}
+	if err := sleep.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for range 1000 { // until it is that program
+		if UnderWay("/proc")["abc"] {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if got := UnderWay("/proc"); !got["abc"] {
+		t.Errorf("of a plugin that runs: %v", got)
+	}
+	_ = sleep.Process.Kill()
+	_ = sleep.Wait()
+	if got := UnderWay("/proc"); got["abc"] {
+		t.Errorf("of one that has ended: %v", got)
 	}
 }

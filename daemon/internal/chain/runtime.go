@@ -2,68 +2,147 @@ package chain
 
 import (
 	"debug/buildinfo"
+	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 
 	"golang.org/x/mod/semver"
 )
 
-// Runtime is the container runtime, as far as its configuration of networks goes.
+// Runtime is a container runtime, as far as its configuration of networks goes.
 type Runtime struct {
-	Name string // of its process; empty: none was found
+	Name string // of its process
 	PID  string
-	// Libcni is the version of libcni in it; empty: its build does not tell.
-	Libcni string
+	// Version is its own, and Libcni that of libcni in it; empty: its build does not tell.
+	Version, Libcni string
 }
+
+// Runtimes are those of a node. There is one, but for some that have Docker besides.
+type Runtimes []Runtime
 
 // runtimes are the names of processes that run pods.
 var runtimes = []string{"containerd", "crio", "cri-dockerd"}
 
 const libcni = "github.com/containernetworking/cni"
 
-// FindRuntime looks for it among the processes in proc.
-func FindRuntime(proc string) Runtime {
+// FindRuntimes looks for them among the processes in proc. Those that run in containers are no concern of the node.
+func FindRuntimes(proc string) Runtimes {
 	processes, _ := filepath.Glob(filepath.Join(proc, "[0-9]*"))
+	mounts := func(process string) string {
+		link, _ := os.Readlink(filepath.Join(process, "ns/mnt")) // empty if it cannot be read
+		return link
+	}
+	host := mounts(filepath.Join(proc, "1"))
+	var all, ofHost Runtimes
 	for _, process := range processes {
 		name, err := os.ReadFile(filepath.Join(process, "comm"))
-		if err != nil {
+		if err != nil || !slices.Contains(runtimes, strings.TrimSpace(string(name))) {
 			continue
 		}
-		for _, known := range runtimes {
-			if strings.TrimSpace(string(name)) == known {
-				return Runtime{known, filepath.Base(process), libcniOf(filepath.Join(process, "exe"))}
-			}
+		r := Runtime{Name: strings.TrimSpace(string(name)), PID: filepath.Base(process)}
+		r.Version, r.Libcni = versionsOf(filepath.Join(process, "exe"))
+		all = append(all, r)
+		if host != "" && mounts(process) == host {
+			ofHost = append(ofHost, r)
 		}
 	}
-	return Runtime{}
+	if len(ofHost) > 0 {
+		return ofHost
+	}
+	return all
 }
 
-// KeepsConfiguration is whether it deletes a pod with the network configuration of that pod's ADD. CRI-O does so
+// KeepConfiguration is whether one deletes a pod with the network configuration of that pod's ADD. CRI-O does so
 // (TearDownPodWithContext in ocicni.go); the others take the configuration that there is at DEL.
-func (r Runtime) KeepsConfiguration() bool { return r.Name == "crio" }
+func (all Runtimes) KeepConfiguration() bool {
+	return slices.ContainsFunc(all, func(r Runtime) bool { return r.Name == "crio" })
+}
 
-// libcniOf reads what the Go linker notes of a program's modules.
-func libcniOf(program string) string {
+// versionStamp is how runtimes are told their version when they are linked, where the build notes that.
+var versionStamp = regexp.MustCompile(`version\.Version=([^ '"]+)`)
+
+// versionsOf reads what the Go linker notes of a program and its modules.
+func versionsOf(program string) (own, ofLibcni string) {
 	info, err := buildinfo.ReadFile(program)
 	if err != nil {
-		return ""
+		return "", ""
+	}
+	if own = info.Main.Version; !semver.IsValid(own) {
+		own = ""
+	}
+	for _, setting := range info.Settings {
+		if stamp := versionStamp.FindStringSubmatch(setting.Value); setting.Key == "-ldflags" && stamp != nil {
+			own = stamp[1]
+		}
 	}
 	for _, module := range info.Deps {
 		if module.Path == libcni {
 			if module.Replace != nil {
 				module = module.Replace
 			}
-			return module.Version
+			ofLibcni = module.Version
 		}
 	}
-	return ""
+	return own, ofLibcni
 }
 
-// Way is the better one that the runtime is known to understand.
-func (r Runtime) Way() Way {
-	if semver.IsValid(r.Libcni) && semver.Compare(r.Libcni, "v1.3.0") >= 0 {
-		return DropIn
+// Way is the better one that all of them are known to understand. What CRI-O keeps of an ADD lacks drop-ins, so its DEL would not
+// run the plugin.
+func (all Runtimes) Way() Way {
+	if len(all) == 0 || all.KeepConfiguration() {
+		return Copy
 	}
-	return Copy
+	for _, r := range all {
+		if !semver.IsValid(r.Libcni) || semver.Compare(r.Libcni, "v1.3.0") < 0 {
+			return Copy
+		}
+	}
+	return DropIn
+}
+
+func (r Runtime) String() string {
+	known := func(version string) string {
+		if version == "" {
+			return "unknown"
+		}
+		return version
+	}
+	return fmt.Sprintf("%s %s, process %s, libcni %s", r.Name, known(r.Version), r.PID, known(r.Libcni))
+}
+
+func (all Runtimes) String() string {
+	if len(all) == 0 {
+		return "none is to be seen"
+	}
+	var words []string
+	for _, r := range all {
+		words = append(words, r.String())
+	}
+	return strings.Join(words, "; ")
+}
+
+// UnderWay are the containers that CNI plugins are at work for, by the environments of processes in proc (CNI specification,
+// section 2).
+func UnderWay(proc string) map[string]bool {
+	containers := map[string]bool{}
+	files, _ := filepath.Glob(filepath.Join(proc, "[0-9]*", "environ"))
+	for _, file := range files {
+		text, _ := os.ReadFile(file) // of one that has ended: nothing
+		var command, container string
+		for variable := range strings.SplitSeq(string(text), "\x00") {
+			if value, ok := strings.CutPrefix(variable, "CNI_COMMAND="); ok {
+				command = value
+			}
+			if value, ok := strings.CutPrefix(variable, "CNI_CONTAINERID="); ok {
+				container = value
+			}
+		}
+		if command != "" && container != "" {
+			containers[container] = true
+		}
+	}
+	return containers
 }
