@@ -371,8 +371,15 @@ func lock(dir string) (unlock func(), err error) {
 func writeFile(file string, text []byte, mode fs.FileMode) error {
 	dir := filepath.Dir(file)
 	// Beside the file: a runtime sees a file that is renamed within the directory, not one that comes from elsewhere.
-	err := renameio.WriteFile(file, text, mode, renameio.WithTempDir(dir), renameio.WithStaticPermissions(mode))
+	f, err := renameio.NewPendingFile(file, renameio.WithTempDir(dir), renameio.WithStaticPermissions(mode))
 	if err != nil {
+		return err
+	}
+	defer f.Cleanup() //nolint:errcheck // nothing is left but after an error
+	if _, err := f.Write(text); err != nil {
+		return err
+	}
+	if err := f.CloseAtomicallyReplace(); err != nil {
 		return err
 	}
 	return syncDir(dir)

@@ -13,8 +13,12 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/fsnotify/fsnotify"
 )
 
 const (
@@ -77,7 +81,7 @@ func (n Node) chainIn(t *testing.T) string {
 	t.Helper()
 	entries, err := os.ReadDir(n.NetDir)
 	if err != nil {
-		t.Fatal(err)
+		t.Error(err)
 	}
 	for _, e := range entries {
 		if e.IsDir() || filepath.Ext(e.Name()) == "" || strings.HasPrefix(e.Name(), ".") {
@@ -85,23 +89,22 @@ func (n Node) chainIn(t *testing.T) string {
 		}
 		text, err := os.ReadFile(filepath.Join(n.NetDir, e.Name()))
 		if err != nil {
-			t.Fatal(err)
+			continue // gone meanwhile
 		}
 		w, err := parse(text)
 		if err != nil {
 			continue
 		}
+		w.file = e.Name()
 		var types []string
 		for _, p := range w.plugins {
 			types = append(types, pluginType(p))
 		}
 		dropIns, _ := filepath.Glob(filepath.Join(n.NetDir, w.name, "*.conf"))
 		for _, file := range dropIns {
-			text, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
+			if text, err := os.ReadFile(file); err == nil && w.readsDropIns() {
+				types = append(types, pluginType(text))
 			}
-			types = append(types, pluginType(text))
 		}
 		return w.name + ": " + strings.Join(types, " ")
 	}
@@ -128,7 +131,11 @@ func TestJoinAndLeave(t *testing.T) {
 		"there by hand":            {Copy, files{"10-pods.conflist": strings.Replace(list, `"portmap"`, `"probelet"`, 1)}, "pods: ptp probelet", "", ""},
 		"somebody's of a name":     {Copy, files{"00-probelet.conflist": single}, "pods: bridge probelet", Copy, "00-0-probelet.conflist"},
 		"a single one, no drop-in": {DropIn, files{"10-pods.conf": single}, "pods: bridge probelet", Copy, "00-probelet.conflist"},
-		"others' files":            {Copy, files{"05-a.txt": "-", "10-pods.conflist": list}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
+		"a drop-in by hand":        {DropIn, files{"10-pods.conflist": list, "pods/50-mine.conf": `{"type":"probelet"}`}, "pods: ptp portmap probelet", "", ""},
+		"a drop-in by hand, unread": {Copy, files{"10-pods.conflist": strings.Replace(list, `"x":`, `"loadOnlyInlinedPlugins":"True","x":`, 1),
+			"pods/50-mine.conf": `{"type":"probelet"}`}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
+		"of many versions": {Copy, files{"10-pods.conflist": strings.Replace(list, `"cniVersion":"1.0.0"`, `"cniVersions":["0.2.0","1.1.0"]`, 1)}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
+		"others' files":    {Copy, files{"05-a.txt": "-", "10-pods.conflist": list}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t, test.network)
@@ -210,6 +217,10 @@ func TestJoinErrors(t *testing.T) {
 		"no type":           {files{"10-x.conflist": `{"name":"x","plugins":[{"type":"a"},{}]}`}, []string{"plugins[1].type"}},
 		"a name with a way": {files{"10-x.conflist": `{"cniVersion":"1.0.0","name":"../x","plugins":[{"type":"a"}]}`}, []string{`"../x"`, "no file's name"}},
 		"no name is left":   {files{"!00-a.conf": single}, []string{"!00-a.conf", "no free name sorts before"}},
+		"too old":           {files{"10-x.conflist": strings.Replace(list, "1.0.0", "0.2.0", 1)}, []string{"10-x.conflist", `cniVersion: "0.2.0"`, "0.3.0 or newer"}},
+		"of no version":     {files{"10-x.conf": `{"name":"x","type":"bridge"}`}, []string{"10-x.conf", `cniVersion: ""`}},
+		"drop-ins only":     {files{"10-x.conflist": `{"cniVersion":"1.1.0","name":"x"}`, "x/1-a.conf": `{"type":"a"}`}, []string{"10-x.conflist", "plugins: there are none"}},
+		"another's boolean": {files{"10-x.conflist": strings.Replace(list, `"x":`, `"loadOnlyInlinedPlugins":"perhaps","x":`, 1)}, []string{`loadOnlyInlinedPlugins: "perhaps"`}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t, test.network)
@@ -230,24 +241,182 @@ func TestJoinErrors(t *testing.T) {
 	}
 }
 
+// What is not to be seen from here may be there for the runtime: it is not passed over for the next network.
+func TestLinkThatLeadsNowhere(t *testing.T) {
+	n := newNode(t, files{"20-other.conflist": list})
+	if err := os.Symlink("/nowhere/10-pods.conflist", filepath.Join(n.NetDir, "10-pods.conflist")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.Join(Copy); !errors.Is(err, ErrUnusable) {
+		t.Errorf("not ErrUnusable: %v", err)
+	}
+	if got := n.ours(); len(got) > 0 {
+		t.Errorf("there is %v", got)
+	}
+}
+
+// A network that becomes one that the plugin cannot be in is left.
+func TestLeftWhenUnsupported(t *testing.T) {
+	n := newNode(t, files{"10-pods.conflist": list})
+	if _, err := n.Join(Copy); err != nil {
+		t.Fatal(err)
+	}
+	n.write(t, "10-pods.conflist", strings.Replace(list, "1.0.0", "0.1.0", 1))
+	if _, err := n.Join(Copy); !errors.Is(err, ErrUnsupported) {
+		t.Errorf("not ErrUnsupported: %v", err)
+	}
+	if got := n.chainIn(t); got != "pods: ptp portmap" {
+		t.Errorf("the chain is %q", got)
+	}
+}
+
+// What Look calls well is what Join would have.
+func TestLook(t *testing.T) {
+	n := newNode(t, files{"10-pods.conflist": list})
+	expect := func(when string, want bool) {
+		t.Helper()
+		if j, in, err := n.Look(); err != nil || in != want {
+			t.Errorf("%s: %v, %+v, %v", when, in, j, err)
+		}
+	}
+	join := func(way Way) {
+		t.Helper()
+		if _, err := n.Join(way); err != nil {
+			t.Fatal(err)
+		}
+	}
+	expect("before", false)
+	join(Copy)
+	expect("copied", true)
+	n.write(t, "10-pods.conflist", strings.Replace(list, `"mtu":1.50`, `"mtu":1400`, 1))
+	expect("a plugin has changed", false)
+	join(Copy)
+	expect("copied again", true)
+	n.write(t, "10-pods.conflist", strings.Replace(list, `"big":1`, `"big":2`, 1))
+	expect("the list has changed", false)
+	join(DropIn)
+	expect("dropped in", true)
+	n.write(t, "05-single.conf", single)
+	expect("a list is not first any more", false)
+}
+
+// naming are the files that Naming finds.
+func TestNaming(t *testing.T) {
+	byHand := strings.Replace(list, `"portmap"`, `"probelet"`, 1)
+	n := newNode(t, files{"10-pods.conflist": list, "20-a.conflist": byHand, "30-b.conf": `{"name":"b","type":"probelet"}`,
+		"pods/50-c.conf": `{"type":"probelet"}`, "40-d.bak": byHand, "50-e.conf": single})
+	for _, way := range []Way{Copy, DropIn} {
+		if _, err := n.Join(way); err != nil {
+			t.Fatal(err)
+		}
+		got, err := n.Naming()
+		want := []string{filepath.Join(n.NetDir, "20-a.conflist"), filepath.Join(n.NetDir, "30-b.conf"), filepath.Join(n.NetDir, "pods/50-c.conf")}
+		if err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%v, %v; want %v", got, err, want)
+		}
+	}
+}
+
+// The binary can be run, whatever was there.
+func TestPluginMode(t *testing.T) {
+	n := newNode(t, nil)
+	source := filepath.Join(t.TempDir(), "new")
+	for _, file := range []string{source, n.pluginFile()} {
+		if err := os.WriteFile(file, []byte(file), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		if _, err := n.PutPlugin(source); err != nil {
+			t.Fatal(err)
+		}
+		if info, err := os.Stat(n.pluginFile()); err != nil || info.Mode() != 0o755 {
+			t.Errorf("%v, %v", info.Mode(), err)
+		}
+	}
+}
+
+// runtime keeps the chain that a runtime has in mind: containerd reads when it is told of a write, a rename or a removal
+// (cni_conf_syncer.go).
+func (n Node) runtime(t *testing.T) (chain func() string) {
+	t.Helper()
+	watcher, err := fsnotify.NewWatcher()
+	if err == nil {
+		err = watcher.Add(n.NetDir)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = watcher.Close() })
+	var now atomic.Value
+	now.Store(n.chainIn(t))
+	go func() {
+		for e := range watcher.Events {
+			if !e.Has(fsnotify.Chmod) && !e.Has(fsnotify.Create) {
+				now.Store(n.chainIn(t))
+			}
+		}
+	}()
+	return func() string { return now.Load().(string) }
+}
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for range 1000 {
+		if ok() {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal(what)
+}
+
+// The runtime notices, also what somebody wrote who was killed before he could ring.
+func TestRuntimeNotices(t *testing.T) {
+	t.Parallel()
+	for _, way := range []Way{Copy, DropIn} {
+		for range 10 { // or it was by chance
+			n := newNode(t, files{"10-pods.conflist": list, "pods/20-other.conf": `{"type":"other"}`})
+			chain := n.runtime(t)
+			expect := func(what, want string) {
+				t.Helper()
+				eventually(t, what+": the runtime's chain is another than "+want, func() bool { return chain() == want })
+			}
+			if _, err := n.Join(way); err != nil {
+				t.Fatal(err)
+			}
+			with := map[Way]string{Copy: "pods: ptp portmap probelet other", DropIn: "pods: ptp portmap probelet other"}[way]
+			expect("joined", with)
+			if _, err := n.Leave(); err != nil {
+				t.Fatal(err)
+			}
+			expect("left", "pods: ptp portmap other")
+		}
+	}
+	n := newNode(t, files{"10-pods.conflist": list, "pods/20-other.conf": `{"type":"other"}`})
+	chain := n.runtime(t)
+	n.write(t, "pods/10-probelet.conf", "{\n  \"type\": \"probelet\"\n}\n")
+	time.Sleep(settle)
+	if got := chain(); strings.Contains(got, PluginType) {
+		t.Fatalf("the runtime knew without being told: %s", got)
+	}
+	if err := n.Follow(t.Context(), DropIn, true); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the runtime was not told", func() bool { return strings.Contains(chain(), PluginType) })
+}
+
 // Whatever happens to the primary's file, the chain is the primary's with the plugin behind it; and without a primary
 // there is no network.
 func TestFollow(t *testing.T) {
+	t.Parallel()
 	for _, way := range []Way{Copy, DropIn} {
 		t.Run(string(way), func(t *testing.T) {
 			n := newNode(t, nil)
-			ctx, cancel := context.WithCancel(t.Context())
-			done := make(chan error, 1)
-			go func() { done <- n.Follow(ctx, way, false) }()
+			n.follow(t, way)
 			expect := func(what, want string) {
 				t.Helper()
-				for range 1000 {
-					if n.chainIn(t) == want {
-						return
-					}
-					time.Sleep(10 * time.Millisecond)
-				}
-				t.Fatalf("%s: the chain is %q, want %q", what, n.chainIn(t), want)
+				eventually(t, fmt.Sprintf("%s: the chain is not %q", what, want), func() bool { return n.chainIn(t) == want })
 			}
 			rename := func(from, to string) {
 				t.Helper()
@@ -287,11 +456,115 @@ func TestFollow(t *testing.T) {
 			expect("it goes", "none")
 			n.write(t, "10-pods.conflist", list)
 			expect("it comes back", "pods: ptp portmap probelet")
-			cancel()
-			if err := <-done; err != nil {
-				t.Fatal(err)
+		})
+	}
+}
+
+// follow runs Follow until the test ends.
+func (n Node) follow(t *testing.T, way Way) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- n.Follow(ctx, way, false) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// The directory is replaced by another one, and what lies behind a link changes, of which nobody tells.
+func TestFollowWhatIsNotToldOf(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, files{"10-pods.conflist": list})
+	n.follow(t, Copy)
+	eventually(t, "it has not joined", func() bool { return strings.Contains(n.chainIn(t), PluginType) })
+	if err := os.Rename(n.NetDir, n.NetDir+"-old"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(n.NetDir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	original := filepath.Join(t.TempDir(), "pods")
+	if err := os.WriteFile(original, []byte(list), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(original, filepath.Join(n.NetDir, "10-pods.conflist")); err != nil {
+		t.Fatal(err)
+	}
+	late := func(want string) func() bool {
+		return func() bool { time.Sleep(20 * time.Millisecond); return n.chainIn(t) == want }
+	}
+	eventually(t, "it does not follow into the new directory", late("pods: ptp portmap probelet"))
+	if err := os.WriteFile(original, []byte(strings.Replace(list, "portmap", "firewall", 1)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it does not follow the link", late("pods: ptp firewall probelet"))
+}
+
+// Somebody who removes every file but his own, at once, is not fought without end.
+func TestContested(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, files{"10-pods.conflist": list})
+	watcher, err := fsnotify.NewWatcher()
+	if err == nil {
+		err = watcher.Add(n.NetDir)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer watcher.Close() //nolint:errcheck // over
+	n.follow(t, Copy)
+	rounds := 0
+	for end := time.After(5 * time.Second); ; {
+		select {
+		case e := <-watcher.Events:
+			if e.Has(fsnotify.Create) && filepath.Base(e.Name) == copyNames[0] {
+				rounds++
+				_ = os.Remove(e.Name)
+			}
+			continue
+		case <-end:
+		}
+		break
+	}
+	if rounds < 2 || rounds > 8 { // the pauses double: 0.1 s, 0.2 s, …
+		t.Errorf("%d rounds in 5 s", rounds)
+	}
+}
+
+// To be told to end before there is a network is not to have joined.
+func TestInstallInterrupted(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	err := newNode(t, nil).Follow(ctx, Copy, true)
+	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "no network configuration") {
+		t.Errorf("%v", err)
+	}
+}
+
+// Two at once: an init container, and somebody by hand.
+func TestJoinConcurrently(t *testing.T) {
+	n := newNode(t, files{"10-pods.conflist": list})
+	var all sync.WaitGroup
+	for worker := range 4 {
+		all.Go(func() {
+			mine := n
+			for i := range 50 {
+				mine.Conf = map[string]string{"logFile": fmt.Sprintf("/%d-%d", worker, i)} // so that each writes anew
+				if _, err := mine.Join(Copy); err != nil {
+					t.Error(err)
+				}
 			}
 		})
+	}
+	all.Wait()
+	if got := n.chainIn(t); got != "pods: ptp portmap probelet" {
+		t.Errorf("the chain is %q", got)
+	}
+	if got := contents(t, n.NetDir); len(got) != 2 {
+		t.Errorf("there is %v", got)
 	}
 }
 
@@ -317,6 +590,7 @@ func TestMain(m *testing.M) {
 }
 
 func TestKilledAtAnyMoment(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	n := Node{NetDir: filepath.Join(dir, "net.d"), BinDir: filepath.Join(dir, "bin"), Log: slog.New(slog.DiscardHandler)}
 	if err := os.Mkdir(n.NetDir, 0o755); err != nil {
