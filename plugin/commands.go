@@ -304,7 +304,11 @@ func check(conf *netConf, args *skel.CmdArgs) error {
 	id := attach.ID{ContainerID: args.ContainerID, IfName: args.IfName}
 	record, err := attach.ReadRecord(conf.stateDir, id)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fault(codeCheck, "%s has no record in %s", id, conf.stateDir)
+		noRecord := fault(codeCheck, "%s has no record in %s", id, conf.stateDir)
+		if conf.onError == onErrorIgnore && uninstalled(conf) {
+			return ignoredError{noRecord}
+		}
+		return noRecord
 	}
 	if err != nil {
 		return fault(codeCheck, "the record of %s: %v", id, err)
@@ -329,6 +333,13 @@ func check(conf *netConf, args *skel.CmdArgs) error {
 			id, device.ifIndex, device.ifName, record.IfIndex, record.HostIfName)
 	}
 	return checkAttached(conf, id, device.ifIndex)
+}
+
+// uninstalled says whether nothing is left of probelet but this plugin: a runtime may go on checking pods with the configuration
+// of their ADD.
+func uninstalled(conf *netConf) bool {
+	_, err := os.Stat(conf.bpfDir)
+	return datapath.Absent(err)
 }
 
 func checkAttached(conf *netConf, id attach.ID, ifIndex int) error {

@@ -541,6 +541,22 @@ func TestCheckFinds(t *testing.T) {
 	}
 }
 
+// A runtime that checks with the configuration of ADD, CRI-O, is not to fail for what was uninstalled.
+func TestCheckAfterUninstall(t *testing.T) {
+	w := newWorld(t)
+	pod := w.node.AddPod(t)
+	w.add(pod).must(t)
+	if err := attach.RemoveRecord(w.stateDir(), idOf(pod)); err != nil {
+		t.Fatal(err)
+	}
+	wantFault(t, w.check(pod).err, codeCheck, "no record")
+	if err := os.RemoveAll(w.bpfDir()); err != nil {
+		t.Fatal(err)
+	}
+	w.check(pod).must(t)
+	wantFault(t, w.with(fields{"onError": "fail"}).check(pod).err, codeCheck, "no record")
+}
+
 // TestCheckFindsAnotherVeth: the pod's interface was replaced after ADD.
 func TestCheckFindsAnotherVeth(t *testing.T) {
 	w := newWorld(t)
@@ -757,10 +773,10 @@ func TestProcess(t *testing.T) {
 		}
 	}
 	out, err := w.command(t, env("VERSION"), "{}")
-	if err != nil || !strings.Contains(out, `["0.3.1","0.4.0","1.0.0","1.1.0"]`) {
+	if err != nil || !strings.Contains(out, `["0.3.0","0.3.1","0.4.0","1.0.0","1.1.0"]`) {
 		t.Errorf("VERSION: %s, %v", out, err)
 	}
-	for _, version := range []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
+	for _, version := range []string{"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
 		prev := prevResult(pod)
 		prev["cniVersion"] = version
 		if version < "1.0.0" {

@@ -23,5 +23,5 @@ func supportedVersions(command string) version.PluginInfo {
 		// It has no result whose form could be wrong, and a configuration without cniVersion means 0.1.0.
 		return version.All
 	}
-	return version.PluginSupports("0.3.1", "0.4.0", "1.0.0", "1.1.0")
+	return version.PluginSupports("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 }
