@@ -3,6 +3,7 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -41,13 +42,12 @@ func snapshot(t *testing.T, dirs ...string) map[string]string {
 func TestInstallAndUninstall(t *testing.T) {
 	for _, way := range []string{"copy", "dropin"} {
 		t.Run(way, func(t *testing.T) {
-			s := newScene(t, node.PTP)
-			plain := s.withoutProbelet(t)
+			s, plain := newPlainScene(t)
 			before := snapshot(t, s.NetDir(), s.PluginDir())
 			old := plain.add(t)
 
 			s.daemon.Kill()
-			must(t, s.probeletd("install", "--chain", way, "--cni-net-dir", s.NetDir(), "--cni-bin-dir", s.PluginDir()))
+			must(t, s.install("--chain", way))
 			s.startDaemon("--cni-net-dir", s.NetDir(), "--chain", way)
 			p := plain.add(t)
 			must(t, s.WriteSpecs(node.Probed{Pod: p.Pod, Readiness: []node.Probe{longHTTP}}))
@@ -68,17 +68,24 @@ func TestInstallAndUninstall(t *testing.T) {
 			}
 			before[rewritten] = snapshot(t, s.NetDir())[rewritten]
 
-			if err := s.probeletd("uninstall", "--cni-net-dir", s.NetDir(), "--cni-bin-dir", s.PluginDir(), "--settle", "10ms"); err == nil ||
+			if err := s.uninstall("--settle", "10ms"); err == nil ||
 				!strings.Contains(err.Error(), "another probeletd is running") {
 				t.Fatalf("beside a daemon: %v", err)
 			}
 			must(t, s.daemon.Stop())
+			objects := pinned(t, s)
+			const kept = "GET /other HTTP/1.1\r\nHost: pod\r\n\r\n"
+			last := strings.Replace(kept, "pod\r\n", "pod\r\nConnection: close\r\n", 1)
+			handedOver := s.dial(t, s.prober, p.address(httpPort))
+			must(t, send(kept)(handedOver))
+			_, err := io.ReadFull(handedOver, make([]byte, len("HTTP/1.1 404")))
+			must(t, err)
 			uninstalled := make(chan error, 1)
 			go func() {
-				uninstalled <- s.probeletd("uninstall", "--cni-net-dir", s.NetDir(), "--cni-bin-dir", s.PluginDir(), "--settle", "200ms")
+				uninstalled <- s.uninstall("--settle", "200ms")
 			}()
 			// Probes, and pods that come and go all the while.
-			for gone := false; !gone; {
+			for gone, rounds := false, 0; !gone; rounds++ {
 				select {
 				case err := <-uninstalled:
 					must(t, err)
@@ -88,15 +95,21 @@ func TestInstallAndUninstall(t *testing.T) {
 				p.probe(longHTTP, p.IPv4, 20)
 				passing := plain.add(t)
 				must(t, passing.Del())
+				switch {
+				case rounds < 10:
+					must(t, send(kept)(handedOver))
+				case rounds == 10:
+					must(t, send(last)(handedOver))
+					rest, err := io.ReadAll(handedOver)
+					if err != nil || strings.Count(string(rest), "HTTP/1.1 404") != 11 {
+						t.Errorf("a connection that was handed over ended with %s, %v", rest, err)
+					}
+				}
 			}
 			if after := snapshot(t, s.NetDir(), s.PluginDir()); !reflect.DeepEqual(after, before) {
 				t.Errorf("left\n%v\nwas\n%v", after, before)
 			}
-			for _, dir := range []string{s.BPFDir, s.StateDir} {
-				if _, err := os.Stat(dir); !os.IsNotExist(err) {
-					t.Errorf("%s is left: %v", dir, err)
-				}
-			}
+			s.expectNothingLeft(t, objects)
 			must(t, p.Check())
 			p.probe(longHTTP, p.IPv4, 3)
 			must(t, p.Del())
@@ -110,10 +123,9 @@ func TestInstallAndUninstall(t *testing.T) {
 func TestUninstallLeavesThePluginToCRIO(t *testing.T) {
 	// What the pods of other tests have left there: all nodes share the directory.
 	must(t, os.RemoveAll("/var/lib/cni/results"))
-	s := newScene(t, node.PTP)
-	plain := s.withoutProbelet(t)
+	s, plain := newPlainScene(t)
 	s.daemon.Kill()
-	must(t, s.probeletd("install", "--chain", "copy", "--cni-net-dir", s.NetDir(), "--cni-bin-dir", s.PluginDir()))
+	must(t, s.install())
 	p := plain.add(t)
 
 	sleep, err := os.ReadFile("/bin/sleep")
@@ -126,22 +138,14 @@ func TestUninstallLeavesThePluginToCRIO(t *testing.T) {
 		_ = crio.Process.Kill()
 		_ = crio.Wait()
 	})
-	uninstall := func() {
-		t.Helper()
-		must(t, s.probeletd("uninstall", "--cni-net-dir", s.NetDir(), "--cni-bin-dir", s.PluginDir(), "--settle", "10ms"))
-	}
-	uninstall()
+	must(t, s.uninstall("--settle", "10ms"))
 	del := exec.Command(filepath.Join(s.PluginDir(), "probelet"))
 	del.Env = []string{"CNI_COMMAND=DEL", "CNI_CONTAINERID=any", "CNI_IFNAME=eth0", "CNI_NETNS=" + p.Netns, "CNI_PATH=" + s.PluginDir()}
 	del.Stdin = strings.NewReader(fmt.Sprintf(`{"cniVersion": "1.0.0", "name": "n", "type": "probelet", "bpfDir": %q, "stateDir": %q}`, s.BPFDir, s.StateDir))
 	must(t, node.RunCommand(del))
 	must(t, p.Del())
-	uninstall()
-	for _, path := range []string{s.BPFDir, s.StateDir, filepath.Join(s.PluginDir(), "probelet")} {
-		if _, err := os.Stat(path); !os.IsNotExist(err) {
-			t.Errorf("%s is left: %v", path, err)
-		}
-	}
+	must(t, s.uninstall("--settle", "10ms"))
+	s.expectNothingLeft(t, nil)
 }
 
 // network is one without probelet.
@@ -198,8 +202,62 @@ func (s *scene) effective(t *testing.T) string {
 	return string(text)
 }
 
-// probeletd runs a command of the node's.
-func (s *scene) probeletd(args ...string) error {
-	cmd := exec.Command(filepath.Join(s.Bin, "probeletd"), append(args, "--bpf-dir", s.BPFDir, "--state-dir", s.StateDir)...)
-	return node.RunCommand(cmd)
+// newPlainScene is a node with a network of somebody else's, and with a daemon.
+func newPlainScene(t *testing.T) (*scene, *network) {
+	t.Helper()
+	s := newScene(t, node.PTP)
+	return s, s.withoutProbelet(t)
+}
+
+// command is one of probeletd's, on the node.
+func (s *scene) command(verb string, flags ...string) *exec.Cmd {
+	return exec.Command(filepath.Join(s.Bin, "probeletd"), append([]string{
+		verb, "--bpf-dir", s.BPFDir, "--state-dir", s.StateDir, "--cni-net-dir", s.NetDir(), "--cni-bin-dir", s.PluginDir(),
+	}, flags...)...)
+}
+
+func (s *scene) install(flags ...string) error {
+	return node.RunCommand(s.command("install", append([]string{"--chain", "copy"}, flags...)...))
+}
+
+func (s *scene) uninstall(flags ...string) error {
+	return node.RunCommand(s.command("uninstall", flags...))
+}
+
+// expectNothingLeft is of what uninstall removes, and of BPF objects that were pinned before.
+func (s *scene) expectNothingLeft(t *testing.T, objects map[node.Object]bool) {
+	t.Helper()
+	for _, path := range []string{s.BPFDir, s.StateDir, filepath.Join(s.PluginDir(), "probelet")} {
+		if _, err := os.Stat(path); !os.IsNotExist(err) {
+			t.Errorf("%s is left: %v", path, err)
+		}
+	}
+	expectDead(t, objects)
+}
+
+// slowPlugin is a CNI plugin that this program is if it is called so: it goes on when it is told to.
+const slowPlugin = "slow"
+
+func runSlowPlugin() {
+	if os.Getenv("CNI_COMMAND") != "ADD" {
+		return
+	}
+	var conf struct {
+		Dir        string          `json:"dir"`
+		PrevResult json.RawMessage `json:"prevResult"`
+	}
+	err := json.NewDecoder(os.Stdin).Decode(&conf)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(conf.Dir, "started"), nil, 0o600)
+	}
+	for end := time.Now().Add(time.Minute); err == nil && time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		if _, err := os.Stat(filepath.Join(conf.Dir, "go on")); err == nil {
+			break
+		}
+	}
+	if err != nil {
+		fmt.Printf(`{"code": 100, "msg": %q}`, err)
+		os.Exit(1)
+	}
+	fmt.Printf("%s", conf.PrevResult)
 }

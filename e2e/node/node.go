@@ -96,14 +96,25 @@ func (n *Node) OwnPlugins(names ...string) error {
 		return err
 	}
 	for _, name := range names {
-		if err := os.Link(filepath.Join(n.Bin, name), filepath.Join(n.plugins, name)); err != nil {
-			// Another file system.
-			if _, err := output(exec.Command("cp", filepath.Join(n.Bin, name), n.plugins)); err != nil {
-				return err
-			}
+		if err := n.OwnPlugin(name, filepath.Join(n.Bin, name)); err != nil {
+			return err
 		}
 	}
 	return nil
+}
+
+// OwnPlugin puts a program into it.
+func (n *Node) OwnPlugin(name, program string) error {
+	program, err := filepath.EvalSymlinks(program)
+	if err != nil {
+		return err
+	}
+	target := filepath.Join(n.plugins, name)
+	if os.Link(program, target) == nil {
+		return nil
+	}
+	_, err = output(exec.Command("cp", program, target)) // from another file system
+	return err
 }
 
 func (n *Node) netnsDir() string { return filepath.Join(n.dir, "netns") }
