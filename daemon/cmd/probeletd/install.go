@@ -362,5 +362,13 @@ func (i *installation) removeState() error {
 	if err := os.RemoveAll(records); err != nil {
 		return err
 	}
-	return statedir.Remove(i.stateDir)
+	if err := statedir.Remove(i.stateDir); err != nil {
+		return err
+	}
+	// In a pod the directory is a mount: only where the host has it can it be removed.
+	err := os.Remove(filepath.Join("/proc/1/root", i.stateDir))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		i.node.Log.Info("the empty directory of the state is left", "reason", err)
+	}
+	return nil
 }

@@ -188,10 +188,19 @@ func Lock(stateDir string) (unlock func() error, err error) {
 		}
 		return nil, errors.Join(fmt.Errorf("locking %s: %w", f.Name(), err), f.Close())
 	}
+	if now, err := os.Stat(f.Name()); err != nil || !isFile(f, now) {
+		// Whoever had the lock has removed the file meanwhile (Remove): it is nobody's any more.
+		return nil, errors.Join(fmt.Errorf("locking %s: it was removed just now; try again", f.Name()), f.Close())
+	}
 	if err := writePID(f); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	return f.Close, nil
+}
+
+func isFile(f *os.File, info os.FileInfo) bool {
+	own, err := f.Stat()
+	return err == nil && os.SameFile(own, info)
 }
 
 // Running says whether a daemon has the state directory, and its pid.
