@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -116,6 +117,133 @@ func TestInstallAndUninstall(t *testing.T) {
 			must(t, old.Del())
 		})
 	}
+}
+
+// A pod whose network is just being made by the configuration of before, by a plugin that takes its time: uninstall waits
+// for it, and leaves nothing of it.
+func TestUninstallWaitsForPluginsAtWork(t *testing.T) {
+	s, plain := newPlainScene(t)
+	s.daemon.Kill()
+	dir := t.TempDir()
+	started, release := filepath.Join(dir, slowStarted), filepath.Join(dir, slowRelease)
+	must(t, s.OwnPlugin(slowPlugin, "/proc/self/exe"))
+	plain.edit(t, func(plugins []any) []any { return append(plugins, map[string]any{"type": slowPlugin, "dir": dir}) })
+	begin := func() (*node.Pod, chan error) {
+		t.Helper()
+		must(t, s.install())
+		p, err := s.NewPod()
+		must(t, err)
+		added := make(chan error, 1)
+		go func() { added <- p.Add() }()
+		for end := time.Now().Add(deadline); ; time.Sleep(10 * time.Millisecond) {
+			if _, err := os.Stat(started); err == nil {
+				return p, added
+			} else if time.Now().After(end) {
+				t.Fatal(err)
+			}
+		}
+	}
+	p, added := begin()
+	uninstalled := make(chan error, 1)
+	go func() { uninstalled <- s.uninstall("--settle", "10ms") }()
+	select {
+	case err := <-uninstalled:
+		t.Errorf("uninstall did not wait: %v", err)
+	case <-time.After(3 * time.Second):
+	}
+	must(t, os.WriteFile(release, nil, 0o600))
+	must(t, <-added)
+	must(t, <-uninstalled)
+	s.expectNothingLeft(t, nil)
+	must(t, p.Del())
+
+	must(t, errors.Join(os.Remove(release), os.Remove(started)))
+	p, added = begin()
+	if err := s.uninstall("--settle", "10ms", "--in-flight", "100ms"); err == nil || !strings.Contains(err.Error(), "still at work") {
+		t.Errorf("with a plugin that hangs: %v", err)
+	}
+	must(t, os.WriteFile(release, nil, 0o600))
+	must(t, <-added)
+	must(t, s.uninstall("--settle", "10ms"))
+	s.expectNothingLeft(t, nil)
+	must(t, p.Del())
+}
+
+// The plugin cannot be taken out of what somebody else has written.
+func TestUninstallWhatIsThereByHand(t *testing.T) {
+	s, plain := newPlainScene(t)
+	must(t, s.install())
+	plain.edit(t, func(plugins []any) []any {
+		return append(plugins, map[string]any{"type": "probelet", "bpfDir": s.BPFDir, "stateDir": s.StateDir})
+	})
+	s.daemon.Kill()
+	before := snapshot(t, s.NetDir(), s.PluginDir())
+	if err := s.uninstall("--settle", "10ms"); err == nil || !strings.Contains(err.Error(), plain.file) {
+		t.Errorf("%v does not say %s", err, plain.file)
+	}
+	if after := snapshot(t, s.NetDir(), s.PluginDir()); !reflect.DeepEqual(after, before) {
+		t.Errorf("there is\n%v\nwas\n%v", after, before)
+	}
+	p := plain.add(t)
+	plain.edit(t, func(plugins []any) []any { return plugins[:len(plugins)-1] })
+	must(t, s.uninstall("--settle", "10ms"))
+	s.expectNothingLeft(t, nil)
+	must(t, p.Del())
+}
+
+// What cannot be put onto the node is not put into the chain.
+func TestInstallWithoutItsPlugin(t *testing.T) {
+	s, _ := newPlainScene(t)
+	before := snapshot(t, s.NetDir(), s.PluginDir())
+	if err := s.install("--plugin", "/nowhere/probelet"); err == nil || !strings.Contains(err.Error(), "/nowhere/probelet") {
+		t.Errorf("%v", err)
+	}
+	if after := snapshot(t, s.NetDir(), s.PluginDir()); !reflect.DeepEqual(after, before) {
+		t.Errorf("there is\n%v\nwas\n%v", after, before)
+	}
+}
+
+// Killed at any moment, uninstall can be run again, and pods can come and go in between.
+func TestUninstallIsKilled(t *testing.T) {
+	const whole, moments = 3 * time.Second, 8 // what it takes, about
+	for i := range moments {
+		killed := whole * time.Duration(i+1) / (moments + 1)
+		t.Run(killed.String(), func(t *testing.T) {
+			t.Parallel()
+			s, plain := newPlainScene(t)
+			before := snapshot(t, s.NetDir(), s.PluginDir())
+			must(t, s.install())
+			p := plain.add(t)
+			must(t, s.daemon.Stop())
+			objects := pinned(t, s)
+			uninstall := s.command("uninstall", "--settle", "500ms")
+			must(t, uninstall.Start())
+			time.Sleep(killed)
+			_ = uninstall.Process.Kill()
+			_ = uninstall.Wait()
+			passing := plain.add(t)
+			must(t, passing.Del())
+			must(t, s.uninstall("--settle", "10ms"))
+			if after := snapshot(t, s.NetDir(), s.PluginDir()); !reflect.DeepEqual(after, before) {
+				t.Errorf("left\n%v\nwas\n%v", after, before)
+			}
+			s.expectNothingLeft(t, objects)
+			must(t, p.Del())
+		})
+	}
+	t.Run("while it removes pins", func(t *testing.T) {
+		s, plain := newPlainScene(t)
+		must(t, s.install())
+		p := plain.add(t)
+		must(t, s.daemon.Stop())
+		objects := pinned(t, s)
+		pins, err := filepath.Glob(filepath.Join(s.BPFDir, "*", "prober"))
+		must(t, err)
+		must(t, os.Remove(pins[0]))
+		must(t, s.uninstall("--settle", "10ms"))
+		s.expectNothingLeft(t, objects)
+		must(t, p.Del())
+	})
 }
 
 // CRI-O deletes a pod with the configuration of its ADD. As long as that may name the plugin, the binary stays, and works
@@ -236,7 +364,12 @@ func (s *scene) expectNothingLeft(t *testing.T, objects map[node.Object]bool) {
 }
 
 // slowPlugin is a CNI plugin that this program is if it is called so: it goes on when it is told to.
-const slowPlugin = "slow"
+const (
+	slowPlugin = "slow"
+	// Files in the directory that its configuration names.
+	slowStarted = "started"
+	slowRelease = "release"
+)
 
 func runSlowPlugin() {
 	if os.Getenv("CNI_COMMAND") != "ADD" {
@@ -248,10 +381,10 @@ func runSlowPlugin() {
 	}
 	err := json.NewDecoder(os.Stdin).Decode(&conf)
 	if err == nil {
-		err = os.WriteFile(filepath.Join(conf.Dir, "started"), nil, 0o600)
+		err = os.WriteFile(filepath.Join(conf.Dir, slowStarted), nil, 0o600)
 	}
 	for end := time.Now().Add(time.Minute); err == nil && time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
-		if _, err := os.Stat(filepath.Join(conf.Dir, "go on")); err == nil {
+		if _, err := os.Stat(filepath.Join(conf.Dir, slowRelease)); err == nil {
 			break
 		}
 	}
