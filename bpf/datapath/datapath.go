@@ -22,9 +22,9 @@ import (
 )
 
 const (
-	// ABI names the layout of maps and orders. Objects are pinned under it, so that builds that differ in it never
-	// open each other's.
-	ABI = "v2"
+	// ABI names programs, and the layout of maps and orders. Objects are pinned under it, so that builds that differ in it
+	// never open each other's; and builds that have it in common use what the first of them has loaded.
+	ABI = "v3"
 	// DefaultDir is where everything is pinned unless a configuration says otherwise.
 	DefaultDir = "/sys/fs/bpf/probelet"
 )

@@ -2,8 +2,10 @@ package datapath
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"hash/fnv"
 	"os"
 	"path/filepath"
@@ -100,6 +102,18 @@ func TestModelAtTheBorders(t *testing.T) {
 	}
 }
 
+// programsOf is the hash of the object of an ABI. What is loaded already, by a build with the same ABI, is not replaced: so
+// that a change has an effect before the machine starts anew, it needs another ABI.
+var programsOf = map[string]string{
+	"v3": "17e48068dcbbcdb870d2b7624b722c7a6110812b5374cff60bcf8d57ea288637",
+}
+
+func TestOtherProgramsHaveAnotherABI(t *testing.T) {
+	if hash := fmt.Sprintf("%x", sha256.Sum256(_ProbeletBytes)); programsOf[ABI] != hash {
+		t.Errorf("the object's hash is %s, not that of ABI %s; if ABI was released, it needs another number", hash, ABI)
+	}
+}
+
 func pinned(t *testing.T, bpfDir string) []string {
 	t.Helper()
 	var paths []string
@@ -145,7 +159,7 @@ func TestEnsureLoadsOnce(t *testing.T) {
 			t.Fatalf("steer was loaded more than once: %v", ids)
 		}
 	}
-	want := "|/v2|/v2/answer_ages|/v2/attachments|/v2/counters|/v2/flows|/v2/outcomes|/v2/own_sockets|/v2/pod_evidence|/v2/pod_netns|/v2/pod_tallies|/v2/prober|/v2/respond|/v2/steer|/v2/watch"
+	want := "|/v3|/v3/answer_ages|/v3/attachments|/v3/counters|/v3/flows|/v3/outcomes|/v3/own_sockets|/v3/pod_evidence|/v3/pod_netns|/v3/pod_tallies|/v3/prober|/v3/respond|/v3/steer|/v3/watch"
 	if got := strings.Join(pinned(t, dir), "|"); got != want {
 		t.Fatalf("pinned %s, want %s", got, want)
 	}
