@@ -177,11 +177,73 @@ func TestEnsureRepairsWhatACrashLeft(t *testing.T) {
 	}
 }
 
+// Somebody has removed a pin. What is attached with the old objects stays to be seen; whoever comes next gets whole ones.
+func TestEnsureReplacesAnIncompleteSet(t *testing.T) {
+	bpftest.RequireRoot(t)
+	dir := bpftest.BPFDir(t)
+	for i, pin := range []string{"steer", "respond", "flows", "answer_ages", pinWatch} {
+		old, err := Ensure(t.Context(), dir)
+		must(t, err)
+		if current, err := old.Current(); err != nil || !current {
+			t.Fatalf("current: %v, %v", current, err)
+		}
+		must(t, os.Mkdir(filepath.Join(AttachmentsDir(dir), "c@eth0"), 0o700))
+		if pin == pinWatch && !old.Watched() {
+			continue
+		}
+		must(t, os.Remove(filepath.Join(old.Dir(), pin)))
+		if current, err := old.Current(); err != nil || current {
+			t.Errorf("without %s it is current: %v, %v", pin, current, err)
+		}
+		d, err := Ensure(t.Context(), dir)
+		must(t, err)
+		if current, err := old.Current(); err != nil || current {
+			t.Errorf("the old one is current: %v, %v", current, err)
+		}
+		if current, err := d.Current(); err != nil || !current {
+			t.Errorf("the new one is current: %v, %v", current, err)
+		}
+		others, err := Others(dir)
+		if err != nil || len(others) != i+1 {
+			t.Errorf("put aside: %v, %v", others, err)
+		}
+		must(t, errors.Join(old.Close(), d.Close(), RemoveOthers(dir)))
+		if still, err := Others(dir); err != nil || len(still) != i+1 {
+			t.Errorf("removed although something is attached: %v, %v", still, err)
+		}
+	}
+	others, err := Others(dir)
+	must(t, err)
+	for _, other := range others {
+		must(t, os.Remove(filepath.Join(other, attachmentsDir, "c@eth0")))
+	}
+	must(t, RemoveOthers(dir))
+	if others, err := Others(dir); err != nil || len(others) != 0 {
+		t.Errorf("left: %v, %v", others, err)
+	}
+}
+
+// A kernel that does not describe its types has no watch, which is no reason to load again and again.
+func TestEnsureKnowsThatThereIsNoWatch(t *testing.T) {
+	bpftest.RequireRoot(t)
+	dir := bpftest.BPFDir(t)
+	d, err := Ensure(t.Context(), dir)
+	must(t, err)
+	if d.Watched() {
+		must(t, os.Remove(filepath.Join(d.Dir(), pinWatch)))
+		must(t, os.Mkdir(filepath.Join(d.Dir(), pinUnwatched), 0o700))
+	}
+	if current, err := d.Current(); err != nil || !current || d.Watched() {
+		t.Errorf("current: %v, %v; watched: %v", current, err, d.Watched())
+	}
+	must(t, d.Close())
+}
+
 func TestEnsureDoesNotWaitForever(t *testing.T) {
 	bpftest.RequireRoot(t)
 	dir := bpftest.BPFDir(t)
 	must(t, os.Mkdir(dir, 0o700))
-	unlock, err := lock(context.Background(), dir)
+	unlock, err := Lock(context.Background(), dir, unix.LOCK_EX)
 	must(t, err)
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()
@@ -218,6 +280,31 @@ func netnsDevices(t *testing.T, d *Datapath, netns uint32) []uint32 {
 	}
 	must(t, err)
 	return devices.Ifindex[:]
+}
+
+// Two of one namespace's devices, added by two processes at once.
+func TestNoDeviceOfANamespaceIsLost(t *testing.T) {
+	bpftest.RequireRoot(t)
+	d, err := Ensure(t.Context(), bpftest.BPFDir(t))
+	must(t, err)
+	defer d.Close() //nolint:errcheck // a test's
+	p, err := d.NewPod()
+	must(t, err)
+	defer p.Close() //nolint:errcheck // a test's
+	for netns := range uint32(40) {
+		var all sync.WaitGroup
+		for ifindex := range uint32(4) {
+			all.Go(func() {
+				if err := d.AddPod(10+ifindex, netns, p); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		if devices := netnsDevices(t, d, netns); slices.Contains(devices, 0) {
+			t.Fatalf("namespace %d has devices %v", netns, devices)
+		}
+	}
 }
 
 func TestANamespaceHasRoomForFourDevices(t *testing.T) {
