@@ -333,7 +333,10 @@ func (d *Datapath) ids() (map[string]uint32, error) {
 }
 
 // AttachmentsDir is where attachments are pinned, a directory each.
-func AttachmentsDir(bpfDir string) string { return filepath.Join(bpfDir, ABI, attachmentsDir) }
+func AttachmentsDir(bpfDir string) string { return AttachmentsIn(filepath.Join(bpfDir, ABI)) }
+
+// AttachmentsIn is AttachmentsDir of one of Others.
+func AttachmentsIn(other string) string { return filepath.Join(other, attachmentsDir) }
 
 // Dir is the directory that the objects are pinned in, empty if they are not.
 func (d *Datapath) Dir() string { return d.dir }
