@@ -3,6 +3,8 @@
 package attach
 
 import (
+	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -14,6 +16,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/datapath"
@@ -305,10 +308,49 @@ func (c *Checker) Check(id ID, ifindex int) error {
 	return nil
 }
 
-// Responds is whether respond is on the device.
-func (c *Checker) Responds(device netlink.Link) bool {
-	xdp := device.Attrs().Xdp
-	return xdp != nil && ebpf.ProgramID(xdp.ProgId) == c.respond
+// Responding are the devices that respond is on, by index. It asks for no more than that, so that it can be asked often.
+func (c *Checker) Responding() (map[int]bool, error) {
+	const skipStats = 1 << 3 // RTEXT_FILTER_SKIP_STATS
+	request := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
+	request.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	request.AddData(nl.NewRtAttr(unix.IFLA_EXT_MASK, nl.Uint32Attr(skipStats)))
+	devices, err := request.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+	if err != nil { // also if it was interrupted, and is incomplete
+		return nil, err
+	}
+	responding := map[int]bool{}
+	for _, device := range devices {
+		message := nl.DeserializeIfInfomsg(device)
+		program, err := xdpAttribute(device[message.Len():])
+		if err != nil {
+			return nil, err
+		}
+		responding[int(message.Index)] = program == c.respond
+	}
+	return responding, nil
+}
+
+// xdpAttribute is the id of the XDP program among the attributes of a device, 0 if there is none.
+func xdpAttribute(attributes []byte) (ebpf.ProgramID, error) {
+	outer, err := nl.ParseRouteAttr(attributes)
+	if err != nil {
+		return 0, err
+	}
+	for _, a := range outer {
+		if a.Attr.Type&nl.NLA_TYPE_MASK != unix.IFLA_XDP {
+			continue
+		}
+		inner, err := nl.ParseRouteAttr(a.Value)
+		if err != nil {
+			return 0, err
+		}
+		for _, x := range inner {
+			if x.Attr.Type == nl.IFLA_XDP_PROG_ID {
+				return ebpf.ProgramID(binary.NativeEndian.Uint32(x.Value)), nil
+			}
+		}
+	}
+	return 0, nil
 }
 
 // Others names the BPF programs and tc filters at a device's XDP and tc hooks that are not ours, by where they are.
@@ -628,6 +670,11 @@ func Orphaned(d *datapath.Datapath, bpfDir string, id ID) (bool, error) {
 // Prune makes the programs forget the devices whose maps no attachment pins. Detach leaves none; they come from pins
 // removed by other means.
 func Prune(d *datapath.Datapath, bpfDir string) error {
+	return PruneUntil(context.Background(), d, bpfDir)
+}
+
+// PruneUntil is Prune, which leaves the rest when ctx ends.
+func PruneUntil(ctx context.Context, d *datapath.Datapath, bpfDir string) error {
 	// The order makes it safe beside Attach, which pins before it adds.
 	pods, err := d.PodIDs()
 	if err != nil {
@@ -651,6 +698,9 @@ func Prune(d *datapath.Datapath, bpfDir string) error {
 		return err
 	}
 	for ifindex, used := range pods {
+		if ctx.Err() != nil {
+			break
+		}
 		if pinned[used.Evidence] || pinned[used.Tallies] || now[ifindex] != used {
 			continue
 		}

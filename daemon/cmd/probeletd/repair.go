@@ -112,16 +112,13 @@ func (k *keeper) noticed(d *daemon) bool {
 	if k.checker == nil {
 		return false
 	}
-	devices, err := netlinksafe.LinkList()
+	responding, err := k.checker.Responding()
 	if err != nil {
 		return false // the next look says so
 	}
-	without := map[int]bool{}
-	for _, device := range devices {
-		without[device.Attrs().Index] = !k.checker.Responds(device)
-	}
 	return slices.ContainsFunc(d.records, func(r attach.Record) bool {
-		return r.Error == "" && without[r.IfIndex] && !k.suspects[r.ID()]
+		responds, present := responding[r.IfIndex]
+		return r.Error == "" && present && !responds && !k.suspects[r.ID()]
 	})
 }
 
@@ -160,9 +157,13 @@ func (k *keeper) look(ctx context.Context, d *daemon) (changed bool, err error) 
 		suspects[r.ID()] = true
 	}
 	k.suspects = suspects
-	unrecorded := k.removeUnrecorded(d)
+	errs := []error{k.removeUnrecorded(d)}
 	adopted, err := k.adoptAll(ctx, d)
-	return changed || adopted, errors.Join(unrecorded, err, attach.Prune(d.datapath, d.bpfDir), datapath.RemoveOthers(d.bpfDir))
+	errs = append(errs, err)
+	if !k.again { // otherwise some may be about to be pinned anew
+		errs = append(errs, attach.PruneUntil(ctx, d.datapath, d.bpfDir), datapath.RemoveOthers(d.bpfDir))
+	}
+	return changed || adopted, errors.Join(errs...)
 }
 
 // isDue is false of what has failed a moment ago, and when the time of this look is used up.
