@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
 /*
- * What the kernel side and the Go side agree on: types, maps, limits. A change of a type or a map here needs a new
+ * What the kernel side and the Go side agree on: types, maps, limits. A change of it, and of the programs, needs a new
  * ABI number in bpf/datapath, because pinned objects of an older build are opened by name under that number.
  *
  * Times are nanoseconds of CLOCK_BOOTTIME: it goes on while a machine sleeps, so evidence ages there too.
@@ -33,6 +33,12 @@
  * fresh when the connection was taken. Kubernetes' default probe timeout; a prober sends its request at once.
  */
 #define TAKEN_GRACE_NS 1000000000ULL
+
+/*
+ * For how long the answer to a SYN is on its way at the most: it stays on one machine, and on one CPU mostly. Clients
+ * repeat a SYN after 1 s.
+ */
+#define ANSWER_LOST_NS 500000000ULL
 
 enum endpoint_kind {
 	KIND_PORT = 0, /* all endpoints of a port: may a connection to it be taken? */
@@ -111,7 +117,7 @@ enum flow_state {
 };
 
 enum flow_flag {
-	FLOW_CONNECTED = 1 << 0, /* observing: the pod's SYN-ACK was seen */
+	FLOW_CONNECTED = 1 << 0, /* observing: the pod's SYN-ACK was seen; taken: the client has ours */
 	FLOW_REQUESTED = 1 << 1, /* observing: the request was seen; taken: it was answered */
 	FLOW_CLIENT_FIN = 1 << 2,
 	FLOW_CLIENT_FIN_ACKED = 1 << 3,

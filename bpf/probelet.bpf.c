@@ -178,23 +178,35 @@ static __always_inline bool is_own(struct __sk_buff *skb)
 	return cookie && bpf_map_lookup_elem(&own_sockets, &cookie);
 }
 
+/*
+ * The client repeats its SYN although it was answered, so respond is not there: the pod shall have the connection. Not
+ * if the client may have our answer: two SYNs that were held up on the way come one right after the other, and another
+ * answer than the first would break the connection.
+ */
+static __always_inline bool is_unanswered(const struct flow *flow)
+{
+	return flow->state == FLOW_TAKEN && !(flow->flags & FLOW_CONNECTED) &&
+	       bpf_ktime_get_boot_ns() - flow->started_at > ANSWER_LOST_NS;
+}
+
 /* A SYN: the one moment at which it is decided whether a connection is taken. */
 static __always_inline int steer_syn(struct __sk_buff *skb, const struct segment *seg, bool prober)
 {
 	struct flow *old = bpf_map_lookup_elem(&flows, &seg->flow);
 	struct flow flow = {.client_isn = seg->seq};
 	struct evidence *port;
-	bool fresh;
+	bool fresh, unanswered;
 
 	if (prober && is_own(skb)) {
 		count(COUNT_PASSED_OWN);
 		prober = false;
 	}
-	if (old && old->client_isn == seg->seq && prober) { /* a retransmission */
+	if (old && old->client_isn == seg->seq && prober && !is_unanswered(old)) { /* a retransmission */
 		if (old->state == FLOW_TAKEN)
 			return send_syn_ack(skb, seg, old);
 		return old->state == FLOW_OBSERVING ? PASS : drop_quietly(skb, seg);
 	}
+	unanswered = old && old->client_isn == seg->seq && is_unanswered(old);
 	if (old)
 		bpf_map_delete_elem(&flows, &seg->flow);
 	if (!prober)
@@ -206,7 +218,7 @@ static __always_inline int steer_syn(struct __sk_buff *skb, const struct segment
 		return PASS;
 	}
 	flow.started_at = bpf_ktime_get_boot_ns();
-	fresh = port_is_fresh(seg->flow.ifindex, seg->flow.pod_port, port, flow.started_at);
+	fresh = !unanswered && port_is_fresh(seg->flow.ifindex, seg->flow.pod_port, port, flow.started_at);
 	/* Data on a SYN (fast open) and options that would have to be honoured are the pod's to answer. */
 	if (!parse_syn_options(skb, seg, &flow.client_mss) || seg->payload) {
 		count(COUNT_PASSED_NOT_PARSABLE);
@@ -294,6 +306,7 @@ static __always_inline int steer_taken(struct __sk_buff *skb, const struct segme
 	struct evidence *e;
 	__u64 path_hash;
 
+	flow->flags |= FLOW_CONNECTED;
 	if (seg->tcp_flags & TCP_RST) {
 		bpf_map_delete_elem(&flows, &seg->flow);
 		return drop_quietly(skb, seg);

@@ -50,7 +50,7 @@ func TestDoctor(t *testing.T) {
 	expectText(t, text, `note +attachments +others on `+p.HostDevice+` of default/pod1: bpf filter with priority 7 at tc ingress`)
 
 	must(t, s.daemon.Stop())
-	pins, err := filepath.Glob(filepath.Join(s.BPFDir, "v2", "attachments", "*"))
+	pins, err := filepath.Glob(filepath.Join(s.BPFDir, "*", "attachments", "*"))
 	must(t, err)
 	for _, dir := range pins {
 		must(t, os.RemoveAll(dir))

@@ -38,6 +38,9 @@ const (
 	// loadDeadline bounds the wait for another process that loads the objects.
 	loadDeadline = 5 * time.Second
 
+	// daemonDeadline is far longer than the daemon needs to attach one pod.
+	daemonDeadline = 2 * time.Second
+
 	// addUnfinished is in the record from before anything is attached until all is, so that whoever reads the record
 	// waits, and knows what happened should ADD die.
 	addUnfinished = "ADD has not finished"
@@ -158,8 +161,14 @@ func (p *plugin) add(conf *netConf, args *skel.CmdArgs) error {
 	if conf.onError == onErrorFail {
 		return withDetails(err, remove(conf, record.ID()))
 	}
-	record.Error = err.Error()
+	record.Error, record.Passing = err.Error(), mayPass(err)
 	return ignoredError{withDetails(err, detach(conf, record.ID()), attach.WriteRecord(conf.stateDir, record))}
+}
+
+// mayPass is whether the same may succeed later.
+func mayPass(err error) bool {
+	var e *types.Error
+	return errors.As(err, &e) && slices.Contains([]uint{types.ErrTryAgainLater, codeNoBPFFS, codeLoad, codeAttach}, e.Code)
 }
 
 // attachPod completes the record as far as it gets.
@@ -248,6 +257,7 @@ func (p *plugin) checkKernel() error {
 
 // remove undoes ADD. The record goes last, so that what could not be removed is found again.
 func remove(conf *netConf, id attach.ID) error {
+	defer keepDaemonOut(conf)()
 	if err := detach(conf, id); err != nil {
 		return err
 	}
@@ -255,6 +265,18 @@ func remove(conf *netConf, id attach.ID) error {
 		return fault(codeDetach, "removing the record: %v", err)
 	}
 	return nil
+}
+
+// keepDaemonOut keeps the daemon from repairing what is being removed. A daemon that does not let go of the lock does not keep the
+// pod from being removed.
+func keepDaemonOut(conf *netConf) (done func()) {
+	ctx, cancel := context.WithTimeout(context.Background(), daemonDeadline)
+	defer cancel()
+	unlock, err := attach.LockRecords(ctx, conf.stateDir, unix.LOCK_SH)
+	if err != nil {
+		return func() {}
+	}
+	return unlock
 }
 
 func detach(conf *netConf, id attach.ID) error {

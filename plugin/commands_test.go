@@ -123,6 +123,28 @@ func TestDelWithoutAnything(t *testing.T) {
 	}
 }
 
+// The daemon may be repairing what is to be removed. It is waited for; one that hangs does not keep the pod.
+func TestDelWaitsForTheDaemon(t *testing.T) {
+	for _, busy := range []time.Duration{200 * time.Millisecond, time.Hour} {
+		w := newWorld(t)
+		pod := w.node.AddPod(t)
+		w.add(pod).must(t)
+		unlock, err := attach.LockRecords(t.Context(), w.stateDir(), unix.LOCK_EX)
+		if err != nil {
+			t.Fatal(err)
+		}
+		done := time.AfterFunc(busy, unlock)
+		began := time.Now()
+		w.del(pod).must(t)
+		if took := time.Since(began); took < min(busy, daemonDeadline) || took > daemonDeadline+time.Second {
+			t.Errorf("the daemon is busy for %v, DEL took %v", busy, took)
+		}
+		if done.Stop() {
+			unlock()
+		}
+	}
+}
+
 func TestDelWithWhatIsLeft(t *testing.T) {
 	tests := map[string]struct {
 		lose func(w *world, p *bpftest.Pod) error
@@ -376,8 +398,12 @@ func TestAddInTroubleIsIgnoredByDefault(t *testing.T) {
 				t.Errorf("stderr %q, want %q; stdout %q", r.stderr, tr.text, r.stdout)
 			}
 			if !tr.noRecord {
-				if record := w.record(pod); !strings.Contains(record.Error, tr.text) || record.PodName != "cart-0" {
+				record := w.record(pod)
+				if !strings.Contains(record.Error, tr.text) || record.PodName != "cart-0" {
 					t.Errorf("record %+v, want the error %q", record, tr.text)
+				}
+				if passing := tr.code >= codeNoBPFFS && tr.code <= codeAttach; record.Passing != passing {
+					t.Errorf("code %d passing: %v", tr.code, record.Passing)
 				}
 				w.check(pod).must(t) // the pod works without us
 				wantFault(t, w.with(fields{"onError": "fail"}).check(pod).err, codeCheck, tr.text)

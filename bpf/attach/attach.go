@@ -3,6 +3,8 @@
 package attach
 
 import (
+	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -14,6 +16,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/datapath"
@@ -68,8 +71,11 @@ const (
 	pinSteer   = "steer"
 	pinRespond = "respond"
 	// ownsQdisc is a directory in bpffs whose presence says that we made the clsact qdisc.
-	ownsQdisc  = "owns-clsact"
-	filterName = "probelet/steer"
+	ownsQdisc = "owns-clsact"
+	// filterName is the name of steer's filter, or begins it: the filter says too whether we made the qdisc, because pins can
+	// be lost.
+	filterName      = "probelet/steer"
+	ownerFilterName = filterName + ", owns-clsact"
 )
 
 // Target is what is attached to.
@@ -125,12 +131,35 @@ func attachRespond(d *datapath.Datapath, dir string, ifindex int) error {
 	return l.Pin(filepath.Join(dir, pinRespond))
 }
 
-// xdpUser says in words whose program is on the device already, if one is.
+// xdpUser says in words whose program is on the device already, if one is, and what to do.
 func xdpUser(ifindex int) string {
-	if id, err := xdpProgram(ifindex); err == nil && id != 0 {
-		return fmt.Sprintf(" (it has XDP program %d already)", id)
+	id, err := xdpProgram(ifindex)
+	if err != nil || id == 0 {
+		return ""
 	}
-	return ""
+	const do = `if another BPF file system was mounted over the one in which it is pinned, unmount that; or detach it: "bpftool link" knows its link`
+	switch name := programName(id); name {
+	case "":
+		return fmt.Sprintf(" (it has XDP program %d already, somebody else's or of another probelet; %s)", id, do)
+	case pinRespond:
+		return fmt.Sprintf(" (it has XDP program %d already, respond of another probelet; %s)", id, do)
+	default:
+		return fmt.Sprintf(" (it has XDP program %d already, %s)", id, name)
+	}
+}
+
+// programName is empty if it cannot be found out: that takes CAP_SYS_ADMIN.
+func programName(id ebpf.ProgramID) string {
+	p, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return ""
+	}
+	defer p.Close() //nolint:errcheck // read only
+	info, err := p.Info()
+	if err != nil {
+		return ""
+	}
+	return info.Name
 }
 
 func attachSteer(d *datapath.Datapath, dir string, ifindex int, hook Hook) error {
@@ -148,15 +177,25 @@ func attachSteer(d *datapath.Datapath, dir string, ifindex int, hook Hook) error
 			return fmt.Errorf("attaching tcx to device %d: %w", ifindex, err)
 		}
 	}
-	qdisc := clsact(ifindex)
+	return attachClsact(d, dir, ifindex)
+}
+
+func attachClsact(d *datapath.Datapath, dir string, ifindex int) error {
+	// One of ours, whose pins are lost, is in the way.
+	owned, _, err := removeFilters(ifindex)
+	if err != nil {
+		return err
+	}
 	if err := os.Mkdir(filepath.Join(dir, ownsQdisc), 0o700); err != nil {
 		return err
 	}
-	if err := netlink.QdiscAdd(qdisc); errors.Is(err, unix.EEXIST) {
+	name := ownerFilterName
+	if err := netlink.QdiscAdd(clsact(ifindex)); errors.Is(err, unix.EEXIST) && !owned {
 		if err := os.Remove(filepath.Join(dir, ownsQdisc)); err != nil {
 			return err
 		}
-	} else if err != nil {
+		name = filterName
+	} else if err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("adding clsact to device %d: %w", ifindex, err)
 	}
 	filter := &netlink.BpfFilter{
@@ -168,13 +207,34 @@ func attachSteer(d *datapath.Datapath, dir string, ifindex int, hook Hook) error
 			Priority:  1,
 		},
 		Fd:           d.Steer().FD(),
-		Name:         filterName,
+		Name:         name,
 		DirectAction: true,
 	}
 	if err := netlink.FilterAdd(filter); err != nil {
 		return fmt.Errorf("adding a tc filter to device %d: %w", ifindex, err)
 	}
 	return nil
+}
+
+// removeFilters removes our filters from the device. It returns whether they say that the qdisc is ours, and how many filters
+// of others there are.
+func removeFilters(ifindex int) (owned bool, others int, err error) {
+	egress, err := filtersAt(ifindex, netlink.HANDLE_MIN_EGRESS)
+	if err != nil {
+		return false, 0, err
+	}
+	for _, f := range egress {
+		b, ok := f.(*netlink.BpfFilter)
+		if !ok || !strings.HasPrefix(b.Name, filterName) {
+			others++
+			continue
+		}
+		owned = owned || b.Name == ownerFilterName
+		if err := netlink.FilterDel(f); err != nil && !errors.Is(err, unix.ENOENT) {
+			return owned, others, fmt.Errorf("removing the tc filter of device %d: %w", ifindex, err)
+		}
+	}
+	return owned, others, nil
 }
 
 func clsact(ifindex int) *netlink.Clsact {
@@ -246,6 +306,51 @@ func (c *Checker) Check(id ID, ifindex int) error {
 		return wrong("steer, program %d, is not at tc egress of device %d", c.steer, ifindex)
 	}
 	return nil
+}
+
+// Responding are the devices that respond is on, by index. It asks for no more than that, so that it can be asked often.
+func (c *Checker) Responding() (map[int]bool, error) {
+	const skipStats = 1 << 3 // RTEXT_FILTER_SKIP_STATS
+	request := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
+	request.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	request.AddData(nl.NewRtAttr(unix.IFLA_EXT_MASK, nl.Uint32Attr(skipStats)))
+	devices, err := request.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+	if err != nil { // also if it was interrupted, and is incomplete
+		return nil, err
+	}
+	responding := map[int]bool{}
+	for _, device := range devices {
+		message := nl.DeserializeIfInfomsg(device)
+		program, err := xdpAttribute(device[message.Len():])
+		if err != nil {
+			return nil, err
+		}
+		responding[int(message.Index)] = program == c.respond
+	}
+	return responding, nil
+}
+
+// xdpAttribute is the id of the XDP program among the attributes of a device, 0 if there is none.
+func xdpAttribute(attributes []byte) (ebpf.ProgramID, error) {
+	outer, err := nl.ParseRouteAttr(attributes)
+	if err != nil {
+		return 0, err
+	}
+	for _, a := range outer {
+		if a.Attr.Type&nl.NLA_TYPE_MASK != unix.IFLA_XDP {
+			continue
+		}
+		inner, err := nl.ParseRouteAttr(a.Value)
+		if err != nil {
+			return 0, err
+		}
+		for _, x := range inner {
+			if x.Attr.Type == nl.IFLA_XDP_PROG_ID {
+				return ebpf.ProgramID(binary.NativeEndian.Uint32(x.Value)), nil
+			}
+		}
+	}
+	return 0, nil
 }
 
 // Others names the BPF programs and tc filters at a device's XDP and tc hooks that are not ours, by where they are.
@@ -376,10 +481,35 @@ func filtersAt(ifindex int, parent uint32) ([]netlink.Filter, error) {
 	return filters, nil
 }
 
-// Detach removes everything that Attach made under the ID, also of a device that is gone or of an attempt that ended half-way.
-// It is all right if there is nothing. d may be nil if the programs are not loaded (any more).
+// Detach removes everything that Attach made under the ID, also of a device that is gone, of an attempt that ended half-way, and by
+// a build with another ABI. It is all right if there is nothing. d may be nil if the programs are not loaded (any more).
 func Detach(d *datapath.Datapath, bpfDir string, id ID) error {
-	dir := filepath.Join(datapath.AttachmentsDir(bpfDir), id.name())
+	dirs, err := dirsOf(bpfDir, id)
+	errs := []error{err}
+	for _, dir := range dirs {
+		of := d
+		if !isOurs(bpfDir, dir) {
+			of = nil
+		}
+		errs = append(errs, detach(of, dir))
+	}
+	return errors.Join(errs...)
+}
+
+// dirsOf are the directories in which an attachment may be pinned; under this build's ABI last.
+func dirsOf(bpfDir string, id ID) ([]string, error) {
+	others, err := datapath.Others(bpfDir)
+	var dirs []string
+	for _, other := range others {
+		dirs = append(dirs, filepath.Join(datapath.AttachmentsIn(other), id.name()))
+	}
+	return append(dirs, filepath.Join(datapath.AttachmentsDir(bpfDir), id.name())), err
+}
+
+// isOurs is whether an attachment that is pinned in dir is of this build's ABI.
+func isOurs(bpfDir, dir string) bool { return filepath.Dir(dir) == datapath.AttachmentsDir(bpfDir) }
+
+func detach(d *datapath.Datapath, dir string) error {
 	if _, err := os.Stat(dir); datapath.Absent(err) {
 		return nil
 	}
@@ -467,7 +597,7 @@ func detachLink(pin string) error {
 }
 
 func detachClsact(dir string, ifindex int) error {
-	egress, err := filtersAt(ifindex, netlink.HANDLE_MIN_EGRESS)
+	owned, others, err := removeFilters(ifindex)
 	var gone netlink.LinkNotFoundError
 	if errors.As(err, &gone) {
 		return nil
@@ -479,16 +609,9 @@ func detachClsact(dir string, ifindex int) error {
 	if err != nil {
 		return err
 	}
-	others := len(ingress)
-	for _, f := range egress {
-		if b, ok := f.(*netlink.BpfFilter); !ok || b.Name != filterName {
-			others++
-		} else if err := netlink.FilterDel(f); err != nil && !errors.Is(err, unix.ENOENT) {
-			return fmt.Errorf("removing the tc filter of device %d: %w", ifindex, err)
-		}
-	}
-	if _, err := os.Stat(filepath.Join(dir, ownsQdisc)); err != nil || others > 0 {
-		return nil //nolint:nilerr // not ours to remove
+	_, err = os.Stat(filepath.Join(dir, ownsQdisc))
+	if !owned && err != nil || others+len(ingress) > 0 {
+		return nil // not ours to remove
 	}
 	if err := netlink.QdiscDel(clsact(ifindex)); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
 		return fmt.Errorf("removing clsact from device %d: %w", ifindex, err)
@@ -496,19 +619,22 @@ func detachClsact(dir string, ifindex int) error {
 	return nil
 }
 
-// List returns the attachments that are pinned, complete or not.
+// List returns the attachments that are pinned, complete or not, by whatever build.
 func List(bpfDir string) ([]ID, error) {
-	entries, err := os.ReadDir(datapath.AttachmentsDir(bpfDir))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
-	}
+	others, err := datapath.Others(bpfDir)
 	if err != nil {
 		return nil, err
 	}
 	var ids []ID
-	for _, e := range entries {
-		if id, ok := parseName(e.Name()); ok {
-			ids = append(ids, id)
+	for _, dir := range append(others, filepath.Dir(datapath.AttachmentsDir(bpfDir))) {
+		entries, err := os.ReadDir(datapath.AttachmentsIn(dir))
+		if err != nil && !datapath.Absent(err) {
+			return nil, err
+		}
+		for _, e := range entries {
+			if id, ok := parseName(e.Name()); ok && !slices.Contains(ids, id) {
+				ids = append(ids, id)
+			}
 		}
 	}
 	return ids, nil
@@ -516,21 +642,39 @@ func List(bpfDir string) ([]ID, error) {
 
 // Orphaned says of an attachment, complete or not, whether its device is gone or was never reached.
 func Orphaned(d *datapath.Datapath, bpfDir string, id ID) (bool, error) {
-	ifindex, err := deviceOf(d, filepath.Join(datapath.AttachmentsDir(bpfDir), id.name()))
-	if err != nil || ifindex == 0 {
-		return err == nil, err
+	dirs, err := dirsOf(bpfDir, id)
+	if err != nil {
+		return false, err
 	}
-	_, err = netlink.LinkByIndex(ifindex)
-	var gone netlink.LinkNotFoundError
-	if errors.As(err, &gone) {
-		return true, nil
+	for _, dir := range dirs {
+		of := d
+		if !isOurs(bpfDir, dir) {
+			of = nil
+		}
+		ifindex, err := deviceOf(of, dir)
+		if err != nil {
+			return false, err
+		}
+		if ifindex == 0 {
+			continue
+		}
+		_, err = netlink.LinkByIndex(ifindex)
+		var gone netlink.LinkNotFoundError
+		if !errors.As(err, &gone) {
+			return false, err
+		}
 	}
-	return false, err
+	return true, nil
 }
 
 // Prune makes the programs forget the devices whose maps no attachment pins. Detach leaves none; they come from pins
 // removed by other means.
 func Prune(d *datapath.Datapath, bpfDir string) error {
+	return PruneUntil(context.Background(), d, bpfDir)
+}
+
+// PruneUntil is Prune, which leaves the rest when ctx ends.
+func PruneUntil(ctx context.Context, d *datapath.Datapath, bpfDir string) error {
 	// The order makes it safe beside Attach, which pins before it adds.
 	pods, err := d.PodIDs()
 	if err != nil {
@@ -554,6 +698,9 @@ func Prune(d *datapath.Datapath, bpfDir string) error {
 		return err
 	}
 	for ifindex, used := range pods {
+		if ctx.Err() != nil {
+			break
+		}
 		if pinned[used.Evidence] || pinned[used.Tallies] || now[ifindex] != used {
 			continue
 		}

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -271,4 +272,110 @@ func TestPruneKeepsWhatIsPinned(t *testing.T) {
 	if pods, err := w.d.PodIDs(); err != nil || len(pods) != 1 {
 		t.Errorf("maps in use %v, %v; want those of the pod", pods, err)
 	}
+}
+
+// TestClsactIsStillOursWhenPinsAreLost: attaching again is not in its own way, and leaves no qdisc either.
+func TestClsactIsStillOursWhenPinsAreLost(t *testing.T) {
+	w := newWorld(t)
+	w.attach(attach.HookClsact)
+	for range 2 {
+		if err := os.RemoveAll(w.pins(datapath.ABI)); err != nil {
+			t.Fatal(err)
+		}
+		w.attach(attach.HookClsact)
+		w.wantTC(1, 1, 0)
+		if err := w.check(); err != nil {
+			t.Error(err)
+		}
+	}
+	w.detach(w.d)
+	w.wantTC(0, 0, 0)
+	w.wantNothing()
+}
+
+// pins are where the attachment is pinned under an ABI.
+func (w *world) pins(abi string) string {
+	w.t.Helper()
+	found, err := filepath.Glob(filepath.Join(w.bpfDir, abi, "attachments", "*"))
+	if err != nil || len(found) != 1 {
+		w.t.Fatalf("pinned under %s: %v, %v", abi, found, err)
+	}
+	return found[0]
+}
+
+// upgrade makes what is attached that of an earlier build.
+func (w *world) upgrade() {
+	w.t.Helper()
+	if err := os.Rename(filepath.Join(w.bpfDir, datapath.ABI), filepath.Join(w.bpfDir, "v0")); err != nil {
+		w.t.Fatal(err)
+	}
+	d, err := datapath.Ensure(w.t.Context(), w.bpfDir)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { _ = d.Close() })
+	w.d = d
+}
+
+func TestWhatAnotherABIAttachedIsReplaced(t *testing.T) {
+	for _, hook := range []attach.Hook{attach.HookAuto, attach.HookClsact} {
+		w := newWorld(t)
+		w.attach(hook)
+		w.upgrade()
+		if err := w.check(); !errors.Is(err, attach.ErrNotAttached) {
+			t.Errorf("before: %v", err)
+		}
+		w.attach(hook)
+		if err := w.check(); err != nil {
+			t.Error(err)
+		}
+		if left, _ := os.ReadDir(filepath.Join(w.bpfDir, "v0", "attachments")); len(left) > 0 {
+			t.Errorf("left of it: %v", left)
+		}
+		w.detach(w.d)
+		w.wantTC(0, 0, 0)
+		w.wantNothing()
+	}
+}
+
+func TestWhatAnotherABIAttachedIsListedAndDetached(t *testing.T) {
+	for _, hook := range []attach.Hook{attach.HookAuto, attach.HookClsact} {
+		w := newWorld(t)
+		w.attach(hook)
+		w.upgrade()
+		if ids, err := attach.List(w.bpfDir); err != nil || !slices.Equal(ids, []attach.ID{podID}) {
+			t.Errorf("%v, %v", ids, err)
+		}
+		w.do(func(netlink.Link) error {
+			if orphaned, err := attach.Orphaned(w.d, w.bpfDir, podID); err != nil || orphaned {
+				t.Errorf("orphaned: %v, %v", orphaned, err)
+			}
+			return nil
+		})
+		w.detach(w.d)
+		w.wantTC(0, 0, 0)
+		w.wantNothing()
+	}
+}
+
+// TestAnXDPProgramInTheWayIsNamed: probelet's own, of a BPF file system that cannot be seen any more, is a puzzle otherwise.
+func TestAnXDPProgramInTheWayIsNamed(t *testing.T) {
+	w := newWorld(t)
+	w.attach(attach.HookAuto)
+	if err := unix.Mount("bpf", filepath.Dir(w.bpfDir), "bpf", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(filepath.Dir(w.bpfDir), unix.MNT_DETACH) })
+	d, err := datapath.Ensure(t.Context(), w.bpfDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close() //nolint:errcheck // a test's
+	w.do(func(netlink.Link) error {
+		err := attach.Attach(d, w.bpfDir, podID, attach.Target{IfIndex: w.pod.IfIndex, PodNetns: w.pod.Netns}, attach.HookAuto)
+		if err == nil || !strings.Contains(err.Error(), "respond of another probelet; if another BPF file system was mounted over") {
+			t.Errorf("%v", err)
+		}
+		return nil
+	})
 }

@@ -1,6 +1,7 @@
 package attach
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -42,6 +43,8 @@ type Record struct {
 	Adopted bool `json:"adopted,omitempty"`
 	// Error is why nothing is attached; empty if it is.
 	Error string `json:"error,omitempty"`
+	// Passing: the error may pass, so the daemon tries again.
+	Passing bool `json:"passing,omitempty"`
 }
 
 // Target is what is attached to.
@@ -49,6 +52,13 @@ func (r Record) Target() Target { return Target{IfIndex: r.IfIndex, PodNetns: r.
 
 // ID is the name of the attachment.
 func (r Record) ID() ID { return ID{r.ContainerID, r.IfName} }
+
+// LockRecords keeps DEL and the daemon from seeing to the same attachment at once. DEL shares it (unix.LOCK_SH), because
+// attachments are deleted independently of each other; the daemon has it for itself (unix.LOCK_EX). The error is
+// datapath.ErrLocked when ctx ends.
+func LockRecords(ctx context.Context, stateDir string, how int) (unlock func(), err error) {
+	return datapath.Lock(ctx, RecordsDir(stateDir), how)
+}
 
 // RecordsDir is where the records of a state directory are.
 func RecordsDir(stateDir string) string { return filepath.Join(stateDir, "attachments") }

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf/link"
 	"github.com/containernetworking/plugins/pkg/ns"
 	"golang.org/x/sys/unix"
 
@@ -240,6 +241,36 @@ func TestAServerThatSpeaksFirst(t *testing.T) {
 	banner, err := io.ReadAll(conn)
 	if err != nil || string(banner) != "220 ready\r\n" {
 		t.Fatalf("the client got %q, %v", banner, err)
+	}
+}
+
+// Of the two programs respond alone is gone, and steer goes on taking: the client's second SYN reaches the pod.
+func TestWithoutRespondThePodGetsTheSecondSYN(t *testing.T) {
+	for _, hook := range []attach.Hook{attach.HookAuto, attach.HookClsact} {
+		node := bpftest.NewNode(t)
+		pod := node.AddPod(t)
+		s := serve(t, pod, hook)
+		pins, err := filepath.Glob(filepath.Join(datapath.AttachmentsDir(s.bpfDir), "*", "respond"))
+		if err != nil || len(pins) != 1 {
+			t.Fatal(pins, err)
+		}
+		respond, err := link.LoadPinnedLink(pins[0], nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(respond.Detach(), respond.Close()); err != nil {
+			t.Fatal(err)
+		}
+		for _, addr := range []netip.Addr{pod.IPv4, pod.IPv6} {
+			began := time.Now()
+			if reply := s.ask(t, node.NS, addr, probe); !strings.HasSuffix(reply, "GET /healthz 0") {
+				t.Errorf("hook %q, %v: reply %q", hook, addr, reply)
+			}
+			// The first repetition is after 1 s, the second one would be after 3 s.
+			if took := time.Since(began); took > 2500*time.Millisecond {
+				t.Errorf("hook %q, %v: took %v", hook, addr, took)
+			}
+		}
 	}
 }
 

@@ -8,8 +8,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -22,9 +24,9 @@ import (
 )
 
 const (
-	// ABI names the layout of maps and orders. Objects are pinned under it, so that builds that differ in it never
-	// open each other's.
-	ABI = "v2"
+	// ABI names programs, and the layout of maps and orders. Objects are pinned under it, so that builds that differ in it
+	// never open each other's; and builds that have it in common use what the first of them has loaded.
+	ABI = "v3"
 	// DefaultDir is where everything is pinned unless a configuration says otherwise.
 	DefaultDir = "/sys/fs/bpf/probelet"
 )
@@ -32,6 +34,8 @@ const (
 var (
 	// ErrNotLoaded: nothing is pinned under the directory (or under another ABI only).
 	ErrNotLoaded = errors.New("probelet's BPF objects are not loaded")
+	// ErrIncomplete: some of the objects are not pinned any more.
+	ErrIncomplete = errors.New("some of probelet's BPF objects are not pinned any more")
 	// ErrNoBPFFS: the directory does not lie in a BPF file system.
 	ErrNoBPFFS = errors.New("not on a BPF file system (mount -t bpf bpf /sys/fs/bpf)")
 	// ErrLocked: another process held the lock on the directory until the deadline.
@@ -112,10 +116,14 @@ func (d *Datapath) Watched() bool {
 	return err == nil
 }
 
-// pinWatch is the pin of the link of the program watch; unlike the other two it is attached once for all pods.
-const pinWatch = "watch"
+const (
+	// pinWatch is the pin of the link of the program watch; unlike the other two it is attached once for all pods.
+	pinWatch = "watch"
+	// pinUnwatched is a directory in its place where the kernel is too old for it.
+	pinUnwatched = "unwatched"
+)
 
-// Open opens what is pinned under bpfDir. The error is ErrNotLoaded if nothing is.
+// Open opens what is pinned under bpfDir. The error is ErrNotLoaded if nothing is, and ErrIncomplete if not all is.
 func Open(bpfDir string) (*Datapath, error) {
 	d := &Datapath{dir: filepath.Join(bpfDir, ABI)}
 	if _, err := os.Stat(d.dir); Absent(err) {
@@ -124,41 +132,111 @@ func Open(bpfDir string) (*Datapath, error) {
 	for name, m := range d.maps() {
 		loaded, err := ebpf.LoadPinnedMap(filepath.Join(d.dir, name), nil)
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("opening %s: %w", filepath.Join(d.dir, name), err), d.Close())
+			return nil, errors.Join(openError(filepath.Join(d.dir, name), err), d.Close())
 		}
 		*m = loaded
 	}
 	for name, p := range d.programs() {
 		loaded, err := ebpf.LoadPinnedProgram(filepath.Join(d.dir, name), nil)
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("opening %s: %w", filepath.Join(d.dir, name), err), d.Close())
+			return nil, errors.Join(openError(filepath.Join(d.dir, name), err), d.Close())
 		}
 		*p = loaded
 	}
 	return d, nil
 }
 
+func openError(pin string, err error) error {
+	if Absent(err) {
+		err = fmt.Errorf("%w: %w", ErrIncomplete, err)
+	}
+	return fmt.Errorf("opening %s: %w", pin, err)
+}
+
+// openWhole is Open; the error is ErrIncomplete too if listening sockets were watched, and are not any more.
+func openWhole(bpfDir string) (*Datapath, error) {
+	d, err := Open(bpfDir)
+	if err != nil || d.watchPinned() {
+		return d, err
+	}
+	return nil, errors.Join(fmt.Errorf("%s: %w", filepath.Join(d.dir, pinWatch), ErrIncomplete), d.Close())
+}
+
+// watchPinned is whether watch is pinned, where there is one.
+func (d *Datapath) watchPinned() bool {
+	_, err := os.Stat(filepath.Join(d.dir, pinUnwatched))
+	return err == nil || d.Watched()
+}
+
 // Absent says whether err is that of a path that does not exist, also below something that is no directory.
 func Absent(err error) bool { return errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTDIR) }
 
-// Ensure opens what is pinned under bpfDir, and loads and pins it first if nothing is: all of it or nothing. Concurrent
-// callers wait for each other until ctx ends; the error is then ErrLocked.
+// Ensure opens what is pinned under bpfDir, and loads and pins it first if nothing is, or not all of it: all of it or nothing.
+// Concurrent callers wait for each other until ctx ends; the error is then ErrLocked.
 func Ensure(ctx context.Context, bpfDir string) (*Datapath, error) {
-	if d, err := Open(bpfDir); !errors.Is(err, ErrNotLoaded) {
+	missing := func(err error) bool { return errors.Is(err, ErrNotLoaded) || errors.Is(err, ErrIncomplete) }
+	if d, err := openWhole(bpfDir); !missing(err) {
 		return d, err
 	}
 	if err := makeBPFDir(bpfDir); err != nil {
 		return nil, err
 	}
-	unlock, err := lock(ctx, bpfDir)
+	unlock, err := Lock(ctx, bpfDir, unix.LOCK_EX)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	if d, err := Open(bpfDir); !errors.Is(err, ErrNotLoaded) {
+	d, err := openWhole(bpfDir)
+	if !missing(err) {
 		return d, err
 	}
+	if errors.Is(err, ErrIncomplete) {
+		if err := putAside(bpfDir); err != nil {
+			return nil, err
+		}
+	}
 	return loadAndPin(bpfDir)
+}
+
+// putAside makes room for a new set of objects. What is attached stays so until it is attached anew.
+func putAside(bpfDir string) error {
+	for i := 1; ; i++ {
+		err := os.Rename(filepath.Join(bpfDir, ABI), filepath.Join(bpfDir, fmt.Sprintf("%s-incomplete-%d", ABI, i)))
+		if !errors.Is(err, os.ErrExist) && !errors.Is(err, unix.ENOTEMPTY) {
+			return err
+		}
+	}
+}
+
+// Others are the directories under bpfDir with the objects of builds with another ABI, and of sets that are incomplete.
+func Others(bpfDir string) ([]string, error) {
+	entries, err := os.ReadDir(bpfDir)
+	if Absent(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var others []string
+	for _, e := range entries {
+		if e.IsDir() && e.Name() != ABI && !strings.HasSuffix(e.Name(), loading) {
+			others = append(others, filepath.Join(bpfDir, e.Name()))
+		}
+	}
+	return others, nil
+}
+
+// RemoveOthers removes those of Others that have no attachment any more.
+func RemoveOthers(bpfDir string) error {
+	others, err := Others(bpfDir)
+	errs := []error{err}
+	for _, dir := range others {
+		// Another build may be attaching: this is refused then, and its directory is whole.
+		if err := os.Remove(filepath.Join(dir, attachmentsDir)); err == nil || Absent(err) {
+			errs = append(errs, os.RemoveAll(dir))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // loadAndPin pins into a directory of its own and renames that into place, so that a half-pinned set is never seen.
@@ -168,7 +246,7 @@ func loadAndPin(bpfDir string) (_ *Datapath, err error) {
 		return nil, err
 	}
 	// Under the lock: whatever is there was left by a process that died.
-	staging := filepath.Join(bpfDir, ABI+"-loading")
+	staging := filepath.Join(bpfDir, ABI+loading)
 	if err := os.RemoveAll(staging); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
@@ -190,10 +268,13 @@ func loadAndPin(bpfDir string) (_ *Datapath, err error) {
 			return nil, fmt.Errorf("pinning program %s: %w", name, err)
 		}
 	}
-	if d.watch != nil {
-		if err := d.watch.Pin(filepath.Join(staging, pinWatch)); err != nil {
-			return nil, fmt.Errorf("pinning the link of watch: %w", err)
-		}
+	if d.watch == nil {
+		err = os.Mkdir(filepath.Join(staging, pinUnwatched), 0o700)
+	} else {
+		err = d.watch.Pin(filepath.Join(staging, pinWatch))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("pinning the link of watch: %w", err)
 	}
 	if err := os.Mkdir(filepath.Join(staging, attachmentsDir), 0o700); err != nil {
 		return nil, err
@@ -205,34 +286,57 @@ func loadAndPin(bpfDir string) (_ *Datapath, err error) {
 	return d, nil
 }
 
-const attachmentsDir = "attachments"
+const (
+	attachmentsDir = "attachments"
+	loading        = "-loading" // ends the name of a directory that is being filled
+)
 
-// Current is whether what is pinned is this still. It is not when somebody has mounted another BPF file system, or has
-// removed the pins.
+// Current is whether what is pinned is this still, and all of it. It is not when somebody has mounted another BPF file system,
+// or has removed pins.
 func (d *Datapath) Current() (bool, error) {
-	pinned, err := ebpf.LoadPinnedMap(filepath.Join(d.dir, probeletMapProber), nil)
-	if Absent(err) {
+	pinned, err := openWhole(filepath.Dir(d.dir))
+	if errors.Is(err, ErrNotLoaded) || errors.Is(err, ErrIncomplete) {
 		return false, nil
 	}
 	if err != nil {
 		return false, err
 	}
 	defer pinned.Close() //nolint:errcheck // read only
-	theirs, err := pinned.Info()
+	theirs, err := pinned.ids()
 	if err != nil {
 		return false, err
 	}
-	ours, err := d.objects.Prober.Info()
-	if err != nil {
-		return false, err
+	ours, err := d.ids()
+	return maps.Equal(theirs, ours), err
+}
+
+// ids are those of the maps and programs, by name.
+func (d *Datapath) ids() (map[string]uint32, error) {
+	ids := map[string]uint32{}
+	for name, m := range d.maps() {
+		info, err := (*m).Info()
+		if err != nil {
+			return nil, fmt.Errorf("map %s: %w", name, err)
+		}
+		id, _ := info.ID()
+		ids[name] = uint32(id)
 	}
-	a, _ := theirs.ID()
-	b, _ := ours.ID()
-	return a == b, nil
+	for name, p := range d.programs() {
+		info, err := (*p).Info()
+		if err != nil {
+			return nil, fmt.Errorf("program %s: %w", name, err)
+		}
+		id, _ := info.ID()
+		ids[name] = uint32(id)
+	}
+	return ids, nil
 }
 
 // AttachmentsDir is where attachments are pinned, a directory each.
-func AttachmentsDir(bpfDir string) string { return filepath.Join(bpfDir, ABI, attachmentsDir) }
+func AttachmentsDir(bpfDir string) string { return AttachmentsIn(filepath.Join(bpfDir, ABI)) }
+
+// AttachmentsIn is AttachmentsDir of one of Others.
+func AttachmentsIn(other string) string { return filepath.Join(other, attachmentsDir) }
 
 // Dir is the directory that the objects are pinned in, empty if they are not.
 func (d *Datapath) Dir() string { return d.dir }
@@ -487,14 +591,15 @@ func makeBPFDir(dir string) error {
 	return nil
 }
 
-// lock takes the lock on dir. It is released by the returned function, and by the kernel should the process die.
-func lock(ctx context.Context, dir string) (func(), error) {
+// Lock takes the lock on dir, for oneself (unix.LOCK_EX) or with others (unix.LOCK_SH). It is tried once at least, and until ctx
+// ends; the error is then ErrLocked. It is released by the returned function, and by the kernel should the process die.
+func Lock(ctx context.Context, dir string, how int) (func(), error) {
 	f, err := os.Open(dir)
 	if err != nil {
 		return nil, err
 	}
 	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
 		if err == nil {
 			return func() { _ = f.Close() }, nil
 		}

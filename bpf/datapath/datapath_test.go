@@ -2,8 +2,10 @@ package datapath
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"hash/fnv"
 	"os"
 	"path/filepath"
@@ -100,6 +102,18 @@ func TestModelAtTheBorders(t *testing.T) {
 	}
 }
 
+// programsOf is the hash of the object of an ABI. What is loaded already, by a build with the same ABI, is not replaced: so
+// that a change has an effect before the machine starts anew, it needs another ABI.
+var programsOf = map[string]string{
+	"v3": "17e48068dcbbcdb870d2b7624b722c7a6110812b5374cff60bcf8d57ea288637",
+}
+
+func TestOtherProgramsHaveAnotherABI(t *testing.T) {
+	if hash := fmt.Sprintf("%x", sha256.Sum256(_ProbeletBytes)); programsOf[ABI] != hash {
+		t.Errorf("the object's hash is %s, not that of ABI %s; if ABI was released, it needs another number", hash, ABI)
+	}
+}
+
 func pinned(t *testing.T, bpfDir string) []string {
 	t.Helper()
 	var paths []string
@@ -145,7 +159,7 @@ func TestEnsureLoadsOnce(t *testing.T) {
 			t.Fatalf("steer was loaded more than once: %v", ids)
 		}
 	}
-	want := "|/v2|/v2/answer_ages|/v2/attachments|/v2/counters|/v2/flows|/v2/outcomes|/v2/own_sockets|/v2/pod_evidence|/v2/pod_netns|/v2/pod_tallies|/v2/prober|/v2/respond|/v2/steer|/v2/watch"
+	want := "|/v3|/v3/answer_ages|/v3/attachments|/v3/counters|/v3/flows|/v3/outcomes|/v3/own_sockets|/v3/pod_evidence|/v3/pod_netns|/v3/pod_tallies|/v3/prober|/v3/respond|/v3/steer|/v3/watch"
 	if got := strings.Join(pinned(t, dir), "|"); got != want {
 		t.Fatalf("pinned %s, want %s", got, want)
 	}
@@ -163,11 +177,73 @@ func TestEnsureRepairsWhatACrashLeft(t *testing.T) {
 	}
 }
 
+// Somebody has removed a pin. What is attached with the old objects stays to be seen; whoever comes next gets whole ones.
+func TestEnsureReplacesAnIncompleteSet(t *testing.T) {
+	bpftest.RequireRoot(t)
+	dir := bpftest.BPFDir(t)
+	for i, pin := range []string{"steer", "respond", "flows", "answer_ages", pinWatch} {
+		old, err := Ensure(t.Context(), dir)
+		must(t, err)
+		if current, err := old.Current(); err != nil || !current {
+			t.Fatalf("current: %v, %v", current, err)
+		}
+		must(t, os.Mkdir(filepath.Join(AttachmentsDir(dir), "c@eth0"), 0o700))
+		if pin == pinWatch && !old.Watched() {
+			continue
+		}
+		must(t, os.Remove(filepath.Join(old.Dir(), pin)))
+		if current, err := old.Current(); err != nil || current {
+			t.Errorf("without %s it is current: %v, %v", pin, current, err)
+		}
+		d, err := Ensure(t.Context(), dir)
+		must(t, err)
+		if current, err := old.Current(); err != nil || current {
+			t.Errorf("the old one is current: %v, %v", current, err)
+		}
+		if current, err := d.Current(); err != nil || !current {
+			t.Errorf("the new one is current: %v, %v", current, err)
+		}
+		others, err := Others(dir)
+		if err != nil || len(others) != i+1 {
+			t.Errorf("put aside: %v, %v", others, err)
+		}
+		must(t, errors.Join(old.Close(), d.Close(), RemoveOthers(dir)))
+		if still, err := Others(dir); err != nil || len(still) != i+1 {
+			t.Errorf("removed although something is attached: %v, %v", still, err)
+		}
+	}
+	others, err := Others(dir)
+	must(t, err)
+	for _, other := range others {
+		must(t, os.Remove(filepath.Join(other, attachmentsDir, "c@eth0")))
+	}
+	must(t, RemoveOthers(dir))
+	if others, err := Others(dir); err != nil || len(others) != 0 {
+		t.Errorf("left: %v, %v", others, err)
+	}
+}
+
+// A kernel that does not describe its types has no watch, which is no reason to load again and again.
+func TestEnsureKnowsThatThereIsNoWatch(t *testing.T) {
+	bpftest.RequireRoot(t)
+	dir := bpftest.BPFDir(t)
+	d, err := Ensure(t.Context(), dir)
+	must(t, err)
+	if d.Watched() {
+		must(t, os.Remove(filepath.Join(d.Dir(), pinWatch)))
+		must(t, os.Mkdir(filepath.Join(d.Dir(), pinUnwatched), 0o700))
+	}
+	if current, err := d.Current(); err != nil || !current || d.Watched() {
+		t.Errorf("current: %v, %v; watched: %v", current, err, d.Watched())
+	}
+	must(t, d.Close())
+}
+
 func TestEnsureDoesNotWaitForever(t *testing.T) {
 	bpftest.RequireRoot(t)
 	dir := bpftest.BPFDir(t)
 	must(t, os.Mkdir(dir, 0o700))
-	unlock, err := lock(context.Background(), dir)
+	unlock, err := Lock(context.Background(), dir, unix.LOCK_EX)
 	must(t, err)
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()
@@ -204,6 +280,31 @@ func netnsDevices(t *testing.T, d *Datapath, netns uint32) []uint32 {
 	}
 	must(t, err)
 	return devices.Ifindex[:]
+}
+
+// Two of one namespace's devices, added by two processes at once.
+func TestNoDeviceOfANamespaceIsLost(t *testing.T) {
+	bpftest.RequireRoot(t)
+	d, err := Ensure(t.Context(), bpftest.BPFDir(t))
+	must(t, err)
+	defer d.Close() //nolint:errcheck // a test's
+	p, err := d.NewPod()
+	must(t, err)
+	defer p.Close() //nolint:errcheck // a test's
+	for netns := range uint32(40) {
+		var all sync.WaitGroup
+		for ifindex := range uint32(4) {
+			all.Go(func() {
+				if err := d.AddPod(10+ifindex, netns, p); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		if devices := netnsDevices(t, d, netns); slices.Contains(devices, 0) {
+			t.Fatalf("namespace %d has devices %v", netns, devices)
+		}
+	}
 }
 
 func TestANamespaceHasRoomForFourDevices(t *testing.T) {

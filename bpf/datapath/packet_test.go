@@ -463,6 +463,41 @@ func TestOrdersCannotBeForged(t *testing.T) {
 	})
 }
 
+// answerLost is longer than ANSWER_LOST_NS in bpf/abi.h.
+const answerLost = 550 * time.Millisecond
+
+// A SYN that comes again although it was answered long ago: nobody obeys steer, and the pod gets the connection.
+func TestAnUnansweredSYNGoesToThePod(t *testing.T) {
+	onBench(t, func(b *bench) {
+		b.arm()
+		b.reply(b.syn())
+		time.Sleep(answerLost)
+		b.passes(b.syn().Bytes(t, nil))
+		b.passes(b.syn().Bytes(t, nil))
+		const podISN = 7000
+		b.podSends(xdpPass, b.fromPod("SA", podISN, b.isn+1, ""))
+		b.passes(b.toPod("A", b.isn+1, podISN+1, "").Bytes(t, nil))
+		b.passes(b.toPod("PA", b.isn+1, podISN+1, request).Bytes(t, nil))
+		b.podSends(xdpPass, b.fromPod("PA", podISN+1, b.isn+1+uint32(len(request)), "HTTP/1.1 200 OK\r\n\r\n"))
+		b.passes(b.toPod("FA", b.isn+1+uint32(len(request)), podISN+20, "").Bytes(t, nil))
+		b.outcome(EventStatus, KindHTTP, 200)
+		b.noFlows()
+	})
+}
+
+// The client has the answer to its SYN; one that comes late changes nothing.
+func TestALateSYNDoesNotBreakAConnection(t *testing.T) {
+	onBench(t, func(b *bench) {
+		b.arm()
+		x := b.connect()
+		time.Sleep(answerLost)
+		if again := b.reply(b.syn()); again.Seq != x {
+			t.Fatalf("a SYN sent again got %d, the first %d", again.Seq, x)
+		}
+		b.reply(b.toPod("PA", b.isn+1, x+1, request))
+	})
+}
+
 func TestEvidenceExpiresBetweenSYNAndRequest(t *testing.T) {
 	onBench(t, func(b *bench) {
 		b.arm()

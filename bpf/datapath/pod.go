@@ -1,6 +1,7 @@
 package datapath
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -8,8 +9,10 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 )
 
 // The types that the kernel side shares, as generated from bpf/abi.h, where their fields are explained. Times are
@@ -64,6 +67,8 @@ const (
 	MaxEndpoints = 64
 	// takenGrace is TAKEN_GRACE_NS in bpf/abi.h.
 	takenGrace = 1_000_000_000
+	// lockDeadline is far longer than somebody needs to change a namespace's devices.
+	lockDeadline = 5 * time.Second
 )
 
 // PathHash is the hash of path and query, as sent in the request line, under which the kernel looks an endpoint up:
@@ -178,8 +183,22 @@ func (d *Datapath) AddPod(ifindex, netns uint32, p *Pod) error {
 	return d.addToNetns(ifindex, netns)
 }
 
-// addToNetns assumes that one namespace's devices are added and removed one after the other, as CNI runtimes do.
+// lockNetns keeps others from changing a namespace's devices meanwhile.
+func (d *Datapath) lockNetns() (unlock func(), err error) {
+	if d.dir == "" {
+		return func() {}, nil // nobody else has it
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), lockDeadline)
+	defer cancel()
+	return Lock(ctx, d.dir, unix.LOCK_EX)
+}
+
 func (d *Datapath) addToNetns(ifindex, netns uint32) error {
+	unlock, err := d.lockNetns()
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	var devices probeletNetnsDevices
 	if err := d.objects.PodNetns.Lookup(netns, &devices); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("devices of network namespace %d: %w", netns, err)
@@ -200,6 +219,14 @@ func (d *Datapath) addToNetns(ifindex, netns uint32) error {
 
 // removeFromNetns looks for the device everywhere: its namespace may be gone, or its number on record be wrong.
 func (d *Datapath) removeFromNetns(ifindex uint32) error {
+	unlock, err := d.lockNetns()
+	if Absent(err) { // removed with all that was pinned
+		unlock, err = func() {}, nil
+	}
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	changed := map[uint32]probeletNetnsDevices{}
 	var netns uint32
 	var devices probeletNetnsDevices

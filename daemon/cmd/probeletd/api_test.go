@@ -269,17 +269,22 @@ func TestMetrics(t *testing.T) {
 		`probelet_endpoints{state="unknown"}`:        "1",
 		`probelet_attachments{known="true"}`:         "1",
 		`probelet_prober_found`:                      "1",
+		`probelet_listeners_watched`:                 strconv.Itoa(btoi(n.d.Watched())),
 		`probelet_source_up`:                         "1",
 		`probelet_source_snapshots_total`:            "1",
 		`probelet_map_entries{map="pods"}`:           "1",
 		`probelet_map_capacity_entries{map="flows"}`: "65536",
 	})
+	if err := os.RemoveAll(filepath.Join(n.d.Dir(), "watch")); err != nil {
+		t.Fatal(err)
+	}
 	n.want("/healthz", 200, false)
 	n.eventually("fresh", n.open(8080))
 	for range 3 {
 		n.want("/healthz", 200, true)
 	}
 	n.want("/other", 200, false)
+	expect(map[string]string{`probelet_listeners_watched`: "0"})
 	expect(map[string]string{
 		`probelet_probes_total{reason="http",verdict="answered"}`:           "3",
 		`probelet_probes_total{reason="not_fresh",verdict="passed"}`:        "1",

@@ -37,6 +37,7 @@ type daemon struct {
 	records     []attach.Record
 	attachments map[attach.ID]*attachment
 	byDevice    map[uint32][]*attachment // by ifindex
+	deleted     map[string]time.Time     // by container: when a record of it disappeared
 	written     *statedir.Endpoints
 	unreadable  string // what was logged last of records
 }
@@ -49,8 +50,10 @@ type attachment struct {
 	tracker  *probe.Tracker
 	events   map[probe.Endpoint][]api.Event // the last ones
 	maps     *store.Pod                     // nil: not there yet, or to be opened anew
+	lastMaps datapath.PodIDs                // of maps
 	restored bool                           // the maps' contents have been taken over
 	pending  bool                           // the maps are not as they should be
+	unwhole  bool                           // something of it is lost, so what happens to the pod may go unseen
 	// What was logged last: why the pod is not answered at all, by its specs, by their number or by its annotations, and
 	// why its maps could not be written.
 	notAnswered, refused, misset, problem string
@@ -60,7 +63,7 @@ func newDaemon(log *slog.Logger, d *datapath.Datapath, c config, previous stated
 	return &daemon{
 		log: log, datapath: d, bpfDir: c.bpfDir, stateDir: c.stateDir, defaults: c.defaults, previous: previous, refresher: r,
 		metrics:     newMetrics(),
-		attachments: map[attach.ID]*attachment{}, byDevice: map[uint32][]*attachment{},
+		attachments: map[attach.ID]*attachment{}, byDevice: map[uint32][]*attachment{}, deleted: map[string]time.Time{},
 	}
 }
 
@@ -80,6 +83,11 @@ func (d *daemon) readRecords() (added bool) {
 	}
 	for _, r := range records {
 		added = added || !known[r.ID()]
+		delete(known, r.ID())
+	}
+	maps.DeleteFunc(d.deleted, func(_ string, at time.Time) bool { return time.Since(at) > beingDeleted })
+	for id := range known {
+		d.deleted[id.ContainerID] = time.Now()
 	}
 	d.records = records
 	switch {
@@ -91,6 +99,12 @@ func (d *daemon) readRecords() (added bool) {
 	}
 	d.update()
 	return added
+}
+
+// wasDeleted is whether a record of the container disappeared lately.
+func (d *daemon) wasDeleted(containerID string) bool {
+	at, ok := d.deleted[containerID]
+	return ok && time.Since(at) < beingDeleted
 }
 
 // update matches pods and attachments anew.
@@ -201,6 +215,7 @@ func (a *attachment) podName() string {
 func (d *daemon) sync(a *attachment) {
 	d.refresher.Set(a.record.ID(), a.targets())
 	if a.record.Error != "" || a.record.IfIndex == 0 {
+		a.pending = false
 		return
 	}
 	err := d.publish(a)
@@ -242,7 +257,7 @@ func (d *daemon) publish(a *attachment) error {
 			return err
 		}
 		a.maps = opened
-		d.restore(a)
+		d.adjust(a)
 	}
 	want, err := store.Desired(a.tracker)
 	if err == nil {
@@ -258,6 +273,47 @@ func (a *attachment) closeMaps() {
 	if a.maps != nil {
 		_ = a.maps.Close() // nothing is buffered
 		a.maps = nil
+	}
+}
+
+// adjust brings what is known of an attachment in line with maps that have just been opened. Those that were made anew do not
+// know when evidence was voided, and until they were, nobody may have seen what happened to the pod.
+func (d *daemon) adjust(a *attachment) {
+	if a.lastMaps != (datapath.PodIDs{}) && a.lastMaps != a.maps.IDs() {
+		d.forget(a)
+		a.unwhole = false
+	}
+	a.lastMaps = a.maps.IDs()
+	d.restore(a)
+}
+
+// forget makes nothing be answered from what was known until now, once the maps are as they should be.
+func (d *daemon) forget(a *attachment) {
+	for _, c := range a.tracker.Withdraw(func(probe.Endpoint) bool { return true }, datapath.Now()) {
+		c.Cause = probe.ByRepair
+		d.note(a, c, nil)
+	}
+}
+
+// lost makes nothing be answered for the pod of an attachment that is not whole: what happens to it may go unseen, and what is taken
+// for it may go unanswered.
+func (d *daemon) lost(r attach.Record, problem error, gone bool) {
+	a := d.attachments[r.ID()]
+	if a == nil || r.Error != "" {
+		return
+	}
+	if !gone { // such as with the pod
+		d.log.Warn("attachment is not whole", "id", r.ID(), "pod", a.podName(), "device", r.HostIfName, "because", problem)
+	}
+	a.unwhole = true
+	d.forget(a)
+	d.sync(a)
+}
+
+// found is that the attachment is whole.
+func (d *daemon) found(id attach.ID) {
+	if a := d.attachments[id]; a != nil {
+		a.unwhole = false
 	}
 }
 
@@ -355,6 +411,9 @@ func (d *daemon) refreshed(o refresh.Outcome) {
 
 // learn returns whether there was something to be learned.
 func (d *daemon) learn(a *attachment, o probe.Outcome) bool {
+	if a.unwhole {
+		return false
+	}
 	changes := a.tracker.Observe(o)
 	for _, c := range changes {
 		d.note(a, c, &o)

@@ -34,7 +34,7 @@ func newMetrics() *metrics {
 		}, []string{"source", "result"}),
 		withdrawals: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "probelet_withdrawn_endpoints_total",
-			Help: "Endpoints that were no longer answered before their bound, by the daemon's decision, by cause: timeout of a probe, refresh, restart, spec, request. What the kernel side withdraws by itself is in probelet_withdrawn_ports_total.",
+			Help: "Endpoints that were no longer answered before their bound, by the daemon's decision, by cause: timeout of a probe, refresh, restart, spec, request, repair. What the kernel side withdraws by itself is in probelet_withdrawn_ports_total.",
 		}, []string{"cause"}),
 		reconcileErrors: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "probelet_reconcile_errors_total",
@@ -117,6 +117,7 @@ var (
 	refreshedDesc   = describe("refreshed_endpoints", "Endpoints that the daemon asks by itself at present.")
 	entriesDesc     = describe("map_entries", "Entries of a BPF map: pods, and flows (connections).", "map")
 	capacityDesc    = describe("map_capacity_entries", "Entries that a BPF map can hold.", "map")
+	watchedDesc     = describe("listeners_watched", "1 if listening sockets of pods are watched, so that a port's evidence ends when its server does; 0 where the kernel does not describe its types (BTF): then the next probe that reaches the pod tells.")
 	proberDesc      = describe("prober_found", "1 if it is known whose connections are probes, otherwise 0: nothing is answered then.")
 	sourceDesc      = describe("source_up", "1 if the source of specs can be read, otherwise 0: what it last said stays in force.")
 	perPodDesc      = describe("pod_answered_probes_total", "Probes of a pod that were answered in the kernel.", "namespace", "pod")
@@ -132,7 +133,7 @@ type collector struct {
 func (c *collector) Describe(descs chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		probesDesc, handedOverDesc, observedDesc, lostDesc, ownDesc, foreignDesc, droppedDesc, portsDesc, agesDesc,
-		endpointsDesc, attachmentsDesc, refreshedDesc, entriesDesc, capacityDesc, proberDesc, sourceDesc,
+		endpointsDesc, attachmentsDesc, refreshedDesc, entriesDesc, capacityDesc, watchedDesc, proberDesc, sourceDesc,
 	} {
 		descs <- d
 	}
@@ -193,6 +194,8 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 			gauge(capacityDesc, fill.Max, name)
 		}
 	}
+
+	gauge(watchedDesc, btoi(d.Watched()))
 
 	ctx, cancel := context.WithTimeout(context.Background(), collectTimeout)
 	defer cancel()

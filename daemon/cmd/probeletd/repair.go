@@ -1,6 +1,8 @@
 package main
 
 import (
+	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -8,10 +10,13 @@ import (
 	"path/filepath"
 	"slices"
 	"syscall"
+	"time"
 
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
+	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
+	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/adopt"
 )
 
@@ -20,12 +25,35 @@ var errReplaced = errors.New("the BPF objects that this daemon uses are not thos
 
 // keeper keeps attachments as the node is.
 type keeper struct {
-	adopt adopt.Node
+	adopt   adopt.Node
+	checker *attach.Checker // of the last look; nil: there was none
 	// suspects are attachments that were not as they should be at the last look. It takes two looks to do something about one:
 	// an ADD or a DEL may be under way.
 	suspects map[attach.ID]bool
+	failures map[attach.ID]*failure
+	again    bool   // there is more to be done, soon
 	said     string // of pods that cannot be adopted
 }
+
+// failure is of an attachment that could not be put right.
+type failure struct {
+	reason string
+	next   time.Time // when it is tried again
+	wait   time.Duration
+}
+
+const (
+	// lookBudget is how long a look may attach and detach: the daemon does nothing else meanwhile.
+	lookBudget = 500 * time.Millisecond
+	// lookAgain is when the next look is, if this one left something to do.
+	lookAgain = 500 * time.Millisecond
+	// What failed is tried again after firstRetry, and then after ever longer until mostRetry.
+	firstRetry = 5 * time.Second
+	mostRetry  = 5 * time.Minute
+	// beingDeleted is how long after the DEL of our plugin, which is the first of the chain's, the other plugins and the runtime
+	// are given to forget a pod. It is not adopted meanwhile.
+	beingDeleted = 2 * time.Minute
+)
 
 // newKeeper returns nil, and why, if this process cannot see the host as it is.
 func newKeeper(cacheDir string) (*keeper, error) {
@@ -40,28 +68,31 @@ func newKeeper(cacheDir string) (*keeper, error) {
 	if own != host {
 		return nil, errors.New("not in the host's network namespace")
 	}
-	return &keeper{adopt: adopt.Node{Root: "/proc/1/root", CacheDir: cacheDir}, suspects: map[attach.ID]bool{}}, nil
+	return makeKeeper(adopt.Node{Root: "/proc/1/root", CacheDir: cacheDir}), nil
+}
+
+func makeKeeper(node adopt.Node) *keeper {
+	return &keeper{adopt: node, suspects: map[attach.ID]bool{}, failures: map[attach.ID]*failure{}}
 }
 
 // repair looks at all attachments. The error is errReplaced, or nothing that ends the daemon.
-func (l *loop) repair() error {
+func (l *loop) repair(ctx context.Context) error {
 	current, err := l.datapath.Current()
 	if err == nil && (!current || !sameBPFFS(l.bpfDir)) {
 		return errReplaced
 	}
-	if err != nil {
-		l.log.Error("comparing with what is pinned", "error", err)
+	if l.keeper != nil && l.podsKnown {
+		changed, lookErr := l.keeper.look(ctx, l.daemon)
+		if changed {
+			l.readRecords()
+		}
+		err = errors.Join(err, lookErr)
 	}
-	if l.keeper == nil || !l.podsKnown {
-		return nil
-	}
-	changed, err := l.keeper.look(l.daemon)
-	if err != nil {
+	word := fmt.Sprint(err)
+	if err != nil && word != l.unrepaired {
 		l.log.Error("looking after attachments", "error", err)
 	}
-	if changed {
-		l.readRecords()
-	}
+	l.unrepaired = word
 	return nil
 }
 
@@ -75,72 +106,201 @@ func sameBPFFS(bpfDir string) bool {
 	return ours.Dev == theirs.Dev || !filepath.IsAbs(bpfDir)
 }
 
+// noticed is whether respond is gone from a device, of which the kernel tells nobody. It is a quick look: until steer knows, it
+// takes connections that nobody answers.
+func (k *keeper) noticed(d *daemon) bool {
+	if k.checker == nil {
+		return false
+	}
+	responding, err := k.checker.Responding()
+	if err != nil {
+		return false // the next look says so
+	}
+	return slices.ContainsFunc(d.records, func(r attach.Record) bool {
+		responds, present := responding[r.IfIndex]
+		return r.Error == "" && present && !responds && !k.suspects[r.ID()]
+	})
+}
+
 // look returns whether records have changed.
-func (k *keeper) look(d *daemon) (changed bool, err error) {
-	devices, err := netlinksafe.LinkList()
+func (k *keeper) look(ctx context.Context, d *daemon) (changed bool, err error) {
+	list, err := netlinksafe.LinkList()
 	if err != nil {
 		return false, fmt.Errorf("listing devices: %w", err)
 	}
-	present := map[int]bool{}
-	for _, device := range devices {
-		present[device.Attrs().Index] = true
+	devices := map[int]string{}
+	for _, device := range list {
+		devices[device.Attrs().Index] = device.Attrs().Name
 	}
-	checker, err := attach.NewChecker(d.datapath, d.bpfDir)
-	if err != nil {
+	if k.checker, err = attach.NewChecker(d.datapath, d.bpfDir); err != nil {
 		return false, err
 	}
+	k.again = false
+	ctx, cancel := context.WithTimeout(ctx, lookBudget)
+	defer cancel()
 	suspects := map[attach.ID]bool{}
-	var errs []error
 	for _, r := range d.records {
-		problem := wrong(checker, r, present)
-		if problem == nil {
+		problem, gone := wrong(k.checker, r, devices)
+		switch {
+		case problem == nil:
+			d.found(r.ID())
+			delete(k.failures, r.ID())
 			continue
-		}
-		if !k.suspects[r.ID()] {
-			suspects[r.ID()] = true
+		case !k.suspects[r.ID()] && k.isBeingDeleted(d, r.ID()):
 			continue
+		case !k.suspects[r.ID()]:
+			d.lost(r, problem, gone)
+			k.again = true
+		case k.isDue(ctx, r.ID()):
+			changed = k.putRight(d, r, problem, gone) || changed
 		}
-		err := k.mend(d, r, present[r.IfIndex], problem)
-		changed = changed || err == nil
-		errs = append(errs, err)
+		suspects[r.ID()] = true
 	}
 	k.suspects = suspects
-	errs = append(errs, k.removeUnrecorded(d))
-	more, err := k.adoptAll(d)
-	return changed || more, errors.Join(append(errs, err)...)
+	errs := []error{k.removeUnrecorded(d)}
+	adopted, err := k.adoptAll(ctx, d)
+	errs = append(errs, err)
+	if !k.again { // otherwise some may be about to be pinned anew
+		errs = append(errs, attach.PruneUntil(ctx, d.datapath, d.bpfDir), datapath.RemoveOthers(d.bpfDir))
+	}
+	return changed || adopted, errors.Join(errs...)
 }
 
-// wrong says what is wrong with an attachment that is on record.
-func wrong(checker *attach.Checker, r attach.Record, present map[int]bool) error {
-	if r.Error != "" || r.IfIndex == 0 {
-		return nil // never attached; the record says why
+// isDue is false of what has failed a moment ago, and when the time of this look is used up.
+func (k *keeper) isDue(ctx context.Context, id attach.ID) bool {
+	if f := k.failures[id]; f != nil && time.Now().Before(f.next) {
+		return false
 	}
-	if !present[r.IfIndex] {
-		return fmt.Errorf("device %d, %s, is gone", r.IfIndex, r.HostIfName)
+	k.again = k.again || ctx.Err() != nil
+	return ctx.Err() == nil
+}
+
+// wrong says what is wrong with an attachment that is on record, and whether that is because its device is gone.
+func wrong(checker *attach.Checker, r attach.Record, devices map[int]string) (problem error, gone bool) {
+	if r.IfIndex == 0 {
+		return nil, false // never attached; the record says why
+	}
+	name, present := devices[r.IfIndex]
+	// A state directory that outlives the machine's run has records whose devices are now other pods'.
+	gone = !present || name != r.HostIfName
+	if gone {
+		problem = fmt.Errorf("device %d, %s, is gone", r.IfIndex, r.HostIfName)
+	}
+	if r.Error != "" {
+		if gone || r.Passing || r.Adopted {
+			return cmp.Or(problem, errors.New("it was not attached")), gone
+		}
+		return nil, false
+	}
+	if !present {
+		return problem, true
 	}
 	err := checker.Check(r.ID(), r.IfIndex)
 	if errors.Is(err, attach.ErrIncomplete) || errors.Is(err, attach.ErrNotAttached) {
-		return err
+		return cmp.Or(problem, err), gone
 	}
-	return nil // as far as can be seen
+	return nil, false // as far as can be seen
 }
 
-func (k *keeper) mend(d *daemon, r attach.Record, present bool, problem error) error {
-	if !present {
-		if err := attach.Detach(d.datapath, d.bpfDir, r.ID()); err != nil {
-			return err
-		}
-		d.repaired(removed, r, problem)
-		return attach.RemoveRecord(d.stateDir, r.ID())
+// lock keeps a DEL out, or returns false if there is one.
+func (k *keeper) lock(d *daemon) (unlock func(), ok bool) {
+	now, cancel := context.WithCancel(context.Background())
+	cancel()
+	unlock, err := attach.LockRecords(now, d.stateDir, unix.LOCK_EX)
+	if err != nil {
+		k.again = true
+	}
+	return unlock, err == nil
+}
+
+// isBeingDeleted is whether a DEL is at work, perhaps on this, or was faster than the reading of its record.
+func (k *keeper) isBeingDeleted(d *daemon, id attach.ID) bool {
+	unlock, ok := k.lock(d)
+	if !ok {
+		return true
+	}
+	defer unlock()
+	_, err := attach.ReadRecord(d.stateDir, id)
+	return errors.Is(err, os.ErrNotExist)
+}
+
+// putRight returns whether the record has changed, or is gone.
+func (k *keeper) putRight(d *daemon, r attach.Record, problem error, gone bool) (changed bool) {
+	unlock, ok := k.lock(d)
+	if !ok {
+		return false
+	}
+	defer unlock()
+	current, err := attach.ReadRecord(d.stateDir, r.ID())
+	if errors.Is(err, os.ErrNotExist) {
+		return true // DEL was faster
+	}
+	switch {
+	case err != nil:
+	case gone:
+		err = k.remove(d, current, problem)
+	default:
+		err = k.attach(d, current, problem)
+	}
+	if err != nil {
+		return k.failed(d, r, err)
+	}
+	delete(k.failures, r.ID())
+	return true
+}
+
+func (k *keeper) remove(d *daemon, r attach.Record, problem error) error {
+	if err := attach.Detach(d.datapath, d.bpfDir, r.ID()); err != nil {
+		return err
+	}
+	if err := attach.RemoveRecord(d.stateDir, r.ID()); err != nil {
+		return err
+	}
+	d.repaired(removed, r, problem)
+	return nil
+}
+
+func (k *keeper) attach(d *daemon, r attach.Record, problem error) error {
+	if err := attach.Attach(d.datapath, d.bpfDir, r.ID(), r.Target(), attach.HookAuto); err != nil {
+		return err
 	}
 	if _, err := attach.ReadRecord(d.stateDir, r.ID()); errors.Is(err, os.ErrNotExist) {
-		return nil // DEL was faster
+		// A DEL that did not wait for the lock, or does not know of it.
+		return attach.Detach(d.datapath, d.bpfDir, r.ID())
 	}
-	if err := attach.Attach(d.datapath, d.bpfDir, r.ID(), r.Target(), attach.HookAuto); err != nil {
-		return fmt.Errorf("attaching %s again, because %w: %w", r.ID(), problem, err)
+	what := reattached
+	if r.Adopted && r.Error != "" {
+		what = adopted
 	}
-	d.repaired(reattached, r, problem)
+	if r.Error != "" {
+		r.Error, r.Passing = "", false
+		if err := attach.WriteRecord(d.stateDir, r); err != nil {
+			return errors.Join(err, attach.Detach(d.datapath, d.bpfDir, r.ID()))
+		}
+	}
+	d.repaired(what, r, problem)
 	return nil
+}
+
+// failed says so where people look: once in the log, and in the record. It returns whether the record has changed.
+func (k *keeper) failed(d *daemon, r attach.Record, err error) (changed bool) {
+	if _, err := attach.ReadRecord(d.stateDir, r.ID()); errors.Is(err, os.ErrNotExist) {
+		return true // a DEL, without the lock, was in the way
+	}
+	f := k.failures[r.ID()]
+	if f == nil {
+		f = &failure{wait: firstRetry}
+		k.failures[r.ID()] = f
+	}
+	f.next, f.wait = time.Now().Add(f.wait), min(2*f.wait, mostRetry)
+	if f.reason == err.Error() {
+		return false
+	}
+	f.reason = err.Error()
+	r.Error, r.Passing = f.reason, true
+	err = errors.Join(err, attach.WriteRecord(d.stateDir, r))
+	d.log.Error("attachment cannot be put right; this is tried again", "id", r.ID(), "pod", r.PodNamespace+"/"+r.PodName, "error", err)
+	return true
 }
 
 // What is done about attachments.
@@ -165,17 +325,25 @@ func (k *keeper) removeUnrecorded(d *daemon) error {
 	for _, r := range d.records {
 		recorded[r.ID()] = true
 	}
+	pinned = slices.DeleteFunc(pinned, func(id attach.ID) bool { return recorded[id] })
+	if len(pinned) == 0 {
+		return nil
+	}
+	unlock, ok := k.lock(d)
+	if !ok {
+		return nil
+	}
+	defer unlock()
 	var errs []error
 	for _, id := range pinned {
-		if recorded[id] {
-			continue
-		}
 		if _, err := attach.ReadRecord(d.stateDir, id); !errors.Is(err, os.ErrNotExist) {
 			continue // a new one
 		}
 		orphaned, err := attach.Orphaned(d.datapath, d.bpfDir, id)
 		if err == nil && orphaned {
 			err = attach.Detach(d.datapath, d.bpfDir, id)
+		}
+		if err == nil && orphaned {
 			d.repaired(removed, attach.Record{ContainerID: id.ContainerID, IfName: id.IfName}, errors.New("it has neither record nor device"))
 		}
 		errs = append(errs, err)
@@ -184,7 +352,7 @@ func (k *keeper) removeUnrecorded(d *daemon) error {
 }
 
 // adoptAll attaches pods that have no attachment.
-func (k *keeper) adoptAll(d *daemon) (changed bool, err error) {
+func (k *keeper) adoptAll(ctx context.Context, d *daemon) (changed bool, err error) {
 	var pods []adopt.Pod
 	for _, pod := range d.pods {
 		if len(pod.IPs) == 0 || pod.NotAnswered != "" || d.recorded(pod.Namespace, pod.Name, pod.IPs) {
@@ -201,10 +369,15 @@ func (k *keeper) adoptAll(d *daemon) (changed bool, err error) {
 		k.said = word
 		d.log.Warn("pods that are not attached", "reason", err)
 	}
-	var errs []error
+	pinned, err := attach.List(d.bpfDir)
+	errs := []error{err}
 	for _, r := range records {
-		err := k.adoptOne(d, r)
-		changed = changed || err == nil
+		// A record that is lost leaves the pins; DEL does not.
+		if d.wasDeleted(r.ContainerID) && !slices.Contains(pinned, r.ID()) || !k.isDue(ctx, r.ID()) {
+			continue
+		}
+		done, err := k.adoptOne(d, r)
+		changed = changed || done
 		errs = append(errs, err)
 	}
 	return changed, errors.Join(errs...)
@@ -223,27 +396,26 @@ func (d *daemon) recorded(namespace, name string, ips []netip.Addr) bool {
 	})
 }
 
-func (k *keeper) adoptOne(d *daemon, r attach.Record) (err error) {
+// adoptOne returns whether there is a record now.
+func (k *keeper) adoptOne(d *daemon, r attach.Record) (changed bool, err error) {
+	unlock, ok := k.lock(d)
+	if !ok {
+		return false, nil
+	}
+	defer unlock()
 	if _, err := attach.ReadRecord(d.stateDir, r.ID()); !errors.Is(err, os.ErrNotExist) {
-		return err // somebody was faster
+		return false, err // somebody was faster
 	}
-	// As ADD does it: whoever finds it half-way knows.
-	r.Error = "the daemon has not finished"
+	// As ADD does it: whoever finds it half-way knows; and the next daemon goes on, should this one die.
+	r.Error, r.Passing = adoptUnfinished, true
 	if err := attach.WriteRecord(d.stateDir, r); err != nil {
-		return err
+		return false, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, attach.RemoveRecord(d.stateDir, r.ID()))
-		}
-	}()
-	if err := attach.Attach(d.datapath, d.bpfDir, r.ID(), r.Target(), attach.HookAuto); err != nil {
-		return fmt.Errorf("adopting %s/%s: %w", r.PodNamespace, r.PodName, err)
+	if err := k.attach(d, r, errors.New("the pod had its network before")); err != nil {
+		k.failed(d, r, fmt.Errorf("adopting: %w", err))
 	}
-	r.Error = ""
-	if err := attach.WriteRecord(d.stateDir, r); err != nil {
-		return errors.Join(err, attach.Detach(d.datapath, d.bpfDir, r.ID()))
-	}
-	d.repaired(adopted, r, errors.New("the pod had its network before"))
-	return nil
+	return true, nil
 }
+
+// adoptUnfinished is in the record of a pod that is being adopted.
+const adoptUnfinished = "the daemon has not finished"

@@ -34,7 +34,7 @@ const (
 	// resyncInterval is how often maps are compared with those that are known, and records are read if their directory
 	// has been replaced, of which nobody tells.
 	resyncInterval = 5 * time.Second
-	// proberInterval is how often a prober's cgroup is looked up, lest it was made anew.
+	// proberInterval is how often a prober's cgroup is looked up, lest it was made anew, and whether respond is on all devices.
 	proberInterval = 500 * time.Millisecond
 	// recordsSettle is how long after a change of records they are read: a change is several events.
 	recordsSettle = 10 * time.Millisecond
@@ -323,6 +323,8 @@ type loop struct {
 	calls   chan func() // of others, to be run between two decisions
 	lost    bool        // the prober's cgroup is not there, and that was logged
 	keeper  *keeper     // nil: attachments are as others leave them
+	// unrepaired is what was logged last of what keeps the keeper from its work.
+	unrepaired string
 }
 
 func (l *loop) run(ctx context.Context, in *inputs) error {
@@ -334,15 +336,30 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 	defer prober.Stop()
 	resync := time.NewTicker(resyncInterval)
 	defer resync.Stop()
+	var again <-chan time.Time
+	look := func() error {
+		again = nil
+		err := l.repair(ctx)
+		l.checkMaps()
+		if l.keeper != nil && l.keeper.again {
+			again = time.After(lookAgain)
+		}
+		return err
+	}
 	for {
+		var lookErr error
 		select {
 		case <-ctx.Done():
 			return nil
 		case err := <-in.failed:
 			return err
 		case pods := <-in.snapshots:
+			first := !l.podsKnown
 			outcomes = in.outcomes
 			l.setPods(pods)
+			if first {
+				lookErr = look()
+			}
 		case <-in.records:
 			if l.readRecords() {
 				l.refresh()
@@ -360,12 +377,17 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			if in.recordsReplaced() || l.unreadable != "" {
 				l.readRecords()
 			}
-			if err := l.repair(); err != nil {
-				return err
-			}
-			l.checkMaps()
+			lookErr = look()
+		case <-again:
+			lookErr = look()
 		case <-prober.C:
 			l.followProber()
+			if l.keeper != nil && l.keeper.noticed(l.daemon) {
+				lookErr = look()
+			}
+		}
+		if lookErr != nil {
+			return lookErr
 		}
 		if retry == nil && l.pending() {
 			retry = time.After(retryAfter)

@@ -11,12 +11,14 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
@@ -222,7 +224,7 @@ func (n Node) record(r result, pod Pod, devices []netlink.Link) (record attach.R
 	if !matches {
 		return record, fmt.Errorf("its addresses are %v, not %v", record.PodIPs, pod.IPs)
 	}
-	file, err := n.open(netns)
+	file, err := n.openNetns(netns, len(onHost) > 0)
 	if err != nil {
 		return record, fmt.Errorf("network namespace: %w", err)
 	}
@@ -239,7 +241,11 @@ func (n Node) record(r result, pod Pod, devices []netlink.Link) (record attach.R
 	if nsid < 0 {
 		return record, fmt.Errorf("no device of the host leads into its network namespace %s", netns)
 	}
-	device, err := veth(devices, nsid, onHost)
+	end, err := deviceIn(nsid, r.IfName)
+	if err != nil {
+		return record, fmt.Errorf("%s in its network namespace %s: %w", r.IfName, netns, err)
+	}
+	device, err := peer(devices, nsid, end, onHost)
 	if err != nil {
 		return record, err
 	}
@@ -247,24 +253,54 @@ func (n Node) record(r result, pod Pod, devices []netlink.Link) (record attach.R
 	return record, nil
 }
 
-// veth is the one device of the host that leads into a namespace, and that the result names, if it names any.
-func veth(devices []netlink.Link, nsid int, names []string) (*netlink.LinkAttrs, error) {
-	var found []string
-	var one *netlink.LinkAttrs
-	for _, device := range devices {
-		attrs := device.Attrs()
-		if _, ok := device.(*netlink.Veth); !ok || attrs.NetNsID != nsid {
-			continue
-		}
-		if len(names) == 0 || slices.Contains(names, attrs.Name) {
-			one, found = attrs, append(found, attrs.Name)
-		}
+// ofProcess is where cri-dockerd has a network namespace.
+var ofProcess = regexp.MustCompile(`^/proc/[0-9]+/ns/net$`)
+
+// openNetns opens the file of a network namespace. The number of a process may be another one's by now; then it must be known from
+// elsewhere which device is the pod's.
+func (n Node) openNetns(path string, deviceKnown bool) (*os.File, error) {
+	switch {
+	case !ofProcess.MatchString(path):
+		return n.open(path)
+	case deviceKnown:
+		return os.Open(filepath.Join(n.Root, path)) // which is a link that cannot lead out of the host
 	}
-	switch len(found) {
-	case 1:
-		return one, nil
-	case 0:
-		return nil, errors.New("no veth of the host leads into its network namespace")
+	return nil, fmt.Errorf("%s is that of a process, which may be another one by now, and the host's device is not named", path)
+}
+
+// deviceIn is a device in the namespace with that id, which takes no more than CAP_NET_ADMIN over it.
+func deviceIn(nsid int, name string) (netlink.Link, error) {
+	request := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_ACK)
+	request.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	request.AddData(nl.NewRtAttr(unix.IFLA_TARGET_NETNSID, nl.Uint32Attr(uint32(nsid))))
+	request.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
+	replies, err := request.Execute(unix.NETLINK_ROUTE, 0)
+	if err != nil {
+		return nil, err
 	}
-	return nil, fmt.Errorf("more than one veth of the host leads into its network namespace: %s", strings.Join(found, ", "))
+	if len(replies) != 1 {
+		return nil, fmt.Errorf("%d devices of that name", len(replies))
+	}
+	return netlink.LinkDeserialize(nil, replies[0])
+}
+
+// peer is the host's end of the veth whose other end is in the namespace. It is one of those that the result names, if it names any.
+func peer(devices []netlink.Link, nsid int, inPod netlink.Link, names []string) (*netlink.LinkAttrs, error) {
+	end := inPod.Attrs()
+	if _, ok := inPod.(*netlink.Veth); !ok {
+		return nil, fmt.Errorf("its interface %s is of type %s, not veth", end.Name, inPod.Type())
+	}
+	onHost := slices.IndexFunc(devices, func(device netlink.Link) bool { return device.Attrs().Index == end.ParentIndex })
+	if onHost < 0 {
+		return nil, fmt.Errorf("the other end of its interface %s is not on the host", end.Name)
+	}
+	attrs := devices[onHost].Attrs()
+	// An index alone would not do: it is unique within a namespace only.
+	if attrs.ParentIndex != end.Index || attrs.NetNsID != nsid {
+		return nil, fmt.Errorf("the other end of its interface %s is not on the host, where %s has its number", end.Name, attrs.Name)
+	}
+	if len(names) > 0 && !slices.Contains(names, attrs.Name) {
+		return nil, fmt.Errorf("the host's end of its interface %s is %s, not one of %s", end.Name, attrs.Name, strings.Join(names, ", "))
+	}
+	return attrs, nil
 }

@@ -2,14 +2,17 @@ package adopt
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
@@ -71,19 +74,36 @@ func find(t *testing.T, on *bpftest.Node, n Node, pods ...Pod) (records []attach
 func TestPodsThatAreCertain(t *testing.T) {
 	machine := bpftest.NewNode(t)
 	pod := machine.AddPod(t)
+	// A second interface, made before the one that is told of here: it is not mistaken for it.
+	bpftest.Do(t, machine.NS, func() error {
+		return netlink.LinkAdd(&netlink.Veth{
+			LinkAttrs: netlink.LinkAttrs{Name: "second"}, PeerName: "eth1", PeerNamespace: netlink.NsFd(int(pod.NS.Fd())),
+		})
+	})
 	for name, change := range map[string]func(map[string]any){
 		"as ptp writes it": nil,
 		"older libcni, which does not note the namespace": func(c map[string]any) { delete(c, "netns") },
-		"a plugin that does not name the host's side": func(c map[string]any) {
-			c["result"].(map[string]any)["interfaces"] = []map[string]string{{"name": "eth0", "sandbox": pod.NS.Path()}}
-		},
+		"a plugin that does not name the host's side":     unnamed(pod),
 		"a runtime that does not give the UID": func(c map[string]any) {
 			c["cniArgs"] = [][2]string{{"K8S_POD_NAMESPACE", "shop"}, {"K8S_POD_NAME", pod.HostIfName}}
 		},
+		"a namespace by its process": func(c map[string]any) {
+			c["netns"] = fmt.Sprintf("/proc/%d/ns/net", processIn(t, pod))
+		},
+		"an address that is mapped": func(c map[string]any) {
+			c["result"].(map[string]any)["ips"] = []map[string]string{{"address": "::ffff:" + pod.IPv4.String() + "/120"}}
+		},
+		"an address more": func(c map[string]any) {
+			c["result"].(map[string]any)["ips"] = []map[string]string{{"address": pod.IPv4.String() + "/24"}, {"address": "fd00::99/64"}}
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			lo := map[string]any{"kind": "cniCacheV1", "containerId": "c-" + pod.HostIfName, "ifName": "lo"}
-			records, err := find(t, machine, nodeWith(t, cached(pod, change), lo, `{"kind": "cniCach`), podOf(pod))
+			node := nodeWith(t, cached(pod, change), `{"kind": "cniCach`)
+			// Removed between the reading of the directory and that of the file.
+			if err := os.Symlink("/gone", filepath.Join(node.CacheDir, "results", "gone")); err != nil {
+				t.Fatal(err)
+			}
+			records, err := find(t, machine, node, podOf(pod))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -91,30 +111,63 @@ func TestPodsThatAreCertain(t *testing.T) {
 				t.Fatalf("%+v", records)
 			}
 			if r := records[0]; r.IfIndex != pod.IfIndex || r.HostIfName != pod.HostIfName || r.PodNetns != pod.Netns ||
-				r.ContainerID != "c-"+pod.HostIfName || r.IfName != "eth0" || r.PodUID != "u-1" || !r.Adopted ||
-				strings.Join(r.PodIPs, " ") != pod.IPv4.String()+" "+pod.IPv6.String() {
+				r.ContainerID != "c-"+pod.HostIfName || r.IfName != "eth0" || r.PodUID != "u-1" || !r.Adopted || len(r.PodIPs) == 0 {
 				t.Errorf("%+v", r)
 			}
 		})
 	}
 }
 
+// unnamed is of a plugin that does not name the host's side.
+func unnamed(p *bpftest.Pod) func(map[string]any) {
+	return func(c map[string]any) {
+		c["result"].(map[string]any)["interfaces"] = []map[string]string{{"name": "eth0", "sandbox": p.NS.Path()}}
+	}
+}
+
+// processIn runs a process in the pod's network namespace, as a pod's first container is one.
+func processIn(t *testing.T, p *bpftest.Pod) (pid int) {
+	t.Helper()
+	sleep := exec.Command("sleep", "60")
+	bpftest.Do(t, p.NS, sleep.Start)
+	t.Cleanup(func() { _ = sleep.Process.Kill(); _ = sleep.Wait() })
+	return sleep.Process.Pid
+}
+
 // Nothing is guessed, and of what is not certain the reason is said. Another pod is not kept from being found.
 func TestPodsThatAreNotCertain(t *testing.T) {
 	machine := bpftest.NewNode(t)
 	pod, other := machine.AddPod(t), machine.AddPod(t)
-	twice := machine.AddPod(t)
-	bpftest.Do(t, machine.NS, func() error {
+	elsewhere := bpftest.NewNode(t).AddPod(t)
+	odd := machine.AddPod(t)
+	bpftest.Do(t, odd.NS, func() error { return netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "eth1"}}) })
+	bpftest.Do(t, bpftest.NewNode(t).NS, func() error {
 		return netlink.LinkAdd(&netlink.Veth{
-			LinkAttrs: netlink.LinkAttrs{Name: "second"}, PeerName: "eth1", PeerNamespace: netlink.NsFd(int(twice.NS.Fd())),
+			LinkAttrs: netlink.LinkAttrs{Name: "faraway", Index: 4711}, PeerName: "eth3", PeerNamespace: netlink.NsFd(int(odd.NS.Fd())),
 		})
 	})
-	unnamed := func(p *bpftest.Pod) func(map[string]any) {
+	bpftest.Do(t, machine.NS, func() error { // the other end of eth2 goes into a third namespace
+		return netlink.LinkAdd(&netlink.Veth{
+			LinkAttrs: netlink.LinkAttrs{Name: "away"}, PeerName: "eth2", PeerNamespace: netlink.NsFd(int(odd.NS.Fd())),
+		})
+	})
+	bpftest.Do(t, machine.NS, func() error {
+		away, err := netlink.LinkByName("away")
+		if err != nil {
+			return err
+		}
+		if err := netlink.LinkSetNsFd(away, int(other.NS.Fd())); err != nil {
+			return err
+		}
+		decoy := netlink.LinkAttrs{Name: "decoy", Index: away.Attrs().Index}
+		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: decoy, PeerName: "decoys"})
+	})
+	named := func(ifName string) func(map[string]any) {
 		return func(c map[string]any) {
-			c["result"].(map[string]any)["interfaces"] = []map[string]string{{"name": "eth0", "sandbox": p.NS.Path()}}
+			c["ifName"] = ifName
+			c["result"].(map[string]any)["interfaces"] = []map[string]string{{"name": ifName, "sandbox": odd.NS.Path()}}
 		}
 	}
-	elsewhere := bpftest.NewNode(t).AddPod(t)
 	for name, c := range map[string]struct {
 		pod    *bpftest.Pod
 		change func(map[string]any)
@@ -126,30 +179,56 @@ func TestPodsThatAreNotCertain(t *testing.T) {
 		"another namespace": {pod, func(c map[string]any) {
 			c["cniArgs"] = [][2]string{{"K8S_POD_NAMESPACE", "bank"}, {"K8S_POD_NAME", pod.HostIfName}}
 		}, "no record of its network"},
+		"something else that is cached": {pod, func(c map[string]any) { c["kind"] = "cniCacheV9" }, "no record of its network"},
+		"the loopback device alone":     {pod, func(c map[string]any) { c["ifName"] = "lo" }, "no record of its network"},
 		"other addresses": {pod, func(c map[string]any) {
 			c["result"].(map[string]any)["ips"] = []map[string]string{{"address": "10.0.0.1/24"}}
 		}, "its addresses are [10.0.0.1], not"},
 		"no such interface":           {pod, func(c map[string]any) { c["ifName"] = "net1" }, "not described"},
 		"a namespace that is gone":    {pod, func(c map[string]any) { c["netns"] = "/run/netns/gone" }, "no such file"},
 		"a file that is no namespace": {pod, func(c map[string]any) { c["netns"] = "/etc/hostname" }, "network namespace /etc/hostname"},
+		"a process that may be another's": {pod, func(c map[string]any) {
+			unnamed(pod)(c)
+			c["netns"] = fmt.Sprintf("/proc/%d/ns/net", os.Getpid())
+		}, "may be another one by now"},
 		"another device": {pod, func(c map[string]any) {
 			c["result"].(map[string]any)["interfaces"] = []map[string]string{{"name": other.HostIfName}, {"name": "eth0", "sandbox": pod.NS.Path()}}
-		}, "no veth of the host leads into"},
-		"two devices":        {twice, unnamed(twice), "more than one veth"},
-		"of another machine": {elsewhere, unnamed(elsewhere), "no device of the host leads into"},
+		}, "is " + pod.HostIfName + ", not one of " + other.HostIfName},
+		"an interface that is gone":           {odd, named("eth7"), "eth7 in its network namespace"},
+		"an interface that is no veth":        {odd, named("eth1"), "of type bridge, not veth"},
+		"a veth between two other namespaces": {odd, named("eth2"), "is not on the host, where decoy"},
+		"a veth whose other end is elsewhere": {odd, named("eth3"), "is not on the host"},
+		"of another machine":                  {elsewhere, unnamed(elsewhere), "no device of the host leads into"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			records, err := find(t, machine, nodeWith(t, cached(c.pod, c.change), cached(other, nil)), podOf(c.pod), podOf(other))
 			if err == nil || !strings.Contains(err.Error(), c.why) || !strings.Contains(err.Error(), "shop/"+c.pod.HostIfName) {
 				t.Errorf("error %v, want %q", err, c.why)
 			}
-			if c.pod.HostIfName == other.HostIfName {
-				return
-			}
 			if len(records) != 1 || records[0].PodName != other.HostIfName || records[0].IfIndex != other.IfIndex {
 				t.Errorf("%+v", records)
 			}
 		})
+	}
+}
+
+// Links in the host's file system lead to where they would on the host.
+func TestLinksOfTheHost(t *testing.T) {
+	machine := bpftest.NewNode(t)
+	pod := machine.AddPod(t)
+	n := nodeWith(t, cached(pod, func(c map[string]any) { c["netns"] = "/var/run/netns/pod" }))
+	root := n.CacheDir
+	netns := filepath.Join(root, "run", "netns", "pod")
+	err := errors.Join(os.MkdirAll(filepath.Dir(netns), 0o700), os.Mkdir(filepath.Join(root, "var"), 0o700),
+		os.Symlink("/run", filepath.Join(root, "var", "run")), os.WriteFile(netns, nil, 0o600),
+		unix.Mount(pod.NS.Path(), netns, "", unix.MS_BIND, ""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(netns, unix.MNT_DETACH) //nolint:errcheck // a test's
+	records, err := find(t, machine, Node{Root: root, CacheDir: "/"}, podOf(pod))
+	if err != nil || len(records) != 1 || records[0].PodNetns != pod.Netns {
+		t.Errorf("%+v, %v", records, err)
 	}
 }
 

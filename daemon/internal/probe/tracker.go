@@ -22,6 +22,7 @@ const (
 	ByRestart Cause = "restart" // a container began, ended or was replaced
 	BySpec    Cause = "spec"    // other probes, or other settings
 	ByRequest Cause = "request" // somebody asked for it
+	ByRepair  Cause = "repair"  // the attachment was not whole, so what happened meanwhile is not known
 )
 
 // Change is of what is known of an endpoint.
