@@ -21,7 +21,8 @@ import (
 
 const statusHelp = `Shows every attachment on this node and every endpoint that is probed behind it. The daemon need not run.
 
-  STATE  fresh    a success was observed and may be answered, unless the last column says otherwise
+  STATE  fresh    a success was observed and may be answered, unless the last column says otherwise; where that says
+                  "mode observe", it would be
          stale    a success was observed; it has expired, or was withdrawn, or is never answered
          failed   the last probe failed; probes reach the pod until one succeeds
          unknown  nothing conclusive was observed

@@ -225,6 +225,11 @@ func TestStates(t *testing.T) {
 	one, both := []statedir.Endpoint{http}, []statedir.Endpoint{http, tcp}
 	startup := tcp
 	startup.StartupOnly, startup.NotAnswered = true, "startup probe"
+	// In mode observe the kernel is told of no bound, which is then 11 s.
+	withheld := http
+	withheld.NotAnswered = "mode observe"
+	observing := []statedir.Endpoint{withheld}
+	unbound := func(e datapath.Evidence) datapath.Evidence { e.FreshUntil = 0; return e }
 	for name, test := range map[string]struct {
 		maps      fakeMaps
 		endpoints []statedir.Endpoint
@@ -244,6 +249,11 @@ func TestStates(t *testing.T) {
 		"other unknown":      {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, both, Fresh, "shares its port with TCP :80 (unknown)"},
 		"other failed":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}, datapath.TCPKey(80): {evidence: failed(1, 0)}}, both, Fresh, "TCP :80 (failed)"},
 		"startup probe only": {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, startup}, Fresh, "not open yet"},
+		"would be answered":  {fakeMaps{x: {evidence: unbound(success(10, 0, 200))}, port: {}}, observing, Fresh, "mode observe"},
+		"would have expired": {fakeMaps{x: {evidence: unbound(success(12, 0, 200))}, port: {}}, observing, Stale, "mode observe"},
+		"would be withdrawn": {fakeMaps{x: {evidence: unbound(success(1, 0, 200))}, port: {tally: withdrawn(1)}}, observing, Stale, "mode observe"},
+		"would not be":       {fakeMaps{x: {evidence: failed(1, 500)}, port: {}}, observing, Failed, "mode observe"},
+		"nothing to be seen": {fakeMaps{x: {}, port: {}}, observing, Unknown, "mode observe"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)

@@ -266,13 +266,13 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 	expect(map[string]string{
-		`probelet_endpoints{state="unknown"}`:        "1",
-		`probelet_attachments{known="true"}`:         "1",
-		`probelet_prober_found`:                      "1",
-		`probelet_source_up`:                         "1",
-		`probelet_source_snapshots_total`:            "1",
-		`probelet_map_entries{map="pods"}`:           "1",
-		`probelet_map_capacity_entries{map="flows"}`: "65536",
+		`probelet_endpoints{mode="answer",state="unknown"}`: "1",
+		`probelet_attachments{known="true"}`:                "1",
+		`probelet_prober_found`:                             "1",
+		`probelet_source_up`:                                "1",
+		`probelet_source_snapshots_total`:                   "1",
+		`probelet_map_entries{map="pods"}`:                  "1",
+		`probelet_map_capacity_entries{map="flows"}`:        "65536",
 	})
 	n.want("/healthz", 200, false)
 	n.eventually("fresh", n.open(8080))
@@ -287,8 +287,8 @@ func TestMetrics(t *testing.T) {
 		`probelet_observed_probes_total`:                                    "1",
 		`probelet_answer_age_seconds_count`:                                 "3",
 		`probelet_evidence_total{result="success",source="probe"}`:          "1",
-		`probelet_endpoints{state="fresh"}`:                                 "1",
-		`probelet_endpoints{state="unknown"}`:                               "0",
+		`probelet_endpoints{mode="answer",state="fresh"}`:                   "1",
+		`probelet_endpoints{mode="answer",state="unknown"}`:                 "0",
 		`probelet_pod_answered_probes_total{namespace="default",pod="web"}`: "3",
 		`probelet_withdrawn_ports_total{cause="status"}`:                    "0",
 		`probelet_reconcile_errors_total`:                                   "0",
@@ -299,8 +299,35 @@ func TestMetrics(t *testing.T) {
 	}
 	expect(map[string]string{
 		`probelet_withdrawn_endpoints_total{cause="request"}`: "1",
-		`probelet_endpoints{state="unknown"}`:                 "1",
+		`probelet_endpoints{mode="answer",state="unknown"}`:   "1",
 	})
+}
+
+// In mode observe it is to be seen what would be answered, and nothing is: the kernel side is not told of it.
+func TestObserveShowsWhatWouldBeAnswered(t *testing.T) {
+	n := newNode(t)
+	n.config.defaults.Mode = probe.Observe
+	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
+	n.attach()
+	n.start()
+	n.eventually("the probe's endpoint is known", n.has(datapath.HTTPKey(8080, "/healthz")))
+	state := func(want string) func() bool {
+		return func() bool {
+			got, _ := n.metricsOf()
+			return got[`probelet_endpoints{mode="observe",state="`+want+`"}`] == "1" && got[`probelet_endpoints{mode="observe",state="never"}`] == "0"
+		}
+	}
+	n.want("/healthz", 200, false)
+	n.eventually("would be answered", state("fresh"))
+	for _, key := range []datapath.EndpointKey{datapath.HTTPKey(8080, "/healthz"), datapath.PortKey(8080)} {
+		if evidence := n.records()[key]; evidence.FreshUntil != 0 {
+			t.Errorf("the kernel side was told to answer: %+v", evidence)
+		}
+	}
+	n.want("/healthz", 200, false)
+	n.status.Store(http.StatusServiceUnavailable)
+	n.want("/healthz", 503, false)
+	n.eventually("would not be answered", state("failed"))
 }
 
 // Names and units are as Prometheus' conventions have them, each is documented, and nothing that is documented is
