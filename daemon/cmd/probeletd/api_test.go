@@ -380,6 +380,25 @@ func TestMetricsAreDocumented(t *testing.T) {
 			t.Errorf("%s is not documented in docs/metrics.md", name)
 		}
 	}
+	labels := map[string]bool{}
+	for _, sample := range regexp.MustCompile(`(?m)^(probelet_\w+?)(?:_bucket|_sum|_count)?({.*})? `).FindAllStringSubmatch(text, -1) {
+		for _, label := range regexp.MustCompile(`(\w+)="`).FindAllStringSubmatch(sample[2], -1) {
+			labels[sample[1]+" "+label[1]] = label[1] != "le"
+		}
+	}
+	for _, row := range regexp.MustCompile("(?m)^\\| `(probelet_\\w+)` \\|([^|]*)\\|").FindAllStringSubmatch(string(doc), -1) {
+		for _, label := range regexp.MustCompile("`(\\w+)`").FindAllStringSubmatch(row[2], -1) {
+			if !labels[row[1]+" "+label[1]] {
+				t.Errorf("%s has no label %s", row[1], label[1])
+			}
+			delete(labels, row[1]+" "+label[1])
+		}
+	}
+	for label, unknown := range labels {
+		if unknown {
+			t.Errorf("not documented: label %s", label)
+		}
+	}
 	dashboard, err := os.ReadFile("../../../cni-conf/grafana/probelet.json")
 	if err != nil {
 		t.Fatal(err)
