@@ -263,6 +263,22 @@ func TestSafeFirstStep(t *testing.T) {
 	}
 }
 
+// probeletctl, in the daemon's container, has the directories from its environment.
+func TestDirectories(t *testing.T) {
+	objects := render(t, with(t, variants["all sorts"]))
+	variables := maps.Clone(one[*corev1.ConfigMap](t, objects).Data)
+	for _, v := range one[*appsv1.DaemonSet](t, objects).Spec.Template.Spec.Containers[0].Env {
+		variables[v.Name] = v.Value
+	}
+	for name, want := range map[string]string{
+		"PROBELET_CNI_NET_DIR": "/net", "PROBELET_CNI_BIN_DIR": "/bin", "PROBELET_STATE_DIR": "/state", "PROBELET_BPF_DIR": "/bpf/probelet",
+	} {
+		if variables[name] != want {
+			t.Errorf("%s is %q, want %s", name, variables[name], want)
+		}
+	}
+}
+
 // The probes of the daemon, and the PodMonitor, find the port that it listens on.
 func TestPorts(t *testing.T) {
 	for name, values := range variants {

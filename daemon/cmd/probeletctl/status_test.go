@@ -29,6 +29,8 @@ const (
 type fakeKernel struct {
 	prober datapath.Prober
 	pods   map[uint32]fakeMaps
+	// unwatched: listening sockets that close are not noticed.
+	unwatched bool
 }
 
 type fakeMaps map[datapath.EndpointKey]fakeRecord
@@ -39,6 +41,7 @@ type fakeRecord struct {
 }
 
 func (k fakeKernel) Prober() (datapath.Prober, error) { return k.prober, nil }
+func (k fakeKernel) Watched() bool                    { return !k.unwatched }
 func (k fakeKernel) Close() error                     { return nil }
 
 func (k fakeKernel) Counters() (map[string]uint64, error) {
@@ -83,6 +86,7 @@ type machine struct {
 	kernel   *fakeKernel // nil: nothing is loaded
 	stateDir string
 	stderr   bytes.Buffer
+	host     host
 }
 
 func newMachine(t *testing.T) *machine {
@@ -103,6 +107,7 @@ func (m *machine) run(args ...string) (string, error) {
 			}
 			return m.kernel, nil
 		},
+		host: m.host,
 	}
 	err := execute(context.Background(), env, append(args, "--state-dir", m.stateDir))
 	return stdout.String(), err
