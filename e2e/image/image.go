@@ -18,7 +18,7 @@ import (
 )
 
 // Reference is the image of the chart's default values.
-const Reference = "probelet/probelet:dev"
+const Reference = "registry.example/probelet:dev"
 
 // WriteProbelet writes the image that the Dockerfile describes, of binaries in directory bin.
 func WriteProbelet(file, reference, bin string) error {

@@ -11,30 +11,23 @@ import (
 	"slices"
 	"strings"
 
+	monitoringv1 "github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1"
 	"helm.sh/helm/v4/pkg/chart/common"
 	"helm.sh/helm/v4/pkg/chart/common/util"
 	"helm.sh/helm/v4/pkg/chart/v2/loader"
 	"helm.sh/helm/v4/pkg/engine"
-	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/client-go/kubernetes/scheme"
-	sigsyaml "sigs.k8s.io/yaml"
 )
+
+// kubernetes is the version that the tests have (go.mod).
+const kubernetes = "v1.37.2"
 
 // Render is what "helm template NAME CHART --namespace NAMESPACE" prints, without the notes.
 func Render(chartDir, name, namespace string, values map[string]any) (string, error) {
-	chart, err := loader.Load(chartDir)
-	if err != nil {
-		return "", err
-	}
-	options := common.ReleaseOptions{Name: name, Namespace: namespace, Revision: 1, IsInstall: true}
-	all, err := util.ToRenderValues(chart, values, options, common.DefaultCapabilities)
-	if err != nil {
-		return "", err
-	}
-	files, err := engine.Render(chart, all)
+	files, err := files(chartDir, name, namespace, values, kubernetes)
 	if err != nil {
 		return "", err
 	}
@@ -47,10 +40,31 @@ func Render(chartDir, name, namespace string, values map[string]any) (string, er
 	return text.String(), nil
 }
 
-// Decode reads YAML documents. A field that is not known, or is there twice, is an error. Objects of kinds that are not
-// Kubernetes' own are unstructured.
+// files are the chart's templates, rendered for a cluster of this version.
+func files(chartDir, name, namespace string, values map[string]any, version string) (map[string]string, error) {
+	chart, err := loader.Load(chartDir)
+	if err != nil {
+		return nil, err
+	}
+	kube, err := common.ParseKubeVersion(version)
+	if err != nil {
+		return nil, err
+	}
+	options := common.ReleaseOptions{Name: name, Namespace: namespace, Revision: 1, IsInstall: true}
+	all, err := util.ToRenderValues(chart, values, options, &common.Capabilities{KubeVersion: *kube})
+	if err != nil {
+		return nil, err
+	}
+	return engine.Render(chart, all)
+}
+
+// Decode reads YAML documents. A field or a kind that is not known, and a field that is there twice, are errors.
 func Decode(text string) ([]runtime.Object, error) {
-	strict := serializer.NewCodecFactory(scheme.Scheme, serializer.EnableStrict).UniversalDeserializer()
+	known := runtime.NewScheme()
+	if err := errors.Join(scheme.AddToScheme(known), monitoringv1.AddToScheme(known)); err != nil {
+		return nil, err
+	}
+	strict := serializer.NewCodecFactory(known, serializer.EnableStrict).UniversalDeserializer()
 	reader := yaml.NewDocumentDecoder(io.NopCloser(strings.NewReader(text)))
 	defer reader.Close() //nolint:errcheck // read only
 	var objects []runtime.Object
@@ -68,11 +82,6 @@ func Decode(text string) ([]runtime.Object, error) {
 			continue
 		}
 		object, _, err := strict.Decode(document, nil, nil)
-		if runtime.IsNotRegisteredError(err) {
-			other := &unstructured.Unstructured{}
-			err = sigsyaml.UnmarshalStrict(document, &other.Object)
-			object = other
-		}
 		if err != nil {
 			return nil, fmt.Errorf("%w in\n%s", err, document)
 		}

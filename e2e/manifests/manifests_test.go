@@ -2,21 +2,28 @@ package manifests
 
 import (
 	"flag"
+	"maps"
+	"net"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
+	monitoringv1 "github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1"
 	"helm.sh/helm/v4/pkg/chart/v2/lint"
 	"helm.sh/helm/v4/pkg/chart/v2/lint/support"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
-	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"sigs.k8s.io/kustomize/api/krusty"
 	"sigs.k8s.io/kustomize/kyaml/filesys"
+	"sigs.k8s.io/yaml"
+
+	"github.com/probelet/probelet/e2e/image"
 )
 
 var update = flag.Bool("update", false, "write what is rendered into cni-conf/kustomize")
@@ -62,66 +69,272 @@ func TestChartIsClean(t *testing.T) {
 	}
 }
 
-func TestValues(t *testing.T) {
-	for name, test := range map[string]struct {
-		values map[string]any
-		want   string // error; empty: none
-	}{
-		"defaults":          {nil, ""},
-		"answer":            {map[string]any{"mode": "answer", "config": map[string]any{"staleness-ceiling": "2", "metrics-per-pod": true}}, ""},
-		"API server":        {map[string]any{"source": "apiserver"}, ""},
-		"old kubelets":      {map[string]any{"rbac": map[string]any{"nodesProxy": true}}, ""},
-		"uninstall":         {map[string]any{"uninstall": true}, ""},
-		"all sorts":         {map[string]any{"podLabels": map[string]any{"a": "b"}, "podAnnotations": map[string]any{"a": "b"}, "imagePullSecrets": []any{map[string]any{"name": "x"}}, "affinity": map[string]any{"nodeAffinity": map[string]any{}}}, ""},
-		"PodMonitor":        {map[string]any{"podMonitor": map[string]any{"enabled": true}, "metrics": map[string]any{"listen": ":9553"}}, ""},
-		"PodMonitor, local": {map[string]any{"podMonitor": map[string]any{"enabled": true}}, `metrics.listen "127.0.0.1:9553" cannot be reached`},
-		"another mode":      {map[string]any{"mode": "on"}, "mode"},
-		"misspelt":          {map[string]any{"moed": "answer"}, "moed"},
-		"a relative path":   {map[string]any{"stateDir": "run"}, "stateDir"},
+// with is a set of values, written as in values.yaml.
+func with(t *testing.T, text string) map[string]any {
+	t.Helper()
+	values := map[string]any{}
+	if err := yaml.Unmarshal([]byte(text), &values); err != nil {
+		t.Fatal(err)
+	}
+	return values
+}
+
+// variants are values that people will set.
+var variants = map[string]string{
+	"defaults":     "",
+	"answer":       "{mode: answer, config: {staleness-ceiling: 2, metrics-per-pod: true, refresh: 500ms}}",
+	"off":          `mode: "off"`,
+	"API server":   "source: apiserver",
+	"old kubelets": "rbac: {nodesProxy: true}",
+	"uninstall":    "uninstall: true",
+	"SELinux":      "seLinuxOptions: {type: spc_t}",
+	"all sorts": `{podLabels: {a: b}, podAnnotations: {a: b}, imagePullSecrets: [{name: x}], affinity: {nodeAffinity: {}},
+		cni: {netDir: /net, binDir: /bin, chain: copy}, stateDir: /state, bpffs: /bpf, nodeSelector: {a: b}, priorityClassName: "",
+		updateStrategy: {rollingUpdate: {maxUnavailable: 1}}}`,
+	"PodMonitor": `{podMonitor: {enabled: true, labels: {release: x}}, metrics: {listen: ":9553"}}`,
+	"reachable":  `{metrics: {listen: "[::]:1234"}}`,
+}
+
+func TestVariants(t *testing.T) {
+	for name, values := range variants {
+		t.Run(name, func(t *testing.T) { render(t, with(t, values)) })
+	}
+}
+
+func TestRefusedValues(t *testing.T) {
+	for values, want := range map[string]string{
+		"podMonitor: {enabled: true}":      `metrics.listen "127.0.0.1:9553" cannot be reached`,
+		"mode: on":                         "mode",
+		"mode: off":                        `must be quoted where it is "off"`,
+		"moed: answer":                     "moed",
+		"stateDir: run":                    "stateDir",
+		"config: {stalenes: 2}":            "stalenes",
+		"config: {mode: answer}":           "mode",
+		"config: {cni-net-dir: /x}":        "cni-net-dir",
+		"config: {metrics-listen: ':1'}":   "metrics-listen",
+		"updateStrategy: {type: OnDelete}": "type",
+		"updateStrategy: {rollingUpdate: {maxSurge: 1, maxUnavailable: 0}}": "maxSurge",
 	} {
-		t.Run(name, func(t *testing.T) {
-			text, err := Render(chart, "probelet", "probelet", test.values)
-			if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
-				t.Fatalf("%v, want %q", err, test.want)
+		if _, err := Render(chart, "probelet", "probelet", with(t, values)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", values, err, want)
+		}
+	}
+}
+
+// An API server that does not know the permission would take it, and the kubelets refuse all the same.
+func TestOldClusters(t *testing.T) {
+	for version, test := range map[string]struct{ values, fails, notes string }{
+		"v1.32.9": {"", "rbac.nodesProxy=true", ""},
+		"v1.32.8": {"rbac: {nodesProxy: true}", "", "mode is observe"},
+		"v1.32.7": {"source: apiserver", "", "mode is observe"},
+		"v1.32.6": {"uninstall: true", "", "rollout status daemonset/probelet"},
+		"v1.33.1": {"", "", "Kubelets before 1.33"},
+		"v1.36.1": {"", "", "mode is observe"},
+	} {
+		files, err := files(chart, "probelet", "probelet", with(t, test.values), version)
+		if test.fails != "" {
+			if err == nil || !strings.Contains(err.Error(), test.fails) {
+				t.Errorf("%s: %v", version, err)
 			}
-			if _, err := Decode(text); err != nil {
-				t.Error(err)
+			continue
+		}
+		notes := files["probelet/templates/NOTES.txt"]
+		if err != nil || !strings.Contains(notes, test.notes) {
+			t.Errorf("%s: %v, %s", version, err, notes)
+		}
+		if version == "v1.36.1" && strings.Contains(notes, "Kubelets before") {
+			t.Errorf("%s: %s", version, notes)
+		}
+	}
+}
+
+// capabilities of each container, and no other.
+var capabilities = map[string][]corev1.Capability{
+	"install":     {"DAC_OVERRIDE", "SYS_PTRACE"},
+	"probeletd":   {"BPF", "NET_ADMIN", "PERFMON", "DAC_OVERRIDE", "SYS_PTRACE"},
+	"uninstall":   {"BPF", "NET_ADMIN", "DAC_OVERRIDE", "SYS_PTRACE"},
+	"uninstalled": nil,
+}
+
+// What the pods may do is little, and written down here.
+func TestLeastPrivileges(t *testing.T) {
+	for name, values := range variants {
+		t.Run(name, func(t *testing.T) {
+			set := one[*appsv1.DaemonSet](t, render(t, with(t, values)))
+			if !maps.Equal(set.Spec.Selector.MatchLabels, map[string]string{
+				"app.kubernetes.io/name": "probelet", "app.kubernetes.io/instance": "probelet",
+			}) {
+				t.Errorf("selector: %s", set.Spec.Selector.MatchLabels)
+			}
+			for label, value := range set.Spec.Selector.MatchLabels {
+				if set.Spec.Template.Labels[label] != value {
+					t.Errorf("the selector does not select the pods: %s", set.Spec.Template.Labels)
+				}
+			}
+			expectPod(t, set.Spec.Template.Spec)
+			for _, c := range slices.Concat(set.Spec.Template.Spec.InitContainers, set.Spec.Template.Spec.Containers) {
+				expectContainer(t, c)
 			}
 		})
 	}
 }
 
-// What the pods may do is little, and written down here.
-func TestLeastPrivileges(t *testing.T) {
-	for _, uninstall := range []bool{false, true} {
-		set := one[*appsv1.DaemonSet](t, render(t, map[string]any{"uninstall": uninstall}))
-		spec := set.Spec.Template.Spec
-		for _, c := range slices.Concat(spec.InitContainers, spec.Containers) {
-			s := c.SecurityContext
-			if s.Privileged != nil || *s.AllowPrivilegeEscalation || !*s.ReadOnlyRootFilesystem {
-				t.Errorf("%s: %+v", c.Name, s)
+func expectPod(t *testing.T, spec corev1.PodSpec) {
+	t.Helper()
+	// Of the host's processes the daemon looks at the kubelet and the runtime; their IPC is no concern of it.
+	if !spec.HostNetwork || !spec.HostPID || spec.HostIPC || spec.HostUsers != nil || spec.SecurityContext != nil {
+		t.Errorf("network %t, PID %t, IPC %t, %+v", spec.HostNetwork, spec.HostPID, spec.HostIPC, spec.SecurityContext)
+	}
+	containers := slices.Concat(spec.InitContainers, spec.Containers)
+	for _, v := range spec.Volumes {
+		if v.HostPath == nil || *v.HostPath.Type == corev1.HostPathUnset {
+			t.Errorf("volume %s: %+v", v.Name, v)
+		}
+		if !slices.ContainsFunc(containers, func(c corev1.Container) bool { return mounts(c, v.Name) }) {
+			t.Errorf("volume %s: nobody mounts it", v.Name)
+		}
+	}
+	for _, c := range containers {
+		for _, m := range c.VolumeMounts {
+			i := slices.IndexFunc(spec.Volumes, func(v corev1.Volume) bool { return v.Name == m.Name })
+			if i < 0 {
+				t.Fatalf("%s mounts %s, which is no volume", c.Name, m.Name)
 			}
-			if !slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) || slices.Contains(s.Capabilities.Add, "SYS_ADMIN") {
-				t.Errorf("%s: %+v", c.Name, s.Capabilities)
+			if path := spec.Volumes[i].HostPath.Path; path != m.MountPath && m.Name != "cgroup" {
+				t.Errorf("%s: %s is at %s", c.Name, path, m.MountPath)
+			}
+			if m.Name == "cgroup" && !m.ReadOnly {
+				t.Error("the host's cgroups could be written")
 			}
 		}
 	}
-	rules := one[*rbacv1.ClusterRole](t, render(t, nil)).Rules
-	if len(rules) != 1 || !slices.Equal(rules[0].Resources, []string{"nodes/pods"}) || !slices.Equal(rules[0].Verbs, []string{"get"}) {
-		t.Errorf("rules: %+v", rules)
+}
+
+func mounts(c corev1.Container, volume string) bool {
+	return slices.ContainsFunc(c.VolumeMounts, func(m corev1.VolumeMount) bool { return m.Name == volume })
+}
+
+func expectContainer(t *testing.T, c corev1.Container) {
+	t.Helper()
+	s := c.SecurityContext
+	if s.Privileged != nil || *s.AllowPrivilegeEscalation || !*s.ReadOnlyRootFilesystem || *s.RunAsUser != 0 || s.ProcMount != nil {
+		t.Errorf("%s: %+v", c.Name, s)
 	}
+	if s.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault {
+		t.Errorf("%s: seccomp %+v", c.Name, s.SeccompProfile)
+	}
+	want, known := capabilities[c.Name]
+	if !known || !slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) || !slices.Equal(s.Capabilities.Add, want) {
+		t.Errorf("%s: capabilities %+v, want %s", c.Name, s.Capabilities, want)
+	}
+	if c.Resources.Requests.Cpu().IsZero() || c.Resources.Requests.Memory().IsZero() || c.Resources.Limits.Memory().IsZero() {
+		t.Errorf("%s: resources %+v", c.Name, c.Resources)
+	}
+}
+
+func TestPermissions(t *testing.T) {
+	ofKubelet := rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"nodes/pods"}, Verbs: []string{"get"}}
+	ofOld := rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"nodes/proxy"}, Verbs: []string{"get"}}
+	ofServer := rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"list", "watch"}}
+	for name, values := range variants {
+		want := []rbacv1.PolicyRule{ofKubelet}
+		switch name {
+		case "API server":
+			want = []rbacv1.PolicyRule{ofServer}
+		case "old kubelets":
+			want = []rbacv1.PolicyRule{ofKubelet, ofOld}
+		}
+		objects := render(t, with(t, values))
+		if rules := one[*rbacv1.ClusterRole](t, objects).Rules; !reflect.DeepEqual(rules, want) {
+			t.Errorf("%s: %+v", name, rules)
+		}
+		account := one[*corev1.ServiceAccount](t, objects)
+		binding := one[*rbacv1.ClusterRoleBinding](t, objects)
+		subjects := []rbacv1.Subject{{Kind: "ServiceAccount", Name: account.Name, Namespace: account.Namespace}}
+		if !reflect.DeepEqual(binding.Subjects, subjects) || binding.RoleRef.Name != one[*rbacv1.ClusterRole](t, objects).Name {
+			t.Errorf("%s: %+v", name, binding)
+		}
+	}
+}
+
+func TestSafeFirstStep(t *testing.T) {
 	if mode := one[*corev1.ConfigMap](t, render(t, nil)).Data["PROBELET_MODE"]; mode != "observe" {
 		t.Errorf("the first step is %s", mode)
 	}
 }
 
+// probeletctl, in the daemon's container, has the directories from its environment.
+func TestDirectories(t *testing.T) {
+	objects := render(t, with(t, variants["all sorts"]))
+	variables := maps.Clone(one[*corev1.ConfigMap](t, objects).Data)
+	for _, v := range one[*appsv1.DaemonSet](t, objects).Spec.Template.Spec.Containers[0].Env {
+		variables[v.Name] = v.Value
+	}
+	for name, want := range map[string]string{
+		"PROBELET_CNI_NET_DIR": "/net", "PROBELET_CNI_BIN_DIR": "/bin", "PROBELET_STATE_DIR": "/state", "PROBELET_BPF_DIR": "/bpf/probelet",
+	} {
+		if variables[name] != want {
+			t.Errorf("%s is %q, want %s", name, variables[name], want)
+		}
+	}
+}
+
+// The probes of the daemon, and the PodMonitor, find the port that it listens on.
+func TestPorts(t *testing.T) {
+	for name, values := range variants {
+		objects := render(t, with(t, values))
+		daemon := one[*appsv1.DaemonSet](t, objects).Spec.Template.Spec.Containers[0]
+		if daemon.Name != "probeletd" {
+			continue
+		}
+		host, port, err := net.SplitHostPort(one[*corev1.ConfigMap](t, objects).Data["PROBELET_METRICS_LISTEN"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		local := host == "127.0.0.1"
+		if !local {
+			host = "" // the pod's address, which is the node's
+		}
+		for path, probe := range map[string]*corev1.Probe{"/healthz": daemon.LivenessProbe, "/readyz": daemon.ReadinessProbe} {
+			if get := probe.HTTPGet; get.Path != path || get.Port.String() != port || get.Host != host {
+				t.Errorf("%s: %+v", name, get)
+			}
+		}
+		if local != (len(daemon.Ports) == 0) {
+			t.Errorf("%s: ports %+v", name, daemon.Ports)
+		}
+		for _, p := range daemon.Ports {
+			if strconv.Itoa(int(p.ContainerPort)) != port || p.HostPort != p.ContainerPort {
+				t.Errorf("%s: %+v, want port %s", name, p, port)
+			}
+		}
+	}
+}
+
 func TestPodMonitor(t *testing.T) {
-	m := one[*unstructured.Unstructured](t, render(t, map[string]any{
-		"podMonitor": map[string]any{"enabled": true, "labels": map[string]any{"release": "x"}}, "metrics": map[string]any{"listen": ":9553"},
-	}))
-	endpoints, _, err := unstructured.NestedSlice(m.Object, "spec", "podMetricsEndpoints")
-	if err != nil || len(endpoints) != 1 || m.GetKind() != "PodMonitor" || m.GetLabels()["release"] != "x" {
-		t.Errorf("%+v, %v", m, err)
+	objects := render(t, with(t, variants["PodMonitor"]))
+	m := one[*monitoringv1.PodMonitor](t, objects)
+	set := one[*appsv1.DaemonSet](t, objects)
+	if m.Labels["release"] != "x" || !maps.Equal(m.Spec.Selector.MatchLabels, set.Spec.Selector.MatchLabels) || len(m.Spec.PodMetricsEndpoints) != 1 {
+		t.Fatalf("%+v", m)
+	}
+	port := m.Spec.PodMetricsEndpoints[0].Port
+	if port == nil || !slices.ContainsFunc(set.Spec.Template.Spec.Containers[0].Ports, func(p corev1.ContainerPort) bool { return p.Name == *port }) {
+		t.Errorf("nobody has the port of %+v", m.Spec.PodMetricsEndpoints[0])
+	}
+}
+
+// A typing error is one, whoever's the kind is.
+func TestDecodeIsStrict(t *testing.T) {
+	for text, want := range map[string]string{
+		"apiVersion: v1\nkind: Pod\nspec: {hostNetwrk: true}":                                                    "hostNetwrk",
+		"apiVersion: v1\nkind: Pod\nspec: {hostPID: true, hostPID: true}":                                        "hostPID",
+		"apiVersion: monitoring.coreos.com/v1\nkind: PodMonitor\nspec: {podMetricsEndpoints: [{prot: metrics}]}": "prot",
+		"apiVersion: monitoring.coreos.com/v1\nkind: PodMoniter":                                                 "no kind",
+	} {
+		if _, err := Decode(text); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", text, err, want)
+		}
 	}
 }
 
@@ -142,19 +355,59 @@ func TestKustomize(t *testing.T) {
 		if got, err := os.ReadFile(file); err != nil || string(got) != text {
 			t.Errorf("%s is not what the chart gives (-update writes it): %v", file, err)
 		}
-		built, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), filepath.Join(kustomize, dir))
-		if err != nil {
-			t.Fatal(err)
+		objects := build(t, filepath.Join(kustomize, dir))
+		// It refuses pods that use the host's network and see its processes, if it does not say otherwise.
+		if n := one[*corev1.Namespace](t, objects); n.Labels["pod-security.kubernetes.io/enforce"] != "privileged" {
+			t.Errorf("namespace: %s", n.Labels)
 		}
-		whole, err := built.AsYaml()
-		if err != nil {
-			t.Fatal(err)
+		spec := one[*appsv1.DaemonSet](t, objects).Spec.Template.Spec
+		terms := one[*corev1.ResourceQuota](t, objects).Spec.ScopeSelector.MatchExpressions
+		if len(terms) != 1 || !slices.Equal(terms[0].Values, []string{spec.PriorityClassName}) {
+			t.Errorf("the quota is for %+v", terms)
 		}
-		objects, err := Decode(string(whole))
-		if err != nil {
-			t.Fatal(err)
+	}
+}
+
+func build(t *testing.T, dir string) []runtime.Object {
+	t.Helper()
+	built, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	whole, err := built.AsYaml()
+	if err != nil {
+		t.Fatal(err)
+	}
+	objects, err := Decode(string(whole))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return objects
+}
+
+// One's own image is named in one place.
+func TestKustomizedImage(t *testing.T) {
+	copied := t.TempDir()
+	if err := os.CopyFS(copied, os.DirFS(kustomize)); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(copied, "image/kustomization.yaml")
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mine := strings.NewReplacer("newName: registry.example/probelet", "newName: mine.example/p", "newTag: dev", "newTag: v7").Replace(string(text))
+	if err := os.WriteFile(file, []byte(mine), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for dir, want := range map[string]string{kustomize: image.Reference, copied: "mine.example/p:v7"} {
+		for _, base := range []string{"base", "uninstall"} {
+			spec := one[*appsv1.DaemonSet](t, build(t, filepath.Join(dir, base))).Spec.Template.Spec
+			for _, c := range slices.Concat(spec.InitContainers, spec.Containers) {
+				if c.Image != want {
+					t.Errorf("%s: %s has image %s, want %s", base, c.Name, c.Image, want)
+				}
+			}
 		}
-		one[*corev1.Namespace](t, objects)
-		one[*appsv1.DaemonSet](t, objects)
 	}
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf/features"
+	"github.com/containernetworking/plugins/pkg/netlinksafe"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
@@ -79,6 +79,7 @@ func (d *doctor) run(ctx context.Context) error {
 	d.daemon(ctx)
 	d.kubelet()
 	d.attachments()
+	d.others()
 	if d.problems > 0 {
 		return fmt.Errorf("%d of these need to be seen to", d.problems)
 	}
@@ -96,12 +97,29 @@ func (d *doctor) says(v verdict, about, what, do string) {
 	}
 }
 
-// btf is where the kernel describes its own types.
-const btf = "/sys/kernel/btf/vmlinux"
+// host is what doctor asks of the machine itself.
+type host struct {
+	proc, sys string // where these file systems are
+	version   func() (uint32, error)
+	isFS      func(dir string, magic int64) bool
+	runtimes  func() chain.Runtimes
+	kubelet   func() (datapath.Prober, error)
+	devices   func(bpfDir string) ([]device, error)
+}
+
+func thisHost() host {
+	return host{
+		proc: "/proc", sys: "/sys", version: features.LinuxVersionCode, isFS: isFS, devices: devices,
+		runtimes: func() chain.Runtimes { return chain.FindRuntimes("/proc") },
+		kubelet:  func() (datapath.Prober, error) { return (&prober.Finder{Kubelet: true}).Find() },
+	}
+}
 
 func (d *doctor) kernel() {
-	v, err := features.LinuxVersionCode()
+	v, err := d.env.host.version()
 	version := fmt.Sprintf("Linux %d.%d", v>>16, v>>8&0xff)
+	// Where the kernel describes its own types.
+	btf := filepath.Join(d.env.host.sys, "kernel/btf/vmlinux")
 	switch _, noBTF := os.Stat(btf); {
 	case err != nil:
 		d.says(problem, "kernel", "its version is not known: "+err.Error(), "")
@@ -120,7 +138,7 @@ func isFS(dir string, magic int64) bool {
 }
 
 func (d *doctor) bpffs() {
-	if parent := filepath.Dir(d.where.bpfDir); isFS(parent, unix.BPF_FS_MAGIC) {
+	if parent := filepath.Dir(d.where.bpfDir); d.env.host.isFS(parent, unix.BPF_FS_MAGIC) {
 		d.says(well, "bpffs", parent, "")
 	} else {
 		d.says(problem, "bpffs", parent+" is not a BPF file system", "mount -t bpf bpf "+parent+"; for every start in /etc/fstab")
@@ -130,7 +148,7 @@ func (d *doctor) bpffs() {
 func (d *doctor) cgroup() {
 	// /host/cgroup is where the chart mounts the host's.
 	dirs := []string{"/host/cgroup", "/host/cgroup/unified", "/sys/fs/cgroup", "/sys/fs/cgroup/unified"}
-	if i := slices.IndexFunc(dirs, func(dir string) bool { return isFS(dir, unix.CGROUP2_SUPER_MAGIC) }); i >= 0 {
+	if i := slices.IndexFunc(dirs, func(dir string) bool { return d.env.host.isFS(dir, unix.CGROUP2_SUPER_MAGIC) }); i >= 0 {
 		d.says(well, "cgroup v2", dirs[i], "")
 		return
 	}
@@ -142,8 +160,13 @@ func (d *doctor) cgroup() {
 var needed = []struct {
 	name string
 	bit  int
+	// implied by CAP_SYS_ADMIN (capabilities(7)); the others are not
+	implied bool
 }{
-	{"BPF", unix.CAP_BPF}, {"NET_ADMIN", unix.CAP_NET_ADMIN}, {"PERFMON", unix.CAP_PERFMON}, {"SYS_PTRACE", unix.CAP_SYS_PTRACE},
+	{"BPF", unix.CAP_BPF, true},
+	{"NET_ADMIN", unix.CAP_NET_ADMIN, false},
+	{"PERFMON", unix.CAP_PERFMON, true},
+	{"SYS_PTRACE", unix.CAP_SYS_PTRACE, false},
 }
 
 func (d *doctor) capabilities() {
@@ -151,14 +174,14 @@ func (d *doctor) capabilities() {
 	if d.status.Daemon.Running {
 		who, process = "the daemon's", strconv.Itoa(d.status.Daemon.PID)
 	}
-	has, err := capabilitiesOf(process)
+	has, err := capabilitiesOf(d.env.host.proc, process)
 	if err != nil {
 		d.says(note, "capabilities", "cannot be read: "+err.Error(), "")
 		return
 	}
 	var missing []string
 	for _, c := range needed {
-		if has&(1<<c.bit|1<<unix.CAP_SYS_ADMIN) == 0 || c.bit == unix.CAP_NET_ADMIN && has&(1<<c.bit) == 0 {
+		if has&(1<<c.bit) == 0 && !(c.implied && has&(1<<unix.CAP_SYS_ADMIN) != 0) {
 			missing = append(missing, "CAP_"+c.name)
 		}
 	}
@@ -170,18 +193,17 @@ func (d *doctor) capabilities() {
 }
 
 // capabilitiesOf are a process's effective ones (CapEff in proc(5)).
-func capabilitiesOf(process string) (uint64, error) {
-	f, err := os.Open(filepath.Join("/proc", process, "status"))
+func capabilitiesOf(proc, process string) (uint64, error) {
+	text, err := os.ReadFile(filepath.Join(proc, process, "status"))
 	if err != nil {
 		return 0, err
 	}
-	defer f.Close() //nolint:errcheck // read only
-	for lines := bufio.NewScanner(f); lines.Scan(); {
-		if text, ok := strings.CutPrefix(lines.Text(), "CapEff:"); ok {
-			return strconv.ParseUint(strings.TrimSpace(text), 16, 64)
+	for line := range strings.Lines(string(text)) {
+		if set, ok := strings.CutPrefix(line, "CapEff:"); ok {
+			return strconv.ParseUint(strings.TrimSpace(set), 16, 64)
 		}
 	}
-	return 0, fmt.Errorf("%s: no CapEff", f.Name())
+	return 0, fmt.Errorf("process %s: no CapEff", process)
 }
 
 func (d *doctor) objects() {
@@ -189,12 +211,23 @@ func (d *doctor) objects() {
 		d.says(note, "BPF objects", "none in "+d.where.bpfDir, "the daemon, or the first pod that is added, loads them")
 		return
 	}
+	k, err := d.env.open(d.where.bpfDir)
+	if err != nil || k == nil { // they were there a moment ago
+		d.says(problem, "BPF objects", fmt.Sprintf("%s: cannot be opened any more: %v", d.where.bpfDir, err), "")
+		return
+	}
+	defer k.Close() //nolint:errcheck // read only
+	if !k.Watched() {
+		d.says(note, "BPF objects", d.where.bpfDir+"; listening sockets that close are not noticed",
+			"the next probe that reaches the pod notices; the kernel needs CONFIG_DEBUG_INFO_BTF, and the BPF objects to be loaded anew")
+		return
+	}
 	d.says(well, "BPF objects", d.where.bpfDir, "")
 }
 
 // network looks at the chain, and at the runtime that is to read it.
 func (d *doctor) network() {
-	found := chain.FindRuntimes("/proc")
+	found := d.env.host.runtimes()
 	switch {
 	case len(found) == 0:
 		d.says(note, "runtime", "no process of containerd, crio or cri-dockerd is to be seen", "")
@@ -228,7 +261,7 @@ func (d *doctor) plugin() {
 	file := filepath.Join(d.chain.BinDir, chain.PluginType)
 	info, err := os.Stat(file)
 	if errors.Is(err, os.ErrNotExist) { // or this is a pod, which has not mounted it
-		if onHost, hostErr := os.Stat(filepath.Join("/proc/1/root", file)); hostErr == nil {
+		if onHost, hostErr := os.Stat(filepath.Join(d.env.host.proc, "1/root", file)); hostErr == nil {
 			info, err = onHost, nil
 		}
 	}
@@ -266,18 +299,14 @@ func (d *doctor) kubelet() {
 		d.says(note, "prober", "every process of the node is taken for one (--prober host)", "for a node of a cluster: --prober kubelet")
 		return
 	}
-	finder, err := prober.Parse("kubelet")
+	found, err := d.env.host.kubelet()
 	if err == nil {
-		var found datapath.Prober
-		if found, err = finder.Find(); err == nil {
-			switch {
-			case set != nil && slices.Equal(set.CgroupIDs, found.CgroupIDs):
-				d.says(well, "prober", fmt.Sprintf("the kubelet, cgroup %d", found.CgroupIDs[0]), "")
-			default:
-				d.says(problem, "prober", fmt.Sprintf("the kubelet's cgroup is %d, but not what is set", found.CgroupIDs[0]), "run the daemon with --prober kubelet")
-			}
-			return
+		if set != nil && slices.Equal(set.CgroupIDs, found.CgroupIDs) {
+			d.says(well, "prober", fmt.Sprintf("the kubelet, cgroup %d", found.CgroupIDs[0]), "")
+		} else {
+			d.says(problem, "prober", fmt.Sprintf("the kubelet's cgroup is %d, but not what is set", found.CgroupIDs[0]), "run the daemon with --prober kubelet")
 		}
+		return
 	}
 	if set != nil && len(set.CgroupIDs) > 0 {
 		d.says(note, "prober", fmt.Sprintf("cgroup %d, which is not a kubelet's", set.CgroupIDs[0]), "")
@@ -286,7 +315,7 @@ func (d *doctor) kubelet() {
 	d.says(problem, "prober", err.Error(), "nothing is answered. Is the kubelet running, and are the node's processes to be seen (hostPID)?")
 }
 
-// attachments looks at those on record, and at who else is on their devices.
+// attachments looks at those on record.
 func (d *doctor) attachments() {
 	records, err := attach.ReadRecords(d.where.stateDir)
 	if err != nil {
@@ -300,39 +329,121 @@ func (d *doctor) attachments() {
 		d.says(well, "attachments", fmt.Sprintf("%d", len(records)), "")
 		return
 	}
-	objects, err := datapath.Open(d.where.bpfDir)
+	checker, done, err := newChecker(d.where.bpfDir)
 	if err != nil {
 		d.says(problem, "attachments", err.Error(), "")
 		return
 	}
-	defer objects.Close() //nolint:errcheck // read only
-	checker, err := attach.NewChecker(objects, d.where.bpfDir)
-	if err != nil {
-		d.says(problem, "attachments", err.Error(), "")
-		return
-	}
+	defer done()
 	good := 0
 	for _, r := range records {
-		name := r.ID().String()
-		if r.PodName != "" {
-			name = r.PodNamespace + "/" + r.PodName
-		}
-		others, _ := checker.Others(r.IfIndex) // of a device that is gone Check tells
 		err := checker.Check(r.ID(), r.IfIndex)
 		switch {
 		case r.Error != "":
-			d.says(problem, "attachments", name+" was not attached: "+r.Error, "the pod runs without probelet")
+			d.says(problem, "attachments", nameOf(r)+" was not attached: "+r.Error, "the pod runs without probelet")
 		case err != nil:
-			d.says(problem, "attachments", name+": "+err.Error(), "the daemon mends this within 10 s, unless another program keeps the place")
+			d.says(problem, "attachments", nameOf(r)+": "+err.Error(), "the daemon mends this within 10 s, unless another program keeps the place")
 		default:
 			good++
-		}
-		if len(others) > 0 {
-			d.says(note, "attachments", fmt.Sprintf("others on %s of %s: %s", r.HostIfName, name, strings.Join(others, ", ")),
-				"XDP has one place per device; at tc, programs that drop or redirect before ours keep probes from being answered")
 		}
 	}
 	if good == len(records) {
 		d.says(well, "attachments", fmt.Sprintf("%d, all as they were made", good), "")
 	}
+}
+
+func nameOf(r attach.Record) string {
+	if r.PodName == "" {
+		return r.ID().String()
+	}
+	return r.PodNamespace + "/" + r.PodName
+}
+
+// newChecker is of what is loaded; if nothing is, everything is somebody else's.
+func newChecker(bpfDir string) (checker *attach.Checker, done func(), err error) {
+	objects, err := datapath.Open(bpfDir)
+	if errors.Is(err, datapath.ErrNotLoaded) {
+		return &attach.Checker{}, func() {}, nil
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	done = func() { _ = objects.Close() } // read only
+	if checker, err = attach.NewChecker(objects, bpfDir); err != nil {
+		done()
+	}
+	return checker, done, err
+}
+
+// device is one of the node's, with what others have at its hooks.
+type device struct {
+	name    string
+	ifindex int
+	veth    bool
+	others  []string
+}
+
+// devices are those that others have something on: of veths at XDP and tc, of the rest at XDP.
+func devices(bpfDir string) ([]device, error) {
+	links, err := netlinksafe.LinkList()
+	if err != nil {
+		return nil, err
+	}
+	checker, done, err := newChecker(bpfDir)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	var all []device
+	for _, link := range links {
+		one := device{name: link.Attrs().Name, ifindex: link.Attrs().Index, veth: link.Type() == "veth"}
+		if xdp := link.Attrs().Xdp; one.veth {
+			one.others, _ = checker.Others(one.ifindex) // one that has just gone has none
+		} else if xdp != nil && xdp.ProgId != 0 {
+			one.others = []string{fmt.Sprintf("XDP program %d", xdp.ProgId)}
+		}
+		if len(one.others) > 0 {
+			all = append(all, one)
+		}
+	}
+	return all, nil
+}
+
+// others looks at who else is on the node's devices: those of attached pods, those that a pod to come may be like, and the rest.
+func (d *doctor) others() {
+	found, err := d.env.host.devices(d.where.bpfDir)
+	if err != nil {
+		d.says(note, "others", "cannot be looked for: "+err.Error(), "")
+		return
+	}
+	records, _ := attach.ReadRecords(d.where.stateDir) // attachments has told of errors
+	var veths, rest []string
+	for _, one := range found {
+		what := strings.Join(one.others, ", ")
+		i := slices.IndexFunc(records, func(r attach.Record) bool { return r.IfIndex == one.ifindex })
+		switch {
+		case i >= 0:
+			d.says(note, "attachments", fmt.Sprintf("others on %s of %s: %s", one.name, nameOf(records[i]), what),
+				"XDP has one place per device; at tc, programs that drop or redirect before ours keep probes from being answered")
+		case one.veth:
+			veths = append(veths, fmt.Sprintf("%s (%s)", one.name, what))
+		default:
+			rest = append(rest, fmt.Sprintf("%s (%s)", one.name, what))
+		}
+	}
+	if len(veths) > 0 {
+		d.says(note, "others", "on veths without probelet: "+some(veths), "a pod whose device has an XDP program already starts without probelet")
+	}
+	if len(rest) > 0 {
+		d.says(note, "others", "on devices of no pod: "+some(rest), "no matter in itself; but whoever it is may want the pods' devices too")
+	}
+}
+
+// some are the first of many.
+func some(all []string) string {
+	const most = 5
+	if len(all) > most {
+		return fmt.Sprintf("%s and %d more", strings.Join(all[:most], ", "), len(all)-most)
+	}
+	return strings.Join(all, ", ")
 }

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
@@ -21,7 +22,8 @@ import (
 
 const statusHelp = `Shows every attachment on this node and every endpoint that is probed behind it. The daemon need not run.
 
-  STATE  fresh    a success was observed and may be answered, unless the last column says otherwise
+  STATE  fresh    a success was observed and may be answered, unless the last column says otherwise; where that says
+                  "mode observe", it would be
          stale    a success was observed; it has expired, or was withdrawn, or is never answered
          failed   the last probe failed; probes reach the pod until one succeeds
          unknown  nothing conclusive was observed
@@ -44,12 +46,13 @@ type environment struct {
 	stdout, stderr io.Writer
 	now            func() uint64 // ns of CLOCK_BOOTTIME
 	open           func(bpfDir string) (kernel, error)
+	host           host
 }
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer stop()
-	env := environment{stdout: os.Stdout, stderr: os.Stderr, now: datapath.Now, open: openKernel}
+	env := environment{stdout: os.Stdout, stderr: os.Stderr, now: datapath.Now, open: openKernel, host: thisHost()}
 	if err := execute(ctx, env, os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "probeletctl:", err)
 		os.Exit(1)
@@ -64,6 +67,7 @@ func execute(ctx context.Context, env environment, args []string) error {
 		SilenceErrors: true,
 	}
 	root.AddCommand(statusCommand(env), explainCommand(env), topCommand(env), invalidateCommand(env), doctorCommand(env))
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return fromEnvironment(cmd.Flags()) }
 	root.SetArgs(args)
 	root.SetOut(env.stdout)
 	root.SetErr(env.stderr)
@@ -114,6 +118,22 @@ func statusCommand(env environment) *cobra.Command {
 // place is where probelet is on this machine.
 type place struct{ bpfDir, stateDir string }
 
+// fromEnvironment sets the directories that were not given from the variables that probeletd has them from, so that nothing needs
+// to be said in its container.
+func fromEnvironment(flags *pflag.FlagSet) error {
+	for _, name := range []string{"bpf-dir", "state-dir", "cni-net-dir", "cni-bin-dir"} {
+		variable := "PROBELET_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
+		value, set := os.LookupEnv(variable)
+		if f := flags.Lookup(name); f == nil || f.Changed || !set {
+			continue
+		}
+		if err := flags.Set(name, value); err != nil {
+			return fmt.Errorf("$%s: %w", variable, err)
+		}
+	}
+	return nil
+}
+
 func (p *place) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&p.bpfDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
 	cmd.Flags().StringVar(&p.stateDir, "state-dir", attach.DefaultStateDir, "`directory` of attachment records and the daemon's state")
@@ -129,6 +149,8 @@ func printJSON[T any](w io.Writer, s T) error {
 type kernel interface {
 	Prober() (datapath.Prober, error)
 	Counters() (map[string]uint64, error)
+	// Watched is whether listening sockets that close are noticed.
+	Watched() bool
 	// Pod opens the maps of an attachment.
 	Pod(attach.Record) (podMaps, error)
 	Close() error

@@ -70,7 +70,7 @@ func freshUntil(env environment, where place, pod string) string {
 	longest := 0.0
 	for _, a := range s.Attachments {
 		for _, e := range a.Endpoints {
-			if a.Pod == pod && e.FreshFor != nil {
+			if a.Pod == pod && e.FreshFor != nil && e.NotAnswered == "" {
 				longest = max(longest, *e.FreshFor)
 			}
 		}
@@ -193,8 +193,12 @@ func (x Explanation) printEndpoint(line func(...string), e Endpoint) {
 	} else {
 		line("", "next probe", "reaches the pod: "+e.WhyNotAnswered)
 	}
-	if e.NotAnswered == "" {
-		bound := fmt.Sprintf("a success is answered for %s", duration(e.StalenessBound))
+	if e.NotAnswered == "" || probe.Withheld(e.NotAnswered) {
+		is := "is"
+		if e.NotAnswered != "" {
+			is = "would be"
+		}
+		bound := fmt.Sprintf("a success %s answered for %s", is, duration(e.StalenessBound))
 		if e.StalenessCapped {
 			bound += ", the node's ceiling"
 		}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/store"
 )
@@ -73,8 +74,8 @@ const (
 type Endpoint struct {
 	statedir.Endpoint
 	State State `json:"state"`
-	// Age is the time since the last conclusive observation, and FreshFor how long it will be answered; null if there is
-	// none, and if it is not fresh.
+	// Age is the time since the last conclusive observation, and FreshFor how long it will be answered (in mode observe:
+	// would be); null if there is none, and if it is not fresh.
 	Age      *float64 `json:"ageSeconds" jsonschema:"nullable"`
 	FreshFor *float64 `json:"freshForSeconds" jsonschema:"nullable"`
 	Status   uint16   `json:"status,omitempty"` // the last HTTP status
@@ -261,9 +262,12 @@ func get(maps podMaps, key datapath.EndpointKey) (datapath.Evidence, datapath.Ta
 	return evidence, tally, err
 }
 
-// judge sets the endpoint's state, and why it is not answered on its own account.
+// judge sets the endpoint's state, and why it is not answered on its own account. In mode observe it is what it would be.
 func (e *Endpoint) judge(evidence datapath.Evidence, port datapath.Tally, now uint64) {
 	e.Status = evidence.Status
+	if probe.Withheld(e.NotAnswered) {
+		evidence.FreshUntil = evidence.ObservedAt + uint64(e.StalenessBound*float64(time.Second))
+	}
 	if evidence.ObservedAt == 0 {
 		e.WhyNotAnswered = "nothing observed yet"
 		return

@@ -29,6 +29,8 @@ const (
 type fakeKernel struct {
 	prober datapath.Prober
 	pods   map[uint32]fakeMaps
+	// unwatched: listening sockets that close are not noticed.
+	unwatched bool
 }
 
 type fakeMaps map[datapath.EndpointKey]fakeRecord
@@ -39,6 +41,7 @@ type fakeRecord struct {
 }
 
 func (k fakeKernel) Prober() (datapath.Prober, error) { return k.prober, nil }
+func (k fakeKernel) Watched() bool                    { return !k.unwatched }
 func (k fakeKernel) Close() error                     { return nil }
 
 func (k fakeKernel) Counters() (map[string]uint64, error) {
@@ -83,6 +86,7 @@ type machine struct {
 	kernel   *fakeKernel // nil: nothing is loaded
 	stateDir string
 	stderr   bytes.Buffer
+	host     host
 }
 
 func newMachine(t *testing.T) *machine {
@@ -103,6 +107,7 @@ func (m *machine) run(args ...string) (string, error) {
 			}
 			return m.kernel, nil
 		},
+		host: m.host,
 	}
 	err := execute(context.Background(), env, append(args, "--state-dir", m.stateDir))
 	return stdout.String(), err
@@ -225,6 +230,11 @@ func TestStates(t *testing.T) {
 	one, both := []statedir.Endpoint{http}, []statedir.Endpoint{http, tcp}
 	startup := tcp
 	startup.StartupOnly, startup.NotAnswered = true, "startup probe"
+	// In mode observe the kernel is told of no bound, which is then 11 s.
+	withheld := http
+	withheld.NotAnswered = "mode observe"
+	observing := []statedir.Endpoint{withheld}
+	unbound := func(e datapath.Evidence) datapath.Evidence { e.FreshUntil = 0; return e }
 	for name, test := range map[string]struct {
 		maps      fakeMaps
 		endpoints []statedir.Endpoint
@@ -244,6 +254,11 @@ func TestStates(t *testing.T) {
 		"other unknown":      {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, both, Fresh, "shares its port with TCP :80 (unknown)"},
 		"other failed":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}, datapath.TCPKey(80): {evidence: failed(1, 0)}}, both, Fresh, "TCP :80 (failed)"},
 		"startup probe only": {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, startup}, Fresh, "not open yet"},
+		"would be answered":  {fakeMaps{x: {evidence: unbound(success(10, 0, 200))}, port: {}}, observing, Fresh, "mode observe"},
+		"would have expired": {fakeMaps{x: {evidence: unbound(success(12, 0, 200))}, port: {}}, observing, Stale, "mode observe"},
+		"would be withdrawn": {fakeMaps{x: {evidence: unbound(success(1, 0, 200))}, port: {tally: withdrawn(1)}}, observing, Stale, "mode observe"},
+		"would not be":       {fakeMaps{x: {evidence: failed(1, 500)}, port: {}}, observing, Failed, "mode observe"},
+		"nothing to be seen": {fakeMaps{x: {}, port: {}}, observing, Unknown, "mode observe"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)

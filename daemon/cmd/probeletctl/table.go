@@ -119,7 +119,7 @@ func (r *row) fill(e Endpoint) {
 	if e.Age != nil {
 		r.age = duration(*e.Age).String()
 	}
-	if e.NotAnswered == "" {
+	if e.NotAnswered == "" || probe.Withheld(e.NotAnswered) {
 		r.bound = duration(e.StalenessBound).String()
 	}
 	if e.StalenessCapped {

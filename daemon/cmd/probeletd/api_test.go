@@ -21,6 +21,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -266,14 +267,14 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 	expect(map[string]string{
-		`probelet_endpoints{state="unknown"}`:        "1",
-		`probelet_attachments{known="true"}`:         "1",
-		`probelet_prober_found`:                      "1",
-		`probelet_listeners_watched`:                 strconv.Itoa(btoi(n.d.Watched())),
-		`probelet_source_up`:                         "1",
-		`probelet_source_snapshots_total`:            "1",
-		`probelet_map_entries{map="pods"}`:           "1",
-		`probelet_map_capacity_entries{map="flows"}`: "65536",
+		`probelet_endpoints{mode="answer",state="unknown"}`: "1",
+		`probelet_attachments{known="true"}`:                "1",
+		`probelet_prober_found`:                             "1",
+		`probelet_listeners_watched`:                        strconv.Itoa(btoi(n.d.Watched())),
+		`probelet_source_up`:                                "1",
+		`probelet_source_snapshots_total`:                   "1",
+		`probelet_map_entries{map="pods"}`:                  "1",
+		`probelet_map_capacity_entries{map="flows"}`:        "65536",
 	})
 	if err := os.RemoveAll(filepath.Join(n.d.Dir(), "watch")); err != nil {
 		t.Fatal(err)
@@ -292,8 +293,8 @@ func TestMetrics(t *testing.T) {
 		`probelet_observed_probes_total`:                                    "1",
 		`probelet_answer_age_seconds_count`:                                 "3",
 		`probelet_evidence_total{result="success",source="probe"}`:          "1",
-		`probelet_endpoints{state="fresh"}`:                                 "1",
-		`probelet_endpoints{state="unknown"}`:                               "0",
+		`probelet_endpoints{mode="answer",state="fresh"}`:                   "1",
+		`probelet_endpoints{mode="answer",state="unknown"}`:                 "0",
 		`probelet_pod_answered_probes_total{namespace="default",pod="web"}`: "3",
 		`probelet_withdrawn_ports_total{cause="status"}`:                    "0",
 		`probelet_reconcile_errors_total`:                                   "0",
@@ -304,8 +305,35 @@ func TestMetrics(t *testing.T) {
 	}
 	expect(map[string]string{
 		`probelet_withdrawn_endpoints_total{cause="request"}`: "1",
-		`probelet_endpoints{state="unknown"}`:                 "1",
+		`probelet_endpoints{mode="answer",state="unknown"}`:   "1",
 	})
+}
+
+// In mode observe it is to be seen what would be answered, and nothing is: the kernel side is not told of it.
+func TestObserveShowsWhatWouldBeAnswered(t *testing.T) {
+	n := newNode(t)
+	n.config.defaults.Mode = probe.Observe
+	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
+	n.attach()
+	n.start()
+	n.eventually("the probe's endpoint is known", n.has(datapath.HTTPKey(8080, "/healthz")))
+	state := func(want string) func() bool {
+		return func() bool {
+			got, _ := n.metricsOf()
+			return got[`probelet_endpoints{mode="observe",state="`+want+`"}`] == "1" && got[`probelet_endpoints{mode="observe",state="never"}`] == "0"
+		}
+	}
+	n.want("/healthz", 200, false)
+	n.eventually("would be answered", state("fresh"))
+	for _, key := range []datapath.EndpointKey{datapath.HTTPKey(8080, "/healthz"), datapath.PortKey(8080)} {
+		if evidence := n.records()[key]; evidence.FreshUntil != 0 {
+			t.Errorf("the kernel side was told to answer: %+v", evidence)
+		}
+	}
+	n.want("/healthz", 200, false)
+	n.status.Store(http.StatusServiceUnavailable)
+	n.want("/healthz", 503, false)
+	n.eventually("would not be answered", state("failed"))
 }
 
 // Names and units are as Prometheus' conventions have them, each is documented, and nothing that is documented is
@@ -356,6 +384,25 @@ func TestMetricsAreDocumented(t *testing.T) {
 	for name := range exposed {
 		if !documented[name] {
 			t.Errorf("%s is not documented in docs/metrics.md", name)
+		}
+	}
+	labels := map[string]bool{}
+	for _, sample := range regexp.MustCompile(`(?m)^(probelet_\w+?)(?:_bucket|_sum|_count)?({.*})? `).FindAllStringSubmatch(text, -1) {
+		for _, label := range regexp.MustCompile(`(\w+)="`).FindAllStringSubmatch(sample[2], -1) {
+			labels[sample[1]+" "+label[1]] = label[1] != "le"
+		}
+	}
+	for _, row := range regexp.MustCompile("(?m)^\\| `(probelet_\\w+)` \\|([^|]*)\\|").FindAllStringSubmatch(string(doc), -1) {
+		for _, label := range regexp.MustCompile("`(\\w+)`").FindAllStringSubmatch(row[2], -1) {
+			if !labels[row[1]+" "+label[1]] {
+				t.Errorf("%s has no label %s", row[1], label[1])
+			}
+			delete(labels, row[1]+" "+label[1])
+		}
+	}
+	for label, unknown := range labels {
+		if unknown {
+			t.Errorf("not documented: label %s", label)
 		}
 	}
 	dashboard, err := os.ReadFile("../../../cni-conf/grafana/probelet.json")

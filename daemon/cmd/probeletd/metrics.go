@@ -112,7 +112,7 @@ var (
 	droppedDesc     = describe("dropped_packets_total", "Packets of taken connections that ended in the kernel without an answer, such as acknowledgements.")
 	portsDesc       = describe("withdrawn_ports_total", "Ports that were no longer answered before their bound, by the kernel side's decision, by cause.", "cause")
 	agesDesc        = describe("answer_age_seconds", "Age of the evidence that probes were answered with.")
-	endpointsDesc   = describe("endpoints", "Endpoints that are probed, by state: fresh (answered), stale, failed, unknown, never (not answerable, or told not to).", "state")
+	endpointsDesc   = describe("endpoints", "Endpoints that are probed, by their pod's mode, and by state: fresh (answered; in mode observe: would be), stale, failed, unknown, never (not answerable, or told not to).", "mode", "state")
 	attachmentsDesc = describe("attachments", "Attached interfaces, by whether it is known what their pods are probed for.", "known")
 	refreshedDesc   = describe("refreshed_endpoints", "Endpoints that the daemon asks by itself at present.")
 	entriesDesc     = describe("map_entries", "Entries of a BPF map: pods, and flows (connections).", "map")
@@ -204,8 +204,10 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		out <- prometheus.NewInvalidMetric(endpointsDesc, err)
 		return
 	}
-	for _, state := range endpointStates {
-		gauge(endpointsDesc, now.endpoints[state], state)
+	for _, mode := range []probe.Mode{probe.Answer, probe.Observe, probe.Off} {
+		for _, state := range endpointStates {
+			gauge(endpointsDesc, now.endpoints[modeState{mode, state}], string(mode), state)
+		}
 	}
 	gauge(attachmentsDesc, now.known, "true")
 	gauge(attachmentsDesc, now.unknown, "false")
@@ -231,9 +233,15 @@ var endpointStates = []string{"fresh", "stale", "failed", "unknown", "never"}
 // podName is a pod's.
 type podName struct{ Namespace, Name string }
 
+// modeState is what endpoints are counted by.
+type modeState struct {
+	mode  probe.Mode
+	state string
+}
+
 // moment is what is known at a moment, in numbers.
 type moment struct {
-	endpoints                 map[string]int // by state
+	endpoints                 map[modeState]int
 	known, unknown, refreshed int
 	hits                      map[podName]uint64
 	proberFound, sourceUp     bool
@@ -241,7 +249,7 @@ type moment struct {
 
 func (l *loop) moment() moment {
 	m := moment{
-		endpoints: map[string]int{}, hits: map[podName]uint64{},
+		endpoints: map[modeState]int{}, hits: map[podName]uint64{},
 		proberFound: !l.lost, sourceUp: l.failing() == "",
 	}
 	for _, a := range l.attachments {
@@ -254,7 +262,7 @@ func (l *loop) moment() moment {
 		evidence := a.tracker.Evidence()
 		var hits uint64
 		for _, s := range a.tracker.Endpoints() {
-			m.endpoints[a.state(s, evidence[s.Endpoint])]++
+			m.endpoints[modeState{a.settings.Mode, a.state(s, evidence[s.Endpoint])}]++
 			if key, ok := store.Key(s.Endpoint); ok && s.Observed && a.maps != nil {
 				tally, _ := a.maps.Tally(key) // an unreadable one is told of when it is written
 				hits += tally.Hits
@@ -265,10 +273,15 @@ func (l *loop) moment() moment {
 	return m
 }
 
-// state is the endpoint's, as probeletctl status has it, but for those that are never answered.
+// state is the endpoint's, as probeletctl status has it, but for those that are never answered. In mode observe it is what it
+// would be: the kernel side is never told of it.
 func (a *attachment) state(s probe.EndpointSpec, e probe.Evidence) string {
+	withheld := s.Observed && probe.Withheld(s.Reason)
+	if withheld {
+		e.FreshUntil = e.ObservedAt + uint64(s.Staleness)
+	}
 	switch {
-	case s.Reason != "":
+	case s.Reason != "" && !withheld:
 		return "never"
 	case e.Result == probe.Failure:
 		return "failed"

@@ -266,6 +266,10 @@ func (s Settings) reason() string {
 	return cmp.Or(s.Problem, "mode "+string(s.Mode))
 }
 
+// Withheld is whether the reason why an endpoint is not answered is the mode alone: what would be answered is to be seen
+// before anything is.
+func Withheld(reason string) bool { return reason == "mode "+string(Observe) }
+
 // apply puts the settings into endpoints that are otherwise complete. What could never be answered anyway says so
 // still, because in mode observe it is to be seen what answering would bring.
 func (s Settings) apply(specs []EndpointSpec) {

@@ -4,10 +4,12 @@ package prober
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -22,6 +24,7 @@ type Finder struct {
 	cgroup   string   // directory; empty without Kubelet: every local process
 	kubelets []string // directories in /proc of those that were found last
 	finds    int
+	dirs     map[string]string // of cgroups, that need not be looked for again
 }
 
 // Parse reads the value of --prober: kubelet, host, or cgroup: and a directory.
@@ -88,9 +91,22 @@ func (p *Finder) kubeletCgroup(proc string) (string, error) {
 		return "", errors.New("the kubelet is in the root cgroup, where it cannot be told apart; give it a cgroup of its own")
 	}
 	for cgroup := range cgroups {
-		return cgroupDir(proc, cgroup)
+		return p.dirOf(proc, cgroup)
 	}
 	return "", nil
+}
+
+// dirOf remembers what it finds: where a cgroup is mounted stays the same while this process is in its own.
+func (p *Finder) dirOf(proc, cgroup string) (string, error) {
+	if dir, known := p.dirs[cgroup]; known {
+		return dir, nil
+	}
+	dir, err := cgroupDir(proc, cgroup)
+	if err != nil {
+		return "", err
+	}
+	p.dirs = map[string]string{cgroup: dir}
+	return dir, nil
 }
 
 // kubelets are those among all processes, as directories in proc, and their cgroups.
@@ -184,22 +200,69 @@ func cgroupOf(process string) (string, error) {
 // cgroupDir is the directory of a cgroup v2, in a mount of the hierarchy that reaches that far up: on some machines there is
 // one beside version 1, and in a pod the one that the runtime made begins at the pod (proc_pid_mountinfo(5), cgroup_namespaces(7)).
 func cgroupDir(proc, cgroup string) (string, error) {
-	text, err := os.ReadFile(filepath.Join(proc, "self/mountinfo"))
+	mounts, err := cgroupMounts(proc)
 	if err != nil {
 		return "", err
 	}
-	for line := range strings.Lines(string(text)) {
-		before, after, ok := strings.Cut(line, " - ")
-		fields, kind := strings.Fields(before), strings.Fields(after)
-		if !ok || len(fields) <= 4 || len(kind) == 0 || kind[0] != "cgroup2" {
-			continue
-		}
-		below, ok := strings.CutPrefix(cgroup, strings.TrimSuffix(fields[3], "/"))
+	for _, m := range mounts {
+		below, ok := strings.CutPrefix(cgroup, strings.TrimSuffix(m.root, "/"))
 		if ok && strings.HasPrefix(below, "/") && !slices.Contains(strings.Split(below, "/"), "..") {
-			return filepath.Join(fields[4], below), nil
+			return filepath.Join(m.dir, below), nil
+		}
+	}
+	// The way there may turn off below the root of a mount, as from /../../../kubelet.service in one of /../../../..: the .. do
+	// not tell the names of what they lead through.
+	own, err := cgroupOf(filepath.Join(proc, "self"))
+	if err != nil {
+		return "", err
+	}
+	way, err := filepath.Rel("."+own, "."+cgroup)
+	if err != nil {
+		return "", err
+	}
+	for _, m := range mounts {
+		dir := filepath.Join(ownDir(m.dir), way)
+		if strings.HasPrefix(dir, m.dir+"/") {
+			return dir, nil
 		}
 	}
 	return "", fmt.Errorf("cgroup %s is in no mounted cgroup v2 hierarchy; in a pod the host's /sys/fs/cgroup must be mounted", cgroup)
+}
+
+// cgroupMount is where the hierarchy from cgroup root on is mounted.
+type cgroupMount struct{ root, dir string }
+
+func cgroupMounts(proc string) ([]cgroupMount, error) {
+	text, err := os.ReadFile(filepath.Join(proc, "self/mountinfo"))
+	if err != nil {
+		return nil, err
+	}
+	var mounts []cgroupMount
+	for line := range strings.Lines(string(text)) {
+		before, after, ok := strings.Cut(line, " - ")
+		fields, kind := strings.Fields(before), strings.Fields(after)
+		if ok && len(fields) > 4 && len(kind) > 0 && kind[0] == "cgroup2" {
+			mounts = append(mounts, cgroupMount{root: fields[3], dir: fields[4]})
+		}
+	}
+	return mounts, nil
+}
+
+// ownDir looks in a mount for the cgroup that this process is in; empty if it is not there.
+func ownDir(mount string) (own string) {
+	self := strconv.Itoa(os.Getpid())
+	_ = filepath.WalkDir(mount, func(dir string, d fs.DirEntry, err error) error {
+		if err != nil || !d.IsDir() {
+			return nil // a cgroup that has just ended
+		}
+		processes, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+		if slices.Contains(strings.Fields(string(processes)), self) {
+			own = dir
+			return fs.SkipAll
+		}
+		return nil
+	})
+	return own
 }
 
 // cgroupID is the id of a cgroup v2 as the kernel reports it of a socket: the inode number of its directory.

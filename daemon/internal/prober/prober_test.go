@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -60,13 +61,16 @@ func TestCgroupDir(t *testing.T) {
 		"our own":           {ofHost + ofPod, "/below", "/sys/fs/cgroup/below"},
 		"the pod's only":    {ofPod, "/../../.." + kubelet, ""},
 		"not far enough up": {ofPod + ofHost, "/../../../.." + kubelet, ""},
-		"a common parent":   {ofPod + ofHost, "/../.." + kubelet, ""},
+		"nobody's":          {ofPod + ofHost, "/../.." + kubelet, ""},
 		"none":              {v1, kubelet, ""},
 	} {
 		proc := t.TempDir()
 		err := os.Mkdir(filepath.Join(proc, "self"), 0o700)
 		if err == nil {
 			err = os.WriteFile(filepath.Join(proc, "self/mountinfo"), []byte(test.mounts), 0o600)
+		}
+		if err == nil {
+			err = os.WriteFile(filepath.Join(proc, "self/cgroup"), []byte("0::/\n"), 0o600)
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -77,58 +81,137 @@ func TestCgroupDir(t *testing.T) {
 	}
 }
 
-// A process named kubelet, as the daemon sees it: started, restarted in another cgroup, one of several, a pod's.
-func TestKubeletIsFoundByItsProcess(t *testing.T) {
+// stage has cgroups and processes of the test's.
+type stage struct {
+	t       *testing.T
+	mount   string // of the hierarchy
+	kubelet string // a program of that name
+}
+
+func newStage(t *testing.T) *stage {
+	t.Helper()
 	bpftest.RequireRoot(t)
-	mount, err := cgroupDir("/proc", "/x")
+	below, err := cgroupDir("/proc", "/x")
 	if err != nil {
 		t.Fatal(err)
 	}
-	mount = filepath.Dir(mount)
-	prober := Finder{Kubelet: true}
-	if who, err := prober.Find(); err == nil {
+	if who, err := (&Finder{Kubelet: true}).Find(); err == nil {
 		t.Skipf("there is a kubelet on this machine already: %+v", who)
 	}
-	program := filepath.Join(t.TempDir(), "kubelet")
+	s := &stage{t, filepath.Dir(below), filepath.Join(t.TempDir(), "kubelet")}
 	sleep, err := os.ReadFile("/bin/sleep")
 	if err == nil {
-		err = os.WriteFile(program, sleep, 0o755)
+		err = os.WriteFile(s.kubelet, sleep, 0o755)
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	// start runs it in a cgroup of its own, and returns that one's id and what ends it.
-	start := func(name string, namespaces uintptr) (uint64, func()) {
-		t.Helper()
-		cgroup := filepath.Join(mount, fmt.Sprintf("probelet-test-%d-%s", os.Getpid(), name))
-		if err := os.Mkdir(cgroup, 0o755); err != nil {
-			t.Fatal(err)
+	return s
+}
+
+// cgroup makes one, with those above it, and removes what it made.
+func (s *stage) cgroup(name string) string {
+	s.t.Helper()
+	dir := filepath.Join(s.mount, fmt.Sprintf("probelet-test-%d", os.Getpid()))
+	for part := range strings.SplitSeq("./"+name, "/") {
+		made := filepath.Join(dir, part)
+		dir = made
+		switch err := os.Mkdir(made, 0o755); {
+		case err == nil:
+			s.t.Cleanup(func() {
+				if err := os.Remove(made); err != nil {
+					s.t.Error(err)
+				}
+			})
+		case !os.IsExist(err):
+			s.t.Fatal(err)
 		}
-		dir, err := os.Open(cgroup)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer dir.Close() //nolint:errcheck // a test's
-		cmd := exec.Command(program, "300")
-		cmd.SysProcAttr = &syscall.SysProcAttr{
-			UseCgroupFD: true, CgroupFD: int(dir.Fd()), Cloneflags: namespaces, Pdeathsig: unix.SIGKILL,
-		}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		end := sync.OnceFunc(func() {
-			_ = cmd.Process.Kill()
-			_ = cmd.Wait()
-			if err := os.Remove(cgroup); err != nil {
-				t.Error(err)
+	}
+	return dir
+}
+
+// in has a command start in a cgroup.
+func (s *stage) in(cgroup string, cmd *exec.Cmd, namespaces uintptr) *exec.Cmd {
+	s.t.Helper()
+	dir, err := os.Open(cgroup)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { _ = dir.Close() })
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		UseCgroupFD: true, CgroupFD: int(dir.Fd()), Cloneflags: namespaces, Pdeathsig: unix.SIGKILL,
+	}
+	return cmd
+}
+
+// run runs a kubelet in a cgroup, and returns that one's id and what ends it.
+func (s *stage) run(cgroup string, namespaces uintptr) (id uint64, end func()) {
+	s.t.Helper()
+	cmd := s.in(cgroup, exec.Command(s.kubelet, "300"), namespaces)
+	if err := cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	end = sync.OnceFunc(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	s.t.Cleanup(end)
+	id, err := cgroupID(cgroup)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return id, end
+}
+
+// Where the kubelet's cgroup and a pod's part is not seen from the pod, which has a cgroup namespace of its own.
+func TestKubeletIsFoundFromAPod(t *testing.T) {
+	if os.Getenv("PROBELET_TEST_POD") != "" {
+		findFromPod(t)
+		return
+	}
+	s := newStage(t)
+	pod := s.cgroup("kubelet.slice/kubepods.slice/pod.slice/container.scope")
+	for name, cgroup := range map[string]string{
+		"kubeadm":            "system.slice/kubelet.service",
+		"kind":               "kubelet.slice/kubelet.service",
+		"beside the pod":     "kubelet.slice/kubepods.slice/kubelet.service",
+		"in the pod's slice": "kubelet.slice/kubepods.slice/pod.slice/kubelet.service",
+	} {
+		t.Run(name, func(t *testing.T) {
+			want, end := s.run(s.cgroup(cgroup), 0)
+			defer end()
+			cmd := s.in(pod, exec.Command(os.Args[0], "-test.run=^TestKubeletIsFoundFromAPod$", "-test.v"), 0)
+			cmd.Env = append(os.Environ(), "PROBELET_TEST_POD=1")
+			text, err := cmd.CombinedOutput()
+			if err != nil || !strings.Contains(string(text), fmt.Sprintf("cgroup %d\n", want)) {
+				t.Errorf("%v, want cgroup %d:\n%s", err, want, text)
 			}
 		})
-		t.Cleanup(end)
-		id, err := cgroupID(cgroup)
+	}
+}
+
+func findFromPod(t *testing.T) {
+	runtime.LockOSThread() // for good: its namespace is another one
+	if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
+		t.Fatal(err)
+	}
+	finder := Finder{Kubelet: true}
+	for range 2 {
+		who, err := finder.Find()
 		if err != nil {
 			t.Fatal(err)
 		}
-		return id, end
+		fmt.Printf("cgroup %d\n", who.CgroupIDs[0])
+	}
+}
+
+// A process named kubelet, as the daemon sees it: started, restarted in another cgroup, one of several, a pod's.
+func TestKubeletIsFoundByItsProcess(t *testing.T) {
+	s := newStage(t)
+	prober := Finder{Kubelet: true}
+	start := func(name string, namespaces uintptr) (uint64, func()) {
+		t.Helper()
+		return s.run(s.cgroup(name), namespaces)
 	}
 	expect := func(want uint64) {
 		t.Helper()
@@ -144,6 +227,7 @@ func TestKubeletIsFoundByItsProcess(t *testing.T) {
 	first, endFirst := start("first", 0)
 	expect(first)
 	second, _ := start("second", 0)
+	var err error
 	for range lookAround {
 		if _, err = prober.Find(); err != nil {
 			break

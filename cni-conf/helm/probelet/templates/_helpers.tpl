@@ -18,6 +18,9 @@ appArmorProfile:
   type: Unconfined
 seccompProfile:
   type: RuntimeDefault
+{{- with .Values.seLinuxOptions }}
+seLinuxOptions: {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end }}
 
 {{- define "probelet.image" -}}
