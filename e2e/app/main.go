@@ -1,5 +1,5 @@
 // Command app is what runs in the pods of the cluster's tests: HTTP servers whose health can be set and that tell who
-// asked them, and, as "app pause", the sandbox of a pod.
+// asked them, in an access log too; with -ask, a client; and, as "app pause", the sandbox of a pod.
 package main
 
 import (
@@ -26,9 +26,13 @@ func main() {
 	}
 	ports := flag.String("listen", "8080", "`PORTS` to listen on, with commas between")
 	startup := flag.Duration("startup", 0, "how `long` the first ports stay closed")
+	ask := flag.String("ask", "", "`ADDRESS` of a server to ask all the while")
 	flag.Parse()
 	time.Sleep(*startup)
 	a := &app{listeners: map[string]net.Listener{}}
+	if *ask != "" {
+		a.client = startClient(*ask)
+	}
 	a.status.Store(http.StatusOK)
 	for port := range strings.SplitSeq(*ports, ",") {
 		if err := a.listen(port); err != nil {
@@ -54,15 +58,17 @@ func pause() {
 	}
 }
 
-// Seen is what has reached the program, of the prober and of others. Connections are those without a request, too.
+// Seen is what has reached the program: requests of the prober and of others, and connections that ended without one.
 type Seen struct {
-	Connections, Probes, Others int64
+	Probes, Others, Empty int64
 }
 
 type app struct {
-	status                      atomic.Int64
-	hang                        atomic.Int64 // until then, in Unix nanoseconds
-	connections, probes, others atomic.Int64
+	status                atomic.Int64
+	hang                  atomic.Int64 // until then, in Unix nanoseconds
+	probes, others, empty atomic.Int64
+	silent                sync.Map // connections without a request so far
+	client                *client  // nil without -ask
 
 	mu        sync.Mutex
 	listeners map[string]net.Listener
@@ -76,18 +82,32 @@ func (a *app) listen(port string) error {
 	a.mu.Lock()
 	a.listeners[port] = listener
 	a.mu.Unlock()
-	server := &http.Server{Handler: a.handler(), ReadHeaderTimeout: time.Minute, ConnState: func(_ net.Conn, s http.ConnState) {
-		if s == http.StateNew {
-			a.connections.Add(1)
-		}
+	server := &http.Server{Handler: a.handler(port), ReadHeaderTimeout: time.Minute, ConnState: func(c net.Conn, s http.ConnState) {
+		a.watch(port, c, s)
 	}}
 	go func() { _ = server.Serve(listener) }()
 	return nil
 }
 
-func (a *app) handler() http.Handler {
+// watch counts, and logs, connections that end without a request.
+func (a *app) watch(port string, c net.Conn, s http.ConnState) {
+	switch s {
+	case http.StateNew:
+		a.silent.Store(c, true)
+	case http.StateActive:
+		a.silent.Delete(c)
+	case http.StateClosed:
+		if _, silent := a.silent.LoadAndDelete(c); silent {
+			a.empty.Add(1)
+			fmt.Println(port, "no request")
+		}
+	}
+}
+
+func (a *app) handler(port string) http.Handler {
 	mux := http.NewServeMux()
 	healthy := func(w http.ResponseWriter, r *http.Request) {
+		fmt.Println(port, r.Method, r.RequestURI, r.UserAgent())
 		if strings.HasPrefix(r.UserAgent(), "kube-probe/") {
 			a.probes.Add(1)
 		} else {
@@ -99,9 +119,12 @@ func (a *app) handler() http.Handler {
 	}
 	mux.HandleFunc("/", healthy)
 	mux.HandleFunc("/seen", func(w http.ResponseWriter, _ *http.Request) {
-		_ = json.NewEncoder(w).Encode(Seen{a.connections.Load(), a.probes.Load(), a.others.Load()})
+		_ = json.NewEncoder(w).Encode(Seen{a.probes.Load(), a.others.Load(), a.empty.Load()})
 	})
 	mux.HandleFunc("/set", a.set)
+	mux.HandleFunc("/asked", func(w http.ResponseWriter, _ *http.Request) {
+		_ = json.NewEncoder(w).Encode(a.client.end())
+	})
 	return mux
 }
 

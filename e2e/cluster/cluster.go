@@ -28,7 +28,6 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/probelet/probelet/e2e/image"
 	"github.com/probelet/probelet/e2e/node"
@@ -42,6 +41,7 @@ const (
 
 	ownNode    = "node1"
 	nodeIP     = "192.168.177.1"
+	nodeIPv6   = "fd00:177::1"
 	apiAddress = "https://" + nodeIP + ":6443"
 	adminToken = "admin"
 	nodeToken  = "node"
@@ -60,15 +60,20 @@ type Cluster struct {
 	// Kind: this is the node of a kind cluster, whose parts systemd and the kubelet run, and which has all controllers.
 	Kind bool
 
-	kubelet *rest.Config // its own server
-	tools   string       // directory of its binaries; empty with Kind: in the PATH
-	dir     string       // of its own files
-	running map[string]*exec.Cmd
+	kubelet  *rest.Config // its own server
+	kubelets int          // that were started
+	nodeIPs  string       // with a comma between
+	tools    string       // directory of its binaries; empty with Kind: in the PATH
+	dir      string       // of its own files
+	running  map[string]*exec.Cmd
 }
 
 // Start starts a cluster whose node is Ready, with pods on the network that networkConf configures.
 func Start(ctx context.Context, m *node.Machine, tools, networkConf string, say func(string)) (*Cluster, error) {
-	c := &Cluster{Machine: m, NodeName: ownNode, tools: tools, dir: filepath.Join(m.Dir, "cluster"), running: map[string]*exec.Cmd{}}
+	c := &Cluster{
+		Machine: m, NodeName: ownNode, nodeIPs: nodeIP, tools: tools,
+		dir: filepath.Join(m.Dir, "cluster"), running: map[string]*exec.Cmd{},
+	}
 	c.kubelet = &rest.Config{Host: "https://" + nodeIP + ":10250", BearerToken: adminToken, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}
 	for _, step := range []struct {
 		what string
@@ -82,52 +87,6 @@ func Start(ctx context.Context, m *node.Machine, tools, networkConf string, say 
 		{"containerd", c.startContainerd},
 		{"images", c.importImages},
 		{"kubelet", func() error { return c.StartKubelet() }},
-		{"node ready", func() error { return c.awaitNode(ctx) }},
-	} {
-		say(step.what)
-		if err := step.do(); err != nil {
-			return c, fmt.Errorf("%s: %w", step.what, err)
-		}
-	}
-	return c, nil
-}
-
-// adminConfig is where kubeadm puts the administrator's kubeconfig.
-const adminConfig = "/etc/kubernetes/admin.conf"
-
-// OnKind takes the node of a kind cluster that this process runs on. There is nothing to be torn down: that is the node's.
-func OnKind(ctx context.Context, bin string, say func(string)) (*Cluster, error) {
-	dir, err := os.MkdirTemp("", "probelet")
-	if err != nil {
-		return nil, err
-	}
-	c := &Cluster{Machine: &node.Machine{Dir: dir, Bin: bin}, Kind: true, dir: dir}
-	if c.NodeName, err = os.Hostname(); err != nil {
-		return c, err
-	}
-	if c.Config, err = clientcmd.BuildConfigFromFlags("", adminConfig); err != nil {
-		return c, err
-	}
-	if c.Client, err = kubernetes.NewForConfig(c.Config); err != nil {
-		return c, err
-	}
-	// The kubelet knows the cluster's authority, and its certificate is its own.
-	c.kubelet = rest.CopyConfig(c.Config)
-	c.kubelet.Host = "https://127.0.0.1:10250"
-	c.kubelet.Insecure, c.kubelet.CAData, c.kubelet.CAFile = true, nil, ""
-	for _, step := range []struct {
-		what string
-		do   func() error
-	}{
-		{"BPF file system", func() error {
-			var fs unix.Statfs_t
-			if err := unix.Statfs(BPFFS, &fs); err != nil || fs.Type == unix.BPF_FS_MAGIC {
-				return err
-			}
-			return c.MountBPFFS()
-		}},
-		{"plugins", c.installPlugins},
-		{"images", c.importImages},
 		{"node ready", func() error { return c.awaitNode(ctx) }},
 	} {
 		say(step.what)
@@ -189,7 +148,7 @@ func (c *Cluster) emptyRun() error {
 	return unix.Mount("tmpfs", "/run", "tmpfs", 0, "mode=755")
 }
 
-// prepareNetwork gives the node an address.
+// prepareNetwork gives the node an address of each family.
 func (c *Cluster) prepareNetwork() error {
 	err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "uplink"}, PeerName: "uplink-peer"})
 	if err != nil {
@@ -203,8 +162,11 @@ func (c *Cluster) prepareNetwork() error {
 		if err := netlink.LinkSetUp(device); err != nil {
 			return err
 		}
-		if name == "uplink" {
-			address, err := netlink.ParseAddr(nodeIP + "/24")
+		if name != "uplink" {
+			continue
+		}
+		for _, text := range []string{nodeIP + "/24", nodeIPv6 + "/64"} {
+			address, err := netlink.ParseAddr(text)
 			if err != nil {
 				return err
 			}
@@ -250,16 +212,13 @@ func (c *Cluster) startAPIServer(ctx context.Context) error {
 	}
 	ca := filepath.Join(c.dir, "apiserver", "apiserver.crt")
 	c.Config = &rest.Config{Host: apiAddress, BearerToken: adminToken, TLSClientConfig: rest.TLSClientConfig{CAFile: ca}, QPS: 1000, Burst: 1000}
-	err = until(ctx, time.Minute, func(ctx context.Context) error {
-		config := *c.Config
-		client, err := kubernetes.NewForConfig(&config)
-		if err != nil {
-			return err
-		}
-		c.Client = client
-		_, err = client.Discovery().RESTClient().Get().AbsPath("/readyz").DoRaw(ctx)
+	err = until(ctx, time.Minute, func(context.Context) (err error) {
+		c.Client, err = kubernetes.NewForConfig(c.Config) // as soon as the server has made its authority
 		return err
 	})
+	if err == nil {
+		err = c.AwaitAPIServer(ctx)
+	}
 	if err != nil {
 		return errors.Join(err, c.Log("kube-apiserver"))
 	}
@@ -303,7 +262,7 @@ func (c *Cluster) prepareAPI(ctx context.Context, ca string) error {
 // StartAPIServer starts the API server, for example after Stop.
 func (c *Cluster) StartAPIServer() error {
 	if c.Kind {
-		return os.Rename(parked, apiServerManifest)
+		return startAPIServerOnKind()
 	}
 	keyFile := filepath.Join(c.dir, "service-accounts.key")
 	return c.start("kube-apiserver", node.OtherCgroup, filepath.Join(c.tools, "kube-apiserver"),
@@ -449,6 +408,9 @@ func (c *Cluster) tool(name string) string {
 
 func (c *Cluster) kubeconfig() string { return filepath.Join(c.dir, "kubelet.kubeconfig") }
 
+// kubeletCgroup is that of the kubelet that was started last. Each start has a new one, as with systemd.
+func (c *Cluster) kubeletCgroup() string { return fmt.Sprintf("kubelet-%d", c.kubelets) }
+
 // StartKubelet starts the kubelet, for example after Stop.
 func (c *Cluster) StartKubelet() error {
 	if c.Kind {
@@ -480,9 +442,13 @@ volumePluginDir: %s
 	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
 		return err
 	}
-	return c.start("kubelet", node.ProberCgroup, filepath.Join(c.tools, "kubelet"),
+	c.kubelets++
+	if err := os.Mkdir(c.CgroupPath(c.kubeletCgroup()), 0o755); err != nil {
+		return err
+	}
+	return c.start("kubelet", c.kubeletCgroup(), filepath.Join(c.tools, "kubelet"),
 		"--config", file, "--kubeconfig", c.kubeconfig(),
-		"--hostname-override", c.NodeName, "--node-ip", nodeIP)
+		"--hostname-override", c.NodeName, "--node-ip", c.nodeIPs)
 }
 
 func (c *Cluster) awaitNode(ctx context.Context) error {
@@ -530,7 +496,7 @@ func (c *Cluster) start(name, cgroup, program string, args ...string) error {
 // Stop ends a part, in an orderly manner or not.
 func (c *Cluster) Stop(name string, signal os.Signal) error {
 	if c.Kind {
-		return stopOnKind(name, signal)
+		return c.stopOnKind(name, signal)
 	}
 	cmd := c.running[name]
 	if cmd == nil {
@@ -541,25 +507,10 @@ func (c *Cluster) Stop(name string, signal os.Signal) error {
 		return err
 	}
 	_ = cmd.Wait() // it was told to
+	if name == "kubelet" {
+		return os.Remove(c.CgroupPath(c.kubeletCgroup()))
+	}
 	return nil
-}
-
-// The API server of kind is a static pod: it is there as long as this file is.
-const (
-	apiServerManifest = "/etc/kubernetes/manifests/kube-apiserver.yaml"
-	parked            = "/etc/kubernetes/kube-apiserver.yaml.parked"
-)
-
-func stopOnKind(name string, signal os.Signal) error {
-	if name == "kube-apiserver" {
-		return os.Rename(apiServerManifest, parked)
-	}
-	if signal == syscall.SIGKILL {
-		if err := node.RunCommand(exec.Command("systemctl", "kill", "--signal=SIGKILL", name)); err != nil {
-			return err
-		}
-	}
-	return node.RunCommand(exec.Command("systemctl", "stop", name)) // which would start it again
 }
 
 func (c *Cluster) logFile(name string) string { return filepath.Join(c.dir, name+".log") }
@@ -575,6 +526,29 @@ func (c *Cluster) Log(name string) error {
 	}
 	lines := bytes.Split(bytes.TrimSpace(text), []byte("\n"))
 	return fmt.Errorf("the log of %s ends with\n%s", name, bytes.Join(lines[max(0, len(lines)-15):], []byte("\n")))
+}
+
+// KeepLogs copies what parts and pods have written into a directory, which it makes anew.
+func (c *Cluster) KeepLogs(dir string) error {
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	logs, err := filepath.Glob(filepath.Join(c.dir, "*.log"))
+	if err != nil {
+		return err
+	}
+	return node.RunCommand(exec.Command("cp", append(append([]string{"-r"}, logs...), "/var/log/pods", dir)...))
+}
+
+// AwaitAPIServer waits until the API server answers.
+func (c *Cluster) AwaitAPIServer(ctx context.Context) error {
+	return until(ctx, 2*time.Minute, func(ctx context.Context) error {
+		_, err := c.Client.Discovery().RESTClient().Get().AbsPath("/readyz").DoRaw(ctx)
+		return err
+	})
 }
 
 // Kubelet gets a path of the kubelet's own server.

@@ -2,7 +2,7 @@ package cluster
 
 import (
 	"context"
-	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -23,22 +23,19 @@ func say(format string, args ...any) {
 }
 
 func TestMain(m *testing.M) {
+	flag.Parse()
+	// Tests that run side by side wait, most of the time.
+	if err := flag.Set("test.parallel", "32"); err != nil {
+		panic(err)
+	}
 	if os.Getenv("PROBELET_KIND") != "" {
 		var err error
 		cluster, err = OnKind(context.Background(), os.Getenv("PROBELET_BIN"), func(what string) { say("preparing: %s", what) })
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		os.Exit(m.Run())
+		os.Exit(runAll(m, err))
 	}
 	tools := os.Getenv("PROBELET_CLUSTER")
 	if tools == "" {
 		fmt.Println("SKIPPED: tests on a cluster: make e2e builds and runs them")
-		return
-	}
-	if err := node.Suited(); errors.Is(err, node.ErrUnsuited) && os.Getenv("CI") == "" {
-		fmt.Println("SKIPPED: tests on a cluster:", err)
 		return
 	}
 	os.Exit(node.Run(func(inner *node.Machine) int {
@@ -46,10 +43,25 @@ func TestMain(m *testing.M) {
 		if err == nil {
 			cluster, err = Start(context.Background(), inner, tools, Network("ptp", IPv4, IPv6), func(what string) { say("starting: %s", what) })
 		}
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
+		code := runAll(m, err)
+		if code != 0 && cluster != nil {
+			dir := filepath.Join(cluster.Bin, "e2e-logs")
+			say("logs of the cluster's parts and pods are kept in %s (%v)", dir, cluster.KeepLogs(dir))
 		}
-		return m.Run()
+		return code
 	}))
+}
+
+// runAll runs the tests on the cluster, unless that is not there.
+func runAll(m *testing.M, err error) int {
+	if err == nil {
+		pristine, err = snapshot()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	code := m.Run()
+	say("all tests together")
+	return code
 }

@@ -1,8 +1,8 @@
 package cluster
 
 import (
+	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -11,10 +11,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cilium/ebpf/link"
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
+	"github.com/containernetworking/plugins/pkg/ns"
 	corev1 "k8s.io/api/core/v1"
 )
 
@@ -25,16 +23,54 @@ func setNetwork(t *testing.T, conf string) {
 	write := func(text string) {
 		must(t, os.WriteFile(file+".new", []byte(text), 0o644))
 		must(t, os.Rename(file+".new", file))
+		if deployed != nil {
+			eventually(t, "the plugin is in the chain", 20*time.Second, func() bool { return inChain(t) })
+		}
+		time.Sleep(read)
 	}
 	old, err := os.ReadFile(file)
 	must(t, err)
 	t.Cleanup(func() { write(string(old)) })
 	write(conf)
-	time.Sleep(settled)
 }
 
-// settled is when a change of the configuration has reached the daemon and the runtime.
-const settled = 2 * time.Second
+// read is after how long the runtime has read a change of its configuration: it does so at once, and tells nobody.
+const read = 500 * time.Millisecond
+
+// inChain is whether the plugin is in the chain of the network that the primary's file describes now, by one way only.
+func inChain(t *testing.T) bool {
+	t.Helper()
+	file, _ := cluster.Primary()
+	primary := readList(t, file)
+	byHand := strings.Contains(fmt.Sprint(primary.Plugins), "type:probelet")
+	copied := ""
+	if _, err := os.Stat(filepath.Join(NetDir, "00-probelet.conflist")); err == nil {
+		plugins := readList(t, filepath.Join(NetDir, "00-probelet.conflist")).Plugins
+		copied = fmt.Sprint(plugins[:len(plugins)-1])
+	}
+	dropIns, err := filepath.Glob(filepath.Join(NetDir, "*", "10-probelet.conf"))
+	must(t, err)
+	switch {
+	case byHand:
+		return copied == "" && len(dropIns) == 0
+	case copied != "":
+		return copied == fmt.Sprint(primary.Plugins) && len(dropIns) == 0
+	}
+	return len(dropIns) == 1 && filepath.Base(filepath.Dir(dropIns[0])) == primary.Name
+}
+
+type list struct {
+	Name    string
+	Plugins []map[string]any
+}
+
+func readList(t *testing.T, file string) (l list) {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	must(t, err)
+	must(t, json.Unmarshal(text, &l))
+	return l
+}
 
 // edit changes the primary's configuration.
 func edit(t *testing.T, change func(list map[string]any)) string {
@@ -50,66 +86,100 @@ func edit(t *testing.T, change func(list map[string]any)) string {
 	return string(text)
 }
 
-// The primary's owner does as he likes, others are in the chain too, and pods are answered all the same.
+// addPlugins appends to the primary's plugins.
+func addPlugins(list map[string]any, plugins ...any) {
+	list["plugins"] = append(list["plugins"].([]any), plugins...)
+}
+
+// ttl is what the plugin tuning is to set in pods.
+const ttl = "77"
+
+func tuning() map[string]any {
+	return map[string]any{"type": "tuning", "sysctl": map[string]string{"net.ipv4.ip_default_ttl": ttl}}
+}
+
+// mustBeTuned says whether the plugin tuning has been at work in a pod.
+func mustBeTuned(t *testing.T, pod *corev1.Pod) {
+	t.Helper()
+	must(t, ns.WithNetNSPath(fmt.Sprintf("/proc/%d/ns/net", process(t, pod)), func(ns.NetNS) error {
+		text, err := os.ReadFile("/proc/sys/net/ipv4/ip_default_ttl")
+		if err == nil && strings.TrimSpace(string(text)) != ttl {
+			err = fmt.Errorf("the other plugin did not run in %s: TTL %s", pod.Name, text)
+		}
+		return err
+	}))
+}
+
+// The primary's owner does as he likes, others are in the chain too, and pods are answered all the same. Nobody notices.
 func TestOthersInTheChain(t *testing.T) {
-	tuning := func(name string) map[string]any {
-		return map[string]any{"type": "tuning", "sysctl": map[string]string{"net.ipv4.conf.all." + name: "1"}}
-	}
 	for _, way := range []string{"copy", "dropin"} {
 		t.Run(way, func(t *testing.T) {
 			deploy(t, map[string]any{"cni": map[string]any{"chain": way}})
-			for name, conf := range map[string]string{
-				"another MTU, and another before us": edit(t, func(list map[string]any) {
+			old := run(t, web("old"))
+			watch := watchSteady(t, old)
+			churn := startChurn(t, "chain-"+way)
+			t.Run("another MTU, and another before us", func(t *testing.T) {
+				setNetwork(t, edit(t, func(list map[string]any) {
 					list["plugins"].([]any)[0].(map[string]any)["mtu"] = 1400
-					list["plugins"] = append(list["plugins"].([]any), tuning("log_martians"))
-				}),
-				"a bridge": Network("bridge", "10.90.0.0/16"),
-			} {
-				t.Run(name, func(t *testing.T) {
-					setNetwork(t, conf)
-					pod := run(t, web("in-"+way))
-					awaitHits(t, pod.Name, 3)
-					if name != "a bridge" {
-						for _, a := range ours(t, pod) {
-							device, err := netlinksafe.LinkByName(a)
-							must(t, err)
-							if device.Attrs().MTU != 1400 {
-								t.Errorf("%s has MTU %d", a, device.Attrs().MTU)
-							}
-						}
-					}
-				})
-			}
+					addPlugins(list, tuning())
+				}))
+				pod := run(t, web("in"))
+				awaitHits(t, pod.Name, 3)
+				mustBeTuned(t, pod)
+				device, err := netlinksafe.LinkByName(readStatus(t).of(pod.Name).HostIfName)
+				must(t, err)
+				if device.Attrs().MTU != 1400 {
+					t.Errorf("MTU %d", device.Attrs().MTU)
+				}
+			})
+			t.Run("a bridge", func(t *testing.T) {
+				setNetwork(t, Network("bridge", "10.90.0.0/16"))
+				pod := run(t, web("in"))
+				awaitHits(t, pod.Name, 3)
+				if !strings.HasPrefix(pod.Status.PodIP, "10.90.") {
+					t.Errorf("address %s", pod.Status.PodIP)
+				}
+			})
+			t.Run("by hand, and another behind us", func(t *testing.T) {
+				setNetwork(t, edit(t, func(list map[string]any) {
+					addPlugins(list, map[string]any{"type": "probelet"}, tuning())
+				}))
+				pod := run(t, web("in"))
+				awaitHits(t, pod.Name, 3)
+				mustBeTuned(t, pod)
+			})
 			if way == "dropin" {
-				t.Run("another behind us", func(t *testing.T) {
-					_, network := cluster.Primary()
-					file := filepath.Join(NetDir, network, "20-tuning.conf")
-					text, err := json.Marshal(tuning("log_martians"))
-					must(t, err)
-					must(t, os.WriteFile(file, text, 0o644))
-					t.Cleanup(func() { must(t, os.Remove(file)) })
-					setNetwork(t, edit(t, func(map[string]any) {})) // the runtime looks again
-					pod := run(t, web("before-tuning"))
-					awaitHits(t, pod.Name, 3)
-				})
+				t.Run("another's drop-in", func(t *testing.T) { testAnothersDropIn(t, churn) })
 			}
+			churn.end()
+			watch.end()
 		})
 	}
 }
 
-// ours are the host-side devices of a pod.
-func ours(t *testing.T, pod *corev1.Pod) []string {
-	t.Helper()
-	var names []string
-	for _, a := range readStatus(t).Attachments {
-		if a.Pod == Namespace+"/"+pod.Name {
-			names = append(names, a.HostIfName)
-		}
+// Another's drop-in comes after ours, and stays when ours goes.
+func testAnothersDropIn(t *testing.T, churn *churn) {
+	_, network := cluster.Primary()
+	file := filepath.Join(NetDir, network, "20-tuning.conf")
+	text, err := json.Marshal(tuning())
+	must(t, err)
+	must(t, os.WriteFile(file, text, 0o644))
+	t.Cleanup(func() {
+		must(t, os.Remove(file))
+		_ = os.Remove(filepath.Dir(file)) // unless ours is in there
+	})
+	setNetwork(t, edit(t, func(map[string]any) {})) // the runtime looks again
+	pod := run(t, web("in"))
+	awaitHits(t, pod.Name, 3)
+	mustBeTuned(t, pod)
+	churn.during("uninstall beside another's drop-in", func() { uninstall(t) })
+	if now, err := os.ReadFile(file); string(now) != string(text) {
+		t.Errorf("another's file is %q (%v)", now, err)
 	}
-	return names
+	mustBeTuned(t, run(t, web("after")))
 }
 
-// Both families, and IPv6 alone.
+// Both families, IPv6 first, and IPv6 alone: it is the first address that is probed.
 func TestFamilies(t *testing.T) {
 	deploy(t, nil)
 	dual := run(t, web("dual"))
@@ -117,127 +187,53 @@ func TestFamilies(t *testing.T) {
 		t.Errorf("addresses: %v", dual.Status.PodIPs)
 	}
 	awaitHits(t, dual.Name, 3)
-	setNetwork(t, Network("ptp", IPv6))
-	pod := run(t, web("six"))
-	if ip := pod.Status.PodIP; !strings.Contains(ip, ":") || len(pod.Status.PodIPs) != 1 {
+	t.Run("IPv6 alone", func(t *testing.T) {
+		setNetwork(t, Network("ptp", IPv6))
+		testIPv6(t, "six", 1)
+	})
+	t.Run("IPv6 first", func(t *testing.T) {
+		if cluster.Kind {
+			t.Skip("the kubelet of kind has the node's IPv4 address first, and so its pods")
+		}
+		restartKubelet(t, nodeIPv6+","+nodeIP)
+		t.Cleanup(func() { restartKubelet(t, nodeIP) })
+		// The daemon's pod is told the node's address when it is created.
+		deploy(t, map[string]any{"podAnnotations": map[string]any{"first": "IPv6"}})
+		testIPv6(t, "dual-six", 2)
+	})
+}
+
+func restartKubelet(t *testing.T, nodeIPs string) {
+	t.Helper()
+	must(t, cluster.Stop("kubelet", syscall.SIGTERM))
+	cluster.nodeIPs = nodeIPs
+	must(t, cluster.StartKubelet())
+	eventually(t, "the kubelet is there", time.Minute, func() bool {
+		_, err := cluster.Kubelet(context.Background(), "/healthz")
+		return err == nil
+	})
+}
+
+func testIPv6(t *testing.T, name string, addresses int) {
+	t.Helper()
+	f := failure{name: name}
+	pod := run(t, f.pod("answer"))
+	if ip := pod.Status.PodIP; !strings.Contains(ip, ":") || len(pod.Status.PodIPs) != addresses {
 		t.Errorf("addresses: %v", pod.Status.PodIPs)
 	}
+	watch := watchSteady(t, pod)
 	client := startClient(t, pod)
 	awaitHits(t, pod.Name, 5)
 	client.end()
-}
+	watch.end()
 
-// Everything that does not outlive a reboot is gone: processes, /run, BPF file systems, devices.
-func TestReboot(t *testing.T) {
-	if cluster.Kind {
-		t.Skip("what ends with the node of a kind cluster is this test, too")
-	}
-	deploy(t, nil)
-	pod := run(t, web("rebooted"))
+	stated, _ := bounds(t, pod, "readiness")
+	begin := time.Now()
+	set("status=500")(t, pod)
+	timesUntil(t, begin, []*corev1.Pod{pod}, stated+slack, "not ready", notReady)
+	mustBeFailed(t, pod)
+	set("status=200")(t, pod)
+	watch = watchSteady(t, awaitReady(t, pod))
 	awaitHits(t, pod.Name, 3)
-	for _, part := range []string{"kubelet", "containerd"} {
-		must(t, cluster.Stop(part, syscall.SIGKILL))
-	}
-	must(t, killAllContainers())
-	devices, err := netlinksafe.LinkList()
-	must(t, err)
-	for _, device := range devices {
-		if strings.HasPrefix(device.Attrs().Name, "veth") {
-			must(t, netlink.LinkDel(device))
-		}
-	}
-	must(t, cluster.emptyRun())
-	must(t, unix.Unmount(BPFFS, unix.MNT_DETACH))
-	must(t, cluster.MountBPFFS())
-
-	must(t, cluster.startContainerd())
-	must(t, cluster.StartKubelet())
-	pod, err = cluster.Await(t.Context(), pod, 2*time.Minute, "made anew", func(now *corev1.Pod) bool {
-		return Ready(now) && Restarts(now) == 1
-	})
-	if err != nil {
-		t.Fatalf("%v\n%v\n%v", err, events(t, nil), cluster.Log("kubelet"))
-	}
-	eventually(t, "the daemon runs", time.Minute, func() bool { return strings.Contains(ctl(t, "status"), "probeletd: running") })
-	awaitHits(t, pod.Name, 5)
-}
-
-// killAllContainers kills what the runtime has started.
-func killAllContainers() error {
-	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	if err != nil {
-		return err
-	}
-	for _, file := range files {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			continue
-		}
-		program, _, _ := strings.Cut(string(text), "\x00")
-		var pid int
-		switch filepath.Base(program) {
-		case "containerd-shim-runc-v2", "app", "probeletd":
-			if _, err := fmt.Sscanf(file, "/proc/%d/cmdline", &pid); err != nil {
-				return err
-			}
-			_ = syscall.Kill(pid, syscall.SIGKILL)
-		}
-	}
-	return nil
-}
-
-// What was lost by somebody's hand is put back.
-func TestRepair(t *testing.T) {
-	deploy(t, nil)
-	pod := run(t, web("repaired"))
-	awaitHits(t, pod.Name, 3)
-	watch := watchSteady(t, pod)
-	for name, lose := range map[string]func(){
-		"links": func() { detachLinks(t, attachmentOf(t, pod)) },
-		"pins":  func() { must(t, os.RemoveAll(filepath.Join(pinsDir, attachmentOf(t, pod)))) },
-		"bpffs": func() { must(t, unix.Unmount(BPFFS, unix.MNT_DETACH)); must(t, cluster.MountBPFFS()) },
-		"all":   func() { must(t, os.RemoveAll(BPFFS+"/probelet")) },
-	} {
-		t.Run(name, func(t *testing.T) {
-			lose()
-			hits := 0
-			eventually(t, "it is answered again", 2*time.Minute, func() bool {
-				was := hits
-				hits = readStatus(t).hits(pod.Name)
-				return hits > was && was > 0
-			})
-		})
-	}
-	watch.end(true)
-}
-
-// detachLinks takes the programs off a pod's device, as bpftool link detach does.
-func detachLinks(t *testing.T, attachment string) {
-	t.Helper()
-	pins, err := os.ReadDir(filepath.Join(pinsDir, attachment))
-	must(t, err)
-	detached := 0
-	for _, pin := range pins {
-		l, err := link.LoadPinnedLink(filepath.Join(pinsDir, attachment, pin.Name()), nil)
-		if err != nil {
-			continue // a map
-		}
-		must(t, errors.Join(l.Detach(), l.Close()))
-		detached++
-	}
-	if detached == 0 {
-		t.Fatalf("no links among %v", pins)
-	}
-}
-
-// attachmentOf is the name of an attachment's directory.
-func attachmentOf(t *testing.T, pod *corev1.Pod) string {
-	t.Helper()
-	for _, a := range readStatus(t).Attachments {
-		if a.Pod == Namespace+"/"+pod.Name {
-			return a.ContainerID + "@" + a.IfName
-		}
-	}
-	t.Fatalf("%s is not attached", pod.Name)
-	return ""
+	watch.end()
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -117,8 +118,15 @@ func (c *Cluster) Delete(ctx context.Context, pod *corev1.Pod) error {
 	})
 }
 
-// Seen is what has reached the test's program: cmd/app has the same.
-type Seen struct{ Connections, Probes, Others int64 }
+// Seen is what has reached the test's program: command app has the same.
+type Seen struct{ Probes, Others, Empty int64 }
+
+// Asked is what a client has sent: command app has the same.
+type Asked struct {
+	Requests, Connections int64
+	Failed, ByKernel      int64
+	Failure               string
+}
 
 // Ask sends a request to the program in a pod, as somebody on the node who is not the prober.
 func Ask(ctx context.Context, pod *corev1.Pod, port int, path string) ([]byte, error) {
@@ -154,16 +162,15 @@ func SeenBy(ctx context.Context, pod *corev1.Pod, port int) (seen Seen, err erro
 // ProbeCount is of the kubelet's probes of a container.
 type ProbeCount struct{ Successful, Failed int }
 
-// ProbeCounts are the kubelet's, by probe type, of a container (prober_probe_total of /metrics/probes).
-func (c *Cluster) ProbeCounts(ctx context.Context, pod, container string) (map[string]ProbeCount, error) {
+// ProbeCounts are the kubelet's, by container and type of the probe (prober_probe_total of /metrics/probes).
+func (c *Cluster) ProbeCounts(ctx context.Context, pod *corev1.Pod) (map[string]map[string]ProbeCount, error) {
 	text, err := c.Kubelet(ctx, "/metrics/probes")
 	if err != nil {
 		return nil, err
 	}
-	counts := map[string]ProbeCount{}
+	counts := map[string]map[string]ProbeCount{}
 	for line := range strings.Lines(string(text)) {
-		if !strings.HasPrefix(line, "prober_probe_total{") || !strings.Contains(line, fmt.Sprintf("pod=%q", pod)) ||
-			!strings.Contains(line, fmt.Sprintf("container=%q", container)) {
+		if !strings.HasPrefix(line, "prober_probe_total{") || !strings.Contains(line, fmt.Sprintf("pod_uid=%q", pod.UID)) {
 			continue
 		}
 		var value float64
@@ -171,18 +178,42 @@ func (c *Cluster) ProbeCounts(ctx context.Context, pod, container string) (map[s
 		if _, err := fmt.Sscan(fields[len(fields)-1], &value); err != nil {
 			return nil, fmt.Errorf("%s: %w", line, err)
 		}
-		for _, kind := range []string{"Readiness", "Liveness", "Startup"} {
-			if !strings.Contains(line, fmt.Sprintf("probe_type=%q", kind)) {
-				continue
-			}
-			count := counts[kind]
-			if strings.Contains(line, `result="successful"`) {
-				count.Successful += int(value)
-			} else {
-				count.Failed += int(value)
-			}
-			counts[kind] = count
+		container, kind := label(line, "container"), strings.ToLower(label(line, "probe_type"))
+		if counts[container] == nil {
+			counts[container] = map[string]ProbeCount{}
 		}
+		count := counts[container][kind]
+		if label(line, "result") == "successful" {
+			count.Successful += int(value)
+		} else {
+			count.Failed += int(value)
+		}
+		counts[container][kind] = count
 	}
 	return counts, nil
+}
+
+// label is the value of a label in a line of metrics.
+func label(line, name string) string {
+	_, rest, _ := strings.Cut(line, name+`="`)
+	value, _, _ := strings.Cut(rest, `"`)
+	return value
+}
+
+// AccessLog is what a container's program has written, from the files that the kubelet keeps of it. Instance 0 is the one
+// before any restart.
+func AccessLog(pod *corev1.Pod, container string, instance int) ([]string, error) {
+	file := fmt.Sprintf("/var/log/pods/%s_%s_%s/%s/%d.log", pod.Namespace, pod.Name, pod.UID, container, instance)
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	var lines []string
+	for line := range strings.Lines(string(text)) {
+		// The runtime puts the time, the stream and a mark before each line.
+		if parts := strings.SplitN(strings.TrimSpace(line), " ", 4); len(parts) == 4 {
+			lines = append(lines, parts[3])
+		}
+	}
+	return lines, nil
 }

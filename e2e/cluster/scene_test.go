@@ -4,15 +4,17 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
@@ -24,6 +26,9 @@ func must(t *testing.T, err error) {
 	}
 }
 
+// deployed are the values of the release that runs; nil: none.
+var deployed map[string]any
+
 // deploy has the chart's pod run with these values, besides that probes are answered.
 func deploy(t *testing.T, values map[string]any) {
 	t.Helper()
@@ -31,10 +36,49 @@ func deploy(t *testing.T, values map[string]any) {
 	for name, value := range values {
 		all[name] = value
 	}
+	if deployed != nil && reflect.DeepEqual(deployed, all) {
+		return
+	}
+	deployed = nil
 	_, err := cluster.Deploy(t.Context(), all)
 	if err != nil {
 		t.Fatalf("%v\n%s", err, daemonLog())
 	}
+	eventually(t, "the daemon is ready", time.Minute, daemonReady)
+	deployed = all
+}
+
+// daemonReady asks the daemon.
+func daemonReady() bool {
+	response, err := http.Get("http://127.0.0.1:9553/readyz")
+	if err != nil {
+		return false
+	}
+	_ = response.Body.Close()
+	return response.StatusCode == http.StatusOK
+}
+
+// undeploy ends the daemon, and leaves the node as it is.
+func undeploy(t *testing.T) {
+	t.Helper()
+	deployed = nil
+	must(t, cluster.Undeploy(t.Context()))
+}
+
+// uninstall does what the chart says.
+func uninstall(t *testing.T) {
+	t.Helper()
+	deployed = nil
+	if _, err := cluster.Deploy(t.Context(), map[string]any{"uninstall": true}); err != nil {
+		t.Fatalf("%v\n%s", err, daemonLog())
+	}
+	undeploy(t)
+}
+
+// installed is whether the plugin is on the node.
+func installed() bool {
+	_, err := os.Stat(filepath.Join(BinDir, "probelet"))
+	return err == nil
 }
 
 // daemonLog is what the daemon's pods have written.
@@ -51,8 +95,7 @@ func daemonLog() string {
 // run creates a pod that is deleted at the end of the test, and waits until it is Ready.
 func run(t *testing.T, pod *corev1.Pod) *corev1.Pod {
 	t.Helper()
-	pod = create(t, pod)
-	return awaitReady(t, pod)
+	return awaitReady(t, create(t, pod))
 }
 
 func create(t *testing.T, pod *corev1.Pod) *corev1.Pod {
@@ -60,7 +103,7 @@ func create(t *testing.T, pod *corev1.Pod) *corev1.Pod {
 	made, err := cluster.Create(t.Context(), pod)
 	must(t, err)
 	t.Cleanup(func() {
-		if err := cluster.Delete(context.Background(), made); err != nil {
+		if err := cluster.Delete(context.Background(), made); err != nil && !apierrors.IsNotFound(err) {
 			t.Error(err)
 		}
 	})
@@ -84,7 +127,7 @@ func web(name string) *corev1.Pod {
 	return Pod(name, c)
 }
 
-// events are those of pods, of warnings.
+// events are those of a pod, or all.
 func events(t *testing.T, of *corev1.Pod) string {
 	t.Helper()
 	list, err := cluster.Client.CoreV1().Events(metav1.NamespaceAll).List(context.Background(), metav1.ListOptions{})
@@ -100,25 +143,41 @@ func events(t *testing.T, of *corev1.Pod) string {
 
 // status is what the tests want of probeletctl status -o json.
 type status struct {
-	Attachments []struct {
-		Pod, ContainerID, IfName, HostIfName string
+	Prober      *struct{ CgroupIDs []uint64 }
+	Counters    map[string]int
+	Attachments []attachment
+}
 
-		Adopted   bool
-		Endpoints []struct {
-			State  string
-			Hits   int
-			Probes []struct{ Container, Type string }
-		}
+type attachment struct {
+	Pod, ContainerID, IfName, HostIfName string
+
+	Adopted   bool
+	Endpoints []endpoint
+}
+
+type endpoint struct {
+	Kind, Path, State string
+
+	Port, Hits int
+	Probes     []struct {
+		Container, Type                                   string
+		WorstDetectionSeconds, WorstDetectionPlainSeconds float64
 	}
 }
 
-func (s status) hits(pod string) (n int) {
+// of is the attachment of a pod, or an empty one.
+func (s status) of(pod string) attachment {
 	for _, a := range s.Attachments {
 		if a.Pod == Namespace+"/"+pod {
-			for _, e := range a.Endpoints {
-				n += e.Hits
-			}
+			return a
 		}
+	}
+	return attachment{}
+}
+
+func (s status) hits(pod string) (n int) {
+	for _, e := range s.of(pod).Endpoints {
+		n += e.Hits
 	}
 	return n
 }
@@ -149,129 +208,12 @@ func awaitHits(t *testing.T, pod string, n int) {
 
 func eventually(t *testing.T, what string, limit time.Duration, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
+	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(500 * time.Millisecond) {
 		if ok() {
 			return
 		}
 	}
 	t.Fatalf("not within %s: %s\n%s\n%s", limit, what, ctl(t, "status", "-o", "wide"), daemonLog())
-}
-
-// steady watches pods that are well: that they stay Ready, are not restarted, and that no probe of theirs fails.
-type steady struct {
-	t      *testing.T
-	pods   []*corev1.Pod
-	failed map[string]int // probes that had failed before
-	cancel context.CancelFunc
-	done   sync.WaitGroup
-	mu     sync.Mutex
-	wrong  []string
-}
-
-func watchSteady(t *testing.T, pods ...*corev1.Pod) *steady {
-	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
-	s := &steady{t: t, pods: pods, cancel: cancel, failed: map[string]int{}}
-	for _, pod := range pods {
-		s.failed[pod.Name] = failures(t, pod)
-	}
-	watch, err := cluster.Client.CoreV1().Pods(Namespace).Watch(ctx, metav1.ListOptions{})
-	must(t, err)
-	t.Cleanup(cancel)
-	s.done.Go(func() {
-		for e := range watch.ResultChan() {
-			if pod, ok := e.Object.(*corev1.Pod); ok {
-				s.look(pod)
-			}
-		}
-	})
-	return s
-}
-
-func (s *steady) look(pod *corev1.Pod) {
-	for _, p := range s.pods {
-		if p.Name == pod.Name && p.UID == pod.UID && (!Ready(pod) || Restarts(pod) > 0) {
-			s.mu.Lock()
-			s.wrong = append(s.wrong, fmt.Sprintf("%s: ready %v, restarts %d", pod.Name, Ready(pod), Restarts(pod)))
-			s.mu.Unlock()
-		}
-	}
-}
-
-// failures is how many probes of a pod have failed, to the kubelet's count.
-func failures(t *testing.T, pod *corev1.Pod) (failed int) {
-	t.Helper()
-	for _, c := range pod.Spec.Containers {
-		counts, err := cluster.ProbeCounts(context.Background(), pod.Name, c.Name)
-		must(t, err)
-		for _, count := range counts {
-			failed += count.Failed
-		}
-	}
-	return failed
-}
-
-// end says what went wrong. The kubelet's counts begin anew when it is restarted, and then mean nothing here.
-func (s *steady) end(countProbes bool) {
-	s.t.Helper()
-	for _, pod := range s.pods {
-		now, err := cluster.Get(context.Background(), pod)
-		must(s.t, err)
-		s.look(now)
-		if failed := failures(s.t, pod); countProbes && failed != s.failed[pod.Name] {
-			s.t.Errorf("%d probes of %s failed: %s", failed-s.failed[pod.Name], pod.Name, events(s.t, pod))
-		}
-	}
-	s.cancel()
-	s.done.Wait()
-	if len(s.wrong) > 0 {
-		s.t.Errorf("%s\n%s\n%s", strings.Join(s.wrong, "\n"), events(s.t, s.pods[0]), daemonLog())
-	}
-}
-
-// client asks a pod all the while, as a process of the host's network that is not the kubelet.
-type client struct {
-	t      *testing.T
-	pod    *corev1.Pod
-	before int64
-	sent   int64
-	stop   chan struct{}
-	done   sync.WaitGroup
-}
-
-func startClient(t *testing.T, pod *corev1.Pod) *client {
-	t.Helper()
-	seen, err := SeenBy(t.Context(), pod, 8080)
-	must(t, err)
-	c := &client{t: t, pod: pod, before: seen.Others, stop: make(chan struct{})}
-	c.done.Go(func() {
-		for {
-			select {
-			case <-c.stop:
-				return
-			case <-time.After(20 * time.Millisecond):
-			}
-			text, err := Ask(context.Background(), pod, 8080, "/healthz")
-			c.sent++
-			if err != nil || !strings.Contains(string(text), "says the program") {
-				t.Errorf("a request that is not a probe: %q, %v", text, err)
-				return
-			}
-		}
-	})
-	return c
-}
-
-// end says what did not reach the pod.
-func (c *client) end() {
-	c.t.Helper()
-	close(c.stop)
-	c.done.Wait()
-	seen, err := SeenBy(context.Background(), c.pod, 8080)
-	must(c.t, err)
-	if got := seen.Others - c.before; got != c.sent || c.sent < 10 {
-		c.t.Errorf("of %d requests that are no probes %d reached the pod", c.sent, got)
-	}
 }
 
 // process finds the process of a container, by the container's cgroup.

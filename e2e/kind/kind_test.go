@@ -7,6 +7,7 @@ import (
 	"slices"
 	"testing"
 
+	"k8s.io/kubelet/config/v1beta1"
 	"sigs.k8s.io/kind/pkg/apis/config/v1alpha4"
 	"sigs.k8s.io/yaml"
 )
@@ -23,6 +24,26 @@ func TestConfigIsKinds(t *testing.T) {
 	v1alpha4.SetDefaultsCluster(&config)
 	if config.Kind != "Cluster" || config.APIVersion != "kind.x-k8s.io/v1alpha4" || len(config.Nodes) != 1 || config.Networking.IPFamily != v1alpha4.DualStackFamily {
 		t.Errorf("%+v", config)
+	}
+}
+
+// What is handed on to kubeadm is the kubelet's, field by field.
+func TestPatchesAreTheKubelets(t *testing.T) {
+	text, err := os.ReadFile("kind.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var config v1alpha4.Cluster
+	if err := yaml.UnmarshalStrict(text, &config); err != nil {
+		t.Fatal(err)
+	}
+	for _, node := range config.Nodes {
+		for _, patch := range node.KubeadmConfigPatches {
+			var kubelet v1beta1.KubeletConfiguration
+			if err := yaml.UnmarshalStrict([]byte(patch), &kubelet); err != nil || kubelet.Kind != "KubeletConfiguration" {
+				t.Errorf("%v in\n%s", err, patch)
+			}
+		}
 	}
 }
 

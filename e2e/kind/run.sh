@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests on a cluster that kind makes, on its node, and removes the cluster. BIN is where everything is built.
+# Runs the tests on a cluster that kind makes, on its node, and removes the cluster. BIN is where everything is built; after a
+# failure the cluster's logs are there too.
 set -euo pipefail
 bin="$1"
 here="$(cd "$(dirname "$0")" && pwd)"
@@ -9,7 +10,28 @@ command -v docker >/dev/null || { echo "docker is missing"; exit 1; }
 work="$(mktemp -d)"
 # The user's kubeconfig stays as it is.
 kind() { (cd "$here" && KUBECONFIG="$work/kubeconfig" go run sigs.k8s.io/kind "$@"); }
-trap 'kind delete cluster --name "$name"; rm -rf "$work"' EXIT
+trap 'rm -rf "$work"' EXIT
+if kind get clusters | grep -qx "$name"; then
+	echo "there is a cluster named $name, which somebody may need: kind delete cluster --name $name"
+	exit 1
+fi
+
+end() {
+	local status=$?
+	if ((status)); then
+		rm -rf "$bin/kind-logs"
+		kind export logs --name "$name" "$bin/kind-logs" || true
+	fi
+	kind delete cluster --name "$name"
+	rm -rf "$work"
+}
+trap end EXIT
+
+# tests runs those that a pattern matches. The suite ends before the workflow's limit of an hour, and says then what hung.
+tests() {
+	docker exec --workdir /probelet/e2e/cluster -e PROBELET_KIND="$1" -e PROBELET_BIN=/probelet/bin "$node" \
+		./cluster.test -test.v -test.timeout 40m -test.run "$2"
+}
 
 (cd "$here/.." && CGO_ENABLED=0 go test -c -o "$work/cluster.test" ./cluster)
 kind create cluster --name "$name" --config "$here/kind.yaml" --wait 3m
@@ -17,5 +39,7 @@ docker exec "$node" mkdir -p /probelet/e2e/cluster
 docker cp "$bin" "$node:/probelet/bin"
 docker cp "$here/../../cni-conf" "$node:/probelet/cni-conf"
 docker cp "$work/cluster.test" "$node:/probelet/e2e/cluster/cluster.test"
-docker exec --workdir /probelet/e2e/cluster -e PROBELET_KIND=1 -e PROBELET_BIN=/probelet/bin "$node" \
-	./cluster.test -test.v -test.timeout 60m
+tests all .
+tests reboot TestReboot
+docker restart "$node"
+tests rebooted TestReboot

@@ -5,6 +5,7 @@ package node
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -105,7 +106,7 @@ func runOuter() (code int, err error) {
 		return 1, err
 	}
 	interrupted := make(chan os.Signal, 1)
-	signal.Notify(interrupted, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	signal.Notify(interrupted, unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT)
 
 	dir, err := os.MkdirTemp("", "probelet-")
 	if err != nil {
@@ -120,7 +121,13 @@ func runOuter() (code int, err error) {
 	if err := os.Mkdir(cgroup, 0o755); err != nil {
 		return 1, err
 	}
-	defer func() { err = errors.Join(err, removeCgroup(cgroup), removeCgroupsV1(filepath.Base(dir))) }()
+	others, err := runtimeCgroups()
+	if err != nil {
+		return 1, err
+	}
+	defer func() {
+		err = errors.Join(err, removeCgroup(cgroup), removeCgroupsV1(filepath.Base(dir)), removeRuntimeCgroups(others))
+	}()
 
 	cmd := innerCommand(dir, cgroup)
 	if err := cmd.Start(); err != nil {
@@ -294,7 +301,49 @@ func removeCgroupsV1(name string) error {
 	return errors.Join(errs...)
 }
 
-// removeCgroup removes a cgroup and those in it. Processes that have ended may count for a moment longer.
+// runtimeCgroup is where containerd puts containers that are told no cgroup of a parent, in all hierarchies.
+const runtimeCgroup = "k8s.io"
+
+// runtimeCgroups are those that there are, each after the one that it is in.
+func runtimeCgroups() ([]string, error) {
+	var all []string
+	for _, version := range []string{"cgroup", "cgroup2"} {
+		roots, err := mounts(version)
+		if err != nil {
+			return nil, err
+		}
+		for _, root := range roots {
+			err := filepath.WalkDir(filepath.Join(root, runtimeCgroup), func(path string, d fs.DirEntry, err error) error {
+				if err == nil && d.IsDir() {
+					all = append(all, path)
+				}
+				if errors.Is(err, fs.ErrNotExist) {
+					return nil
+				}
+				return err
+			})
+			if err != nil {
+				return nil, err
+			}
+		}
+	}
+	return all, nil
+}
+
+// removeRuntimeCgroups removes those that are new and empty: others may run containers, too.
+func removeRuntimeCgroups(old []string) error {
+	all, err := runtimeCgroups()
+	for _, dir := range slices.Backward(all) {
+		if !slices.Contains(old, dir) {
+			if e := removeEmptyCgroup(dir); !errors.Is(e, unix.EBUSY) && !errors.Is(e, fs.ErrNotExist) {
+				err = errors.Join(err, e)
+			}
+		}
+	}
+	return err
+}
+
+// removeCgroup removes a cgroup and those in it.
 func removeCgroup(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -307,6 +356,11 @@ func removeCgroup(dir string) error {
 			}
 		}
 	}
+	return removeEmptyCgroup(dir)
+}
+
+// removeEmptyCgroup removes a cgroup. Processes that have ended may count for a moment longer.
+func removeEmptyCgroup(dir string) error {
 	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		err := os.Remove(dir)
 		if !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {

@@ -1,0 +1,104 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// churn creates and deletes pods until it is told to stop.
+type churn struct {
+	t      *testing.T
+	prefix string // of the pods' names
+	stop   context.CancelFunc
+	done   sync.WaitGroup
+
+	mu     sync.Mutex
+	whole  []time.Time // when pods were created that have come and gone
+	broken error
+}
+
+// churners come and go at a time.
+const churners = 2
+
+func startChurn(t *testing.T, name string) *churn {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	c := &churn{t: t, prefix: "churn-" + name + "-", stop: cancel}
+	for i := range churners {
+		c.done.Go(func() {
+			for n := 0; ctx.Err() == nil; n++ {
+				c.one(fmt.Sprintf("%s%d-%d", c.prefix, i, n))
+			}
+		})
+	}
+	t.Cleanup(func() {
+		cancel()
+		c.done.Wait()
+	})
+	return c
+}
+
+// one is not interrupted: what it has created is to go.
+func (c *churn) one(name string) {
+	ctx, begin := context.Background(), time.Now()
+	pod, err := cluster.Create(ctx, web(name))
+	if err == nil {
+		_, err = cluster.Await(ctx, pod, time.Minute, "ready", Ready)
+		err = errors.Join(err, cluster.Delete(ctx, pod))
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err != nil {
+		c.broken = errors.Join(c.broken, fmt.Errorf("%s, that came and went: %w", name, err))
+		c.stop()
+		return
+	}
+	c.whole = append(c.whole, begin)
+}
+
+// during does something, in which time pods must have come and gone.
+func (c *churn) during(what string, do func()) {
+	c.t.Helper()
+	begin := time.Now()
+	do()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n := 0
+	for _, created := range c.whole {
+		if created.After(begin) {
+			n++
+		}
+	}
+	say("%s: %d pods came and went meanwhile", what, n)
+	if n == 0 {
+		c.t.Errorf("no pod came and went during: %s", what)
+	}
+}
+
+// end says what went wrong.
+func (c *churn) end() {
+	c.t.Helper()
+	c.stop()
+	c.done.Wait()
+	if c.broken != nil {
+		c.t.Error(c.broken)
+	}
+	list, err := cluster.Client.CoreV1().Events(Namespace).List(context.Background(), metav1.ListOptions{})
+	must(c.t, err)
+	for _, e := range list.Items {
+		if !strings.HasPrefix(e.InvolvedObject.Name, c.prefix) {
+			continue
+		}
+		switch e.Reason {
+		case "FailedCreatePodSandBox", "FailedKillPod", "NetworkNotReady", "SandboxChanged":
+			c.t.Errorf("%s: %s: %s", e.InvolvedObject.Name, e.Reason, e.Message)
+		}
+	}
+}

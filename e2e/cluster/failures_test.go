@@ -1,0 +1,197 @@
+package cluster
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"text/tabwriter"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+)
+
+// slack is what the kubelet needs to act, and to tell the API server, and a busy machine to come round to it.
+const slack = 5 * time.Second
+
+// act is something done to a pod.
+type act func(*testing.T, *corev1.Pod)
+
+// set has the program behave otherwise.
+func set(query string) act {
+	return func(t *testing.T, pod *corev1.Pod) {
+		t.Helper()
+		_, err := Ask(t.Context(), pod, 8081, "/set?"+query)
+		if err != nil && !strings.Contains(query, "exit") {
+			t.Fatal(err)
+		}
+	}
+}
+
+// signal is for the program's process.
+func signal(s syscall.Signal) act {
+	return func(t *testing.T, pod *corev1.Pod) {
+		t.Helper()
+		must(t, syscall.Kill(process(t, pod), s))
+	}
+}
+
+// failure is a way to fail, found out by readiness, or by liveness and then mended by the restart.
+type failure struct {
+	name          string
+	liveness, tcp bool
+	fail, mend    act
+}
+
+// failing is a pod with these probes on port 8080.
+func (f failure) pod(mode string) *corev1.Pod {
+	probe := HTTP("/healthz", intstr.FromInt32(8080))
+	if f.tcp {
+		probe = TCP(intstr.FromInt32(8080))
+	}
+	c := App("app", 8080, 8081)
+	c.ReadinessProbe = probe
+	if f.liveness {
+		c.LivenessProbe = probe
+	}
+	pod := Pod("fails-"+f.name+"-"+mode, c)
+	pod.Annotations = map[string]string{"probelet.dev/mode": mode}
+	return pod
+}
+
+func notReady(pod *corev1.Pod) bool { return !Ready(pod) }
+
+func restarted(pod *corev1.Pod) bool { return Restarts(pod) == 1 }
+
+// bounds are how long a failure of a pod's may go unnoticed, as probelet states it, and without probelet.
+func bounds(t *testing.T, pod *corev1.Pod, kind string) (stated, plain time.Duration) {
+	t.Helper()
+	for _, e := range readStatus(t).of(pod.Name).Endpoints {
+		for _, p := range e.Probes {
+			if p.Type == kind {
+				return seconds(p.WorstDetectionSeconds), seconds(p.WorstDetectionPlainSeconds)
+			}
+		}
+	}
+	t.Fatalf("%s has no %s probe\n%s", pod.Name, kind, ctl(t, "status", "-o", "wide"))
+	return 0, 0
+}
+
+func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
+
+// Whatever happens to the program, Kubernetes knows within the stated bound, and nothing is wrong afterwards. Each has a twin
+// without probelet.
+func TestFailuresAreDetected(t *testing.T) {
+	deploy(t, nil)
+	var mu sync.Mutex
+	table := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', 0)
+	_, _ = fmt.Fprintln(table, "FAILURE\tFOUND OUT AFTER\tBOUND\tWITHOUT PROBELET\tBOUND")
+	t.Run("all", func(t *testing.T) {
+		for _, f := range []failure{
+			{name: "status", fail: set("status=500"), mend: set("status=200")},
+			{name: "status-passes", fail: set("hang=10s"), mend: func(*testing.T, *corev1.Pod) {}},
+			{name: "hang", fail: signal(syscall.SIGSTOP), mend: signal(syscall.SIGCONT)},
+			{name: "port", fail: set("close=8080"), mend: set("open=8080")},
+			{name: "tcp-port", tcp: true, fail: set("close=8080"), mend: set("open=8080")},
+			{name: "crash", liveness: true, fail: set("exit=1")},
+			{name: "killed", liveness: true, fail: signal(syscall.SIGKILL)},
+			{name: "tcp-killed", liveness: true, tcp: true, fail: signal(syscall.SIGKILL)},
+			{name: "live-status", liveness: true, fail: set("status=500")},
+			{name: "live-hang", liveness: true, fail: signal(syscall.SIGSTOP)},
+			{name: "live-port", liveness: true, fail: set("close=8080")},
+			{name: "live-tcp-port", liveness: true, tcp: true, fail: set("close=8080")},
+		} {
+			t.Run(f.name, func(t *testing.T) {
+				t.Parallel()
+				line := f.test(t)
+				mu.Lock()
+				defer mu.Unlock()
+				_, _ = fmt.Fprintf(table, "%s\t%s\n", f.name, line)
+			})
+		}
+	})
+	must(t, table.Flush())
+}
+
+func (f failure) test(t *testing.T) (line string) {
+	pod, twin := create(t, f.pod("answer")), create(t, f.pod("off"))
+	pod, twin = awaitReady(t, pod), awaitReady(t, twin)
+	awaitHits(t, pod.Name, 3)
+	kind, wanted := "readiness", notReady
+	if f.liveness {
+		kind, wanted = "liveness", restarted
+	}
+	stated, plain := bounds(t, pod, kind)
+	both := []*corev1.Pod{pod, twin}
+	begin := time.Now()
+	for _, p := range both {
+		f.fail(t, p)
+	}
+	times := timesUntil(t, begin, both, stated+slack, kind+" found out", wanted)
+	if f.mend != nil {
+		mustBeFailed(t, pod)
+		for _, p := range both {
+			f.mend(t, p)
+		}
+	}
+	for i, p := range both {
+		both[i] = awaitReady(t, p)
+	}
+	if f.liveness {
+		mustHaveBeenAsked(t, pod)
+	}
+	watch := watchSteady(t, both...)
+	awaitHits(t, pod.Name, 3)
+	watch.end()
+	return fmt.Sprintf("%s\t%s\t%s\t%s", times[0], stated, times[1], plain)
+}
+
+// mustBeFailed compares what the kubelet and probelet think of a pod that is found not Ready.
+func mustBeFailed(t *testing.T, pod *corev1.Pod) {
+	t.Helper()
+	endpoints := readStatus(t).of(pod.Name).Endpoints
+	if len(endpoints) != 1 || endpoints[0].State == "fresh" {
+		t.Errorf("%s is not Ready, and its endpoints are %+v", pod.Name, endpoints)
+	}
+	if failed := failures(t, pod); failed == 0 {
+		t.Errorf("%s is not Ready, and no probe of it failed", pod.Name)
+	}
+	eventually(t, "the kubelet's event", slack, func() bool { return strings.Contains(events(t, pod), "Unhealthy") })
+}
+
+// mustHaveBeenAsked is about a program that was started anew and is Ready: not by what was known of the one before.
+func mustHaveBeenAsked(t *testing.T, pod *corev1.Pod) {
+	t.Helper()
+	lines, err := AccessLog(pod, "app", 1)
+	must(t, err)
+	if text := strings.Join(lines, "\n"); !strings.Contains(text, "kube-probe/") && !strings.Contains(text, "no request") {
+		t.Errorf("%s was started anew and is Ready, and nobody has asked it: %q", pod.Name, lines)
+	}
+}
+
+// A program that needs its time has it: Ready no sooner and no later than without probelet, and not restarted.
+func TestSlowStart(t *testing.T) {
+	deploy(t, nil)
+	const closed = 6 * time.Second
+	var pods []*corev1.Pod
+	begin := time.Now()
+	for _, mode := range []string{"answer", "off"} {
+		f := failure{name: "slow", liveness: true}
+		pod := f.pod(mode)
+		c := &pod.Spec.Containers[0]
+		c.Command = append(c.Command, "-startup", closed.String())
+		c.StartupProbe = HTTP("/healthz", intstr.FromInt32(8080))
+		c.StartupProbe.FailureThreshold = 30
+		pods = append(pods, create(t, pod))
+	}
+	times := timesUntil(t, begin, pods, time.Minute, "ready", Ready)
+	if times[0] < closed || times[0] > times[1]+2*time.Second {
+		t.Errorf("ready after %s, without probelet %s, of a program that is closed for %s", times[0], times[1], closed)
+	}
+	watch := watchSteady(t, pods...)
+	awaitHits(t, pods[0].Name, 3)
+	watch.end()
+}

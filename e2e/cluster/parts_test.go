@@ -1,0 +1,120 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// The parts of a node come and go, and no probe fails for it.
+func TestPartsComeAndGo(t *testing.T) {
+	deploy(t, nil)
+	pod := run(t, web("steady"))
+	awaitHits(t, pod.Name, 3)
+	client := startClient(t, pod)
+
+	t.Run("daemon rolled", func(t *testing.T) {
+		watch := watchSteady(t, pod)
+		deploy(t, map[string]any{"podAnnotations": map[string]any{"release": "2"}})
+		awaitHits(t, pod.Name, 3)
+		watch.end()
+	})
+	t.Run("daemon killed", func(t *testing.T) {
+		watch := watchSteady(t, pod)
+		must(t, killDaemon())
+		awaitHits(t, pod.Name, 10)
+		watch.end()
+	})
+	t.Run("daemon absent when a pod is created", func(t *testing.T) {
+		watch := watchSteady(t, pod)
+		undeploy(t)
+		later := run(t, web("later"))
+		deploy(t, nil)
+		awaitHits(t, later.Name, 3)
+		if readStatus(t).of("later").Adopted {
+			t.Error("it was not attached at ADD, but adopted")
+		}
+		watch.end()
+	})
+	for _, source := range []string{"apiserver", "kubelet"} {
+		t.Run("API server down, probes from the "+source, func(t *testing.T) {
+			deploy(t, map[string]any{"source": source})
+			awaitHits(t, pod.Name, 3)
+			watch := watchSteady(t, pod)
+			start := stopAPIServer(t)
+			down := time.Now()
+			awaitHits(t, pod.Name, 5)
+			must(t, killDaemon())
+			if source == "kubelet" {
+				awaitHits(t, pod.Name, 5)
+			}
+			time.Sleep(time.Until(down.Add(15 * time.Second)))
+			start()
+			awaitHits(t, pod.Name, 3)
+			watch.end()
+		})
+	}
+	t.Run("kubelet restarted", func(t *testing.T) {
+		watch := watchSteady(t, pod)
+		for _, signal := range []os.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+			old := readStatus(t).Prober.CgroupIDs
+			watch.kubeletEnds()
+			must(t, cluster.Stop("kubelet", signal))
+			must(t, cluster.StartKubelet())
+			eventually(t, "the new kubelet's cgroup is the prober's", time.Minute, func() bool {
+				now := readStatus(t).Prober.CgroupIDs
+				return len(now) == 1 && !slices.Equal(now, old)
+			})
+			eventually(t, "the kubelet probes", time.Minute, func() bool {
+				counts, err := cluster.ProbeCounts(t.Context(), pod)
+				return err == nil && counts["app"]["liveness"].Successful > 3
+			})
+			awaitHits(t, pod.Name, 3)
+			watch.end()
+		}
+	})
+	client.end()
+}
+
+// stopAPIServer kills the API server. It is there again after start, and at the end of the test.
+func stopAPIServer(t *testing.T) (start func()) {
+	t.Helper()
+	must(t, cluster.Stop("kube-apiserver", syscall.SIGKILL))
+	start = sync.OnceFunc(func() {
+		must(t, cluster.StartAPIServer())
+		must(t, cluster.AwaitAPIServer(context.Background()))
+	})
+	t.Cleanup(start)
+	return start
+}
+
+// killDaemon kills the daemon's process, in its pod.
+func killDaemon() error {
+	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		return err
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			continue
+		}
+		line := strings.ReplaceAll(string(text), "\x00", " ")
+		if strings.HasPrefix(line, "/usr/local/bin/probeletd run") {
+			var pid int
+			if _, err := fmt.Sscanf(file, "/proc/%d/cmdline", &pid); err != nil {
+				return err
+			}
+			return syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
+	return errors.New("no process of the daemon")
+}

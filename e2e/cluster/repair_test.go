@@ -1,0 +1,157 @@
+package cluster
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf/link"
+	"github.com/containernetworking/plugins/pkg/netlinksafe"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+	corev1 "k8s.io/api/core/v1"
+)
+
+// Everything that does not outlive a reboot is gone: processes, /run, BPF file systems, devices.
+func TestReboot(t *testing.T) {
+	if cluster.Kind {
+		testRebootOnKind(t)
+		return
+	}
+	deploy(t, nil)
+	pod := run(t, web("rebooted"))
+	awaitHits(t, pod.Name, 3)
+	for _, part := range []string{"kubelet", "containerd"} {
+		must(t, cluster.Stop(part, syscall.SIGKILL))
+	}
+	must(t, killAllContainers())
+	devices, err := netlinksafe.LinkList()
+	must(t, err)
+	for _, device := range devices {
+		if strings.HasPrefix(device.Attrs().Name, "veth") {
+			must(t, netlink.LinkDel(device))
+		}
+	}
+	must(t, cluster.emptyRun())
+	must(t, unix.Unmount(BPFFS, unix.MNT_DETACH))
+	must(t, cluster.MountBPFFS())
+
+	must(t, cluster.startContainerd())
+	must(t, cluster.StartKubelet())
+	pod, err = cluster.Await(t.Context(), pod, 2*time.Minute, "made anew", func(now *corev1.Pod) bool {
+		return Ready(now) && Restarts(now) == 1
+	})
+	if err != nil {
+		t.Fatalf("%v\n%v\n%v", err, events(t, nil), cluster.Log("kubelet"))
+	}
+	eventually(t, "the daemon runs", time.Minute, func() bool { return strings.Contains(ctl(t, "status"), "probeletd: running") })
+	awaitHits(t, pod.Name, 5)
+}
+
+// testRebootOnKind is run before the node is restarted, and after that: kind/run.sh does so.
+func testRebootOnKind(t *testing.T) {
+	pod := web("rebooted")
+	switch os.Getenv("PROBELET_KIND") {
+	case "reboot":
+		deploy(t, nil)
+		made, err := cluster.Create(t.Context(), pod)
+		must(t, err)
+		awaitReady(t, made)
+		awaitHits(t, pod.Name, 3)
+	case "rebooted":
+		now, err := cluster.Await(t.Context(), pod, 5*time.Minute, "made anew", func(now *corev1.Pod) bool {
+			return Ready(now) && Restarts(now) > 0
+		})
+		must(t, err)
+		awaitHits(t, pod.Name, 5)
+		must(t, cluster.Delete(t.Context(), now))
+	default:
+		t.Skip("the node is restarted by kind/run.sh, later")
+	}
+}
+
+// killAllContainers kills what the runtime has started.
+func killAllContainers() error {
+	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		return err
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			continue
+		}
+		program, _, _ := strings.Cut(string(text), "\x00")
+		var pid int
+		switch filepath.Base(program) {
+		case "containerd-shim-runc-v2", "app", "probeletd":
+			if _, err := fmt.Sscanf(file, "/proc/%d/cmdline", &pid); err != nil {
+				return err
+			}
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
+	return nil
+}
+
+// What was lost by somebody's hand is put back.
+func TestRepair(t *testing.T) {
+	deploy(t, nil)
+	pod := run(t, web("repaired"))
+	awaitHits(t, pod.Name, 3)
+	watch := watchSteady(t, pod)
+	for _, lost := range []struct {
+		name string
+		lose func()
+	}{
+		{"links", func() { detachLinks(t, attachmentOf(t, pod)) }},
+		{"pins", func() { must(t, os.RemoveAll(filepath.Join(pinsDir, attachmentOf(t, pod)))) }},
+		{"bpffs", func() { must(t, unix.Unmount(BPFFS, unix.MNT_DETACH)); must(t, cluster.MountBPFFS()) }},
+		{"all", func() { must(t, os.RemoveAll(BPFFS+"/probelet")) }},
+	} {
+		t.Run(lost.name, func(t *testing.T) {
+			lost.lose()
+			hits := 0
+			eventually(t, "it is answered again", 2*time.Minute, func() bool {
+				was := hits
+				hits = readStatus(t).hits(pod.Name)
+				return hits > was && was > 0
+			})
+		})
+	}
+	watch.end()
+}
+
+// detachLinks takes the programs off a pod's device, as bpftool link detach does.
+func detachLinks(t *testing.T, attachment string) {
+	t.Helper()
+	pins, err := os.ReadDir(filepath.Join(pinsDir, attachment))
+	must(t, err)
+	detached := 0
+	for _, pin := range pins {
+		l, err := link.LoadPinnedLink(filepath.Join(pinsDir, attachment, pin.Name()), nil)
+		if err != nil {
+			continue // a map
+		}
+		must(t, errors.Join(l.Detach(), l.Close()))
+		detached++
+	}
+	if detached == 0 {
+		t.Fatalf("no links among %v", pins)
+	}
+}
+
+// attachmentOf is the name of an attachment's directory.
+func attachmentOf(t *testing.T, pod *corev1.Pod) string {
+	t.Helper()
+	a := readStatus(t).of(pod.Name)
+	if a.ContainerID == "" {
+		t.Fatalf("%s is not attached", pod.Name)
+	}
+	return a.ContainerID + "@" + a.IfName
+}
