@@ -119,7 +119,7 @@ func testComingAndGoing(t *testing.T, way string) {
 
 // Where an attachment leaves something.
 const (
-	pinsDir    = BPFFS + "/probelet/v2/attachments"
+	pinsDir    = BPFFS + "/probelet/v3/attachments"
 	recordsDir = stateDir + "/attachments"
 )
 

@@ -42,7 +42,9 @@ const (
 	ownNode    = "node1"
 	nodeIP     = "192.168.177.1"
 	nodeIPv6   = "fd00:177::1"
-	apiAddress = "https://" + nodeIP + ":6443"
+	apiAddress = "https://" + nodeIP
+	// serviceIP is the API server's own in its service network. There is no kube-proxy: the node has it as an address.
+	serviceIP  = "10.96.0.1"
 	adminToken = "admin"
 	nodeToken  = "node"
 )
@@ -165,7 +167,7 @@ func (c *Cluster) prepareNetwork() error {
 		if name != "uplink" {
 			continue
 		}
-		for _, text := range []string{nodeIP + "/24", nodeIPv6 + "/64"} {
+		for _, text := range []string{nodeIP + "/24", nodeIPv6 + "/64", serviceIP + "/32"} {
 			address, err := netlink.ParseAddr(text)
 			if err != nil {
 				return err
@@ -267,7 +269,7 @@ func (c *Cluster) StartAPIServer() error {
 	keyFile := filepath.Join(c.dir, "service-accounts.key")
 	return c.start("kube-apiserver", node.OtherCgroup, filepath.Join(c.tools, "kube-apiserver"),
 		"--etcd-servers=http://127.0.0.1:2379",
-		"--advertise-address="+nodeIP, "--external-hostname="+nodeIP,
+		"--secure-port=443", "--advertise-address="+nodeIP, "--external-hostname="+nodeIP,
 		"--cert-dir="+filepath.Join(c.dir, "apiserver"),
 		"--service-cluster-ip-range=10.96.0.0/16",
 		"--service-account-issuer="+apiAddress,
