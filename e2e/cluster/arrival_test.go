@@ -150,7 +150,7 @@ func TestDoctor(t *testing.T) {
 	pod := run(t, web("well"))
 	awaitHits(t, pod.Name, 3)
 	text := ctl(t, "doctor")
-	if !strings.Contains(text, "the kubelet, cgroup") || !strings.Contains(text, "containerd, process") {
+	if !strings.Contains(text, "the kubelet, cgroup") || !strings.Contains(text, "containerd v") {
 		t.Error(text)
 	}
 	daemons, err := cluster.daemonPods(t.Context())

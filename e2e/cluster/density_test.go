@@ -125,7 +125,7 @@ func measure(t *testing.T) (l load) {
 	}
 	_, pods, err := net.ParseCIDR(IPv4)
 	must(t, err)
-	entries, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+	entries, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET) //nolint:forbidigo // netlinksafe has none
 	must(t, err)
 	for _, entry := range entries {
 		if pods.Contains(entry.Forward.DstIP) {

@@ -24,10 +24,6 @@ const stateDir = "/run/probelet"
 // pristine is the node before probelet was ever on it, without pods.
 var pristine map[string]string
 
-// left is what remains of probelet after uninstall: the kubelet makes this directory to mount it into the daemon's pod, and
-// nobody in there can remove it. It is empty.
-var left = map[string]string{stateDir: "drwxr-xr-x 0:0 "}
-
 // snapshot is what can be seen of probelet on a node: files and directories with mode, owner and contents, devices with what
 // is attached to them, and rules for packets.
 func snapshot() (map[string]string, error) {
@@ -142,11 +138,10 @@ func takeSnapshot(t *testing.T) map[string]string {
 	return all
 }
 
-// mustBeAs compares the node with what it was, but for what is left.
+// mustBeAs compares the node with what it was.
 func mustBeAs(t *testing.T, before map[string]string) {
 	t.Helper()
 	want := maps.Clone(before)
-	maps.Copy(want, left)
 	var now map[string]string
 	// Sandboxes of pods that have ended are removed later.
 	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(500 * time.Millisecond) {
