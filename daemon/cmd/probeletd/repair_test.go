@@ -48,7 +48,7 @@ func newKept(t *testing.T) *kept {
 	refresher := refresh.New(nil, datapath.Now, 1)
 	t.Cleanup(refresher.Close)
 	k.daemon = newDaemon(slog.New(slog.NewTextHandler(k.log, nil)), nil, c, statedir.Endpoints{}, refresher)
-	k.daemon.podsKnown = true
+	k.podsKnown = true
 	k.keeper = makeKeeper(adopt.Node{Root: "/", CacheDir: k.cacheDir})
 	k.load()
 	return k
