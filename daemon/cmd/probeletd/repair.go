@@ -140,7 +140,7 @@ func (k *keeper) look(ctx context.Context, d *daemon) (changed bool, err error) 
 	defer cancel()
 	suspects := map[attach.ID]bool{}
 	for _, r := range d.records {
-		problem, gone := wrong(k.checker, r, devices)
+		gone, problem := wrong(k.checker, r, devices)
 		switch {
 		case problem == nil:
 			d.found(r.ID())
@@ -175,31 +175,29 @@ func (k *keeper) isDue(ctx context.Context, id attach.ID) bool {
 	return ctx.Err() == nil
 }
 
-// wrong says what is wrong with an attachment that is on record, and whether that is because its device is gone.
-func wrong(checker *attach.Checker, r attach.Record, devices map[int]string) (problem error, gone bool) {
+// wrong says what is wrong with an attachment that is on record, and whether its device is gone.
+func wrong(checker *attach.Checker, r attach.Record, devices map[int]string) (gone bool, problem error) {
 	if r.IfIndex == 0 {
-		return nil, false // never attached; the record says why
+		return false, nil // never attached; the record says why
 	}
 	name, present := devices[r.IfIndex]
 	// A state directory that outlives the machine's run has records whose devices are now other pods'.
-	gone = !present || name != r.HostIfName
-	if gone {
-		problem = fmt.Errorf("device %d, %s, is gone", r.IfIndex, r.HostIfName)
+	if !present || name != r.HostIfName {
+		gone, problem = true, fmt.Errorf("device %d, %s, is gone", r.IfIndex, r.HostIfName)
 	}
-	if r.Error != "" {
-		if gone || r.Passing || r.Adopted {
-			return cmp.Or(problem, errors.New("it was not attached")), gone
-		}
-		return nil, false
-	}
-	if !present {
-		return problem, true
+	switch {
+	case !present, gone && r.Error != "":
+		return gone, problem
+	case r.Passing, r.Error != "" && r.Adopted:
+		return false, errors.New("it was not attached")
+	case r.Error != "":
+		return false, nil // the record says why, or an ADD is under way
 	}
 	err := checker.Check(r.ID(), r.IfIndex)
 	if errors.Is(err, attach.ErrIncomplete) || errors.Is(err, attach.ErrNotAttached) {
-		return cmp.Or(problem, err), gone
+		return gone, cmp.Or(problem, err)
 	}
-	return nil, false // as far as can be seen
+	return false, nil // as far as can be seen
 }
 
 // lock keeps a DEL out, or returns false if there is one.

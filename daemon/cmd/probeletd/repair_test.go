@@ -23,6 +23,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/adopt"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/refresh"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
@@ -48,7 +49,7 @@ func newKept(t *testing.T) *kept {
 	refresher := refresh.New(nil, datapath.Now, 1)
 	t.Cleanup(refresher.Close)
 	k.daemon = newDaemon(slog.New(slog.NewTextHandler(k.log, nil)), nil, c, statedir.Endpoints{}, refresher)
-	k.daemon.podsKnown = true
+	k.podsKnown = true
 	k.keeper = makeKeeper(adopt.Node{Root: "/", CacheDir: k.cacheDir})
 	k.load()
 	return k
@@ -616,4 +617,79 @@ func TestMapsMadeAnewKnowNothing(t *testing.T) {
 	n.status.Store(200)
 	n.want("/healthz", 200, false)
 	n.eventually("fresh again", n.open(8080))
+}
+
+// startKept runs the daemon as start does, on the pod's node, whose attachments it looks after.
+func (n *node) startKept() {
+	n.t.Helper()
+	specs, err := openSource(n.config, n.logger())
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	finder, err := prober.Parse(n.config.prober)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	who, err := finder.Find()
+	if err := errors.Join(err, n.d.SetProber(who)); err != nil {
+		n.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	in, err := watch(ctx, n.config.stateDir, n.d, specs, n.logger())
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	refresher := refresh.New(asOwn(n.d, n.config.dial), datapath.Now, refreshesAtATime)
+	l := &loop{
+		daemon: newDaemon(n.logger(), n.d, n.config, statedir.Endpoints{}, refresher), log: n.logger(), calls: make(chan func()),
+		prober: finder, who: who, set: n.d.SetProber, refresh: specs.Refresh, failing: specs.Failing,
+		keeper: makeKeeper(adopt.Node{Root: "/", CacheDir: n.t.TempDir()}),
+	}
+	done := make(chan error, 1)
+	go func() { done <- n.pod.Node.NS.Do(func(ns.NetNS) error { return l.run(ctx, in) }) }()
+	n.t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			n.t.Errorf("daemon: %v", err)
+		}
+		in.all.Wait()
+		refresher.Close()
+	})
+}
+
+// Of the two programs respond alone is detached by hand: within two seconds everything is as it was.
+func TestADaemonRepairs(t *testing.T) {
+	n := newNode(t)
+	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
+	n.attach()
+	n.startKept()
+	healthz := datapath.HTTPKey(8080, "/healthz")
+	n.eventually("the probe's endpoint is known", n.has(healthz))
+	n.want("/healthz", 200, false)
+	n.eventually("fresh", n.open(8080))
+	id := n.idOf(n.pod)
+	l, err := link.LoadPinnedLink(filepath.Join(datapath.AttachmentsDir(n.config.bpfDir), id.ContainerID+"@eth0", "respond"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(l.Detach(), l.Close()); err != nil {
+		t.Fatal(err)
+	}
+	lost := time.Now()
+	n.eventually("nothing is answered", not(n.open(8080)))
+	n.want("/healthz", 200, false) // at once
+	n.eventually("attached again", func() (whole bool) {
+		bpftest.Do(t, n.pod.Node.NS, func() error {
+			whole = attach.Check(n.d, n.config.bpfDir, id, n.pod.IfIndex) == nil
+			return nil
+		})
+		return whole
+	})
+	if took := time.Since(lost); took > 3*time.Second { // on a slow machine
+		t.Errorf("took %v", took)
+	}
+	n.eventually("the probe's endpoint is known again", n.has(healthz))
+	n.want("/healthz", 200, false)
+	n.eventually("fresh again", n.open(8080))
+	n.want("/healthz", 200, true)
 }
