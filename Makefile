@@ -46,8 +46,8 @@ e2e-kind: build ## The same tests on a cluster of kind's (docker)
 	e2e/kind/run.sh $(BIN)
 
 .PHONY: image
-image: build ## Write the container image into bin/probelet-image.tar, without Docker
-	cd e2e && go run ./image/write -o $(BIN)/probelet-image.tar -bin $(BIN)
+image: build ## Write the container image into bin/probelet-image.tar, without Docker (IMAGE=NAME:TAG)
+	cd e2e && go run ./image/write -o $(BIN)/probelet-image.tar -bin $(BIN) $(if $(IMAGE),-t $(IMAGE))
 
 .PHONY: simulate
 simulate: ## Hold the freshness policy against plain Kubernetes, over simulated days; writes docs/simulation.*

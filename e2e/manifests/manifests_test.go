@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -383,6 +384,37 @@ func build(t *testing.T, dir string) []runtime.Object {
 		t.Fatal(err)
 	}
 	return objects
+}
+
+// What people will paste is of the image that the chart expects, and off the nodes goes by the same commands wherever they are.
+func TestCommands(t *testing.T) {
+	_, tag, _ := strings.Cut(image.Reference, ":")
+	files := map[string]string{}
+	for _, name := range []string{"../../README.md", "../../cni-conf/README.md", chart + "/values.yaml", chart + "/templates/NOTES.txt"} {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files[name] = string(text)
+		for _, built := range regexp.MustCompile(`YOUR_REGISTRY/probelet:([\w.]+)`).FindAllStringSubmatch(string(text), -1) {
+			if built[1] != tag {
+				t.Errorf("%s: %s, and the chart's tag is %s", name, built[0], tag)
+			}
+		}
+		for _, path := range regexp.MustCompile(`cni-conf/(?:helm|kustomize)/[\w./]*\w`).FindAllString(string(text), -1) {
+			if _, err := os.Stat(filepath.Join("../..", path)); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		for _, wanted := range []string{"--reuse-values --set uninstall=true\n", "rollout status daemonset/"} {
+			if name != "../../README.md" && !strings.Contains(string(text), wanted) {
+				t.Errorf("%s does not say %q", name, wanted)
+			}
+		}
+	}
+	if build := "docker build -t YOUR_REGISTRY/probelet:" + tag; !strings.Contains(files["../../README.md"], build) {
+		t.Errorf("README.md does not say %q", build)
+	}
 }
 
 // One's own image is named in one place.

@@ -181,7 +181,11 @@ func (d *doctor) capabilities() {
 	}
 	var missing []string
 	for _, c := range needed {
-		if has&(1<<c.bit) == 0 && !(c.implied && has&(1<<unix.CAP_SYS_ADMIN) != 0) {
+		enough := uint64(1) << c.bit
+		if c.implied {
+			enough |= 1 << unix.CAP_SYS_ADMIN
+		}
+		if has&enough == 0 {
 			missing = append(missing, "CAP_"+c.name)
 		}
 	}

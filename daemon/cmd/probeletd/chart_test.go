@@ -65,6 +65,14 @@ func TestChartKnowsTheFlags(t *testing.T) {
 	}
 }
 
+// A ConfigMap that was written by hand may have anything.
+func TestMisspeltVariables(t *testing.T) {
+	environ := []string{"PATH=/bin", "PROBELET_MODE=answer", "PROBELET_STALENES=2", "PROBELET_CNI_BIN_DIR=/x", "PROBELETS=1"}
+	if got := misspelt(runCommand(io.Discard).Flags(), environ); !slices.Equal(got, []string{"PROBELET_STALENES"}) {
+		t.Errorf("%q", got)
+	}
+}
+
 // What the Dockerfile copies and builds is there, is not kept from it, and is what the manifests run.
 func TestDockerfile(t *testing.T) {
 	text := strings.ReplaceAll(read(t, repository+"/Dockerfile"), "\\\n", "")

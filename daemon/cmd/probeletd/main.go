@@ -158,11 +158,31 @@ func waitCommand() *cobra.Command {
 	}
 }
 
-// fromEnvironment sets the flags that were not given from variables such as PROBELET_LOG_LEVEL.
+const variablePrefix = "PROBELET_"
+
+// variable is a flag's in the environment, such as PROBELET_LOG_LEVEL.
+func variable(flag string) string {
+	return variablePrefix + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
+}
+
+// misspelt are the variables that look like a flag's and are none's. They are no error: Kubernetes sets such ones by itself, for
+// a Service of that name.
+func misspelt(flags *pflag.FlagSet, environ []string) (names []string) {
+	known := map[string]bool{variable("cni-bin-dir"): true} // probeletctl's
+	flags.VisitAll(func(f *pflag.Flag) { known[variable(f.Name)] = true })
+	for _, one := range environ {
+		if name, _, _ := strings.Cut(one, "="); strings.HasPrefix(name, variablePrefix) && !known[name] {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// fromEnvironment sets the flags that were not given.
 func fromEnvironment(flags *pflag.FlagSet) error {
 	var errs []error
 	flags.VisitAll(func(f *pflag.Flag) {
-		name := "PROBELET_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		name := variable(f.Name)
 		if value, ok := os.LookupEnv(name); ok && !f.Changed {
 			if err := flags.Set(f.Name, value); err != nil {
 				errs = append(errs, fmt.Errorf("$%s: %w", name, err))
@@ -182,6 +202,9 @@ func runCommand(stderr io.Writer) *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: c.logLevel}))
+			if unknown := misspelt(cmd.Flags(), os.Environ()); len(unknown) > 0 {
+				log.Warn("variables of the environment that are no flag's have no effect", "names", unknown)
+			}
 			return run(cmd.Context(), c, log)
 		},
 	}
