@@ -84,6 +84,7 @@ func TestInstallUpgradeUninstall(t *testing.T) {
 }
 
 func testComingAndGoing(t *testing.T, way string) {
+	mustBeAs(t, pristine) // the devices of pods that have ended are gone
 	pod := run(t, web("before"))
 	before := takeSnapshot(t)
 	watch := watchSteady(t, pod)
