@@ -68,15 +68,23 @@ func (c *churn) during(what string, do func()) {
 	c.t.Helper()
 	begin := time.Now()
 	do()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	n := 0
-	for _, created := range c.whole {
-		if created.After(begin) {
-			n++
+	end := time.Now()
+	// Those that were created meanwhile count, and are waited for: to become ready takes longer than some phases do.
+	count := func() (n int) {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		for _, created := range c.whole {
+			if created.After(begin) && created.Before(end) {
+				n++
+			}
 		}
+		return n
 	}
-	say("%s: %d pods came and went meanwhile", what, n)
+	n := count()
+	for limit := end.Add(30 * time.Second); n == 0 && time.Now().Before(limit); n = count() {
+		time.Sleep(500 * time.Millisecond)
+	}
+	say("%s: %d pods that were created meanwhile came and went", what, n)
 	if n == 0 {
 		c.t.Errorf("no pod came and went during: %s", what)
 	}
