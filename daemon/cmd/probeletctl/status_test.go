@@ -278,6 +278,25 @@ func TestStates(t *testing.T) {
 	}
 }
 
+// In mode observe nothing is said to be answered, and all that would be.
+func TestObserved(t *testing.T) {
+	m := newMachine(t)
+	e := endpoint(probe.HTTP, 80, "/x")
+	e.NotAnswered = "mode observe"
+	observed := success(1, 0, 200)
+	observed.FreshUntil = 0
+	m.web(fakeMaps{datapath.HTTPKey(80, "/x"): {evidence: observed}, datapath.PortKey(80): {}}, e)
+	text, err := m.run("explain", "shop/web")
+	for _, want := range []string{"state fresh, status 200", "next probe reaches the pod: mode observe", "bound a success would be answered for 11s"} {
+		if err != nil || !strings.Contains(squeeze(text), want) {
+			t.Errorf("%v, does not say %q:\n%s", err, want, text)
+		}
+	}
+	if _, err := m.run("invalidate", "shop/web"); err == nil || !strings.Contains(err.Error(), "nothing of shop/web is fresh") {
+		t.Errorf("without a daemon: %v", err)
+	}
+}
+
 // Settings are shown where somebody said something, and who it was.
 func TestSettings(t *testing.T) {
 	said := func(annotations map[string]string) *statedir.Settings {
