@@ -27,7 +27,10 @@ func measureWithout(t *testing.T) {
 	if installed() {
 		uninstall(t)
 	}
-	t.Run("without", func(t *testing.T) { _, withoutProbelet = runAlike(t, "without", nil) })
+	// The first pods of a node are ready sooner than any after them, so they are no measure.
+	for range 2 {
+		t.Run("without", func(t *testing.T) { _, withoutProbelet = runAlike(t, "without", nil) })
+	}
 }
 
 // alike is of how many pods a median is taken.

@@ -104,7 +104,7 @@ func TestProbesAreAnswered(t *testing.T) {
 	_, _ = fmt.Fprintf(table, "%d PODS\tREADY AFTER\n", alike)
 	_, _ = fmt.Fprintf(table, "without probelet\t%v\nmode off\t%v\nmode answer\t%v\n", withoutProbelet, readyOff, readyOn)
 	must(t, table.Flush())
-	// To be looked at, not asserted: what a busy machine makes of times decides it. It has been a period later with probelet.
+	// To be looked at, not asserted: what a busy machine makes of times decides it.
 
 	_, _ = fmt.Fprintf(table, "ENDPOINT\tMODE\tPROBES\tANSWERED\tIN THE ACCESS LOG\n")
 	accountsOff, accountsOn := accounts(t, off), accounts(t, on)
