@@ -536,6 +536,18 @@ func TestContested(t *testing.T) {
 	}
 }
 
+// To wait for a network, or for its owner to have written it, is no contest: it is joined as soon as it is whole.
+func TestWaitingIsNoContest(t *testing.T) {
+	n := newNode(t, nil)
+	f := follower{Node: n, way: Copy, pause: settle}
+	for i := range 20 {
+		if err := f.join(); !passes(err) || f.pause != settle {
+			t.Fatalf("look %d: the next one is after %s: %v", i, f.pause, err)
+		}
+		n.write(t, "10-pods.conflist", list[:10+i])
+	}
+}
+
 // To be told to end before there is a network is not to have joined.
 func TestInstallInterrupted(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)

@@ -63,13 +63,16 @@ func (n Node) Follow(ctx context.Context, way Way, once bool) error {
 			}
 		case <-due:
 			due = nil
-			err := f.join()
-			later := errors.Is(err, ErrNoNetwork) || errors.Is(err, ErrUnusable) || errors.Is(err, ErrUnsupported)
-			if once && !later {
+			if err := f.join(); once && !passes(err) {
 				return err
 			}
 		}
 	}
+}
+
+// passes is of errors that the network's owner ends, by writing its configuration.
+func passes(err error) bool {
+	return errors.Is(err, ErrNoNetwork) || errors.Is(err, ErrUnusable) || errors.Is(err, ErrUnsupported)
 }
 
 // follower is what Follow remembers.
@@ -118,8 +121,8 @@ func (f *follower) join() error {
 		f.Log.Error("not in the chain", "error", err)
 	}
 	f.said = word
-	if !joined.Changed && err == nil {
-		return nil
+	if !joined.Changed && (err == nil || passes(err)) {
+		return err
 	}
 	if time.Since(f.changed) > f.pause+contested {
 		f.pause = settle
