@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -577,4 +578,19 @@ func until(ctx context.Context, limit time.Duration, try func(context.Context) e
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
+}
+
+// processes are those whose file of that name in /proc is as wanted.
+func processes(file string, wanted func(text string) bool) (pids []int, err error) {
+	entries, err := os.ReadDir("/proc")
+	for _, e := range entries {
+		pid, noProcess := strconv.Atoi(e.Name())
+		if noProcess != nil {
+			continue
+		}
+		if text, err := os.ReadFile(filepath.Join("/proc", e.Name(), file)); err == nil && wanted(string(text)) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids, err
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -93,21 +92,14 @@ func (c *Cluster) stopOnKind(name string, signal os.Signal) error {
 // killAll kills processes of a name until there is none.
 func killAll(name string) error {
 	return until(context.Background(), time.Minute, func(context.Context) error {
-		files, err := filepath.Glob("/proc/[0-9]*/comm")
+		pids, err := processes("comm", func(text string) bool {
+			return strings.TrimSpace(text) == name[:min(len(name), 15)] // as much as the kernel keeps of it
+		})
 		if err != nil {
 			return err
 		}
 		var left error
-		for _, file := range files {
-			// The kernel keeps 15 characters of it.
-			text, err := os.ReadFile(file)
-			if err != nil || strings.TrimSpace(string(text)) != name[:min(len(name), 15)] {
-				continue
-			}
-			var pid int
-			if _, err := fmt.Sscanf(file, "/proc/%d/comm", &pid); err != nil {
-				return err
-			}
+		for _, pid := range pids {
 			_ = syscall.Kill(pid, syscall.SIGKILL)
 			left = errors.Join(left, fmt.Errorf("%s still runs, process %d", name, pid))
 		}

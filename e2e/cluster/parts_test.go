@@ -2,10 +2,8 @@ package cluster
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -98,23 +96,9 @@ func stopAPIServer(t *testing.T) (start func()) {
 
 // killDaemon kills the daemon's process, in its pod.
 func killDaemon() error {
-	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	if err != nil {
-		return err
+	pids, err := processes("cmdline", func(text string) bool { return strings.HasPrefix(text, "/usr/local/bin/probeletd\x00run") })
+	if err != nil || len(pids) != 1 {
+		return fmt.Errorf("processes of the daemon: %v, %w", pids, err)
 	}
-	for _, file := range files {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			continue
-		}
-		line := strings.ReplaceAll(string(text), "\x00", " ")
-		if strings.HasPrefix(line, "/usr/local/bin/probeletd run") {
-			var pid int
-			if _, err := fmt.Sscanf(file, "/proc/%d/cmdline", &pid); err != nil {
-				return err
-			}
-			return syscall.Kill(pid, syscall.SIGKILL)
-		}
-	}
-	return errors.New("no process of the daemon")
+	return syscall.Kill(pids[0], syscall.SIGKILL)
 }

@@ -2,9 +2,9 @@ package cluster
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -77,26 +77,14 @@ func testRebootOnKind(t *testing.T) {
 
 // killAllContainers kills what the runtime has started.
 func killAllContainers() error {
-	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	if err != nil {
-		return err
+	pids, err := processes("cmdline", func(text string) bool {
+		program, _, _ := strings.Cut(text, "\x00")
+		return slices.Contains([]string{"containerd-shim-runc-v2", "app", "probeletd"}, filepath.Base(program))
+	})
+	for _, pid := range pids {
+		_ = syscall.Kill(pid, syscall.SIGKILL) // or it has ended
 	}
-	for _, file := range files {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			continue
-		}
-		program, _, _ := strings.Cut(string(text), "\x00")
-		var pid int
-		switch filepath.Base(program) {
-		case "containerd-shim-runc-v2", "app", "probeletd":
-			if _, err := fmt.Sscanf(file, "/proc/%d/cmdline", &pid); err != nil {
-				return err
-			}
-			_ = syscall.Kill(pid, syscall.SIGKILL)
-		}
-	}
-	return nil
+	return err
 }
 
 // What was lost by somebody's hand is put back.

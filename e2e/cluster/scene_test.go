@@ -222,15 +222,10 @@ func process(t *testing.T, pod *corev1.Pod) (pid int) {
 	now, err := cluster.Get(t.Context(), pod)
 	must(t, err)
 	_, id, _ := strings.Cut(now.Status.ContainerStatuses[0].ContainerID, "://")
-	files, err := filepath.Glob("/proc/[0-9]*/cgroup")
+	pids, err := processes("cgroup", func(text string) bool { return strings.Contains(text, id) })
 	must(t, err)
-	for _, file := range files {
-		if text, err := os.ReadFile(file); err == nil && strings.Contains(string(text), id) {
-			_, err := fmt.Sscanf(file, "/proc/%d/cgroup", &pid)
-			must(t, err)
-			return pid
-		}
+	if len(pids) == 0 {
+		t.Fatalf("no process of container %s", id)
 	}
-	t.Fatalf("no process of container %s", id)
-	return 0
+	return pids[0]
 }
