@@ -236,6 +236,16 @@ func (n *node) want(path string, status int, byKernel bool) {
 	}
 }
 
+// makeFresh has the pod itself answer one probe of /healthz, so that the kernel may answer the next.
+func (n *node) makeFresh() datapath.EndpointKey {
+	n.t.Helper()
+	healthz := datapath.HTTPKey(8080, "/healthz")
+	n.eventually("the probe's endpoint is known", n.has(healthz))
+	n.want("/healthz", 200, false)
+	n.eventually("fresh", n.open(8080))
+	return healthz
+}
+
 const (
 	long  = "periodSeconds: 300, timeoutSeconds: 30"
 	short = "periodSeconds: 1, timeoutSeconds: 1" // stale after 2 s
@@ -340,10 +350,7 @@ func TestRestart(t *testing.T) {
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	n.attach()
 	stop := n.start()
-	healthz := datapath.HTTPKey(8080, "/healthz")
-	n.eventually("the probe's endpoint is known", n.has(healthz))
-	n.want("/healthz", 200, false)
-	n.eventually("fresh", n.open(8080))
+	healthz := n.makeFresh()
 	stop()
 	before := n.records()[healthz]
 	n.want("/healthz", 200, true)
