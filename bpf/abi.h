@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
 /*
- * What the kernel side and the Go side agree on: types, maps, limits. A change of it, and of the programs, needs a new
- * ABI number in bpf/datapath, because pinned objects of an older build are opened by name under that number.
+ * Types and limits shared by the BPF programs and Go; maps.h has the maps. Any change to them or to the programs needs
+ * a new ABI in bpf/datapath, because builds with the same ABI share whatever the first of them loaded and pinned.
  *
- * Times are nanoseconds of CLOCK_BOOTTIME: it goes on while a machine sleeps, so evidence ages there too.
+ * Times are nanoseconds of CLOCK_BOOTTIME, which keeps counting while a machine sleeps, so evidence ages there too.
  * Ports are in host byte order, addresses are 16 bytes in network order (IPv4 as ::ffff:a.b.c.d).
  */
 #ifndef PROBELET_ABI_H
@@ -23,31 +23,49 @@
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_tracing.h>
 
-#define REQUEST_MAX 1024 /* longest HTTP request that is read, in bytes */
-#define PATH_MAX 255	 /* longest path and query that is answered */
-#define REPLY_MAX 128	 /* longest prebuilt reply */
+#define REQUEST_MAX 1024 /* longest HTTP request that is parsed, in bytes; a power of two */
+#define PATH_MAX 255	 /* longest path with query that is answered, in bytes */
+#define REPLY_MAX 128	 /* longest reply, in bytes; a power of two */
+#define STORED_MAX 2048	 /* bytes of a client's data kept while its connection is handed over; a power of two */
 #define PROBER_CGROUPS_MAX 4
+#define ENDPOINTS_PER_POD 64
+#define PODS_MAX 4096
+#define FLOWS_MAX 4096
+#define DEVICES_PER_NETNS 4 /* attached interfaces of one pod */
+
+/* No holes: whatever is copied into a map or compared as a key is written in full. */
+#pragma clang diagnostic push
+#pragma clang diagnostic error "-Wpadded"
+
+#define SECOND_NS 1000000000ULL
 
 /*
- * How long after its SYN a taken connection may still be answered although the evidence has expired meanwhile: it was
- * fresh when the connection was taken. Kubernetes' default probe timeout; a prober sends its request at once.
+ * How long after its SYN a request on a taken connection may still be answered if the evidence has expired since the
+ * SYN. A prober sends its request at once; this is Kubernetes' default probe timeout.
  */
-#define TAKEN_GRACE_NS 1000000000ULL
+#define TAKEN_GRACE_NS SECOND_NS
 
 /*
- * For how long the answer to a SYN is on its way at the most: it stays on one machine, and on one CPU mostly. Clients
- * repeat a SYN after 1 s.
+ * An answer to a SYN that is not acknowledged within this time was lost, because it never leaves the machine. Shorter
+ * than the 1 s after which a client repeats its SYN.
  */
-#define ANSWER_LOST_NS 500000000ULL
+#define ANSWER_LOST_NS (SECOND_NS / 2)
 
 enum endpoint_kind {
-	KIND_PORT = 0, /* all endpoints of a port: may a connection to it be taken? */
+	KIND_PORT = 0, /* the port itself, which decides whether connections to it are taken */
 	KIND_TCP = 1,
 	KIND_HTTP = 2,
 };
 
+/* One attachment of a device. The kernel reuses ifindexes, so the generation keeps an earlier pod's leftovers apart. */
+struct device_key {
+	__u32 ifindex;	  /* of the host-side veth */
+	__u32 generation; /* random, drawn for each attachment; never 0 */
+};
+
 struct endpoint_key {
 	__u64 path_hash; /* FNV-1a of path and query as sent; 0 unless KIND_HTTP */
+	struct device_key device;
 	__u16 port;
 	__u8 kind; /* enum endpoint_kind */
 	__u8 pad[5];
@@ -60,92 +78,165 @@ enum evidence_result {
 };
 
 struct evidence {
-	__u64 observed_at; /* of a success: when it was asked for. KIND_PORT: the oldest of the port's endpoints */
-	__u64 fresh_until; /* 0: never to be answered. KIND_PORT: the earliest of the port's endpoints */
-	__u32 reply_sum;   /* ones' complement sum of reply, not folded into the checksum yet */
-	__u16 status;	   /* last HTTP status seen, 0 if none */
-	__u16 reply_len;
-	__u8 result; /* enum evidence_result, of the last outcome */
-	__u8 pad[7];
-	__u8 reply[REPLY_MAX];
+	__u64 observed_at; /* success: when the probe began; failure: when it was seen */
+	__u64 fresh_until; /* not answered from then on; 0: never answered */
+	__u16 status;	   /* last HTTP status seen, with which a success is answered; 0: none */
+	__u8 result;	   /* enum evidence_result of the last outcome */
+	__u8 pad[5];
+	/*
+	 * Checksum of the other fields and the key. The kernel reuses the memory of a deleted element at once, so a
+	 * program may be reading a value that has just become another endpoint's; the seal then does not match.
+	 */
+	__u64 seal;
 };
 
 enum withdrawal_cause {
 	WITHDRAWN_LISTENER_CLOSED = 1,
 	WITHDRAWN_RESET = 2,  /* the pod refused or reset a probe's connection */
-	WITHDRAWN_STATUS = 3, /* the pod answered a probe with another status than 2xx */
+	WITHDRAWN_STATUS = 3, /* the pod answered a probe with a status of 300 or above */
 };
 
 struct tally {
 	__u64 hits;	      /* probes answered in the kernel */
-	__u64 answered_at;    /* the last of them */
-	__u64 withdrawn_at;   /* KIND_PORT: evidence observed until then is void, whatever its bound */
-	__u8 withdrawn_cause; /* KIND_PORT: enum withdrawal_cause */
-	__u8 pad[7];
+	__u64 answered_at;    /* when the last of them was; 0: none */
+	__u64 withdrawn_at;   /* voids evidence observed until then; of KIND_PORT: that of every endpoint of the port */
+	__u64 watched_at;     /* KIND_PORT: started_at of the flow watched for an acknowledgement; 0: none */
+	__u16 watched_port;   /* KIND_PORT: client port of that flow */
+	__u8 withdrawn_cause; /* enum withdrawal_cause; 0: never withdrawn */
+	__u8 pad[5];
+};
+
+/* Where a device's answers are made. */
+enum hook {
+	HOOK_TC = 0,  /* in steer, in place */
+	HOOK_XDP = 1, /* in respond, from steer's orders */
+};
+
+/* Whether a device's answers are known to reach their clients. */
+enum trust {
+	TRUST_UNPROVEN = 0, /* one connection is taken to find out */
+	TRUST_PROVEN = 1,
+	TRUST_LOST = 2, /* no connection is taken until the device is attached, promoted or trusted again */
+};
+
+/* How an answer was found to be lost. */
+enum loss {
+	LOSS_NONE = 0,
+	LOSS_SYN_REPEATED = 1,	   /* the client repeated an answered SYN */
+	LOSS_UNACKNOWLEDGED = 2,   /* the client sent nothing after its SYN was answered */
+	LOSS_REQUEST_REPEATED = 3, /* the client repeated an answered request */
+	LOSS_UNOBSERVED = 4,	   /* the client has the answer, but observe did not see it pass */
+};
+
+struct device {
+	__u64 trial_at; /* when the trial connection was taken; 0: none yet */
+	__u64 lost_at;	/* when trust was lost; 0: it was not */
+	/* One 8-byte word, changed by compare-and-swap, because the memory may have become another device's. */
+	__u32 generation;
+	__u16 loss;    /* enum loss */
+	__u16 trust;   /* enum trust */
+	__u32 netns;   /* inode number of the pod's network namespace */
+	__u8 hook;     /* enum hook */
+	__u8 observed; /* 1: observe saw the trial's answer pass */
+	__u16 pod_mtu; /* longest packet the pod takes, in bytes, from the MSS of its SYN-ACKs; 0: not known yet */
+};
+
+/* The endpoint keys of a device, so that DEL finds its evidence and tallies without a search. */
+struct endpoint_list {
+	__u64 path_hashes[ENDPOINTS_PER_POD];
+	__u32 ports[ENDPOINTS_PER_POD]; /* port << 16 | enum endpoint_kind */
+	__u32 count;
+	__u32 pad;
+};
+
+struct netns_devices {
+	__u32 ifindex[DEVICES_PER_NETNS]; /* of the host-side veths; 0: slot unused */
 };
 
 struct prober_config {
 	__u64 cgroup_ids[PROBER_CGROUPS_MAX]; /* 0: slot unused */
-	__u32 any_local;		      /* every process of this network namespace is a prober */
-	__u32 pad;
+	__u32 any_local;		      /* 1: every process of this network namespace is a prober */
+	__u32 own_sockets;		      /* 1: own_sockets has been used, so it must be looked up */
 };
 
 enum outcome_event {
 	OUTCOME_CONNECTED = 1, /* TCP handshake done, then closed by the client without a request */
-	OUTCOME_STATUS = 2,    /* HTTP status line seen; 2xx is reported when the client has closed */
+	OUTCOME_STATUS = 2,    /* HTTP status line seen; a 2xx is reported once the client has closed */
 	OUTCOME_RESET = 3,     /* the pod refused or reset the connection */
-	OUTCOME_NO_ANSWER = 4, /* the client closed before the pod had answered */
+	OUTCOME_NO_ANSWER = 4, /* the client closed before the pod answered */
 };
 
 struct outcome {
 	__u64 observed_at;
-	__u64 duration; /* ns from the SYN to observed_at */
-	__u64 path_hash;
-	__u32 ifindex;
-	__u16 port;
-	__u16 status;
-	__u8 kind;  /* enum endpoint_kind; KIND_PORT: concerns every endpoint of the port */
-	__u8 event; /* enum outcome_event */
-	__u8 pad[6];
+	__u64 duration;	 /* ns from the client's first SYN to observed_at */
+	__u64 path_hash; /* 0 unless KIND_HTTP */
+	struct device_key device;
+	__u16 port;   /* the pod's */
+	__u16 status; /* HTTP status, 0 if none was seen */
+	__u8 kind;    /* enum endpoint_kind; KIND_PORT: every endpoint of the port */
+	__u8 event;   /* enum outcome_event */
+	__u8 pad[2];
 };
 
+/* flow.h has the table of states and events. */
 enum flow_state {
-	FLOW_OBSERVING = 1, /* passed on; the pod's reply is awaited */
-	FLOW_TAKEN = 2,	    /* exists between the client and us only */
-	FLOW_HANDING = 3,   /* its SYN was replayed towards the pod */
+	FLOW_OBSERVING = 1, /* passed on to the pod, to learn from its reply */
+	FLOW_TAKEN = 2,	    /* between the client and us; the pod does not know of it */
+	FLOW_HANDING = 3,   /* the client's SYN was replayed to the pod, which has not answered yet */
 	FLOW_HANDED = 4,    /* spliced: sequence numbers are translated until it ends */
 };
 
 enum flow_flag {
-	FLOW_CONNECTED = 1 << 0, /* observing: the pod's SYN-ACK was seen; taken: the client has ours */
-	FLOW_REQUESTED = 1 << 1, /* observing: the request was seen; taken: it was answered */
-	FLOW_CLIENT_FIN = 1 << 2,
+	FLOW_CONNECTED = 1 << 0,  /* observing: the pod's SYN-ACK was seen; taken: the client has ours */
+	FLOW_REQUESTED = 1 << 1,  /* the request of a known endpoint was seen; taken: and answered */
+	FLOW_CLIENT_FIN = 1 << 2, /* this and the next three: handed over */
 	FLOW_CLIENT_FIN_ACKED = 1 << 3,
 	FLOW_POD_FIN = 1 << 4,
 	FLOW_POD_FIN_ACKED = 1 << 5,
+	FLOW_STORED = 1 << 6,	  /* the client's data is in the map requests */
+	FLOW_TRIAL = 1 << 7,	  /* the connection by which its device earns trust */
+	FLOW_XDP = 1 << 8,	  /* its device's hook is HOOK_XDP */
+	FLOW_JUDGED = 1 << 9,	  /* handed over: its outcome has been reported, or it is not a probe */
+	FLOW_CONTESTED = 1 << 10, /* handing: the pod also answered a SYN of another connection on these ports */
 };
 
 struct flow_key {
 	__u8 client_addr[16];
 	__u8 pod_addr[16];
-	__u32 ifindex; /* of the host-side veth: a pod cannot reach another's flows */
+	__u32 ifindex; /* of the host-side veth, so that no pod reaches another's flows */
 	__u16 client_port;
 	__u16 pod_port;
 };
 
 struct flow {
-	__u64 started_at; /* when its SYN was seen */
-	__u64 path_hash;  /* observing: what was asked for */
+	__u64 owner;	   /* cookie of the client's socket */
+	__u64 started_at;  /* when its first SYN was seen */
+	__u64 deadline;	   /* sweep removes the flow after this time */
+	__u64 path_hash;   /* of the request, once it was seen to be a known endpoint's */
+	__u64 evidence_at; /* taken: observed_at of the port's evidence */
+	__u32 generation;  /* of the device */
 	__u32 client_isn;
-	__u32 our_isn;	  /* taken and later: the one we gave the client */
-	__u32 pod_isn;	  /* observing, handed over: the pod's */
-	__u32 client_fin; /* handed over: sequence number after the client's FIN */
-	__u32 pod_fin;	  /* handed over: sequence number after the pod's FIN, as the pod counts */
-	__u16 client_mss; /* 0 if the client's SYN named none */
-	__u16 status;	  /* observing: the HTTP status seen, 0 if none yet */
-	__u8 state;	  /* enum flow_state */
-	__u8 flags;	  /* enum flow_flag */
-	__u8 pad[6];
+	__u32 our_isn;	     /* taken and later: the initial sequence number we gave the client */
+	__u32 pod_isn;	     /* observing, handed over: the pod's initial sequence number */
+	__u32 client_fin;    /* handed over: sequence number after the client's FIN */
+	__u32 pod_fin;	     /* handed over: sequence number after the pod's FIN, in the pod's numbering */
+	__u32 flags;	     /* enum flow_flag; once in the map, changed only by set_flags and clear_flags */
+	__u16 client_mss;    /* 0 if the client's SYN had none; taken and later: limited to pod_mtu */
+	__u16 client_window; /* handing and later: of the segment replayed as a SYN */
+	__u16 status;	     /* HTTP status seen, 0 if none yet */
+	__u8 state;	     /* enum flow_state */
+	__u8 pad[5];
+};
+
+/* A client's data, from its first byte on, while its connection is handed over. */
+struct stored {
+	__u64 owner; /* of the flow */
+	__u32 len;   /* of the data, in bytes; at most STORED_MAX */
+	__u32 sum;   /* ones' complement sum of bytes, not folded */
+	__u32 fin;   /* 1: the client's FIN follows the data */
+	__u32 pad;
+	__u8
+	    bytes[2 * STORED_MAX]; /* 0 after len; twice as long, as the verifier bounds offset and length separately */
 };
 
 enum counter {
@@ -153,211 +244,89 @@ enum counter {
 	COUNT_ANSWERED_TCP,	   /* probes */
 	COUNT_OBSERVED,		   /* probes whose outcome was reported */
 	COUNT_HANDED_OVER,	   /* connections */
-	COUNT_PASSED_NOT_FRESH,	   /* connections of a prober to a probed port */
-	COUNT_PASSED_NOT_PROBED,   /* connections of a prober to a port without probes */
-	COUNT_PASSED_NOT_PARSABLE, /* packets or requests of a prober that are not understood */
-	COUNT_PASSED_NOT_PROBER,   /* packets */
-	COUNT_PASSED_OWN,	   /* connections of the daemon */
-	COUNT_DROPPED,		   /* packets: steered, and no longer to be acted on */
-	COUNT_OUTCOMES_LOST,	   /* outcomes that did not fit the ring buffer */
-	/* ports that were fresh until then */
+	COUNT_PASSED_NOT_FRESH,	   /* a prober's connections to a probed port without fresh evidence */
+	COUNT_PASSED_NOT_PROBED,   /* a prober's connections and requests for what has no probe */
+	COUNT_PASSED_NOT_PARSABLE, /* a prober's connections and requests that are not understood */
+	COUNT_PASSED_NOT_PROBER,   /* connections of anyone else */
+	COUNT_PASSED_OWN,	   /* the daemon's connections */
+	COUNT_PASSED_UNTRUSTED,	   /* a prober's connections by a device that is not trusted (yet) */
+	COUNT_PASSED_FULL,	   /* a prober's connections for which flows had no room */
+	COUNT_DROPPED,		   /* packets of taken connections that need no answer */
+	COUNT_OUTCOMES_LOST,	   /* outcomes that did not fit into the ring buffer */
+	COUNT_FLOWS_EXPIRED,	   /* connections removed by sweep */
+	COUNT_DEVICES_LOST,	   /* devices that lost trust */
+	/* ports (WITHDRAWN_STATUS: endpoints) whose evidence was fresh when it was voided */
 	COUNT_WITHDRAWN_LISTENER_CLOSED,
 	COUNT_WITHDRAWN_RESET,
 	COUNT_WITHDRAWN_STATUS,
 	COUNT_MAX,
 };
 
-/* Answers are counted by the age of their evidence: of each bucket the longest, in ns; the last one has none. */
+/* Bounds, in ns, of the buckets in which answers are counted by the age of their evidence; the last one has none. */
 #define AGE_BOUNDS                                                                                                     \
 	{100000000ULL,	250000000ULL,	500000000ULL,	1000000000ULL,	2500000000ULL,                                 \
 	 5000000000ULL, 10000000000ULL, 30000000000ULL, 60000000000ULL, 300000000000ULL}
 enum age {
 	AGE_BOUNDED = 10, /* buckets with a bound */
-	AGE_SUM = 11,	  /* of all ages, in ns */
+	AGE_SUM = 11,	  /* sum of all ages, in ns; bucket 10 is the one without a bound */
 	AGE_MAX,
 };
 
-/*
- * What steer tells respond to do, written behind the TCP header of the steered packet. All decisions are steer's;
- * respond obeys, so a packet needs no state but its own.
- */
-enum order_verdict {
-	ORDER_DROP = 0,
-	ORDER_TO_CLIENT = 1,
-	ORDER_TO_POD = 2,
+/* A reply, ready to be sent. */
+struct reply_text {
+	__u32 sum;	       /* ones' complement sum of bytes, not folded */
+	__u32 len;	       /* in bytes */
+	__u8 bytes[REPLY_MAX]; /* 0 after len */
 };
+/* Statuses there is a reply for. */
+#define STATUS_MIN 200
+#define STATUS_MAX 299
 
+/* HOOK_XDP: the answer that respond is to make of a packet. steer writes it behind the packet's TCP header. */
 struct order {
-	__u64 token; /* order_token: a pod cannot forge an order */
-	__u64 path_hash;
+	__u64 token; /* order_token, so that a pod cannot forge an order */
 	__u32 seq;
 	__u32 ack;
 	__u16 mss; /* 0: no MSS option */
 	__u16 window;
-	__u8 verdict; /* enum order_verdict */
+	__u16 status; /* of the reply to append; 0: none */
 	__u8 tcp_flags;
-	__u8 with_reply; /* append the reply of the endpoint path_hash */
-	__u8 answers;	 /* enum endpoint_kind that this packet answers for the first time, 0: none */
+	__u8 pad;
 };
 
-/* A steered packet has room behind its TCP header for the largest answer, so that respond only ever shrinks it. */
+/* Room behind a steered packet's TCP header for an MSS option and the longest reply, so that respond only shrinks it.
+ */
 #define STEERED_ROOM (4 + REPLY_MAX)
-_Static_assert(sizeof(struct order) <= STEERED_ROOM, "an order fits a steered packet");
+_Static_assert(sizeof(struct order) <= STEERED_ROOM, "an order must fit into a steered packet");
 
 /*
- * EtherType of a steered packet (IEEE 802 local experimental 1) on its way from steer to respond: whatever happens
- * there, no protocol of the host and no bridge takes it for the client's packet.
+ * EtherType of a packet on its way from steer to respond (IEEE 802 Local Experimental 1). If respond has been detached,
+ * no protocol of the host and no bridge takes the packet for the client's. A pod may use the EtherType itself.
  */
 #define ETH_P_STEERED 0x88B5
 
-/* Makes the compiler describe these types in BTF: the maps below and the generated Go need them. */
-const struct endpoint_key *btf_endpoint_key __attribute__((unused));
-const struct evidence *btf_evidence __attribute__((unused));
-const struct tally *btf_tally __attribute__((unused));
-const struct outcome *btf_outcome __attribute__((unused));
+/*
+ * skb->tc_index of a packet that our programs are done with: an answer on its way up, a packet redirected to the pod,
+ * or a translated one. While attach.Promote has a device attached twice, it tells the second copy to leave it alone.
+ */
+#define HANDLED 0x7062
+#define HANDLED_TRIAL 0x7063 /* the answer to a trial's SYN */
+
+#pragma clang diagnostic pop
+
+/* These make the compiler describe the types in BTF, from which the Go side is generated. */
 const struct order *btf_order __attribute__((unused));
+const struct outcome *btf_outcome __attribute__((unused));
 const enum endpoint_kind *btf_endpoint_kind __attribute__((unused));
 const enum evidence_result *btf_evidence_result __attribute__((unused));
 const enum outcome_event *btf_outcome_event __attribute__((unused));
 const enum flow_state *btf_flow_state __attribute__((unused));
+const enum flow_flag *btf_flow_flag __attribute__((unused));
 const enum counter *btf_counter __attribute__((unused));
 const enum withdrawal_cause *btf_withdrawal_cause __attribute__((unused));
 const enum age *btf_age __attribute__((unused));
-
-/* Drawn by the loader, never readable by a pod. */
-const volatile __u64 order_token = 0;
-/* bpf_xdp_load_bytes exists (5.18). Without it generic XDP linearizes, so that direct access sees the payload. */
-const volatile bool have_xdp_load_bytes = false;
-
-/* key 0; value: who probes. Written by the daemon, read by steer. Lives until the pins are removed. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct prober_config);
-} prober SEC(".maps");
-
-/*
- * key: cookie of a socket of the daemon's; value: unused. Its connection is passed on like anybody's, whoever the
- * prober is. Written by the daemon before it connects, and removed by it once that is done; read by steer at a SYN.
- * LRU, so that those of a daemon that was killed cannot fill it.
- */
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 4096);
-	__type(key, __u64);
-	__type(value, __u8);
-} own_sockets SEC(".maps");
-
-#define ENDPOINTS_PER_POD 64
-#define PODS_MAX 4096
-
-/*
- * One pod's evidence: struct endpoint_key, struct evidence. Written by the daemon only, read by steer and respond.
- * Lives as long as the pod's attachment. (Sizes, not types: kernels before 6.2 want a map without BTF here, as ADD
- * makes it.)
- */
-struct evidence_of_pod {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, ENDPOINTS_PER_POD);
-	__uint(key_size, sizeof(struct endpoint_key));
-	__uint(value_size, sizeof(struct evidence));
-};
-
-/* One pod's tallies: struct endpoint_key, struct tally. Records are created by the daemon (zero) beside the evidence
- * and then written by the kernel only, so that neither writer overwrites the other. */
-struct tallies_of_pod {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, ENDPOINTS_PER_POD);
-	__uint(key_size, sizeof(struct endpoint_key));
-	__uint(value_size, sizeof(struct tally));
-};
-
-/* key: ifindex of the host-side veth; value: the pod's map. Put in at ADD, taken out at DEL; read by both programs. */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH_OF_MAPS);
-	__uint(max_entries, PODS_MAX);
-	__type(key, __u32);
-	__array(values, struct evidence_of_pod);
-} pod_evidence SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH_OF_MAPS);
-	__uint(max_entries, PODS_MAX);
-	__type(key, __u32);
-	__array(values, struct tallies_of_pod);
-} pod_tallies SEC(".maps");
-
-#define DEVICES_PER_NETNS 4 /* interfaces of one pod that are attached */
-
-struct netns_devices {
-	__u32 ifindex[DEVICES_PER_NETNS]; /* of the host-side veths; 0: slot unused */
-};
-
-/* key: inode number of a pod's network namespace; value: its devices. Written at ADD and DEL, read by watch. */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, PODS_MAX);
-	__type(key, __u32);
-	__type(value, struct netns_devices);
-} pod_netns SEC(".maps");
-
-/*
- * A prober's connections. Created by steer at a SYN, changed by both programs, removed when the connection ends or the
- * probe's outcome is known. LRU, so that connections whose end was never seen cannot fill it.
- */
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 65536);
-	__type(key, struct flow_key);
-	__type(value, struct flow);
-} flows SEC(".maps");
-
-/* Outcomes of probes that were passed on. Written by both programs, read by the daemon. */
-struct {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 1 << 20);
-} outcomes SEC(".maps");
-
-/* key: enum counter; value: per-CPU count. Written by both programs, read by people. Lives until the pins go. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, COUNT_MAX);
-	__type(key, __u32);
-	__type(value, __u64);
-} counters SEC(".maps");
-
-/* key: enum age, or the index of a bucket in AGE_BOUNDS; value: per-CPU count. Written by respond, read by the daemon.
- * Lives until the pins go. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, AGE_MAX);
-	__type(key, __u32);
-	__type(value, __u64);
-} answer_ages SEC(".maps");
-
-static __always_inline void add(void *per_cpu_array, __u32 index, __u64 n)
-{
-	__u64 *value = bpf_map_lookup_elem(per_cpu_array, &index);
-
-	if (value)
-		*value += n;
-}
-
-static __always_inline void count(__u32 counter)
-{
-	add(&counters, counter, 1);
-}
-
-static __always_inline void count_age(__u64 age)
-{
-	const __u64 bounds[] = AGE_BOUNDS;
-	__u32 bucket = 0;
-
-	for (__u32 i = 0; i < AGE_BOUNDED; i++)
-		bucket += age > bounds[i];
-	add(&answer_ages, bucket, 1);
-	add(&answer_ages, AGE_SUM, age);
-}
+const enum hook *btf_hook __attribute__((unused));
+const enum trust *btf_trust __attribute__((unused));
+const enum loss *btf_loss __attribute__((unused));
 
 #endif

@@ -1,24 +1,26 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
-/* What a packet says. Anything not understood is said to be so, never guessed. */
+/* Parsing packets. What is not fully understood is reported as such, never guessed. */
 #ifndef PROBELET_PARSE_H
 #define PROBELET_PARSE_H
 
-#include "abi.h"
+#include "maps.h"
 
 #define TCP_FIN 0x01
 #define TCP_SYN 0x02
 #define TCP_RST 0x04
 #define TCP_PSH 0x08
 #define TCP_ACK 0x10
+#define TCP_URG 0x20
 
 #define IP_FRAGMENT 0x3fff /* more fragments, or an offset */
 
 /* A TCP segment between a client and a pod, seen from either side. */
 struct segment {
 	struct flow_key flow;
+	bool may_have_flow; /* false: it certainly has none */
 	__u32 l3_len;
 	__u32 tcp_len; /* header with options */
-	__u32 payload; /* bytes, padding of the frame not included */
+	__u32 payload; /* bytes, without padding of the frame */
 	__u32 seq;
 	__u32 ack;
 	__u16 window;
@@ -32,115 +34,167 @@ static __always_inline void map_ipv4(__u8 addr[16], __be32 ipv4)
 	__builtin_memcpy(addr + 12, &ipv4, 4);
 }
 
-static __always_inline bool read_ipv4(struct segment *s, const struct iphdr *ip, bool from_pod)
-{
-	__u32 total = bpf_ntohs(ip->tot_len);
+/* Hop-by-hop header of a packet above 64 KiB, with that option only (RFC 2675; the kernel's ipv6_has_hopopt_jumbo). */
+struct jumbo_header {
+	__u8 next;
+	__u8 len;
+	__u8 option;
+	__u8 option_len;
+	__be32 payload;
+};
+#define JUMBO_OPTION 0xc2
 
-	if (ip->version != 4 || ip->ihl != 5 || ip->protocol != IPPROTO_TCP || ip->frag_off & bpf_htons(IP_FRAGMENT))
-		return false;
-	map_ipv4(from_pod ? s->flow.pod_addr : s->flow.client_addr, ip->saddr);
-	map_ipv4(from_pod ? s->flow.client_addr : s->flow.pod_addr, ip->daddr);
-	s->l3_len = sizeof(*ip);
-	s->payload = total > sizeof(*ip) ? total - sizeof(*ip) : 0;
-	return true;
+enum finding {
+	NOT_TCP,   /* or TCP in a form that no flow has: a fragment, IP options, extension headers */
+	CUT_SHORT, /* the headers are not all in the linear part of the skb */
+	FOUND,
+};
+
+/*
+ * Finds the TCP header and the length of the headers before it. Packets are read directly, because most are not ours
+ * and pay for this only. None is written directly, because the kernel makes every packet writable for a program that
+ * does.
+ */
+static __always_inline enum finding find_tcp(struct __sk_buff *skb, struct tcphdr **tcp, __u32 *l3_len)
+{
+	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
+	void *l4;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		struct iphdr *ip = data + ETH_HLEN;
+
+		l4 = ip + 1;
+		*l3_len = sizeof(*ip);
+		if (l4 > data_end)
+			return CUT_SHORT;
+		if (*(__u8 *)ip != 0x45 || ip->protocol != IPPROTO_TCP || ip->frag_off & bpf_htons(IP_FRAGMENT))
+			return NOT_TCP;
+	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+		struct ipv6hdr *ip = data + ETH_HLEN;
+		struct jumbo_header *jumbo = (void *)(ip + 1);
+
+		l4 = ip + 1;
+		*l3_len = sizeof(*ip);
+		if (l4 > data_end)
+			return CUT_SHORT;
+		if (ip->version != 6)
+			return NOT_TCP;
+		if (ip->nexthdr == IPPROTO_HOPOPTS && !ip->payload_len) {
+			l4 = jumbo + 1;
+			*l3_len += sizeof(*jumbo);
+			if (l4 > data_end)
+				return CUT_SHORT;
+			if (jumbo->next != IPPROTO_TCP || jumbo->len || jumbo->option != JUMBO_OPTION)
+				return NOT_TCP;
+		} else if (ip->nexthdr != IPPROTO_TCP) {
+			return NOT_TCP;
+		}
+	} else {
+		return NOT_TCP;
+	}
+	*tcp = l4;
+	if ((void *)(*tcp + 1) > data_end)
+		return CUT_SHORT;
+	return FOUND;
 }
 
-static __always_inline bool read_ipv6(struct segment *s, const struct ipv6hdr *ip, bool from_pod)
+static __always_inline __u8 flags_of(const struct tcphdr *tcp)
 {
-	if (ip->version != 6 || ip->nexthdr != IPPROTO_TCP)
-		return false;
-	__builtin_memcpy(from_pod ? s->flow.pod_addr : s->flow.client_addr, &ip->saddr, 16);
-	__builtin_memcpy(from_pod ? s->flow.client_addr : s->flow.pod_addr, &ip->daddr, 16);
-	s->l3_len = sizeof(*ip);
-	s->payload = bpf_ntohs(ip->payload_len);
-	return true;
+	return ((const __u8 *)tcp)[13];
 }
 
-static __always_inline bool read_tcp(struct segment *s, const struct tcphdr *tcp, bool from_pod)
+/* Reports whether a segment opens a connection. */
+static __always_inline bool begins(__u8 tcp_flags)
 {
+	return (tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN;
+}
+
+static __always_inline __u32 *flow_port_slot(__u16 client_port)
+{
+	__u32 slot = client_port;
+
+	/* Keeps the mask below behind the byte swap: verifiers before 6.4 lose bounds in a swap. */
+	asm volatile("" : "+r"(slot));
+	return &flow_ports[slot & (FLOW_PORT_SLOTS - 1)];
+}
+
+/* Reads the segment whose TCP header find_tcp found. Returns false if its lengths contradict each other. */
+static __always_inline bool read_segment(struct __sk_buff *skb, struct segment *s, bool from_pod,
+					 const struct tcphdr *tcp)
+{
+	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
 	__u16 source = bpf_ntohs(tcp->source), dest = bpf_ntohs(tcp->dest);
+	__u8 *from = from_pod ? s->flow.pod_addr : s->flow.client_addr;
+	__u8 *to = from_pod ? s->flow.client_addr : s->flow.pod_addr;
+	__u32 bytes; /* of the segment with its header */
 
+	s->tcp_flags = flags_of(tcp);
 	s->tcp_len = tcp->doff * 4;
-	if (s->tcp_len < sizeof(*tcp))
-		return false;
-	s->flow.pod_port = from_pod ? source : dest;
-	s->flow.client_port = from_pod ? dest : source;
-	s->payload = s->payload > s->tcp_len ? s->payload - s->tcp_len : 0;
 	s->seq = bpf_ntohl(tcp->seq);
 	s->ack = bpf_ntohl(tcp->ack_seq);
 	s->window = bpf_ntohs(tcp->window);
-	s->tcp_flags = ((const __u8 *)tcp)[13];
-	return true;
-}
-
-/* A client's packet at tc egress. Headers may lie anywhere in the skb, hence copies. */
-static __always_inline bool parse_to_pod(struct __sk_buff *skb, struct segment *s)
-{
-	union {
-		struct iphdr v4;
-		struct ipv6hdr v6;
-	} ip;
-	struct tcphdr tcp;
-
-	if (skb->protocol == bpf_htons(ETH_P_IP)) {
-		if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip.v4, sizeof(ip.v4)) || !read_ipv4(s, &ip.v4, false))
-			return false;
-	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
-		if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip.v6, sizeof(ip.v6)) || !read_ipv6(s, &ip.v6, false))
-			return false;
-	} else {
-		return false;
-	}
-	if (!s->payload) /* more than 64 KiB (BIG TCP): the IP header cannot say it, the skb can */
-		s->payload = skb->len - ETH_HLEN - s->l3_len;
-	if (bpf_skb_load_bytes(skb, ETH_HLEN + s->l3_len, &tcp, sizeof(tcp)) || !read_tcp(s, &tcp, false))
-		return false;
-	if (ETH_HLEN + s->l3_len + s->tcp_len + s->payload > skb->len)
-		return false;
+	s->flow.pod_port = from_pod ? source : dest;
+	s->flow.client_port = from_pod ? dest : source;
 	s->flow.ifindex = skb->ifindex;
-	return true;
-}
+	if (s->l3_len == sizeof(struct iphdr)) {
+		struct iphdr *ip = data + ETH_HLEN;
 
-/* A pod's packet at XDP. */
-static __always_inline bool parse_from_pod(struct xdp_md *ctx, struct segment *s)
-{
-	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
-	struct ethhdr *eth = data;
-	struct tcphdr *tcp;
-
-	if ((void *)(eth + 1) > data_end)
-		return false;
-	if (eth->h_proto == bpf_htons(ETH_P_IP)) {
-		struct iphdr *ip = (void *)(eth + 1);
-
-		if ((void *)(ip + 1) > data_end || !read_ipv4(s, ip, true))
+		if ((void *)(ip + 1) > data_end)
 			return false;
-		tcp = (void *)(ip + 1);
-	} else if (eth->h_proto == bpf_htons(ETH_P_IPV6)) {
-		struct ipv6hdr *ip = (void *)(eth + 1);
-
-		if ((void *)(ip + 1) > data_end || !read_ipv6(s, ip, true))
+		map_ipv4(from, ip->saddr);
+		map_ipv4(to, ip->daddr);
+		bytes = bpf_ntohs(ip->tot_len);
+		if (bytes && bytes < sizeof(*ip))
 			return false;
-		tcp = (void *)(ip + 1);
+		bytes = bytes ? bytes - sizeof(*ip) : 0;
 	} else {
-		return false;
+		struct ipv6hdr *ip = data + ETH_HLEN;
+
+		if ((void *)(ip + 1) > data_end)
+			return false;
+		__builtin_memcpy(from, &ip->saddr, 16);
+		__builtin_memcpy(to, &ip->daddr, 16);
+		bytes = bpf_ntohs(ip->payload_len);
 	}
-	if ((void *)(tcp + 1) > data_end || !read_tcp(s, tcp, true))
+	if (!bytes) /* above 64 KiB (BIG TCP) only the skb has the length */
+		bytes = skb->len - ETH_HLEN - s->l3_len;
+	if (s->tcp_len < sizeof(*tcp) || bytes < s->tcp_len || ETH_HLEN + s->l3_len + bytes > skb->len)
 		return false;
-	s->flow.ifindex = ctx->ingress_ifindex;
+	s->payload = bytes - s->tcp_len;
 	return true;
 }
 
-/* Bytes of a packet that are looked at one by one, with what was found. */
+/* Parses a packet that may belong to a flow, or begin one. Returns false for all others. */
+static __always_inline bool parse(struct __sk_buff *skb, struct segment *s, bool from_pod)
+{
+	struct tcphdr *tcp = NULL;
+	enum finding finding = find_tcp(skb, &tcp, &s->l3_len);
+
+	if (finding == CUT_SHORT && skb->len >= ETH_HLEN + s->l3_len + sizeof(*tcp)) {
+		if (bpf_skb_pull_data(skb, ETH_HLEN + s->l3_len + sizeof(*tcp)))
+			return false;
+		finding = find_tcp(skb, &tcp, &s->l3_len);
+	}
+	if (finding != FOUND)
+		return false;
+	s->may_have_flow = *flow_port_slot(bpf_ntohs(from_pod ? tcp->dest : tcp->source));
+	if (!s->may_have_flow && (from_pod || !begins(flags_of(tcp))))
+		return false;
+	return read_segment(skb, s, from_pod, tcp);
+}
+
+/* Working memory too large for the stack. */
 struct scratch {
-	__u8 bytes[REQUEST_MAX];
-	__u64 path_hash;
-	__u32 path_end;
+	struct flow flow;	 /* the one being created */
+	struct flow_key other;	 /* of the flow watched on a port */
+	__u8 bytes[REQUEST_MAX]; /* copied from a packet, of which len are valid */
+	__u64 path_hash;	 /* set by find_path */
+	__u32 path_end;		 /* set by find_path: where the path ends in bytes */
 	__u32 len;
-	__u16 mss;
+	__u16 mss; /* set by read_syn_options */
 };
 
-/* key 0; value: working memory of steer, per CPU; nothing in it outlives one packet. */
+/* key: 0; value: working memory of steer and observe, per CPU. Nothing in it outlives one packet. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -149,13 +203,14 @@ struct {
 } scratch SEC(".maps");
 
 /*
- * The loops below are functions of their own, and global, so that the verifier looks at each once and not again for
- * every way out of the one before.
+ * The loops below are global functions, so that the verifier checks each once, and not again for every exit of the one
+ * before.
  */
 
-#define PATH_START 4 /* behind "GET " */
+#define PATH_START 4 /* after "GET " */
 
-/* Hashes the path (FNV-1a, 64 bits) and finds its end. Returns 0 if there is a path of at most PATH_MAX bytes. */
+/* Hashes the path (64-bit FNV-1a) and finds its end. Returns 0, or -1 unless it is printable and at most PATH_MAX long.
+ */
 __noinline int find_path(struct scratch *s)
 {
 	__u64 hash = 0xcbf29ce484222325ULL;
@@ -195,8 +250,8 @@ __noinline int find_header_end(struct scratch *s)
 }
 
 /*
- * Reads a SYN's options, len bytes in s->bytes: the MSS into s->mss. Returns -1 for one that we would have to honour
- * and do not know (MD5, authentication, fast open …).
+ * Reads a SYN's options from s->bytes, and its MSS into s->mss. Returns 0, or -1 if they are malformed or include one
+ * that an answer would have to honour (MD5, authentication, fast open …).
  */
 __noinline int read_syn_options(struct scratch *s)
 {
@@ -215,6 +270,7 @@ __noinline int read_syn_options(struct scratch *s)
 				return 0;
 			if (c == 1) /* padding */
 				continue;
+			/* MSS, window scale, SACK permitted, timestamps (RFC 9293, 7323, 2018) */
 			if (c != 2 && c != 3 && c != 4 && c != 8)
 				return -1;
 			kind = c;
@@ -241,13 +297,13 @@ static __always_inline struct scratch *get_scratch(void)
 	return bpf_map_lookup_elem(&scratch, &zero);
 }
 
-/* Copies len bytes of the packet, of which there are 1 to max, to where they can be looked at. */
+/* Copies len bytes of the packet to s->bytes. Returns false unless there are 1 to max of them. */
 static __always_inline bool load_scratch(struct __sk_buff *skb, struct scratch *s, __u32 offset, __u32 len, __u32 max)
 {
 	if (len < 1 || len > max)
 		return false;
 	s->len = len;
-	/* Changes nothing, but verifiers before 6.3 do not conclude from the comparisons that len is not 0. */
+	/* Changes nothing: verifiers before 6.3 do not conclude from the comparison that len is not 0. */
 	asm volatile("" : "+r"(len));
 	len = ((len - 1) & (REQUEST_MAX - 1)) + 1;
 	return !bpf_skb_load_bytes(skb, offset, s->bytes, len);
@@ -261,8 +317,9 @@ static const char http_close[] = "\r\nConnection: close\r\n\r\n";
 #define REQUEST_MIN (LITERAL_LEN(http_get) + LITERAL_LEN(http_version) + LITERAL_LEN(http_close) - 2)
 
 /*
- * The request as Kubernetes' prober sends it (pkg/probe/http, Go's net/http): one GET, whole, HTTP/1.1, in one
- * segment, its last header "Connection: close". So it has no body, is not split, and nothing can follow it.
+ * Parses a request as Kubernetes' prober sends it (pkg/probe/http, Go's net/http): one whole HTTP/1.1 GET in one
+ * segment, whose last header is "Connection: close". So it has no body, and nothing can follow it. Returns false for
+ * any other.
  */
 static __always_inline bool parse_request(struct __sk_buff *skb, const struct segment *seg, __u64 *path_hash)
 {
@@ -287,33 +344,49 @@ static __always_inline bool parse_request(struct __sk_buff *skb, const struct se
 	return true;
 }
 
-/* Returns whether all options of a SYN are understood. */
+/* A SYN's options in the order in which Linux sends them (tcp_options_write). */
+struct linux_syn_options {
+	__u8 mss_kind, mss_len;
+	__be16 mss;
+	__u8 sack[2], timestamps[2];
+	__be32 timestamp, echo;
+	__u8 nop, scale[2], shift;
+};
+
+/* Reports whether the options are those, which spares the loop. */
+static __always_inline bool is_linux(const struct linux_syn_options *o)
+{
+	return o->mss_kind == 2 && o->mss_len == 4 && o->sack[0] == 4 && o->sack[1] == 2 && o->timestamps[0] == 8 &&
+	       o->timestamps[1] == 10 && o->nop == 1 && o->scale[0] == 3 && o->scale[1] == 3;
+}
+
+/* Reads the MSS of a SYN or SYN-ACK, 0 if it has none. Returns false if read_syn_options would refuse its options. */
 static __always_inline bool parse_syn_options(struct __sk_buff *skb, const struct segment *seg, __u16 *mss)
 {
-	struct scratch *s = get_scratch();
-	__u32 len = seg->tcp_len - sizeof(struct tcphdr);
+	__u32 len = seg->tcp_len - sizeof(struct tcphdr), offset = ETH_HLEN + seg->l3_len + sizeof(struct tcphdr);
+	struct linux_syn_options usual;
+	struct scratch *s;
 
 	*mss = 0;
 	if (len == 0)
 		return true;
-	if (!s || !load_scratch(skb, s, ETH_HLEN + seg->l3_len + sizeof(struct tcphdr), len, 40) || read_syn_options(s))
+	if (len == sizeof(usual) && !bpf_skb_load_bytes(skb, offset, &usual, sizeof(usual)) && is_linux(&usual)) {
+		*mss = bpf_ntohs(usual.mss);
+		return true;
+	}
+	s = get_scratch();
+	if (!s || !load_scratch(skb, s, offset, len, 40) || read_syn_options(s))
 		return false;
 	*mss = s->mss;
 	return true;
 }
 
 /* Returns the status of "HTTP/1.x NNN" at the start of the payload, or 0. */
-static __always_inline __u16 parse_status(struct xdp_md *ctx, const struct segment *seg)
+static __always_inline __u16 parse_status(struct __sk_buff *skb, const struct segment *seg)
 {
-	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
-	__u32 offset = ETH_HLEN + seg->l3_len + seg->tcp_len;
 	__u8 line[12];
 
-	if (offset > ETH_HLEN + sizeof(struct ipv6hdr) + 60)
-		return 0;
-	if (data + offset + sizeof(line) <= data_end)
-		__builtin_memcpy(line, data + offset, sizeof(line));
-	else if (!have_xdp_load_bytes || bpf_xdp_load_bytes(ctx, offset, line, sizeof(line)))
+	if (bpf_skb_load_bytes(skb, ETH_HLEN + seg->l3_len + seg->tcp_len, line, sizeof(line)))
 		return 0;
 	if (line[0] != 'H' || line[1] != 'T' || line[2] != 'T' || line[3] != 'P' || line[4] != '/' || line[5] != '1' ||
 	    line[6] != '.' || line[8] != ' ')

@@ -1,37 +1,40 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 /*
- * Two programs on the host-side veth of a pod, both in the host's network namespace (ARCHITECTURE.md has a picture):
+ * Programs on the host-side veth of a pod, in the host's network namespace (ARCHITECTURE.md has a picture):
  *
- *   steer, tc egress: sees what the host sends to the pod. Decides for each packet of a prober's connection and, where
- *   the kernel is to answer, writes an order behind the TCP header and redirects the packet into the receive path of
- *   the same device.
+ *   steer, tc egress: sees what the host sends to the pod. Decides at the SYN whether to take a prober's connection,
+ * and turns each packet of a taken one into its answer, in place, redirected into the receive path of the same device.
  *
- *   respond, XDP: obeys orders, and sees what the pod sends. Reports the outcome of probes that were passed on, and
- *   translates sequence numbers of connections that were handed to the pod.
+ *   observe, tc ingress: sees what the pod sends. Reports the outcome of probes that reached the pod, and splices
+ *   connections that are handed over.
  *
- * And one for the whole machine:
+ *   respond, XDP, only with HOOK_XDP: makes the answers in steer's stead, from steer's orders.
+ *
+ * Programs for the whole machine:
  *
  *   watch, at the trace point inet_sock_set_state: sees pods' listening sockets close, and voids their ports' evidence.
+ *
+ *   sweep, run by the daemon: removes flows past their deadline, and those of detached devices.
  */
 #include "abi.h"
+#include "emit.h"
+#include "evidence.h"
+#include "flow.h"
+#include "maps.h"
 #include "parse.h"
-#include "reply.h"
 
-#define PASS TC_ACT_UNSPEC /* TCX_NEXT: whoever comes after us decides */
+#define PASS TC_ACT_UNSPEC /* TCX_NEXT: leaves the verdict to the programs after us */
 #define DROP TC_ACT_SHOT
 
-/* Sockets of the kernel itself (a RST or an ACK for a connection whose socket is gone) belong to the root cgroup, or
- * none. */
-#define ROOT_CGROUP_ID 1
+/*
+ * The window we grant: a client sends no more before the pod has its connection, so all of it can be stored. Linux
+ * fills at most half of the window with one segment, which still holds a request of REQUEST_MAX.
+ */
+#define FIRST_WINDOW STORED_MAX
 
-#define OUR_WINDOW 64240
-
-static __always_inline bool is_prober(__u64 cgroup_id)
+static __always_inline bool is_prober(const struct prober_config *config, __u64 cgroup_id)
 {
-	__u32 zero = 0;
-	struct prober_config *config = bpf_map_lookup_elem(&prober, &zero);
-
-	if (!config || !cgroup_id)
+	if (!cgroup_id)
 		return false;
 	for (__u32 i = 0; i < PROBER_CGROUPS_MAX; i++)
 		if (config->cgroup_ids[i] == cgroup_id)
@@ -39,125 +42,79 @@ static __always_inline bool is_prober(__u64 cgroup_id)
 	return config->any_local;
 }
 
-static __always_inline struct evidence *find_evidence(__u32 ifindex, __u16 port, __u8 kind, __u64 path_hash)
+/* Drops a packet at egress without a sign of congestion, which TC_ACT_SHOT is to the client's TCP: no device is 0. */
+static __always_inline int drop_quietly(void)
 {
-	struct endpoint_key key = {.port = port, .kind = kind, .path_hash = path_hash};
-	void *pod = bpf_map_lookup_elem(&pod_evidence, &ifindex);
-
-	return pod ? bpf_map_lookup_elem(pod, &key) : NULL;
+	count(COUNT_DROPPED);
+	return bpf_redirect(0, 0);
 }
 
-static __always_inline struct tally *find_tally(__u32 ifindex, __u16 port, __u8 kind, __u64 path_hash)
+/* Writes an order for respond over the packet's options and payload. Returns false if the packet must be dropped. */
+static __always_inline bool write_order(struct __sk_buff *skb, const struct segment *seg, const struct outgoing *out,
+					__u16 status)
 {
-	struct endpoint_key key = {.port = port, .kind = kind, .path_hash = path_hash};
-	void *pod = bpf_map_lookup_elem(&pod_tallies, &ifindex);
-
-	return pod ? bpf_map_lookup_elem(pod, &key) : NULL;
-}
-
-/* When evidence of this port was last voided. Without a tally it cannot be known, so nothing is valid. */
-static __always_inline __u64 withdrawn_at(__u32 ifindex, __u16 port)
-{
-	struct tally *tally = find_tally(ifindex, port, KIND_PORT, 0);
-
-	return tally ? tally->withdrawn_at : ~0ULL;
-}
-
-/* May a connection to this port be taken now? */
-static __always_inline bool port_is_fresh(__u32 ifindex, __u16 number, const struct evidence *port, __u64 now)
-{
-	return now < port->fresh_until && port->observed_at > withdrawn_at(ifindex, number);
-}
-
-/* cause: of enum withdrawal_cause; counter: the one that is of this cause. */
-static __always_inline void withdraw(__u32 ifindex, __u16 number, __u8 cause, __u32 counter)
-{
-	struct tally *tally = find_tally(ifindex, number, KIND_PORT, 0);
-	struct evidence *port = find_evidence(ifindex, number, KIND_PORT, 0);
-	__u64 now = bpf_ktime_get_boot_ns();
-
-	if (!tally)
-		return;
-	if (port && port_is_fresh(ifindex, number, port, now))
-		count(counter);
-	tally->withdrawn_at = now;
-	tally->withdrawn_cause = cause;
-}
-
-/* May a request on a taken connection be answered with this evidence? Freshness counts at the SYN, within the grace. */
-static __always_inline bool may_answer(const struct flow_key *key, const struct flow *flow, const struct evidence *e,
-				       __u64 now)
-{
-	if (e->result != RESULT_SUCCESS || e->observed_at <= withdrawn_at(key->ifindex, key->pod_port))
-		return false;
-	return now < e->fresh_until || (flow->started_at < e->fresh_until && now - flow->started_at < TAKEN_GRACE_NS);
-}
-
-static __always_inline void report(const struct flow_key *key, const struct flow *flow, __u8 event, __u8 kind,
-				   __u64 now)
-{
-	struct outcome *o = bpf_ringbuf_reserve(&outcomes, sizeof(*o), 0);
-
-	if (!o) {
-		count(COUNT_OUTCOMES_LOST);
-		return;
-	}
-	__builtin_memset(o, 0, sizeof(*o));
-	o->observed_at = now;
-	o->duration = now - flow->started_at;
-	o->path_hash = kind == KIND_HTTP ? flow->path_hash : 0;
-	o->ifindex = key->ifindex;
-	o->port = key->pod_port;
-	o->status = flow->status;
-	o->kind = kind;
-	o->event = event;
-	bpf_ringbuf_submit(o, 0);
-	count(COUNT_OBSERVED);
-}
-
-/* Sends the packet into the device's receive path, with an order. Its payload and options are no longer needed. */
-static __always_inline int send_order(struct __sk_buff *skb, const struct segment *seg, struct order *order)
-{
+	struct order order = {
+	    .token = order_token,
+	    .seq = out->seq,
+	    .ack = out->ack,
+	    .mss = out->mss,
+	    .window = out->window,
+	    .status = status,
+	    .tcp_flags = out->tcp_flags,
+	};
 	__u32 tcp_end = ETH_HLEN + seg->l3_len + sizeof(struct tcphdr);
 	__be16 proto = bpf_htons(ETH_P_STEERED);
 
-	order->token = order_token;
-	/* Grown here, where it always works; this also undoes segmentation offload, clones and fragments. */
-	if (bpf_skb_change_tail(skb, tcp_end + STEERED_ROOM, 0) ||
-	    bpf_skb_store_bytes(skb, tcp_end, order, sizeof(*order), 0) ||
-	    bpf_skb_store_bytes(skb, offsetof(struct ethhdr, h_proto), &proto, sizeof(proto), 0))
+	/* Growing always works here, unlike in XDP. It also undoes segmentation offload, clones and fragments. */
+	return !bpf_skb_change_tail(skb, tcp_end + STEERED_ROOM, 0) &&
+	       !bpf_skb_store_bytes(skb, tcp_end, &order, sizeof(order), 0) &&
+	       !bpf_skb_store_bytes(skb, offsetof(struct ethhdr, h_proto), &proto, sizeof(proto), 0);
+}
+
+/* Answers the client in the pod's name. flags are the flow's; status is that of the reply to append, 0 for none. */
+static __always_inline int answer(struct __sk_buff *skb, const struct segment *seg, __u32 flags, struct outgoing *out,
+				  __u16 status)
+{
+	__u32 index = status - STATUS_MIN;
+	const void *reply = NULL;
+	bool done;
+
+	asm volatile("" : "+r"(index)); /* keeps the register that is compared the one that is used, for the verifier */
+	out->back = true;
+	if (flags & FLOW_XDP) {
+		done = write_order(skb, seg, out, status);
+	} else {
+		if (index <= STATUS_MAX - STATUS_MIN) {
+			out->payload = replies[index].len;
+			out->payload_sum = replies[index].sum;
+			reply = (const void *)replies[index].bytes;
+		}
+		done = emit(skb, seg->l3_len, out, reply, REPLY_MAX);
+	}
+	if (!done)
 		return DROP;
+	skb->mark = 0; /* the client's, which means nothing on the way back */
+	skb->tc_index = (flags & (FLOW_TRIAL | FLOW_CONNECTED)) == FLOW_TRIAL ? HANDLED_TRIAL : HANDLED;
 	return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
 }
 
-/* The client would take TC_ACT_SHOT for congestion; a packet that is consumed quietly is dropped by respond. */
-static __always_inline int drop_quietly(struct __sk_buff *skb, const struct segment *seg)
+static __always_inline int answer_syn(struct __sk_buff *skb, const struct segment *seg, const struct flow *flow)
 {
-	struct order order = {.verdict = ORDER_DROP};
-
-	return send_order(skb, seg, &order);
-}
-
-static __always_inline int send_syn_ack(struct __sk_buff *skb, const struct segment *seg, const struct flow *flow)
-{
-	struct order order = {
-	    .verdict = ORDER_TO_CLIENT,
+	struct outgoing out = {
 	    .seq = flow->our_isn,
 	    .ack = flow->client_isn + 1,
 	    .tcp_flags = TCP_SYN | TCP_ACK,
-	    /* The client's own: it names what the way to the pod can carry, and is what the pod is offered. */
-	    .mss = flow->client_mss,
-	    .window = OUR_WINDOW,
+	    .mss = flow->client_mss, /* fits the path to the pod, and the pod (limit_mss) */
+	    .window = FIRST_WINDOW,
 	};
 
-	return send_order(skb, seg, &order);
+	return answer(skb, seg, flow->flags, &out, 0);
 }
 
-/* Replays the client's SYN towards the pod: the connection is handed over. */
+/* Hands a connection over: replays the client's SYN to the pod. */
 static __always_inline int replay_syn(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
-	struct order order = {
-	    .verdict = ORDER_TO_POD,
+	struct outgoing out = {
 	    .seq = flow->client_isn,
 	    .tcp_flags = TCP_SYN,
 	    .mss = flow->client_mss,
@@ -168,243 +125,495 @@ static __always_inline int replay_syn(struct __sk_buff *skb, const struct segmen
 		flow->state = FLOW_HANDING;
 		count(COUNT_HANDED_OVER);
 	}
-	return send_order(skb, seg, &order);
+	flow->client_window = seg->window;
+	set_deadline(flow, HANDING_NS);
+	if (flow->state == FLOW_HANDED) /* by observe, just now */
+		set_deadline(flow, HANDED_NS);
+	if (!emit(skb, seg->l3_len, &out, NULL, 0))
+		return DROP;
+	skb->tc_index = HANDLED;
+	return PASS;
 }
 
-static __always_inline bool is_own(struct __sk_buff *skb)
+/* Changes a device's trust, unless the device was attached again or trust was lost meanwhile. */
+static __always_inline void change_trust(struct device *device, __u32 generation, enum trust trust, enum loss loss)
 {
-	__u64 cookie = bpf_get_socket_cookie(skb);
+	union {
+		struct {
+			__u32 generation;
+			__u16 loss, trust;
+		};
+		__u64 word;
+	} from = {.generation = generation}, to = {.generation = generation, .loss = loss, .trust = trust};
+	__u64 *word = (__u64 *)&device->generation;
 
-	return cookie && bpf_map_lookup_elem(&own_sockets, &cookie);
+	if (trust == TRUST_LOST)
+		from.trust = device->trust;
+	if (from.trust != TRUST_LOST && __sync_val_compare_and_swap(word, from.word, to.word) == from.word &&
+	    trust == TRUST_LOST) {
+		device->lost_at = bpf_ktime_get_boot_ns();
+		count(COUNT_DEVICES_LOST);
+	}
+}
+
+/* Notes that an answer was lost: something on the way drops them. From now on this device takes no connection. */
+static __always_inline void lose_trust(__u32 ifindex, __u32 generation, enum loss loss)
+{
+	struct device *device = bpf_map_lookup_elem(&devices, &ifindex);
+
+	if (device)
+		change_trust(device, generation, TRUST_LOST, loss);
+}
+
+/* Reports whether an answer sent at since must have arrived by now. Either may be a little ahead, from another CPU. */
+static __always_inline bool is_overdue(__u64 since, __u64 now)
+{
+	return (__s64)(now - since) > (__s64)ANSWER_LOST_NS;
+}
+
+/* Reports whether the flow watched on a port is still waiting for its client to acknowledge our SYN-ACK. */
+static __always_inline bool is_unacknowledged(const struct segment *seg, const struct tally *port)
+{
+	struct scratch *s = get_scratch();
+	struct flow *watched;
+
+	if (!s)
+		return false;
+	s->other = seg->flow;
+	s->other.client_port = port->watched_port;
+	watched = bpf_map_lookup_elem(&flows, &s->other);
+	return watched && watched->started_at == port->watched_at && watched->state == FLOW_TAKEN &&
+	       !(watched->flags & FLOW_CONNECTED);
 }
 
 /*
- * The client repeats its SYN although it was answered, so respond is not there: the pod shall have the connection. Not
- * if the client may have our answer: two SYNs that were held up on the way come one right after the other, and another
- * answer than the first would break the connection.
+ * Reports whether answers to this port are known to arrive, or this connection is the trial that is to tell. A device
+ * has one trial, so where answers do not arrive, one probe is delayed.
  */
-static __always_inline bool is_unanswered(const struct flow *flow)
+static __always_inline bool is_trusted(const struct segment *seg, struct device *device, struct tally *port,
+				       struct flow *flow)
 {
-	return flow->state == FLOW_TAKEN && !(flow->flags & FLOW_CONNECTED) &&
-	       bpf_ktime_get_boot_ns() - flow->started_at > ANSWER_LOST_NS;
+	__u64 now = flow->started_at;
+
+	if (device->trust == TRUST_UNPROVEN) {
+		if (!device->trial_at && !__sync_val_compare_and_swap(&device->trial_at, 0, now)) {
+			flow->flags |= FLOW_TRIAL;
+			return true;
+		}
+		if (is_overdue(device->trial_at, now))
+			change_trust(device, flow->generation, TRUST_LOST, LOSS_UNACKNOWLEDGED);
+		return false;
+	}
+	if (device->trust != TRUST_PROVEN)
+		return false;
+	/*
+	 * A prober may give up before its SYN is repeated: the next one finds that nothing was heard of it. What was
+	 * watched before the device's trial says nothing of it since.
+	 */
+	if (port->watched_at < device->trial_at || !is_unacknowledged(seg, port)) {
+		port->watched_at = now;
+		port->watched_port = seg->flow.client_port;
+	} else if (is_overdue(port->watched_at, now)) {
+		change_trust(device, flow->generation, TRUST_LOST, LOSS_UNACKNOWLEDGED);
+		return false;
+	}
+	return true;
 }
 
-/* A SYN: the one moment at which it is decided whether a connection is taken. */
-static __always_inline int steer_syn(struct __sk_buff *skb, const struct segment *seg, bool prober)
+/* A flow ends before it is known whether its answer arrived: if it was the trial of its device, there is another. */
+static __always_inline void abandon_trial(const struct flow_key *key, const struct flow *flow)
 {
-	struct flow *old = bpf_map_lookup_elem(&flows, &seg->flow);
-	struct flow flow = {.client_isn = seg->seq};
-	struct evidence *port;
-	bool fresh, unanswered;
+	struct device *device;
 
-	if (prober && is_own(skb)) {
-		count(COUNT_PASSED_OWN);
-		prober = false;
-	}
-	if (old && old->client_isn == seg->seq && prober && !is_unanswered(old)) { /* a retransmission */
-		if (old->state == FLOW_TAKEN)
-			return send_syn_ack(skb, seg, old);
-		return old->state == FLOW_OBSERVING ? PASS : drop_quietly(skb, seg);
-	}
-	unanswered = old && old->client_isn == seg->seq && is_unanswered(old);
-	if (old)
-		bpf_map_delete_elem(&flows, &seg->flow);
-	if (!prober)
-		return PASS;
+	if ((flow->flags & (FLOW_TRIAL | FLOW_CONNECTED)) != FLOW_TRIAL)
+		return;
+	device = bpf_map_lookup_elem(&devices, &key->ifindex);
+	if (device)
+		__sync_val_compare_and_swap(&device->trial_at, flow->started_at, 0);
+}
 
-	port = find_evidence(seg->flow.ifindex, seg->flow.pod_port, KIND_PORT, 0);
-	if (!port) {
-		count(COUNT_PASSED_NOT_PROBED);
-		return PASS;
-	}
-	flow.started_at = bpf_ktime_get_boot_ns();
-	fresh = !unanswered && port_is_fresh(seg->flow.ifindex, seg->flow.pod_port, port, flow.started_at);
-	/* Data on a SYN (fast open) and options that would have to be honoured are the pod's to answer. */
-	if (!parse_syn_options(skb, seg, &flow.client_mss) || seg->payload) {
-		count(COUNT_PASSED_NOT_PARSABLE);
-		return PASS;
-	}
-	flow.state = fresh ? FLOW_TAKEN : FLOW_OBSERVING;
-	flow.our_isn = bpf_get_prandom_u32();
-	if (!fresh)
+/* The client has the answer to its SYN. */
+static __always_inline void acknowledge(const struct segment *seg, struct flow *flow)
+{
+	struct device *device;
+
+	set_flags(flow, FLOW_CONNECTED);
+	if (!(flow->flags & FLOW_TRIAL))
+		return;
+	device = bpf_map_lookup_elem(&devices, &seg->flow.ifindex);
+	if (!device)
+		return;
+	/* Without observe no connection can be handed over. */
+	if (device->observed)
+		change_trust(device, flow->generation, TRUST_PROVEN, LOSS_NONE);
+	else
+		change_trust(device, flow->generation, TRUST_LOST, LOSS_UNOBSERVED);
+}
+
+/* Reports whether a connection may be taken. port, tally and withdrawn are the port's evidence and withdrawals. */
+static __always_inline bool may_take(struct __sk_buff *skb, const struct segment *seg, struct device *device,
+				     struct flow *flow, const struct evidence *port, struct tally *tally,
+				     __u64 withdrawn)
+{
+	if (flow->started_at >= port->fresh_until || port->observed_at <= withdrawn) {
 		count(COUNT_PASSED_NOT_FRESH);
-	if (bpf_map_update_elem(&flows, &seg->flow, &flow, BPF_ANY) || !fresh)
+		return false;
+	}
+	if (!tally || !is_trusted(seg, device, tally, flow)) {
+		count(COUNT_PASSED_UNTRUSTED);
+		return false;
+	}
+	return true;
+}
+
+/* Limits the MSS that we tell the client to the pod's, as the pod would: the two ends of a veth may differ in MTU. */
+static __always_inline void limit_mss(const struct segment *seg, const struct device *device, struct flow *flow)
+{
+	__u32 headers = seg->l3_len + sizeof(struct tcphdr), most = device->pod_mtu;
+
+	if (most > headers && flow->client_mss > most - headers)
+		flow->client_mss = most - headers;
+}
+
+/* Notes the pod's MTU from its SYN-ACK, for later connections. */
+static __always_inline void note_mtu(struct __sk_buff *skb, const struct segment *seg, const struct flow *flow)
+{
+	struct device *device = bpf_map_lookup_elem(&devices, &seg->flow.ifindex);
+	__u32 mtu;
+	__u16 mss;
+
+	if (!device || device->generation != flow->generation || !parse_syn_options(skb, seg, &mss) || !mss)
+		return;
+	mtu = mss + seg->l3_len + sizeof(struct tcphdr);
+	if (mtu <= 0xffff && device->pod_mtu != mtu)
+		device->pod_mtu = mtu;
+}
+
+/* Decides whether a prober's new connection is taken. Nothing later does. */
+static __always_inline int decide(struct __sk_buff *skb, const struct segment *seg, __u64 cookie)
+{
+	struct device *device = bpf_map_lookup_elem(&devices, &seg->flow.ifindex);
+	struct scratch *scratch = get_scratch();
+	struct flow *flow;
+	struct endpoint_key key;
+	struct evidence port;
+	struct tally *tally;
+	__u64 withdrawn;
+	bool taken;
+
+	if (!device || !scratch)
 		return PASS;
-	return send_syn_ack(skb, seg, &flow);
-}
-
-/* A client's packet on a connection that was passed on. It goes on, whatever is noted. */
-static __always_inline void observe_client(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
-{
-	if (seg->tcp_flags & (TCP_FIN | TCP_RST)) {
-		__u64 now = bpf_ktime_get_boot_ns();
-
-		/* The exchange is complete only now: how long it took decides whether the prober calls it a success. */
-		if (flow->status)
-			report(&seg->flow, flow, OUTCOME_STATUS, KIND_HTTP, now);
-		else if (flow->flags & FLOW_REQUESTED)
-			report(&seg->flow, flow, OUTCOME_NO_ANSWER, KIND_HTTP, now);
-		else if (flow->flags & FLOW_CONNECTED)
-			report(&seg->flow, flow, OUTCOME_CONNECTED, KIND_TCP, now);
-		else
-			report(&seg->flow, flow, OUTCOME_NO_ANSWER, KIND_PORT, now);
-		bpf_map_delete_elem(&flows, &seg->flow);
-		return;
-	}
-	if (!seg->payload || flow->flags & FLOW_REQUESTED)
-		return;
-	if (seg->seq != flow->client_isn + 1 || !parse_request(skb, seg, &flow->path_hash)) {
-		count(COUNT_PASSED_NOT_PARSABLE);
-		bpf_map_delete_elem(&flows, &seg->flow);
-	} else if (!find_evidence(seg->flow.ifindex, seg->flow.pod_port, KIND_HTTP, flow->path_hash)) {
+	flow = &scratch->flow;
+	__builtin_memset(flow, 0, sizeof(*flow));
+	flow->owner = cookie;
+	flow->client_isn = seg->seq;
+	flow->state = FLOW_OBSERVING;
+	flow->generation = device->generation;
+	if (device->hook == HOOK_XDP)
+		flow->flags = FLOW_XDP;
+	key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_PORT, 0);
+	tally = bpf_map_lookup_elem(&endpoint_tallies, &key);
+	withdrawn = withdrawn_at(tally);
+	if (!read_evidence(&key, &port)) {
 		count(COUNT_PASSED_NOT_PROBED);
-		bpf_map_delete_elem(&flows, &seg->flow);
-	} else {
-		flow->flags |= FLOW_REQUESTED;
+		return PASS;
+	}
+	/* Only the pod can honour data on a SYN (fast open) and options that we do not understand. */
+	if (!parse_syn_options(skb, seg, &flow->client_mss) || seg->payload) {
+		count(COUNT_PASSED_NOT_PARSABLE);
+		return PASS;
+	}
+	flow->started_at = bpf_ktime_get_boot_ns();
+	taken = may_take(skb, seg, device, flow, &port, tally, withdrawn);
+	if (taken) {
+		flow->state = FLOW_TAKEN;
+		flow->our_isn = bpf_get_prandom_u32();
+		flow->evidence_at = port.observed_at;
+		limit_mss(seg, device, flow);
+	}
+	flow->deadline = flow->started_at + (taken ? TAKEN_NS : OBSERVING_NS);
+	if (!add_flow(&seg->flow, flow)) {
+		if (flow->flags & FLOW_TRIAL) /* it did not take place */
+			__sync_val_compare_and_swap(&device->trial_at, flow->started_at, 0);
+		count(COUNT_PASSED_FULL);
+		return PASS;
+	}
+	return taken ? answer_syn(skb, seg, flow) : PASS;
+}
+
+static __always_inline int steer_syn(struct __sk_buff *skb, const struct segment *seg)
+{
+	__u32 zero = 0;
+	struct prober_config *config = bpf_map_lookup_elem(&prober, &zero);
+	__u64 cookie;
+
+	/* A packet with an ingress device was forwarded or bridged: no process of this namespace sent it. */
+	if (!config || skb->ingress_ifindex || !is_prober(config, bpf_skb_cgroup_id(skb))) {
+		count(COUNT_PASSED_NOT_PROBER);
+		return PASS;
+	}
+	cookie = bpf_get_socket_cookie(skb);
+	if (config->own_sockets && bpf_map_lookup_elem(&own_sockets, &cookie)) {
+		count(COUNT_PASSED_OWN);
+		return PASS;
+	}
+	return decide(skb, seg, cookie);
+}
+
+/* Handles a SYN that a flow's owner repeats. */
+static __always_inline int steer_syn_again(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
+{
+	if (flow->state == FLOW_OBSERVING)
+		return PASS;
+	if (flow->state != FLOW_TAKEN)
+		return drop_quietly(); /* a late duplicate: the client is connected */
+	/*
+	 * While the client may have our answer, repeat the same: two SYNs that were held up arrive one right after the
+	 * other, and a different answer would break the connection.
+	 */
+	if (flow->flags & FLOW_CONNECTED || !is_overdue(flow->started_at, bpf_ktime_get_boot_ns()))
+		return answer_syn(skb, seg, flow);
+	lose_trust(seg->flow.ifindex, flow->generation, LOSS_SYN_REPEATED);
+	flow->deadline = bpf_ktime_get_boot_ns() + OBSERVING_NS;
+	flow->state = FLOW_OBSERVING;
+	return PASS;
+}
+
+/* Reports a probe that reached the pod, once its client has closed: only then is it known how long it took. */
+static __always_inline void report_end(const struct segment *seg, const struct flow *flow)
+{
+	if (flow->flags & FLOW_JUDGED)
+		return;
+	if (flow->status)
+		report(&seg->flow, flow, OUTCOME_STATUS, KIND_HTTP);
+	else if (flow->flags & FLOW_REQUESTED)
+		report(&seg->flow, flow, OUTCOME_NO_ANSWER, KIND_HTTP);
+	else if (flow->flags & FLOW_CONNECTED)
+		report(&seg->flow, flow, OUTCOME_CONNECTED, KIND_TCP);
+	else
+		report(&seg->flow, flow, OUTCOME_NO_ANSWER, KIND_PORT);
+}
+
+/* Notes which endpoint a request that the pod gets asks for. Returns false if it is none that is probed. */
+static __always_inline bool note_request(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
+{
+	struct endpoint_key key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_HTTP, 0);
+
+	if (seg->seq != flow->client_isn + 1 || !parse_request(skb, seg, &key.path_hash)) {
+		count(COUNT_PASSED_NOT_PARSABLE);
+		return false;
+	}
+	if (!bpf_map_lookup_elem(&endpoint_evidence, &key)) {
+		count(COUNT_PASSED_NOT_PROBED);
+		return false;
+	}
+	flow->path_hash = key.path_hash;
+	set_flags(flow, FLOW_REQUESTED);
+	return true;
+}
+
+/* Notes a client's packet on a connection that was passed on. The packet always goes on. */
+static __always_inline void steer_observing(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
+{
+	/* A client that is still connecting resets what the pod has left of an earlier connection, and goes on. */
+	if (seg->tcp_flags & TCP_RST && !(flow->flags & FLOW_CONNECTED) && seg->seq != flow->client_isn + 1)
+		return;
+	if (seg->tcp_flags & (TCP_FIN | TCP_RST)) {
+		report_end(seg, flow);
+		end_flow(&seg->flow, flow);
+	} else if (seg->payload && !(flow->flags & FLOW_REQUESTED) && !note_request(skb, seg, flow)) {
+		end_flow(&seg->flow, flow);
 	}
 }
 
-/* The client is done with a connection that the pod knows nothing of: reset it, so that nothing is left of it. */
-static __always_inline int end_taken(struct __sk_buff *skb, const struct segment *seg, const struct flow *flow)
+/* Ends a taken connection that its client has closed: resets it, so that it leaves nothing behind. */
+static __always_inline int end_taken(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
-	struct order order = {
-	    .verdict = ORDER_TO_CLIENT,
+	struct outgoing out = {
 	    .seq = seg->ack,
 	    .ack = seg->seq + seg->payload + 1,
 	    .tcp_flags = TCP_RST | TCP_ACK,
 	};
+	__u32 flags = flow->flags;
 
-	if (!(flow->flags & FLOW_REQUESTED))
-		order.answers = KIND_TCP;
-	bpf_map_delete_elem(&flows, &seg->flow);
-	return send_order(skb, seg, &order);
+	if (!(flags & FLOW_REQUESTED)) {
+		struct endpoint_key key =
+		    endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_TCP, 0);
+
+		/* A TCP probe. The answer was the one to its SYN. */
+		note_answer(&key, bpf_map_lookup_elem(&endpoint_tallies, &key), flow->evidence_at, flow->started_at);
+	}
+	end_flow(&seg->flow, flow);
+	return answer(skb, seg, (flags & FLOW_XDP) | FLOW_CONNECTED, &out, 0);
 }
 
-static __always_inline int answer_request(struct __sk_buff *skb, const struct segment *seg, struct flow *flow,
-					  __u64 path_hash)
+/* Answers a request if it may be answered, and sets the verdict. Returns false if it may not. */
+static __always_inline bool answer_request(struct __sk_buff *skb, const struct segment *seg, struct flow *flow,
+					   int *verdict)
 {
-	struct order order = {
-	    .verdict = ORDER_TO_CLIENT,
-	    .path_hash = path_hash,
+	struct endpoint_key key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_PORT, 0);
+	struct outgoing out = {
 	    .seq = flow->our_isn + 1,
 	    .ack = seg->seq + seg->payload,
 	    /* Data and FIN in one segment: the prober never closes first, so no TIME_WAIT is left. */
 	    .tcp_flags = TCP_PSH | TCP_FIN | TCP_ACK,
-	    .window = OUR_WINDOW,
-	    .with_reply = true,
+	    .window = FIRST_WINDOW,
 	};
+	bool again = flow->flags & FLOW_REQUESTED;
+	__u64 now, withdrawn, path_hash;
+	struct tally *tally;
+	struct evidence e;
 
-	if (!(flow->flags & FLOW_REQUESTED))
-		order.answers = KIND_HTTP;
-	flow->flags |= FLOW_REQUESTED;
-	return send_order(skb, seg, &order);
+	/* The answer did not arrive, though the one to the SYN did; or the CPU that is to receive it was held up. */
+	if (again) {
+		clear_flags(flow, FLOW_REQUESTED);
+		if (is_overdue(flow->started_at, bpf_ktime_get_boot_ns())) {
+			lose_trust(seg->flow.ifindex, flow->generation, LOSS_REQUEST_REPEATED);
+			return false;
+		}
+	}
+	if (seg->tcp_flags & TCP_FIN || !parse_request(skb, seg, &path_hash))
+		return false;
+	withdrawn = withdrawn_at(bpf_map_lookup_elem(&endpoint_tallies, &key));
+	key.path_hash = path_hash;
+	key.kind = KIND_HTTP;
+	tally = bpf_map_lookup_elem(&endpoint_tallies, &key);
+	if (!read_evidence(&key, &e))
+		return false;
+	now = bpf_ktime_get_boot_ns();
+	if (e.result != RESULT_SUCCESS || e.observed_at <= withdrawn || e.observed_at <= withdrawn_at(tally))
+		return false;
+	/* Evidence that was fresh at the SYN is good for the grace. */
+	if (now >= e.fresh_until && (flow->started_at >= e.fresh_until || now - flow->started_at >= TAKEN_GRACE_NS))
+		return false;
+	if (!again)
+		note_answer(&key, tally, e.observed_at, now);
+	flow->path_hash = path_hash;
+	set_flags(flow, FLOW_REQUESTED);
+	*verdict = answer(skb, seg, flow->flags, &out, e.status);
+	return true;
 }
 
 static __always_inline int steer_taken(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
 	__u32 offset = seg->seq - flow->client_isn - 1; /* into the client's data */
-	struct evidence *e;
-	__u64 path_hash;
+	int verdict;
 
-	flow->flags |= FLOW_CONNECTED;
+	if (!(flow->flags & FLOW_CONNECTED))
+		acknowledge(seg, flow);
 	if (seg->tcp_flags & TCP_RST) {
-		bpf_map_delete_elem(&flows, &seg->flow);
-		return drop_quietly(skb, seg);
+		end_flow(&seg->flow, flow);
+		return drop_quietly();
 	}
 	if (!seg->payload && seg->tcp_flags & TCP_FIN) {
 		if (flow->flags & FLOW_REQUESTED || offset == 0)
 			return end_taken(skb, seg, flow);
-		return drop_quietly(skb, seg); /* something before it was lost */
+		return drop_quietly(); /* data before it was lost */
 	}
 	if (!seg->payload) {
-		/* A keep-alive: the client waits, perhaps for a server that speaks first. */
-		if (offset == (__u32)-1)
-			return replay_syn(skb, seg, flow);
-		return drop_quietly(skb, seg);
+		/* A keep-alive is handed over: the client may be waiting for a server that speaks first. */
+		if (offset != (__u32)-1 || flow->flags & FLOW_REQUESTED)
+			return drop_quietly();
+		set_flags(flow, FLOW_JUDGED);
+		return replay_syn(skb, seg, flow);
 	}
-	if (offset == 0 && !(seg->tcp_flags & TCP_FIN) && parse_request(skb, seg, &path_hash)) {
-		e = find_evidence(seg->flow.ifindex, seg->flow.pod_port, KIND_HTTP, path_hash);
-		if (e && may_answer(&seg->flow, flow, e, bpf_ktime_get_boot_ns()))
-			return answer_request(skb, seg, flow, path_hash);
-	}
-	/* Later data may overtake the first; only the first can be retransmitted into the new connection. And a client
-	 * that has had an answer is not handed over any more. */
+	/* Wait for the first byte, which later data may have overtaken. And hand over no client that has had an answer.
+	 */
 	if (offset != 0 || seg->ack != flow->our_isn + 1)
-		return drop_quietly(skb, seg);
+		return drop_quietly();
+	if (answer_request(skb, seg, flow, &verdict))
+		return verdict;
+	if (!note_request(skb, seg, flow))
+		set_flags(flow, FLOW_JUDGED);
+	store(skb, seg, flow, 0); /* if there is no room, the client's retransmission brings it */
 	return replay_syn(skb, seg, flow);
 }
 
 static __always_inline int steer_handing(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
+	__u32 offset = seg->seq - flow->client_isn - 1;
+
 	if (seg->tcp_flags & TCP_RST) {
-		bpf_map_delete_elem(&flows, &seg->flow);
-		return drop_quietly(skb, seg);
+		end_flow(&seg->flow, flow);
+		return drop_quietly();
 	}
-	/* The first byte again, so the pod has not answered the SYN for a while. */
-	if (seg->seq - flow->client_isn <= 1 && (seg->payload || seg->seq == flow->client_isn))
+	/* The client repeats its first byte: the pod has not answered the SYN for a while. */
+	if (offset + 1 <= 1 && (seg->payload || offset == (__u32)-1))
 		return replay_syn(skb, seg, flow);
-	return drop_quietly(skb, seg);
+	if (flow->flags & FLOW_STORED && (seg->payload || seg->tcp_flags & TCP_FIN))
+		store(skb, seg, flow, offset);
+	return drop_quietly();
 }
 
-/* The pod's sequence numbers are pod_isn - our_isn ahead of what the client has been told. */
+/* Notes that one of the FINs is acknowledged. Reports whether both are. */
+static __always_inline bool all_acked(struct flow *flow, enum flow_flag acked)
+{
+	const __u32 all = FLOW_CLIENT_FIN_ACKED | FLOW_POD_FIN_ACKED;
+
+	return (set_flags(flow, acked) & all) == all;
+}
+
+/* Translates a client's packet. The pod's sequence numbers are pod_isn - our_isn ahead of those the client knows. */
 static __always_inline int steer_handed(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
-	__u32 tcp = ETH_HLEN + seg->l3_len;
-	__be32 told = bpf_htonl(seg->ack), meant;
-	__u32 ack = seg->ack + flow->pod_isn - flow->our_isn;
-	const __u8 all_acked = FLOW_CLIENT_FIN_ACKED | FLOW_POD_FIN_ACKED;
+	__u32 tcp = ETH_HLEN + seg->l3_len, ack = seg->ack + flow->pod_isn - flow->our_isn;
+	__be32 told = bpf_htonl(seg->ack), meant = bpf_htonl(ack);
 
+	if (seg->tcp_flags & TCP_SYN)
+		return drop_quietly();
 	if (seg->tcp_flags & TCP_ACK) {
-		meant = bpf_htonl(ack);
-		/* Knows by itself whether the packet carries a full checksum. */
 		if (bpf_l4_csum_replace(skb, tcp + offsetof(struct tcphdr, check), told, meant, sizeof(meant)) ||
-		    bpf_skb_store_bytes(skb, tcp + offsetof(struct tcphdr, ack_seq), &meant, sizeof(meant), 0))
+		    bpf_skb_store_bytes(skb, tcp + offsetof(struct tcphdr, ack_seq), &meant, sizeof(meant),
+					BPF_F_RECOMPUTE_CSUM))
 			return DROP;
+	}
+	skb->tc_index = HANDLED;
+	flow->deadline = bpf_ktime_get_boot_ns() + HANDED_NS;
+	if (seg->tcp_flags & (TCP_FIN | TCP_RST)) {
+		report_end(seg, flow);
+		set_flags(flow, FLOW_JUDGED);
 	}
 	if (seg->tcp_flags & TCP_FIN) {
 		flow->client_fin = seg->seq + seg->payload + 1;
-		flow->flags |= FLOW_CLIENT_FIN;
+		set_flags(flow, FLOW_CLIENT_FIN);
 	}
-	if (flow->flags & FLOW_POD_FIN && ack == flow->pod_fin)
-		flow->flags |= FLOW_POD_FIN_ACKED;
-	if (seg->tcp_flags & TCP_RST || (flow->flags & all_acked) == all_acked)
-		bpf_map_delete_elem(&flows, &seg->flow);
+	if (seg->tcp_flags & TCP_RST ||
+	    (flow->flags & FLOW_POD_FIN && ack == flow->pod_fin && all_acked(flow, FLOW_POD_FIN_ACKED)))
+		end_flow(&seg->flow, flow);
 	return PASS;
+}
+
+/*
+ * Reports whether one of our programs has dealt with the packet already. The mark is never cleared, because during a
+ * promotion each program is on the device twice, and both must leave the packet alone.
+ */
+static __always_inline bool is_handled(const struct __sk_buff *skb)
+{
+	return skb->tc_index == HANDLED || skb->tc_index == HANDLED_TRIAL;
 }
 
 SEC("tc")
 int steer(struct __sk_buff *skb)
 {
 	struct segment seg = {};
-	struct flow *flow;
-	bool prober;
-	__u64 id;
+	struct flow *flow = NULL;
 
-	/* Anything that came in by a device was not sent by a process of this namespace: forwarded, or bridged. */
-	if (skb->ingress_ifindex) {
-		count(COUNT_PASSED_NOT_PROBER);
+	if (!parse(skb, &seg, false) || is_handled(skb))
 		return PASS;
+	if (seg.may_have_flow)
+		flow = bpf_map_lookup_elem(&flows, &seg.flow);
+	if (flow && (!is_from_owner(skb, flow) || (begins(seg.tcp_flags) && seg.seq != flow->client_isn))) {
+		abandon_trial(&seg.flow, flow);
+		end_flow(&seg.flow, flow); /* another connection, on the same ports */
+		flow = NULL;
 	}
-	id = bpf_skb_cgroup_id(skb);
-	prober = is_prober(id);
-	/* Packets without a socket may belong to a prober's connection all the same, but cannot begin one. */
-	if (!prober && id > ROOT_CGROUP_ID) {
-		count(COUNT_PASSED_NOT_PROBER);
-		return PASS;
-	}
-	if (!parse_to_pod(skb, &seg)) {
-		count(prober ? COUNT_PASSED_NOT_PARSABLE : COUNT_PASSED_NOT_PROBER);
-		return PASS;
-	}
-	if ((seg.tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN)
-		return steer_syn(skb, &seg, prober);
-
-	flow = bpf_map_lookup_elem(&flows, &seg.flow);
+	if (begins(seg.tcp_flags))
+		return flow ? steer_syn_again(skb, &seg, flow) : steer_syn(skb, &seg);
 	if (!flow)
 		return PASS;
 	switch (flow->state) {
 	case FLOW_OBSERVING:
-		observe_client(skb, &seg, flow);
+		steer_observing(skb, &seg, flow);
 		return PASS;
 	case FLOW_TAKEN:
 		return steer_taken(skb, &seg, flow);
@@ -416,173 +625,282 @@ int steer(struct __sk_buff *skb)
 	return PASS;
 }
 
-static __always_inline int drop_steered(void)
+/* Notes that the pod refused or reset a connection. */
+static __always_inline void note_reset(const struct segment *seg, struct flow *flow)
 {
-	count(COUNT_DROPPED);
-	return XDP_DROP;
+	struct endpoint_key port = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_PORT, 0);
+
+	/* After a 2xx a reset proves nothing: the prober may have read the whole answer before it. */
+	if (flow->flags & FLOW_JUDGED || flow->status)
+		return;
+	withdraw(&port, WITHDRAWN_RESET, COUNT_WITHDRAWN_RESET);
+	report(&seg->flow, flow, OUTCOME_RESET, flow->flags & FLOW_REQUESTED ? KIND_HTTP : KIND_PORT);
 }
 
-static __always_inline void note_answer(__u32 ifindex, __u16 port, __u8 kind, __u64 path_hash)
+/* Notes the status in the pod's first bytes after a request. Returns false if nothing more can be learned. */
+static __always_inline bool note_status(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
-	struct tally *tally = find_tally(ifindex, port, kind, path_hash);
-	struct evidence *e = find_evidence(ifindex, port, kind, path_hash);
-	__u64 now = bpf_ktime_get_boot_ns();
+	struct endpoint_key key;
 
-	count(kind == KIND_HTTP ? COUNT_ANSWERED_HTTP : COUNT_ANSWERED_TCP);
-	if (tally) {
-		__sync_fetch_and_add(&tally->hits, 1);
-		tally->answered_at = now;
+	if (!(flow->flags & FLOW_REQUESTED) || flow->flags & FLOW_JUDGED || !seg->payload ||
+	    seg->seq != flow->pod_isn + 1)
+		return true;
+	flow->status = parse_status(skb, seg);
+	if (flow->status >= 200 && flow->status < 300)
+		return true;
+	if (flow->status >= 300) {
+		key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_HTTP, flow->path_hash);
+		withdraw(&key, WITHDRAWN_STATUS, COUNT_WITHDRAWN_STATUS);
+		report(&seg->flow, flow, OUTCOME_STATUS, KIND_HTTP);
 	}
-	/* A connection for its own sake may be answered on what is known of other endpoints of the port only. */
-	if (!e || !e->observed_at)
-		e = find_evidence(ifindex, port, KIND_PORT, 0);
-	if (e)
-		count_age(now - e->observed_at);
+	/* Below 200: not HTTP/1, an interim response or a split status line, which is no evidence either way. */
+	return false;
 }
 
-/* Does what steer ordered. Whatever happens, the packet does not stay as it is. */
-static __always_inline int obey(struct xdp_md *ctx, __u32 l3_len)
+/* Notes the pod's side of a probe that was passed on. */
+static __always_inline void observe_passed(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
-	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
-	struct tcphdr *tcp = data + ETH_HLEN + l3_len;
-	void *room = tcp + 1;
-	struct reply reply = {};
-	struct order order;
-	struct evidence *e;
-
-	if (room + STEERED_ROOM > data_end)
-		return drop_steered();
-	__builtin_memcpy(&order, room, sizeof(order));
-	if (order.token != order_token || order.verdict == ORDER_DROP)
-		return drop_steered();
-
-	reply.seq = order.seq;
-	reply.ack = order.ack;
-	reply.mss = order.mss;
-	reply.window = order.window;
-	reply.tcp_flags = order.tcp_flags;
-	reply.swap = order.verdict == ORDER_TO_CLIENT;
-	if (order.with_reply) {
-		e = find_evidence(ctx->ingress_ifindex, bpf_ntohs(tcp->dest), KIND_HTTP, order.path_hash);
-		/* Gone since the order was given: the client asks again. */
-		if (!e || !e->reply_len || e->reply_len > REPLY_MAX)
-			return drop_steered();
-		__builtin_memcpy(room, e->reply, REPLY_MAX);
-		reply.payload = e->reply_len;
-		reply.payload_sum = e->reply_sum;
-	}
-	if (order.answers)
-		note_answer(ctx->ingress_ifindex, bpf_ntohs(tcp->dest), order.answers, order.path_hash);
-	if (rewrite(ctx, l3_len, &reply))
-		return drop_steered();
-	return order.verdict == ORDER_TO_POD ? XDP_TX : XDP_PASS;
-}
-
-/* The pod's side of a probe that was passed on. */
-static __always_inline void observe_pod(struct xdp_md *ctx, const struct segment *seg, struct flow *flow)
-{
-	__u64 now = bpf_ktime_get_boot_ns();
-	__u16 status;
-
 	if (seg->tcp_flags & TCP_RST) {
-		/* After a good status a reset says nothing certain: the prober may have had the whole answer or not. */
-		if (!flow->status) {
-			withdraw(seg->flow.ifindex, seg->flow.pod_port, WITHDRAWN_RESET, COUNT_WITHDRAWN_RESET);
-			report(&seg->flow, flow, OUTCOME_RESET, flow->flags & FLOW_REQUESTED ? KIND_HTTP : KIND_PORT,
-			       now);
-		}
-		bpf_map_delete_elem(&flows, &seg->flow);
-		return;
-	}
-	if (seg->tcp_flags & TCP_SYN) {
-		if (seg->ack != flow->client_isn + 1) { /* another connection's, on the same ports */
-			bpf_map_delete_elem(&flows, &seg->flow);
-			return;
-		}
-		flow->pod_isn = seg->seq;
-		flow->flags |= FLOW_CONNECTED;
-		return;
-	}
-	if (!(flow->flags & FLOW_REQUESTED) || !seg->payload || seg->seq != flow->pod_isn + 1)
-		return;
-	status = parse_status(ctx, seg);
-	if (status >= 200 && status < 300) {
-		flow->status = status;
-		return;
-	}
-	if (status >= 300) {
-		flow->status = status;
-		withdraw(seg->flow.ifindex, seg->flow.pod_port, WITHDRAWN_STATUS, COUNT_WITHDRAWN_STATUS);
-		report(&seg->flow, flow, OUTCOME_STATUS, KIND_HTTP, now);
-	}
-	/* Otherwise not HTTP/1, an interim response or a status line in pieces: no evidence either way. */
-	bpf_map_delete_elem(&flows, &seg->flow);
-}
-
-/* The pod answers the replayed SYN, or refuses it. */
-static __always_inline int accept_handover(struct xdp_md *ctx, const struct segment *seg, struct flow *flow)
-{
-	struct reply reply = {};
-
-	if (!(seg->tcp_flags & TCP_ACK) || seg->ack != flow->client_isn + 1)
-		return drop_steered(); /* of an earlier connection on the same ports */
-	if (seg->tcp_flags & TCP_RST) {
-		reply.seq = flow->our_isn + 1;
-		reply.ack = seg->ack;
-		reply.tcp_flags = TCP_RST | TCP_ACK;
-		bpf_map_delete_elem(&flows, &seg->flow);
+		note_reset(seg, flow);
+		end_flow(&seg->flow, flow);
 	} else if (seg->tcp_flags & TCP_SYN) {
+		if (seg->ack != flow->client_isn + 1)
+			return; /* of another connection on the same ports */
 		flow->pod_isn = seg->seq;
-		flow->state = FLOW_HANDED;
-		reply.seq = seg->ack;
-		reply.ack = seg->seq + 1;
-		reply.tcp_flags = TCP_ACK;
-		reply.window = OUR_WINDOW;
-		reply.swap = true;
-	} else {
-		return drop_steered();
+		set_flags(flow, FLOW_CONNECTED);
+		note_mtu(skb, seg, flow);
+	} else if (!note_status(skb, seg, flow)) {
+		end_flow(&seg->flow, flow);
 	}
-	if (rewrite(ctx, seg->l3_len == sizeof(struct iphdr) ? sizeof(struct iphdr) : sizeof(struct ipv6hdr), &reply))
-		return drop_steered();
-	return reply.swap ? XDP_TX : XDP_PASS;
 }
 
-static __always_inline int translate_from_pod(struct xdp_md *ctx, const struct segment *seg, struct flow *flow)
+/* Turns the pod's SYN-ACK into the ACK to it, carrying what the client has sent so far. */
+static __always_inline int accept_handover(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
-	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
-	__u32 l3_len = seg->l3_len == sizeof(struct iphdr) ? sizeof(struct iphdr) : sizeof(struct ipv6hdr);
-	void *ip = data + ETH_HLEN;
-	struct tcphdr *tcp = ip + l3_len;
-	const __u8 all_acked = FLOW_CLIENT_FIN_ACKED | FLOW_POD_FIN_ACKED;
-	__be32 told;
+	struct outgoing out = {
+	    .seq = seg->ack,
+	    .ack = seg->seq + 1,
+	    .tcp_flags = TCP_ACK,
+	    .window = flow->client_window, /* neither side has been granted scaling */
+	    .back = true,
+	};
+	struct stored *stored = NULL;
+	__u64 owner = flow->owner;
+
+	if (flow->state == FLOW_HANDING) {
+		note_mtu(skb, seg, flow);
+		__sync_lock_test_and_set(&flow->pod_isn, seg->seq); /* a barrier: there before steer uses it */
+		flow->state = FLOW_HANDED;
+		set_deadline(flow, HANDED_NS); /* after the state: see replay_syn */
+	}
+	if (flow->flags & FLOW_STORED)
+		stored = bpf_map_lookup_elem(&requests, &seg->flow);
+	if (stored && stored->len <= STORED_MAX) {
+		out.payload = stored->len;
+		out.payload_sum = stored->sum;
+		out.tcp_flags |= TCP_PSH | (stored->fin ? TCP_FIN : 0);
+		if (!emit(skb, seg->l3_len, &out, stored->bytes, STORED_MAX))
+			return DROP;
+		/* If its memory became another connection's meanwhile, drop: the client repeats its data. */
+		if (stored != bpf_map_lookup_elem(&requests, &seg->flow) || stored->owner != owner ||
+		    stored->len != out.payload)
+			return DROP;
+		if (out.tcp_flags & TCP_FIN) {
+			flow->client_fin = out.seq + out.payload + 1;
+			set_flags(flow, FLOW_CLIENT_FIN);
+		}
+	} else if (!emit(skb, seg->l3_len, &out, NULL, 0)) {
+		return DROP;
+	}
+	skb->tc_index = HANDLED;
+	return bpf_redirect(skb->ifindex, 0);
+}
+
+/* Turns the pod's refusal into a reset of the connection that the client has with us. */
+static __always_inline int refuse_handover(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
+{
+	struct outgoing out = {
+	    .seq = flow->our_isn + 1,
+	    .ack = seg->ack,
+	    .tcp_flags = TCP_RST | TCP_ACK,
+	};
+
+	note_reset(seg, flow);
+	end_flow(&seg->flow, flow);
+	skb->tc_index = HANDLED;
+	return emit(skb, seg->l3_len, &out, NULL, 0) ? PASS : DROP;
+}
+
+/*
+ * Resets a connection that the pod still has on these ports, whose client vanished without telling it: the pod answered
+ * the replayed SYN with an ACK for that one. A client in SYN-SENT does the same (RFC 9293, section 3.10.7.3), and the
+ * pod accepts the next SYN.
+ */
+static __always_inline int reset_stale(struct __sk_buff *skb, const struct segment *seg)
+{
+	struct outgoing out = {.seq = seg->ack, .tcp_flags = TCP_RST, .back = true};
+
+	if (!emit(skb, seg->l3_len, &out, NULL, 0))
+		return DROP;
+	skb->tc_index = HANDLED;
+	return bpf_redirect(skb->ifindex, 0);
+}
+
+/* Handles what the pod sends until it has answered the replayed SYN. */
+static __always_inline int observe_handing(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
+{
+	if (!(seg->tcp_flags & TCP_ACK))
+		return PASS;
+	if (seg->ack != flow->client_isn + 1) {
+		if (seg->tcp_flags & TCP_SYN)
+			set_flags(flow, FLOW_CONTESTED);
+		return seg->tcp_flags & TCP_RST || flow->flags & FLOW_CONTESTED ? PASS : reset_stale(skb, seg);
+	}
+	if (seg->tcp_flags & TCP_RST)
+		return refuse_handover(skb, seg, flow);
+	if (seg->tcp_flags & TCP_SYN)
+		return accept_handover(skb, seg, flow);
+	return PASS;
+}
+
+/* Translates a packet of the pod, and notes what it says about the probe. */
+static __always_inline int observe_handed(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
+{
+	__u32 tcp = ETH_HLEN + seg->l3_len;
+	__be32 meant = bpf_htonl(seg->seq), told = bpf_htonl(seg->seq - flow->pod_isn + flow->our_isn);
 
 	if (seg->tcp_flags & TCP_SYN) {
 		if (seg->seq == flow->pod_isn && seg->ack == flow->client_isn + 1)
-			return accept_handover(ctx, seg, flow); /* our ACK was lost */
-		bpf_map_delete_elem(&flows, &seg->flow);	/* another connection, on the same ports */
-		return XDP_PASS;
+			return accept_handover(skb, seg, flow); /* our ACK was lost */
+		end_flow(&seg->flow, flow);			/* another connection on the same ports */
+		return PASS;
+	}
+	if (seg->tcp_flags & TCP_ACK && seg->ack != flow->client_isn + 1)
+		forget_stored(&seg->flow, flow); /* acknowledged */
+	if (seg->tcp_flags & TCP_RST) {
+		note_reset(seg, flow);
+		set_flags(flow, FLOW_JUDGED);
+	} else if (!note_status(skb, seg, flow)) {
+		set_flags(flow, FLOW_JUDGED);
 	}
 	if (seg->tcp_flags & TCP_FIN) {
 		flow->pod_fin = seg->seq + seg->payload + 1;
-		flow->flags |= FLOW_POD_FIN;
+		set_flags(flow, FLOW_POD_FIN);
 	}
-	if (flow->flags & FLOW_CLIENT_FIN && seg->ack == flow->client_fin)
-		flow->flags |= FLOW_CLIENT_FIN_ACKED;
+	if (seg->tcp_flags & TCP_RST ||
+	    (flow->flags & FLOW_CLIENT_FIN && seg->ack == flow->client_fin && all_acked(flow, FLOW_CLIENT_FIN_ACKED)))
+		end_flow(&seg->flow, flow);
 
-	if ((void *)(tcp + 1) > data_end)
-		return XDP_PASS;
-	told = bpf_htonl(seg->seq - flow->pod_isn + flow->our_isn);
-	/*
-	 * A packet that never left this machine mostly carries the pseudo-header's sum only, which does not cover seq
-	 * and must stay for whoever completes it. XDP is not told; a full checksum equals that sum once in 65536
-	 * packets.
-	 */
-	if (tcp->check != fold(pseudo_sum(ip, l3_len, seg->tcp_len + seg->payload)))
-		tcp->check = ~fold((__u64)(__u16)~tcp->check + (__u32)~tcp->seq + told);
-	tcp->seq = told;
-	if (seg->tcp_flags & TCP_RST || (flow->flags & all_acked) == all_acked)
-		bpf_map_delete_elem(&flows, &seg->flow);
-	return XDP_PASS;
+	if (bpf_l4_csum_replace(skb, tcp + offsetof(struct tcphdr, check), meant, told, sizeof(told)) ||
+	    bpf_skb_store_bytes(skb, tcp + offsetof(struct tcphdr, seq), &told, sizeof(told), BPF_F_RECOMPUTE_CSUM))
+		return DROP;
+	skb->tc_index = HANDLED;
+	return PASS;
+}
+
+/* Notes that a trial's answer passed observe. */
+static __always_inline void note_trial_answer(struct __sk_buff *skb)
+{
+	__u32 ifindex = skb->ifindex;
+	struct device *device;
+
+	if (skb->tc_index != HANDLED_TRIAL)
+		return;
+	device = bpf_map_lookup_elem(&devices, &ifindex);
+	if (device)
+		device->observed = 1;
+}
+
+/*
+ * Puts back the Ethernet header that generic XDP, since 6.9, hides on a veth: it copies the packet without its mac_len
+ * (skb_pp_cow_data, __copy_skb_header), so at tc ingress it begins at its network header, for us and for programs after
+ * us. The header is still in front of it. Returns false if that fails.
+ */
+static __always_inline bool restore_mac(struct __sk_buff *skb)
+{
+	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
+	struct ethhdr *eth = data;
+	__u16 lost[ETH_HLEN / 2], first[ETH_HLEN / 2], differ = 0;
+
+	if ((void *)(eth + 1) <= data_end && eth->h_proto == skb->protocol)
+		return true;
+	/* Either the header is hidden, or it has a length in place of an EtherType (IEEE 802.3). */
+	if (bpf_skb_load_bytes_relative(skb, 0, lost, ETH_HLEN, BPF_HDR_START_MAC))
+		return false;
+	if (!bpf_skb_load_bytes(skb, 0, first, ETH_HLEN)) {
+		for (int i = 0; i < ETH_HLEN / 2; i++)
+			differ |= lost[i] ^ first[i];
+		if (!differ)
+			return true;
+	}
+	return !bpf_skb_change_head(skb, ETH_HLEN, 0) && !bpf_skb_store_bytes(skb, 0, lost, ETH_HLEN, 0);
+}
+
+SEC("tc")
+int observe(struct __sk_buff *skb)
+{
+	struct segment seg = {};
+	struct flow *flow;
+
+	if (!restore_mac(skb))
+		return PASS;
+	note_trial_answer(skb);
+	if (is_handled(skb) || !parse(skb, &seg, true))
+		return PASS;
+	flow = bpf_map_lookup_elem(&flows, &seg.flow);
+	if (!flow)
+		return PASS;
+	switch (flow->state) {
+	case FLOW_OBSERVING:
+		observe_passed(skb, &seg, flow);
+		return PASS;
+	case FLOW_HANDING:
+		return observe_handing(skb, &seg, flow);
+	case FLOW_HANDED:
+		return observe_handed(skb, &seg, flow);
+	}
+	return PASS;
+}
+
+/*
+ * Makes the answer that steer ordered. The network header is l3_len long. Returns false, and sets no verdict, if the
+ * packet carries no order.
+ */
+static __always_inline bool obey(struct xdp_md *ctx, __u32 l3_len, int *verdict)
+{
+	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
+	struct ethhdr *eth = data;
+	struct tcphdr *tcp = data + ETH_HLEN + l3_len;
+	void *room = tcp + 1;
+	__u64 length = data_end - data, sum;
+	struct outgoing out = {.back = true};
+	struct order order;
+	__u32 reply;
+
+	/* The verifier knows only 64-bit arithmetic on packet pointers; the compiler would narrow it below. */
+	asm volatile("" : "+r"(length));
+	if (room + STEERED_ROOM > data_end)
+		return false;
+	__builtin_memcpy(&order, room, sizeof(order));
+	if (order.token != order_token)
+		return false; /* a frame of the pod's own with this EtherType */
+	out.seq = order.seq;
+	out.ack = order.ack;
+	out.mss = order.mss;
+	out.window = order.window;
+	out.tcp_flags = order.tcp_flags;
+	reply = order.status - STATUS_MIN;
+	if (reply <= STATUS_MAX - STATUS_MIN) {
+		out.payload = replies[reply].len;
+		out.payload_sum = replies[reply].sum;
+		__builtin_memcpy(room, (const void *)replies[reply].bytes, REPLY_MAX);
+	}
+	eth->h_proto = l3_len == sizeof(struct iphdr) ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
+	sum = write_headers(eth, l3_len, &out);
+	tcp->check = ~fold(sum + pseudo_sum(eth + 1, l3_len, tcp_len_of(&out) + out.payload));
+	length = ETH_HLEN + l3_len + tcp_len_of(&out) + out.payload - length;
+	*verdict = bpf_xdp_adjust_tail(ctx, (int)length) ? XDP_DROP : XDP_PASS;
+	return true;
 }
 
 SEC("xdp.frags")
@@ -590,41 +908,44 @@ int respond(struct xdp_md *ctx)
 {
 	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
 	struct ethhdr *eth = data;
-	struct segment seg = {};
-	struct flow *flow;
+	__u8 *version = (void *)(eth + 1);
+	int verdict = XDP_PASS;
 
-	if ((void *)(eth + 1) > data_end)
+	if ((void *)(version + 1) > data_end || eth->h_proto != bpf_htons(ETH_P_STEERED))
 		return XDP_PASS;
-	if (eth->h_proto == bpf_htons(ETH_P_STEERED)) {
-		__u8 *version = (void *)(eth + 1);
-
-		if ((void *)(version + 1) > data_end)
-			return drop_steered();
-		return *version >> 4 == 4 ? obey(ctx, sizeof(struct iphdr)) : obey(ctx, sizeof(struct ipv6hdr));
-	}
-	if (!parse_from_pod(ctx, &seg))
-		return XDP_PASS;
-	flow = bpf_map_lookup_elem(&flows, &seg.flow);
-	if (!flow)
-		return XDP_PASS;
-	switch (flow->state) {
-	case FLOW_OBSERVING:
-		observe_pod(ctx, &seg, flow);
-		return XDP_PASS;
-	case FLOW_TAKEN:
-		/* The pod does not know this connection; a SYN-ACK of its is of one that came after. */
-		if (seg.tcp_flags & TCP_SYN)
-			bpf_map_delete_elem(&flows, &seg.flow);
-		return XDP_PASS;
-	case FLOW_HANDING:
-		return accept_handover(ctx, &seg, flow);
-	case FLOW_HANDED:
-		return translate_from_pod(ctx, &seg, flow);
-	}
-	return XDP_PASS;
+	if (*version >> 4 == 4)
+		obey(ctx, sizeof(struct iphdr), &verdict);
+	else
+		obey(ctx, sizeof(struct ipv6hdr), &verdict);
+	return verdict;
 }
 
-/* What watch needs of the kernel's types; offsets are those of the running kernel (CO-RE). */
+/* Removes a flow if it is past its deadline, or its device is detached. */
+static long sweep_flow(void *map, const struct flow_key *key, struct flow *flow, __u64 *now)
+{
+	__u32 ifindex = key->ifindex;
+
+	if ((__s64)(*now - flow->deadline) <= 0 && bpf_map_lookup_elem(&devices, &ifindex))
+		return 0;
+	if (flow->flags & FLOW_STORED)
+		bpf_map_delete_elem(&requests, key);
+	if (!bpf_map_delete_elem(&flows, key)) {
+		__sync_fetch_and_add(flow_port_slot(key->client_port), -1);
+		count(COUNT_FLOWS_EXPIRED);
+	}
+	return 0;
+}
+
+SEC("syscall")
+int sweep(void *ctx)
+{
+	__u64 now = bpf_ktime_get_boot_ns();
+
+	bpf_for_each_map_elem(&flows, sweep_flow, &now, 0);
+	return 0;
+}
+
+/* The fields that watch reads of the kernel's types. CO-RE relocates their offsets to the running kernel's. */
 #define KERNEL_TYPE __attribute__((preserve_access_index))
 struct ns_common {
 	unsigned int inum;
@@ -643,31 +964,38 @@ struct sock {
 	struct sock_common __sk_common;
 } KERNEL_TYPE;
 
-/* include/net/tcp_states.h */
+/* TCP_CLOSE and TCP_LISTEN in include/net/tcp_states.h */
 #define STATE_CLOSE 7
 #define STATE_LISTEN 10
 
 /*
- * A listening socket is closed: by its process, or by the kernel because that has ended, however it did. Evidence of
- * its port is void there and then. Another socket may still listen on it (SO_REUSEPORT): then the next probe will tell.
+ * Voids a port's evidence when a listening socket on it closes, by its process or by the kernel because the process
+ * ended. If another socket still listens on the port (SO_REUSEPORT), the next probe will tell.
  */
 SEC("tp_btf/inet_sock_set_state")
 int BPF_PROG(watch, const struct sock *sk, int oldstate, int newstate)
 {
-	struct netns_devices *devices;
-	__u32 netns;
+	struct netns_devices *devices_of;
+	struct endpoint_key key;
+	struct device *device;
+	__u32 netns, ifindex;
 
-	/* An accepted connection's socket begins as a copy of the listening one, and leaves that state too. */
+	/* An accepted connection's socket starts as a copy of the listening one: it also leaves LISTEN, not to CLOSE.
+	 */
 	if (oldstate != STATE_LISTEN || newstate != STATE_CLOSE)
 		return 0;
 	netns = sk->__sk_common.skc_net.net->ns.inum;
-	devices = bpf_map_lookup_elem(&pod_netns, &netns);
-	if (!devices)
+	devices_of = bpf_map_lookup_elem(&pod_netns, &netns);
+	if (!devices_of)
 		return 0;
-	for (__u32 i = 0; i < DEVICES_PER_NETNS; i++)
-		if (devices->ifindex[i])
-			withdraw(devices->ifindex[i], sk->__sk_common.skc_num, WITHDRAWN_LISTENER_CLOSED,
-				 COUNT_WITHDRAWN_LISTENER_CLOSED);
+	for (__u32 i = 0; i < DEVICES_PER_NETNS; i++) {
+		ifindex = devices_of->ifindex[i];
+		device = bpf_map_lookup_elem(&devices, &ifindex);
+		if (!ifindex || !device)
+			continue;
+		key = endpoint(ifindex, device->generation, sk->__sk_common.skc_num, KIND_PORT, 0);
+		withdraw(&key, WITHDRAWN_LISTENER_CLOSED, COUNT_WITHDRAWN_LISTENER_CLOSED);
+	}
 	return 0;
 }
 

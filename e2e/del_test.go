@@ -66,9 +66,6 @@ func TestDelLeavesNothing(t *testing.T) {
 			must(t, s.WriteSpecs(node.Probed{Pod: neighbour.Pod, Readiness: probes}, node.Probed{Pod: p.Pod, Readiness: probes}))
 			objects := pinned(t, s)
 			maps.DeleteFunc(objects, func(o node.Object, _ bool) bool { return neighbours[o] })
-			if len(objects) == 0 {
-				t.Fatal("nothing is pinned for a pod")
-			}
 			test.before(t, s, p)
 			must(t, p.Del())
 			must(t, p.Del())

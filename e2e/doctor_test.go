@@ -47,7 +47,7 @@ func TestDoctor(t *testing.T) {
 	}))
 	text, err = doctor(s.NetDir())
 	must(t, err)
-	expectText(t, text, `note +attachments +others on `+p.HostDevice+` of default/pod1: bpf filter with priority 7 at tc ingress`)
+	expectText(t, text, `note +attachments +others on `+p.HostDevice+` of default/pod1: bpf filter, priority 7, somebody's at tc filter ingress, after ours`)
 
 	must(t, s.daemon.Stop())
 	pins, err := filepath.Glob(filepath.Join(s.BPFDir, "*", "attachments", "*"))
@@ -60,5 +60,5 @@ func TestDoctor(t *testing.T) {
 		t.Fatal("no error")
 	}
 	expectText(t, err.Error(), `PROBLEM +chain +no network configuration`, `PROBLEM +daemon +does not run`, `-> probeletd run`,
-		`PROBLEM +attachments +default/pod1: .*not attached`, `3 of these need to be seen to`)
+		`PROBLEM +attachments +default/pod1: .*not attached`, `3 of these need attention`)
 }

@@ -23,12 +23,12 @@ import (
 // Codes of errors beyond those of the CNI specification, which leaves 100 and above to the plugin.
 const (
 	codeNoVeth       = 100 // the pod's interface is not a veth whose peer is in the host's namespace
-	codePrevResult   = 101 // prevResult does not fit the devices
+	codePrevResult   = 101 // prevResult names another device for this pod
 	codeKernelTooOld = 102
 	codeNoBPFFS      = 103 // bpfDir is not on a BPF file system
 	codeLoad         = 104 // the BPF objects cannot be loaded or opened
 	codeAttach       = 105 // the programs cannot be attached to the device
-	codeDetach       = 106 // something cannot be removed; again later, or by hand
+	codeDetach       = 106 // something cannot be removed: try again later, or remove it by hand
 	codeCheck        = 107 // the attachment is not as ADD made it
 )
 
@@ -38,23 +38,30 @@ const (
 	// loadDeadline bounds the wait for another process that loads the objects.
 	loadDeadline = 5 * time.Second
 
-	// daemonDeadline is far longer than the daemon needs to attach one pod.
+	// daemonDeadline bounds the wait for the daemon's lock. It is far longer than the daemon takes to attach a pod.
 	daemonDeadline = 2 * time.Second
 
-	// addUnfinished is in the record from before anything is attached until all is, so that whoever reads the record
-	// waits, and knows what happened should ADD die.
+	// addUnfinished is the record's error while ADD attaches. Readers wait, and know what happened should ADD be killed.
 	addUnfinished = "ADD has not finished"
 )
 
-// fault makes an error of the form that a runtime gets to see.
+// fault returns an error in the form that runtimes print.
 func fault(code uint, format string, args ...any) error {
 	return types.NewError(code, fmt.Sprintf(format, args...), "")
 }
 
-// ignoredError is one that the configuration says to live with.
+// ignoredError marks an error that the configuration says to ignore.
 type ignoredError struct{ error }
 
-// plugin is the plugin and its environment.
+// tolerate returns err, marked as ignored if the configuration says so.
+func (c *netConf) tolerate(err error) error {
+	if c.onError == onErrorIgnore {
+		return ignoredError{err}
+	}
+	return err
+}
+
+// plugin holds what the plugin needs of its environment.
 type plugin struct {
 	stdout, stderr io.Writer
 	kernelVersion  func() (uint32, error) // as LINUX_VERSION_CODE
@@ -70,7 +77,7 @@ func (p *plugin) funcs() skel.CNIFuncs {
 	}
 }
 
-// strictly makes a command of one that needs a valid configuration.
+// strictly makes a command of a function that needs a valid configuration.
 func (p *plugin) strictly(verb string, run func(*netConf, *skel.CmdArgs) error) func(*skel.CmdArgs) error {
 	return func(args *skel.CmdArgs) error {
 		conf, err := parseConf(args.StdinData)
@@ -100,14 +107,14 @@ func (p *plugin) cmdAdd(args *skel.CmdArgs) error {
 	})(args)
 }
 
-// cmdDel takes any configuration: a pod must be removable whatever has become of it.
+// cmdDel accepts any configuration: a pod must be removable whatever its configuration has become.
 func (p *plugin) cmdDel(args *skel.CmdArgs) error {
 	conf := parseConfForDel(args.StdinData)
 	start := time.Now()
 	return p.report("DEL", conf, args, start, remove(conf, attach.ID{ContainerID: args.ContainerID, IfName: args.IfName}))
 }
 
-// report tells of what a command did: a line in the log file, and on stderr what is ignored. It returns what is not.
+// report logs what a command did, and writes an ignored error to stderr. It returns any other error.
 func (p *plugin) report(verb string, conf *netConf, args *skel.CmdArgs, start time.Time, err error) error {
 	attrs := []slog.Attr{
 		slog.String("network", conf.name),
@@ -145,14 +152,17 @@ func appendLog(path string, level slog.Level, verb string, attrs []slog.Attr) er
 	return f.Close()
 }
 
-// add attaches. If it can't, nothing stays attached; the error is an ignoredError if the pod is to start regardless, and
-// then the record says why.
+// add attaches. If it fails, nothing stays attached. If the pod is to start regardless, the error is an ignoredError, and the
+// record, where one can be written, says what failed.
 func (p *plugin) add(conf *netConf, args *skel.CmdArgs) error {
 	record := attach.Record{
 		ContainerID: args.ContainerID,
 		IfName:      args.IfName,
 		Network:     conf.name,
 		CreatedAt:   time.Now().UTC(),
+	}
+	if err := record.ID().Check(); err != nil {
+		return conf.tolerate(fault(types.ErrInvalidEnvironmentVariables, "CNI_CONTAINERID: %v", err))
 	}
 	err := p.attachPod(conf, args, &record)
 	if err == nil {
@@ -165,13 +175,13 @@ func (p *plugin) add(conf *netConf, args *skel.CmdArgs) error {
 	return ignoredError{withDetails(err, detach(conf, record.ID()), attach.WriteRecord(conf.stateDir, record))}
 }
 
-// mayPass is whether the same may succeed later.
+// mayPass reports whether a later attempt may succeed.
 func mayPass(err error) bool {
 	var e *types.Error
 	return errors.As(err, &e) && slices.Contains([]uint{types.ErrTryAgainLater, codeNoBPFFS, codeLoad, codeAttach}, e.Code)
 }
 
-// attachPod completes the record as far as it gets.
+// attachPod attaches, and fills in the record as far as it gets.
 func (p *plugin) attachPod(conf *netConf, args *skel.CmdArgs, record *attach.Record) error {
 	if err := describePod(record, args.Args, conf.prevResult); err != nil {
 		return err
@@ -180,7 +190,8 @@ func (p *plugin) attachPod(conf *netConf, args *skel.CmdArgs, record *attach.Rec
 	if err != nil {
 		return err
 	}
-	record.IfIndex, record.HostIfName, record.PodNetns = device.ifIndex, device.ifName, device.podNetns
+	record.IfIndex, record.HostIfName, record.PodNetns = device.Index, device.Name, device.PodNetns
+	record.Hook = conf.hook
 
 	record.Error = addUnfinished
 	if err := attach.WriteRecord(conf.stateDir, *record); err != nil {
@@ -191,7 +202,7 @@ func (p *plugin) attachPod(conf *netConf, args *skel.CmdArgs, record *attach.Rec
 		return err
 	}
 	defer d.Close() //nolint:errcheck // pinned
-	if err := attach.Attach(d, conf.bpfDir, record.ID(), record.Target(), attach.HookAuto); err != nil {
+	if err := attach.Attach(d, conf.bpfDir, record.ID(), record.Target(), attachVia(conf.name)); err != nil {
 		return fault(codeAttach, "%v", err)
 	}
 	record.Error = ""
@@ -201,7 +212,7 @@ func (p *plugin) attachPod(conf *netConf, args *skel.CmdArgs, record *attach.Rec
 	return nil
 }
 
-// podArgs is what Kubernetes runtimes pass in CNI_ARGS.
+// podArgs are the arguments that Kubernetes runtimes pass in CNI_ARGS.
 type podArgs struct {
 	types.CommonArgs
 	K8S_POD_NAME      types.UnmarshallableString //nolint:revive // the name of the argument
@@ -218,7 +229,9 @@ func describePod(record *attach.Record, cniArgs string, prevResult *current.Resu
 	record.PodNamespace = string(pod.K8S_POD_NAMESPACE)
 	record.PodUID = string(pod.K8S_POD_UID)
 	for _, ip := range prevResult.IPs {
-		record.PodIPs = append(record.PodIPs, ip.Address.IP.String())
+		if ip != nil { // a null in the list
+			record.PodIPs = append(record.PodIPs, ip.Address.IP.String())
+		}
 	}
 	return nil
 }
@@ -242,7 +255,7 @@ func (p *plugin) ensureLoaded(conf *netConf) (*datapath.Datapath, error) {
 	}
 }
 
-// checkKernel looks at the version, not at what loads: on an older kernel the programs may load and lose packets.
+// checkKernel checks the version, because on older kernels the programs may load, but lose packets.
 func (p *plugin) checkKernel() error {
 	v, err := p.kernelVersion()
 	if err != nil {
@@ -255,8 +268,11 @@ func (p *plugin) checkKernel() error {
 	return nil
 }
 
-// remove undoes ADD. The record goes last, so that what could not be removed is found again.
+// remove undoes ADD. It removes the record last, so that a later call finds what could not be removed.
 func remove(conf *netConf, id attach.ID) error {
+	if id.Check() != nil {
+		return nil // ADD made nothing
+	}
 	defer keepDaemonOut(conf)()
 	if err := detach(conf, id); err != nil {
 		return err
@@ -267,8 +283,8 @@ func remove(conf *netConf, id attach.ID) error {
 	return nil
 }
 
-// keepDaemonOut keeps the daemon from repairing what is being removed. A daemon that does not let go of the lock does not keep the
-// pod from being removed.
+// keepDaemonOut keeps the daemon from repairing what is being removed. A daemon that hangs with the lock only delays the
+// removal.
 func keepDaemonOut(conf *netConf) (done func()) {
 	ctx, cancel := context.WithTimeout(context.Background(), daemonDeadline)
 	defer cancel()
@@ -279,6 +295,7 @@ func keepDaemonOut(conf *netConf) (done func()) {
 	return unlock
 }
 
+// detach stops the answering and removes the pins. The kernel takes the programs off a moment later (attach.Release).
 func detach(conf *netConf, id attach.ID) error {
 	d, err := openForRemoval(conf.bpfDir)
 	if err != nil {
@@ -287,29 +304,35 @@ func detach(conf *netConf, id attach.ID) error {
 	if d != nil {
 		defer d.Close() //nolint:errcheck // pinned
 	}
-	if lostPins(conf, id) && d != nil {
-		if err := attach.Prune(d, conf.bpfDir); err != nil {
-			return fault(codeDetach, "%v", err)
-		}
+	if err := removeUnpinned(d, conf, id); err != nil {
+		return fault(codeDetach, "%v", err)
 	}
-	if err := attach.Detach(d, conf.bpfDir, id); err != nil {
+	if err := attach.Release(d, conf.bpfDir, id); err != nil {
 		return fault(codeDetach, "%v", err)
 	}
 	return nil
 }
 
-// lostPins says whether the record tells of an attachment that is not pinned: without its pins Detach cannot know it.
-func lostPins(conf *netConf, id attach.ID) bool {
+// removeUnpinned removes what Release cannot find: the record tells of an attachment, but no pin says to which device.
+func removeUnpinned(d *datapath.Datapath, conf *netConf, id attach.ID) error {
+	if _, err := attach.Device(conf.bpfDir, id); !errors.Is(err, fs.ErrNotExist) || d == nil {
+		return nil
+	}
 	record, err := attach.ReadRecord(conf.stateDir, id)
 	if err != nil || record.IfIndex == 0 {
-		return false
+		return nil
 	}
-	ids, err := attach.List(conf.bpfDir)
-	return err == nil && !slices.Contains(ids, id)
+	if err := attach.Prune(context.Background(), d, conf.bpfDir); err != nil {
+		return err
+	}
+	devices, err := d.Devices()
+	if _, reused := devices[uint32(record.IfIndex)]; err != nil || reused {
+		return err
+	}
+	return attach.RemoveFilters(record.IfIndex)
 }
 
-// openForRemoval returns nil if the objects are not loaded, or not all of them any more: what else there is must still
-// be removable.
+// openForRemoval returns nil if the objects, or some of them, are not pinned any more: the rest can still be removed.
 func openForRemoval(bpfDir string) (*datapath.Datapath, error) {
 	d, err := datapath.Open(bpfDir)
 	if errors.Is(err, datapath.ErrNotLoaded) || errors.Is(err, fs.ErrNotExist) {
@@ -324,11 +347,14 @@ func openForRemoval(bpfDir string) (*datapath.Datapath, error) {
 // check compares everything with what ADD made.
 func check(conf *netConf, args *skel.CmdArgs) error {
 	id := attach.ID{ContainerID: args.ContainerID, IfName: args.IfName}
+	if err := id.Check(); err != nil {
+		return conf.tolerate(fault(codeCheck, "not attached: %v", err))
+	}
 	record, err := attach.ReadRecord(conf.stateDir, id)
 	if errors.Is(err, fs.ErrNotExist) {
 		noRecord := fault(codeCheck, "%s has no record in %s", id, conf.stateDir)
-		if conf.onError == onErrorIgnore && uninstalled(conf) {
-			return ignoredError{noRecord}
+		if uninstalled(conf) {
+			return conf.tolerate(noRecord)
 		}
 		return noRecord
 	}
@@ -340,25 +366,21 @@ func check(conf *netConf, args *skel.CmdArgs) error {
 			id, conf.name, record.ID(), record.Network)
 	}
 	if record.Error != "" {
-		notAttached := fault(codeCheck, "%s is not attached: %s", id, record.Error)
-		if conf.onError == onErrorIgnore {
-			return ignoredError{notAttached}
-		}
-		return notAttached
+		return conf.tolerate(fault(codeCheck, "%s is not attached: %s", id, record.Error))
 	}
 	device, err := findTarget(args.Netns, args.IfName, conf.prevResult)
 	if err != nil {
 		return err
 	}
-	if device.ifIndex != record.IfIndex || device.ifName != record.HostIfName {
+	if device.Index != record.IfIndex || device.Name != record.HostIfName {
 		return fault(codeCheck, "the host side of %s is device %d, %s; the record says %d, %s",
-			id, device.ifIndex, device.ifName, record.IfIndex, record.HostIfName)
+			id, device.Index, device.Name, record.IfIndex, record.HostIfName)
 	}
-	return checkAttached(conf, id, device.ifIndex)
+	return checkAttached(conf, id, device.Index)
 }
 
-// uninstalled says whether nothing is left of probelet but this plugin: a runtime may go on checking pods with the configuration
-// of their ADD.
+// uninstalled reports whether probelet was uninstalled. A runtime may go on checking pods with the configuration of their
+// ADD.
 func uninstalled(conf *netConf) bool {
 	_, err := os.Stat(conf.bpfDir)
 	return datapath.Absent(err)
@@ -376,9 +398,12 @@ func checkAttached(conf *netConf, id attach.ID, ifIndex int) error {
 	return nil
 }
 
-// gc removes what the runtime does not list: attachments of this network by their records, and what has no record once
-// its device is gone. Another network's are its own.
+// gc removes what the runtime does not list: this network's attachments, and those without a record whose device is gone.
+// Without a list it cannot tell what is stale, and removes nothing.
 func gc(conf *netConf) error {
+	if conf.validAttachments == nil {
+		return fault(types.ErrInvalidNetworkConfig, "%s is missing: without it no attachment can be told to be stale", fieldValidAttachments)
+	}
 	valid := map[attach.ID]bool{}
 	for _, a := range conf.validAttachments {
 		valid[attach.ID{ContainerID: a.ContainerID, IfName: a.IfName}] = true
@@ -404,8 +429,7 @@ func gc(conf *netConf) error {
 	return nil
 }
 
-// removeOrphans removes of these attachments, which have no record, those whose device is gone, and what no attachment
-// accounts for.
+// removeOrphans removes those of these attachments whose device is gone, and what belongs to no attachment.
 func removeOrphans(conf *netConf, ids []attach.ID) error {
 	d, err := openForRemoval(conf.bpfDir)
 	if err != nil {
@@ -416,29 +440,25 @@ func removeOrphans(conf *netConf, ids []attach.ID) error {
 	}
 	var errs []error
 	for _, id := range ids {
-		orphaned, err := attach.Orphaned(d, conf.bpfDir, id)
+		orphaned, err := attach.Orphaned(conf.bpfDir, id)
 		if err == nil && orphaned {
 			err = attach.Detach(d, conf.bpfDir, id)
 		}
 		errs = append(errs, err)
 	}
 	if d != nil {
-		errs = append(errs, attach.Prune(d, conf.bpfDir))
+		errs = append(errs, attach.Prune(context.Background(), d, conf.bpfDir))
 	}
 	return errors.Join(errs...)
 }
 
-// status does what an ADD would need, up to the pod: only that tells for sure.
+// status does what ADD does before it looks at the pod. Anything less could miss what makes ADD fail.
 func (p *plugin) status(conf *netConf) error {
 	err := p.ready(conf)
 	if err == nil {
 		return nil
 	}
-	err = fault(types.ErrPluginNotAvailable, "%v", err)
-	if conf.onError == onErrorIgnore {
-		return ignoredError{err}
-	}
-	return err
+	return conf.tolerate(fault(types.ErrPluginNotAvailable, "%v", err))
 }
 
 func (p *plugin) ready(conf *netConf) error {
@@ -456,7 +476,7 @@ func (p *plugin) ready(conf *netConf) error {
 	return d.Close()
 }
 
-// withDetails adds to err what failed on top of it.
+// withDetails adds to err the errors that followed from it.
 func withDetails(err error, more ...error) error {
 	joined := errors.Join(more...)
 	var e *types.Error

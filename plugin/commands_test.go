@@ -5,17 +5,18 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/vishvananda/netlink"
@@ -27,32 +28,34 @@ import (
 )
 
 func TestAddAttachesRecordsAndReturnsPrevResult(t *testing.T) {
-	w := newWorld(t)
-	pod := w.node.AddPod(t)
-	r := w.add(pod).must(t)
+	inEachWay(t, func(t *testing.T, w *world, way way) {
+		pod := w.node.AddPod(t)
+		r := w.add(pod).must(t)
 
-	want, err := json.Marshal(prevResult(pod))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !sameJSON(t, r.stdout, string(want)) || r.stderr != "" {
-		t.Errorf("stdout %s, want %s; stderr %q", r.stdout, want, r.stderr)
-	}
-	w.check(pod).must(t)
+		want, err := json.Marshal(prevResult(pod))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !sameJSON(t, r.stdout, string(want)) || r.stderr != "" {
+			t.Errorf("stdout %s, want %s; stderr %q", r.stdout, want, r.stderr)
+		}
+		w.check(pod).must(t)
+		w.wantAttachedTo(pod, way)
 
-	got := w.record(pod)
-	if age := time.Since(got.CreatedAt); age < 0 || age > time.Minute {
-		t.Errorf("created at %v", got.CreatedAt)
-	}
-	got.CreatedAt = time.Time{}
-	if want := (attach.Record{
-		ContainerID: idOf(pod).ContainerID, IfName: "eth0", Network: "net",
-		IfIndex: pod.IfIndex, HostIfName: pod.HostIfName, PodNetns: pod.Netns,
-		PodNamespace: "shop", PodName: "cart-0", PodUID: "u-1",
-		PodIPs: []string{pod.IPv4.String(), pod.IPv6.String()},
-	}); !reflect.DeepEqual(got, want) {
-		t.Errorf("record %+v, want %+v", got, want)
-	}
+		got := w.record(pod)
+		if age := time.Since(got.CreatedAt); age < 0 || age > time.Minute {
+			t.Errorf("created at %v", got.CreatedAt)
+		}
+		got.CreatedAt = time.Time{}
+		if want := (attach.Record{
+			ContainerID: idOf(pod).ContainerID, IfName: "eth0", Network: "net",
+			IfIndex: pod.IfIndex, HostIfName: pod.HostIfName, PodNetns: pod.Netns, Hook: way.hook,
+			PodNamespace: "shop", PodName: "cart-0", PodUID: "u-1",
+			PodIPs: []string{pod.IPv4.String(), pod.IPv6.String()},
+		}); !reflect.DeepEqual(got, want) {
+			t.Errorf("record %+v, want %+v", got, want)
+		}
+	})
 }
 
 func sameJSON(t *testing.T, a, b string) bool {
@@ -65,51 +68,25 @@ func sameJSON(t *testing.T, a, b string) bool {
 }
 
 func TestAddAddDelDel(t *testing.T) {
-	w := newWorld(t)
-	pod := w.node.AddPod(t)
-	before := w.state()
-	w.add(pod).must(t)
-	w.add(pod).must(t)
-	w.check(pod).must(t)
-	maps := podMaps(t, w, pod)
-	w.del(pod).must(t)
-	w.wantState(before)
-	w.del(pod).must(t)
-	w.wantState(before)
-	for _, id := range []ebpf.MapID{maps.Evidence, maps.Tallies} {
-		if !mapGone(id) {
-			t.Errorf("map %d still exists", id)
+	inEachWay(t, func(t *testing.T, w *world, way way) {
+		pod := w.node.AddPod(t)
+		before := w.state()
+		w.add(pod).must(t)
+		w.putEvidence(pod)
+		w.add(pod).must(t)
+		w.check(pod).must(t)
+		w.wantAttachedTo(pod, way)
+		if keys := w.evidence(pod); len(keys) > 0 {
+			t.Errorf("the second ADD left what was known of the pod: %v", keys)
 		}
-	}
-	w.add(pod).must(t)
-	w.check(pod).must(t)
-}
-
-func podMaps(t *testing.T, w *world, pod *bpftest.Pod) datapath.PodIDs {
-	t.Helper()
-	d, err := datapath.Open(w.bpfDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer d.Close() //nolint:errcheck // only read
-	pods, err := d.PodIDs()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return pods[uint32(pod.IfIndex)]
-}
-
-// mapGone waits: the kernel frees maps after a grace period.
-func mapGone(id ebpf.MapID) bool {
-	for range 200 {
-		m, err := ebpf.NewMapFromID(id)
-		if errors.Is(err, os.ErrNotExist) {
-			return true
-		}
-		_ = m.Close()
-		time.Sleep(10 * time.Millisecond)
-	}
-	return false
+		w.putEvidence(pod)
+		w.del(pod).must(t)
+		w.wantState(before)
+		w.del(pod).must(t)
+		w.wantState(before)
+		w.add(pod).must(t)
+		w.check(pod).must(t)
+	})
 }
 
 func TestDelWithoutAnything(t *testing.T) {
@@ -147,104 +124,108 @@ func TestDelWaitsForTheDaemon(t *testing.T) {
 
 func TestDelWithWhatIsLeft(t *testing.T) {
 	tests := map[string]struct {
-		lose func(w *world, p *bpftest.Pod) error
-		veth bool
+		lose harm
+		veth bool // is gone too
+		gc   bool // finds what no pin leads to
 	}{
-		"all there":         {},
-		"veth gone":         {veth: true},
-		"record gone":       {lose: func(w *world, p *bpftest.Pod) error { return attach.RemoveRecord(w.stateDir(), idOf(p)) }},
-		"evidence unpinned": {lose: unpin("evidence")},
-		"tallies unpinned":  {lose: unpin("tallies")},
-		"maps unpinned":     {lose: unpin("evidence", "tallies")},
-		"links unpinned":    {lose: unpin("steer", "respond")},
-		"all unpinned":      {lose: unpin("")},
-		"only tallies in use": {veth: true, lose: func(w *world, p *bpftest.Pod) error {
-			return forget(w, "pod_evidence", p)
-		}},
-		"only evidence in use": {veth: true, lose: func(w *world, p *bpftest.Pod) error {
-			return forget(w, "pod_tallies", p)
-		}},
-		"record of an unfinished ADD": {lose: func(w *world, p *bpftest.Pod) error {
-			r := w.record(p)
-			r.Error = addUnfinished
-			return attach.WriteRecord(w.stateDir(), r)
-		}},
-		"record unreadable": {lose: func(w *world, _ *bpftest.Pod) error {
-			return os.WriteFile(recordFile(w), []byte("{"), 0o600)
-		}},
+		"everything there":            {},
+		"veth gone":                   {veth: true},
+		"record gone":                 {lose: removeRecord},
+		"record of an unfinished ADD": {lose: editRecord(func(r *attach.Record) { r.Error = addUnfinished })},
+		"record unreadable":           {lose: truncateRecord},
+		"links unpinned":              {lose: unpin("steer", "observe", "respond")},
+		"device unnamed":              {lose: unpinDevice},
+		"device unnamed, veth gone":   {lose: unpinDevice, veth: true},
+		"nothing pinned":              {lose: unpin("")},
+		"nothing pinned, veth gone":   {lose: unpin(""), veth: true},
+		"device forgotten":            {lose: forgetDevice},
+		"device half forgotten":       {lose: interruptRemoval, gc: true},
+		"half forgotten, veth gone":   {lose: interruptRemoval, veth: true, gc: true},
+		"steer detached":              {lose: detachProgram("steer")},
+		"observe detached":            {lose: detachProgram("observe")},
 	}
-	for name, test := range tests {
-		t.Run(name, func(t *testing.T) {
-			w := newWorld(t)
+	inEachWay(t, func(t *testing.T, w *world, _ way) {
+		for name, test := range tests {
 			other, pod := w.node.AddPod(t), w.node.AddPod(t)
-			before := stateWithout(w, pod, test.veth)
-			w.add(pod).must(t)
-			if test.lose != nil {
-				if err := test.lose(w, pod); err != nil {
-					t.Fatal(err)
+			t.Run(name, func(t *testing.T) {
+				w := w.in(t)
+				before := w.state()
+				w.add(pod).must(t)
+				w.putEvidence(pod)
+				if test.lose != nil {
+					if err := test.lose(w, pod); err != nil {
+						t.Fatal(err)
+					}
 				}
-			}
-			if test.veth {
-				deleteVeth(t, pod)
-			}
-			w.del(pod).must(t)
-			got := stateWithout(w, pod, test.veth)
-			for deadline := time.Now().Add(2 * time.Second); got != before && time.Now().Before(deadline); {
-				time.Sleep(10 * time.Millisecond) // a link that lost its pin is detached by a kernel worker
-				got = stateWithout(w, pod, test.veth)
-			}
-			if got != before {
-				t.Errorf("state\n%s\nwant\n%s", got, before)
-			}
-			w.add(other).must(t)
-			w.check(other).must(t)
-		})
-	}
-}
-
-// stateWithout is the state but for the pod's device, if that is to be left out.
-func stateWithout(w *world, p *bpftest.Pod, leaveOut bool) string {
-	var lines []string
-	for line := range strings.Lines(w.state()) {
-		if !leaveOut || !strings.HasPrefix(line, p.HostIfName+":") {
-			lines = append(lines, strings.TrimSpace(line))
+				leaveOut := ""
+				if test.veth {
+					deleteVeth(t, pod)
+					leaveOut = pod.HostIfName + ":"
+				}
+				w.del(pod).must(t)
+				if test.gc {
+					w.gc().must(t)
+				}
+				w.wantStateWithout(leaveOut, before)
+				w.add(other).must(t)
+				w.check(other).must(t)
+				w.del(other).must(t)
+				w.wantStateWithout(leaveOut, before)
+			})
 		}
-	}
-	return strings.Join(lines, "\n")
+	})
 }
 
-// forget makes one of the two outer maps lose the pod's device.
-func forget(w *world, outer string, p *bpftest.Pod) error {
-	m, err := ebpf.LoadPinnedMap(filepath.Join(w.bpfDir(), datapath.ABI, outer), nil)
-	if err != nil {
-		return err
-	}
-	return errors.Join(m.Delete(uint32(p.IfIndex)), m.Close())
-}
-
+// TestDelWithObjectsIncomplete: entries of maps stay, for the next daemon replaces all that is loaded.
 func TestDelWithObjectsIncomplete(t *testing.T) {
-	w := newWorld(t)
-	pod := w.node.AddPod(t)
-	w.add(pod).must(t)
-	if err := os.Remove(filepath.Join(w.bpfDir(), datapath.ABI, "counters")); err != nil {
-		t.Fatal(err)
-	}
-	w.del(pod).must(t)
-	if state := w.state(); strings.Contains(state, "file") || strings.Contains(state, "XDP") || strings.Contains(state, "tcx 1") {
-		t.Errorf("state\n%s", state)
-	}
+	inEachWay(t, func(t *testing.T, w *world, _ way) {
+		pod := w.node.AddPod(t)
+		w.status(newPlugin()).must(t) // loads the objects
+		if err := w.inDatapath(func(d *datapath.Datapath) error {
+			return d.AddDevice(datapath.DeviceKey{Ifindex: uint32(pod.IfIndex), Generation: 1}, pod.Netns, datapath.HookTC)
+		}); err != nil {
+			t.Fatal(err)
+		}
+		before := w.state()
+		w.add(pod).must(t)
+		if err := os.Remove(filepath.Join(w.bpfDir(), datapath.ABI, "counters")); err != nil {
+			t.Fatal(err)
+		}
+		w.del(pod).must(t)
+		w.wantStateWithout("devices: ", before)
+	})
 }
 
 func TestDelLeavesOthersAlone(t *testing.T) {
+	inEachWay(t, func(t *testing.T, w *world, _ way) {
+		one, two := w.node.AddPod(t), w.node.AddPod(t)
+		w.add(one).must(t)
+		w.add(two).must(t)
+		w.putEvidence(two)
+		if err := unpin("")(w, one); err != nil {
+			t.Fatal(err)
+		}
+		w.del(one).must(t)
+		w.check(two).must(t)
+		w.wantAttached(two)
+		if keys := w.evidence(two); len(keys) != 2 {
+			t.Errorf("left of the other pod's evidence: %v", keys)
+		}
+	})
+}
+
+// TestDelLeavesAnotherLifeOfTheDevice: its index may belong to another pod by now.
+func TestDelLeavesAnotherLifeOfTheDevice(t *testing.T) {
 	w := newWorld(t)
-	one, two := w.node.AddPod(t), w.node.AddPod(t)
-	w.add(one).must(t)
-	w.add(two).must(t)
-	if err := os.RemoveAll(w.pins(one)); err != nil {
+	pod := w.node.AddPod(t)
+	w.add(pod).must(t)
+	if err := attachAnew(w, pod); err != nil {
 		t.Fatal(err)
 	}
-	w.del(one).must(t)
-	w.check(two).must(t)
+	w.del(pod).must(t)
+	if state := w.state(); !strings.Contains(state, "devices: ") || !strings.Contains(state, "pod_netns: ") {
+		t.Errorf("state\n%s", state)
+	}
 }
 
 func TestDelNeedsNoNamespaceNorConfiguration(t *testing.T) {
@@ -252,7 +233,7 @@ func TestDelNeedsNoNamespaceNorConfiguration(t *testing.T) {
 	pod := w.node.AddPod(t)
 	before := w.state()
 	w.add(pod).must(t)
-	args := w.args(pod, w.stdin(fields{"onError": 7, "xdpMode": "warp", "what": 1, "prevResult": "garbage", "dns": 3}))
+	args := w.args(pod, w.stdin(fields{"onError": 7, "hook": "warp", "what": 1, "prevResult": "garbage", "dns": 3}))
 	args.Netns = "/nonexistent/netns"
 	w.delWith(args).must(t)
 	w.wantState(before)
@@ -265,20 +246,12 @@ func TestDelNeedsNoNamespaceNorConfiguration(t *testing.T) {
 	}
 }
 
-// TestDelFailsWhereItMayNotGiveUp: a runtime tries again only if it is told.
+// TestDelFailsWhereItMayNotGiveUp: a runtime tries again only after an error.
 func TestDelFailsWhereItMayNotGiveUp(t *testing.T) {
 	w := newWorld(t)
 	pod := w.node.AddPod(t)
 	w.add(pod).must(t)
-	foreign := filepath.Join(w.pins(pod), "respond")
-	if err := os.Remove(foreign); err != nil {
-		t.Fatal(err)
-	}
-	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(m.Pin(foreign), m.Close()); err != nil {
+	if err := os.MkdirAll(filepath.Join(w.pins(pod), "respond", "foreign"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	wantFault(t, w.del(pod).err, codeDetach, "respond")
@@ -292,8 +265,19 @@ func troubles() map[string]trouble {
 	return map[string]trouble{
 		"foreign XDP program": {code: codeAttach, text: "XDP program", make: func(w *world, p *bpftest.Pod) *world {
 			attachForeignXDP(w.t, p)
+			return w.with(fields{"hook": "xdp"})
+		}},
+		"no room for a second tcx program": {code: codeAttach, text: "tcx", make: func(w *world, p *bpftest.Pod) *world {
+			fillTCX(w.t, p, ebpf.AttachTCXEgress)
+			w.writeChain("ptp", "probelet", "bandwidth")
 			return w
 		}},
+		"an ingress qdisc and no room for a second tcx program": {code: codeAttach, text: "ingress qdisc", make: func(w *world, p *bpftest.Pod) *world {
+			fillTCX(w.t, p, ebpf.AttachTCXEgress)
+			bpftest.Do(w.t, w.node.NS, func() error { return netlink.QdiscAdd(ingressQdisc(p)) })
+			return w
+		}},
+
 		"not a veth": {code: codeNoVeth, text: "type bridge", make: func(w *world, p *bpftest.Pod) *world {
 			deleteVeth(w.t, p)
 			bpftest.Do(w.t, p.NS, func() error {
@@ -339,9 +323,6 @@ func troubles() map[string]trouble {
 		"state directory impossible": {code: types.ErrIOFailure, text: "record", noRecord: true,
 			make: func(w *world, _ *bpftest.Pod) *world { return w.with(fields{"stateDir": "/proc/nonexistent"}) }},
 		"kernel too old": {code: codeKernelTooOld, text: "5.15", kernel: 5<<16 | 14<<8 | 255},
-		"prevResult without interfaces": {code: codePrevResult, text: "no interfaces", make: func(w *world, p *bpftest.Pod) *world {
-			return w.withInterfaces(p)
-		}},
 		"prevResult of another host device": {code: codePrevResult, text: "vethX", make: func(w *world, p *bpftest.Pod) *world {
 			return w.withInterfaces(p, fields{"name": "vethX"}, fields{"name": "eth0", "sandbox": p.NS.Path()})
 		}},
@@ -360,8 +341,14 @@ type trouble struct {
 }
 
 func (w *world) withInterfaces(p *bpftest.Pod, interfaces ...fields) *world {
+	return w.reporting(p, interfaces)
+}
+
+// reporting is the world after a plugin that reported these interfaces, in whatever form.
+func (w *world) reporting(p *bpftest.Pod, interfaces any) *world {
 	prev := prevResult(p)
 	prev["interfaces"] = interfaces
+	prev["ips"] = []fields{{"address": p.IPv4.String() + "/32"}}
 	return w.with(fields{"prevResult": prev})
 }
 
@@ -436,14 +423,130 @@ func TestAddInTroubleFailsIfAsked(t *testing.T) {
 	}
 }
 
+// TestWhateverPluginsReport: the pair of devices is the proof, and prevResult is a hint.
+func TestWhateverPluginsReport(t *testing.T) {
+	base := newWorld(t).with(fields{"onError": "fail"})
+	other, pod := base.node.AddPod(t), base.node.AddPod(t)
+	for plugin, reported := range pod.Reported() {
+		t.Run(plugin, func(t *testing.T) {
+			w := base.reporting(pod, json.RawMessage(reported))
+			r := w.add(pod).must(t)
+			want, err := json.Marshal(w.conf["prevResult"])
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !sameJSON(t, r.stdout, string(want)) {
+				t.Errorf("stdout %s, want %s", r.stdout, want)
+			}
+			if got := w.record(pod); got.IfIndex != pod.IfIndex || got.HostIfName != pod.HostIfName || got.PodNetns != pod.Netns {
+				t.Errorf("%+v", got)
+			}
+			w.check(pod).must(t)
+			w.del(pod).must(t)
+		})
+	}
+	before := base.state()
+	for what, reported := range pod.Contradicting(other) {
+		t.Run(what, func(t *testing.T) {
+			wantFault(t, base.reporting(pod, json.RawMessage(reported)).add(pod).err, codePrevResult, "prevResult")
+			base.wantState(before)
+		})
+	}
+}
+
+func TestNullsInPrevResult(t *testing.T) {
+	w := newWorld(t)
+	pod := w.node.AddPod(t)
+	prev := prevResult(pod)
+	prev["interfaces"], prev["ips"] = []any{nil}, []any{nil, fields{"address": pod.IPv4.String() + "/32"}}
+	w.with(fields{"prevResult": prev, "onError": "fail"}).add(pod).must(t)
+	if got := w.record(pod); !slices.Equal(got.PodIPs, []string{pod.IPv4.String()}) {
+		t.Errorf("%+v", got)
+	}
+}
+
+func TestNoNetns(t *testing.T) {
+	w := newWorld(t).with(fields{"onError": "fail"})
+	pod := w.node.AddPod(t)
+	for _, path := range []string{"/nonexistent/netns", "/etc/hostname", "/proc/self/ns/uts"} {
+		args := w.args(pod, w.stdin(fields{"prevResult": prevResult(pod)}))
+		args.Netns = path
+		add := func(p *plugin) func(*skel.CmdArgs) error { return p.funcs().Add }
+		wantFault(t, w.run(newPlugin(), add, args).err, types.ErrInvalidNetNS, path)
+	}
+}
+
+// TestIDTooLong: files named after it could not be made, so there is nothing to remove either.
+func TestIDTooLong(t *testing.T) {
+	for name, id := range map[string]string{
+		"300 characters":              strings.Repeat("c", 300),
+		"short, but escaped in files": strings.Repeat(".", 100),
+		"too long by one":             strings.Repeat("c", 226),
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			pod, neighbour := w.node.AddPod(t), w.node.AddPod(t)
+			w.add(neighbour).must(t)
+			before := w.state()
+			do := func(w *world, verb string) result {
+				args := w.args(pod, w.stdin(fields{"prevResult": prevResult(pod)}))
+				args.ContainerID = id
+				return w.run(newPlugin(), func(p *plugin) func(*skel.CmdArgs) error {
+					return map[string]func(*skel.CmdArgs) error{"ADD": p.funcs().Add, "CHECK": p.funcs().Check, "DEL": p.funcs().Del}[verb]
+				}, args)
+			}
+			added := do(w, "ADD").must(t)
+			checked := do(w, "CHECK").must(t)
+			if !strings.Contains(added.stdout, "interfaces") {
+				t.Errorf("stdout %q", added.stdout)
+			}
+			for _, r := range []result{added, checked} {
+				if !strings.Contains(r.stderr, "ignored") || !strings.Contains(r.stderr, "container ID of") {
+					t.Errorf("stderr %q", r.stderr)
+				}
+			}
+			strict := w.with(fields{"onError": "fail"})
+			wantFault(t, do(strict, "ADD").err, types.ErrInvalidEnvironmentVariables, "CNI_CONTAINERID")
+			wantFault(t, do(strict, "CHECK").err, codeCheck, "container ID of")
+			do(strict, "DEL").must(t)
+			do(w, "DEL").must(t)
+			w.wantState(before)
+			w.gc(idOf(neighbour), attach.ID{ContainerID: id, IfName: "eth0"}).must(t)
+			w.check(neighbour).must(t)
+		})
+	}
+}
+
+// TestLongestID: what is accepted can be attached, checked, collected and removed.
+func TestLongestID(t *testing.T) {
+	w := newWorld(t).with(fields{"onError": "fail"})
+	pod := w.node.AddPod(t)
+	before := w.state()
+	args := w.args(pod, w.stdin(fields{"prevResult": prevResult(pod)}))
+	args.ContainerID = strings.Repeat("c", 225)
+	args.IfName = "eth0"
+	run := func(command func(skel.CNIFuncs) func(*skel.CmdArgs) error) {
+		t.Helper()
+		w.run(newPlugin(), func(p *plugin) func(*skel.CmdArgs) error { return command(p.funcs()) }, args).must(t)
+	}
+	add := func(f skel.CNIFuncs) func(*skel.CmdArgs) error { return f.Add }
+	run(add)
+	run(func(f skel.CNIFuncs) func(*skel.CmdArgs) error { return f.Check })
+	run(func(f skel.CNIFuncs) func(*skel.CmdArgs) error { return f.Del })
+	w.wantState(before)
+	run(add)
+	w.gc().must(t)
+	w.wantAttached()
+}
+
 // TestSecondAddInTrouble: what the first one attached must not stay.
 func TestSecondAddInTrouble(t *testing.T) {
 	w := newWorld(t)
 	pod := w.node.AddPod(t)
 	before := w.state()
 	w.add(pod).must(t)
-	w.withInterfaces(pod).add(pod).must(t)
-	if got := w.record(pod); !strings.Contains(got.Error, "no interfaces") {
+	w.withInterfaces(pod, fields{"name": "vethX"}).add(pod).must(t)
+	if got := w.record(pod); !strings.Contains(got.Error, "vethX") {
 		t.Errorf("record %+v", got)
 	}
 	if err := attach.RemoveRecord(w.stateDir(), idOf(pod)); err != nil {
@@ -461,24 +564,23 @@ func TestAddWaitsForTheLockInVain(t *testing.T) {
 	if err := os.Mkdir(w.bpfDir(), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	holder := exec.Command("flock", w.bpfDir(), "sleep", "30")
-	if err := holder.Start(); err != nil {
-		t.Skipf("flock(1): %v", err)
+	unlock, err := datapath.Lock(t.Context(), w.bpfDir(), unix.LOCK_EX)
+	if err != nil {
+		t.Fatal(err)
 	}
-	defer func() { _ = holder.Process.Kill(); _ = holder.Wait() }()
-	time.Sleep(200 * time.Millisecond)
+	defer unlock()
 	wantFault(t, w.add(pod).err, types.ErrTryAgainLater, "locked")
 }
 
 func TestInvalidConfigurationIsNeverIgnored(t *testing.T) {
-	w := newWorld(t).with(fields{"onError": "ignore", "xdpMode": "warp"})
+	w := newWorld(t).with(fields{"onError": "ignore", "hook": "warp"})
 	pod := w.node.AddPod(t)
 	for name, r := range map[string]result{
 		"ADD": w.add(pod), "CHECK": w.check(pod), "GC": w.gc(), "STATUS": w.status(newPlugin()),
 	} {
-		t.Run(name, func(t *testing.T) { wantFault(t, r.err, types.ErrInvalidNetworkConfig, "xdpMode", "warp") })
+		t.Run(name, func(t *testing.T) { wantFault(t, r.err, types.ErrInvalidNetworkConfig, "hook", "warp") })
 	}
-	r := w.with(fields{"xdpMode": "generic", "prevResult": nil}).add(pod)
+	r := w.with(fields{"hook": "xdp", "prevResult": nil}).add(pod)
 	wantFault(t, r.err, types.ErrInvalidNetworkConfig, "prevResult", "chained")
 }
 
@@ -494,77 +596,89 @@ func TestBadCNIArgs(t *testing.T) {
 }
 
 func TestCheckFinds(t *testing.T) {
-	detach := func(name string) func(*world, *bpftest.Pod) error {
-		return func(w *world, p *bpftest.Pod) error {
-			l, err := link.LoadPinnedLink(filepath.Join(w.pins(p), name), nil)
-			if err != nil {
-				return err
-			}
-			return errors.Join(l.Detach(), l.Unpin(), l.Close())
-		}
-	}
-	replace := func(w *world, p *bpftest.Pod) error {
-		d, err := datapath.Open(w.bpfDir())
-		if err != nil {
-			return err
-		}
-		foreign, err := d.NewPod()
-		if err != nil {
-			return err
-		}
-		return errors.Join(d.AddPod(uint32(p.IfIndex), p.Netns, foreign), foreign.Close(), d.Close())
-	}
-	edit := func(change func(*attach.Record)) func(*world, *bpftest.Pod) error {
-		return func(w *world, p *bpftest.Pod) error {
-			r := w.record(p)
-			change(&r)
-			text, err := json.Marshal(r)
-			return errors.Join(err, os.WriteFile(recordFile(w), text, 0o600))
-		}
-	}
-	tests := map[string]struct {
-		harm func(*world, *bpftest.Pod) error
+	type test struct {
+		harm harm
 		text string
-	}{
-		"XDP removed":   {detach("respond"), "XDP program"},
-		"steer removed": {detach("steer"), "steer"},
-		"foreign XDP": {func(w *world, p *bpftest.Pod) error {
-			if err := detach("respond")(w, p); err != nil {
-				return err
-			}
-			attachForeignXDP(w.t, p)
-			return nil
-		}, "not respond"},
-		"evidence not in use": {func(w *world, p *bpftest.Pod) error { return forget(w, "pod_evidence", p) }, "maps"},
-		"tallies not in use":  {func(w *world, p *bpftest.Pod) error { return forget(w, "pod_tallies", p) }, "maps"},
-		"foreign maps in use": {replace, "maps"},
-		"evidence not pinned": {unpin("evidence"), "not pinned"},
-		"tallies not pinned":  {unpin("tallies"), "not pinned"},
+	}
+	common := map[string]test{
+		"steer detached":      {detachProgram("steer"), "steer"},
+		"observe detached":    {detachProgram("observe"), "observe"},
+		"device forgotten":    {forgetDevice, "the programs know device"},
+		"another generation":  {attachAnew, "the programs know device"},
+		"device unnamed":      {unpinDevice, "names no device"},
 		"nothing pinned":      {unpin(""), "not attached"},
 		"objects not loaded":  {func(w *world, _ *bpftest.Pod) error { return os.RemoveAll(w.bpfDir()) }, "not loaded"},
-		"no record":           {func(w *world, p *bpftest.Pod) error { return attach.RemoveRecord(w.stateDir(), idOf(p)) }, "no record"},
-		"record unreadable": {func(w *world, _ *bpftest.Pod) error {
-			return os.WriteFile(recordFile(w), []byte("{"), 0o600)
-		}, "record"},
-		"another's container": {edit(func(r *attach.Record) { r.ContainerID = "other" }), "other"},
-		"another's interface": {edit(func(r *attach.Record) { r.IfName = "net1" }), "net1"},
-		"another's network":   {edit(func(r *attach.Record) { r.Network = "other" }), "other"},
-		"another device":      {edit(func(r *attach.Record) { r.IfIndex = 4711 }), "4711"},
-		"another device name": {edit(func(r *attach.Record) { r.HostIfName = "vethX" }), "vethX"},
-		"ADD did not finish":  {edit(func(r *attach.Record) { r.Error = addUnfinished }), addUnfinished},
+		"no record":           {removeRecord, "no record"},
+		"record unreadable":   {truncateRecord, "record"},
+		"another's container": {editRecord(func(r *attach.Record) { r.ContainerID = "other" }), "other"},
+		"another's interface": {editRecord(func(r *attach.Record) { r.IfName = "net1" }), "net1"},
+		"another's network":   {editRecord(func(r *attach.Record) { r.Network = "other" }), "other"},
+		"another device":      {editRecord(func(r *attach.Record) { r.IfIndex = 4711 }), "4711"},
+		"another device name": {editRecord(func(r *attach.Record) { r.HostIfName = "vethX" }), "vethX"},
+		"ADD did not finish":  {editRecord(func(r *attach.Record) { r.Error = addUnfinished }), addUnfinished},
 	}
-	for name, test := range tests {
-		t.Run(name, func(t *testing.T) {
-			w := newWorld(t).with(fields{"onError": "fail"})
-			pod := w.node.AddPod(t)
-			w.add(pod).must(t)
-			w.check(pod).must(t)
-			if err := test.harm(w, pod); err != nil {
-				t.Fatal(err)
+	byVia := map[attach.Via]map[string]test{
+		attach.ViaClsact: {
+			"qdisc removed":        {removeQdisc, "observe"},
+			"steer's filter taken": {replaceFilter, "steer"},
+		},
+		attach.ViaTCX: {
+			"steer unpinned":   {unpin("steer"), "steer"},
+			"observe unpinned": {unpin("observe"), "observe"},
+		},
+	}
+	byHook := map[attach.Hook]map[string]test{
+		attach.HookXDP: {
+			"XDP detached": {detachProgram("respond"), "XDP program"},
+			"XDP unpinned": {unpin("respond"), "XDP program"},
+			"foreign XDP": {func(w *world, p *bpftest.Pod) error {
+				if err := detachProgram("respond")(w, p); err != nil {
+					return err
+				}
+				attachForeignXDP(w.t, p)
+				return nil
+			}, "not respond"},
+		},
+	}
+	inEachWay(t, func(t *testing.T, w *world, way way) {
+		w = w.with(fields{"onError": "fail"})
+		for _, tests := range []map[string]test{common, byVia[way.via], byHook[way.hook]} {
+			for name, test := range tests {
+				t.Run(name, func(t *testing.T) {
+					w := w.in(t)
+					pod := w.node.AddPod(t)
+					w.add(pod).must(t)
+					w.check(pod).must(t)
+					if err := test.harm(w, pod); err != nil {
+						t.Fatal(err)
+					}
+					var found error
+					if !eventually(func() bool { found = w.check(pod).err; return found != nil }) { // links are detached in their own time
+						t.Fatal("CHECK finds nothing wrong")
+					}
+					wantFault(t, found, codeCheck, test.text)
+					w.del(pod).must(t) // the next pod may get the same namespace number
+					w.gc().must(t)
+				})
 			}
-			wantFault(t, w.check(pod).err, codeCheck, test.text)
-		})
-	}
+		}
+	})
+}
+
+// TestCheckAcceptsNeighbours: programs of others are none of CHECK's business, as long as ours are there.
+func TestCheckAcceptsNeighbours(t *testing.T) {
+	inEachWay(t, func(t *testing.T, w *world, way way) {
+		pod := w.node.AddPod(t)
+		if way.hook == attach.HookTC {
+			attachForeignXDP(t, pod)
+		}
+		w = w.with(fields{"onError": "fail"})
+		w.add(pod).must(t)
+		if err := attachForeignTCX(t, pod, ebpf.AttachTCXEgress); err != nil {
+			t.Fatal(err)
+		}
+		w.check(pod).must(t)
+	})
 }
 
 // A runtime that checks with the configuration of ADD, CRI-O, is not to fail for what was uninstalled.
@@ -622,29 +736,59 @@ func TestGCRemovesOnlyWhatIsItsOwnAndNotListed(t *testing.T) {
 	w.wantAttached(others)
 }
 
+// wantAttached compares attachments and what the programs know with these pods.
 func (w *world) wantAttached(pods ...*bpftest.Pod) {
 	w.t.Helper()
+	var want []uint32
+	for _, p := range pods {
+		want = append(want, uint32(p.IfIndex))
+	}
+	slices.Sort(want)
 	ids, err := attach.List(w.bpfDir())
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	d, err := datapath.Open(w.bpfDir())
+	var known []uint32
+	err = w.inDatapath(func(d *datapath.Datapath) error {
+		devices, err := d.Devices()
+		known = slices.Sorted(maps.Keys(devices))
+		return err
+	})
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	defer d.Close() //nolint:errcheck // only read
-	used, err := d.PodIDs()
-	if err != nil {
-		w.t.Fatal(err)
+	if len(ids) != len(pods) || !slices.Equal(known, want) {
+		w.t.Errorf("attached: %v, devices known: %v; want devices %v", ids, known, want)
 	}
-	if len(ids) != len(pods) || len(used) != len(pods) {
-		w.t.Errorf("attached: %v, maps in use: %v; want those of %d pods", ids, used, len(pods))
+}
+
+// TestGCWithoutAList: an absent list must not be taken for an empty one.
+func TestGCWithoutAList(t *testing.T) {
+	w := newWorld(t)
+	pod, gone := w.node.AddPod(t), w.node.AddPod(t)
+	w.add(pod).must(t)
+	w.add(gone).must(t)
+	deleteVeth(t, gone)
+	if err := attach.RemoveRecord(w.stateDir(), idOf(gone)); err != nil {
+		t.Fatal(err)
 	}
-	for _, p := range pods {
-		if _, ok := used[uint32(p.IfIndex)]; !ok {
-			w.t.Errorf("no maps in use for %s", idOf(p))
-		}
+	before := w.state()
+	gc := func(changes fields) result {
+		return w.run(newPlugin(), func(p *plugin) func(*skel.CmdArgs) error { return p.funcs().GC },
+			&skel.CmdArgs{StdinData: w.stdin(changes)})
 	}
+	for _, changes := range []fields{
+		{},
+		{"cni.dev/attachments": []fields{}},
+		{"cni.dev/valid-attachments": fields{}},
+		{"cni.dev/valid-attachments": "none"},
+		{"cni.dev/valid-attachments": []int{1}},
+	} {
+		wantFault(t, gc(changes).err, types.ErrInvalidNetworkConfig, "cni.dev/valid-attachments")
+		w.wantState(before)
+	}
+	gc(fields{"cni.dev/valid-attachments": nil}).must(t) // as libcni writes an empty list
+	w.wantAttached()
 }
 
 func TestGCRemovesWhatHasNoRecord(t *testing.T) {
@@ -714,14 +858,14 @@ func TestLogFile(t *testing.T) {
 	w := newWorld(t).with(fields{"logFile": log})
 	pod := w.node.AddPod(t)
 	w.add(pod).must(t)
-	w.withInterfaces(pod).add(pod).must(t)
+	w.withInterfaces(pod, fields{"name": "vethX"}).add(pod).must(t)
 	w.del(pod).must(t)
 	text, err := os.ReadFile(log)
 	if err != nil {
 		t.Fatal(err)
 	}
 	lines := strings.Split(strings.TrimSpace(string(text)), "\n")
-	if len(lines) != 3 || !strings.Contains(lines[0], "msg=ADD") || !strings.Contains(lines[1], `ignored="prevResult has no interfaces`) ||
+	if len(lines) != 3 || !strings.Contains(lines[0], "msg=ADD") || !strings.Contains(lines[1], `ignored="prevResult: the interfaces`) ||
 		!strings.Contains(lines[2], "msg=DEL") || !strings.Contains(lines[2], "container=of."+pod.HostIfName) {
 		t.Errorf("log:\n%s", text)
 	}
@@ -775,7 +919,7 @@ func TestConcurrentAddsAndDels(t *testing.T) {
 func (w *world) command(t *testing.T, env map[string]string, stdin string) (string, error) {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = []string{runMain + "=1", "CNI_PATH=/nonexistent"}
+	cmd.Env = []string{runMain + "=1", "CNI_PATH=/nonexistent", netDirVariable + "=" + w.netDir}
 	for k, v := range env {
 		cmd.Env = append(cmd.Env, k+"="+v)
 	}
@@ -836,6 +980,108 @@ func TestProcess(t *testing.T) {
 		}
 	}
 	w.wantState(before)
+}
+
+// TestDelWithAnythingOnStdin: a pod must be removable whatever its configuration has become. The plugin runs as a process, because
+// skel looks at the configuration too.
+func TestDelWithAnythingOnStdin(t *testing.T) {
+	w := newWorld(t)
+	pod := w.node.AddPod(t)
+	before := w.state()
+	env := map[string]string{
+		"CNI_COMMAND": "DEL", "CNI_CONTAINERID": idOf(pod).ContainerID, "CNI_IFNAME": "eth0", "CNI_NETNS": pod.NS.Path(),
+	}
+	dirs := fmt.Sprintf(`"bpfDir": %q, "stateDir": %q`, w.bpfDir(), w.stateDir())
+	for name, stdin := range map[string]string{
+		"no name":                    `{` + dirs + `}`,
+		"no version":                 `{"name": "net", ` + dirs + `}`,
+		"a version of the future":    `{"cniVersion": "9.9.9", "name": "net", ` + dirs + `}`,
+		"no version at all":          `{"cniVersion": {}, "name": "net", ` + dirs + `}`,
+		"a name that is none":        `{"cniVersion": "1.0.0", "name": "../..", ` + dirs + `}`,
+		"wrong types":                `{"cniVersion": 1, "name": [], "type": {}, "onError": 7, "logFile": [], "dns": 3, "ipam": "x", ` + dirs + `}`,
+		"an invalid prevResult":      `{"cniVersion": "1.0.0", "name": "net", "prevResult": {"ips": 7, "interfaces": "x"}, ` + dirs + `}`,
+		"a result of another spec":   `{"cniVersion": "1.0.0", "name": "net", "prevResult": {"cniVersion": "0.2.0", "ip4": []}, ` + dirs + `}`,
+		"fields of nobody":           `{"cniVersion": "1.0.0", "name": "net", "what": 1, ` + dirs + `}`,
+		"a log that cannot be":       `{"name": "net", "logFile": "/dev/null/log", ` + dirs + `}`,
+		"a long log name":            `{"name": "net", "logFile": "/` + strings.Repeat("l", 300) + `", ` + dirs + `}`,
+		"4 MiB beside":               `{"name": "net", "what": "` + strings.Repeat("x", 4<<20) + `", ` + dirs + `}`,
+		"9,000 levels beside":        `{"name": "net", "what": ` + strings.Repeat("[", 9000) + strings.Repeat("]", 9000) + `, ` + dirs + `}`,
+		"keys in other letter cases": `{"NAME": 1, "CNIVERSION": 2, ` + dirs + `}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			w.add(pod).must(t)
+			if out, err := w.command(t, env, stdin); err != nil {
+				t.Errorf("%s, %v", out, err)
+			}
+			w.wantState(before)
+		})
+	}
+	// Where these directories are cannot be told, so DEL looks in those of the machine, which has no such container.
+	for name, stdin := range map[string]string{
+		"nothing":          ``,
+		"blanks":           " \n",
+		"cut off":          `{"cniVersion": "1.0.0", "name": "net", "bpfDir": "/sys`,
+		"no JSON":          "\x00\xff\xfe, not JSON",
+		"4 MiB of no JSON": strings.Repeat("x", 4<<20),
+		"an array":         `[{"name": "net"}]`,
+		"a string":         `"net"`,
+		"null":             `null`,
+		"a number":         `1e999`,
+		"two objects":      `{"name": "net"}{"name": "net"}`,
+		"too many levels":  strings.Repeat("[", 1<<20),
+		"relative":         `{"name": "net", "bpfDir": "b", "stateDir": "../s"}`,
+		"wrong types":      `{"name": "net", "bpfDir": 1, "stateDir": null, "logFile": {}}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			if out, err := w.command(t, env, stdin); err != nil {
+				t.Errorf("%s, %v", out, err)
+			}
+		})
+	}
+	for _, dir := range []string{
+		"", "/", "/proc", "/proc/self/fd", "/sys", "/dev/null", "/etc/hostname", "/nonexistent", "/\x00", "/" + strings.Repeat("d", 300),
+		strings.Repeat("/d", 2500), strings.Repeat("/d", 2040), strings.Repeat("/d", 1000), strings.Repeat("/proc/self/root", 50),
+	} {
+		for _, field := range []string{"bpfDir", "stateDir"} {
+			t.Run(field+"="+dir[:min(len(dir), 20)], func(t *testing.T) {
+				if out, err := w.command(t, env, string(w.stdin(fields{field: dir}))); err != nil {
+					t.Errorf("%s, %v", out, err)
+				}
+			})
+		}
+	}
+}
+
+// TestDelStillChecksItsEnvironment: only the configuration may be anything.
+func TestDelStillChecksItsEnvironment(t *testing.T) {
+	w := newWorld(t)
+	out, err := w.command(t, map[string]string{"CNI_COMMAND": "DEL", "CNI_IFNAME": "eth0"}, "{}")
+	if err == nil || !strings.Contains(out, "CNI_CONTAINERID") {
+		t.Errorf("%s, %v", out, err)
+	}
+}
+
+// TestResultGetsAVersion: the runtime cannot read a result without one.
+func TestResultGetsAVersion(t *testing.T) {
+	w := newWorld(t)
+	pod := w.node.AddPod(t)
+	env := map[string]string{
+		"CNI_COMMAND": "ADD", "CNI_CONTAINERID": idOf(pod).ContainerID, "CNI_IFNAME": "eth0", "CNI_NETNS": pod.NS.Path(),
+	}
+	for _, version := range []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
+		for given, want := range map[any]string{nil: version, "": version, version: version} {
+			prev := prevResult(pod)
+			prev["ips"] = []fields{{"version": "4", "address": pod.IPv4.String() + "/24"}}
+			if prev["cniVersion"] = given; given == nil {
+				delete(prev, "cniVersion")
+			}
+			out, err := w.command(t, env, string(w.stdin(fields{"cniVersion": version, "prevResult": prev})))
+			prev["cniVersion"] = want
+			if text, _ := json.Marshal(prev); err != nil || !sameJSON(t, out, string(text)) {
+				t.Errorf("%s, given %v: %s, %v; want %s", version, given, out, err, text)
+			}
+		}
+	}
 }
 
 func BenchmarkAddDel(b *testing.B) {

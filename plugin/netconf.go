@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -13,21 +14,26 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/version"
+	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
 const (
-	// onErrorIgnore starts the pod without probelet, and says why.
+	// onErrorIgnore starts the pod without probelet, and tells why on stderr and in the record.
 	onErrorIgnore = "ignore"
 	onErrorFail   = "fail"
+
+	// maxPath is in bytes. It leaves room, within the 4,096 of PATH_MAX, for paths below a configured directory.
+	maxPath = 2048
 )
 
 // netConf is the plugin's part of a network configuration.
 type netConf struct {
 	name string
 
+	hook     attach.Hook
 	onError  string
 	bpfDir   string
 	stateDir string
@@ -35,40 +41,42 @@ type netConf struct {
 
 	prevResult *current.Result // nil: none
 	// rawPrevResult is printed instead of prevResult, so that fields unknown to this build pass unchanged.
-	rawPrevResult    json.RawMessage
+	rawPrevResult json.RawMessage
+	// validAttachments are the attachments that GC must keep; nil if not given.
 	validAttachments []types.GCAttachment
 }
 
+const fieldValidAttachments = "cni.dev/valid-attachments"
+
 func defaultConf() *netConf {
-	return &netConf{onError: onErrorIgnore, bpfDir: datapath.DefaultDir, stateDir: attach.DefaultStateDir}
+	return &netConf{hook: attach.HookTC, onError: onErrorIgnore, bpfDir: datapath.DefaultDir, stateDir: attach.DefaultStateDir}
 }
 
-// ownFields are the fields of our own, all of them strings. A setter that returns an error has changed nothing.
+// ownFields are probelet's own fields, all of them strings. A setter that returns an error has changed nothing.
 var ownFields = map[string]func(c *netConf, value string) error{
-	"xdpMode":  func(_ *netConf, value string) error { return checkXDPMode(value) },
+	"hook":     setHook,
 	"onError":  setOnError,
 	"bpfDir":   func(c *netConf, value string) error { return setPath(&c.bpfDir, value) },
 	"stateDir": func(c *netConf, value string) error { return setPath(&c.stateDir, value) },
 	"logFile":  func(c *netConf, value string) error { return setPath(&c.logFile, value) },
 }
 
-// specFields are those that the CNI specification or libcni define for a plugin's configuration or for the list around
-// it; some runtimes copy the latter down. Those in the specification's name space, cni.dev/, come besides.
+// replacedFields maps fields of older versions to their successors.
+var replacedFields = map[string]string{"xdpMode": "hook"}
+
+// specFields are defined by the CNI specification or libcni, for a plugin's configuration or for the list around it, which
+// some runtimes copy down. So are all in the specification's name space, cni.dev/.
 var specFields = []string{
 	"cniVersion", "cniVersions", "name", "type", "capabilities", "ipam", "dns", "args", "ipMasq", "disableCheck",
 	"disableGC", "loadOnlyInlinedPlugins", "runtimeConfig", "prevResult",
 }
 
-// checkXDPMode accepts what package attach can do; that is one mode for now.
-func checkXDPMode(value string) error {
-	switch value {
-	case string(attach.XDPGeneric):
-		return nil
-	case "native":
-		return fmt.Errorf("native XDP on a veth never sees packets that are redirected to the device, "+
-			"so steered probes would be lost; use %q", attach.XDPGeneric)
+func setHook(c *netConf, value string) error {
+	hook, err := attach.ParseHook(value)
+	if err == nil {
+		c.hook = hook
 	}
-	return fmt.Errorf("must be %q", attach.XDPGeneric)
+	return err
 }
 
 func setOnError(c *netConf, value string) error {
@@ -79,9 +87,16 @@ func setOnError(c *netConf, value string) error {
 	return nil
 }
 
+// setPath rejects paths at which no file can be. DEL then looks in the default place instead of failing.
 func setPath(path *string, value string) error {
 	if !filepath.IsAbs(value) {
 		return errors.New("must be an absolute path")
+	}
+	if len(value) > maxPath {
+		return fmt.Errorf("must have at most %d bytes", maxPath)
+	}
+	if _, err := os.Stat(value); errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENAMETOOLONG) || errors.Is(err, unix.ELOOP) {
+		return err
 	}
 	*path = filepath.Clean(value)
 	return nil
@@ -102,6 +117,10 @@ func parseConf(stdin []byte) (*netConf, error) {
 	if err := conf.setSpecFields(stdin, raw["prevResult"]); err != nil {
 		return nil, err
 	}
+	// If the runtime passes a nil slice, as CRI-O does for a network without pods, libcni writes null for the empty list.
+	if _, given := raw[fieldValidAttachments]; given && conf.validAttachments == nil {
+		conf.validAttachments = []types.GCAttachment{}
+	}
 	return conf, nil
 }
 
@@ -111,10 +130,13 @@ func (c *netConf) setField(name string, raw json.RawMessage) error {
 		if slices.Contains(specFields, name) || strings.Contains(name, "cni.dev/") {
 			return nil
 		}
+		if successor := replacedFields[name]; successor != "" {
+			return fault(types.ErrUnsupportedField, "field %q, which is %s, does not exist any more: %q replaces it", name, raw, successor)
+		}
 		return fault(types.ErrUnsupportedField, "field %q, which is %s, is none of probelet's (%s)",
 			name, raw, strings.Join(slices.Sorted(maps.Keys(ownFields)), ", "))
 	}
-	var value *string // nil for a null, which is no value either
+	var value *string // nil if the value is null
 	if err := json.Unmarshal(raw, &value); err != nil || value == nil {
 		return fault(types.ErrInvalidNetworkConfig, "%s is %s: must be a string", name, raw)
 	}
@@ -131,22 +153,50 @@ func (c *netConf) setSpecFields(stdin []byte, rawPrevResult json.RawMessage) err
 	}
 	c.name = spec.Name
 	c.validAttachments = spec.ValidAttachments
-	if err := version.ParsePrevResult(&spec); err != nil {
-		return fault(types.ErrInvalidNetworkConfig, "prevResult: %v", err)
-	}
-	if spec.PrevResult == nil {
+	if spec.RawPrevResult == nil {
 		return nil
 	}
-	result, err := current.NewResultFromResult(spec.PrevResult)
-	if err != nil {
+	if err := c.setPrevResult(rawPrevResult, spec.CNIVersion); err != nil {
 		return fault(types.ErrInvalidNetworkConfig, "prevResult: %v", err)
 	}
-	c.prevResult = result
-	c.rawPrevResult = bytes.TrimSpace(rawPrevResult)
 	return nil
 }
 
-// parseConfForDel takes from a configuration, in whatever state it is, what says where to look, and defaults otherwise.
+func (c *netConf) setPrevResult(raw json.RawMessage, confVersion string) error {
+	raw, err := withVersion(raw, confVersion)
+	if err != nil {
+		return err
+	}
+	result, err := version.NewResult(confVersion, raw)
+	if err != nil {
+		return err
+	}
+	c.rawPrevResult = raw
+	c.prevResult, err = current.NewResultFromResult(result)
+	return err
+}
+
+// withVersion returns the result with a cniVersion: its own, or else the configuration's. Runtimes cannot read a result
+// without one, and it must be the configuration's (CNI spec, "ADD Success").
+func withVersion(rawResult json.RawMessage, version string) (json.RawMessage, error) {
+	var result struct {
+		CNIVersion string `json:"cniVersion"`
+	}
+	if err := json.Unmarshal(rawResult, &result); err != nil || result.CNIVersion != "" {
+		return bytes.TrimSpace(rawResult), err
+	}
+	var fields map[string]json.RawMessage
+	if err := json.Unmarshal(rawResult, &fields); err != nil {
+		return nil, err
+	}
+	var err error
+	if fields["cniVersion"], err = json.Marshal(version); err != nil {
+		return nil, err
+	}
+	return json.Marshal(fields)
+}
+
+// parseConfForDel takes what it can from any configuration, however broken, and defaults for the rest.
 func parseConfForDel(stdin []byte) *netConf {
 	var raw map[string]json.RawMessage
 	_ = json.Unmarshal(stdin, &raw)

@@ -36,10 +36,9 @@ func TestParseConfNamesWhatIsWrong(t *testing.T) {
 		code   uint
 		texts  []string
 	}{
-		{`"xdpMode": "native"`, types.ErrInvalidNetworkConfig, []string{"xdpMode", `"native"`, "redirected"}},
-		{`"xdpMode": "offload"`, types.ErrInvalidNetworkConfig, []string{"xdpMode", `"offload"`, `"generic"`}},
-		{`"xdpMode": ""`, types.ErrInvalidNetworkConfig, []string{"xdpMode", `""`}},
-		{`"xdpMode": 3`, types.ErrInvalidNetworkConfig, []string{"xdpMode", "3", "string"}},
+		{`"hook": "native"`, types.ErrInvalidNetworkConfig, []string{"hook", `"native"`, `"tc"`, `"xdp"`}},
+		{`"hook": ""`, types.ErrInvalidNetworkConfig, []string{"hook", `""`}},
+		{`"hook": 3`, types.ErrInvalidNetworkConfig, []string{"hook", "3", "string"}},
 		{`"onError": "panic"`, types.ErrInvalidNetworkConfig, []string{"onError", `"panic"`, `"ignore"`, `"fail"`}},
 		{`"onError": null`, types.ErrInvalidNetworkConfig, []string{"onError", "null"}},
 		{`"onError": true`, types.ErrInvalidNetworkConfig, []string{"onError", "true"}},
@@ -51,6 +50,7 @@ func TestParseConfNamesWhatIsWrong(t *testing.T) {
 		{`"logFile": 1`, types.ErrInvalidNetworkConfig, []string{"logFile", "1"}},
 		{`"onerror": "fail"`, types.ErrUnsupportedField, []string{`"onerror"`, `"fail"`, "onError"}},
 		{`"mtu": 1500`, types.ErrUnsupportedField, []string{`"mtu"`, "1500"}},
+		{`"xdpMode": "generic"`, types.ErrUnsupportedField, []string{`"xdpMode"`, `"generic"`, `"hook" replaces it`}},
 		{`"dns": 7`, types.ErrInvalidNetworkConfig, []string{"dns"}},
 		{`"prevResult": {"ips": 7}`, types.ErrInvalidNetworkConfig, []string{"prevResult", "ips"}},
 		{`"prevResult": "none"`, types.ErrInvalidNetworkConfig, []string{"prevResult"}},
@@ -71,7 +71,7 @@ func TestParseConfDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	if conf.name != "net" || conf.onError != onErrorIgnore || conf.bpfDir != datapath.DefaultDir ||
-		conf.stateDir != attach.DefaultStateDir || conf.logFile != "" || conf.prevResult != nil {
+		conf.stateDir != attach.DefaultStateDir || conf.logFile != "" || conf.prevResult != nil || conf.hook != attach.HookTC {
 		t.Errorf("%+v", conf)
 	}
 }
@@ -82,13 +82,13 @@ func TestParseConfTakesEveryField(t *testing.T) {
 		"capabilities": {"portMappings": true}, "ipam": {}, "dns": {}, "args": {"cni": {}}, "ipMasq": false,
 		"disableCheck": false, "disableGC": false, "loadOnlyInlinedPlugins": false, "runtimeConfig": {},
 		"cni.dev/valid-attachments": [{"containerID": "c", "ifname": "eth0"}], "cni.dev/attachments": [], "x.cni.dev/y": 1,
-		"xdpMode": "generic", "onError": "fail", "bpfDir": "/b/", "stateDir": "/s", "logFile": "/l",
+		"hook": "xdp", "onError": "fail", "bpfDir": "/b/", "stateDir": "/s", "logFile": "/l",
 		"prevResult": {"cniVersion": "1.1.0", "ips": [{"address": "10.1.2.3/24"}]}
 	}`))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if conf.onError != onErrorFail || conf.bpfDir != "/b" || conf.stateDir != "/s" || conf.logFile != "/l" {
+	if conf.hook != attach.HookXDP || conf.onError != onErrorFail || conf.bpfDir != "/b" || conf.stateDir != "/s" || conf.logFile != "/l" {
 		t.Errorf("%+v", conf)
 	}
 	if len(conf.validAttachments) != 1 || conf.validAttachments[0].ContainerID != "c" {
@@ -105,6 +105,7 @@ func TestParseConfForDelTakesAnything(t *testing.T) {
 		{`]`, "", datapath.DefaultDir, attach.DefaultStateDir},
 		{`{"name": "net", "type": "probelet"}`, "net", datapath.DefaultDir, attach.DefaultStateDir},
 		{`{"name": "net", "bpfDir": "/b", "stateDir": "/s", "onError": 7, "what": {}, "prevResult": 1}`, "net", "/b", "/s"},
+		{`{"name": "net", "xdpMode": "generic", "hook": "warp", "stateDir": "/s"}`, "net", datapath.DefaultDir, "/s"},
 		{`{"name": 1, "bpfDir": "b", "stateDir": null}`, "", datapath.DefaultDir, attach.DefaultStateDir},
 	}
 	for _, test := range tests {

@@ -2,380 +2,589 @@ package attach_test
 
 import (
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/containernetworking/plugins/pkg/netlinksafe"
+	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
-	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-var podID = attach.ID{ContainerID: "c.1_%2E", IfName: "eth0.7"}
-
-type world struct {
-	t      *testing.T
-	pod    *bpftest.Pod
-	d      *datapath.Datapath
-	bpfDir string
-}
-
-func newWorld(t *testing.T) *world {
+// eachWay runs a test in a world of its own for each way to attach.
+func eachWay(t *testing.T, test func(t *testing.T, w *world, way way)) {
 	t.Helper()
-	w := &world{t: t, pod: bpftest.NewNode(t).AddPod(t), bpfDir: bpftest.BPFDir(t)}
-	d, err := datapath.Ensure(t.Context(), w.bpfDir)
-	if err != nil {
-		t.Fatal(err)
+	for _, way := range ways {
+		t.Run(way.String(), func(t *testing.T) { test(t, newWorld(t), way) })
 	}
-	t.Cleanup(func() { _ = d.Close() })
-	w.d = d
-	return w
 }
 
-func (w *world) do(f func(device netlink.Link) error) {
-	w.t.Helper()
-	bpftest.Do(w.t, w.pod.Node.NS, func() error {
-		device, err := netlink.LinkByIndex(w.pod.IfIndex)
-		if err != nil {
-			return err
+// removals are the two ways to take an attachment away.
+var removals = map[string]func(*world){"detach": (*world).detach, "release": (*world).release}
+
+func TestAttachLeavesNothingWhenItIsRemoved(t *testing.T) {
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		before := w.state()
+		for name, remove := range removals {
+			w.attach(way)
+			w.wantWhole()
+			if maps.Equal(w.state(), before) {
+				t.Fatal("the state does not show an attachment")
+			}
+			for range 2 {
+				remove(w)
+				w.wantState(before)
+			}
+			if err := w.check(); !errors.Is(err, attach.ErrNotAttached) {
+				t.Errorf("after %s: %v", name, err)
+			}
 		}
-		return f(device)
 	})
 }
 
-func (w *world) attach(hook attach.Hook) {
-	w.t.Helper()
-	bpftest.Do(w.t, w.pod.Node.NS, func() error {
-		return attach.Attach(w.d, w.bpfDir, podID, attach.Target{IfIndex: w.pod.IfIndex, PodNetns: w.pod.Netns}, hook)
-	})
+func TestAttachingAgainReplaces(t *testing.T) {
+	w := newWorld(t)
+	before := w.state()
+	for _, first := range ways {
+		for _, second := range ways {
+			t.Run(first.String()+", then "+second.String(), func(t *testing.T) {
+				w := w.in(t)
+				w.attach(first)
+				w.attach(second)
+				w.wantWhole()
+				w.detach()
+				w.wantState(before)
+			})
+		}
+	}
 }
 
-func (w *world) detach(d *datapath.Datapath) {
-	w.t.Helper()
-	bpftest.Do(w.t, w.pod.Node.NS, func() error { return attach.Detach(d, w.bpfDir, podID) })
+func TestRemovalAfterTheDeviceIsGone(t *testing.T) {
+	for _, remove := range removals {
+		w := newWorld(t)
+		before := onlyPins(w.state())
+		for _, way := range ways {
+			t.Run(way.String(), func(t *testing.T) {
+				w := w.in(t)
+				w.pod = w.pod.Node.AddPod(t)
+				w.attach(way)
+				w.do(netlink.LinkDel)
+				w.wantOrphaned(true)
+				for range 2 {
+					remove(w)
+					w.wantState(before)
+				}
+			})
+		}
+	}
 }
 
-func (w *world) check() (err error) {
+func (w *world) wantOrphaned(want bool) {
 	w.t.Helper()
-	bpftest.Do(w.t, w.pod.Node.NS, func() error {
-		err = attach.Check(w.d, w.bpfDir, podID, w.pod.IfIndex)
-		return nil
-	})
-	return err
+	w.must(w.inNode(func() error {
+		got, err := attach.Orphaned(w.bpfDir, w.id)
+		if got != want {
+			w.t.Errorf("orphaned: %v, want %v", got, want)
+		}
+		return err
+	}))
 }
 
-// wantTC compares the number of clsact qdiscs, and of filters at its two sides.
-func (w *world) wantTC(clsact, egress, ingress int) {
+// onlyPins is the part of a state that does not go with the device.
+func onlyPins(s state) state {
+	s = maps.Clone(s)
+	maps.DeleteFunc(s, func(thing string, _ int) bool { return !strings.HasPrefix(thing, "pin ") })
+	return s
+}
+
+// hold attaches a program at tcx egress, so that it cannot be attached there again.
+func (w *world) hold(program *ebpf.Program) {
 	w.t.Helper()
 	w.do(func(device netlink.Link) error {
-		qdiscs, err := netlinksafe.QdiscList(device)
-		if err != nil {
-			return err
+		l, err := link.AttachTCX(link.TCXOptions{Program: program, Interface: device.Attrs().Index, Attach: ebpf.AttachTCXEgress})
+		if errors.Is(err, ebpf.ErrNotSupported) {
+			return nil
 		}
-		qdiscs = slices.DeleteFunc(qdiscs, func(q netlink.Qdisc) bool { return q.Type() != "clsact" })
-		out, errOut := netlinksafe.FilterList(device, netlink.HANDLE_MIN_EGRESS)
-		in, errIn := netlinksafe.FilterList(device, netlink.HANDLE_MIN_INGRESS)
-		if len(qdiscs) != clsact || len(out) != egress || len(in) != ingress {
-			w.t.Errorf("%d clsact, %d egress filters (%v), %d ingress filters (%v); want %d, %d, %d",
-				len(qdiscs), len(out), errOut, len(in), errIn, clsact, egress, ingress)
-		}
-		return nil
+		w.t.Cleanup(func() { _ = l.Close() })
+		return err
 	})
 }
 
-func (w *world) wantNothing() {
+// takeOurPriority makes it impossible to add our filter to egress, after the one at ingress was added: a priority is for one
+// protocol.
+func (w *world) takeOurPriority(device netlink.Link) error {
+	theirs := bpfFilter(device.Attrs().Index, netlink.HANDLE_MIN_EGRESS, 2, verdictProgram(w.t, verdictNext))
+	theirs.Protocol = unix.ETH_P_IP
+	return errors.Join(netlink.QdiscAdd(clsactQdisc(device.Attrs().Index)), netlink.FilterAdd(theirs))
+}
+
+// When a step fails, those before it are undone.
+func TestAttachIsAllOrNothing(t *testing.T) {
+	failures := map[string]struct {
+		spoil  func(w *world)
+		target func(t attach.Target) attach.Target
+		onlyOf attach.Hook
+	}{
+		"the device is gone": {target: func(t attach.Target) attach.Target {
+			t.IfIndex = 9999
+			return t
+		}},
+		"no room among the devices": {spoil: (*world).fillDevices},
+		"the namespace has as many devices as it may": {spoil: func(w *world) {
+			for i := range 4 {
+				w.must(w.d.AddDevice(datapath.DeviceKey{Ifindex: uint32(5000 + i), Generation: 1}, w.pod.Netns, datapath.HookTC))
+			}
+		}},
+		"the directory of attachments is gone": {spoil: func(w *world) {
+			w.must(os.Remove(datapath.AttachmentsDir(w.bpfDir)))
+		}},
+		"the name is too long": {spoil: func(w *world) { w.id.ContainerID = strings.Repeat("c", 300) }},
+		"steer cannot be attached": {spoil: func(w *world) {
+			w.hold(w.d.Steer())
+			w.do(w.takeOurPriority)
+		}},
+		"another XDP program is there": {onlyOf: attach.HookXDP, spoil: func(w *world) {
+			program := loadProgram(w.t, ebpf.XDP, "theirs", returns(2)) // XDP_PASS
+			w.do(func(device netlink.Link) error {
+				return netlink.LinkSetXdpFdWithFlags(device, program.FD(), unix.XDP_FLAGS_SKB_MODE)
+			})
+		}},
+	}
+	for name, failure := range failures {
+		t.Run(name, func(t *testing.T) {
+			eachWay(t, func(t *testing.T, w *world, way way) {
+				if failure.onlyOf != "" && failure.onlyOf != way.hook {
+					return
+				}
+				target := w.target(way.hook)
+				if failure.target != nil {
+					target = failure.target(target)
+				}
+				if failure.spoil != nil {
+					failure.spoil(w)
+				}
+				before := w.state()
+				err := w.inNode(func() error { return attach.Attach(w.d, w.bpfDir, w.id, target, way.via) })
+				if err == nil {
+					t.Fatal("attached")
+				}
+				t.Log(err)
+				w.wantState(before)
+			})
+		})
+	}
+}
+
+// fillDevices leaves no room in the map of devices.
+func (w *world) fillDevices() {
 	w.t.Helper()
-	ids, err := attach.List(w.bpfDir)
-	pods, podsErr := w.d.PodIDs()
-	if err := errors.Join(err, podsErr); err != nil || len(ids)+len(pods) > 0 {
-		w.t.Errorf("attachments %v, maps in use %v, %v; want none", ids, pods, err)
+	devices, err := ebpf.LoadPinnedMap(filepath.Join(w.d.Dir(), "devices"), nil)
+	w.must(err)
+	value := make([]byte, devices.ValueSize())
+	for i := range devices.MaxEntries() {
+		w.must(devices.Put(100_000+i, value))
 	}
-	w.do(func(device netlink.Link) error {
-		if xdp := device.Attrs().Xdp; xdp != nil && xdp.ProgId != 0 {
-			w.t.Errorf("XDP program %d is still there", xdp.ProgId)
+	w.must(devices.Close())
+}
+
+// A process that is killed in Attach leaves behind the steps that it had taken.
+func TestAttemptsThatEndedHalfWay(t *testing.T) {
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		before := w.state()
+		w.attach(way)
+		steps := w.steps(way)
+		w.detach()
+		for kept, next := range steps {
+			t.Run("before "+next.name, func(t *testing.T) {
+				w := w.in(t)
+				w.attachUntil(way, kept)
+				_, err := attach.Device(w.bpfDir, w.id)
+				w.wantOrphaned(err != nil)
+				if kept > 0 {
+					if ids, err := attach.List(w.bpfDir); err != nil || !slices.Equal(ids, []attach.ID{w.id}) {
+						t.Errorf("%v, %v", ids, err)
+					}
+					if err := w.check(); !errors.Is(err, attach.ErrIncomplete) {
+						t.Errorf("checked: %v", err)
+					}
+				}
+				w.detach()
+				w.wantState(before)
+
+				w.attachUntil(way, kept)
+				w.attach(way)
+				w.wantWhole()
+				w.detach()
+				w.wantState(before)
+			})
 		}
-		return nil
 	})
 }
 
-func TestListNamesWhatIsAttached(t *testing.T) {
-	w := newWorld(t)
-	w.attach(attach.HookAuto)
-	ids, err := attach.List(w.bpfDir)
-	if err != nil || !slices.Equal(ids, []attach.ID{podID}) {
-		t.Errorf("%+v, %v; want %+v", ids, err, podID)
+// attachUntil takes only the first steps of Attach.
+func (w *world) attachUntil(way way, kept int) {
+	w.t.Helper()
+	w.attach(way)
+	for _, s := range slices.Backward(w.steps(way)[kept:]) {
+		w.must(w.inNode(s.undo))
 	}
 }
 
-func TestClsactLeavesNoQdisc(t *testing.T) {
-	w := newWorld(t)
-	w.attach(attach.HookClsact)
-	w.wantTC(1, 1, 0)
-	if err := w.check(); err != nil {
-		t.Error(err)
+// step is a step that Attach takes.
+type step struct {
+	name string
+	undo func() error
+}
+
+// steps returns the steps that made the attachment, in order.
+func (w *world) steps(way way) []step {
+	w.t.Helper()
+	dir := w.dir()
+	key, err := attach.Device(w.bpfDir, w.id)
+	w.must(err)
+	marker, err := filepath.Glob(filepath.Join(dir, "device-*"))
+	w.must(err)
+	pin := func(name string) step {
+		return step{name, func() error {
+			l, err := link.LoadPinnedLink(filepath.Join(dir, name), nil)
+			if err != nil {
+				return err
+			}
+			return errors.Join(l.Detach(), l.Unpin(), l.Close())
+		}}
 	}
-	w.attach(attach.HookClsact)
-	w.wantTC(1, 1, 0)
-	w.detach(w.d)
-	w.wantTC(0, 0, 0)
-	w.wantNothing()
+	remove := func(name string) step {
+		return step{name, func() error { return os.Remove(filepath.Join(dir, name)) }}
+	}
+	filter := func(side string) step {
+		return step{"filter at " + side, func() error {
+			device, err := netlink.LinkByIndex(w.pod.IfIndex)
+			if err != nil {
+				return err
+			}
+			return deleteFilters(device, parents[side], "probelet/")
+		}}
+	}
+	steps := []step{
+		{"directory", func() error { return os.Remove(dir) }},
+		{"name of the device", func() error { return os.Remove(marker[0]) }},
+		{"device", func() error { return w.d.RemoveDevice(key) }},
+	}
+	if way.hook == attach.HookXDP {
+		steps = append(steps, pin("respond"))
+	}
+	if w.isTCX() {
+		return append(steps, pin("observe"), pin("steer"))
+	}
+	return append(steps, remove("clsact"), remove("owns-clsact"),
+		step{"qdisc", func() error { return netlink.QdiscDel(clsactQdisc(w.pod.IfIndex)) }},
+		filter("ingress"), filter("egress"))
+}
+
+// breakages are the pieces of an attachment that others may remove. Each reports whether the attachment has the piece.
+var breakages = map[string]func(w *world, way way) bool{
+	"steer":   func(w *world, _ way) bool { return w.takeOff("steer", "egress") },
+	"observe": func(w *world, _ way) bool { return w.takeOff("observe", "ingress") },
+	"respond": func(w *world, way way) bool {
+		if way.hook != attach.HookXDP {
+			return false
+		}
+		w.detachLink("respond")
+		return true
+	},
+	"device": func(w *world, _ way) bool {
+		key, err := attach.Device(w.bpfDir, w.id)
+		w.must(errors.Join(err, w.d.RemoveDevice(key)))
+		return true
+	},
+	"another life of the device": func(w *world, _ way) bool {
+		key, err := datapath.NewDeviceKey(w.pod.IfIndex)
+		w.must(errors.Join(err, w.d.AddDevice(key, w.pod.Netns, datapath.HookTC)))
+		return true
+	},
+	"name of the device": func(w *world, _ way) bool {
+		marker, err := filepath.Glob(filepath.Join(w.dir(), "device-*"))
+		w.must(errors.Join(err, os.Remove(marker[0])))
+		return true
+	},
+	"qdisc": func(w *world, _ way) bool {
+		if w.isTCX() {
+			return false
+		}
+		w.do(func(device netlink.Link) error { return netlink.QdiscDel(clsactQdisc(device.Attrs().Index)) })
+		return true
+	},
+}
+
+// takeOff detaches one of the tc programs, however it is attached.
+func (w *world) takeOff(pin, side string) bool {
+	w.t.Helper()
+	if w.isTCX() {
+		w.detachLink(pin)
+		return true
+	}
+	w.do(func(device netlink.Link) error { return deleteFilters(device, parents[side], "probelet/") })
+	return true
+}
+
+// detachLink detaches a link by force, as bpftool does. Its pin stays.
+func (w *world) detachLink(pin string) {
+	w.t.Helper()
+	l, err := link.LoadPinnedLink(filepath.Join(w.dir(), pin), nil)
+	w.must(err)
+	w.must(errors.Join(l.Detach(), l.Close()))
+}
+
+func TestCheckFindsWhatIsMissingAndAttachRepairsIt(t *testing.T) {
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		before := w.state()
+		for piece, breakIt := range breakages {
+			t.Run(piece, func(t *testing.T) {
+				w := w.in(t)
+				w.attach(way)
+				if !breakIt(w, way) {
+					w.detach()
+					return
+				}
+				if err := w.check(); !errors.Is(err, attach.ErrIncomplete) {
+					t.Errorf("%v, want %v", err, attach.ErrIncomplete)
+				}
+				w.attach(way)
+				w.wantWhole()
+				if piece != "name of the device" { // without which only Attach finds the filters
+					breakIt(w, way)
+				}
+				w.detach()
+				w.must(attach.Prune(t.Context(), w.d, w.bpfDir)) // another life of the device is not ours to remove
+				w.wantState(before)
+			})
+		}
+	})
+}
+
+// Filters and qdisc outlive their pins, and are recognized as ours.
+func TestAttachingAfterPinsWereLost(t *testing.T) {
+	eachWay(t, func(_ *testing.T, w *world, way way) {
+		before := w.state()
+		w.attach(way)
+		whole := len(w.state())
+		for range 2 {
+			w.must(os.RemoveAll(w.dir()))
+			w.waitForRelease()
+			w.attach(way)
+			w.wantWhole()
+			if now := len(w.state()); now != whole {
+				w.t.Errorf("%d things, and %d at first: %v", now, whole, w.state())
+			}
+		}
+		w.detach()
+		w.wantState(before)
+	})
+}
+
+// waitForRelease waits until the kernel has taken the programs off whose links are not pinned any more.
+func (w *world) waitForRelease() {
+	w.t.Helper()
+	for range 500 {
+		s := state{}
+		w.do(func(device netlink.Link) error { return addDevice(s, device) })
+		if !slices.ContainsFunc(slices.Collect(maps.Keys(s)), func(thing string) bool { return strings.Contains(thing, "program") }) {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	w.t.Fatal("programs stay")
 }
 
 func TestClsactOfOthersStays(t *testing.T) {
-	w := newWorld(t)
-	w.do(func(device netlink.Link) error {
-		return netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-			LinkIndex: device.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-		}})
-	})
-	w.attach(attach.HookClsact)
-	w.detach(w.d)
-	w.wantTC(1, 0, 0)
-	w.wantNothing()
-}
-
-// TestClsactInUseByOthersStays: removing the qdisc would remove their filters.
-func TestClsactInUseByOthersStays(t *testing.T) {
-	for name, parent := range map[string]uint32{"egress": netlink.HANDLE_MIN_EGRESS, "ingress": netlink.HANDLE_MIN_INGRESS} {
+	theirs := map[string]func(w *world, device netlink.Link) error{
+		"empty": func(*world, netlink.Link) error { return nil },
+		"egress": func(w *world, device netlink.Link) error {
+			return netlink.FilterAdd(bpfFilter(device.Attrs().Index, netlink.HANDLE_MIN_EGRESS, 1, verdictProgram(w.t, verdictNext)))
+		},
+		"ingress": func(w *world, device netlink.Link) error {
+			return netlink.FilterAdd(bpfFilter(device.Attrs().Index, netlink.HANDLE_MIN_INGRESS, 7, verdictProgram(w.t, verdictNext)))
+		},
+	}
+	for name, add := range theirs {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t)
-			w.attach(attach.HookClsact)
-			w.do(func(device netlink.Link) error {
-				return netlink.FilterAdd(&netlink.BpfFilter{
-					FilterAttrs: netlink.FilterAttrs{
-						LinkIndex: device.Attrs().Index, Parent: parent, Handle: 1, Protocol: unix.ETH_P_ALL, Priority: 7,
-					},
-					Fd: w.d.Steer().FD(), Name: "theirs", DirectAction: true,
+			eachWay(t, func(_ *testing.T, w *world, way way) {
+				w.do(func(device netlink.Link) error {
+					return errors.Join(netlink.QdiscAdd(clsactQdisc(device.Attrs().Index)), add(w, device))
 				})
+				before := w.state()
+				w.attach(way)
+				w.wantWhole()
+				w.detach()
+				w.wantState(before)
 			})
-			w.detach(w.d)
-			if parent == netlink.HANDLE_MIN_EGRESS {
-				w.wantTC(1, 1, 0)
-			} else {
-				w.wantTC(1, 0, 1)
-			}
-			w.wantNothing()
 		})
 	}
 }
 
-func TestClsactCheckFindsAMissingFilter(t *testing.T) {
-	w := newWorld(t)
-	w.attach(attach.HookClsact)
-	w.do(func(device netlink.Link) error {
-		filters, err := netlinksafe.FilterList(device, netlink.HANDLE_MIN_EGRESS)
-		if err != nil {
-			return err
+// The qdisc is ours, but removing it would remove their filters.
+func TestClsactThatOthersUseStays(t *testing.T) {
+	for side, parent := range parents {
+		w := newWorld(t)
+		w.attach(way{attach.HookTC, attach.ViaClsact})
+		w.do(func(device netlink.Link) error {
+			return netlink.FilterAdd(bpfFilter(device.Attrs().Index, parent, 7, verdictProgram(t, verdictNext)))
+		})
+		w.detach()
+		s := w.state()
+		if s["qdisc clsact"] != 1 || s["filter at "+side+", priority 7"] != 1 {
+			t.Errorf("%s: %v", side, s)
 		}
-		return netlink.FilterDel(filters[0])
+		if s["filter at "+side+", priority 2"] != 0 {
+			t.Errorf("%s: ours is left: %v", side, s)
+		}
+	}
+}
+
+// An ingress qdisc has no egress side and keeps clsact out, although the kernel's error is the one for an existing clsact.
+func TestAnIngressQdiscIsNoClsact(t *testing.T) {
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		w.do(func(device netlink.Link) error { return netlink.QdiscAdd(ingressQdisc(device.Attrs().Index)) })
+		before := w.state()
+		err := w.tryAttach(way)
+		if !hasTCX(t) {
+			if err == nil || !strings.Contains(err.Error(), "ingress qdisc is in the way") {
+				t.Errorf("%v", err)
+			}
+			w.wantState(before)
+			return
+		}
+		w.must(err)
+		w.wantWhole()
+		if !w.isTCX() {
+			t.Error("not attached by tcx")
+		}
+		w.detach()
+		w.wantState(before)
 	})
-	if err := w.check(); !errors.Is(err, attach.ErrIncomplete) {
-		t.Errorf("%v, want %v", err, attach.ErrIncomplete)
-	}
 }
 
-// TestDetachKnowsTheDeviceInAnyWay: by the XDP link, by the evidence in use, by the tallies in use.
-func TestDetachKnowsTheDeviceInAnyWay(t *testing.T) {
-	pins := func(w *world, name string) string {
-		found, err := filepath.Glob(filepath.Join(datapath.AttachmentsDir(w.bpfDir), "*", name))
-		if err != nil || len(found) != 1 {
-			t.Fatalf("%s: %v, %v", name, found, err)
-		}
-		return found[0]
-	}
-	unpin := func(w *world, names ...string) {
-		for _, name := range names {
-			if err := os.Remove(pins(w, name)); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	forget := func(w *world, outer string) {
-		m, err := ebpf.LoadPinnedMap(filepath.Join(w.d.Dir(), outer), nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := errors.Join(m.Delete(uint32(w.pod.IfIndex)), m.Close()); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for name, lose := range map[string]func(w *world){
-		"link":     func(w *world) { unpin(w, "evidence", "tallies") },
-		"evidence": func(w *world) { unpin(w, "respond"); forget(w, "pod_tallies") },
-		"tallies":  func(w *world) { unpin(w, "respond"); forget(w, "pod_evidence") },
-	} {
-		t.Run(name, func(t *testing.T) {
-			w := newWorld(t)
-			w.attach(attach.HookClsact)
-			lose(w)
-			w.detach(w.d)
-			w.wantTC(0, 0, 0)
-			if ids, err := attach.List(w.bpfDir); err != nil || len(ids) > 0 {
-				t.Errorf("attachments %v, %v", ids, err)
-			}
-			if pods, err := w.d.PodIDs(); err != nil || len(pods) > 0 {
-				t.Errorf("maps in use %v, %v", pods, err)
-			}
-		})
-	}
-}
-
-// TestDetachWithoutDatapath: the objects' pins are gone, the attachment's are not.
-func TestDetachWithoutDatapath(t *testing.T) {
+// tcx is the fallback for whatever makes clsact fail.
+func TestClsactThatFailsIsTCX(t *testing.T) {
+	requireTCX(t)
 	w := newWorld(t)
-	w.attach(attach.HookClsact)
-	w.detach(nil)
-	w.wantTC(0, 0, 0)
-	if ids, err := attach.List(w.bpfDir); err != nil || len(ids) > 0 {
-		t.Errorf("attachments %v, %v", ids, err)
+	w.do(w.takeOurPriority)
+	before := w.state()
+	w.attach(way{attach.HookTC, attach.ViaClsact})
+	w.wantWhole()
+	if !w.isTCX() {
+		t.Error("not attached by tcx")
 	}
+	w.detach()
+	w.wantState(before)
 }
 
-func TestOrphaned(t *testing.T) {
-	w := newWorld(t)
-	w.attach(attach.HookAuto)
-	want := func(want bool) {
-		t.Helper()
-		bpftest.Do(t, w.pod.Node.NS, func() error {
-			got, err := attach.Orphaned(w.d, w.bpfDir, podID)
-			if got != want {
-				t.Errorf("orphaned: %v, want %v", got, want)
-			}
-			return err
-		})
-	}
-	want(false)
-	w.do(netlink.LinkDel)
-	want(true)
-}
-
-func TestPruneKeepsWhatIsPinned(t *testing.T) {
-	w := newWorld(t)
-	w.attach(attach.HookAuto)
-	stray, err := w.d.NewPod()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(w.d.AddPod(4711, 1, stray), stray.Close(), attach.Prune(w.d, w.bpfDir)); err != nil {
-		t.Fatal(err)
-	}
-	if err := w.check(); err != nil {
-		t.Error(err)
-	}
-	if pods, err := w.d.PodIDs(); err != nil || len(pods) != 1 {
-		t.Errorf("maps in use %v, %v; want those of the pod", pods, err)
-	}
-}
-
-// TestClsactIsStillOursWhenPinsAreLost: attaching again is not in its own way, and leaves no qdisc either.
-func TestClsactIsStillOursWhenPinsAreLost(t *testing.T) {
-	w := newWorld(t)
-	w.attach(attach.HookClsact)
-	for range 2 {
-		if err := os.RemoveAll(w.pins(datapath.ABI)); err != nil {
-			t.Fatal(err)
-		}
-		w.attach(attach.HookClsact)
-		w.wantTC(1, 1, 0)
-		if err := w.check(); err != nil {
-			t.Error(err)
-		}
-	}
-	w.detach(w.d)
-	w.wantTC(0, 0, 0)
-	w.wantNothing()
-}
-
-// pins are where the attachment is pinned under an ABI.
-func (w *world) pins(abi string) string {
-	w.t.Helper()
-	found, err := filepath.Glob(filepath.Join(w.bpfDir, abi, "attachments", "*"))
-	if err != nil || len(found) != 1 {
-		w.t.Fatalf("pinned under %s: %v, %v", abi, found, err)
-	}
-	return found[0]
-}
-
-// upgrade makes what is attached that of an earlier build.
-func (w *world) upgrade() {
-	w.t.Helper()
-	if err := os.Rename(filepath.Join(w.bpfDir, datapath.ABI), filepath.Join(w.bpfDir, "v0")); err != nil {
-		w.t.Fatal(err)
-	}
-	d, err := datapath.Ensure(w.t.Context(), w.bpfDir)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	w.t.Cleanup(func() { _ = d.Close() })
-	w.d = d
-}
-
-func TestWhatAnotherABIAttachedIsReplaced(t *testing.T) {
-	for _, hook := range []attach.Hook{attach.HookAuto, attach.HookClsact} {
-		w := newWorld(t)
-		w.attach(hook)
-		w.upgrade()
-		if err := w.check(); !errors.Is(err, attach.ErrNotAttached) {
-			t.Errorf("before: %v", err)
-		}
-		w.attach(hook)
-		if err := w.check(); err != nil {
-			t.Error(err)
-		}
-		if left, _ := os.ReadDir(filepath.Join(w.bpfDir, "v0", "attachments")); len(left) > 0 {
-			t.Errorf("left of it: %v", left)
-		}
-		w.detach(w.d)
-		w.wantTC(0, 0, 0)
-		w.wantNothing()
-	}
-}
-
-func TestWhatAnotherABIAttachedIsListedAndDetached(t *testing.T) {
-	for _, hook := range []attach.Hook{attach.HookAuto, attach.HookClsact} {
-		w := newWorld(t)
-		w.attach(hook)
-		w.upgrade()
-		if ids, err := attach.List(w.bpfDir); err != nil || !slices.Equal(ids, []attach.ID{podID}) {
+func TestListAndOrphaned(t *testing.T) {
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		if ids, err := attach.List(w.bpfDir); err != nil || len(ids) > 0 {
 			t.Errorf("%v, %v", ids, err)
 		}
-		w.do(func(netlink.Link) error {
-			if orphaned, err := attach.Orphaned(w.d, w.bpfDir, podID); err != nil || orphaned {
-				t.Errorf("orphaned: %v, %v", orphaned, err)
-			}
-			return nil
-		})
-		w.detach(w.d)
-		w.wantTC(0, 0, 0)
-		w.wantNothing()
+		w.attach(way)
+		if ids, err := attach.List(w.bpfDir); err != nil || !slices.Equal(ids, []attach.ID{w.id}) {
+			t.Errorf("%v, %v; want %v", ids, err, w.id)
+		}
+		w.wantOrphaned(false)
+	})
+}
+
+func TestPruneKeepsWhatIsAttached(t *testing.T) {
+	eachWay(t, func(_ *testing.T, w *world, way way) {
+		w.attach(way)
+		before := w.state()
+		stray := datapath.DeviceKey{Ifindex: 4711, Generation: 1}
+		w.must(w.d.AddDevice(stray, 1, datapath.HookTC))
+		pod, err := w.d.Pod(stray)
+		w.must(err)
+		w.must(pod.Put(datapath.PortKey(80), datapath.Evidence{}))
+		w.must(attach.Prune(w.t.Context(), w.d, w.bpfDir))
+		w.wantWhole()
+		w.wantState(before)
+	})
+}
+
+// The programs' pins are gone, the attachment's are not.
+func TestDetachWithoutDatapath(t *testing.T) {
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		before := w.state()
+		w.attach(way)
+		w.must(w.inNode(func() error { return attach.Detach(nil, w.bpfDir, w.id) }))
+		w.must(attach.Prune(t.Context(), w.d, w.bpfDir))
+		w.wantState(before)
+	})
+}
+
+// Our own XDP program, pinned in a BPF file system that another one now hides, would be hard to find.
+func TestAnXDPProgramInTheWayIsNamed(t *testing.T) {
+	w := newWorld(t)
+	w.attach(way{attach.HookXDP, attach.ViaAuto})
+	mount := filepath.Dir(w.bpfDir)
+	w.must(unix.Mount("bpf", mount, "bpf", 0, ""))
+	t.Cleanup(func() { _ = unix.Unmount(mount, unix.MNT_DETACH) })
+	w.load()
+	err := w.tryAttach(way{attach.HookXDP, attach.ViaAuto})
+	if err == nil || !strings.Contains(err.Error(), "respond of another probelet; if another BPF file system was mounted over") {
+		t.Errorf("%v", err)
 	}
 }
 
-// TestAnXDPProgramInTheWayIsNamed: probelet's own, of a BPF file system that cannot be seen any more, is a puzzle otherwise.
-func TestAnXDPProgramInTheWayIsNamed(t *testing.T) {
-	w := newWorld(t)
-	w.attach(attach.HookAuto)
-	if err := unix.Mount("bpf", filepath.Dir(w.bpfDir), "bpf", 0, ""); err != nil {
-		t.Fatal(err)
+// Attaching and removing a thousand times leaves no more than once.
+func TestNothingPilesUp(t *testing.T) {
+	const rounds = 1000
+	clsact := way{attach.HookTC, attach.ViaClsact}
+	for name, remove := range removals {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			before, programs := w.state(), w.countPrograms()
+			for range rounds {
+				w.attach(clsact)
+				pod, err := attach.OpenPod(w.d, w.bpfDir, w.id)
+				w.must(err)
+				w.must(pod.Put(datapath.PortKey(80), datapath.Evidence{}))
+				remove(w)
+			}
+			w.wantState(before)
+			if now := w.countPrograms(); now != programs {
+				t.Errorf("%d programs use our maps, and at first %d", now, programs)
+			}
+		})
 	}
-	t.Cleanup(func() { _ = unix.Unmount(filepath.Dir(w.bpfDir), unix.MNT_DETACH) })
-	d, err := datapath.Ensure(t.Context(), w.bpfDir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer d.Close() //nolint:errcheck // a test's
-	w.do(func(netlink.Link) error {
-		err := attach.Attach(d, w.bpfDir, podID, attach.Target{IfIndex: w.pod.IfIndex, PodNetns: w.pod.Netns}, attach.HookAuto)
-		if err == nil || !strings.Contains(err.Error(), "respond of another probelet; if another BPF file system was mounted over") {
-			t.Errorf("%v", err)
+}
+
+// countPrograms counts those in the kernel that use our map of devices.
+func (w *world) countPrograms() (n int) {
+	w.t.Helper()
+	devices, err := ebpf.LoadPinnedMap(filepath.Join(w.d.Dir(), "devices"), nil)
+	w.must(err)
+	defer devices.Close() //nolint:errcheck // read only
+	info, err := devices.Info()
+	w.must(err)
+	ours, _ := info.ID()
+	for id := ebpf.ProgramID(0); ; {
+		if id, err = ebpf.ProgramGetNextID(id); errors.Is(err, os.ErrNotExist) {
+			return n
 		}
-		return nil
-	})
+		w.must(err)
+		p, err := ebpf.NewProgramFromID(id)
+		if err != nil {
+			continue // it has just gone
+		}
+		info, err := p.Info()
+		w.must(errors.Join(err, p.Close()))
+		if maps, _ := info.MapIDs(); slices.Contains(maps, ours) {
+			n++
+		}
+	}
 }

@@ -2,6 +2,7 @@ package attach_test
 
 import (
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -13,63 +14,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
-	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 )
-
-// BenchmarkProbe asks the same pod in turn what is answered and what is passed on, and reports the medians, their ratio, and
-// what the kernel itself counts of the two programs' run time. Only ratios carry over to other machines.
-func BenchmarkProbe(b *testing.B) {
-	node := bpftest.NewNode(b)
-	pod := node.AddPod(b)
-	s := serve(b, pod, attach.HookAuto)
-	passed := pod.Listen(b, 9090) // nothing known of it
-	go func() {
-		for {
-			conn, err := passed.Accept()
-			if err != nil {
-				return
-			}
-			_, _ = conn.Read(make([]byte, 1024))
-			_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-			_ = conn.Close()
-		}
-	}()
-	stats, err := ebpf.EnableStats(uint32(unix.BPF_STATS_RUN_TIME))
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer stats.Close() //nolint:errcheck // a benchmark's
-
-	var took [2][]time.Duration
-	bpftest.Do(b, node.NS, func() error { // once, for entering a namespace costs more than a probe
-		for b.Loop() {
-			for i, port := range []int{8080, 9090} {
-				start := time.Now()
-				reply, err := get(fmt.Sprintf("%s:%d", pod.IPv4, port))
-				took[i] = append(took[i], time.Since(start))
-				if err != nil || strings.Contains(reply, hit) != (i == 0) {
-					return fmt.Errorf("port %d: %q, %w", port, reply, err)
-				}
-			}
-		}
-		return nil
-	})
-	answered, real := median(took[0]), median(took[1])
-	b.ReportMetric(float64(answered.Nanoseconds()), "answered-ns")
-	b.ReportMetric(float64(real.Nanoseconds()), "passed-ns")
-	b.ReportMetric(float64(real)/float64(answered), "passed/answered")
-	for name, p := range map[string]*ebpf.Program{"steer": s.d.Steer(), "respond": s.d.Respond()} {
-		run, err := p.Stats()
-		if err != nil {
-			b.Fatal(err)
-		}
-		b.ReportMetric(float64(run.Runtime.Nanoseconds())/float64(run.RunCount), name+"-ns/packet")
-	}
-}
 
 func get(address string) (string, error) {
 	conn, err := net.Dial("tcp", address)
@@ -84,17 +32,12 @@ func get(address string) (string, error) {
 	return string(reply), err
 }
 
-func median(d []time.Duration) time.Duration {
-	slices.Sort(d)
-	return d[len(d)/2]
-}
-
 // BenchmarkKill kills a pod's server (kill -9) and reports how long, from the signal on, connections are still accepted in its
 // name: percentiles over b.N kills. The evidence is good for an hour, so only watch can end it.
 func BenchmarkKill(b *testing.B) {
 	node := bpftest.NewNode(b)
 	pod := node.AddPod(b)
-	s := serve(b, pod, attach.HookAuto)
+	s := serve(b, pod, ways[0])
 	if err := s.listener.Close(); err != nil {
 		b.Fatal(err)
 	}
@@ -152,71 +95,31 @@ func startServer(b *testing.B, pod *bpftest.Pod) *exec.Cmd {
 const serverEnv = "PROBELET_TEST_SERVER"
 
 func TestMain(m *testing.M) {
-	if address := os.Getenv(serverEnv); address != "" {
-		if _, err := net.Listen("tcp", address); err != nil {
+	for env, run := range map[string]func(addresses string) error{serverEnv: runServer, clientEnv: runClient, foreverEnv: runForever} {
+		addresses := os.Getenv(env)
+		if addresses == "" {
+			continue
+		}
+		if err := run(addresses); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	// Defaults, which the command line overrides: each check holds many conversations, and most tests wait for timers.
+	for name, value := range map[string]string{"rapid.checks": "3", "test.parallel": "8"} {
+		if err := flag.Set(name, value); err != nil {
 			panic(err)
 		}
-		fmt.Println("listening")
-		select {} // until killed
 	}
-	os.Exit(m.Run())
+	bpftest.RunInOwnCgroup(m.Run)
 }
 
-// BenchmarkBulk reports the throughput of a stream out of the pod with the programs attached against without.
-func BenchmarkBulk(b *testing.B) {
-	const total = 256 << 20
-	rate := func(attached bool, toPod bool) float64 {
-		node := bpftest.NewNode(b)
-		pod := node.AddPod(b)
-		if attached {
-			serve(b, pod, attach.HookAuto)
-		}
-		listener := pod.Listen(b, 5001)
-		start := time.Now()
-		done := make(chan error, 1)
-		go func() {
-			conn, err := listener.Accept()
-			if err == nil {
-				err = move(conn, !toPod, total)
-			}
-			done <- err
-		}()
-		conn := bpftest.Dial(b, node.NS, fmt.Sprintf("%s:5001", pod.IPv4))
-		if err := move(conn, toPod, total); err != nil {
-			b.Fatal(err)
-		}
-		if err := <-done; err != nil {
-			b.Fatal(err)
-		}
-		return total / time.Since(start).Seconds()
-	}
-	for _, direction := range []string{"from the pod", "to the pod"} {
-		b.Run(direction, func(b *testing.B) {
-			var ratios []float64
-			for b.Loop() {
-				with, without := rate(true, direction == "to the pod"), rate(false, direction == "to the pod")
-				ratios = append(ratios, with/without)
-			}
-			slices.Sort(ratios)
-			b.ReportMetric(ratios[len(ratios)/2], "with/without")
-		})
-	}
-}
-
-// move writes or reads so many bytes.
-func move(conn io.ReadWriteCloser, write bool, total int64) error {
-	buf := make([]byte, 256<<10)
-	if !write {
-		n, err := io.Copy(io.Discard, conn)
-		if err == nil && n != total {
-			return fmt.Errorf("read %d bytes of %d", n, total)
-		}
+// runServer listens until it is killed.
+func runServer(address string) error {
+	if _, err := net.Listen("tcp", address); err != nil {
 		return err
 	}
-	for sent := int64(0); sent < total; sent += int64(len(buf)) {
-		if _, err := conn.Write(buf); err != nil {
-			return err
-		}
-	}
-	return conn.Close()
+	fmt.Println("listening")
+	select {}
 }

@@ -11,27 +11,29 @@ import (
 	"time"
 
 	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// DefaultStateDir is where records are kept unless a configuration says otherwise. Like bpffs it does not outlive the
-// machine's run.
+// DefaultStateDir is where records are kept by default. Like bpffs it does not survive a reboot.
 const DefaultStateDir = "/run/probelet"
 
-// Record is what whoever attached leaves for the daemon and for DEL: one file each in <state dir>/attachments, written
-// before anything is attached and removed after everything is detached.
+// Record describes an attachment to the daemon and to DEL. Each is a file in <state dir>/attachments, written before anything is
+// attached and removed after everything is detached.
 type Record struct {
 	ContainerID string `json:"containerID"`
 	IfName      string `json:"ifName"` // in the pod
 	// Network is the name of the network configuration that made the attachment.
 	Network string `json:"network"`
 
-	// IfIndex and HostIfName are of the host-side veth; 0 and empty if none was found.
+	// IfIndex and HostIfName identify the host-side veth; 0 and empty if none was found.
 	IfIndex    int    `json:"ifIndex"`
 	HostIfName string `json:"hostIfName"`
 	// PodNetns is the inode number of the pod's network namespace, as in Target.
 	PodNetns uint32 `json:"podNetns"`
+	// Hook tells where answers are made; empty in records of builds before there was a choice.
+	Hook Hook `json:"hook,omitempty"`
 
 	PodNamespace string   `json:"podNamespace,omitempty"`
 	PodName      string   `json:"podName,omitempty"`
@@ -39,35 +41,49 @@ type Record struct {
 	PodIPs       []string `json:"podIPs,omitempty"`
 
 	CreatedAt time.Time `json:"createdAt"`
-	// Adopted: the daemon attached it, of a pod that had its network before.
+	// Adopted means that the daemon attached it, to a pod that was there before the plugin.
 	Adopted bool `json:"adopted,omitempty"`
-	// Error is why nothing is attached; empty if it is.
+	// Error tells why nothing is attached; empty if it is.
 	Error string `json:"error,omitempty"`
-	// Passing: the error may pass, so the daemon tries again.
+	// Passing means that the error may pass, so that the daemon tries again.
 	Passing bool `json:"passing,omitempty"`
 }
 
-// Target is what is attached to.
-func (r Record) Target() Target { return Target{IfIndex: r.IfIndex, PodNetns: r.PodNetns} }
+// maxName is the longest name of an attachment, in bytes. Its longest file name must fit into NAME_MAX, 255 bytes: that of a record
+// being written, for which renameio puts a dot before the name, and up to 19 digits after ".json".
+const maxName = unix.NAME_MAX - len("..json") - 19
 
-// ID is the name of the attachment.
+// Check returns an error if the ID is too long for file names.
+func (id ID) Check() error {
+	if name := id.name(); len(name) > maxName {
+		return fmt.Errorf("container ID of %d characters: files named after it would have %d, more than %d",
+			len(id.ContainerID), len(name), maxName)
+	}
+	return nil
+}
+
+// Target returns what the record says is attached to.
+func (r Record) Target() Target {
+	return Target{IfIndex: r.IfIndex, PodNetns: r.PodNetns, Hook: r.Hook}
+}
+
+// ID returns the ID of the attachment.
 func (r Record) ID() ID { return ID{r.ContainerID, r.IfName} }
 
-// LockRecords keeps DEL and the daemon from seeing to the same attachment at once. DEL shares it (unix.LOCK_SH), because
-// attachments are deleted independently of each other; the daemon has it for itself (unix.LOCK_EX). The error is
-// datapath.ErrLocked when ctx ends.
+// LockRecords keeps DEL and the daemon from changing the same attachment at once. DELs share the lock (unix.LOCK_SH), because they
+// are independent of each other; the daemon takes it exclusively (unix.LOCK_EX). The error is datapath.ErrLocked when ctx ends.
 func LockRecords(ctx context.Context, stateDir string, how int) (unlock func(), err error) {
 	return datapath.Lock(ctx, RecordsDir(stateDir), how)
 }
 
-// RecordsDir is where the records of a state directory are.
+// RecordsDir is the directory with the records in a state directory.
 func RecordsDir(stateDir string) string { return filepath.Join(stateDir, "attachments") }
 
 func recordPath(stateDir string, id ID) string {
 	return filepath.Join(RecordsDir(stateDir), id.name()+".json")
 }
 
-// WriteRecord writes or replaces a record; a reader sees the old or the new one.
+// WriteRecord creates or replaces a record, atomically for readers.
 func WriteRecord(stateDir string, r Record) error {
 	text, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
@@ -76,7 +92,7 @@ func WriteRecord(stateDir string, r Record) error {
 	if err := os.MkdirAll(RecordsDir(stateDir), 0o700); err != nil {
 		return err
 	}
-	return renameio.WriteFile(recordPath(stateDir, r.ID()), append(text, '\n'), 0o600)
+	return renameio.WriteFile(recordPath(stateDir, r.ID()), append(text, '\n'), 0o600, renameio.WithTempDir(RecordsDir(stateDir)))
 }
 
 // ReadRecord reads one record. The error is os.ErrNotExist if there is none.
@@ -94,7 +110,7 @@ func readRecord(path string) (Record, error) {
 	return r, nil
 }
 
-// ReadRecords reads all records. Those that can't be read are left out and named in the error, which comes beside the rest.
+// ReadRecords reads all records. It returns those that it could read, even if there is an error, which names the others.
 func ReadRecords(stateDir string) ([]Record, error) {
 	entries, err := os.ReadDir(RecordsDir(stateDir))
 	if errors.Is(err, os.ErrNotExist) {
@@ -121,7 +137,7 @@ func ReadRecords(stateDir string) ([]Record, error) {
 	return records, errors.Join(errs...)
 }
 
-// RemoveRecord removes a record. It is all right if there is none.
+// RemoveRecord removes a record. A missing one is no error.
 func RemoveRecord(stateDir string, id ID) error {
 	err := os.Remove(recordPath(stateDir, id))
 	if datapath.Absent(err) {

@@ -2,6 +2,7 @@ package attach_test
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -27,18 +28,58 @@ import (
 
 const probe = "GET /healthz HTTP/1.1\r\nHost: pod\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n"
 
-// served is a pod with a server, attached, its /healthz fresh, every local process a prober.
+// served is an attached pod with a server whose /healthz is answered. Every local process is a prober.
 type served struct {
 	*bpftest.Pod
 	d        *datapath.Datapath
 	bpfDir   string
 	listener net.Listener
-	seen     atomic.Int64
+	seen     atomic.Int64 // requests that reached the server
+}
+
+// way is how a pod is attached.
+type way struct {
+	hook attach.Hook
+	via  attach.Via
+}
+
+func (w way) String() string { return fmt.Sprintf("hook %s via %s", w.hook, cmp.Or(w.via, "auto")) }
+
+// ways lists them all, the default first.
+var ways = []way{
+	{attach.HookTC, attach.ViaAuto}, {attach.HookTC, attach.ViaClsact}, {attach.HookXDP, attach.ViaAuto}, {attach.HookXDP, attach.ViaClsact},
+}
+
+// eachServed runs a test of a pod in every way of attaching it.
+func eachServed(t *testing.T, test func(t *testing.T, s *served)) {
+	for _, way := range ways {
+		t.Run(way.String(), func(t *testing.T) {
+			t.Parallel()
+			test(t, serve(t, bpftest.NewNode(t).AddPod(t), way))
+		})
+	}
+}
+
+// eachFamily is eachServed with each of the pod's addresses. The device is proven already.
+func eachFamily(t *testing.T, test func(t *testing.T, s *served, addr netip.Addr)) {
+	for _, family := range []string{"IPv4", "IPv6"} {
+		t.Run(family, func(t *testing.T) {
+			t.Parallel()
+			eachServed(t, func(t *testing.T, s *served) {
+				s.prove(t)
+				addr := s.IPv4
+				if family == "IPv6" {
+					addr = s.IPv6
+				}
+				test(t, s, addr)
+			})
+		})
+	}
 }
 
 var servedID = attach.ID{ContainerID: "c", IfName: "eth0"}
 
-func serve(t testing.TB, pod *bpftest.Pod, hook attach.Hook) *served {
+func serve(t testing.TB, pod *bpftest.Pod, way way) *served {
 	t.Helper()
 	s := &served{Pod: pod}
 	s.listener = pod.Listen(t, 8080)
@@ -57,7 +98,7 @@ func serve(t testing.TB, pod *bpftest.Pod, hook attach.Hook) *served {
 	t.Cleanup(func() { _ = d.Close() })
 	s.d, s.bpfDir = d, dir
 	bpftest.Do(t, pod.Node.NS, func() error {
-		return attach.Attach(d, dir, servedID, attach.Target{IfIndex: pod.IfIndex, PodNetns: pod.Netns}, hook)
+		return attach.Attach(d, dir, servedID, attach.Target{IfIndex: pod.IfIndex, PodNetns: pod.Netns, Hook: way.hook}, way.via)
 	})
 	if err := d.SetProber(datapath.Prober{AnyLocal: true}); err != nil {
 		t.Fatal(err)
@@ -66,41 +107,69 @@ func serve(t testing.TB, pod *bpftest.Pod, hook attach.Hook) *served {
 	return s
 }
 
-// arm makes /healthz fresh for an hour.
-func (s *served) arm(t testing.TB) {
+// known returns what the programs know of the pod.
+func (s *served) known(t testing.TB) *datapath.Pod {
 	t.Helper()
-	maps, err := attach.OpenPod(s.bpfDir, servedID)
+	pod, err := attach.OpenPod(s.d, s.bpfDir, servedID)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer maps.Close() //nolint:errcheck // a test's
-	now := datapath.Now()
-	e := datapath.Evidence{ObservedAt: now, FreshUntil: now + uint64(time.Hour), Result: datapath.ResultSuccess}
-	if err := e.SetReply(200); err != nil {
+	return pod
+}
+
+func (s *served) put(t testing.TB, key datapath.EndpointKey, e datapath.Evidence) {
+	t.Helper()
+	if err := s.known(t).Put(key, e); err != nil {
 		t.Fatal(err)
-	}
-	for _, key := range []datapath.EndpointKey{datapath.HTTPKey(8080, "/healthz"), datapath.PortKey(8080)} {
-		if err := maps.Put(key, e); err != nil {
-			t.Fatal(err)
-		}
 	}
 }
 
-// armPort makes connections to another port taken, as those to 8080 are.
-func (s *served) armPort(t testing.TB, number uint16) {
+// success is evidence that holds for an hour.
+func success() datapath.Evidence {
+	now := datapath.Now()
+	return datapath.Evidence{ObservedAt: now, FreshUntil: now + uint64(time.Hour), Result: datapath.ResultSuccess, Status: 200}
+}
+
+// arm makes /healthz answered.
+func (s *served) arm(t testing.TB) {
 	t.Helper()
-	maps, err := attach.OpenPod(s.bpfDir, servedID)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer maps.Close() //nolint:errcheck // a test's
-	port, _, err := maps.Get(datapath.PortKey(8080))
-	if err == nil {
-		err = maps.Put(datapath.PortKey(number), port)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	s.put(t, datapath.HTTPKey(8080, "/healthz"), success())
+	s.armPort(t, 8080)
+}
+
+// armPort makes connections to a port taken.
+func (s *served) armPort(t testing.TB, port uint16) {
+	t.Helper()
+	s.put(t, datapath.PortKey(port), success())
+}
+
+// expirePort makes connections to a port observed only.
+func (s *served) expirePort(t testing.TB, port uint16) {
+	t.Helper()
+	s.put(t, datapath.PortKey(port), datapath.Evidence{ObservedAt: 1, FreshUntil: 1, Result: datapath.ResultSuccess})
+}
+
+// serveEchoOn makes the pod send back what it gets on a port, and connections to it taken.
+func (s *served) serveEchoOn(t testing.TB, port uint16) {
+	t.Helper()
+	serveEcho(s.Listen(t, int(port)))
+	s.armPort(t, port)
+}
+
+// serveEcho sends back what comes in.
+func serveEcho(listener net.Listener) {
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				_, _ = io.Copy(conn, conn)
+				_ = conn.Close()
+			}()
+		}
+	}()
 }
 
 // ask sends a request from a namespace and returns all that comes back.
@@ -124,21 +193,21 @@ func (s *served) ask(t *testing.T, from ns.NetNS, addr netip.Addr, request strin
 const hit = "Cache-Status: probelet; hit"
 
 func TestBothHooksAnswerRealSockets(t *testing.T) {
-	for _, hook := range []attach.Hook{attach.HookAuto, attach.HookClsact} {
+	for _, way := range ways {
 		for _, bridged := range []bool{false, true} {
-			t.Run(fmt.Sprintf("hook %q bridged %v", hook, bridged), func(t *testing.T) {
+			t.Run(fmt.Sprintf("%s bridged %v", way, bridged), func(t *testing.T) {
+				t.Parallel()
 				node := bpftest.NewNode(t)
 				pod := node.AddPod(t)
 				if bridged {
 					node.Bridge(t, pod)
 				}
-				s := serve(t, pod, hook)
+				s := serve(t, pod, way)
 				for _, addr := range []netip.Addr{pod.IPv4, pod.IPv6} {
 					if reply := s.ask(t, node.NS, addr, probe); !strings.Contains(reply, hit) {
 						t.Fatalf("%v: reply %q", addr, reply)
 					}
-					reply := s.ask(t, node.NS, addr, strings.Replace(probe, "healthz", "x", 1))
-					if !strings.HasSuffix(reply, "GET /x 0") {
+					if reply := s.ask(t, node.NS, addr, unknown); !strings.HasSuffix(reply, "GET /x 0") {
 						t.Fatalf("%v: handed over, reply %q", addr, reply)
 					}
 				}
@@ -150,207 +219,266 @@ func TestBothHooksAnswerRealSockets(t *testing.T) {
 	}
 }
 
-// Every local process is a prober here, but a pod's processes are not the node's, though their packets arrive with their
-// sockets' cgroup on a bridge.
+// Every local process is a prober here. A pod's processes are none of the node's, even though their packets keep their
+// sockets' cgroup when they cross a bridge.
 func TestAPodIsNoProberOfAnother(t *testing.T) {
-	node := bpftest.NewNode(t)
-	a, b := node.AddPod(t), node.AddPod(t)
-	node.Bridge(t, a, b)
-	s := serve(t, a, attach.HookAuto)
-	for range 3 {
-		if reply := s.ask(t, b.NS, a.IPv4, probe); strings.Contains(reply, hit) {
-			t.Fatalf("answered to a pod: %q", reply)
-		}
-	}
-	if reply := s.ask(t, node.NS, a.IPv4, probe); !strings.Contains(reply, hit) {
-		t.Fatalf("not answered to the node: %q", reply)
+	for _, way := range ways {
+		t.Run(way.String(), func(t *testing.T) {
+			t.Parallel()
+			node := bpftest.NewNode(t)
+			a, b := node.AddPod(t), node.AddPod(t)
+			node.Bridge(t, a, b)
+			s := serve(t, a, way)
+			for range 3 {
+				if reply := s.ask(t, b.NS, a.IPv4, probe); strings.Contains(reply, hit) {
+					t.Fatalf("answered a pod: %q", reply)
+				}
+			}
+			if reply := s.ask(t, node.NS, a.IPv4, probe); !strings.Contains(reply, hit) {
+				t.Fatalf("did not answer the node: %q", reply)
+			}
+		})
 	}
 }
 
-// A connection that was handed over ends as any other: nothing is left of it in the flow table or in the pod.
+// A kept-alive connection leaves nothing behind in the flow table or in the pod.
 func TestHandedOverConnectionsEnd(t *testing.T) {
-	node := bpftest.NewNode(t)
-	pod := node.AddPod(t)
-	s := serve(t, pod, attach.HookAuto)
-
-	conn := s.Dial(t, fmt.Sprintf("%s:8080", pod.IPv4))
-	replies := bufio.NewReader(conn)
-	for _, path := range []string{"/healthz", "/again", "/healthz"} { // kept alive, so not a prober's
-		if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: pod\r\n\r\n", path); err != nil {
+	eachFamily(t, func(t *testing.T, s *served, addr netip.Addr) {
+		conn := s.Dial(t, netip.AddrPortFrom(addr, 8080).String())
+		replies := bufio.NewReader(conn)
+		for _, path := range []string{"/healthz", "/again", "/healthz"} { // kept alive, so not a prober's
+			if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: pod\r\n\r\n", path); err != nil {
+				t.Fatal(err)
+			}
+			reply, err := http.ReadResponse(replies, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, err := io.ReadAll(reply.Body)
+			if err != nil || string(body) != "GET "+path+" 0" {
+				t.Fatalf("%s: %q, %v", path, body, err)
+			}
+		}
+		if err := conn.Close(); err != nil {
 			t.Fatal(err)
 		}
-		reply, err := http.ReadResponse(replies, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		body, err := io.ReadAll(reply.Body)
-		if err != nil || string(body) != "GET "+path+" 0" {
-			t.Fatalf("%s: %q, %v", path, body, err)
-		}
-	}
-	if err := conn.Close(); err != nil {
-		t.Fatal(err)
-	}
-	waitFor(t, "the flow table to be empty", func() bool {
-		n, err := s.d.Flows()
-		return err == nil && n == 0
+		s.wantNothingLeft(t)
 	})
 }
 
-// The pod stopped listening after the SYN was answered: the client is told, by a reset.
+// The pod stopped listening after the SYN was answered: the client is told so by a reset.
 func TestAPodThatStoppedListening(t *testing.T) {
-	node := bpftest.NewNode(t)
-	pod := node.AddPod(t)
-	s := serve(t, pod, attach.HookAuto)
-	s.armPort(t, 8081) // and nobody listens
-	conn := s.Dial(t, fmt.Sprintf("%s:8081", pod.IPv4))
-	if _, err := io.WriteString(conn, probe); err != nil {
-		t.Fatal(err)
-	}
-	_ = conn.SetReadDeadline(time.Now().Add(20 * time.Second))
-	_, err := conn.Read(make([]byte, 1))
-	if err == nil || !strings.Contains(err.Error(), "connection reset by peer") {
-		t.Fatalf("the client got: %v", err)
-	}
+	eachFamily(t, func(t *testing.T, s *served, addr netip.Addr) {
+		s.armPort(t, 8081) // nobody listens there
+		conn := s.Dial(t, netip.AddrPortFrom(addr, 8081).String())
+		if _, err := io.WriteString(conn, probe); err != nil {
+			t.Fatal(err)
+		}
+		_ = conn.SetReadDeadline(time.Now().Add(patience))
+		if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+			t.Fatalf("the client got: %v", err)
+		}
+		s.wantNothingLeft(t)
+	})
 }
 
-// A server that speaks first is heard once the client's keep-alive shows that it waits.
+// A client hears a server that speaks first once its keep-alive shows that it waits.
 func TestAServerThatSpeaksFirst(t *testing.T) {
-	node := bpftest.NewNode(t)
-	pod := node.AddPod(t)
-	s := serve(t, pod, attach.HookAuto)
-	listener := pod.Listen(t, 2525)
+	eachFamily(t, func(t *testing.T, s *served, addr netip.Addr) {
+		s.serveBanner(t)
+		conn := s.Dial(t, netip.AddrPortFrom(addr, bannerPort).String())
+		if err := conn.(*net.TCPConn).SetKeepAliveConfig(net.KeepAliveConfig{
+			Enable: true, Idle: time.Second, Interval: time.Second, Count: 9,
+		}); err != nil {
+			t.Fatal(err)
+		}
+		_ = conn.SetReadDeadline(time.Now().Add(patience))
+		if text, err := io.ReadAll(conn); err != nil || string(text) != banner {
+			t.Fatalf("the client got %q, %v", text, err)
+		}
+		_ = conn.Close()
+		s.wantNothingLeft(t)
+	})
+}
+
+const (
+	bannerPort = 2525
+	banner     = "220 ready\r\n"
+)
+
+// serveBanner makes the pod greet whoever connects to bannerPort, and close.
+func (s *served) serveBanner(t testing.TB) {
+	t.Helper()
+	listener := s.Listen(t, bannerPort)
 	go func() {
 		for {
 			conn, err := listener.Accept()
 			if err != nil {
 				return
 			}
-			_, _ = io.WriteString(conn, "220 ready\r\n")
+			_, _ = io.WriteString(conn, banner)
 			_ = conn.Close()
 		}
 	}()
-	s.armPort(t, 2525)
-	conn := s.Dial(t, fmt.Sprintf("%s:2525", pod.IPv4))
-	if err := conn.(*net.TCPConn).SetKeepAliveConfig(net.KeepAliveConfig{
-		Enable: true, Idle: time.Second, Interval: time.Second, Count: 9,
-	}); err != nil {
-		t.Fatal(err)
-	}
-	_ = conn.SetReadDeadline(time.Now().Add(20 * time.Second))
-	banner, err := io.ReadAll(conn)
-	if err != nil || string(banner) != "220 ready\r\n" {
-		t.Fatalf("the client got %q, %v", banner, err)
+	s.armPort(t, bannerPort)
+}
+
+// With respond detached no answer arrives: the client's second SYN reaches the pod, and nothing is taken any more.
+func TestWithoutRespondThePodGetsTheSecondSYN(t *testing.T) {
+	for _, via := range []attach.Via{attach.ViaAuto, attach.ViaClsact} {
+		for _, family := range []string{"IPv4", "IPv6"} {
+			t.Run(fmt.Sprintf("via %s %s", cmp.Or(via, "auto"), family), func(t *testing.T) {
+				t.Parallel()
+				pod := bpftest.NewNode(t).AddPod(t)
+				s := serve(t, pod, way{attach.HookXDP, via})
+				s.prove(t)
+				s.detachRespond(t)
+				addr := pod.IPv4
+				if family == "IPv6" {
+					addr = pod.IPv6
+				}
+				for range 2 {
+					if reply := s.ask(t, pod.Node.NS, addr, probe); !strings.HasSuffix(reply, "GET /healthz 0") {
+						t.Errorf("reply %q", reply)
+					}
+				}
+				counters := s.counters(t)
+				if counters["devices_lost"] != 1 || counters["passed_untrusted"] != 1 {
+					t.Errorf("%v, want that the second connection was passed on", counters)
+				}
+				if device := s.device(t); device.Trust != datapath.TrustLost || device.Loss != "syn_repeated" {
+					t.Errorf("%+v", device)
+				}
+			})
+		}
 	}
 }
 
-// Of the two programs respond alone is gone, and steer goes on taking: the client's second SYN reaches the pod.
-func TestWithoutRespondThePodGetsTheSecondSYN(t *testing.T) {
-	for _, hook := range []attach.Hook{attach.HookAuto, attach.HookClsact} {
-		node := bpftest.NewNode(t)
-		pod := node.AddPod(t)
-		s := serve(t, pod, hook)
-		pins, err := filepath.Glob(filepath.Join(datapath.AttachmentsDir(s.bpfDir), "*", "respond"))
-		if err != nil || len(pins) != 1 {
-			t.Fatal(pins, err)
-		}
-		respond, err := link.LoadPinnedLink(pins[0], nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := errors.Join(respond.Detach(), respond.Close()); err != nil {
-			t.Fatal(err)
-		}
-		for _, addr := range []netip.Addr{pod.IPv4, pod.IPv6} {
-			began := time.Now()
-			if reply := s.ask(t, node.NS, addr, probe); !strings.HasSuffix(reply, "GET /healthz 0") {
-				t.Errorf("hook %q, %v: reply %q", hook, addr, reply)
-			}
-			// The first repetition is after 1 s, the second one would be after 3 s.
-			if took := time.Since(began); took > 2500*time.Millisecond {
-				t.Errorf("hook %q, %v: took %v", hook, addr, took)
-			}
-		}
+// Something drops our answers: the pod gives them instead, and nothing is taken any more. An answer to a request is given twice,
+// in case it was only held up.
+func TestAnAnswerThatIsDropped(t *testing.T) {
+	for loss, drop := range map[string]bpftest.Drop{
+		"syn_repeated":     {Mask: bpftest.SYN, Flags: bpftest.SYN, First: 1},
+		"request_repeated": {Mask: bpftest.PSH, Flags: bpftest.PSH, First: 2},
+	} {
+		t.Run(loss, func(t *testing.T) {
+			eachFamily(t, func(t *testing.T, s *served, addr netip.Addr) {
+				dropper := s.NewDropper(t)
+				dropper.At(t, bpftest.HostIn, 8080, drop)
+				for range 2 {
+					if reply := s.ask(t, s.Node.NS, addr, probe); !strings.HasSuffix(reply, "GET /healthz 0") {
+						t.Errorf("reply %q", reply)
+					}
+				}
+				if device := s.device(t); device.Trust != datapath.TrustLost || device.Loss != loss {
+					t.Errorf("%+v", device)
+				}
+				if n := s.counters(t)["passed_untrusted"]; n != 1 {
+					t.Errorf("%d connections were passed on", n)
+				}
+				s.wantNothingLeft(t)
+			})
+		})
 	}
+}
+
+func (s *served) detachRespond(t *testing.T) {
+	t.Helper()
+	pins, err := filepath.Glob(filepath.Join(datapath.AttachmentsDir(s.bpfDir), "*", "respond"))
+	if err != nil || len(pins) != 1 {
+		t.Fatal(pins, err)
+	}
+	respond, err := link.LoadPinnedLink(pins[0], nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(respond.Detach(), respond.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (s *served) device(t *testing.T) datapath.Device {
+	t.Helper()
+	device, err := s.d.Device(s.known(t).Device())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return device
 }
 
 func waitFor(t *testing.T, what string, done func() bool) {
 	t.Helper()
+	if !await(done) {
+		t.Fatalf("waited in vain for %s", what)
+	}
+}
+
+// await polls until it is done, and reports whether it was within 10 s.
+func await(done func() bool) bool {
 	for range 1000 {
 		if done() {
-			return
+			return true
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	t.Fatalf("waited in vain for %s", what)
+	return false
 }
 
-// When the server's socket closes, by whatever cause, its port is not answered any more: before anything asks.
+// When the server's socket closes, whatever the cause, its port is no longer answered: before anything asks.
 func TestAListenerThatClosesEndsItsEvidence(t *testing.T) {
-	node := bpftest.NewNode(t)
-	pod := node.AddPod(t)
-	s := serve(t, pod, attach.HookAuto)
-	if !s.d.Watched() {
-		t.Skip("this kernel does not describe its types (BTF)")
-	}
-	other := pod.Listen(t, 9090)
-	if err := other.Close(); err != nil {
-		t.Fatal(err)
-	}
-	elsewhere := node.AddPod(t).Listen(t, 8080)
-	if err := elsewhere.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if reply := s.ask(t, node.NS, pod.IPv4, probe); !strings.Contains(reply, hit) {
-		t.Fatalf("withdrawn by another port's or another pod's listener: %q", reply)
-	}
-	if err := s.listener.Close(); err != nil {
-		t.Fatal(err)
-	}
-	maps, err := attach.OpenPod(s.bpfDir, servedID)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer maps.Close() //nolint:errcheck // a test's
-	_, tally, err := maps.Get(datapath.PortKey(8080))
-	if err != nil || datapath.WithdrawalCauses[tally.WithdrawnCause] != "listener_closed" {
-		t.Fatalf("%+v, %v", tally, err)
-	}
-	counters, err := s.d.Counters()
-	if err != nil || counters["withdrawn_listener_closed"] != 1 {
-		t.Fatalf("%v, %v", counters, err)
-	}
-	bpftest.Do(t, node.NS, func() error {
-		conn, err := net.DialTimeout("tcp", fmt.Sprintf("%s:8080", pod.IPv4), 5*time.Second)
-		if err == nil {
-			_ = conn.Close()
-			return fmt.Errorf("a connection was accepted in the closed server's name")
+	eachServed(t, func(t *testing.T, s *served) {
+		if !s.d.Watched() {
+			t.Skip("this kernel does not describe its types (BTF)")
 		}
-		return nil
+		if err := s.Listen(t, 9090).Close(); err != nil {
+			t.Fatal(err)
+		}
+		elsewhere := s.Node.AddPod(t).Listen(t, 8080)
+		if err := elsewhere.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if reply := s.ask(t, s.Node.NS, s.IPv4, probe); !strings.Contains(reply, hit) {
+			t.Fatalf("withdrawn by another port's or another pod's listener: %q", reply)
+		}
+		if err := s.listener.Close(); err != nil {
+			t.Fatal(err)
+		}
+		_, tally, err := s.known(t).Get(datapath.PortKey(8080))
+		if err != nil || datapath.WithdrawalCauses[tally.WithdrawnCause] != "listener_closed" {
+			t.Fatalf("%+v, %v", tally, err)
+		}
+		if n := s.counters(t)["withdrawn_listener_closed"]; n != 1 {
+			t.Fatalf("counted %d withdrawals", n)
+		}
+		bpftest.Do(t, s.Node.NS, func() error {
+			conn, err := net.DialTimeout("tcp", fmt.Sprintf("%s:8080", s.IPv4), patience)
+			if err == nil {
+				_ = conn.Close()
+				return fmt.Errorf("a connection was accepted in the closed server's name")
+			}
+			return nil
+		})
 	})
 }
 
-// What the daemon asks by itself reaches the pod, though every local process is a prober, and all is fresh.
+// What the daemon itself asks reaches the pod, though every local process is a prober and everything is fresh.
 func TestAnExemptSocketIsNoProbers(t *testing.T) {
-	node := bpftest.NewNode(t)
-	pod := node.AddPod(t)
-	const n = 2 // requests
-	for _, hook := range []attach.Hook{attach.HookAuto, attach.HookClsact} {
-		s := serve(t, pod, hook)
+	eachServed(t, func(t *testing.T, s *served) {
+		const n = 2 // requests
 		var cookie uint64
-		dialer := net.Dialer{Timeout: 5 * time.Second, Control: func(_, _ string, socket syscall.RawConn) (err error) {
+		dialer := net.Dialer{Timeout: patience, Control: func(_, _ string, socket syscall.RawConn) (err error) {
 			control := socket.Control(func(fd uintptr) {
 				cookie, err = unix.GetsockoptUint64(int(fd), unix.SOL_SOCKET, unix.SO_COOKIE)
 			})
 			return errors.Join(control, err, s.d.ExemptSocket(cookie))
 		}}
-		bpftest.Do(t, node.NS, func() error {
-			conn, err := dialer.Dial("tcp", fmt.Sprintf("%s:8080", pod.IPv4))
+		bpftest.Do(t, s.Node.NS, func() error {
+			conn, err := dialer.Dial("tcp", fmt.Sprintf("%s:8080", s.IPv4))
 			if err != nil {
 				return err
 			}
 			defer conn.Close() //nolint:errcheck // a test's
-			// Again, as it does no harm, on the same connection, which goes on.
+			// Twice, which does no harm, while the connection goes on.
 			if err := errors.Join(s.d.ForgetSocket(cookie), s.d.ForgetSocket(cookie)); err != nil {
 				return err
 			}
@@ -368,16 +496,12 @@ func TestAnExemptSocketIsNoProbers(t *testing.T) {
 			}
 			return nil
 		})
-		if reply := s.ask(t, node.NS, pod.IPv4, probe); !strings.Contains(reply, hit) || s.seen.Load() != n {
+		if reply := s.ask(t, s.Node.NS, s.IPv4, probe); !strings.Contains(reply, hit) || s.seen.Load() != n {
 			t.Fatalf("another socket was answered with %q", reply)
 		}
-		counters, err := s.d.Counters()
-		if err != nil || counters["passed_own"] != 1 || counters["observed"] != 0 || counters["answered_http"] != 1 {
-			t.Fatalf("%v, %v", counters, err)
+		counters := s.counters(t)
+		if counters["passed_own"] != 1 || counters["observed"] != 0 || counters["answered_http"] != 1 {
+			t.Fatalf("%v", counters)
 		}
-		_ = s.listener.Close()
-		bpftest.Do(t, node.NS, func() error {
-			return attach.Detach(s.d, filepath.Dir(s.d.Dir()), attach.ID{ContainerID: "c", IfName: "eth0"})
-		})
-	}
+	})
 }

@@ -71,7 +71,8 @@ func newNS(t testing.TB) ns.NetNS {
 		t.Fatalf("new network namespace: %v", err)
 	}
 	t.Cleanup(func() {
-		if err := errors.Join(n.Close(), testutils.UnmountNS(n)); err != nil {
+		// Detached, since a process that is being started beside this has it open for a moment.
+		if err := errors.Join(n.Close(), unix.Unmount(n.Path(), unix.MNT_DETACH), os.Remove(n.Path())); err != nil {
 			t.Errorf("removing a network namespace: %v", err)
 		}
 	})
@@ -140,6 +141,12 @@ func (n *Node) AddPod(t testing.TB) *Pod {
 		return err
 	})
 	return p
+}
+
+// Configure gives a device of the current namespace addresses, and sets it up.
+func Configure(ifName string, addrs ...netip.Addr) error {
+	_, err := configure(ifName, addrs...)
+	return err
 }
 
 func configure(ifName string, addrs ...netip.Addr) (*netlink.LinkAttrs, error) {

@@ -1,10 +1,12 @@
 #!/bin/bash
-# Runs the tests of bpf/datapath and bpf/attach on another kernel, in an emulator: oldkernel.sh [DEBIAN KERNEL PACKAGE [PATTERN OF TESTS]]
+# Runs the tests of bpf/datapath, bpf/attach and bpf/veth on another kernel, in an emulator: oldkernel.sh [DEBIAN KERNEL PACKAGE [PATTERN OF TESTS]]
 # Needs the Debian packages qemu-system-x86, busybox-static, cpio, kmod; fetches the kernel package, installs nothing.
 set -euo pipefail
 
 pattern=${2:-.}
-package=${1:-$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image/ {print $2}')}
+package=${1:-linux-image-cloud-amd64}
+kernel=$(apt-cache depends "$package" | awk '/Depends: linux-image/ {print $2}') # of a meta-package
+package=${kernel:-$package}
 root=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -20,13 +22,13 @@ mkdir -p image/{bin,proc,sys,tmp,run,var,tests,lib/modules}
 ln -s /run image/var/run
 cp "$(command -v busybox)" image/bin/busybox
 # The modules that the tests need, in an order in which they can be loaded.
-for module in veth sch_ingress cls_bpf bridge ipv6; do
+for module in veth sch_ingress cls_bpf bridge ipv6 macvlan dummy nft_ct nft_fib_inet sch_tbf ifb cls_u32 act_mirred br_netfilter; do
 	modprobe -d kernel -S "$version" --show-depends "$module" 2>/dev/null | awk '$1 == "insmod" {print $2}'
 done | awk '!seen[$0]++' | while read -r file; do
 	cp "$file" image/lib/modules/
 	echo "/lib/modules/$(basename "$file")"
 done >image/modules
-for test in datapath attach; do
+for test in datapath attach veth; do
 	(cd "$root" && CGO_ENABLED=0 go test -c -o "$work/image/tests/$test" "./bpf/$test")
 done
 cat >image/init <<'INIT'
@@ -51,6 +53,6 @@ chmod +x image/init
 echo "$pattern" >image/pattern
 (cd image && find . | cpio -o -H newc --quiet | gzip -1) >initramfs
 
-timeout 1800 qemu-system-x86_64 -machine accel=kvm:tcg -cpu max -smp 2 -m 2048 -nographic -no-reboot -net none \
+timeout 1800 qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m 2048 -nographic -no-reboot -net none \
 	-kernel "kernel/boot/vmlinuz-$version" -initrd initramfs -append "console=ttyS0 quiet panic=-1" </dev/null | tee log
-! grep -q '^FAILED' log && [ "$(grep -c '^OK /tests/' log)" = 2 ]
+! grep -q '^FAILED' log && [ "$(grep -c '^OK /tests/' log)" = 3 ]

@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
 	"github.com/gopacket/gopacket"
 	"github.com/gopacket/gopacket/layers"
 )
@@ -21,7 +23,7 @@ var (
 type Segment struct {
 	Src, Dst       netip.AddrPort
 	SrcMAC, DstMAC net.HardwareAddr
-	Flags          string // of F S R P A
+	Flags          string // of F S R P A U
 	Seq, Ack       uint32
 	Window         uint16
 	Options        []layers.TCPOption
@@ -47,6 +49,8 @@ func (s Segment) Bytes(t testing.TB, change func(v4 *layers.IPv4, v6 *layers.IPv
 			tcp.PSH = true
 		case 'A':
 			tcp.ACK = true
+		case 'U':
+			tcp.URG = true
 		default:
 			t.Fatalf("TCP flag %q", f)
 		}
@@ -128,7 +132,7 @@ func ParseSegment(t testing.TB, frame []byte) Segment {
 	for _, f := range []struct {
 		set  bool
 		flag string
-	}{{tcp.FIN, "F"}, {tcp.SYN, "S"}, {tcp.RST, "R"}, {tcp.PSH, "P"}, {tcp.ACK, "A"}} {
+	}{{tcp.FIN, "F"}, {tcp.SYN, "S"}, {tcp.RST, "R"}, {tcp.PSH, "P"}, {tcp.ACK, "A"}, {tcp.URG, "U"}} {
 		if f.set {
 			s.Flags += f.flag
 		}
@@ -141,27 +145,80 @@ func (s Segment) String() string {
 	return fmt.Sprintf("%v>%v %s seq %d ack %d win %d %q", s.Src, s.Dst, s.Flags, s.Seq, s.Ack, s.Window, s.Payload)
 }
 
-// RunSteer runs the tc program on a frame that leaves by the device ifindex, as if it had come in by fromIfIndex (0: sent
-// by a process of this namespace; its cgroup is the test's). Returns the verdict and the frame as it is then.
+// Packet is a frame at a tc hook.
+type Packet struct {
+	Frame []byte
+	From  uint32 // ifindex of the device that it came in by; 0: sent by a process of this namespace
+	Mark  uint32 // skb->mark
+	// TCIndex is skb->tc_index. Test runs do not carry it unless CarryTCIndex has changed the program.
+	TCIndex uint16
+}
+
+// Words of struct __sk_buff (include/uapi/linux/bpf.h). Of these a test run takes and returns all but tc_index
+// (net/bpf/test_run.c).
+const (
+	skbMark           = 2
+	skbIngressIfindex = 9
+	skbIfindex        = 10
+	skbTCIndex        = 11
+	skbCB             = 12
+	skbWords          = 48
+)
+
+// RunTC runs a tc program on a packet at the device ifindex. The cgroup of its socket is the test's. Returns the
+// verdict and the packet as it is then.
+func RunTC(t testing.TB, p *ebpf.Program, ifindex uint32, in Packet) (verdict uint32, out Packet) {
+	t.Helper()
+	var before, after [skbWords]uint32
+	before[skbMark], before[skbIngressIfindex], before[skbIfindex] = in.Mark, in.From, ifindex
+	before[skbCB] = uint32(in.TCIndex)
+	verdict, frame := run(t, p, before[:], after[:], in.Frame)
+	return verdict, Packet{Frame: frame, From: in.From, Mark: after[skbMark], TCIndex: uint16(after[skbCB])}
+}
+
+// CarryTCIndex makes a tc program that takes skb->tc_index from skb->cb when it starts, and leaves it there when it ends.
+// Otherwise it is the same: the program is called as a function.
+func CarryTCIndex(t testing.TB, p *ebpf.ProgramSpec) {
+	t.Helper()
+	called := btf.FuncMetadata(&p.Instructions[0])
+	if called == nil {
+		t.Fatalf("program %s has no type information", p.Name)
+	}
+	caller := *called
+	caller.Name = "carry_tc_index"
+	carry := asm.Instructions{
+		btf.WithFuncMetadata(asm.Mov.Reg(asm.R6, asm.R1).WithSymbol(caller.Name).WithSource(p.Instructions[0].Source()), &caller),
+		asm.LoadMem(asm.R2, asm.R6, 4*skbCB, asm.Word),
+		asm.StoreMem(asm.R6, 4*skbTCIndex, asm.R2, asm.Word),
+		asm.Call.Label(called.Name),
+		asm.LoadMem(asm.R2, asm.R6, 4*skbTCIndex, asm.Word),
+		asm.StoreMem(asm.R6, 4*skbCB, asm.R2, asm.Word),
+		asm.Return(),
+	}
+	p.Instructions = append(carry, p.Instructions...)
+}
+
+// RunSteer runs steer on a frame that leaves by the device ifindex, as if it had come in by fromIfIndex (0: sent by a
+// process of this namespace). Returns the verdict and the frame as it is then.
 func RunSteer(t testing.TB, p *ebpf.Program, ifindex, fromIfIndex uint32, frame []byte) (uint32, []byte) {
 	t.Helper()
-	// struct __sk_buff, of which a test may set these (include/uapi/linux/bpf.h, net/bpf/test_run.c).
-	var ctx [48]uint32
-	ctx[9], ctx[10] = fromIfIndex, ifindex
-	return run(t, p, ctx[:], frame)
+	verdict, out := RunTC(t, p, ifindex, Packet{Frame: frame, From: fromIfIndex})
+	return verdict, out.Frame
 }
 
 // RunRespond runs the XDP program on a frame that the device ifindex received.
 func RunRespond(t testing.TB, p *ebpf.Program, ifindex uint32, frame []byte) (uint32, []byte) {
 	t.Helper()
 	// struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
-	return run(t, p, []uint32{0, uint32(len(frame)), 0, ifindex, 0, 0}, frame)
+	return run(t, p, []uint32{0, uint32(len(frame)), 0, ifindex, 0, 0}, nil, frame)
 }
 
-func run(t testing.TB, p *ebpf.Program, ctx []uint32, frame []byte) (uint32, []byte) {
+func run(t testing.TB, p *ebpf.Program, before, after []uint32, frame []byte) (uint32, []byte) {
 	t.Helper()
-	out := make([]byte, 64<<10)
-	opts := ebpf.RunOptions{Data: frame, DataOut: out, Context: ctx}
+	opts := ebpf.RunOptions{Data: frame, DataOut: make([]byte, 8<<10), Context: before}
+	if after != nil {
+		opts.ContextOut = after
+	}
 	verdict, err := p.Run(&opts)
 	if err != nil {
 		t.Fatalf("running %v: %v", p, err)

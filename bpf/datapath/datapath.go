@@ -12,7 +12,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -24,21 +26,21 @@ import (
 )
 
 const (
-	// ABI names programs, and the layout of maps and orders. Objects are pinned under it, so that builds that differ in it
-	// never open each other's; and builds that have it in common use what the first of them has loaded.
-	ABI = "v3"
-	// DefaultDir is where everything is pinned unless a configuration says otherwise.
+	// ABI versions the programs and the layout of maps and orders. Objects are pinned under it, so builds with different
+	// ABIs never open each other's objects, and builds with the same ABI share what the first of them loaded.
+	ABI = "v4"
+	// DefaultDir is where everything is pinned by default.
 	DefaultDir = "/sys/fs/bpf/probelet"
 )
 
 var (
-	// ErrNotLoaded: nothing is pinned under the directory (or under another ABI only).
+	// ErrNotLoaded: nothing is pinned in the directory under this ABI.
 	ErrNotLoaded = errors.New("probelet's BPF objects are not loaded")
-	// ErrIncomplete: some of the objects are not pinned any more.
+	// ErrIncomplete: some of the pins are missing.
 	ErrIncomplete = errors.New("some of probelet's BPF objects are not pinned any more")
-	// ErrNoBPFFS: the directory does not lie in a BPF file system.
+	// ErrNoBPFFS: the directory is not on a BPF file system.
 	ErrNoBPFFS = errors.New("not on a BPF file system (mount -t bpf bpf /sys/fs/bpf)")
-	// ErrLocked: another process held the lock on the directory until the deadline.
+	// ErrLocked: another process kept the lock on the directory until the deadline.
 	ErrLocked = errors.New("locked by another process")
 )
 
@@ -47,10 +49,13 @@ type Datapath struct {
 	objects struct {
 		probeletMaps
 		Steer   *ebpf.Program `ebpf:"steer"`
+		Observe *ebpf.Program `ebpf:"observe"`
 		Respond *ebpf.Program `ebpf:"respond"`
+		Sweep   *ebpf.Program `ebpf:"sweep"`
 	}
-	watch link.Link // nil: listening sockets are not watched, or by another process' doing
-	dir   string    // <bpf dir>/<ABI>; empty if nothing is pinned
+	prober sync.Mutex // of the one element of that map, parts of which are changed independently
+	watch  link.Link  // nil: listening sockets are not watched, or by another process' doing
+	dir    string     // <bpf dir>/<ABI>; empty if nothing is pinned
 }
 
 // Load loads the objects without pinning them. They live until Close and the last attachment.
@@ -66,12 +71,11 @@ func Load() (*Datapath, error) {
 	if err := spec.Variables[probeletVarOrderToken].Set(binary.NativeEndian.Uint64(random[:])); err != nil {
 		return nil, err
 	}
-	// Helper and flag came with the same release, 5.18. Before it, generic XDP linearizes every packet.
-	frags := features.HaveProgramHelper(ebpf.XDP, asm.FnXdpLoadBytes) == nil
-	if err := spec.Variables[probeletVarHaveXdpLoadBytes].Set(frags); err != nil {
+	if err := spec.Variables[probeletVarReplies].Set(replies()); err != nil {
 		return nil, err
 	}
-	if !frags {
+	// Kernels before 5.18 do not know the flag; their generic XDP linearizes every packet.
+	if features.HaveProgramHelper(ebpf.XDP, asm.FnXdpLoadBytes) != nil {
 		spec.Programs[probeletProgRespond].Flags &^= unix.BPF_F_XDP_HAS_FRAGS
 	}
 	d := &Datapath{}
@@ -84,8 +88,8 @@ func Load() (*Datapath, error) {
 	return d, nil
 }
 
-// startWatch attaches the program that sees listening sockets close. A kernel that does not describe its types (BTF) goes
-// without: evidence then ends with the next probe that is passed on, as it does for failures of any other kind.
+// startWatch attaches the program that sees listening sockets close. It does nothing on a kernel without BTF: evidence then
+// ends with the next probe that is passed on, as it does after any other failure.
 func (d *Datapath) startWatch(spec *ebpf.CollectionSpec) error {
 	if _, err := btf.LoadKernelSpec(); errors.Is(err, ebpf.ErrNotSupported) || errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -94,10 +98,11 @@ func (d *Datapath) startWatch(spec *ebpf.CollectionSpec) error {
 		Watch *ebpf.Program `ebpf:"watch"`
 	}
 	err := spec.LoadAndAssign(&programs, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
-		probeletMapPodNetns:    d.objects.PodNetns,
-		probeletMapPodEvidence: d.objects.PodEvidence,
-		probeletMapPodTallies:  d.objects.PodTallies,
-		probeletMapCounters:    d.objects.Counters,
+		probeletMapPodNetns:         d.objects.PodNetns,
+		probeletMapDevices:          d.objects.Devices,
+		probeletMapEndpointEvidence: d.objects.EndpointEvidence,
+		probeletMapEndpointTallies:  d.objects.EndpointTallies,
+		probeletMapCounters:         d.objects.Counters,
 	}})
 	if err != nil {
 		return err
@@ -107,7 +112,7 @@ func (d *Datapath) startWatch(spec *ebpf.CollectionSpec) error {
 	return err
 }
 
-// Watched is whether listening sockets of pods are watched, so that a port's evidence ends when its server does.
+// Watched reports whether pods' listening sockets are watched, so that a port's evidence ends when its server does.
 func (d *Datapath) Watched() bool {
 	if d.dir == "" {
 		return d.watch != nil
@@ -117,13 +122,13 @@ func (d *Datapath) Watched() bool {
 }
 
 const (
-	// pinWatch is the pin of the link of the program watch; unlike the other two it is attached once for all pods.
+	// pinWatch is the pin of watch's link. watch is attached once, for all pods.
 	pinWatch = "watch"
-	// pinUnwatched is a directory in its place where the kernel is too old for it.
+	// pinUnwatched is a directory in its place on a kernel without BTF.
 	pinUnwatched = "unwatched"
 )
 
-// Open opens what is pinned under bpfDir. The error is ErrNotLoaded if nothing is, and ErrIncomplete if not all is.
+// Open opens what is pinned under bpfDir. It returns ErrNotLoaded if nothing is, and ErrIncomplete if pins are missing.
 func Open(bpfDir string) (*Datapath, error) {
 	d := &Datapath{dir: filepath.Join(bpfDir, ABI)}
 	if _, err := os.Stat(d.dir); Absent(err) {
@@ -137,13 +142,32 @@ func Open(bpfDir string) (*Datapath, error) {
 		*m = loaded
 	}
 	for name, p := range d.programs() {
-		loaded, err := ebpf.LoadPinnedProgram(filepath.Join(d.dir, name), nil)
+		loaded, err := openPinnedProgram(filepath.Join(d.dir, name))
 		if err != nil {
 			return nil, errors.Join(openError(filepath.Join(d.dir, name), err), d.Close())
 		}
 		*p = loaded
 	}
 	return d, nil
+}
+
+// openPinnedProgram does what ebpf.LoadPinnedProgram does, without reading the machine's mounts first to look for a BPF
+// token. A node with many pods has thousands of mounts, and reading them took longer than the rest of a CNI ADD.
+func openPinnedProgram(pin string) (*ebpf.Program, error) {
+	path, err := unix.BytePtrFromString(pin)
+	if err != nil {
+		return nil, err
+	}
+	// The part of union bpf_attr that BPF_OBJ_GET uses (include/uapi/linux/bpf.h).
+	attr := struct {
+		pathname  unsafe.Pointer
+		fd, flags uint32
+	}{pathname: unsafe.Pointer(path)}
+	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_OBJ_GET, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+	if errno != 0 {
+		return nil, errno
+	}
+	return ebpf.NewProgramFromFD(int(fd))
 }
 
 func openError(pin string, err error) error {
@@ -153,7 +177,7 @@ func openError(pin string, err error) error {
 	return fmt.Errorf("opening %s: %w", pin, err)
 }
 
-// openWhole is Open; the error is ErrIncomplete too if listening sockets were watched, and are not any more.
+// openWhole is Open, but also returns ErrIncomplete if the pin of watch is missing.
 func openWhole(bpfDir string) (*Datapath, error) {
 	d, err := Open(bpfDir)
 	if err != nil || d.watchPinned() {
@@ -162,17 +186,17 @@ func openWhole(bpfDir string) (*Datapath, error) {
 	return nil, errors.Join(fmt.Errorf("%s: %w", filepath.Join(d.dir, pinWatch), ErrIncomplete), d.Close())
 }
 
-// watchPinned is whether watch is pinned, where there is one.
+// watchPinned reports whether watch is pinned, or was never attached.
 func (d *Datapath) watchPinned() bool {
 	_, err := os.Stat(filepath.Join(d.dir, pinUnwatched))
 	return err == nil || d.Watched()
 }
 
-// Absent says whether err is that of a path that does not exist, also below something that is no directory.
+// Absent reports whether err means that a path does not exist, be it because a parent is not a directory.
 func Absent(err error) bool { return errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTDIR) }
 
-// Ensure opens what is pinned under bpfDir, and loads and pins it first if nothing is, or not all of it: all of it or nothing.
-// Concurrent callers wait for each other until ctx ends; the error is then ErrLocked.
+// Ensure opens what is pinned under bpfDir. If nothing is, or pins are missing, it loads and pins a new set first, all of it
+// or nothing. Concurrent callers wait for each other; if ctx ends first, the error is ErrLocked.
 func Ensure(ctx context.Context, bpfDir string) (*Datapath, error) {
 	missing := func(err error) bool { return errors.Is(err, ErrNotLoaded) || errors.Is(err, ErrIncomplete) }
 	if d, err := openWhole(bpfDir); !missing(err) {
@@ -198,7 +222,7 @@ func Ensure(ctx context.Context, bpfDir string) (*Datapath, error) {
 	return loadAndPin(bpfDir)
 }
 
-// putAside makes room for a new set of objects. What is attached stays so until it is attached anew.
+// putAside makes room for a new set of objects. What the old set is attached to stays attached, until it is reattached.
 func putAside(bpfDir string) error {
 	for i := 1; ; i++ {
 		err := os.Rename(filepath.Join(bpfDir, ABI), filepath.Join(bpfDir, fmt.Sprintf("%s-incomplete-%d", ABI, i)))
@@ -208,7 +232,7 @@ func putAside(bpfDir string) error {
 	}
 }
 
-// Others are the directories under bpfDir with the objects of builds with another ABI, and of sets that are incomplete.
+// Others returns the directories under bpfDir with objects of other ABIs, and with incomplete sets that were put aside.
 func Others(bpfDir string) ([]string, error) {
 	entries, err := os.ReadDir(bpfDir)
 	if Absent(err) {
@@ -226,12 +250,12 @@ func Others(bpfDir string) ([]string, error) {
 	return others, nil
 }
 
-// RemoveOthers removes those of Others that have no attachment any more.
+// RemoveOthers removes those of Others that have no attachment left.
 func RemoveOthers(bpfDir string) error {
 	others, err := Others(bpfDir)
 	errs := []error{err}
 	for _, dir := range others {
-		// Another build may be attaching: this is refused then, and its directory is whole.
+		// Fails if another build is just attaching, and then leaves its directory alone.
 		if err := os.Remove(filepath.Join(dir, attachmentsDir)); err == nil || Absent(err) {
 			errs = append(errs, os.RemoveAll(dir))
 		}
@@ -239,13 +263,14 @@ func RemoveOthers(bpfDir string) error {
 	return errors.Join(errs...)
 }
 
-// loadAndPin pins into a directory of its own and renames that into place, so that a half-pinned set is never seen.
+// loadAndPin pins into a staging directory and renames it into place, so that nobody sees a half-pinned set. The caller
+// holds the lock on bpfDir.
 func loadAndPin(bpfDir string) (_ *Datapath, err error) {
 	d, err := Load()
 	if err != nil {
 		return nil, err
 	}
-	// Under the lock: whatever is there was left by a process that died.
+	// Because of the lock, whatever is there was left by a process that died.
 	staging := filepath.Join(bpfDir, ABI+loading)
 	if err := os.RemoveAll(staging); err != nil {
 		return nil, errors.Join(err, d.Close())
@@ -291,8 +316,8 @@ const (
 	loading        = "-loading" // ends the name of a directory that is being filled
 )
 
-// Current is whether what is pinned is this still, and all of it. It is not when somebody has mounted another BPF file system,
-// or has removed pins.
+// Current reports whether these objects are still what is pinned, and none is missing. They are not if another BPF file system
+// was mounted, or pins were removed.
 func (d *Datapath) Current() (bool, error) {
 	pinned, err := openWhole(filepath.Dir(d.dir))
 	if errors.Is(err, ErrNotLoaded) || errors.Is(err, ErrIncomplete) {
@@ -310,7 +335,7 @@ func (d *Datapath) Current() (bool, error) {
 	return maps.Equal(theirs, ours), err
 }
 
-// ids are those of the maps and programs, by name.
+// ids returns the kernel's ids of the maps and programs, by name.
 func (d *Datapath) ids() (map[string]uint32, error) {
 	ids := map[string]uint32{}
 	for name, m := range d.maps() {
@@ -332,41 +357,49 @@ func (d *Datapath) ids() (map[string]uint32, error) {
 	return ids, nil
 }
 
-// AttachmentsDir is where attachments are pinned, a directory each.
+// AttachmentsDir is the directory with this ABI's attachments, one directory each.
 func AttachmentsDir(bpfDir string) string { return AttachmentsIn(filepath.Join(bpfDir, ABI)) }
 
-// AttachmentsIn is AttachmentsDir of one of Others.
+// AttachmentsIn is the AttachmentsDir of one of Others.
 func AttachmentsIn(other string) string { return filepath.Join(other, attachmentsDir) }
 
-// Dir is the directory that the objects are pinned in, empty if they are not.
+// Dir is the directory in which the objects are pinned, empty if they are not.
 func (d *Datapath) Dir() string { return d.dir }
 
+// maps returns the maps that user space uses, which are pinned. The programs keep the others alive.
 func (d *Datapath) maps() map[string]**ebpf.Map {
 	m := &d.objects.probeletMaps
 	return map[string]**ebpf.Map{
-		probeletMapProber:      &m.Prober,
-		probeletMapPodEvidence: &m.PodEvidence,
-		probeletMapPodTallies:  &m.PodTallies,
-		probeletMapPodNetns:    &m.PodNetns,
-		probeletMapOwnSockets:  &m.OwnSockets,
-		probeletMapFlows:       &m.Flows,
-		probeletMapOutcomes:    &m.Outcomes,
-		probeletMapCounters:    &m.Counters,
-		probeletMapAnswerAges:  &m.AnswerAges,
+		probeletMapProber:           &m.Prober,
+		probeletMapDevices:          &m.Devices,
+		probeletMapEndpointEvidence: &m.EndpointEvidence,
+		probeletMapEndpointTallies:  &m.EndpointTallies,
+		probeletMapEndpointLists:    &m.EndpointLists,
+		probeletMapPodNetns:         &m.PodNetns,
+		probeletMapOwnSockets:       &m.OwnSockets,
+		probeletMapFlows:            &m.Flows,
+		probeletMapOutcomes:         &m.Outcomes,
+		probeletMapCounters:         &m.Counters,
+		probeletMapAnswerAges:       &m.AnswerAges,
 	}
 }
 
 func (d *Datapath) programs() map[string]**ebpf.Program {
 	return map[string]**ebpf.Program{
 		probeletProgSteer:   &d.objects.Steer,
+		probeletProgObserve: &d.objects.Observe,
 		probeletProgRespond: &d.objects.Respond,
+		probeletProgSweep:   &d.objects.Sweep,
 	}
 }
 
 // Steer is the tc egress program.
 func (d *Datapath) Steer() *ebpf.Program { return d.objects.Steer }
 
-// Respond is the XDP program.
+// Observe is the tc ingress program.
+func (d *Datapath) Observe() *ebpf.Program { return d.objects.Observe }
+
+// Respond is the XDP program of devices whose hook is HookXDP.
 func (d *Datapath) Respond() *ebpf.Program { return d.objects.Respond }
 
 // Close closes the file descriptors; what is pinned or attached lives on.
@@ -381,13 +414,13 @@ func (d *Datapath) Close() error {
 	if d.watch != nil {
 		errs = append(errs, d.watch.Close())
 	}
-	if d.objects.Scratch != nil {
-		errs = append(errs, d.objects.Scratch.Close())
+	for _, m := range []*ebpf.Map{d.objects.Scratch, d.objects.Blank, d.objects.Requests} {
+		errs = append(errs, m.Close()) // nil if opened by pins
 	}
 	return errors.Join(errs...)
 }
 
-// Prober says whose connections are probes.
+// Prober tells whose connections are probes.
 type Prober struct {
 	// CgroupIDs are the cgroup v2 ids of the probers; at most 4.
 	CgroupIDs []uint64
@@ -395,21 +428,27 @@ type Prober struct {
 	AnyLocal bool
 }
 
-// SetProber replaces who probes, atomically enough for a reader in the kernel: it sees the old or the new value of
-// each field.
+// SetProber replaces the prober. The kernel may see the new value of one field before that of another.
 func (d *Datapath) SetProber(p Prober) error {
 	var config probeletProberConfig
 	if len(p.CgroupIDs) > len(config.CgroupIds) {
 		return fmt.Errorf("%d prober cgroups, at most %d are possible", len(p.CgroupIDs), len(config.CgroupIds))
 	}
+	d.prober.Lock()
+	defer d.prober.Unlock()
+	if err := d.objects.Prober.Lookup(uint32(0), &config); err != nil {
+		return err
+	}
+	config.CgroupIds = [len(config.CgroupIds)]uint64{}
 	copy(config.CgroupIds[:], p.CgroupIDs)
+	config.AnyLocal = 0
 	if p.AnyLocal {
 		config.AnyLocal = 1
 	}
 	return d.objects.Prober.Put(uint32(0), &config)
 }
 
-// Prober returns who probes.
+// Prober returns what SetProber set.
 func (d *Datapath) Prober() (Prober, error) {
 	var config probeletProberConfig
 	if err := d.objects.Prober.Lookup(uint32(0), &config); err != nil {
@@ -424,7 +463,7 @@ func (d *Datapath) Prober() (Prober, error) {
 	return p, nil
 }
 
-// Outcomes opens the ring buffer of outcomes. Only one reader at a time sees each of them.
+// Outcomes opens the ring buffer of outcomes. Each outcome goes to one reader only, so there should be one at a time.
 func (d *Datapath) Outcomes() (*OutcomeReader, error) {
 	r, err := ringbuf.NewReader(d.objects.Outcomes)
 	if err != nil {
@@ -433,13 +472,14 @@ func (d *Datapath) Outcomes() (*OutcomeReader, error) {
 	return &OutcomeReader{ring: r}, nil
 }
 
-// OutcomeReader reads outcomes of probes that were passed on.
+// OutcomeReader reads outcomes of probes that reached the pod.
 type OutcomeReader struct {
 	ring   *ringbuf.Reader
 	record ringbuf.Record
 }
 
-// Read waits for outcomes, and returns all that there are. After Close the error is os.ErrClosed.
+// Read waits for outcomes and returns those there are, at most 1,024. The error is os.ErrClosed after Close, and
+// os.ErrDeadlineExceeded after the deadline.
 func (r *OutcomeReader) Read() ([]Outcome, error) {
 	const most = 1024
 	var outcomes []Outcome
@@ -456,16 +496,17 @@ func (r *OutcomeReader) Read() ([]Outcome, error) {
 	return outcomes, nil
 }
 
-// SetDeadline makes Read return os.ErrDeadlineExceeded from then on, if there is nothing to be read.
+// SetDeadline bounds Read's waiting.
 func (r *OutcomeReader) SetDeadline(t time.Time) { r.ring.SetDeadline(t) }
 
-// Close ends the reading.
+// Close ends a Read that is waiting, and closes the ring buffer.
 func (r *OutcomeReader) Close() error { return r.ring.Close() }
 
 // CounterNames are the names of the counters, in the order of enum counter in bpf/abi.h.
 var CounterNames = [probeletCounterCOUNT_MAX]string{
 	"answered_http", "answered_tcp", "observed", "handed_over", "passed_not_fresh", "passed_not_probed",
-	"passed_not_parsable", "passed_not_prober", "passed_own", "dropped", "outcomes_lost",
+	"passed_not_parsable", "passed_not_prober", "passed_own", "passed_untrusted", "passed_full", "dropped",
+	"outcomes_lost", "flows_expired", "devices_lost",
 	"withdrawn_listener_closed", "withdrawn_reset", "withdrawn_status",
 }
 
@@ -482,7 +523,7 @@ func (d *Datapath) Counters() (map[string]uint64, error) {
 	return counters, nil
 }
 
-// sums adds up the CPUs' values of the first n elements of an array.
+// sums returns the first n elements of a per-CPU array, each summed over the CPUs.
 func sums(array *ebpf.Map, n int) ([]uint64, error) {
 	sums := make([]uint64, n)
 	for i := range sums {
@@ -497,17 +538,17 @@ func sums(array *ebpf.Map, n int) ([]uint64, error) {
 	return sums, nil
 }
 
-// AnswerAgeBounds are the longest ages, in seconds, of the buckets of AnswerAges that have one. AGE_BOUNDS in bpf/abi.h.
+// AnswerAgeBounds are the upper bounds, in seconds, of AnswerAges' buckets but the last (AGE_BOUNDS in bpf/abi.h).
 var AnswerAgeBounds = [probeletAgeAGE_BOUNDED]float64{0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300}
 
-// AnswerAges tells how old evidence was when it was answered with.
+// AnswerAges tells how old the evidence of answers was.
 type AnswerAges struct {
-	// Buckets are how many answers there were of each; the last one is of all that are older.
+	// Buckets counts answers by age. The last bucket has no bound; none includes another.
 	Buckets [len(AnswerAgeBounds) + 1]uint64
 	Sum     time.Duration // of all ages
 }
 
-// AnswerAges returns them of all answers since the programs were loaded.
+// AnswerAges returns the ages of all answers since the programs were loaded.
 func (d *Datapath) AnswerAges() (AnswerAges, error) {
 	all, err := sums(d.objects.AnswerAges, int(probeletAgeAGE_MAX))
 	if err != nil {
@@ -516,10 +557,25 @@ func (d *Datapath) AnswerAges() (AnswerAges, error) {
 	return AnswerAges{[len(AnswerAgeBounds) + 1]uint64(all), time.Duration(all[probeletAgeAGE_SUM])}, nil
 }
 
-// ExemptSocket makes the connection of the socket with that cookie (SO_COOKIE) reach the pod, whoever the prober is,
-// and not be observed. It must be called before the socket connects.
+// ExemptSocket makes the connection of the socket with that cookie (SO_COOKIE) reach the pod unobserved, whoever the
+// prober is. Call it before the socket connects.
 func (d *Datapath) ExemptSocket(cookie uint64) error {
+	if err := d.lookForOwnSockets(); err != nil {
+		return err
+	}
 	return d.objects.OwnSockets.Put(cookie, uint8(0))
+}
+
+// lookForOwnSockets makes the programs look into own_sockets, which they do not until it is used.
+func (d *Datapath) lookForOwnSockets() error {
+	d.prober.Lock()
+	defer d.prober.Unlock()
+	var config probeletProberConfig
+	if err := d.objects.Prober.Lookup(uint32(0), &config); err != nil || config.OwnSockets != 0 {
+		return err
+	}
+	config.OwnSockets = 1
+	return d.objects.Prober.Put(uint32(0), &config)
 }
 
 // ForgetSocket ends what ExemptSocket began, for connections that are yet to be made.
@@ -531,26 +587,34 @@ func (d *Datapath) ForgetSocket(cookie uint64) error {
 	return err
 }
 
-// Fill is how full a map is.
+// Fill tells how full a map is.
 type Fill struct{ Entries, Max int }
 
-// Fills returns that of the maps that can be full: of flows the table of connections, of pods that of pods.
+// Fills returns the fill of the maps that can become full: "flows" (connections) and "pods" (devices).
 func (d *Datapath) Fills() (map[string]Fill, error) {
 	flows, err := d.Flows()
 	if err != nil {
 		return nil, fmt.Errorf("flows: %w", err)
 	}
-	pods, err := innerIDs(d.objects.PodEvidence)
+	devices, err := d.Devices()
 	if err != nil {
 		return nil, err
 	}
 	return map[string]Fill{
 		"flows": {flows, int(d.objects.Flows.MaxEntries())},
-		"pods":  {len(pods), int(d.objects.PodEvidence.MaxEntries())},
+		"pods":  {len(devices), int(d.objects.Devices.MaxEntries())},
 	}, nil
 }
 
-// Flows is the number of connections in the flow table.
+// Sweep removes flows that are past their deadline, because their end was not seen, and flows of detached devices.
+func (d *Datapath) Sweep() error {
+	if _, err := d.objects.Sweep.Run(&ebpf.RunOptions{}); err != nil {
+		return fmt.Errorf("sweeping flows: %w", err)
+	}
+	return nil
+}
+
+// Flows counts the connections in the flow table.
 func (d *Datapath) Flows() (int, error) {
 	const batch = 4096
 	n := 0
@@ -567,7 +631,7 @@ func (d *Datapath) Flows() (int, error) {
 	}
 }
 
-// Now is the kernel's time as the programs read it: nanoseconds of CLOCK_BOOTTIME.
+// Now returns the time as the programs read it: nanoseconds of CLOCK_BOOTTIME.
 func Now() uint64 {
 	var ts unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
@@ -591,14 +655,14 @@ func makeBPFDir(dir string) error {
 	return nil
 }
 
-// Lock takes the lock on dir, for oneself (unix.LOCK_EX) or with others (unix.LOCK_SH). It is tried once at least, and until ctx
-// ends; the error is then ErrLocked. It is released by the returned function, and by the kernel should the process die.
+// Lock locks dir, exclusively (unix.LOCK_EX) or shared (unix.LOCK_SH). It tries at least once, and until ctx ends; the error is
+// then ErrLocked. The returned function releases the lock, and so does the kernel if the process dies.
 func Lock(ctx context.Context, dir string, how int) (func(), error) {
 	f, err := os.Open(dir)
 	if err != nil {
 		return nil, err
 	}
-	for {
+	for wait := 50 * time.Microsecond; ; wait = min(2*wait, 5*time.Millisecond) { // it is mostly held for less
 		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
 		if err == nil {
 			return func() { _ = f.Close() }, nil
@@ -611,7 +675,7 @@ func Lock(ctx context.Context, dir string, how int) (func(), error) {
 		case <-ctx.Done():
 			_ = f.Close()
 			return nil, fmt.Errorf("%s: %w", dir, ErrLocked)
-		case <-time.After(5 * time.Millisecond):
+		case <-time.After(wait):
 		}
 	}
 }

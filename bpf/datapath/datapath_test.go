@@ -48,20 +48,19 @@ func ownCgroup(t testing.TB) uint64 {
 func TestSharedTypesHaveTheSizesOfTheMaps(t *testing.T) {
 	spec, err := loadProbelet()
 	must(t, err)
-	for name, sizes := range map[string][2]int{
-		probeletMapProber: {4, binary.Size(probeletProberConfig{})},
-		probeletMapFlows:  {binary.Size(probeletFlowKey{}), binary.Size(probeletFlow{})},
+	for name, c := range map[string]struct{ key, value any }{
+		probeletMapProber:           {uint32(0), probeletProberConfig{}},
+		probeletMapDevices:          {uint32(0), probeletDevice{}},
+		probeletMapEndpointEvidence: {probeletEndpointKey{}, Evidence{}},
+		probeletMapEndpointTallies:  {probeletEndpointKey{}, Tally{}},
+		probeletMapEndpointLists:    {DeviceKey{}, probeletEndpointList{}},
+		probeletMapPodNetns:         {uint32(0), probeletNetnsDevices{}},
+		probeletMapFlows:            {probeletFlowKey{}, probeletFlow{}},
+		probeletMapRequests:         {probeletFlowKey{}, probeletStored{}},
 	} {
 		m := spec.Maps[name]
-		if int(m.KeySize) != sizes[0] || int(m.ValueSize) != sizes[1] {
-			t.Errorf("map %s: key %d value %d, Go has %v", name, m.KeySize, m.ValueSize, sizes)
-		}
-	}
-	for name, value := range map[string]any{probeletMapPodEvidence: Evidence{}, probeletMapPodTallies: Tally{}} {
-		inner := spec.Maps[name].InnerMap
-		if int(inner.KeySize) != binary.Size(EndpointKey{}) || int(inner.ValueSize) != binary.Size(value) ||
-			inner.MaxEntries != MaxEndpoints {
-			t.Errorf("map in %s: %v", name, inner)
+		if int(m.KeySize) != binary.Size(c.key) || int(m.ValueSize) != binary.Size(c.value) {
+			t.Errorf("map %s: key %d value %d, Go has %d and %d", name, m.KeySize, m.ValueSize, binary.Size(c.key), binary.Size(c.value))
 		}
 	}
 	for _, name := range CounterNames {
@@ -83,6 +82,10 @@ func TestPathHashIsFNV1a(t *testing.T) {
 
 func TestModelAtTheBorders(t *testing.T) {
 	e := Evidence{ObservedAt: 100, FreshUntil: 200, Result: ResultSuccess}
+	void := Tally{WithdrawnAt: 100}
+	if MayAnswer(e, Tally{}, void, 150, 150) || MayAnswer(e, void, Tally{}, 150, 150) || !MayAnswer(e, Tally{}, Tally{}, 150, 150) {
+		t.Error("a withdrawal of either port or endpoint is one")
+	}
 	for _, c := range []struct {
 		withdrawnAt, takenAt, now uint64
 		fresh, answer             bool
@@ -96,21 +99,21 @@ func TestModelAtTheBorders(t *testing.T) {
 		{100, 150, 150, false, false},
 	} {
 		tally := Tally{WithdrawnAt: c.withdrawnAt}
-		if PortFresh(e, tally, c.now) != c.fresh || MayAnswer(e, tally, c.takenAt, c.now) != c.answer {
-			t.Errorf("%+v: fresh %v, answer %v", c, PortFresh(e, tally, c.now), MayAnswer(e, tally, c.takenAt, c.now))
+		if PortFresh(e, tally, c.now) != c.fresh || MayAnswer(e, tally, Tally{}, c.takenAt, c.now) != c.answer {
+			t.Errorf("%+v: fresh %v, answer %v", c, PortFresh(e, tally, c.now), MayAnswer(e, tally, Tally{}, c.takenAt, c.now))
 		}
 	}
 }
 
-// programsOf is the hash of the object of an ABI. What is loaded already, by a build with the same ABI, is not replaced: so
-// that a change has an effect before the machine starts anew, it needs another ABI.
+// programsOf has the hash of each ABI's object. What a build with the same ABI has loaded already is not replaced: for a
+// change to take effect before the machine restarts, it needs another ABI.
 var programsOf = map[string]string{
-	"v3": "17e48068dcbbcdb870d2b7624b722c7a6110812b5374cff60bcf8d57ea288637",
+	"v4": "c84191896f5ef14cf6a0ac6728038e7e35910ded7c29996323516f1747bf304c",
 }
 
 func TestOtherProgramsHaveAnotherABI(t *testing.T) {
 	if hash := fmt.Sprintf("%x", sha256.Sum256(_ProbeletBytes)); programsOf[ABI] != hash {
-		t.Errorf("the object's hash is %s, not that of ABI %s; if ABI was released, it needs another number", hash, ABI)
+		t.Errorf("the object changed. If ABI %s was released, it needs another number; otherwise its hash is\n\t%q: %q,", ABI, ABI, hash)
 	}
 }
 
@@ -159,9 +162,13 @@ func TestEnsureLoadsOnce(t *testing.T) {
 			t.Fatalf("steer was loaded more than once: %v", ids)
 		}
 	}
-	want := "|/v3|/v3/answer_ages|/v3/attachments|/v3/counters|/v3/flows|/v3/outcomes|/v3/own_sockets|/v3/pod_evidence|/v3/pod_netns|/v3/pod_tallies|/v3/prober|/v3/respond|/v3/steer|/v3/watch"
-	if got := strings.Join(pinned(t, dir), "|"); got != want {
-		t.Fatalf("pinned %s, want %s", got, want)
+	want := []string{
+		"", "/v4", "/v4/answer_ages", "/v4/attachments", "/v4/counters", "/v4/devices", "/v4/endpoint_evidence", "/v4/endpoint_lists",
+		"/v4/endpoint_tallies", "/v4/flows", "/v4/observe", "/v4/outcomes", "/v4/own_sockets", "/v4/pod_netns", "/v4/prober",
+		"/v4/respond", "/v4/steer", "/v4/sweep", "/v4/watch",
+	}
+	if got := pinned(t, dir); !slices.Equal(got, want) {
+		t.Fatalf("pinned %q, want %q", got, want)
 	}
 }
 
@@ -181,7 +188,7 @@ func TestEnsureRepairsWhatACrashLeft(t *testing.T) {
 func TestEnsureReplacesAnIncompleteSet(t *testing.T) {
 	bpftest.RequireRoot(t)
 	dir := bpftest.BPFDir(t)
-	for i, pin := range []string{"steer", "respond", "flows", "answer_ages", pinWatch} {
+	for i, pin := range []string{"steer", "observe", "respond", "sweep", "flows", "endpoint_evidence", "answer_ages", pinWatch} {
 		old, err := Ensure(t.Context(), dir)
 		must(t, err)
 		if current, err := old.Current(); err != nil || !current {
@@ -282,20 +289,17 @@ func netnsDevices(t *testing.T, d *Datapath, netns uint32) []uint32 {
 	return devices.Ifindex[:]
 }
 
-// Two of one namespace's devices, added by two processes at once.
+// The devices of one namespace, added by four processes at once.
 func TestNoDeviceOfANamespaceIsLost(t *testing.T) {
 	bpftest.RequireRoot(t)
 	d, err := Ensure(t.Context(), bpftest.BPFDir(t))
 	must(t, err)
 	defer d.Close() //nolint:errcheck // a test's
-	p, err := d.NewPod()
-	must(t, err)
-	defer p.Close() //nolint:errcheck // a test's
 	for netns := range uint32(40) {
 		var all sync.WaitGroup
 		for ifindex := range uint32(4) {
 			all.Go(func() {
-				if err := d.AddPod(10+ifindex, netns, p); err != nil {
+				if err := d.AddDevice(DeviceKey{Ifindex: 10 + 4*netns + ifindex, Generation: 1}, netns, HookTC); err != nil {
 					t.Error(err)
 				}
 			})
@@ -312,22 +316,21 @@ func TestANamespaceHasRoomForFourDevices(t *testing.T) {
 	d, err := Load()
 	must(t, err)
 	defer d.Close() //nolint:errcheck // a test's
-	p, err := d.NewPod()
-	must(t, err)
-	defer p.Close() //nolint:errcheck // a test's
+	key := func(ifindex uint32) DeviceKey { return DeviceKey{Ifindex: ifindex, Generation: 7} }
 	for ifindex := range uint32(4) {
-		must(t, d.AddPod(10+ifindex, 33, p))
-		must(t, d.AddPod(10+ifindex, 33, p))
+		must(t, d.AddDevice(key(10+ifindex), 33, HookTC))
+		must(t, d.AddDevice(key(10+ifindex), 33, HookXDP))
 	}
-	if err := d.AddPod(20, 33, p); err == nil || !strings.Contains(err.Error(), "33") {
+	if err := d.AddDevice(key(20), 33, HookTC); err == nil || !strings.Contains(err.Error(), "33") {
 		t.Fatalf("a fifth: %v", err)
 	}
+	if _, err := d.Device(key(20)); !errors.Is(err, os.ErrNotExist) {
+		t.Fatalf("it is known all the same: %v", err)
+	}
 	for ifindex := range uint32(4) {
-		must(t, d.RemovePod(10+ifindex))
+		must(t, d.RemoveDevice(key(10+ifindex)))
 	}
-	if devices := netnsDevices(t, d, 33); devices != nil {
-		t.Fatalf("left of the namespace: %v", devices)
-	}
+	left(t, d)
 }
 
 func TestPodsAreApart(t *testing.T) {
@@ -335,47 +338,73 @@ func TestPodsAreApart(t *testing.T) {
 	d, err := Load()
 	must(t, err)
 	defer d.Close() //nolint:errcheck // a test's
-	a, err := d.NewPod()
+	a, b := DeviceKey{Ifindex: 3, Generation: 7}, DeviceKey{Ifindex: 4, Generation: 7}
+	must(t, d.AddDevice(a, 33, HookTC))
+	must(t, d.AddDevice(b, 33, HookXDP))
+	podA, err := d.Pod(a)
 	must(t, err)
-	defer a.Close() //nolint:errcheck // a test's
-	b, err := d.NewPod()
+	podB, err := d.Pod(b)
 	must(t, err)
-	defer b.Close() //nolint:errcheck // a test's
-	must(t, d.AddPod(3, 33, a))
-	must(t, d.AddPod(4, 33, b))
-	must(t, a.Put(TCPKey(80), Evidence{Status: 7}))
-
-	dir := filepath.Dir(bpftest.BPFDir(t))
-	if _, err := OpenPod(dir); !errors.Is(err, os.ErrNotExist) {
-		t.Fatalf("before it was pinned: %v", err)
-	}
-	must(t, a.Pin(dir))
-	opened, err := OpenPod(dir)
-	must(t, err)
-	defer opened.Close() //nolint:errcheck // a test's
-	if e, _, err := opened.Get(TCPKey(80)); err != nil || e.Status != 7 {
-		t.Fatalf("by its pins: %+v, %v", e, err)
-	}
-	if keys, err := b.Keys(); err != nil || len(keys) != 0 {
+	must(t, podA.Put(TCPKey(80), Evidence{Status: 7}))
+	if keys, err := podB.Keys(); err != nil || len(keys) != 0 {
 		t.Fatalf("in the other pod: %v, %v", keys, err)
 	}
+	if _, _, err := podB.Get(TCPKey(80)); !errors.Is(err, ebpf.ErrKeyNotExist) {
+		t.Fatalf("in the other pod: %v", err)
+	}
 	// An update keeps what the kernel has noted.
-	must(t, a.tallies.Put(TCPKey(80), Tally{Hits: 5}))
-	must(t, a.Put(TCPKey(80), Evidence{Status: 8}))
-	if e, tally, err := a.Get(TCPKey(80)); err != nil || e.Status != 8 || tally.Hits != 5 {
+	must(t, d.objects.EndpointTallies.Put(TCPKey(80).of(a), Tally{Hits: 5}))
+	must(t, podA.Put(TCPKey(80), Evidence{Status: 8}))
+	must(t, podA.Renew(TCPKey(80), Evidence{Status: 9}))
+	if e, tally, err := podA.Get(TCPKey(80)); err != nil || e != (Evidence{Status: 9}) || tally.Hits != 5 {
 		t.Fatalf("after an update: %+v %+v, %v", e, tally, err)
 	}
-	must(t, a.Delete(TCPKey(80)))
-	must(t, a.Delete(TCPKey(80)))
+	must(t, podA.Delete(TCPKey(80)))
+	must(t, podA.Delete(TCPKey(80)))
+	if err := podA.Renew(TCPKey(80), Evidence{}); !errors.Is(err, ebpf.ErrKeyNotExist) {
+		t.Fatalf("renewing what is not there: %v", err)
+	}
 	if devices := netnsDevices(t, d, 33); !slices.Equal(devices, []uint32{3, 4, 0, 0}) {
 		t.Fatalf("devices of the namespace: %v", devices)
 	}
-	must(t, d.RemovePod(3))
-	must(t, d.RemovePod(3))
+	must(t, d.RemoveDevice(a))
+	must(t, d.RemoveDevice(a))
 	if devices := netnsDevices(t, d, 33); !slices.Equal(devices, []uint32{0, 4, 0, 0}) {
 		t.Fatalf("devices of the namespace: %v", devices)
 	}
-	if pods, err := d.PodIDs(); err != nil || len(pods) != 1 {
-		t.Fatalf("pods %v, %v", pods, err)
+	if devices, err := d.Devices(); err != nil || len(devices) != 1 || devices[4].Key != b || devices[4].Hook != HookXDP {
+		t.Fatalf("devices %v, %v", devices, err)
 	}
+}
+
+// A process that died in the middle of removing a device leaves its list, by which what is left of it is found.
+func TestStraysAreRemoved(t *testing.T) {
+	bpftest.RequireRoot(t)
+	d, err := Load()
+	must(t, err)
+	defer d.Close() //nolint:errcheck // a test's
+	for ifindex := range uint32(3) {
+		key := DeviceKey{Ifindex: 3 + ifindex, Generation: 7}
+		must(t, d.AddDevice(key, 33, HookTC))
+		p, err := d.Pod(key)
+		must(t, err)
+		must(t, p.Put(TCPKey(80), Evidence{}))
+		must(t, p.Put(PortKey(80), Evidence{}))
+	}
+	must(t, d.objects.Devices.Delete(uint32(4)))
+	must(t, d.RemoveStrays())
+	devices, err := d.Devices()
+	if err != nil || len(devices) != 2 {
+		t.Fatalf("devices %v, %v", devices, err)
+	}
+	if n := len(entries[probeletEndpointKey, Evidence](t, d.objects.EndpointEvidence)); n != 4 {
+		t.Fatalf("%d endpoints are known", n)
+	}
+	if devices := netnsDevices(t, d, 33); !slices.Equal(devices, []uint32{3, 0, 5, 0}) {
+		t.Fatalf("devices of the namespace: %v", devices)
+	}
+	for _, device := range devices {
+		must(t, d.RemoveDevice(device.Key))
+	}
+	left(t, d)
 }

@@ -2,170 +2,41 @@ package datapath
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
-	"net/netip"
-	"os"
+	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/gopacket/gopacket/layers"
 	"pgregory.net/rapid"
 
 	"github.com/probelet/probelet/bpf/bpftest"
 )
 
-// Verdicts of the two hooks, as the kernel names them.
-const (
-	tcPass     = 0xffffffff // TC_ACT_UNSPEC
-	tcRedirect = 7
-	xdpDrop    = 1
-	xdpPass    = 2
-	xdpTX      = 3
-)
-
-const request = "GET /healthz HTTP/1.1\r\nHost: pod:8080\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n"
-
-// bench is a pod's device without a pod: packets are put into the programs and looked at when they come out.
-type bench struct {
-	t           testing.TB
-	d           *Datapath
-	pod         *Pod
-	ifindex     uint32
-	client, srv netip.AddrPort
-	isn         uint32
-}
-
-var families = map[string][2]string{
-	"ipv4": {"10.244.1.1:40000", "10.244.1.8:8080"},
-	"ipv6": {"[fd00:10:244:1::1]:40000", "[fd00:10:244:1::8]:8080"},
-}
-
-// onBench runs the test for both families, in the namespace that has the device.
-func onBench(t *testing.T, f func(b *bench)) {
-	for family, addrs := range families {
-		t.Run(family, func(t *testing.T) {
-			node := bpftest.NewNode(t)
-			pod := node.AddPod(t)
-			d, err := Load()
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { _ = d.Close() })
-			p, err := d.NewPod()
-			must(t, err)
-			t.Cleanup(func() { _ = p.Close() })
-			must(t, d.AddPod(uint32(pod.IfIndex), pod.Netns, p))
-			must(t, d.SetProber(Prober{AnyLocal: true}))
-			b := &bench{
-				t: t, d: d, pod: p, ifindex: uint32(pod.IfIndex), isn: 0xfffffff0, // wraps within a request
-				client: netip.MustParseAddrPort(addrs[0]), srv: netip.MustParseAddrPort(addrs[1]),
-			}
-			must(t, node.NS.Do(func(ns.NetNS) error { f(b); return nil }))
-		})
-	}
-}
-
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-// success is evidence that is good for d.
-func success(t testing.TB, status int, d time.Duration) Evidence {
-	t.Helper()
-	now := Now()
-	e := Evidence{ObservedAt: now, FreshUntil: uint64(int64(now) + int64(d)), Result: ResultSuccess}
-	must(t, e.SetReply(status))
-	return e
-}
-
-func (b *bench) put(key EndpointKey, e Evidence) {
-	b.t.Helper()
-	must(b.t, b.pod.Put(key, e))
-}
-
-// arm makes /healthz fresh for an hour.
-func (b *bench) arm() {
-	b.t.Helper()
-	e := success(b.t, 200, time.Hour)
-	b.put(HTTPKey(b.srv.Port(), "/healthz"), e)
-	b.put(PortKey(b.srv.Port()), e)
-}
-
-func (b *bench) toPod(flags string, seq, ack uint32, payload string) bpftest.Segment {
-	return bpftest.Segment{
-		Src: b.client, Dst: b.srv, SrcMAC: bpftest.ClientMAC, DstMAC: bpftest.PodMAC,
-		Flags: flags, Seq: seq, Ack: ack, Window: 501, Payload: payload,
-	}
-}
-
-func (b *bench) fromPod(flags string, seq, ack uint32, payload string) bpftest.Segment {
-	return bpftest.Segment{
-		Src: b.srv, Dst: b.client, SrcMAC: bpftest.PodMAC, DstMAC: bpftest.ClientMAC,
-		Flags: flags, Seq: seq, Ack: ack, Window: 502, Payload: payload,
-	}
-}
-
-func (b *bench) syn() bpftest.Segment {
-	s := b.toPod("S", b.isn, 0, "")
-	s.Options = []layers.TCPOption{ // as Linux sends them
-		{OptionType: layers.TCPOptionKindMSS, OptionLength: 4, OptionData: []byte{0x05, 0xa0}},
-		{OptionType: layers.TCPOptionKindSACKPermitted, OptionLength: 2},
-		{OptionType: layers.TCPOptionKindTimestamps, OptionLength: 10, OptionData: make([]byte, 8)},
-		{OptionType: layers.TCPOptionKindNop, OptionLength: 1},
-		{OptionType: layers.TCPOptionKindWindowScale, OptionLength: 3, OptionData: []byte{7}},
-	}
-	return s
-}
-
 // passes asserts that a client's frame goes on to the pod untouched.
 func (b *bench) passes(frame []byte) {
 	b.t.Helper()
-	verdict, out := bpftest.RunSteer(b.t, b.d.Steer(), b.ifindex, 0, frame)
-	if verdict != tcPass || string(out) != string(frame) {
-		b.t.Fatalf("verdict %#x for\n% x, now\n% x", verdict, frame, out)
+	if got, _ := b.sends(frame); got != untouched {
+		b.t.Fatalf("% x %s", frame, got)
 	}
 }
 
-// steered asserts that a client's frame is redirected, and returns what respond makes of it.
-func (b *bench) steered(s bpftest.Segment) (uint32, []byte) {
+// swallows asserts that a client's packet ends here.
+func (b *bench) swallows(s bpftest.Segment) {
 	b.t.Helper()
-	verdict, frame := bpftest.RunSteer(b.t, b.d.Steer(), b.ifindex, 0, s.Bytes(b.t, nil))
-	if verdict != tcRedirect {
-		b.t.Fatalf("verdict %#x for %v, not redirected", verdict, s)
-	}
-	if proto := binary.BigEndian.Uint16(frame[12:]); proto != 0x88b5 {
-		b.t.Fatalf("EtherType %#x of a steered packet", proto)
-	}
-	return bpftest.RunRespond(b.t, b.d.Respond(), b.ifindex, frame)
-}
-
-func (b *bench) ipLen() int {
-	if b.srv.Addr().Is4() {
-		return 20
-	}
-	return 40
-}
-
-// dropped asserts that a client's packet ends here.
-func (b *bench) dropped(s bpftest.Segment) {
-	b.t.Helper()
-	if verdict, _ := b.steered(s); verdict != xdpDrop {
-		b.t.Fatalf("verdict %d for %v, not dropped", verdict, s)
+	if got, _ := b.sends(s.Bytes(b.t, nil)); got != swallowed {
+		b.t.Fatalf("%v %s", s, got)
 	}
 }
 
 // reply asserts that a client's packet is answered in the kernel.
 func (b *bench) reply(s bpftest.Segment) bpftest.Segment {
 	b.t.Helper()
-	verdict, frame := b.steered(s)
-	if verdict != xdpPass {
-		b.t.Fatalf("verdict %d for %v, not up the stack", verdict, s)
+	got, frame := b.sends(s.Bytes(b.t, nil))
+	if got != toClient {
+		b.t.Fatalf("%v %s", s, got)
 	}
 	r := bpftest.ParseSegment(b.t, frame)
 	if r.Src != b.srv || r.Dst != b.client || r.SrcMAC.String() != bpftest.PodMAC.String() ||
@@ -175,6 +46,30 @@ func (b *bench) reply(s bpftest.Segment) bpftest.Segment {
 	return r
 }
 
+// rewrites asserts that a client's packet goes to the pod rewritten, and returns it as the pod gets it.
+func (b *bench) rewrites(s bpftest.Segment) bpftest.Segment {
+	b.t.Helper()
+	got, frame := b.sends(s.Bytes(b.t, nil))
+	if got != toPod {
+		b.t.Fatalf("%v %s", s, got)
+	}
+	r := bpftest.ParseSegment(b.t, frame)
+	if r.Src != b.client || r.Dst != b.srv || r.DstMAC.String() != bpftest.PodMAC.String() {
+		b.t.Fatalf("not as from the client: %v", r)
+	}
+	return r
+}
+
+// podSends puts a pod's packet through observe and returns it as it is then.
+func (b *bench) podSends(want fate, s bpftest.Segment) bpftest.Segment {
+	b.t.Helper()
+	got, frame := b.receives(s.Bytes(b.t, nil))
+	if got != want {
+		b.t.Fatalf("%v %s; want that it %s", s, got, want)
+	}
+	return bpftest.ParseSegment(b.t, frame)
+}
+
 func (b *bench) expect(got bpftest.Segment, flags string, seq, ack uint32, payload string) {
 	b.t.Helper()
 	if got.Flags != flags || got.Seq != seq || got.Ack != ack || got.Payload != payload {
@@ -182,126 +77,87 @@ func (b *bench) expect(got bpftest.Segment, flags string, seq, ack uint32, paylo
 	}
 }
 
-// connect does the handshake of a taken connection and returns the sequence number the client was given.
+// connect does the handshake of a taken connection and returns the sequence number that the client was given.
 func (b *bench) connect() uint32 {
 	b.t.Helper()
 	r := b.reply(b.syn())
 	b.expect(r, "SA", r.Seq, b.isn+1, "")
-	b.dropped(b.toPod("A", b.isn+1, r.Seq+1, ""))
+	b.swallows(b.toPod("A", b.isn+1, r.Seq+1, ""))
 	return r.Seq
 }
 
-// pass puts a client's packet through steer and returns it as the pod gets it.
-func (b *bench) pass(s bpftest.Segment) bpftest.Segment {
-	b.t.Helper()
-	verdict, frame := bpftest.RunSteer(b.t, b.d.Steer(), b.ifindex, 0, s.Bytes(b.t, nil))
-	if verdict != tcPass {
-		b.t.Fatalf("verdict %#x for %v, not passed", verdict, s)
-	}
-	return bpftest.ParseSegment(b.t, frame)
-}
-
-// podSends puts a pod's packet through respond.
-func (b *bench) podSends(want uint32, s bpftest.Segment) bpftest.Segment {
-	b.t.Helper()
-	verdict, frame := bpftest.RunRespond(b.t, b.d.Respond(), b.ifindex, s.Bytes(b.t, nil))
-	if verdict != want {
-		b.t.Fatalf("verdict %d for %v, want %d", verdict, s, want)
-	}
-	return bpftest.ParseSegment(b.t, frame)
-}
-
-func (b *bench) flows() int {
-	b.t.Helper()
-	n, err := b.d.Flows()
-	must(b.t, err)
-	return n
-}
-
-func (b *bench) noFlows() {
-	b.t.Helper()
-	if n := b.flows(); n != 0 {
-		b.t.Fatalf("%d flows are left", n)
-	}
-}
-
-func (b *bench) counted(name string, want uint64) {
-	b.t.Helper()
-	counters, err := b.d.Counters()
-	must(b.t, err)
-	if counters[name] != want {
-		b.t.Fatalf("counter %s is %d, want %d; all: %v", name, counters[name], want, counters)
-	}
-}
-
-// outcomes are those reported since the last call.
-func (b *bench) outcomes() []Outcome {
-	b.t.Helper()
-	r, err := b.d.Outcomes()
-	must(b.t, err)
-	defer r.Close() //nolint:errcheck // a test's
-	r.SetDeadline(time.Unix(1, 0))
-	all, err := r.Read()
-	if !errors.Is(err, os.ErrDeadlineExceeded) {
-		must(b.t, err)
-	}
-	return all
-}
-
-func (b *bench) outcome(event, kind uint8, status uint16) Outcome {
-	b.t.Helper()
-	all := b.outcomes()
-	if len(all) != 1 || all[0].Event != event || all[0].Kind != kind || all[0].Status != status ||
-		all[0].Port != b.srv.Port() || all[0].Ifindex != b.ifindex {
-		b.t.Fatalf("outcomes %+v, want one: event %d kind %d status %d", all, event, kind, status)
-	}
-	return all[0]
-}
-
 func TestHTTPProbeIsAnswered(t *testing.T) {
-	onBench(t, func(b *bench) {
+	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		synAck := b.reply(b.syn())
 		b.expect(synAck, "SA", synAck.Seq, b.isn+1, "")
 		if len(synAck.Options) != 1 || synAck.Options[0].String() != "TCPOption(MSS:1440 0x05a0)" {
 			t.Fatalf("options %v, want the client's MSS alone", synAck.Options)
 		}
+		if synAck.Window != 2048 {
+			t.Fatalf("a first window of %d, more or less than can be stored", synAck.Window)
+		}
 		if again := b.reply(b.syn()); again.Seq != synAck.Seq {
 			t.Fatalf("a SYN sent again got %d, the first %d", again.Seq, synAck.Seq)
 		}
 		x := synAck.Seq
-		b.dropped(b.toPod("A", b.isn+1, x+1, ""))
+		b.swallows(b.toPod("A", b.isn+1, x+1, ""))
 
-		const reply = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\nCache-Status: probelet; hit\r\n\r\n"
 		after := b.isn + 1 + uint32(len(request))
-		for range 3 { // the first, and retransmissions
-			b.expect(b.reply(b.toPod("PA", b.isn+1, x+1, request)), "FPA", x+1, after, reply)
-		}
+		b.expect(b.reply(b.toPod("PA", b.isn+1, x+1, request)), "FPA", x+1, after, reply)
 		acked := x + 1 + uint32(len(reply)) + 1
-		b.dropped(b.toPod("A", after, acked, ""))
+		b.swallows(b.toPod("A", after, acked, ""))
+		b.swallows(b.toPod("PA", b.isn+1, acked, request)) // late: the client has had its answer
+		b.swallows(b.toPod("A", b.isn, acked, ""))         // a keep-alive that waits for nothing
 		b.expect(b.reply(b.toPod("FA", after, acked, "")), "RA", acked, after+1, "")
 		b.noFlows()
 		b.counted("answered_http", 1)
 		b.counted("answered_tcp", 0)
-		if _, tally, err := b.pod.Get(HTTPKey(8080, "/healthz")); err != nil || tally.Hits != 1 {
-			t.Fatalf("hits %d (%v), want 1", tally.Hits, err)
+		b.wantTrust(TrustProven, "")
+		if hits := b.tally(HTTPKey(8080, "/healthz")).Hits; hits != 1 {
+			t.Fatalf("hits %d, want 1", hits)
 		}
 	})
 }
 
+func TestAClientWithoutMSSIsGrantedNone(t *testing.T) {
+	onBench(t, func(t *testing.T, b *bench) {
+		b.arm()
+		for _, options := range [][]layers.TCPOption{nil, {{OptionType: layers.TCPOptionKindNop, OptionLength: 1}}} {
+			syn := b.syn()
+			syn.Options = options
+			r := b.reply(syn)
+			if len(r.Options) != 0 {
+				t.Fatalf("options %v", r.Options)
+			}
+			r = b.rewrites(b.toPod("PA", b.isn+1, r.Seq+1, "x"))
+			if r.Flags != "S" || len(r.Options) != 0 {
+				t.Fatalf("the pod is offered %v, with options %v", r, r.Options)
+			}
+			b.swallows(b.toPod("R", b.isn+1, 0, ""))
+		}
+	})
+}
+
+// Every reply is the one that a server of net/http begins, but for our mark.
 func TestEveryStatusIsRepliedAsObserved(t *testing.T) {
-	onBench(t, func(b *bench) {
+	onBench(t, func(t *testing.T, b *bench) {
 		for status := 200; status < 300; status++ {
 			e := success(t, status, time.Hour)
 			b.put(HTTPKey(8080, "/healthz"), e)
 			b.put(PortKey(8080), e)
+			b.trust(TrustProven)
 			x := b.connect()
 			r := b.reply(b.toPod("PA", b.isn+1, x+1, request)) // checksums verified
-			if !strings.HasPrefix(r.Payload, fmt.Sprintf("HTTP/1.1 %d ", status)) ||
-				strings.Contains(r.Payload, "Content-Length") == (status == 204) {
-				t.Fatalf("status %d: %q", status, r.Payload)
+			want := fmt.Sprintf("HTTP/1.1 %d %s\r\nContent-Length: 0\r\nConnection: close\r\nCache-Status: probelet; hit\r\n\r\n",
+				status, http.StatusText(status))
+			if status == 204 { // No Content has no length (RFC 9110, section 8.6)
+				want = strings.Replace(want, "Content-Length: 0\r\n", "", 1)
 			}
-			b.dropped(b.toPod("R", b.isn+1, 0, ""))
+			if r.Payload != want {
+				t.Fatalf("status %d: %q, want %q", status, r.Payload, want)
+			}
+			b.swallows(b.toPod("R", b.isn+1, 0, ""))
 			b.noFlows()
 		}
 	})
@@ -313,55 +169,52 @@ func TestEveryStatusIsRepliedAsObserved(t *testing.T) {
 }
 
 func TestPaddingIsNotPayload(t *testing.T) {
-	onBench(t, func(b *bench) {
+	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		r := b.reply(b.syn())
 		frame := append(b.toPod("A", b.isn+1, r.Seq+1, "").Bytes(t, nil), make([]byte, 10)...)
-		verdict, frame := bpftest.RunSteer(t, b.d.Steer(), b.ifindex, 0, frame)
-		if verdict != tcRedirect {
-			t.Fatalf("verdict %#x", verdict)
-		}
-		if verdict, _ := bpftest.RunRespond(t, b.d.Respond(), b.ifindex, frame); verdict != xdpDrop {
-			t.Fatalf("verdict %d: an ACK with padding was taken for data", verdict)
+		if got, _ := b.sends(frame); got != swallowed {
+			t.Fatalf("an ACK with padding was taken for data: it %s", got)
 		}
 	})
 }
 
 func TestTCPProbeIsAnswered(t *testing.T) {
-	onBench(t, func(b *bench) {
+	onBench(t, func(t *testing.T, b *bench) {
 		e := success(t, 200, time.Hour)
 		b.put(TCPKey(8080), e)
 		b.put(PortKey(8080), e)
+		b.trust(TrustProven)
 		x := b.connect()
 		b.expect(b.reply(b.toPod("FA", b.isn+1, x+1, "")), "RA", x+1, b.isn+2, "")
 		b.noFlows()
 		b.counted("answered_tcp", 1)
-		if _, tally, err := b.pod.Get(TCPKey(8080)); err != nil || tally.Hits != 1 {
-			t.Fatalf("hits %d (%v), want 1", tally.Hits, err)
+		if hits := b.tally(TCPKey(8080)).Hits; hits != 1 {
+			t.Fatalf("hits %d, want 1", hits)
 		}
 	})
 }
 
 func TestWhatIsNotAProbersPassesUntouched(t *testing.T) {
-	onBench(t, func(b *bench) {
+	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		frame := b.syn().Bytes(t, nil)
-		// Forwarded, or bridged, from another device; its socket may be a process' of this machine.
-		verdict, out := bpftest.RunSteer(t, b.d.Steer(), b.ifindex, 1, frame)
-		if verdict != tcPass || string(out) != string(frame) {
-			t.Fatalf("verdict %#x for a packet from device 1", verdict)
+		// Forwarded, or bridged, from another device; its socket may belong to a process of this machine.
+		if got, _ := b.egress(bpftest.Packet{Frame: frame, From: otherIfindex, Mark: clientMark}); got != untouched {
+			t.Fatalf("a packet from another device %s", got)
 		}
 		must(t, b.d.SetProber(Prober{CgroupIDs: []uint64{1 << 40}}))
 		b.passes(frame)
 		must(t, b.d.SetProber(Prober{}))
 		b.passes(frame)
 		b.noFlows()
+		b.counted("passed_not_prober", 3)
 		b.counted("answered_http", 0)
 	})
 }
 
 func TestProberIsKnownByItsCgroup(t *testing.T) {
-	onBench(t, func(b *bench) {
+	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		for slot := range 4 {
 			ids := make([]uint64, 4)
@@ -379,8 +232,28 @@ func TestProberIsKnownByItsCgroup(t *testing.T) {
 	}
 }
 
+// A connection goes on to its end as it began, whoever the prober is by then.
+func TestAConnectionOutlivesTheProberSet(t *testing.T) {
+	onBench(t, func(t *testing.T, b *bench) {
+		b.arm()
+		x := b.connect()
+		must(t, b.d.SetProber(Prober{}))
+		after := b.isn + 1 + uint32(len(request))
+		b.reply(b.toPod("PA", b.isn+1, x+1, request))
+		b.reply(b.toPod("FA", after, x+1+uint32(len(reply))+1, ""))
+		b.noFlows()
+
+		must(t, b.d.SetProber(Prober{AnyLocal: true}))
+		x = b.handOver(7000)
+		must(t, b.d.SetProber(Prober{}))
+		b.expect(b.rewrites(b.toPod("PA", b.isn+2, x+1, "y")), "PA", b.isn+2, 7001, "y")
+		b.expect(b.podSends(toClient, b.fromPod("PA", 7001, b.isn+3, "z")), "PA", x+1, b.isn+3, "z")
+	})
+}
+
 func TestNothingIsTakenUnlessThePortIsFresh(t *testing.T) {
-	onBench(t, func(b *bench) {
+	onBench(t, func(t *testing.T, b *bench) {
+		b.trust(TrustProven)
 		syn := b.syn().Bytes(t, nil)
 		b.passes(syn)
 		b.counted("passed_not_probed", 1)
@@ -392,17 +265,18 @@ func TestNothingIsTakenUnlessThePortIsFresh(t *testing.T) {
 		b.put(PortKey(8080), success(t, 200, -time.Second))
 		b.passes(syn)
 		b.counted("passed_not_fresh", 1)
+		b.passes(b.toPod("RA", b.isn+1, 0, "").Bytes(t, nil))
 
 		b.put(PortKey(8080), success(t, 200, time.Hour))
-		must(t, b.d.RemovePod(b.ifindex))
-		b.passes((bpftest.Segment{Src: b.client, Dst: netip.AddrPortFrom(b.srv.Addr(), 8080), Flags: "S", Seq: 9,
-			SrcMAC: bpftest.ClientMAC, DstMAC: bpftest.PodMAC}).Bytes(t, nil))
+		must(t, b.d.RemoveDevice(b.key))
+		b.passes(syn)
+		b.noFlows()
 		b.counted("answered_http", 0)
 	})
 }
 
 func TestWhatIsNotUnderstoodPassesUntouched(t *testing.T) {
-	onBench(t, func(b *bench) {
+	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		md5 := b.syn()
 		md5.Options = append(md5.Options[:1:1], layers.TCPOption{OptionType: 19, OptionLength: 18, OptionData: make([]byte, 16)})
@@ -440,57 +314,65 @@ func TestWhatIsNotUnderstoodPassesUntouched(t *testing.T) {
 	})
 }
 
+func (b *bench) ipLen() int {
+	if b.srv.Addr().Is4() {
+		return 20
+	}
+	return 40
+}
+
+// The EtherType of steered packets is anybody's to use: what is no order of ours goes on, byte for byte.
 func TestOrdersCannotBeForged(t *testing.T) {
-	onBench(t, func(b *bench) {
+	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
-		verdict, frame := bpftest.RunSteer(t, b.d.Steer(), b.ifindex, 0, b.syn().Bytes(t, nil))
-		if verdict != tcRedirect {
-			t.Fatal("not redirected")
+		ordered := b.order()
+		passes := func(frame []byte) {
+			t.Helper()
+			verdict, out := bpftest.RunRespond(t, b.d.Respond(), b.key.Ifindex, frame)
+			if verdict != xdpPass || string(out) != string(frame) {
+				t.Fatalf("verdict %d for % x, now % x", verdict, frame, out)
+			}
+			if got, _ := b.receives(frame); got != untouched {
+				t.Fatalf("behind respond % x %s", frame, got)
+			}
+			b.passes(frame)
 		}
-		order := len(frame) - 132 // STEERED_ROOM
+		order := len(ordered) - 132 // STEERED_ROOM
 		for i := range 8 {
-			forged := append([]byte(nil), frame...)
+			forged := append([]byte(nil), ordered...)
 			forged[order+i] ^= 0x55
-			if verdict, _ := bpftest.RunRespond(t, b.d.Respond(), b.ifindex, forged); verdict != xdpDrop {
-				t.Fatalf("verdict %d on a wrong token", verdict)
-			}
+			passes(forged)
 		}
-		for length := 14; length < len(frame); length++ {
-			if verdict, _ := bpftest.RunRespond(t, b.d.Respond(), b.ifindex, frame[:length]); verdict != xdpDrop {
-				t.Fatalf("verdict %d on a steered packet cut to %d bytes", verdict, length)
-			}
+		for length := 14; length < len(ordered); length++ {
+			passes(ordered[:length])
+		}
+		unknown := append([]byte(nil), ordered...)
+		unknown[14] = 0x75 // neither IPv4 nor IPv6
+		if verdict, _ := bpftest.RunRespond(t, b.d.Respond(), b.key.Ifindex, unknown); verdict != xdpPass {
+			t.Fatalf("verdict %d on IP version 7", verdict)
 		}
 	})
 }
 
-// answerLost is longer than ANSWER_LOST_NS in bpf/abi.h.
-const answerLost = 550 * time.Millisecond
-
-// A SYN that comes again although it was answered long ago: nobody obeys steer, and the pod gets the connection.
-func TestAnUnansweredSYNGoesToThePod(t *testing.T) {
-	onBench(t, func(b *bench) {
-		b.arm()
-		b.reply(b.syn())
-		time.Sleep(answerLost)
-		b.passes(b.syn().Bytes(t, nil))
-		b.passes(b.syn().Bytes(t, nil))
-		const podISN = 7000
-		b.podSends(xdpPass, b.fromPod("SA", podISN, b.isn+1, ""))
-		b.passes(b.toPod("A", b.isn+1, podISN+1, "").Bytes(t, nil))
-		b.passes(b.toPod("PA", b.isn+1, podISN+1, request).Bytes(t, nil))
-		b.podSends(xdpPass, b.fromPod("PA", podISN+1, b.isn+1+uint32(len(request)), "HTTP/1.1 200 OK\r\n\r\n"))
-		b.passes(b.toPod("FA", b.isn+1+uint32(len(request)), podISN+20, "").Bytes(t, nil))
-		b.outcome(EventStatus, KindHTTP, 200)
-		b.noFlows()
-	})
+// order is what steer makes of a SYN where respond makes the answers.
+func (b *bench) order() []byte {
+	b.t.Helper()
+	device := b.device()
+	device.Hook = uint8(HookXDP)
+	b.setDevice(device)
+	frame := b.syn().Bytes(b.t, nil)
+	verdict, out := bpftest.RunTC(b.t, b.d.Steer(), b.key.Ifindex, bpftest.Packet{Frame: frame})
+	if verdict != tcRedirect || binary.BigEndian.Uint16(out.Frame[12:]) != 0x88b5 {
+		b.t.Fatalf("verdict %#x, no order: % x", verdict, out.Frame)
+	}
+	return out.Frame
 }
 
-// The client has the answer to its SYN; one that comes late changes nothing.
 func TestALateSYNDoesNotBreakAConnection(t *testing.T) {
-	onBench(t, func(b *bench) {
+	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		x := b.connect()
-		time.Sleep(answerLost)
+		b.wait(answerLost)
 		if again := b.reply(b.syn()); again.Seq != x {
 			t.Fatalf("a SYN sent again got %d, the first %d", again.Seq, x)
 		}
@@ -499,365 +381,14 @@ func TestALateSYNDoesNotBreakAConnection(t *testing.T) {
 }
 
 func TestEvidenceExpiresBetweenSYNAndRequest(t *testing.T) {
-	onBench(t, func(b *bench) {
+	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		x := b.connect()
-		expired := success(t, 200, 0)
-		b.put(HTTPKey(8080, "/healthz"), expired)
+		b.put(HTTPKey(8080, "/healthz"), success(t, 200, 0))
 		time.Sleep(time.Millisecond)
-		if r := b.reply(b.toPod("PA", b.isn+1, x+1, request)); !strings.HasPrefix(r.Payload, "HTTP/1.1 200") {
+		if r := b.reply(b.toPod("PA", b.isn+1, x+1, request)); r.Payload != reply {
 			t.Fatalf("answer %v", r)
 		}
-	})
-}
-
-func TestWithdrawnBetweenSYNAndRequestIsHandedOver(t *testing.T) {
-	withdrawals := map[string]func(b *bench){
-		"fresh-until cleared": func(b *bench) {
-			e := success(t, 200, time.Hour)
-			e.FreshUntil = 0
-			b.put(HTTPKey(8080, "/healthz"), e)
-		},
-		"failure": func(b *bench) {
-			e := success(t, 200, time.Hour)
-			e.Result = ResultFailure
-			b.put(HTTPKey(8080, "/healthz"), e)
-		},
-		"deleted": func(b *bench) { must(t, b.pod.Delete(HTTPKey(8080, "/healthz"))) },
-		"voided by the kernel": func(b *bench) {
-			must(t, b.pod.tallies.Put(PortKey(8080), Tally{WithdrawnAt: Now()}))
-		},
-		"without a tally": func(b *bench) { must(t, b.pod.tallies.Delete(PortKey(8080))) },
-		"expired before the SYN": func(b *bench) { // another endpoint's record let the connection in
-			b.put(HTTPKey(8080, "/healthz"), success(t, 200, -time.Second))
-		},
-	}
-	for name, withdraw := range withdrawals {
-		t.Run(name, func(t *testing.T) {
-			onBench(t, func(b *bench) {
-				b.arm()
-				x := b.connect()
-				withdraw(b)
-				b.replaysSYN(b.toPod("PA", b.isn+1, x+1, request))
-			})
-		})
-	}
-}
-
-func TestWithdrawnBetweenOrderAndAnswerIsHandedOver(t *testing.T) {
-	onBench(t, func(b *bench) {
-		b.arm()
-		x := b.connect()
-		ask := b.toPod("PA", b.isn+1, x+1, request)
-		verdict, frame := bpftest.RunSteer(t, b.d.Steer(), b.ifindex, 0, ask.Bytes(t, nil))
-		if verdict != tcRedirect {
-			t.Fatalf("verdict %#x", verdict)
-		}
-		must(t, b.pod.Delete(HTTPKey(8080, "/healthz")))
-		if verdict, _ := bpftest.RunRespond(t, b.d.Respond(), b.ifindex, frame); verdict != xdpDrop {
-			t.Fatalf("verdict %d on an answer that is gone", verdict)
-		}
-		b.counted("answered_http", 0)
-		b.replaysSYN(ask)
-	})
-	onBench(t, func(b *bench) { // but not if the client has had the answer
-		b.arm()
-		x := b.connect()
-		ask := b.toPod("PA", b.isn+1, x+1, request)
-		reply := b.reply(ask)
-		must(t, b.pod.Delete(HTTPKey(8080, "/healthz")))
-		ask.Ack += uint32(len(reply.Payload)) + 1
-		b.dropped(ask)
-	})
-}
-
-// replaysSYN asserts that a client's packet becomes a SYN to the pod.
-func (b *bench) replaysSYN(s bpftest.Segment) {
-	b.t.Helper()
-	verdict, frame := b.steered(s)
-	if verdict != xdpTX {
-		b.t.Fatalf("verdict %d for %v, not sent to the pod", verdict, s)
-	}
-	r := bpftest.ParseSegment(b.t, frame)
-	b.expect(r, "S", b.isn, 0, "")
-	if r.Src != b.client || r.Dst != b.srv || r.DstMAC.String() != bpftest.PodMAC.String() ||
-		len(r.Options) != 1 || r.Options[0].OptionType != layers.TCPOptionKindMSS {
-		b.t.Fatalf("SYN %v with options %v", r, r.Options)
-	}
-}
-
-func TestHandover(t *testing.T) {
-	onBench(t, func(b *bench) {
-		b.arm()
-		x := b.connect()
-		const post = "POST /orders HTTP/1.1\r\nHost: pod\r\nContent-Length: 3\r\n\r\n123"
-		b.replaysSYN(b.toPod("PA", b.isn+1, x+1, post))
-		b.counted("handed_over", 1)
-		b.dropped(b.toPod("A", b.isn+1+100, x+1, "")) // nothing but the first byte matters now
-		b.replaysSYN(b.toPod("PA", b.isn+1, x+1, post))
-		b.counted("handed_over", 1)
-
-		const p = uint32(0xffffff00)
-		for _, flags := range []string{"A", "SA", "RA", "R"} { // of an earlier connection on the same ports
-			b.podSends(xdpDrop, b.fromPod(flags, 4711, 4712, ""))
-		}
-		for range 2 { // the pod sends its SYN-ACK again if our ACK was lost
-			ack := b.podSends(xdpTX, b.fromPod("SA", p, b.isn+1, ""))
-			b.expect(ack, "A", b.isn+1, p+1, "")
-			if ack.Src != b.client || ack.Dst != b.srv || ack.DstMAC.String() != bpftest.PodMAC.String() {
-				t.Fatalf("ACK %v", ack)
-			}
-		}
-
-		got := b.pass(b.toPod("PA", b.isn+1, x+1, post))
-		b.expect(got, "PA", b.isn+1, p+1, post)
-		after := b.isn + 1 + uint32(len(post))
-		const answer = "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
-		b.expect(b.podSends(xdpPass, b.fromPod("PA", p+1, after, answer)), "PA", x+1, after, answer)
-		end := uint32(len(answer)) + 1
-		b.expect(b.pass(b.toPod("A", after, x+end, "")), "A", after, p+end, "")
-
-		b.expect(b.pass(b.toPod("FA", after, x+end, "")), "FA", after, p+end, "")
-		b.expect(b.podSends(xdpPass, b.fromPod("FA", p+end, after+1, "")), "FA", x+end, after+1, "")
-		if b.flows() != 1 {
-			t.Fatal("forgotten before its end")
-		}
-		b.expect(b.pass(b.toPod("A", after+1, x+end+1, "")), "A", after+1, p+end+1, "")
-		b.noFlows()
-	})
-}
-
-func TestPartialChecksumsStay(t *testing.T) {
-	onBench(t, func(b *bench) {
-		b.handOver(7000)
-		frame := b.fromPod("PA", 7001, b.isn+10, "hello").Bytes(t, nil)
-		l4 := len(frame) - 20 - 5
-		partial := pseudoHeaderSum(b.srv.Addr(), b.client.Addr(), 25)
-		binary.BigEndian.PutUint16(frame[l4+16:], partial)
-		_, out := bpftest.RunRespond(t, b.d.Respond(), b.ifindex, frame)
-		if got := binary.BigEndian.Uint16(out[l4+16:]); got != partial {
-			t.Fatalf("the pseudo-header's sum %#x became %#x", partial, got)
-		}
-	})
-}
-
-func pseudoHeaderSum(a, b netip.Addr, tcpBytes uint32) uint16 {
-	sum := tcpBytes + 6
-	for _, addr := range [][]byte{a.AsSlice(), b.AsSlice()} {
-		for i := 0; i < len(addr); i += 2 {
-			sum += uint32(binary.BigEndian.Uint16(addr[i:]))
-		}
-	}
-	for sum > 0xffff {
-		sum = sum&0xffff + sum>>16
-	}
-	return uint16(sum)
-}
-
-// handOver brings a connection to the point where the pod, with that ISN, has it. Returns ours.
-func (b *bench) handOver(podISN uint32) uint32 {
-	b.t.Helper()
-	b.arm()
-	x := b.connect()
-	b.replaysSYN(b.toPod("PA", b.isn+1, x+1, "x"))
-	b.podSends(xdpTX, b.fromPod("SA", podISN, b.isn+1, ""))
-	return x
-}
-
-func TestHandoverIsRefused(t *testing.T) {
-	onBench(t, func(b *bench) {
-		b.arm()
-		x := b.connect()
-		b.replaysSYN(b.toPod("PA", b.isn+1, x+1, "x"))
-		b.expect(b.podSends(xdpPass, b.fromPod("RA", 0, b.isn+1, "")), "RA", x+1, b.isn+1, "")
-		b.noFlows()
-	})
-}
-
-func TestResetsEndAConnection(t *testing.T) {
-	onBench(t, func(b *bench) {
-		b.arm()
-		b.connect()
-		b.dropped(b.toPod("R", b.isn+1, 0, ""))
-		b.noFlows()
-
-		x := b.connect()
-		b.replaysSYN(b.toPod("PA", b.isn+1, x+1, "x"))
-		b.dropped(b.toPod("R", b.isn+1, 0, ""))
-		b.noFlows()
-
-		x = b.handOver(7000)
-		b.expect(b.pass(b.toPod("RA", b.isn+2, x+1, "")), "RA", b.isn+2, 7001, "")
-		b.noFlows()
-
-		x = b.handOver(7000)
-		b.expect(b.podSends(xdpPass, b.fromPod("RA", 7001, b.isn+2, "")), "RA", x+1, b.isn+2, "")
-		b.noFlows()
-	})
-}
-
-// A connection whose end was not seen must not touch the next one on the same ports.
-func TestANewConnectionOnOldPortsIsItsOwn(t *testing.T) {
-	states := map[string]func(b *bench){
-		"taken":  func(b *bench) { b.arm(); b.connect() },
-		"handed": func(b *bench) { b.handOver(7000) },
-		"observed": func(b *bench) {
-			b.put(PortKey(8080), Evidence{})
-			b.pass(b.syn())
-		},
-	}
-	for name, prepare := range states {
-		t.Run(name, func(t *testing.T) {
-			onBench(t, func(b *bench) {
-				prepare(b)
-				// Sent by somebody else, whom steer does not look at: only the pod's packets tell.
-				must(t, b.d.SetProber(Prober{CgroupIDs: []uint64{1 << 40}}))
-				synAck := b.fromPod("SA", 9000, b.isn+77, "")
-				b.expect(b.podSends(xdpPass, synAck), "SA", 9000, b.isn+77, "")
-				b.noFlows()
-				b.expect(b.podSends(xdpPass, b.fromPod("PA", 9001, 5, "x")), "PA", 9001, 5, "x")
-			})
-			onBench(t, func(b *bench) {
-				prepare(b)
-				must(t, b.d.SetProber(Prober{AnyLocal: true}))
-				must(t, b.pod.Delete(PortKey(8080)))
-				b.isn += 77
-				b.passes(b.syn().Bytes(t, nil))
-				b.noFlows()
-			})
-		})
-	}
-}
-
-func TestOutcomes(t *testing.T) {
-	const ok = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
-	after := uint32(len(request)) + 1
-	observe := func(t *testing.T, b *bench) {
-		b.put(PortKey(8080), Evidence{})
-		b.put(HTTPKey(8080, "/healthz"), Evidence{})
-		b.passes(b.syn().Bytes(t, nil))
-	}
-	connected := func(t *testing.T, b *bench) {
-		observe(t, b)
-		b.podSends(xdpPass, b.fromPod("SA", 7000, b.isn+1, ""))
-		b.passes(b.toPod("A", b.isn+1, 7001, "").Bytes(t, nil))
-	}
-	requested := func(t *testing.T, b *bench) {
-		connected(t, b)
-		b.passes(b.toPod("PA", b.isn+1, 7001, request).Bytes(t, nil))
-	}
-	withdrawn := func(t *testing.T, b *bench, want bool) {
-		t.Helper()
-		if _, tally, err := b.pod.Get(PortKey(8080)); err != nil || (tally.WithdrawnAt != 0) != want {
-			t.Fatalf("withdrawn at %d (%v), want that: %v", tally.WithdrawnAt, err, want)
-		}
-	}
-
-	t.Run("success is reported when the client has closed", func(t *testing.T) {
-		onBench(t, func(b *bench) {
-			requested(t, b)
-			b.podSends(xdpPass, b.fromPod("PA", 7001, b.isn+after, ok))
-			if all := b.outcomes(); len(all) != 0 {
-				t.Fatalf("reported already: %+v", all)
-			}
-			b.passes(b.toPod("FA", b.isn+after, 7001+uint32(len(ok)), "").Bytes(t, nil))
-			o := b.outcome(EventStatus, KindHTTP, 200)
-			if o.PathHash != PathHash("/healthz") || o.ObservedAt > Now() || o.Duration == 0 || o.Duration > o.ObservedAt {
-				t.Fatalf("outcome %+v", o)
-			}
-			b.noFlows()
-			b.counted("observed", 1)
-			withdrawn(t, b, false)
-		})
-	})
-	for _, status := range []uint16{300, 302, 404, 500, 999} {
-		t.Run(fmt.Sprint(status), func(t *testing.T) {
-			onBench(t, func(b *bench) {
-				requested(t, b)
-				b.podSends(xdpPass, b.fromPod("PA", 7001, b.isn+after, fmt.Sprintf("HTTP/1.0 %d\r\n\r\n", status)))
-				b.outcome(EventStatus, KindHTTP, status)
-				withdrawn(t, b, true)
-				b.noFlows()
-			})
-		})
-	}
-	for name, text := range map[string]string{
-		"interim": "HTTP/1.1 100 Continue\r\n\r\n", "not HTTP": "SSH-2.0-x\r\n\r\n", "short": "HTTP/1.1 20", "letters": "HTTP/1.1 2x0 OK",
-	} {
-		t.Run(name+" is no evidence", func(t *testing.T) {
-			onBench(t, func(b *bench) {
-				requested(t, b)
-				b.podSends(xdpPass, b.fromPod("PA", 7001, b.isn+after, text))
-				b.passes(b.toPod("FA", b.isn+after, 7010, "").Bytes(t, nil))
-				if all := b.outcomes(); len(all) != 0 {
-					t.Fatalf("outcomes %+v", all)
-				}
-				b.noFlows()
-			})
-		})
-	}
-	t.Run("status not at the start is no evidence", func(t *testing.T) {
-		onBench(t, func(b *bench) {
-			requested(t, b)
-			b.podSends(xdpPass, b.fromPod("PA", 7009, b.isn+after, ok))
-			b.passes(b.toPod("FA", b.isn+after, 7010, "").Bytes(t, nil))
-			b.outcome(EventNoAnswer, KindHTTP, 0)
-		})
-	})
-	t.Run("connected", func(t *testing.T) {
-		onBench(t, func(b *bench) {
-			connected(t, b)
-			b.passes(b.toPod("FA", b.isn+1, 7001, "").Bytes(t, nil))
-			b.outcome(EventConnected, KindTCP, 0)
-			b.noFlows()
-		})
-	})
-	t.Run("refused", func(t *testing.T) {
-		onBench(t, func(b *bench) {
-			observe(t, b)
-			b.podSends(xdpPass, b.fromPod("RA", 0, b.isn+1, ""))
-			b.outcome(EventReset, KindPort, 0)
-			withdrawn(t, b, true)
-			b.noFlows()
-		})
-	})
-	t.Run("reset instead of an answer", func(t *testing.T) {
-		onBench(t, func(b *bench) {
-			requested(t, b)
-			b.podSends(xdpPass, b.fromPod("RA", 7001, b.isn+after, ""))
-			b.outcome(EventReset, KindHTTP, 0)
-			withdrawn(t, b, true)
-		})
-	})
-	t.Run("reset after a good status says nothing", func(t *testing.T) {
-		onBench(t, func(b *bench) {
-			requested(t, b)
-			b.podSends(xdpPass, b.fromPod("PA", 7001, b.isn+after, ok))
-			b.podSends(xdpPass, b.fromPod("RA", 7001, b.isn+after, ""))
-			if all := b.outcomes(); len(all) != 0 {
-				t.Fatalf("outcomes %+v", all)
-			}
-			withdrawn(t, b, false)
-			b.noFlows()
-		})
-	})
-	for _, end := range []string{"FA", "RA"} {
-		t.Run("no answer "+end, func(t *testing.T) {
-			onBench(t, func(b *bench) {
-				requested(t, b)
-				b.passes(b.toPod(end, b.isn+after, 7001, "").Bytes(t, nil))
-				b.outcome(EventNoAnswer, KindHTTP, 0)
-				withdrawn(t, b, false) // whether it waited long enough is for the daemon to judge
-			})
-		})
-	}
-	t.Run("a path nobody probes is not reported", func(t *testing.T) {
-		onBench(t, func(b *bench) {
-			connected(t, b)
-			b.passes(b.toPod("PA", b.isn+1, 7001, strings.Replace(request, "healthz", "other", 1)).Bytes(t, nil))
-			b.noFlows()
-			b.counted("passed_not_probed", 1)
-		})
 	})
 }
 
@@ -885,7 +416,8 @@ func TestRequestsAreReadAsTheModelReadsThem(t *testing.T) {
 		rapid.Just("/healthz"), rapid.StringMatching(`/[!-~]{0,40}`), rapid.StringMatching(`/[a-z?=&%]{240,260}`),
 		rapid.StringMatching(`[ -~]{0,10}`), rapid.Custom(func(t *rapid.T) string { return "/" + string(rapid.SliceOfN(rapid.Byte(), 0, 20).Draw(t, "bytes")) }),
 	)
-	onBench(t, func(b *bench) {
+	onBench(t, func(t *testing.T, b *bench) {
+		b.trust(TrustProven)
 		answered := 0
 		rapid.Check(t, func(rt *rapid.T) {
 			p := path.Draw(rt, "path")
@@ -911,9 +443,9 @@ func TestRequestsAreReadAsTheModelReadsThem(t *testing.T) {
 			b.put(PortKey(8080), e)
 
 			x := b.connect()
-			verdict, _ := b.steered(b.toPod("PA", b.isn+1, x+1, text))
-			if got := verdict == xdpPass; got != want {
-				rt.Fatalf("%q: answered %v, the model says %v", text, got, want)
+			got, _ := b.sends(b.toPod("PA", b.isn+1, x+1, text).Bytes(t, nil))
+			if (got == toClient) != want {
+				rt.Fatalf("%q %s; the model says that it is answered: %v", text, got, want)
 			}
 			if want {
 				answered++
@@ -927,11 +459,62 @@ func TestRequestsAreReadAsTheModelReadsThem(t *testing.T) {
 	})
 }
 
+// The Go model and the program must agree on a SYN's options: it is taken exactly if all may be left out, and granted the
+// MSS that it names.
+func TestSYNOptionsAreReadAsTheModelReadsThem(t *testing.T) {
+	option := rapid.OneOf(
+		rapid.SampledFrom([]string{"\x02\x04\x05\xa0", "\x04\x02", "\x08\x0atimestam", "\x01", "\x03\x03\x07", "\x02\x04\x01\x00", "\x00", "\x13\x12"}),
+		rapid.Custom(func(t *rapid.T) string {
+			return string(append([]byte{rapid.SampledFrom([]byte{2, 3, 4, 8, 5, 30, 34, 254}).Draw(t, "kind")}, rapid.SliceOfN(rapid.ByteRange(0, 12), 0, 10).Draw(t, "rest")...))
+		}),
+	)
+	linux := "\x02\x04\x05\xa0\x04\x02\x08\x0atimestam\x01\x03\x03\x07"
+	options := rapid.OneOf(
+		rapid.Map(rapid.SliceOf(option), func(all []string) string { return strings.Join(all, "") }),
+		rapid.Custom(func(t *rapid.T) string { // almost as Linux has them
+			changed := []byte(linux)
+			changed[rapid.IntRange(0, len(linux)-1).Draw(t, "at")] ^= rapid.Byte().Draw(t, "by")
+			return string(changed)
+		}),
+	)
+	onBench(t, func(t *testing.T, b *bench) {
+		b.arm()
+		taken := 0
+		rapid.Check(t, func(rt *rapid.T) {
+			raw := []byte(options.Draw(rt, "options"))
+			raw = append(raw, make([]byte, (4-len(raw)%4)%4)...)
+			raw = raw[:min(len(raw), 40)]
+			syn := b.syn()
+			syn.Options = slices.Repeat([]layers.TCPOption{{OptionType: layers.TCPOptionKindNop, OptionLength: 1}}, len(raw))
+			frame := syn.Bytes(t, nil)
+			copy(frame[len(frame)-len(raw):], raw)
+			mss, understood := readOptions(raw)
+			got, out := b.sends(frame)
+			if (got == toClient) != understood {
+				rt.Fatalf("a SYN with options % x %s; the model understands them: %v", raw, got, understood)
+			}
+			if !understood {
+				return
+			}
+			taken++
+			r := bpftest.ParseSegment(t, out)
+			if granted, _ := mssOf(r.Options); granted != mss || len(r.Options) > 1 {
+				rt.Fatalf("options % x are answered with %v, want MSS %d", raw, r.Options, mss)
+			}
+			b.swallows(b.toPod("R", b.isn+1, 0, ""))
+		})
+		if taken == 0 {
+			t.Fatal("no SYN was taken")
+		}
+	})
+}
+
 // The Go model and the program must agree on freshness, at the SYN and at the request.
 func TestFreshnessIsJudgedAsTheModelJudgesIt(t *testing.T) {
-	// The program has a clock of its own, so times stay clear of the borders; those are the model's to test.
+	// The program has a clock of its own, so times stay clear of the borders; TestModelAtTheBorders has those.
 	distance := rapid.SampledFrom([]int64{-3600e9, -60e9, -10e9, 10e9, 60e9, 3600e9})
-	onBench(t, func(b *bench) {
+	onBench(t, func(t *testing.T, b *bench) {
+		b.trust(TrustProven)
 		draw := func(rt *rapid.T, name string, now uint64) Evidence {
 			e := success(t, 200, 0)
 			e.ObservedAt = now + uint64(distance.Draw(rt, name+" observed"))
@@ -942,77 +525,58 @@ func TestFreshnessIsJudgedAsTheModelJudgesIt(t *testing.T) {
 			e.Result = rapid.SampledFrom([]uint8{ResultSuccess, ResultSuccess, ResultSuccess, ResultFailure, ResultUnknown}).Draw(rt, name+" result")
 			return e
 		}
+		drawTally := func(rt *rapid.T, name string, now uint64) (tally Tally) {
+			if rapid.Bool().Draw(rt, name+" withdrawn") {
+				tally.WithdrawnAt = now + uint64(distance.Draw(rt, name+" withdrawn at")) + 1e9
+			}
+			return tally
+		}
 		rapid.Check(t, func(rt *rapid.T) {
 			now := Now()
 			port, endpoint := draw(rt, "port", now), draw(rt, "endpoint", now)
-			tally := Tally{}
-			if rapid.Bool().Draw(rt, "withdrawn") {
-				tally.WithdrawnAt = now + uint64(distance.Draw(rt, "withdrawn at")) + 1e9
-			}
+			ofPort, ofEndpoint := drawTally(rt, "port", now), drawTally(rt, "endpoint", now)
 			b.put(PortKey(8080), port)
 			b.put(HTTPKey(8080, "/healthz"), endpoint)
-			must(t, b.pod.tallies.Put(PortKey(8080), tally))
+			b.setTally(PortKey(8080), ofPort)
+			b.setTally(HTTPKey(8080, "/healthz"), ofEndpoint)
 
 			b.isn += 0x01000000
-			verdict, frame := bpftest.RunSteer(t, b.d.Steer(), b.ifindex, 0, b.syn().Bytes(t, nil))
-			if want := PortFresh(port, tally, now); (verdict == tcRedirect) != want {
-				rt.Fatalf("taken %v, the model says %v", verdict == tcRedirect, want)
+			got, frame := b.sends(b.syn().Bytes(t, nil))
+			if want := PortFresh(port, ofPort, now); (got == toClient) != want {
+				rt.Fatalf("the SYN %s; the model says that it is answered: %v", got, want)
 			}
-			if verdict != tcRedirect {
+			if got != toClient {
 				return
 			}
-			_, out := bpftest.RunRespond(t, b.d.Respond(), b.ifindex, frame)
-			x := bpftest.ParseSegment(t, out).Seq
-			verdict, _ = b.steered(b.toPod("PA", b.isn+1, x+1, request))
-			if want := MayAnswer(endpoint, tally, now, now); (verdict == xdpPass) != want {
-				rt.Fatalf("answered %v, the model says %v", verdict == xdpPass, want)
+			x := bpftest.ParseSegment(t, frame).Seq
+			got, _ = b.sends(b.toPod("PA", b.isn+1, x+1, request).Bytes(t, nil))
+			if want := MayAnswer(endpoint, ofPort, ofEndpoint, now, now); (got == toClient) != want {
+				rt.Fatalf("the request %s; the model says that it is answered: %v", got, want)
 			}
 		})
 	})
 }
 
-// The grace after the SYN ends: a request that comes late is not answered with what has expired.
-func TestALateRequestIsHandedOver(t *testing.T) {
-	onBench(t, func(b *bench) {
-		b.arm()
-		x := b.connect()
-		b.put(HTTPKey(8080, "/healthz"), success(t, 200, 0))
-		time.Sleep(1100 * time.Millisecond)
-		b.replaysSYN(b.toPod("PA", b.isn+1, x+1, request))
-	})
-}
-
-// A client that waits for the server to speak is handed over at its keep-alive.
-func TestAKeepAliveIsHandedOver(t *testing.T) {
-	onBench(t, func(b *bench) {
-		b.arm()
-		x := b.connect()
-		b.replaysSYN(b.toPod("A", b.isn, x+1, ""))
-		b.podSends(xdpTX, b.fromPod("SA", 7000, b.isn+1, ""))
-		b.expect(b.podSends(xdpPass, b.fromPod("PA", 7001, b.isn+1, "220 hello")), "PA", x+1, b.isn+1, "220 hello")
-	})
-}
-
 // What is answered is noted, with the age of what it is answered with.
 func TestAnswersAreNoted(t *testing.T) {
-	onBench(t, func(b *bench) {
-		ages := []float64{0.05}
+	onBench(t, func(t *testing.T, b *bench) {
+		b.trust(TrustProven)
+		ages := []float64{0}
 		for _, bound := range AnswerAgeBounds {
 			ages = append(ages, bound*1.1) // in the next bucket, and not in the one after that
 		}
 		var sum float64
 		for i, age := range ages {
+			b.put(PortKey(b.srv.Port()), success(t, 200, time.Hour))
+			isn := b.connect()
 			e := success(t, 200, time.Hour)
+			asked := e.ObservedAt
 			e.ObservedAt -= uint64(age * float64(time.Second))
 			b.put(HTTPKey(b.srv.Port(), "/healthz"), e)
-			b.put(PortKey(b.srv.Port()), e)
 			sum += age
-			asked := Now()
-			isn := b.connect()
 			b.reply(b.toPod("PA", b.isn+1, isn+1, request))
 			b.reply(b.toPod("FA", b.isn+1+uint32(len(request)), isn+1, ""))
-			_, tally, err := b.pod.Get(HTTPKey(b.srv.Port(), "/healthz"))
-			must(t, err)
+			tally := b.tally(HTTPKey(b.srv.Port(), "/healthz"))
 			if tally.Hits != uint64(i+1) || tally.AnsweredAt < asked || tally.AnsweredAt > Now() {
 				t.Fatalf("%+v after %d answers, the last at %d", tally, i+1, asked)
 			}
@@ -1030,14 +594,16 @@ func TestAnswersAreNoted(t *testing.T) {
 	})
 }
 
-// An answered connection without a request is as old as the port's evidence, if nothing else is known.
+// An answered connection without a request is as old as the port's evidence at its SYN.
 func TestAgeOfConnections(t *testing.T) {
-	onBench(t, func(b *bench) {
-		for i, key := range []EndpointKey{PortKey(b.srv.Port()), TCPKey(b.srv.Port())} {
+	onBench(t, func(t *testing.T, b *bench) {
+		b.trust(TrustProven)
+		for _, age := range []time.Duration{20 * time.Second, 2 * time.Second} {
 			e := success(t, 200, time.Hour)
-			e.ObservedAt -= uint64([]time.Duration{20 * time.Second, 2 * time.Second}[i])
-			b.put(key, e)
+			e.ObservedAt -= uint64(age)
+			b.put(PortKey(8080), e)
 			isn := b.connect()
+			b.put(PortKey(8080), success(t, 200, time.Hour))
 			b.reply(b.toPod("FA", b.isn+1, isn+1, ""))
 		}
 		b.counted("answered_tcp", 2)
@@ -1049,52 +615,13 @@ func TestAgeOfConnections(t *testing.T) {
 	})
 }
 
-// A withdrawal has a cause, and is counted if there was something to withdraw.
-func TestWithdrawalCauses(t *testing.T) {
-	onBench(t, func(b *bench) {
-		for name, fails := range map[string]func(isn uint32){
-			"reset": func(isn uint32) { b.podSends(xdpPass, b.fromPod("RA", isn+1, b.isn+1, "")) },
-			"status": func(isn uint32) {
-				b.podSends(xdpPass, b.fromPod("PA", isn+1, b.isn+1+uint32(len(request)), "HTTP/1.1 500 Oops\r\n\r\n"))
-			},
-		} {
-			// Observed while nothing was known; and meanwhile something is.
-			for _, fresh := range []bool{true, false} {
-				b.put(HTTPKey(b.srv.Port(), "/healthz"), Evidence{})
-				b.put(PortKey(b.srv.Port()), Evidence{})
-				const podISN = 7000
-				b.pass(b.syn())
-				b.podSends(xdpPass, b.fromPod("SA", podISN, b.isn+1, ""))
-				b.pass(b.toPod("PA", b.isn+1, podISN+1, request))
-				if fresh {
-					b.arm()
-				}
-				before, err := b.d.Counters()
-				must(t, err)
-				at := Now()
-				fails(podISN)
-				after, err := b.d.Counters()
-				must(t, err)
-				_, tally, err := b.pod.Get(PortKey(b.srv.Port()))
-				must(t, err)
-				if WithdrawalCauses[tally.WithdrawnCause] != name || tally.WithdrawnAt < at {
-					t.Fatalf("%s: %+v, of cause %q", name, tally, WithdrawalCauses[tally.WithdrawnCause])
-				}
-				if counted := after["withdrawn_"+name]-before["withdrawn_"+name] == 1; counted != fresh {
-					t.Fatalf("%s: counted: %v; was fresh: %v", name, counted, fresh)
-				}
-			}
-		}
-	})
-}
-
 func TestFills(t *testing.T) {
-	onBench(t, func(b *bench) {
+	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		b.connect()
 		fills, err := b.d.Fills()
 		must(t, err)
-		if fills["flows"] != (Fill{1, 65536}) || fills["pods"] != (Fill{1, 4096}) {
+		if fills["flows"] != (Fill{1, 4096}) || fills["pods"] != (Fill{1, 4096}) {
 			t.Fatalf("%+v", fills)
 		}
 	})

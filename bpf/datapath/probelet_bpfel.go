@@ -33,17 +33,41 @@ const (
 	probeletCounterCOUNT_PASSED_NOT_PARSABLE       probeletCounter = 6
 	probeletCounterCOUNT_PASSED_NOT_PROBER         probeletCounter = 7
 	probeletCounterCOUNT_PASSED_OWN                probeletCounter = 8
-	probeletCounterCOUNT_DROPPED                   probeletCounter = 9
-	probeletCounterCOUNT_OUTCOMES_LOST             probeletCounter = 10
-	probeletCounterCOUNT_WITHDRAWN_LISTENER_CLOSED probeletCounter = 11
-	probeletCounterCOUNT_WITHDRAWN_RESET           probeletCounter = 12
-	probeletCounterCOUNT_WITHDRAWN_STATUS          probeletCounter = 13
-	probeletCounterCOUNT_MAX                       probeletCounter = 14
+	probeletCounterCOUNT_PASSED_UNTRUSTED          probeletCounter = 9
+	probeletCounterCOUNT_PASSED_FULL               probeletCounter = 10
+	probeletCounterCOUNT_DROPPED                   probeletCounter = 11
+	probeletCounterCOUNT_OUTCOMES_LOST             probeletCounter = 12
+	probeletCounterCOUNT_FLOWS_EXPIRED             probeletCounter = 13
+	probeletCounterCOUNT_DEVICES_LOST              probeletCounter = 14
+	probeletCounterCOUNT_WITHDRAWN_LISTENER_CLOSED probeletCounter = 15
+	probeletCounterCOUNT_WITHDRAWN_RESET           probeletCounter = 16
+	probeletCounterCOUNT_WITHDRAWN_STATUS          probeletCounter = 17
+	probeletCounterCOUNT_MAX                       probeletCounter = 18
 )
+
+type probeletDevice struct {
+	_          structs.HostLayout
+	TrialAt    uint64
+	LostAt     uint64
+	Generation uint32
+	Loss       uint16
+	Trust      uint16
+	Netns      uint32
+	Hook       uint8
+	Observed   uint8
+	PodMtu     uint16
+}
+
+type probeletDeviceKey struct {
+	_          structs.HostLayout
+	Ifindex    uint32
+	Generation uint32
+}
 
 type probeletEndpointKey struct {
 	_        structs.HostLayout
 	PathHash uint64
+	Device   probeletDeviceKey
 	Port     uint16
 	Kind     uint8
 	Pad      [5]uint8
@@ -57,16 +81,22 @@ const (
 	probeletEndpointKindKIND_HTTP probeletEndpointKind = 2
 )
 
+type probeletEndpointList struct {
+	_          structs.HostLayout
+	PathHashes [64]uint64
+	Ports      [64]uint32
+	Count      uint32
+	Pad        uint32
+}
+
 type probeletEvidence struct {
 	_          structs.HostLayout
 	ObservedAt uint64
 	FreshUntil uint64
-	ReplySum   uint32
 	Status     uint16
-	ReplyLen   uint16
 	Result     uint8
-	Pad        [7]uint8
-	Reply      [128]uint8
+	Pad        [5]uint8
+	Seal       uint64
 }
 
 type probeletEvidenceResult uint32
@@ -78,20 +108,41 @@ const (
 )
 
 type probeletFlow struct {
-	_         structs.HostLayout
-	StartedAt uint64
-	PathHash  uint64
-	ClientIsn uint32
-	OurIsn    uint32
-	PodIsn    uint32
-	ClientFin uint32
-	PodFin    uint32
-	ClientMss uint16
-	Status    uint16
-	State     uint8
-	Flags     uint8
-	Pad       [6]uint8
+	_            structs.HostLayout
+	Owner        uint64
+	StartedAt    uint64
+	Deadline     uint64
+	PathHash     uint64
+	EvidenceAt   uint64
+	Generation   uint32
+	ClientIsn    uint32
+	OurIsn       uint32
+	PodIsn       uint32
+	ClientFin    uint32
+	PodFin       uint32
+	Flags        uint32
+	ClientMss    uint16
+	ClientWindow uint16
+	Status       uint16
+	State        uint8
+	Pad          [5]uint8
 }
+
+type probeletFlowFlag uint32
+
+const (
+	probeletFlowFlagFLOW_CONNECTED        probeletFlowFlag = 1
+	probeletFlowFlagFLOW_REQUESTED        probeletFlowFlag = 2
+	probeletFlowFlagFLOW_CLIENT_FIN       probeletFlowFlag = 4
+	probeletFlowFlagFLOW_CLIENT_FIN_ACKED probeletFlowFlag = 8
+	probeletFlowFlagFLOW_POD_FIN          probeletFlowFlag = 16
+	probeletFlowFlagFLOW_POD_FIN_ACKED    probeletFlowFlag = 32
+	probeletFlowFlagFLOW_STORED           probeletFlowFlag = 64
+	probeletFlowFlagFLOW_TRIAL            probeletFlowFlag = 128
+	probeletFlowFlagFLOW_XDP              probeletFlowFlag = 256
+	probeletFlowFlagFLOW_JUDGED           probeletFlowFlag = 512
+	probeletFlowFlagFLOW_CONTESTED        probeletFlowFlag = 1024
+)
 
 type probeletFlowKey struct {
 	_          structs.HostLayout
@@ -111,23 +162,38 @@ const (
 	probeletFlowStateFLOW_HANDED    probeletFlowState = 4
 )
 
+type probeletHook uint32
+
+const (
+	probeletHookHOOK_TC  probeletHook = 0
+	probeletHookHOOK_XDP probeletHook = 1
+)
+
+type probeletLoss uint32
+
+const (
+	probeletLossLOSS_NONE             probeletLoss = 0
+	probeletLossLOSS_SYN_REPEATED     probeletLoss = 1
+	probeletLossLOSS_UNACKNOWLEDGED   probeletLoss = 2
+	probeletLossLOSS_REQUEST_REPEATED probeletLoss = 3
+	probeletLossLOSS_UNOBSERVED       probeletLoss = 4
+)
+
 type probeletNetnsDevices struct {
 	_       structs.HostLayout
 	Ifindex [4]uint32
 }
 
 type probeletOrder struct {
-	_         structs.HostLayout
-	Token     uint64
-	PathHash  uint64
-	Seq       uint32
-	Ack       uint32
-	Mss       uint16
-	Window    uint16
-	Verdict   uint8
-	TcpFlags  uint8
-	WithReply uint8
-	Answers   uint8
+	_        structs.HostLayout
+	Token    uint64
+	Seq      uint32
+	Ack      uint32
+	Mss      uint16
+	Window   uint16
+	Status   uint16
+	TcpFlags uint8
+	Pad      uint8
 }
 
 type probeletOutcome struct {
@@ -135,12 +201,12 @@ type probeletOutcome struct {
 	ObservedAt uint64
 	Duration   uint64
 	PathHash   uint64
-	Ifindex    uint32
+	Device     probeletDeviceKey
 	Port       uint16
 	Status     uint16
 	Kind       uint8
 	Event      uint8
-	Pad        [6]uint8
+	Pad        [2]uint8
 }
 
 type probeletOutcomeEvent uint32
@@ -153,14 +219,23 @@ const (
 )
 
 type probeletProberConfig struct {
-	_         structs.HostLayout
-	CgroupIds [4]uint64
-	AnyLocal  uint32
-	Pad       uint32
+	_          structs.HostLayout
+	CgroupIds  [4]uint64
+	AnyLocal   uint32
+	OwnSockets uint32
+}
+
+type probeletReplyText struct {
+	_     structs.HostLayout
+	Sum   uint32
+	Len   uint32
+	Bytes [128]uint8
 }
 
 type probeletScratch struct {
 	_        structs.HostLayout
+	Flow     probeletFlow
+	Other    probeletFlowKey
 	Bytes    [1024]uint8
 	PathHash uint64
 	PathEnd  uint32
@@ -169,14 +244,34 @@ type probeletScratch struct {
 	_        [6]byte
 }
 
+type probeletStored struct {
+	_     structs.HostLayout
+	Owner uint64
+	Len   uint32
+	Sum   uint32
+	Fin   uint32
+	Pad   uint32
+	Bytes [4096]uint8
+}
+
 type probeletTally struct {
 	_              structs.HostLayout
 	Hits           uint64
 	AnsweredAt     uint64
 	WithdrawnAt    uint64
+	WatchedAt      uint64
+	WatchedPort    uint16
 	WithdrawnCause uint8
-	Pad            [7]uint8
+	Pad            [5]uint8
 }
+
+type probeletTrust uint32
+
+const (
+	probeletTrustTRUST_UNPROVEN probeletTrust = 0
+	probeletTrustTRUST_PROVEN   probeletTrust = 1
+	probeletTrustTRUST_LOST     probeletTrust = 2
+)
 
 type probeletWithdrawalCause uint32
 
@@ -191,32 +286,40 @@ const (
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	probeletMapAnswerAges         = "answer_ages"
+	probeletMapBlank              = "blank"
 	probeletMapCounters           = "counters"
+	probeletMapDevices            = "devices"
+	probeletMapEndpointEvidence   = "endpoint_evidence"
+	probeletMapEndpointLists      = "endpoint_lists"
+	probeletMapEndpointTallies    = "endpoint_tallies"
 	probeletMapFlows              = "flows"
 	probeletMapOutcomes           = "outcomes"
 	probeletMapOwnSockets         = "own_sockets"
-	probeletMapPodEvidence        = "pod_evidence"
 	probeletMapPodNetns           = "pod_netns"
-	probeletMapPodTallies         = "pod_tallies"
 	probeletMapProber             = "prober"
+	probeletMapRequests           = "requests"
 	probeletMapScratch            = "scratch"
+	probeletProgObserve           = "observe"
 	probeletProgRespond           = "respond"
 	probeletProgSteer             = "steer"
+	probeletProgSweep             = "sweep"
 	probeletProgWatch             = "watch"
 	probeletVarBtfAge             = "btf_age"
 	probeletVarBtfCounter         = "btf_counter"
-	probeletVarBtfEndpointKey     = "btf_endpoint_key"
 	probeletVarBtfEndpointKind    = "btf_endpoint_kind"
-	probeletVarBtfEvidence        = "btf_evidence"
 	probeletVarBtfEvidenceResult  = "btf_evidence_result"
+	probeletVarBtfFlowFlag        = "btf_flow_flag"
 	probeletVarBtfFlowState       = "btf_flow_state"
+	probeletVarBtfHook            = "btf_hook"
+	probeletVarBtfLoss            = "btf_loss"
 	probeletVarBtfOrder           = "btf_order"
 	probeletVarBtfOutcome         = "btf_outcome"
 	probeletVarBtfOutcomeEvent    = "btf_outcome_event"
-	probeletVarBtfTally           = "btf_tally"
+	probeletVarBtfTrust           = "btf_trust"
 	probeletVarBtfWithdrawalCause = "btf_withdrawal_cause"
-	probeletVarHaveXdpLoadBytes   = "have_xdp_load_bytes"
+	probeletVarFlowPorts          = "flow_ports"
 	probeletVarOrderToken         = "order_token"
+	probeletVarReplies            = "replies"
 )
 
 // loadProbelet returns the embedded CollectionSpec for probelet.
@@ -261,8 +364,10 @@ type probeletSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type probeletProgramSpecs struct {
+	Observe *ebpf.ProgramSpec `ebpf:"observe"`
 	Respond *ebpf.ProgramSpec `ebpf:"respond"`
 	Steer   *ebpf.ProgramSpec `ebpf:"steer"`
+	Sweep   *ebpf.ProgramSpec `ebpf:"sweep"`
 	Watch   *ebpf.ProgramSpec `ebpf:"watch"`
 }
 
@@ -270,16 +375,20 @@ type probeletProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type probeletMapSpecs struct {
-	AnswerAges  *ebpf.MapSpec `ebpf:"answer_ages"`
-	Counters    *ebpf.MapSpec `ebpf:"counters"`
-	Flows       *ebpf.MapSpec `ebpf:"flows"`
-	Outcomes    *ebpf.MapSpec `ebpf:"outcomes"`
-	OwnSockets  *ebpf.MapSpec `ebpf:"own_sockets"`
-	PodEvidence *ebpf.MapSpec `ebpf:"pod_evidence"`
-	PodNetns    *ebpf.MapSpec `ebpf:"pod_netns"`
-	PodTallies  *ebpf.MapSpec `ebpf:"pod_tallies"`
-	Prober      *ebpf.MapSpec `ebpf:"prober"`
-	Scratch     *ebpf.MapSpec `ebpf:"scratch"`
+	AnswerAges       *ebpf.MapSpec `ebpf:"answer_ages"`
+	Blank            *ebpf.MapSpec `ebpf:"blank"`
+	Counters         *ebpf.MapSpec `ebpf:"counters"`
+	Devices          *ebpf.MapSpec `ebpf:"devices"`
+	EndpointEvidence *ebpf.MapSpec `ebpf:"endpoint_evidence"`
+	EndpointLists    *ebpf.MapSpec `ebpf:"endpoint_lists"`
+	EndpointTallies  *ebpf.MapSpec `ebpf:"endpoint_tallies"`
+	Flows            *ebpf.MapSpec `ebpf:"flows"`
+	Outcomes         *ebpf.MapSpec `ebpf:"outcomes"`
+	OwnSockets       *ebpf.MapSpec `ebpf:"own_sockets"`
+	PodNetns         *ebpf.MapSpec `ebpf:"pod_netns"`
+	Prober           *ebpf.MapSpec `ebpf:"prober"`
+	Requests         *ebpf.MapSpec `ebpf:"requests"`
+	Scratch          *ebpf.MapSpec `ebpf:"scratch"`
 }
 
 // probeletVariableSpecs contains global variables before they are loaded into the kernel.
@@ -288,18 +397,20 @@ type probeletMapSpecs struct {
 type probeletVariableSpecs struct {
 	BtfAge             *ebpf.VariableSpec `ebpf:"btf_age"`
 	BtfCounter         *ebpf.VariableSpec `ebpf:"btf_counter"`
-	BtfEndpointKey     *ebpf.VariableSpec `ebpf:"btf_endpoint_key"`
 	BtfEndpointKind    *ebpf.VariableSpec `ebpf:"btf_endpoint_kind"`
-	BtfEvidence        *ebpf.VariableSpec `ebpf:"btf_evidence"`
 	BtfEvidenceResult  *ebpf.VariableSpec `ebpf:"btf_evidence_result"`
+	BtfFlowFlag        *ebpf.VariableSpec `ebpf:"btf_flow_flag"`
 	BtfFlowState       *ebpf.VariableSpec `ebpf:"btf_flow_state"`
+	BtfHook            *ebpf.VariableSpec `ebpf:"btf_hook"`
+	BtfLoss            *ebpf.VariableSpec `ebpf:"btf_loss"`
 	BtfOrder           *ebpf.VariableSpec `ebpf:"btf_order"`
 	BtfOutcome         *ebpf.VariableSpec `ebpf:"btf_outcome"`
 	BtfOutcomeEvent    *ebpf.VariableSpec `ebpf:"btf_outcome_event"`
-	BtfTally           *ebpf.VariableSpec `ebpf:"btf_tally"`
+	BtfTrust           *ebpf.VariableSpec `ebpf:"btf_trust"`
 	BtfWithdrawalCause *ebpf.VariableSpec `ebpf:"btf_withdrawal_cause"`
-	HaveXdpLoadBytes   *ebpf.VariableSpec `ebpf:"have_xdp_load_bytes"`
+	FlowPorts          *ebpf.VariableSpec `ebpf:"flow_ports"`
 	OrderToken         *ebpf.VariableSpec `ebpf:"order_token"`
+	Replies            *ebpf.VariableSpec `ebpf:"replies"`
 }
 
 // probeletObjects contains all objects after they have been loaded into the kernel.
@@ -322,29 +433,37 @@ func (o *probeletObjects) Close() error {
 //
 // It can be passed to loadProbeletObjects or ebpf.CollectionSpec.LoadAndAssign.
 type probeletMaps struct {
-	AnswerAges  *ebpf.Map `ebpf:"answer_ages"`
-	Counters    *ebpf.Map `ebpf:"counters"`
-	Flows       *ebpf.Map `ebpf:"flows"`
-	Outcomes    *ebpf.Map `ebpf:"outcomes"`
-	OwnSockets  *ebpf.Map `ebpf:"own_sockets"`
-	PodEvidence *ebpf.Map `ebpf:"pod_evidence"`
-	PodNetns    *ebpf.Map `ebpf:"pod_netns"`
-	PodTallies  *ebpf.Map `ebpf:"pod_tallies"`
-	Prober      *ebpf.Map `ebpf:"prober"`
-	Scratch     *ebpf.Map `ebpf:"scratch"`
+	AnswerAges       *ebpf.Map `ebpf:"answer_ages"`
+	Blank            *ebpf.Map `ebpf:"blank"`
+	Counters         *ebpf.Map `ebpf:"counters"`
+	Devices          *ebpf.Map `ebpf:"devices"`
+	EndpointEvidence *ebpf.Map `ebpf:"endpoint_evidence"`
+	EndpointLists    *ebpf.Map `ebpf:"endpoint_lists"`
+	EndpointTallies  *ebpf.Map `ebpf:"endpoint_tallies"`
+	Flows            *ebpf.Map `ebpf:"flows"`
+	Outcomes         *ebpf.Map `ebpf:"outcomes"`
+	OwnSockets       *ebpf.Map `ebpf:"own_sockets"`
+	PodNetns         *ebpf.Map `ebpf:"pod_netns"`
+	Prober           *ebpf.Map `ebpf:"prober"`
+	Requests         *ebpf.Map `ebpf:"requests"`
+	Scratch          *ebpf.Map `ebpf:"scratch"`
 }
 
 func (m *probeletMaps) Close() error {
 	return _ProbeletClose(
 		m.AnswerAges,
+		m.Blank,
 		m.Counters,
+		m.Devices,
+		m.EndpointEvidence,
+		m.EndpointLists,
+		m.EndpointTallies,
 		m.Flows,
 		m.Outcomes,
 		m.OwnSockets,
-		m.PodEvidence,
 		m.PodNetns,
-		m.PodTallies,
 		m.Prober,
+		m.Requests,
 		m.Scratch,
 	)
 }
@@ -355,33 +474,39 @@ func (m *probeletMaps) Close() error {
 type probeletVariables struct {
 	BtfAge             *ebpf.Variable `ebpf:"btf_age"`
 	BtfCounter         *ebpf.Variable `ebpf:"btf_counter"`
-	BtfEndpointKey     *ebpf.Variable `ebpf:"btf_endpoint_key"`
 	BtfEndpointKind    *ebpf.Variable `ebpf:"btf_endpoint_kind"`
-	BtfEvidence        *ebpf.Variable `ebpf:"btf_evidence"`
 	BtfEvidenceResult  *ebpf.Variable `ebpf:"btf_evidence_result"`
+	BtfFlowFlag        *ebpf.Variable `ebpf:"btf_flow_flag"`
 	BtfFlowState       *ebpf.Variable `ebpf:"btf_flow_state"`
+	BtfHook            *ebpf.Variable `ebpf:"btf_hook"`
+	BtfLoss            *ebpf.Variable `ebpf:"btf_loss"`
 	BtfOrder           *ebpf.Variable `ebpf:"btf_order"`
 	BtfOutcome         *ebpf.Variable `ebpf:"btf_outcome"`
 	BtfOutcomeEvent    *ebpf.Variable `ebpf:"btf_outcome_event"`
-	BtfTally           *ebpf.Variable `ebpf:"btf_tally"`
+	BtfTrust           *ebpf.Variable `ebpf:"btf_trust"`
 	BtfWithdrawalCause *ebpf.Variable `ebpf:"btf_withdrawal_cause"`
-	HaveXdpLoadBytes   *ebpf.Variable `ebpf:"have_xdp_load_bytes"`
+	FlowPorts          *ebpf.Variable `ebpf:"flow_ports"`
 	OrderToken         *ebpf.Variable `ebpf:"order_token"`
+	Replies            *ebpf.Variable `ebpf:"replies"`
 }
 
 // probeletPrograms contains all programs after they have been loaded into the kernel.
 //
 // It can be passed to loadProbeletObjects or ebpf.CollectionSpec.LoadAndAssign.
 type probeletPrograms struct {
+	Observe *ebpf.Program `ebpf:"observe"`
 	Respond *ebpf.Program `ebpf:"respond"`
 	Steer   *ebpf.Program `ebpf:"steer"`
+	Sweep   *ebpf.Program `ebpf:"sweep"`
 	Watch   *ebpf.Program `ebpf:"watch"`
 }
 
 func (p *probeletPrograms) Close() error {
 	return _ProbeletClose(
+		p.Observe,
 		p.Respond,
 		p.Steer,
+		p.Sweep,
 		p.Watch,
 	)
 }

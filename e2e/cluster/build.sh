@@ -5,10 +5,10 @@
 set -euo pipefail
 self="$(readlink -f "$0")"
 here="$(cd "$(dirname "$self")/.." && pwd)"
-out="$1"
+mkdir -p "$1"
+out="$(cd "$1" && pwd)"
 kubernetes=v1.37.2
 modules=(kubernetes containerd)
-mkdir -p "$out"
 stamp="$out/stamp"
 
 source_sum() {

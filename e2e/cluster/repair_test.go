@@ -115,23 +115,29 @@ func TestRepair(t *testing.T) {
 	watch.end()
 }
 
-// detachLinks takes the programs off a pod's device, as bpftool link detach does.
+// detachLinks takes the programs off a pod's device, as bpftool link detach does. The daemon makes them links after ADD.
 func detachLinks(t *testing.T, attachment string) {
+	t.Helper()
+	var links []link.Link
+	eventually(t, "steer and observe are tcx links", time.Minute, func() bool {
+		links = linksOf(t, attachment)
+		return len(links) == 2
+	})
+	for _, l := range links {
+		must(t, errors.Join(l.Detach(), l.Close()))
+	}
+}
+
+func linksOf(t *testing.T, attachment string) (links []link.Link) {
 	t.Helper()
 	pins, err := os.ReadDir(filepath.Join(pinsDir, attachment))
 	must(t, err)
-	detached := 0
 	for _, pin := range pins {
-		l, err := link.LoadPinnedLink(filepath.Join(pinsDir, attachment, pin.Name()), nil)
-		if err != nil {
-			continue // a map
+		if l, err := link.LoadPinnedLink(filepath.Join(pinsDir, attachment, pin.Name()), nil); err == nil {
+			links = append(links, l)
 		}
-		must(t, errors.Join(l.Detach(), l.Close()))
-		detached++
 	}
-	if detached == 0 {
-		t.Fatalf("no links among %v", pins)
-	}
+	return links
 }
 
 // attachmentOf is the name of an attachment's directory.

@@ -89,6 +89,7 @@ var variants = map[string]string{
 	"old kubelets": "rbac: {nodesProxy: true}",
 	"uninstall":    "uninstall: true",
 	"SELinux":      "seLinuxOptions: {type: spc_t}",
+	"XDP":          "hook: xdp",
 	"all sorts": `{podLabels: {a: b}, podAnnotations: {a: b}, imagePullSecrets: [{name: x}], affinity: {nodeAffinity: {}},
 		cni: {netDir: /net, binDir: /bin, chain: copy}, stateDir: /state, bpffs: /bpf, nodeSelector: {a: b}, priorityClassName: "",
 		updateStrategy: {rollingUpdate: {maxUnavailable: 1}}}`,
@@ -109,6 +110,8 @@ func TestRefusedValues(t *testing.T) {
 		"mode: off":                        `must be quoted where it is "off"`,
 		"moed: answer":                     "moed",
 		"stateDir: run":                    "stateDir",
+		"hook: tcx":                        "hook",
+		"config: {hook: xdp}":              "hook",
 		"config: {stalenes: 2}":            "stalenes",
 		"config: {mode: answer}":           "mode",
 		"config: {cni-net-dir: /x}":        "cni-net-dir",
@@ -261,6 +264,20 @@ func TestPermissions(t *testing.T) {
 func TestSafeFirstStep(t *testing.T) {
 	if mode := one[*corev1.ConfigMap](t, render(t, nil)).Data["PROBELET_MODE"]; mode != "observe" {
 		t.Errorf("the first step is %s", mode)
+	}
+}
+
+// What writes the plugin's configuration first, and what keeps it, have the same hook.
+func TestHook(t *testing.T) {
+	for values, want := range map[string]string{"": "tc", "hook: xdp": "xdp"} {
+		objects := render(t, with(t, values))
+		if got := one[*corev1.ConfigMap](t, objects).Data["PROBELET_HOOK"]; got != want {
+			t.Errorf("the daemon has %q, want %s", got, want)
+		}
+		args := one[*appsv1.DaemonSet](t, objects).Spec.Template.Spec.InitContainers[0].Args
+		if !slices.Contains(args, "--hook="+want) {
+			t.Errorf("install has %s, want %s", args, want)
+		}
 	}
 }
 

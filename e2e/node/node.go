@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -22,10 +23,11 @@ type Node struct {
 	StateDir string
 	LogFile  string // of the CNI plugin
 
-	dir     string
-	network string
-	plugins string // directory
-	pods    int
+	dir       string
+	network   string
+	plugins   string         // directory
+	main, own map[string]any // configurations of the main plugin and of probelet
+	pods      int
 }
 
 // Chain is the main plugin of a network, before probelet.
@@ -65,22 +67,26 @@ func (m *Machine) NewNode(chain Chain) (*Node, error) {
 	if chain == Bridge {
 		main["bridge"], main["isGateway"] = fmt.Sprintf("bridge%d", number), true
 	}
-	probelet := map[string]any{
+	n.main = main
+	n.own = map[string]any{
 		"type": "probelet", "bpfDir": n.BPFDir, "stateDir": n.StateDir, "logFile": n.LogFile,
-	}
-	list := map[string]any{
-		"cniVersion": "1.1.0", "name": network, "plugins": []any{main, probelet},
-	}
-	text, err := json.MarshalIndent(list, "", "  ")
-	if err != nil {
-		return nil, err
 	}
 	for _, d := range []string{n.NetDir(), n.netnsDir()} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return nil, err
 		}
 	}
-	return n, os.WriteFile(filepath.Join(n.NetDir(), network+".conflist"), text, 0o644)
+	return n, n.WriteChain(nil, nil)
+}
+
+// WriteChain writes the network's configuration, with these plugins before and after probelet.
+func (n *Node) WriteChain(before, after []map[string]any) error {
+	plugins := slices.Concat([]map[string]any{n.main}, before, []map[string]any{n.own}, after)
+	text, err := json.MarshalIndent(map[string]any{"cniVersion": "1.1.0", "name": n.network, "plugins": plugins}, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(n.NetDir(), n.network+".conflist"), text, 0o644)
 }
 
 // NetDir is where the node's network configurations are.
@@ -175,8 +181,8 @@ func (p *Pod) Add() error {
 		return fmt.Errorf("result of ADD: %w: %s", err, out)
 	}
 	for _, i := range result.Interfaces {
-		if i.Sandbox == "" {
-			p.HostDevice = i.Name // of a bridge's three interfaces the veth is the second
+		if i.Sandbox == "" && strings.HasPrefix(i.Name, "veth") { // not a bridge, nor what the bandwidth plugin adds
+			p.HostDevice = i.Name
 		}
 	}
 	for _, ip := range result.IPs {

@@ -13,11 +13,15 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
+	"github.com/vishvananda/netlink"
 )
 
-// Remains lists where pods leave traces: pins, records, devices and their qdiscs.
+// Remains lists where pods leave traces: pins, records, entries of maps, devices and their qdiscs and filters.
 func (n *Node) Remains() ([]string, error) {
-	var found []string
+	found, err := n.entries()
+	if err != nil {
+		return nil, err
+	}
 	for _, dir := range []string{n.BPFDir, filepath.Join(n.StateDir, "attachments")} {
 		err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
 			found = append(found, path)
@@ -40,9 +44,50 @@ func (n *Node) Remains() ([]string, error) {
 		for _, q := range qdiscs {
 			found = append(found, fmt.Sprintf("qdisc %s of %s", q.Type(), d.Attrs().Name))
 		}
+		for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
+			filters, err := netlinksafe.FilterList(d, parent)
+			if err != nil { // there is no qdisc that could have any
+				continue
+			}
+			for _, f := range filters {
+				found = append(found, fmt.Sprintf("%s filter at %x of %s", f.Type(), parent, d.Attrs().Name))
+			}
+		}
 	}
 	slices.Sort(found)
 	return found, nil
+}
+
+// entries lists how many each pinned map has. Connections come and go by themselves.
+func (n *Node) entries() ([]string, error) {
+	pins, err := filepath.Glob(filepath.Join(n.BPFDir, "*", "*"))
+	if err != nil {
+		return nil, err
+	}
+	var found []string
+	for _, pin := range pins {
+		m, err := ebpf.LoadPinnedMap(pin, nil)
+		if err != nil {
+			continue // no map
+		}
+		if m.Type() == ebpf.Hash && filepath.Base(pin) != "flows" {
+			if count := countEntries(m); count > 0 {
+				found = append(found, fmt.Sprintf("%d entries of %s", count, filepath.Base(pin)))
+			}
+		}
+		if err := m.Close(); err != nil {
+			return nil, err
+		}
+	}
+	return found, nil
+}
+
+func countEntries(m *ebpf.Map) (n int) {
+	var key, value []byte
+	for entries := m.Iterate(); entries.Next(&key, &value); {
+		n++
+	}
+	return n
 }
 
 // Object is a BPF object of the kernel.

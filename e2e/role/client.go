@@ -20,7 +20,7 @@ const clientRole = "client"
 
 // Client is a program on the node that connects to pods, from a cgroup of its own.
 type Client struct {
-	*process
+	*Process
 
 	mu      sync.Mutex // the order of calls is the order of sockets
 	sockets *net.UnixConn
@@ -39,16 +39,16 @@ func StartClient(cgroup string) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	p, err := start(clientRole, "", cgroup, theirs)
+	p, err := Start(clientRole, "", cgroup, theirs)
 	if err != nil {
 		return nil, errors.Join(err, sockets.Close())
 	}
-	return &Client{process: p, sockets: sockets.(*net.UnixConn)}, nil
+	return &Client{Process: p, sockets: sockets.(*net.UnixConn)}, nil
 }
 
 // Stop kills the client. Connections that it dialled live on.
 func (c *Client) Stop() {
-	c.process.Stop()
+	c.Process.Stop()
 	_ = c.sockets.Close()
 }
 
@@ -56,7 +56,7 @@ func (c *Client) Stop() {
 func (c *Client) Dial(address string) (net.Conn, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if err := c.call("Dial", address, &struct{}{}); err != nil {
+	if err := c.Call("Dial", address, &struct{}{}); err != nil {
 		return nil, err
 	}
 	rights := make([]byte, unix.CmsgSpace(4))
@@ -99,7 +99,7 @@ const messagesMax = 3
 
 // Probe has the kubelet's own prober (k8s.io/kubernetes/pkg/probe) do the probes.
 func (c *Client) Probe(p Probes) (result Result, err error) {
-	return result, c.call("Probe", p, &result)
+	return result, c.Call("Probe", p, &result)
 }
 
 // client is what runs in the cgroup.

@@ -1,5 +1,5 @@
-// Package role has the programs that the demo and the tests start: the pod's server, the kubelet's prober, and a dialer.
-// They are run by the binary that starts them, in another network namespace or cgroup.
+// Package role starts the running binary again as another program, in a network namespace and cgroup of its choice, and calls
+// its methods. It brings a server for pods and a client with the kubelet's prober; benchmarks register more.
 package role
 
 import (
@@ -17,17 +17,20 @@ import (
 
 const roleEnv = "PROBELET_ROLE"
 
-// Main runs the role that this process was started for, if it was, and then does not return. To be called first in main.
+var services = map[string]any{serverRole: &server{}, clientRole: &client{}}
+
+// Register adds a role. service has its methods, as net/rpc wants them. Call it before Main.
+func Register(name string, service any) { services[name] = service }
+
+// Main runs the role that this process was started for, and then does not return. It returns at once in a process that was
+// started for none. Call it first in main.
 func Main() {
-	var service any
-	switch name := os.Getenv(roleEnv); name {
-	case "":
+	name := os.Getenv(roleEnv)
+	if name == "" {
 		return
-	case serverRole:
-		service = &server{}
-	case clientRole:
-		service = &client{}
-	default:
+	}
+	service, ok := services[name]
+	if !ok {
 		fmt.Fprintf(os.Stderr, "no role %q\n", name)
 		os.Exit(2)
 	}
@@ -46,15 +49,15 @@ type stdio struct {
 
 func (s stdio) Close() error { return errors.Join(s.ReadCloser.Close(), s.WriteCloser.Close()) }
 
-// process is a started role.
-type process struct {
+// Process is a running role.
+type Process struct {
 	cmd *exec.Cmd
 	rpc *rpc.Client
 }
 
-// start starts a role in a network namespace (a path; empty for the caller's) and a cgroup (likewise). extra becomes its
-// file descriptor 3, unless nil.
-func start(name, netns, cgroup string, extra *os.File) (*process, error) {
+// Start starts a role in a network namespace and a cgroup, both given by path; empty keeps the caller's. extra, unless nil,
+// becomes its file descriptor 3.
+func Start(name, netns, cgroup string, extra *os.File) (*Process, error) {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), roleEnv+"="+name)
 	cmd.Stderr = os.Stderr
@@ -81,7 +84,7 @@ func start(name, netns, cgroup string, extra *os.File) (*process, error) {
 	if err := inNetns(netns, cmd.Start); err != nil {
 		return nil, fmt.Errorf("starting the %s: %w", name, err)
 	}
-	return &process{cmd, rpc.NewClient(stdio{out, in})}, nil
+	return &Process{cmd, rpc.NewClient(stdio{out, in})}, nil
 }
 
 func inNetns(path string, do func() error) error {
@@ -91,16 +94,16 @@ func inNetns(path string, do func() error) error {
 	return ns.WithNetNSPath(path, func(ns.NetNS) error { return do() })
 }
 
-// call calls a method of the role's service.
-func (p *process) call(method string, args, reply any) error {
+// Call calls a method of the role's service and waits for it to return.
+func (p *Process) Call(method string, args, reply any) error {
 	return p.rpc.Call("role."+method, args, reply)
 }
 
-// Pid is the process's id.
-func (p *process) Pid() int { return p.cmd.Process.Pid }
+// Pid returns the process ID.
+func (p *Process) Pid() int { return p.cmd.Process.Pid }
 
-// Stop kills the process, and with it everything it has open.
-func (p *process) Stop() {
+// Stop kills the process.
+func (p *Process) Stop() {
 	_ = p.cmd.Process.Kill()
 	_ = p.rpc.Close()
 	_ = p.cmd.Wait()

@@ -21,11 +21,11 @@ import (
 const serverRole = "server"
 
 // Server is a program in a pod: an HTTP server on any number of ports.
-type Server struct{ *process }
+type Server struct{ *Process }
 
 // StartServer starts a server in a network namespace. It listens nowhere yet.
 func StartServer(netns string) (*Server, error) {
-	p, err := start(serverRole, netns, "", nil)
+	p, err := Start(serverRole, netns, "", nil)
 	if err != nil {
 		return nil, err
 	}
@@ -39,22 +39,22 @@ type Seen struct {
 }
 
 // Listen makes the server listen on all addresses of its pod.
-func (s *Server) Listen(ports ...int) error { return s.call("Listen", ports, &struct{}{}) }
+func (s *Server) Listen(ports ...int) error { return s.Call("Listen", ports, &struct{}{}) }
 
 // ListenTLS makes the server speak HTTP over TLS on a port, with a certificate that nobody signed.
-func (s *Server) ListenTLS(port int) error { return s.call("ListenTLS", port, &struct{}{}) }
+func (s *Server) ListenTLS(port int) error { return s.Call("ListenTLS", port, &struct{}{}) }
 
 // Close makes the server no longer listen on a port. Connections that it has there live on.
-func (s *Server) Close(port int) error { return s.call("Close", port, &struct{}{}) }
+func (s *Server) Close(port int) error { return s.Call("Close", port, &struct{}{}) }
 
 // Seen tells what has reached a port so far.
 func (s *Server) Seen(port int) (seen Seen, err error) {
-	return seen, s.call("Seen", port, &seen)
+	return seen, s.Call("Seen", port, &seen)
 }
 
 // SetStatus makes the server answer /healthz on all ports with that status.
 func (s *Server) SetStatus(status int) error {
-	return s.call("SetStatus", status, &struct{}{})
+	return s.Call("SetStatus", status, &struct{}{})
 }
 
 // server is what runs in the pod.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -79,9 +80,10 @@ func (d *doctor) run(ctx context.Context) error {
 	d.daemon(ctx)
 	d.kubelet()
 	d.attachments()
+	d.trust()
 	d.others()
 	if d.problems > 0 {
-		return fmt.Errorf("%d of these need to be seen to", d.problems)
+		return fmt.Errorf("%d of these need attention", d.problems)
 	}
 	return nil
 }
@@ -356,6 +358,21 @@ func (d *doctor) attachments() {
 	}
 }
 
+// trust looks for devices by which answers did not arrive.
+func (d *doctor) trust() {
+	for _, a := range d.status.Attachments {
+		if a.Trust != trustLost {
+			continue
+		}
+		again := "restart the pod"
+		if a.Pod != "" {
+			again = "run probeletctl trust " + a.Pod
+		}
+		d.says(problem, "trust", fmt.Sprintf("%s is not answered: %s", cmp.Or(a.Pod, a.ContainerID), a.trust()),
+			fmt.Sprintf("find who drops the answers by %s (others on it are named below; or a firewall), then %s", a.HostIfName, again))
+	}
+}
+
 func nameOf(r attach.Record) string {
 	if r.PodName == "" {
 		return r.ID().String()
@@ -402,7 +419,10 @@ func devices(bpfDir string) ([]device, error) {
 	for _, link := range links {
 		one := device{name: link.Attrs().Name, ifindex: link.Attrs().Index, veth: link.Type() == "veth"}
 		if xdp := link.Attrs().Xdp; one.veth {
-			one.others, _ = checker.Others(one.ifindex) // one that has just gone has none
+			neighbours, _ := checker.Neighbours(one.ifindex) // one that has just gone has none
+			for _, n := range neighbours {
+				one.others = append(one.others, n.String())
+			}
 		} else if xdp != nil && xdp.ProgId != 0 {
 			one.others = []string{fmt.Sprintf("XDP program %d", xdp.ProgId)}
 		}
@@ -428,7 +448,7 @@ func (d *doctor) others() {
 		switch {
 		case i >= 0:
 			d.says(note, "attachments", fmt.Sprintf("others on %s of %s: %s", one.name, nameOf(records[i]), what),
-				"XDP has one place per device; at tc, programs that drop or redirect before ours keep probes from being answered")
+				"those before ours may keep probes from being answered, those after ours may drop the answers")
 		case one.veth:
 			veths = append(veths, fmt.Sprintf("%s (%s)", one.name, what))
 		default:

@@ -31,7 +31,11 @@ const statusHelp = `Shows every attachment on this node and every endpoint that 
   BOUND  how long after its observation a success is answered
   HITS   probes answered in the kernel
 
-With -o wide also, for each of PROBES:
+Below the table are the pods that are not answered because answers did not arrive by their device, and the programs of others
+on it.
+
+With -o wide also HOOK, where answers are made, TRUST, whether they are known to arrive (proven, unproven: not tried yet, or
+lost), and for each of PROBES:
 
   DETECTED WITHIN  the longest time from the beginning of a failure to the prober's verdict, and after the slash what it
                    would be without probelet: failureThreshold × period + timeout (the timeout where that is longer
@@ -66,7 +70,8 @@ func execute(ctx context.Context, env environment, args []string) error {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(statusCommand(env), explainCommand(env), topCommand(env), invalidateCommand(env), doctorCommand(env))
+	root.AddCommand(statusCommand(env), explainCommand(env), topCommand(env), invalidateCommand(env), trustCommand(env),
+		doctorCommand(env))
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return fromEnvironment(cmd.Flags()) }
 	root.SetArgs(args)
 	root.SetOut(env.stdout)
@@ -103,7 +108,7 @@ func statusCommand(env environment) *cobra.Command {
 			if !ok {
 				return fmt.Errorf("--output %q: must be one of %s", output, formatNames())
 			}
-			status, err := collect(env, where)
+			status, err := survey(env, where)
 			if err != nil {
 				return err
 			}
@@ -149,24 +154,49 @@ func printJSON[T any](w io.Writer, s T) error {
 type kernel interface {
 	Prober() (datapath.Prober, error)
 	Counters() (map[string]uint64, error)
-	// Watched is whether listening sockets that close are noticed.
+	// Watched reports whether listening sockets that close are noticed.
 	Watched() bool
-	// Pod opens the maps of an attachment.
-	Pod(attach.Record) (podMaps, error)
+	// Pod returns what is known of an attachment's pod.
+	Pod(attach.ID) (podMaps, error)
+	// AttachedDevice returns the device of an attachment.
+	AttachedDevice(attach.ID) (datapath.Device, error)
+	// Neighbours returns the programs of others at a device's hooks.
+	Neighbours(ifindex int) ([]attach.Neighbour, error)
+	// TrustAgain has the programs try again whether answers arrive by a device.
+	TrustAgain(datapath.DeviceKey) error
 	Close() error
 }
 
 type podMaps interface {
 	Get(datapath.EndpointKey) (datapath.Evidence, datapath.Tally, error)
-	Close() error
 }
 
 type openedKernel struct {
 	*datapath.Datapath
-	bpfDir string
+	bpfDir  string
+	checker *attach.Checker // nil: not needed yet
 }
 
-func (k openedKernel) Pod(r attach.Record) (podMaps, error) { return attach.OpenPod(k.bpfDir, r.ID()) }
+func (k *openedKernel) Pod(id attach.ID) (podMaps, error) {
+	return attach.OpenPod(k.Datapath, k.bpfDir, id)
+}
+
+func (k *openedKernel) AttachedDevice(id attach.ID) (datapath.Device, error) {
+	key, err := attach.Device(k.bpfDir, id)
+	if err != nil {
+		return datapath.Device{}, err
+	}
+	return k.Device(key)
+}
+
+func (k *openedKernel) Neighbours(ifindex int) (_ []attach.Neighbour, err error) {
+	if k.checker == nil {
+		if k.checker, err = attach.NewChecker(k.Datapath, k.bpfDir); err != nil {
+			return nil, err
+		}
+	}
+	return k.checker.Neighbours(ifindex)
+}
 
 // openKernel returns nil if nothing is loaded.
 func openKernel(bpfDir string) (kernel, error) {
@@ -177,5 +207,5 @@ func openKernel(bpfDir string) (kernel, error) {
 	if err != nil {
 		return nil, err
 	}
-	return openedKernel{d, bpfDir}, nil
+	return &openedKernel{Datapath: d, bpfDir: bpfDir}, nil
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
@@ -59,6 +60,87 @@ func invalidateCommand(env environment) *cobra.Command {
 	cmd.Flags().StringVar(&r.Path, "path", "", "only endpoints of this `PATH` (and query), as probed")
 	where.flags(cmd)
 	return cmd
+}
+
+const trustHelp = `When an answer does not arrive by a pod's device, because another program or a firewall drops it, probelet takes no more
+connections there: "probeletctl status" and "doctor" say so, and name who else is on the device. Once that is resolved, this
+command has probelet try again, with a single connection at first. It needs root, but not the daemon.`
+
+func trustCommand(env environment) *cobra.Command {
+	var where place
+	cmd := &cobra.Command{
+		Use:   "trust NAMESPACE/POD",
+		Short: "Have a pod answered again after answers did not arrive",
+		Long:  trustHelp,
+		Args:  cobra.ExactArgs(1),
+		RunE:  func(_ *cobra.Command, args []string) error { return trust(env, where, args[0]) },
+	}
+	where.flags(cmd)
+	return cmd
+}
+
+func trust(env environment, where place, name string) error {
+	if _, _, err := parsePod(name); err != nil {
+		return err
+	}
+	s, err := collect(env, where)
+	if err != nil {
+		return err
+	}
+	attachments, err := s.ofPod(name)
+	if err != nil {
+		return err
+	}
+	k, err := env.open(where.bpfDir)
+	if err != nil {
+		return err
+	}
+	if k == nil {
+		return errors.New("nothing is attached: the BPF objects are not loaded")
+	}
+	defer k.Close() //nolint:errcheck // what was written is written
+	for _, a := range attachments {
+		done, err := trustAgain(k, a)
+		if err != nil {
+			return fmt.Errorf("pod %s: %w", name, err)
+		}
+		if _, err := fmt.Fprintf(env.stdout, "%s: %s\n", name, done); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// trustAgain returns in words what it did.
+func trustAgain(k kernel, a Attachment) (done string, err error) {
+	if a.Trust == "" {
+		return "", errors.New(cmp.Or(a.WhyNotAnswered, "not attached any more"))
+	}
+	if a.Trust != trustLost {
+		return "nothing to do: " + a.trust(), nil
+	}
+	device, err := k.AttachedDevice(attach.ID{ContainerID: a.ContainerID, IfName: a.IfName})
+	if err != nil {
+		return "", err
+	}
+	return "answers by " + a.HostIfName + " are tried again", k.TrustAgain(device.Key)
+}
+
+// ofPod returns the attachments of a pod, at least one.
+func (s Status) ofPod(name string) ([]Attachment, error) {
+	var found []Attachment
+	for _, a := range s.Attachments {
+		if a.Pod == name {
+			found = append(found, a)
+		}
+	}
+	if len(found) > 0 {
+		return found, nil
+	}
+	if slices.Contains(s.Unattached, name) {
+		return nil, fmt.Errorf("pod %s is not attached, so all of its probes reach it", name)
+	}
+	return nil, fmt.Errorf("pod %s is not known on this node", name)
 }
 
 // freshUntil says for how long a pod is still answered if nothing more happens.
@@ -127,21 +209,13 @@ func explain(ctx context.Context, env environment, where place, name string) (Ex
 	if err != nil {
 		return Explanation{}, err
 	}
-	s, err := collect(env, where)
+	s, err := survey(env, where)
 	if err != nil {
 		return Explanation{}, err
 	}
-	x := Explanation{Daemon: s.Daemon, Attachments: []Attachment{}}
-	for _, a := range s.Attachments {
-		if a.Pod == name {
-			x.Attachments = append(x.Attachments, a)
-		}
-	}
-	if len(x.Attachments) == 0 {
-		if slices.Contains(s.Unattached, name) {
-			return x, fmt.Errorf("pod %s is not attached, so all of its probes reach it", name)
-		}
-		return x, fmt.Errorf("pod %s is not known on this node", name)
+	x := Explanation{Daemon: s.Daemon}
+	if x.Attachments, err = s.ofPod(name); err != nil {
+		return x, err
 	}
 	reply, err := api.NewClient(where.stateDir).Events(ctx, namespace, pod)
 	switch {
@@ -166,6 +240,12 @@ func (x Explanation) print(w io.Writer) error {
 		if s := a.Settings; s != nil {
 			line(fmt.Sprintf("mode %s (%s), staleness %s (%s), refresh %s (%s)",
 				s.Mode, s.ModeFrom, s.Staleness, s.StalenessFrom, s.Refresh, s.RefreshFrom))
+		}
+		if a.Trust != "" {
+			line(fmt.Sprintf("hook %s; %s", a.Hook, a.trust()))
+		}
+		for _, n := range a.Neighbours {
+			line("also there: " + n.String())
 		}
 		if a.WhyNotAnswered != "" {
 			line("not answered: " + a.WhyNotAnswered)

@@ -14,6 +14,7 @@ import (
 	generator "github.com/invopop/jsonschema"
 	"github.com/santhosh-tekuri/jsonschema/v6"
 
+	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
@@ -81,10 +82,12 @@ func TestOutputFitsTheSchema(t *testing.T) {
 	full.daemon()
 	e := endpoint(probe.HTTP, 8080, "/ready")
 	e.HeadersID, e.InstanceID, e.StalenessCapped, e.Refresh = "a", "b", true, 5
+	full.kernel.neighbours = map[int][]attach.Neighbour{7: {{Hook: "xdp", What: "XDP program 3", Before: true}}}
 	full.web(fakeMaps{
 		datapath.PortKey(8080):           {success(4, 7, 0), withdrawn(9)},
 		datapath.HTTPKey(8080, "/ready"): {success(4, 7, 204), datapath.Tally{Hits: 3, AnsweredAt: now}},
 	}, e, endpoint(probe.TCP, 81, ""))
+	full.lose("unobserved")
 	for name, m := range map[string]*machine{"nothing loaded": empty, "something": full} {
 		var value any
 		if err := json.Unmarshal([]byte(m.status("-o", "json")), &value); err != nil {

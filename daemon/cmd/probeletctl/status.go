@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
@@ -52,11 +53,28 @@ type Attachment struct {
 	IfIndex     int    `json:"ifIndex"`
 	// Adopted: attached by the daemon, because the pod had its network before probelet; otherwise by the CNI plugin at ADD.
 	Adopted bool `json:"adopted"`
+	// Hook is where answers are made: tc or xdp. Trust says whether they are known to arrive: unproven (not tried yet), proven or
+	// lost. After lost, Loss says how that was noticed: syn_repeated, unacknowledged, request_repeated or unobserved, and LostAge
+	// is the time since. All of them are empty, or null, if nothing is attached.
+	Hook    string   `json:"hook,omitempty"`
+	Trust   string   `json:"trust,omitempty"`
+	Loss    string   `json:"loss,omitempty"`
+	LostAge *float64 `json:"lostAgeSeconds" jsonschema:"nullable"`
+	// Neighbours are programs and filters of others at the device's hooks, in the order in which they run.
+	Neighbours []Neighbour `json:"neighbours"`
 	// WhyNotAnswered is why no endpoint is answered; empty if that is not about the whole attachment.
 	WhyNotAnswered string `json:"whyNotAnswered,omitempty"`
 	// Settings are mode and staleness of the pod; null if the daemon has no specs of it.
 	Settings  *statedir.Settings `json:"settings" jsonschema:"nullable"`
 	Endpoints []Endpoint         `json:"endpoints"`
+}
+
+// Neighbour is a program or filter of another agent.
+type Neighbour struct {
+	Hook string `json:"hook"` // such as "tcx ingress", "tc filter egress" or "xdp"
+	What string `json:"what"`
+	// Before: it runs before ours, and so may keep packets from them.
+	Before bool `json:"before"`
 }
 
 // State is what is known of an endpoint.
@@ -125,6 +143,34 @@ func collect(env environment, where place) (s Status, err error) {
 	return s, nil
 }
 
+// survey is collect that also looks for others on the devices, which takes a millisecond for each.
+func survey(env environment, where place) (Status, error) {
+	s, err := collect(env, where)
+	if err != nil {
+		return s, err
+	}
+	k, err := env.open(where.bpfDir)
+	if err != nil || k == nil {
+		return s, err
+	}
+	defer k.Close() //nolint:errcheck // read only
+	for i := range s.Attachments {
+		a := &s.Attachments[i]
+		if a.Trust == "" {
+			continue
+		}
+		neighbours, err := k.Neighbours(a.IfIndex)
+		var gone netlink.LinkNotFoundError
+		if err != nil && !errors.As(err, &gone) {
+			warn(env, err)
+		}
+		for _, n := range neighbours {
+			a.Neighbours = append(a.Neighbours, Neighbour(n))
+		}
+	}
+	return s, nil
+}
+
 func warn(env environment, err error) { _, _ = fmt.Fprintln(env.stderr, "probeletctl: warning:", err) }
 
 func (s *Status) readKernel(k kernel) error {
@@ -141,7 +187,7 @@ func (s *Status) readKernel(k kernel) error {
 func (s *Status) attachment(k kernel, r attach.Record, described statedir.Endpoints, now uint64) (Attachment, error) {
 	a := Attachment{
 		ContainerID: r.ContainerID, IfName: r.IfName, HostIfName: r.HostIfName, IfIndex: r.IfIndex, Adopted: r.Adopted,
-		Endpoints: []Endpoint{},
+		Endpoints: []Endpoint{}, Neighbours: []Neighbour{},
 	}
 	if r.PodName != "" {
 		a.Pod = r.PodNamespace + "/" + r.PodName
@@ -170,8 +216,40 @@ func (s *Status) attachment(k kernel, r attach.Record, described statedir.Endpoi
 		}
 		return a, nil
 	}
-	defer maps.Close() //nolint:errcheck // read only
+	device, err := k.AttachedDevice(r.ID())
+	if err == nil {
+		a.describeDevice(device, now)
+	} else if !errors.Is(err, os.ErrNotExist) { // detached just now
+		return a, err
+	}
 	return a, a.readMaps(maps, now)
+}
+
+// describeDevice fills in what the kernel says of the device.
+func (a *Attachment) describeDevice(d datapath.Device, now uint64) {
+	a.Hook = string(attach.HookTC)
+	if d.Hook == datapath.HookXDP {
+		a.Hook = string(attach.HookXDP)
+	}
+	a.Trust, a.Loss = trusts[d.Trust], d.Loss
+	if a.Trust == trustLost {
+		a.LostAge = seconds(now, d.LostAt)
+		a.WhyNotAnswered = cmp.Or(a.WhyNotAnswered, "answers do not arrive by its device: "+lossInWords[d.Loss])
+	}
+}
+
+const trustLost = "lost"
+
+var trusts = map[datapath.Trust]string{
+	datapath.TrustUnproven: "unproven", datapath.TrustProven: "proven", datapath.TrustLost: trustLost,
+}
+
+// lossInWords has the values of datapath.Losses.
+var lossInWords = map[string]string{
+	"syn_repeated":     "a prober sent its SYN again although it had been answered",
+	"unacknowledged":   "a prober did not acknowledge the answer to its SYN",
+	"request_repeated": "a prober sent its request again although it had been answered",
+	"unobserved":       "another program at tc ingress keeps the pod's packets from ours",
 }
 
 // openPod returns nil if the pod has no maps.
@@ -179,7 +257,7 @@ func openPod(k kernel, r attach.Record) (podMaps, error) {
 	if k == nil || r.IfIndex == 0 {
 		return nil, nil
 	}
-	maps, err := k.Pod(r)
+	maps, err := k.Pod(r.ID())
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
@@ -194,7 +272,7 @@ func (s *Status) whyNone(r attach.Record, hasMaps, described bool, endpoints int
 	case s.Prober == nil:
 		return "not attached: the BPF objects are not loaded"
 	case !hasMaps:
-		return fmt.Sprintf("not attached: the kernel has no maps for device %d", r.IfIndex)
+		return fmt.Sprintf("not attached: the programs do not know device %d", r.IfIndex)
 	case !described && s.Daemon.Running:
 		return "the daemon has not seen it yet"
 	case !described:
@@ -237,10 +315,14 @@ func (a *Attachment) readMaps(maps podMaps, now uint64) error {
 		if tally.AnsweredAt != 0 {
 			e.LastHitAge = seconds(now, tally.AnsweredAt)
 		}
-		if port := ports[e.Port].tally; port.WithdrawnAt != 0 {
-			e.WithdrawnAge, e.WithdrawnCause = seconds(now, port.WithdrawnAt), datapath.WithdrawalCauses[port.WithdrawnCause]
+		last := ports[e.Port].tally
+		if tally.WithdrawnAt > last.WithdrawnAt {
+			last = tally
 		}
-		e.judge(evidence, ports[e.Port].tally, now)
+		if last.WithdrawnAt != 0 {
+			e.WithdrawnAge, e.WithdrawnCause = seconds(now, last.WithdrawnAt), datapath.WithdrawalCauses[last.WithdrawnCause]
+		}
+		e.judge(evidence, last, now)
 	}
 	for i := range a.Endpoints {
 		e := &a.Endpoints[i]
@@ -263,7 +345,8 @@ func get(maps podMaps, key datapath.EndpointKey) (datapath.Evidence, datapath.Ta
 }
 
 // judge sets the endpoint's state, and why it is not answered on its own account. In mode observe it is what it would be.
-func (e *Endpoint) judge(evidence datapath.Evidence, port datapath.Tally, now uint64) {
+// withdrawn is the tally of the last withdrawal that concerns it, its own or its port's.
+func (e *Endpoint) judge(evidence datapath.Evidence, withdrawn datapath.Tally, now uint64) {
 	e.Status = evidence.Status
 	if probe.Withheld(e.NotAnswered) {
 		evidence.FreshUntil = evidence.ObservedAt + uint64(e.StalenessBound*float64(time.Second))
@@ -274,10 +357,10 @@ func (e *Endpoint) judge(evidence datapath.Evidence, port datapath.Tally, now ui
 	}
 	e.Age = seconds(now, evidence.ObservedAt)
 	switch {
-	case datapath.MayAnswer(evidence, port, now, now):
+	case datapath.MayAnswer(evidence, withdrawn, withdrawn, now, now):
 		e.State = Fresh
 		e.FreshFor = seconds(evidence.FreshUntil, now)
-	case evidence.Result == datapath.ResultSuccess && evidence.ObservedAt <= port.WithdrawnAt:
+	case evidence.Result == datapath.ResultSuccess && evidence.ObservedAt <= withdrawn.WithdrawnAt:
 		e.State = Stale
 		e.WhyNotAnswered = "withdrawn: " + withdrawal(e.WithdrawnCause)
 	case evidence.Result == datapath.ResultSuccess:
@@ -317,18 +400,14 @@ func failure(status uint16) string {
 	return fmt.Sprintf("status %d", status)
 }
 
-// heldBack says which others on its port keep a fresh endpoint from being answered.
+// heldBack says why connections to the port of a fresh endpoint are not taken.
 func (a *Attachment) heldBack(e Endpoint) string {
-	var others []string
 	for _, o := range a.Endpoints {
-		if o.Port == e.Port && o.Observed && !o.StartupOnly && o.State != Fresh {
-			others = append(others, fmt.Sprintf("%s (%s)", o.Endpoint.Endpoint(), o.State))
+		if o.Port == e.Port && o.Kind == probe.TCP && o.Observed && !o.StartupOnly && o.State != Fresh {
+			return fmt.Sprintf("taking a connection would also answer %s (%s)", o.Endpoint.Endpoint(), o.State)
 		}
 	}
-	if len(others) == 0 {
-		return "the port is not open yet"
-	}
-	return "shares its port with " + strings.Join(others, ", ")
+	return "the port is not open yet"
 }
 
 // seconds is the time from earlier to later, both in ns.

@@ -25,10 +25,15 @@ const (
 	now    = 1000 * second
 )
 
-// fakeKernel holds pods' maps by ifindex.
+// fakeKernel holds pods' maps and devices by container.
 type fakeKernel struct {
-	prober datapath.Prober
-	pods   map[uint32]fakeMaps
+	prober  datapath.Prober
+	pods    map[string]fakeMaps
+	devices map[string]datapath.Device
+	// neighbours by ifindex; those of a device that has none are looked for in vain.
+	neighbours    map[int][]attach.Neighbour
+	neighboursErr error
+	trusted       []datapath.DeviceKey
 	// unwatched: listening sockets that close are not noticed.
 	unwatched bool
 }
@@ -48,14 +53,28 @@ func (k fakeKernel) Counters() (map[string]uint64, error) {
 	return map[string]uint64{"answered_http": 12, "answered_tcp": 3, "observed": 20, "handed_over": 1}, nil
 }
 
-func (k fakeKernel) Pod(r attach.Record) (podMaps, error) {
-	if maps, ok := k.pods[uint32(r.IfIndex)]; ok {
+func (k fakeKernel) Pod(id attach.ID) (podMaps, error) {
+	if maps, ok := k.pods[id.ContainerID]; ok {
 		return maps, nil
 	}
 	return nil, os.ErrNotExist
 }
 
-func (m fakeMaps) Close() error { return nil }
+func (k fakeKernel) AttachedDevice(id attach.ID) (datapath.Device, error) {
+	if device, ok := k.devices[id.ContainerID]; ok {
+		return device, nil
+	}
+	return datapath.Device{}, os.ErrNotExist
+}
+
+func (k fakeKernel) Neighbours(ifindex int) ([]attach.Neighbour, error) {
+	return k.neighbours[ifindex], k.neighboursErr
+}
+
+func (k *fakeKernel) TrustAgain(key datapath.DeviceKey) error {
+	k.trusted = append(k.trusted, key)
+	return nil
+}
 
 func (m fakeMaps) Get(key datapath.EndpointKey) (datapath.Evidence, datapath.Tally, error) {
 	r, ok := m[key]
@@ -91,7 +110,7 @@ type machine struct {
 
 func newMachine(t *testing.T) *machine {
 	return &machine{t: t, stateDir: t.TempDir(), kernel: &fakeKernel{
-		prober: datapath.Prober{CgroupIDs: []uint64{4711}}, pods: map[uint32]fakeMaps{},
+		prober: datapath.Prober{CgroupIDs: []uint64{4711}}, pods: map[string]fakeMaps{}, devices: map[string]datapath.Device{},
 	}}
 }
 
@@ -156,6 +175,9 @@ func endpoint(kind probe.Kind, port uint16, path string) statedir.Endpoint {
 	}
 }
 
+// webDevice is web's.
+var webDevice = datapath.DeviceKey{Ifindex: 7, Generation: 4}
+
 // web attaches a pod with these endpoints.
 func (m *machine) web(maps fakeMaps, endpoints ...statedir.Endpoint) {
 	m.t.Helper()
@@ -164,7 +186,8 @@ func (m *machine) web(maps fakeMaps, endpoints ...statedir.Endpoint) {
 		ContainerID: "c0ffee", IfName: "eth0", Pod: "shop/web", Endpoints: endpoints,
 		Settings: statedir.SettingsOf(probe.NewDefaults().Settings(nil)),
 	}}})
-	m.kernel.pods[7] = maps
+	m.kernel.pods["c0ffee"] = maps
+	m.kernel.devices["c0ffee"] = datapath.Device{Key: webDevice, Trust: datapath.TrustProven}
 }
 
 // squeeze makes of each run of blanks one.
@@ -214,8 +237,8 @@ answered: 12 HTTP, 3 TCP; observed: 20; handed over: 1
 
 	wide := squeeze(m.status("-o", "wide"))
 	for _, part := range []string{
-		"HITS PROBES IFINDEX STATUS PERIOD TIMEOUT CONTAINER ID DETECTED WITHIN ATTACHED BY SETTINGS WHY NOT ANSWERED",
-		"HTTP :8080/ready fresh 4s 11s 41 c/readiness 7 204 10s 1s c0ffee 43s/31s ADD - -",
+		"HITS PROBES IFINDEX STATUS PERIOD TIMEOUT CONTAINER ID DETECTED WITHIN ATTACHED BY HOOK TRUST SETTINGS WHY NOT ANSWERED",
+		"HTTP :8080/ready fresh 4s 11s 41 c/readiness 7 204 10s 1s c0ffee 43s/31s ADD tc proven - -",
 	} {
 		if !strings.Contains(wide, part) {
 			t.Errorf("wide does not say %q:\n%s", part, wide)
@@ -251,7 +274,8 @@ func TestStates(t *testing.T) {
 		"expired":            {fakeMaps{x: {evidence: datapath.Evidence{Result: datapath.ResultSuccess, ObservedAt: 1, FreshUntil: now - 3*second}}}, one, Stale, "expired 3s ago"},
 		"withdrawn":          {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(4)}}, one, Stale, "withdrawn"},
 		"withdrawn before":   {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(5)}}, one, Fresh, ""},
-		"other unknown":      {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, both, Fresh, "shares its port with TCP :80 (unknown)"},
+		"other unknown":      {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, both, Fresh, "taking a connection would also answer TCP :80 (unknown)"},
+		"another path":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, endpoint(probe.HTTP, 80, "/y")}, Fresh, "not open yet"},
 		"other failed":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}, datapath.TCPKey(80): {evidence: failed(1, 0)}}, both, Fresh, "TCP :80 (failed)"},
 		"startup probe only": {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, startup}, Fresh, "not open yet"},
 		"would be answered":  {fakeMaps{x: {evidence: unbound(success(10, 0, 200))}, port: {}}, observing, Fresh, "mode observe"},
@@ -307,11 +331,11 @@ func TestSettings(t *testing.T) {
 		capped   bool
 		want     string
 	}{
-		"unknown":   {nil, false, "c0ffee 43s/31s ADD - nothing observed"},
-		"default":   {said(nil), false, "c0ffee 43s/31s ADD - nothing observed"},
-		"staleness": {said(map[string]string{probe.AnnotationStaleness: "2"}), false, "c0ffee 43s/31s ADD staleness 2 (annotation) nothing"},
+		"unknown":   {nil, false, "c0ffee 43s/31s ADD tc proven - nothing observed"},
+		"default":   {said(nil), false, "c0ffee 43s/31s ADD tc proven - nothing observed"},
+		"staleness": {said(map[string]string{probe.AnnotationStaleness: "2"}), false, "c0ffee 43s/31s ADD tc proven staleness 2 (annotation) nothing"},
 		"both": {said(map[string]string{probe.AnnotationStaleness: "2", probe.AnnotationMode: "answer"}), true,
-			"c0ffee 43s/31s ADD mode answer (annotation), staleness 2 (annotation), lowered to the node's ceiling nothing"},
+			"c0ffee 43s/31s ADD tc proven mode answer (annotation), staleness 2 (annotation), lowered to the node's ceiling nothing"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
@@ -343,7 +367,7 @@ func TestAdopted(t *testing.T) {
 	m := newMachine(t)
 	m.web(fakeMaps{}, endpoint(probe.HTTP, 80, "/x"))
 	m.record(attach.Record{ContainerID: "c0ffee", IfName: "eth0", IfIndex: 7, HostIfName: "veth7", Adopted: true})
-	if got := squeeze(m.status("-o", "wide")); !strings.Contains(got, "c0ffee 43s/31s daemon -") {
+	if got := squeeze(m.status("-o", "wide")); !strings.Contains(got, "c0ffee 43s/31s daemon tc proven -") {
 		t.Errorf("%s", got)
 	}
 	if got := m.status("-o", "json"); !strings.Contains(got, `"adopted": true`) {
@@ -360,7 +384,7 @@ func TestAttachments(t *testing.T) {
 	}{
 		"nothing":         {func(*machine) {}, ""},
 		"objects gone":    {func(m *machine) { m.kernel = nil }, "not loaded"},
-		"maps gone":       {func(m *machine) { m.kernel.pods = nil }, "no maps for device 7"},
+		"maps gone":       {func(m *machine) { m.kernel.pods = nil }, "the programs do not know device 7"},
 		"nobody probes":   {func(m *machine) { m.kernel.prober = datapath.Prober{} }, "nobody is the prober"},
 		"everybody":       {func(m *machine) { m.kernel.prober = datapath.Prober{AnyLocal: true} }, ""},
 		"no specs":        {func(m *machine) { m.web(fresh) }, "knows no probes"},

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"text/tabwriter"
 
+	"github.com/probelet/probelet/bpf/attach"
+	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
@@ -16,19 +18,20 @@ import (
 type row struct {
 	pod, device, endpoint, state, age, bound, hits    string
 	probes, ifindex, status, period, timeout, sandbox string
-	detection, by, settings, why                      string
+	detection, by, hook, trust, settings, why         string
 }
 
 var header = row{
 	"NAMESPACE/POD", "HOST VETH", "ENDPOINT", "STATE", "AGE", "BOUND", "HITS",
 	"PROBES", "IFINDEX", "STATUS", "PERIOD", "TIMEOUT", "CONTAINER ID",
-	"DETECTED WITHIN", "ATTACHED BY", "SETTINGS", "WHY NOT ANSWERED",
+	"DETECTED WITHIN", "ATTACHED BY", "HOOK", "TRUST", "SETTINGS", "WHY NOT ANSWERED",
 }
 
 func (r row) columns(wide bool) []string {
 	columns := []string{r.pod, r.device, r.endpoint, r.state, r.age, r.bound, r.hits}
 	if wide {
-		columns = append(columns, r.probes, r.ifindex, r.status, r.period, r.timeout, r.sandbox, r.detection, r.by, r.settings)
+		columns = append(columns, r.probes, r.ifindex, r.status, r.period, r.timeout, r.sandbox, r.detection, r.by,
+			r.hook, r.trust, r.settings)
 	}
 	columns = append(columns, r.why)
 	for i := range columns {
@@ -57,8 +60,46 @@ func printTable(w io.Writer, s Status, wide bool) error {
 	if _, err := fmt.Fprintln(w); err != nil {
 		return err
 	}
+	if err := printLost(w, s); err != nil {
+		return err
+	}
 	return printSummary(w, s)
 }
+
+// printLost names the pods by whose device answers did not arrive, and who else is there.
+func printLost(w io.Writer, s Status) error {
+	var lines []string
+	for _, a := range s.Attachments {
+		if a.Trust != trustLost {
+			continue
+		}
+		lines = append(lines, fmt.Sprintf("%s is not answered: %s", cmp.Or(a.Pod, a.ContainerID), a.trust()))
+		for _, n := range a.Neighbours {
+			lines = append(lines, "  "+n.String())
+		}
+		lines = append(lines, "")
+	}
+	for _, line := range lines {
+		if _, err := fmt.Fprintln(w, line); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// trust says whether answers are known to arrive.
+func (a Attachment) trust() string {
+	switch a.Trust {
+	case trustLost:
+		return fmt.Sprintf("since %s ago answers do not arrive by %s: %s", duration(*a.LostAge), a.HostIfName, lossInWords[a.Loss])
+	case trusts[datapath.TrustProven]:
+		return "answers by " + a.HostIfName + " arrive"
+	}
+	return "no answer by " + a.HostIfName + " has been tried yet"
+}
+
+// String is for people.
+func (n Neighbour) String() string { return attach.Neighbour(n).String() }
 
 func (s Status) rows() []row {
 	var rows []row
@@ -74,7 +115,7 @@ func (s Status) rows() []row {
 func (a Attachment) rows() []row {
 	blank := row{
 		pod: a.Pod, device: a.HostIfName, sandbox: a.ContainerID,
-		settings: settings(a.Settings), why: a.WhyNotAnswered, by: "ADD",
+		settings: settings(a.Settings), why: a.WhyNotAnswered, by: "ADD", hook: a.Hook, trust: a.Trust,
 	}
 	if a.Adopted {
 		blank.by = "daemon"

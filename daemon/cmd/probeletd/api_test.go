@@ -250,6 +250,16 @@ func (n *node) metricsOf() (map[string]string, string) {
 	return samples, text
 }
 
+func (n *node) wantMetrics(want map[string]string) {
+	n.t.Helper()
+	got, _ := n.metricsOf()
+	for name, value := range want {
+		if got[name] != value {
+			n.t.Errorf("%s is %q, want %s", name, got[name], value)
+		}
+	}
+}
+
 func TestMetrics(t *testing.T) {
 	n := newNode(t)
 	n.config.metricsPerPod = true
@@ -257,16 +267,7 @@ func TestMetrics(t *testing.T) {
 	n.attach()
 	n.start()
 	n.eventually("the probe's endpoint is known", n.has(datapath.HTTPKey(8080, "/healthz")))
-	expect := func(want map[string]string) {
-		t.Helper()
-		got, _ := n.metricsOf()
-		for name, value := range want {
-			if got[name] != value {
-				t.Errorf("%s is %q, want %s", name, got[name], value)
-			}
-		}
-	}
-	expect(map[string]string{
+	n.wantMetrics(map[string]string{
 		`probelet_endpoints{mode="answer",state="unknown"}`: "1",
 		`probelet_attachments{known="true"}`:                "1",
 		`probelet_prober_found`:                             "1",
@@ -274,7 +275,7 @@ func TestMetrics(t *testing.T) {
 		`probelet_source_up`:                                "1",
 		`probelet_source_snapshots_total`:                   "1",
 		`probelet_map_entries{map="pods"}`:                  "1",
-		`probelet_map_capacity_entries{map="flows"}`:        "65536",
+		`probelet_map_capacity_entries{map="flows"}`:        "4096",
 	})
 	if err := os.RemoveAll(filepath.Join(n.d.Dir(), "watch")); err != nil {
 		t.Fatal(err)
@@ -285,8 +286,8 @@ func TestMetrics(t *testing.T) {
 		n.want("/healthz", 200, true)
 	}
 	n.want("/other", 200, false)
-	expect(map[string]string{`probelet_listeners_watched`: "0"})
-	expect(map[string]string{
+	n.wantMetrics(map[string]string{`probelet_listeners_watched`: "0"})
+	n.wantMetrics(map[string]string{
 		`probelet_probes_total{reason="http",verdict="answered"}`:           "3",
 		`probelet_probes_total{reason="not_fresh",verdict="passed"}`:        "1",
 		`probelet_handed_over_connections_total`:                            "1",
@@ -303,7 +304,7 @@ func TestMetrics(t *testing.T) {
 	if status, reply := do(t, n.local(), http.MethodPost, "http://probeletd/v1/invalidate", `{"namespace":"default","pod":"web"}`); status != 200 {
 		t.Fatal(status, reply)
 	}
-	expect(map[string]string{
+	n.wantMetrics(map[string]string{
 		`probelet_withdrawn_endpoints_total{cause="request"}`: "1",
 		`probelet_endpoints{mode="answer",state="unknown"}`:   "1",
 	})

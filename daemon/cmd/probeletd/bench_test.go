@@ -113,7 +113,7 @@ func benchPod(b *testing.B, node *bpftest.Node, d *datapath.Datapath, bpfDir, st
 		b.Fatal(err)
 	}
 	bpftest.Do(b, node.NS, func() error {
-		return attach.Attach(d, bpfDir, r.ID(), attach.Target{IfIndex: pod.IfIndex, PodNetns: pod.Netns}, attach.HookAuto)
+		return attach.Attach(d, bpfDir, r.ID(), attach.Target{IfIndex: pod.IfIndex, PodNetns: pod.Netns}, attach.ViaAuto)
 	})
 	const probe = "{httpGet: {path: /%s, port: 8080}, periodSeconds: 1}"
 	fmt.Fprintf(specs, "- {name: %s, ips: [%s], containers: [{name: c, readinessProbe: "+probe+", livenessProbe: "+probe+"}]}\n",

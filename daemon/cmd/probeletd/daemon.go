@@ -26,6 +26,7 @@ type daemon struct {
 	datapath *datapath.Datapath
 	bpfDir   string
 	stateDir string
+	hook     attach.Hook // of pods that are adopted
 	defaults probe.Defaults
 	previous statedir.Endpoints // as an earlier run left them
 	// refresher asks by itself; nil: nobody does.
@@ -50,10 +51,11 @@ type attachment struct {
 	tracker  *probe.Tracker
 	events   map[probe.Endpoint][]api.Event // the last ones
 	maps     *store.Pod                     // nil: not there yet, or to be opened anew
-	lastMaps datapath.PodIDs                // of maps
+	device   datapath.DeviceKey             // of the last maps
 	restored bool                           // the maps' contents have been taken over
 	pending  bool                           // the maps are not as they should be
 	unwhole  bool                           // something of it is lost, so what happens to the pod may go unseen
+	distrust bool                           // answers do not arrive by its device, and that was logged
 	// What was logged last: why the pod is not answered at all, by its specs, by their number or by its annotations, and
 	// why its maps could not be written.
 	notAnswered, refused, misset, problem string
@@ -61,8 +63,8 @@ type attachment struct {
 
 func newDaemon(log *slog.Logger, d *datapath.Datapath, c config, previous statedir.Endpoints, r *refresh.Refresher) *daemon {
 	return &daemon{
-		log: log, datapath: d, bpfDir: c.bpfDir, stateDir: c.stateDir, defaults: c.defaults, previous: previous, refresher: r,
-		metrics:     newMetrics(),
+		log: log, datapath: d, bpfDir: c.bpfDir, stateDir: c.stateDir, hook: c.hook,
+		defaults: c.defaults, previous: previous, refresher: r, metrics: newMetrics(),
 		attachments: map[attach.ID]*attachment{}, byDevice: map[uint32][]*attachment{}, deleted: map[string]time.Time{},
 	}
 }
@@ -120,9 +122,6 @@ func (d *daemon) update() {
 		if current[id] == nil {
 			d.log.Info("attachment gone", "id", id, "pod", a.podName())
 			d.refresher.Set(id, nil)
-		}
-		if current[id] != a {
-			a.closeMaps()
 		}
 	}
 	d.attachments = current
@@ -248,15 +247,13 @@ func (a *attachment) targets() []refresh.Target {
 
 func (d *daemon) publish(a *attachment) error {
 	if a.maps == nil {
-		pinned, err := attach.OpenPod(d.bpfDir, a.record.ID())
+		pod, err := attach.OpenPod(d.datapath, d.bpfDir, a.record.ID())
 		if err != nil {
 			return err
 		}
-		opened, err := store.Open(pinned)
-		if err != nil {
+		if a.maps, err = store.Open(pod); err != nil {
 			return err
 		}
-		a.maps = opened
 		d.adjust(a)
 	}
 	want, err := store.Desired(a.tracker)
@@ -264,26 +261,21 @@ func (d *daemon) publish(a *attachment) error {
 		err = a.maps.Sync(want)
 	}
 	if err != nil {
-		a.closeMaps()
+		a.maps = nil
 	}
 	return err
 }
 
-func (a *attachment) closeMaps() {
-	if a.maps != nil {
-		_ = a.maps.Close() // nothing is buffered
-		a.maps = nil
-	}
-}
-
-// adjust brings what is known of an attachment in line with maps that have just been opened. Those that were made anew do not
-// know when evidence was voided, and until they were, nobody may have seen what happened to the pod.
+// adjust brings what is known of an attachment in line with maps that have just been opened. If the device was attached
+// again, the kernel has forgotten when evidence was voided, and what happened to the pod meanwhile may have gone unseen.
 func (d *daemon) adjust(a *attachment) {
-	if a.lastMaps != (datapath.PodIDs{}) && a.lastMaps != a.maps.IDs() {
-		d.forget(a)
-		a.unwhole = false
+	if a.device != a.maps.Device() {
+		if a.device != (datapath.DeviceKey{}) {
+			d.forget(a)
+		}
+		a.unwhole = false // whoever attached it has just made it whole
 	}
-	a.lastMaps = a.maps.IDs()
+	a.device = a.maps.Device()
 	d.restore(a)
 }
 
@@ -295,9 +287,9 @@ func (d *daemon) forget(a *attachment) {
 	}
 }
 
-// lost makes nothing be answered for the pod of an attachment that is not whole: what happens to it may go unseen, and what is taken
-// for it may go unanswered.
-func (d *daemon) lost(r attach.Record, problem error, gone bool) {
+// suspend stops answering for the pod of an attachment that is not whole: what happens to the pod may go unseen, and what is
+// taken for it may go unanswered.
+func (d *daemon) suspend(r attach.Record, problem error, gone bool) {
 	a := d.attachments[r.ID()]
 	if a == nil || r.Error != "" {
 		return
@@ -310,26 +302,45 @@ func (d *daemon) lost(r attach.Record, problem error, gone bool) {
 	d.sync(a)
 }
 
-// found is that the attachment is whole.
-func (d *daemon) found(id attach.ID) {
+// resume ends what suspend began: the attachment is whole.
+func (d *daemon) resume(id attach.ID) {
 	if a := d.attachments[id]; a != nil {
 		a.unwhole = false
 	}
 }
 
-// checkMaps finds maps that were made anew under an unchanged record.
-func (d *daemon) checkMaps() {
-	current, err := d.datapath.PodIDs()
+// checkDevices finds devices that were attached again under an unchanged record, and those that lost trust or got it back.
+func (d *daemon) checkDevices() {
+	devices, err := d.datapath.Devices()
 	if err != nil {
-		d.log.Error("listing the pods' maps", "error", err)
+		d.log.Error("listing devices", "error", err)
 		return
 	}
 	for _, a := range d.attachments {
-		if a.maps != nil && a.maps.IDs() != current[uint32(a.record.IfIndex)] {
-			a.closeMaps()
+		device, known := devices[uint32(a.record.IfIndex)]
+		if a.maps != nil && a.maps.Device() != device.Key {
+			a.maps = nil
 			d.sync(a)
 		}
+		if known && device.Key == a.device {
+			d.noteTrust(a, device)
+		}
 	}
+}
+
+// noteTrust logs a change of it.
+func (d *daemon) noteTrust(a *attachment, device datapath.Device) {
+	lost := device.Trust == datapath.TrustLost
+	if lost == a.distrust {
+		return
+	}
+	a.distrust = lost
+	if !lost {
+		d.log.Info("answers by the device are tried again", "pod", a.podName(), "device", a.record.HostIfName)
+		return
+	}
+	d.log.Warn("answers do not arrive, so the pod is not answered any more; probeletctl doctor names who else is on the device",
+		"pod", a.podName(), "device", a.record.HostIfName, "noticed", device.Loss)
 }
 
 // restore takes over what an earlier run observed, of the endpoints that it asked the same.
@@ -391,7 +402,10 @@ func (d *daemon) retry() {
 func (d *daemon) observe(outcomes []datapath.Outcome) {
 	changed := map[*attachment]bool{}
 	for _, o := range outcomes {
-		for _, a := range d.byDevice[o.Ifindex] {
+		for _, a := range d.byDevice[o.Device.Ifindex] {
+			if a.maps == nil || a.maps.Device() != o.Device {
+				continue // of an earlier pod
+			}
 			if outcome, ok := store.Outcome(o, a.tracker.Endpoints()); ok && d.learn(a, outcome) {
 				changed[a] = true
 			}

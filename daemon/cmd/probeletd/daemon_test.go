@@ -5,8 +5,11 @@ import (
 	"testing"
 
 	"github.com/probelet/probelet/bpf/attach"
+	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
+
+func TestMain(m *testing.M) { bpftest.RunInOwnCgroup(m.Run) }
 
 func TestMatch(t *testing.T) {
 	pods := []probe.Pod{

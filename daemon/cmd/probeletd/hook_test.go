@@ -1,110 +1,109 @@
 package main
 
 import (
-	"context"
-	"crypto/tls"
 	"io"
-	"net"
-	"net/http"
+	"maps"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
-	"time"
 
+	"github.com/vishvananda/netlink"
+
+	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// hook sends what the kubelet sends for an httpGet lifecycle hook, as it does that (kubelet.go,
-// pkg/kubelet/lifecycle/handlers.go): a client with the defaults of net/http, but for TLS.
-func (n *node) hook(headers http.Header) (byKernel bool) {
-	n.t.Helper()
-	transport := &http.Transport{
-		TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, //nolint:gosec // as the kubelet
-		DialContext: func(_ context.Context, _, address string) (net.Conn, error) {
-			return n.pod.Dial(n.t, address), nil
-		},
-	}
-	defer transport.CloseIdleConnections()
-	request, err := http.NewRequestWithContext(n.t.Context(), http.MethodGet, "http://"+n.pod.IPv4.String()+":8080/healthz", nil)
-	if err != nil {
-		n.t.Fatal(err)
-	}
-	request.Header = headers
-	request.Header.Set("User-Agent", "kube-lifecycle/1.37")
-	request.Header.Set("Accept", "*/*")
-	before := n.served.Load()
-	response, err := (&http.Client{Transport: transport, Timeout: 10 * time.Second}).Do(request)
-	if err != nil {
-		n.t.Fatalf("hook: %v", err)
-	}
-	defer response.Body.Close() //nolint:errcheck // read to its end
-	if _, err := io.Copy(io.Discard, response.Body); err != nil {
-		n.t.Fatalf("hook: %v", err)
-	}
-	byKernel = response.Header.Get("Cache-Status") != ""
-	if served := n.served.Load() - before; served != 0 == byKernel {
-		n.t.Fatalf("answered by the kernel: %v, and the server saw %d requests", byKernel, served)
-	}
-	return byKernel
-}
-
-func (n *node) counter(name string) uint64 {
-	n.t.Helper()
-	counters, err := n.d.Counters()
-	if err != nil {
-		n.t.Fatal(err)
-	}
-	return counters[name]
-}
-
-// A hook aims at a port, and a path, that is answered. Its connection is taken, for its SYN says nothing, and handed
-// over, for its request does.
-func TestHook(t *testing.T) {
-	n := newNode(t)
-	n.container(`readinessProbe: {httpGet: {path: /healthz, port: 8080}, ` + long + `},
-		lifecycle: {postStart: {httpGet: {path: /healthz, port: 8080}}}`)
-	n.attach()
-	n.start()
-	n.eventually("the probe's endpoint is known", n.has(datapath.HTTPKey(8080, "/healthz")))
-	n.want("/healthz", 200, false)
-	n.eventually("fresh", n.open(8080))
-	handed := n.counter("handed_over")
-	for name, headers := range map[string]http.Header{
-		"no headers":      {},
-		"Accept-Encoding": {"Accept-Encoding": {"identity"}},
-		"Range":           {"Range": {"bytes=0-1"}},
-		"look-alike":      {"X-Last": {"Connection: close"}, "Accept-Encoding": {"identity"}},
-	} {
-		n.want("/healthz", 200, true)
-		if n.hook(headers) {
-			t.Errorf("%s: the hook was answered by the kernel", name)
+// A hook that there is not is refused before anything is done, and by name.
+func TestHookFlag(t *testing.T) {
+	refused := func(name string, args ...string) {
+		t.Helper()
+		err := execute(t.Context(), args, io.Discard, io.Discard)
+		if err == nil || !strings.Contains(err.Error(), "--hook") || !strings.Contains(err.Error(), `"tcx"`) ||
+			!strings.Contains(err.Error(), `must be "tc" or "xdp"`) {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if got := n.counter("handed_over") - handed; got != 4 {
-		t.Errorf("%d connections handed over, want 4", got)
+	dir := t.TempDir()
+	refused("run", "run", "--hook", "tcx", "--state-dir", dir)
+	refused("install", "install", "--hook=tcx", "--cni-net-dir", dir, "--cni-bin-dir", dir)
+	t.Setenv("PROBELET_HOOK", "tcx")
+	refused("environment", "run", "--state-dir", dir)
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("%v, %v", left, err)
 	}
-	n.want("/healthz", 200, true)
 }
 
-// The one hook that cannot be told apart, and what keeps it from being answered: that the daemon knows of it.
-func TestAmbiguousHook(t *testing.T) {
-	n := newNode(t)
-	const probe = `readinessProbe: {httpGet: {path: /healthz, port: 8080}, ` + long + `}`
-	likeAProbe := func() http.Header { return http.Header{"Connection": {"close"}, "Accept-Encoding": {"identity"}} }
-	n.container(probe)
-	n.attach()
-	n.start()
-	n.eventually("the probe's endpoint is known", n.has(datapath.HTTPKey(8080, "/healthz")))
-	n.want("/healthz", 200, false)
-	n.eventually("fresh", n.open(8080))
-	if !n.hook(likeAProbe()) {
-		t.Fatal("the hook is told apart now: pods with such hooks need not be left alone")
+// The plugin's configuration has the fields that are not the plugin's defaults, and no more.
+func TestPluginConf(t *testing.T) {
+	for _, test := range []struct {
+		bpfDir, stateDir string
+		hook             attach.Hook
+		want             map[string]string
+	}{
+		{datapath.DefaultDir, attach.DefaultStateDir, attach.HookTC, map[string]string{}},
+		{datapath.DefaultDir, attach.DefaultStateDir, attach.HookXDP, map[string]string{"hook": "xdp"}},
+		{"/b", "/s", attach.HookTC, map[string]string{"bpfDir": "/b", "stateDir": "/s"}},
+		{"/b", "/s", attach.HookXDP, map[string]string{"bpfDir": "/b", "stateDir": "/s", "hook": "xdp"}},
+	} {
+		if got := pluginConf(test.bpfDir, test.stateDir, test.hook); !maps.Equal(got, test.want) {
+			t.Errorf("%+v: %v", test, got)
+		}
 	}
+}
 
-	n.container(probe + `, lifecycle: {preStop: {httpGet: {path: /healthz, port: 8080, httpHeaders: [
-		{name: Connection, value: close}, {name: Accept-Encoding, value: identity}]}}}`)
-	n.eventually("closed", not(n.open(8080)))
-	n.want("/healthz", 200, false)
-	if n.hook(likeAProbe()) {
-		t.Error("the hook was answered by the kernel")
+// What install writes into the chain. The default is not written: it is the plugin's.
+func TestInstallWritesTheHook(t *testing.T) {
+	for hook, want := range map[string]string{"": "", "tc": "", "xdp": `"hook": "xdp"`} {
+		netDir, plugin := t.TempDir(), filepath.Join(t.TempDir(), "probelet")
+		for file, text := range map[string]string{
+			filepath.Join(netDir, "10-net.conflist"): `{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "ptp"}]}`,
+			plugin:                                   "#!/bin/sh\n",
+		} {
+			if err := os.WriteFile(file, []byte(text), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		args := []string{"install", "--chain", "copy", "--cni-net-dir", netDir, "--cni-bin-dir", t.TempDir(), "--plugin", plugin}
+		if hook != "" {
+			args = append(args, "--hook", hook)
+		}
+		if err := execute(t.Context(), args, io.Discard, io.Discard); err != nil {
+			t.Fatal(err)
+		}
+		files, err := filepath.Glob(filepath.Join(netDir, "00-*"))
+		if err != nil || len(files) != 1 {
+			t.Fatalf("%v, %v", files, err)
+		}
+		text := read(t, files[0])
+		if !strings.Contains(text, want) || strings.Contains(text, "hook") != (want != "") {
+			t.Errorf("--hook %q: %s", hook, text)
+		}
 	}
-	n.want("/healthz", 200, false)
+}
+
+// Pods that the daemon adopts have the node's hook; one that is attached already keeps its own.
+func TestAdoptedPodsHaveTheHook(t *testing.T) {
+	k := newKept(t)
+	byTC := k.adopted()
+	k.hook = attach.HookXDP
+	byXDP := k.adopted()
+	k.detach(byTC, "steer")
+	k.look(2)
+	k.wantWhole(byTC)
+	for p, want := range map[int]bool{byTC.IfIndex: false, byXDP.IfIndex: true} {
+		k.inNode(func() error {
+			device, err := netlink.LinkByIndex(p)
+			if err != nil {
+				return err
+			}
+			if xdp := device.Attrs().Xdp; (xdp != nil && xdp.ProgId != 0) != want {
+				t.Errorf("%s: XDP %+v", device.Attrs().Name, xdp)
+			}
+			return nil
+		})
+	}
+	if a, b := k.record(byTC).Hook, k.record(byXDP).Hook; a != "" && a != attach.HookTC || b != attach.HookXDP {
+		t.Errorf("on record %q, %q", a, b)
+	}
 }

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
@@ -51,6 +52,7 @@ type installation struct {
 	way              string
 	plugin           string
 	bpfDir, stateDir string
+	hook             attach.Hook
 	// How long is waited: for the runtime to notice, for plugins that it runs, for connections.
 	settle, inFlight, drain time.Duration
 }
@@ -77,6 +79,7 @@ func installCommand(stderr io.Writer) *cobra.Command {
 	}
 	i.flags(cmd)
 	cmd.Flags().StringVar(&i.way, "chain", "auto", "how to join the chain: `auto|dropin|copy`")
+	hookFlag(cmd.Flags(), &i.hook)
 	cmd.Flags().StringVar(&i.plugin, "plugin", "", "`FILE` of the plugin's binary (default: probelet beside this one)")
 	return cmd
 }
@@ -100,6 +103,35 @@ func uninstallCommand(stderr io.Writer) *cobra.Command {
 	return cmd
 }
 
+// hookValue is the value of --hook.
+type hookValue struct{ hook *attach.Hook }
+
+// hookFlag adds --hook.
+func hookFlag(flags *pflag.FlagSet, hook *attach.Hook) {
+	*hook = attach.HookTC
+	flags.Var(hookValue{hook}, "hook", "where the answers to pods that are attached from now on are made: `tc|xdp` (xdp slows a pod's bulk traffic down by a quarter)")
+}
+
+// String implements pflag.Value.
+func (v hookValue) String() string {
+	if v.hook == nil { // pflag compares with the zero value
+		return ""
+	}
+	return string(*v.hook)
+}
+
+// Type implements pflag.Value.
+func (hookValue) Type() string { return "hook" }
+
+// Set implements pflag.Value.
+func (v hookValue) Set(text string) error {
+	hook, err := attach.ParseHook(text)
+	if err == nil {
+		*v.hook = hook
+	}
+	return err
+}
+
 // chainWay resolves --chain, and says what it was resolved by.
 func chainWay(text string, log *slog.Logger) (chain.Way, error) {
 	switch text {
@@ -113,9 +145,12 @@ func chainWay(text string, log *slog.Logger) (chain.Way, error) {
 	return "", fmt.Errorf("--chain %q: must be auto, dropin or copy", text)
 }
 
-// pluginConf are the plugin's fields that are not its defaults.
-func pluginConf(bpfDir, stateDir string) map[string]string {
+// pluginConf returns the plugin's fields that are not its defaults.
+func pluginConf(bpfDir, stateDir string, hook attach.Hook) map[string]string {
 	conf := map[string]string{}
+	if hook == attach.HookXDP {
+		conf["hook"] = string(hook)
+	}
 	if bpfDir != datapath.DefaultDir {
 		conf["bpfDir"] = bpfDir
 	}
@@ -137,7 +172,7 @@ func (i *installation) install(ctx context.Context) error {
 		}
 		i.plugin = filepath.Join(filepath.Dir(self), chain.PluginType)
 	}
-	i.node.Conf = pluginConf(i.bpfDir, i.stateDir)
+	i.node.Conf = pluginConf(i.bpfDir, i.stateDir, i.hook)
 	// First: a chain that names a plugin that is not there would keep pods from starting.
 	changed, err := i.node.PutPlugin(i.plugin)
 	if err != nil {
@@ -295,19 +330,41 @@ func (i *installation) detach(ctx context.Context) error {
 			return err
 		}
 	}
+	records, err := attach.ReadRecords(i.stateDir)
+	if err != nil {
+		i.node.Log.Warn("records of attachments that cannot be read", "error", err)
+	}
 	for _, id := range ids {
 		if err := attach.Detach(d, i.bpfDir, id); err != nil {
 			return fmt.Errorf("detaching %s: %w", id, err)
 		}
-		if err := attach.RemoveRecord(i.stateDir, id); err != nil {
-			return err
-		}
+	}
+	if err := removeFilters(records); err != nil {
+		return err
 	}
 	i.node.Log.Info("detached", "pods", len(ids))
 	if d == nil {
 		return nil
 	}
-	return attach.Prune(d, i.bpfDir)
+	return attach.Prune(ctx, d, i.bpfDir)
+}
+
+// removeFilters removes filters whose pins are lost from the devices on record. The records themselves go later: should this
+// be killed, they are needed again.
+func removeFilters(records []attach.Record) error {
+	devices, err := deviceNames()
+	if err != nil {
+		return err
+	}
+	for _, r := range records {
+		if name, present := devices[r.IfIndex]; !present || name != r.HostIfName {
+			continue
+		}
+		if err := attach.RemoveFilters(r.IfIndex); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // removePins removes the directory of pins, but never a whole file system of others' pins.
@@ -324,23 +381,21 @@ func (i *installation) removePins() error {
 // they have.
 func (i *installation) quiesce(ctx context.Context, d *datapath.Datapath, ids []attach.ID) error {
 	for _, id := range ids {
-		pinned, err := attach.OpenPod(i.bpfDir, id)
+		known, err := attach.OpenPod(d, i.bpfDir, id)
 		if errors.Is(err, os.ErrNotExist) {
 			continue // deleted meanwhile, or never whole
 		}
 		if err != nil {
 			return err
 		}
-		pod, err := store.Open(pinned)
+		pod, err := store.Open(known)
 		if err != nil {
 			return err
 		}
-		err = errors.Join(pod.Sync(store.Records{}), pod.Close())
-		if err != nil {
+		if err := pod.Sync(store.Records{}); err != nil {
 			return fmt.Errorf("%s: %w", id, err)
 		}
 	}
-	// The prober stays who it is: the programs know by that which packets may be of connections that they have.
 	for deadline := time.Now().Add(i.drain); ; {
 		if !wait(ctx, takenGrace) {
 			return ctx.Err()

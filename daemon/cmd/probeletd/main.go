@@ -107,6 +107,7 @@ type config struct {
 	kubelet          source.KubeletConfig
 	kubeconfig, node string // API server
 	bpfDir, stateDir string
+	hook             attach.Hook // of pods that are adopted, and in the plugin's configuration
 	defaults         probe.Defaults
 	dial             dialFunc // from the node's network namespace
 	keep             bool     // attachments as the node is
@@ -220,6 +221,7 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags.StringVar(&c.kubeconfig, "kubeconfig", "", "`FILE` that says how to reach the API server (default: as in a pod)")
 	flags.StringVar(&c.node, "node-name", os.Getenv("NODE_NAME"), "`NAME` of this node at the API server (default: $NODE_NAME)")
 	flags.StringVar(&c.prober, "prober", "", "whose connections are probes: `kubelet|cgroup:PATH|host` (default: kubelet, but for specs from a file)")
+	hookFlag(flags, &c.hook)
 	flags.StringVar(&c.bpfDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
 	flags.StringVar(&c.stateDir, "state-dir", attach.DefaultStateDir, "`directory` of attachment records and the daemon's state")
 	defaults := probe.NewDefaults()

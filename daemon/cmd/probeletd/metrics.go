@@ -105,10 +105,12 @@ func describe(name, help string, labels ...string) *prometheus.Desc {
 var (
 	probesDesc      = describe("probes_total", "Connections of a prober to attached pods, by verdict (answered in the kernel, passed to the pod) and reason.", "verdict", "reason")
 	handedOverDesc  = describe("handed_over_connections_total", "Connections that were taken and then handed over to the pod, because what was asked could not be answered.")
-	observedDesc    = describe("observed_probes_total", "Probes that were passed to the pod and whose outcome was reported.")
+	observedDesc    = describe("observed_probes_total", "Probes that reached the pod, passed on or handed over, and whose outcome was reported.")
 	lostDesc        = describe("lost_outcomes_total", "Outcomes that did not fit the ring buffer.")
 	ownDesc         = describe("own_connections_total", "Connections of the daemon itself (refresh).")
-	foreignDesc     = describe("foreign_packets_total", "Packets to attached pods that were not a prober's.")
+	foreignDesc     = describe("foreign_connections_total", "Connections to attached pods that were not a prober's.")
+	expiredDesc     = describe("expired_flows_total", "Connections of a prober whose end was not seen, or whose pod went first.")
+	untrustedDesc   = describe("untrusted_devices", "Devices of pods by which an answer did not arrive, so that nothing is answered by them any more, by how that was noticed.", "noticed")
 	droppedDesc     = describe("dropped_packets_total", "Packets of taken connections that ended in the kernel without an answer, such as acknowledgements.")
 	portsDesc       = describe("withdrawn_ports_total", "Ports that were no longer answered before their bound, by the kernel side's decision, by cause.", "cause")
 	agesDesc        = describe("answer_age_seconds", "Age of the evidence that probes were answered with.")
@@ -132,8 +134,8 @@ type collector struct {
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(descs chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		probesDesc, handedOverDesc, observedDesc, lostDesc, ownDesc, foreignDesc, droppedDesc, portsDesc, agesDesc,
-		endpointsDesc, attachmentsDesc, refreshedDesc, entriesDesc, capacityDesc, watchedDesc, proberDesc, sourceDesc,
+		probesDesc, handedOverDesc, observedDesc, lostDesc, ownDesc, foreignDesc, expiredDesc, untrustedDesc, droppedDesc, portsDesc,
+		agesDesc, endpointsDesc, attachmentsDesc, refreshedDesc, entriesDesc, capacityDesc, watchedDesc, proberDesc, sourceDesc,
 	} {
 		descs <- d
 	}
@@ -147,77 +149,121 @@ const collectTimeout = 5 * time.Second
 
 // Collect implements prometheus.Collector.
 func (c *collector) Collect(out chan<- prometheus.Metric) {
-	counter := func(d *prometheus.Desc, value uint64, labels ...string) {
-		out <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(value), labels...)
-	}
-	gauge := func(d *prometheus.Desc, value int, labels ...string) {
-		out <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(value), labels...)
-	}
-	d := c.loop.datapath
-	if counters, err := d.Counters(); err != nil {
-		out <- prometheus.NewInvalidMetric(probesDesc, err)
-	} else {
-		for _, protocol := range []string{"http", "tcp"} {
-			counter(probesDesc, counters["answered_"+protocol], "answered", protocol)
-		}
-		for _, reason := range []string{"not_fresh", "not_probed", "not_parsable"} {
-			counter(probesDesc, counters["passed_"+reason], "passed", reason)
-		}
-		for _, cause := range datapath.WithdrawalCauses {
-			counter(portsDesc, counters["withdrawn_"+cause], cause)
-		}
-		counter(handedOverDesc, counters["handed_over"])
-		counter(observedDesc, counters["observed"])
-		counter(lostDesc, counters["outcomes_lost"])
-		counter(ownDesc, counters["passed_own"])
-		counter(foreignDesc, counters["passed_not_prober"])
-		counter(droppedDesc, counters["dropped"])
-	}
-	if ages, err := d.AnswerAges(); err != nil {
-		out <- prometheus.NewInvalidMetric(agesDesc, err)
-	} else {
-		var count uint64
-		buckets := map[float64]uint64{}
-		for i, n := range ages.Buckets {
-			count += n
-			if i < len(datapath.AnswerAgeBounds) {
-				buckets[datapath.AnswerAgeBounds[i]] = count
-			}
-		}
-		out <- prometheus.MustNewConstHistogram(agesDesc, count, ages.Sum.Seconds(), buckets)
-	}
-	if fills, err := d.Fills(); err != nil {
-		out <- prometheus.NewInvalidMetric(entriesDesc, err)
-	} else {
-		for name, fill := range fills {
-			gauge(entriesDesc, fill.Entries, name)
-			gauge(capacityDesc, fill.Max, name)
+	d, to := c.loop.datapath, sink(out)
+	for desc, collect := range map[*prometheus.Desc]func(*datapath.Datapath, sink) error{
+		probesDesc: collectCounters, untrustedDesc: collectDevices, agesDesc: collectAges, entriesDesc: collectFills,
+	} {
+		if err := collect(d, to); err != nil {
+			to <- prometheus.NewInvalidMetric(desc, err)
 		}
 	}
-
-	gauge(watchedDesc, btoi(d.Watched()))
+	to.gauge(watchedDesc, btoi(d.Watched()))
 
 	ctx, cancel := context.WithTimeout(context.Background(), collectTimeout)
 	defer cancel()
 	var now moment
 	if err := c.loop.call(ctx, func() { now = c.loop.moment() }); err != nil {
-		out <- prometheus.NewInvalidMetric(endpointsDesc, err)
+		to <- prometheus.NewInvalidMetric(endpointsDesc, err)
 		return
 	}
-	for _, mode := range []probe.Mode{probe.Answer, probe.Observe, probe.Off} {
-		for _, state := range endpointStates {
-			gauge(endpointsDesc, now.endpoints[modeState{mode, state}], string(mode), state)
+	now.collect(to, c.perPod)
+}
+
+// sink takes metrics.
+type sink chan<- prometheus.Metric
+
+func (s sink) counter(d *prometheus.Desc, value uint64, labels ...string) {
+	s <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(value), labels...)
+}
+
+func (s sink) gauge(d *prometheus.Desc, value int, labels ...string) {
+	s <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(value), labels...)
+}
+
+func collectCounters(d *datapath.Datapath, to sink) error {
+	counters, err := d.Counters()
+	if err != nil {
+		return err
+	}
+	for _, protocol := range []string{"http", "tcp"} {
+		to.counter(probesDesc, counters["answered_"+protocol], "answered", protocol)
+	}
+	for _, reason := range []string{"not_fresh", "not_probed", "not_parsable", "untrusted", "full"} {
+		to.counter(probesDesc, counters["passed_"+reason], "passed", reason)
+	}
+	for _, cause := range datapath.WithdrawalCauses {
+		to.counter(portsDesc, counters["withdrawn_"+cause], cause)
+	}
+	to.counter(handedOverDesc, counters["handed_over"])
+	to.counter(observedDesc, counters["observed"])
+	to.counter(lostDesc, counters["outcomes_lost"])
+	to.counter(ownDesc, counters["passed_own"])
+	to.counter(foreignDesc, counters["passed_not_prober"])
+	to.counter(expiredDesc, counters["flows_expired"])
+	to.counter(droppedDesc, counters["dropped"])
+	return nil
+}
+
+func collectDevices(d *datapath.Datapath, to sink) error {
+	devices, err := d.Devices()
+	if err != nil {
+		return err
+	}
+	untrusted := map[string]int{}
+	for _, device := range devices {
+		untrusted[device.Loss]++
+	}
+	for _, loss := range datapath.Losses() {
+		to.gauge(untrustedDesc, untrusted[loss], loss)
+	}
+	return nil
+}
+
+func collectAges(d *datapath.Datapath, to sink) error {
+	ages, err := d.AnswerAges()
+	if err != nil {
+		return err
+	}
+	var count uint64
+	buckets := map[float64]uint64{}
+	for i, n := range ages.Buckets {
+		count += n
+		if i < len(datapath.AnswerAgeBounds) {
+			buckets[datapath.AnswerAgeBounds[i]] = count
 		}
 	}
-	gauge(attachmentsDesc, now.known, "true")
-	gauge(attachmentsDesc, now.unknown, "false")
-	gauge(refreshedDesc, now.refreshed)
-	gauge(proberDesc, btoi(now.proberFound))
-	gauge(sourceDesc, btoi(now.sourceUp))
-	if c.perPod {
-		for pod, hits := range now.hits {
-			counter(perPodDesc, hits, pod.Namespace, pod.Name)
+	to <- prometheus.MustNewConstHistogram(agesDesc, count, ages.Sum.Seconds(), buckets)
+	return nil
+}
+
+func collectFills(d *datapath.Datapath, to sink) error {
+	fills, err := d.Fills()
+	if err != nil {
+		return err
+	}
+	for name, fill := range fills {
+		to.gauge(entriesDesc, fill.Entries, name)
+		to.gauge(capacityDesc, fill.Max, name)
+	}
+	return nil
+}
+
+func (m moment) collect(to sink, perPod bool) {
+	for _, mode := range []probe.Mode{probe.Answer, probe.Observe, probe.Off} {
+		for _, state := range endpointStates {
+			to.gauge(endpointsDesc, m.endpoints[modeState{mode, state}], string(mode), state)
 		}
+	}
+	to.gauge(attachmentsDesc, m.known, "true")
+	to.gauge(attachmentsDesc, m.unknown, "false")
+	to.gauge(refreshedDesc, m.refreshed)
+	to.gauge(proberDesc, btoi(m.proberFound))
+	to.gauge(sourceDesc, btoi(m.sourceUp))
+	if !perPod {
+		return
+	}
+	for pod, hits := range m.hits {
+		to.counter(perPodDesc, hits, pod.Namespace, pod.Name)
 	}
 }
 
@@ -290,9 +336,19 @@ func (a *attachment) state(s probe.EndpointSpec, e probe.Evidence) string {
 	case a.maps == nil:
 		return "stale"
 	}
-	port, err := a.maps.Tally(datapath.PortKey(s.Port))
-	if err != nil || e.FreshUntil <= datapath.Now() || e.ObservedAt <= port.WithdrawnAt {
+	if e.FreshUntil <= datapath.Now() || e.ObservedAt <= a.withdrawnAt(s.Endpoint) {
 		return "stale"
 	}
 	return "fresh"
+}
+
+// withdrawnAt is when the kernel side last voided what was known of an endpoint, by itself or with its port.
+func (a *attachment) withdrawnAt(e probe.Endpoint) uint64 {
+	key, _ := store.Key(e)
+	own, err := a.maps.Tally(key)
+	port, portErr := a.maps.Tally(datapath.PortKey(e.Port))
+	if err != nil || portErr != nil {
+		return datapath.Now() // of what cannot be read nothing is fresh
+	}
+	return max(own.WithdrawnAt, port.WithdrawnAt)
 }

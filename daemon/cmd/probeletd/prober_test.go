@@ -1,12 +1,19 @@
 package main
 
 import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
 	"log/slog"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -84,19 +91,132 @@ func TestStartsWithoutAKubelet(t *testing.T) {
 	}
 	n.config.prober = "kubelet"
 	n.specs("httpGet: {path: /, port: 8080}")
-	log, err := os.Create(filepath.Join(t.TempDir(), "log"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer log.Close() //nolint:errcheck // a test's
-	n.log = log
+	logged := n.keepLog()
 	n.start()
 	n.eventually("nobody to be the prober", func() bool {
 		who, err := n.d.Prober()
 		return err == nil && !who.AnyLocal && len(who.CgroupIDs) == 0
 	})
-	n.eventually("a word of it", func() bool {
-		text, err := os.ReadFile(log.Name())
-		return err == nil && strings.Contains(string(text), "no prober yet")
-	})
+	n.eventually("a word of it", func() bool { return logged("no prober yet") == 1 })
+}
+
+// ownCgroup is the directory of this process' cgroup.
+func ownCgroup(t *testing.T) string {
+	t.Helper()
+	root, err := bpftest.RootCgroup()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if path, ok := strings.CutPrefix(line, "0::"); ok { // cgroup v2, see cgroups(7)
+			return filepath.Join(root, strings.TrimSpace(path))
+		}
+	}
+	t.Fatal("this process is in no cgroup v2")
+	return ""
+}
+
+// The prober cannot be found for a moment, or is another process: connections that were taken or handed over before go on to
+// their end, new ones reach the pod, and when it is found again its probes are answered as before.
+func TestTheProberIsLostForAMoment(t *testing.T) {
+	for name, elsewhere := range map[string]bool{"not found": false, "in another cgroup": true} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			own, where := ownCgroup(t), filepath.Join(t.TempDir(), "prober")
+			point := func(cgroup string) {
+				t.Helper()
+				if err := os.Remove(where); err != nil && !errors.Is(err, os.ErrNotExist) {
+					t.Fatal(err)
+				}
+				if cgroup == "" {
+					return
+				}
+				if err := os.Symlink(cgroup, where); err != nil {
+					t.Fatal(err)
+				}
+			}
+			point(own)
+			n.config.prober = "cgroup:" + where
+			n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
+			n.attach()
+			n.start()
+			n.makeFresh()
+			n.want("/healthz", 200, true)
+
+			taken, unasked, handed := n.connect(), n.connect(), n.connect()
+			const half = 100_000
+			send(t, handed, fmt.Sprintf("POST /x HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n", 2*half))
+			send(t, handed, strings.Repeat("a", half))
+			n.eventually("handed over", func() bool { return n.counter("handed_over") == 1 })
+
+			other := ""
+			if elsewhere {
+				dir, _, err := bpftest.Cgroup("elsewhere")
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer os.Remove(dir) //nolint:errcheck // a test's
+				other = dir
+			}
+			before := n.prober()
+			point(other)
+			n.eventually("the prober is another", func() bool {
+				now := n.prober()
+				return !slices.Equal(now, before) && (len(now) > 0) == elsewhere
+			})
+			n.want("/healthz", 200, false)
+			wantAnswer(t, taken, probeRequest, "", true)
+			wantAnswer(t, unasked, "GET /other HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", "0", false)
+			wantAnswer(t, handed, strings.Repeat("b", half), fmt.Sprint(2*half), false)
+
+			point(own)
+			n.eventually("it is the prober again", func() bool { return slices.Equal(n.prober(), before) })
+			n.want("/healthz", 200, true)
+		})
+	}
+}
+
+const probeRequest = "GET /healthz HTTP/1.1\r\nHost: x\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n"
+
+// prober are the cgroups that the kernel side knows it by.
+func (n *node) prober() []uint64 {
+	n.t.Helper()
+	who, err := n.d.Prober()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return who.CgroupIDs
+}
+
+func (n *node) connect() net.Conn { return n.pod.Dial(n.t, n.pod.IPv4.String()+":8080") }
+
+func send(t *testing.T, conn net.Conn, text string) {
+	t.Helper()
+	err := conn.SetDeadline(time.Now().Add(10 * time.Second))
+	if err == nil {
+		_, err = io.WriteString(conn, text)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// wantAnswer sends what is left of a request. received is how many bytes of a body the pod's server says it got.
+func wantAnswer(t *testing.T, conn net.Conn, rest, received string, byKernel bool) {
+	t.Helper()
+	send(t, conn, rest)
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err == nil {
+		_, err = io.Copy(io.Discard, response.Body)
+	}
+	if err != nil {
+		t.Fatalf("%.20q: %v", rest, err)
+	}
+	if response.StatusCode != 200 || response.Header.Get("X-Received") != received || (response.Header.Get("Cache-Status") != "") != byKernel {
+		t.Errorf("%.20q: %s, %v", rest, response.Status, response.Header)
+	}
 }

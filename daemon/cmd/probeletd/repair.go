@@ -25,17 +25,17 @@ var errReplaced = errors.New("the BPF objects that this daemon uses are not thos
 
 // keeper keeps attachments as the node is.
 type keeper struct {
-	adopt   adopt.Node
-	checker *attach.Checker // of the last look; nil: there was none
+	adopt adopt.Node
 	// suspects are attachments that were not as they should be at the last look. It takes two looks to do something about one:
 	// an ADD or a DEL may be under way.
 	suspects map[attach.ID]bool
 	failures map[attach.ID]*failure
-	again    bool   // there is more to be done, soon
+	again    bool // there is more to be done, soon
+	promoter *promoter
 	said     string // of pods that cannot be adopted
 }
 
-// failure is of an attachment that could not be put right.
+// failure tracks an attachment that could not be repaired.
 type failure struct {
 	reason string
 	next   time.Time // when it is tried again
@@ -72,7 +72,7 @@ func newKeeper(cacheDir string) (*keeper, error) {
 }
 
 func makeKeeper(node adopt.Node) *keeper {
-	return &keeper{adopt: node, suspects: map[attach.ID]bool{}, failures: map[attach.ID]*failure{}}
+	return &keeper{adopt: node, suspects: map[attach.ID]bool{}, failures: map[attach.ID]*failure{}, promoter: newPromoter()}
 }
 
 // repair looks at all attachments. The error is errReplaced, or nothing that ends the daemon.
@@ -81,6 +81,7 @@ func (l *loop) repair(ctx context.Context) error {
 	if err == nil && (!current || !sameBPFFS(l.bpfDir)) {
 		return errReplaced
 	}
+	err = errors.Join(err, l.datapath.Sweep())
 	if l.keeper != nil && l.podsKnown {
 		changed, lookErr := l.keeper.look(ctx, l.daemon)
 		if changed {
@@ -106,50 +107,33 @@ func sameBPFFS(bpfDir string) bool {
 	return ours.Dev == theirs.Dev || !filepath.IsAbs(bpfDir)
 }
 
-// noticed is whether respond is gone from a device, of which the kernel tells nobody. It is a quick look: until steer knows, it
-// takes connections that nobody answers.
-func (k *keeper) noticed(d *daemon) bool {
-	if k.checker == nil {
-		return false
-	}
-	responding, err := k.checker.Responding()
-	if err != nil {
-		return false // the next look says so
-	}
-	return slices.ContainsFunc(d.records, func(r attach.Record) bool {
-		responds, present := responding[r.IfIndex]
-		return r.Error == "" && present && !responds && !k.suspects[r.ID()]
-	})
-}
-
 // look returns whether records have changed.
 func (k *keeper) look(ctx context.Context, d *daemon) (changed bool, err error) {
-	list, err := netlinksafe.LinkList()
+	devices, err := deviceNames()
 	if err != nil {
-		return false, fmt.Errorf("listing devices: %w", err)
+		return false, err
 	}
-	devices := map[int]string{}
-	for _, device := range list {
-		devices[device.Attrs().Index] = device.Attrs().Name
-	}
-	if k.checker, err = attach.NewChecker(d.datapath, d.bpfDir); err != nil {
+	checker, err := attach.NewChecker(d.datapath, d.bpfDir)
+	if err != nil {
 		return false, err
 	}
 	k.again = false
 	ctx, cancel := context.WithTimeout(ctx, lookBudget)
 	defer cancel()
 	suspects := map[attach.ID]bool{}
+	var whole []attach.ID
 	for _, r := range d.records {
-		gone, problem := wrong(k.checker, r, devices)
+		gone, problem := wrong(checker, r, devices)
 		switch {
 		case problem == nil:
-			d.found(r.ID())
+			d.resume(r.ID())
 			delete(k.failures, r.ID())
+			whole = append(whole, r.ID())
 			continue
 		case !k.suspects[r.ID()] && k.isBeingDeleted(d, r.ID()):
 			continue
 		case !k.suspects[r.ID()]:
-			d.lost(r, problem, gone)
+			d.suspend(r, problem, gone)
 			k.again = true
 		case k.isDue(ctx, r.ID()):
 			changed = k.putRight(d, r, problem, gone) || changed
@@ -157,13 +141,27 @@ func (k *keeper) look(ctx context.Context, d *daemon) (changed bool, err error) 
 		suspects[r.ID()] = true
 	}
 	k.suspects = suspects
+	k.promoter.offer(d, whole)
 	errs := []error{k.removeUnrecorded(d)}
 	adopted, err := k.adoptAll(ctx, d)
 	errs = append(errs, err)
 	if !k.again { // otherwise some may be about to be pinned anew
-		errs = append(errs, attach.PruneUntil(ctx, d.datapath, d.bpfDir), datapath.RemoveOthers(d.bpfDir))
+		errs = append(errs, attach.Prune(ctx, d.datapath, d.bpfDir), datapath.RemoveOthers(d.bpfDir))
 	}
 	return changed || adopted, errors.Join(errs...)
+}
+
+// deviceNames returns the names of the node's network devices, by index.
+func deviceNames() (map[int]string, error) {
+	list, err := netlinksafe.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("listing devices: %w", err)
+	}
+	names := map[int]string{}
+	for _, device := range list {
+		names[device.Attrs().Index] = device.Attrs().Name
+	}
+	return names, nil
 }
 
 // isDue is false of what has failed a moment ago, and when the time of this look is used up.
@@ -203,7 +201,7 @@ func wrong(checker *attach.Checker, r attach.Record, devices map[int]string) (go
 // lock keeps a DEL out, or returns false if there is one.
 func (k *keeper) lock(d *daemon) (unlock func(), ok bool) {
 	now, cancel := context.WithCancel(context.Background())
-	cancel()
+	cancel() // it does not wait
 	unlock, err := attach.LockRecords(now, d.stateDir, unix.LOCK_EX)
 	if err != nil {
 		k.again = true
@@ -259,7 +257,7 @@ func (k *keeper) remove(d *daemon, r attach.Record, problem error) error {
 }
 
 func (k *keeper) attach(d *daemon, r attach.Record, problem error) error {
-	if err := attach.Attach(d.datapath, d.bpfDir, r.ID(), r.Target(), attach.HookAuto); err != nil {
+	if err := attach.Attach(d.datapath, d.bpfDir, r.ID(), r.Target(), attach.ViaAuto); err != nil {
 		return err
 	}
 	if _, err := attach.ReadRecord(d.stateDir, r.ID()); errors.Is(err, os.ErrNotExist) {
@@ -337,7 +335,7 @@ func (k *keeper) removeUnrecorded(d *daemon) error {
 		if _, err := attach.ReadRecord(d.stateDir, id); !errors.Is(err, os.ErrNotExist) {
 			continue // a new one
 		}
-		orphaned, err := attach.Orphaned(d.datapath, d.bpfDir, id)
+		orphaned, err := attach.Orphaned(d.bpfDir, id)
 		if err == nil && orphaned {
 			err = attach.Detach(d.datapath, d.bpfDir, id)
 		}
@@ -404,6 +402,7 @@ func (k *keeper) adoptOne(d *daemon, r attach.Record) (changed bool, err error) 
 	if _, err := attach.ReadRecord(d.stateDir, r.ID()); !errors.Is(err, os.ErrNotExist) {
 		return false, err // somebody was faster
 	}
+	r.Hook = d.hook
 	// As ADD does it: whoever finds it half-way knows; and the next daemon goes on, should this one die.
 	r.Error, r.Passing = adoptUnfinished, true
 	if err := attach.WriteRecord(d.stateDir, r); err != nil {

@@ -34,7 +34,7 @@ const (
 	// resyncInterval is how often maps are compared with those that are known, and records are read if their directory
 	// has been replaced, of which nobody tells.
 	resyncInterval = 5 * time.Second
-	// proberInterval is how often a prober's cgroup is looked up, lest it was made anew, and whether respond is on all devices.
+	// proberInterval is how often a prober's cgroup is looked up, lest it was made anew.
 	proberInterval = 500 * time.Millisecond
 	// recordsSettle is how long after a change of records they are read: a change is several events.
 	recordsSettle = 10 * time.Millisecond
@@ -148,6 +148,8 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 	if c.keep {
 		if l.keeper, err = newKeeper(c.cniCacheDir); err != nil {
 			l.log.Warn("attachments are not looked after, and pods that had their network before are not adopted", "reason", err)
+		} else {
+			in.all.Go(func() { l.keeper.promoter.run(ctx, l.daemon) })
 		}
 	}
 	if err := l.listen(ctx, c, in); err != nil {
@@ -158,7 +160,7 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 		if err != nil {
 			return err
 		}
-		network := chain.Node{NetDir: c.netDir, Conf: pluginConf(c.bpfDir, c.stateDir), Log: l.log}
+		network := chain.Node{NetDir: c.netDir, Conf: pluginConf(c.bpfDir, c.stateDir, c.hook), Log: l.log}
 		in.all.Go(func() { in.fail(network.Follow(ctx, way, false)) })
 	}
 	l.log.Info("running", "source", c.sourceName(), "prober", c.prober, "bpf", d.Dir(), "state", c.stateDir)
@@ -340,7 +342,7 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 	look := func() error {
 		again = nil
 		err := l.repair(ctx)
-		l.checkMaps()
+		l.checkDevices()
 		if l.keeper != nil && l.keeper.again {
 			again = time.After(lookAgain)
 		}
@@ -382,9 +384,6 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			lookErr = look()
 		case <-prober.C:
 			l.followProber()
-			if l.keeper != nil && l.keeper.noticed(l.daemon) {
-				lookErr = look()
-			}
 		}
 		if lookErr != nil {
 			return lookErr

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -15,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf/link"
 	"github.com/containernetworking/plugins/pkg/ns"
 
 	"github.com/probelet/probelet/bpf/attach"
@@ -31,7 +33,8 @@ type node struct {
 	pod    *bpftest.Pod
 	d      *datapath.Datapath
 	config config
-	log    io.Writer // of the daemon
+	via    attach.Via // of what is attached
+	log    io.Writer  // of the daemon
 
 	status atomic.Int32 // that the server answers with
 	served atomic.Int32 // requests that reached it
@@ -45,6 +48,7 @@ func newNode(t *testing.T) *node {
 		prober:   "host",
 		bpfDir:   bpftest.BPFDir(t),
 		stateDir: filepath.Join(t.TempDir(), "state"),
+		hook:     attach.HookTC,
 		defaults: probe.NewDefaults(),
 		dial: func(dialer *net.Dialer, ctx context.Context, network, address string) (conn net.Conn, err error) {
 			err = n.pod.Node.NS.Do(func(ns.NetNS) (err error) {
@@ -61,8 +65,10 @@ func newNode(t *testing.T) *node {
 	n.d = d
 	t.Cleanup(func() { _ = d.Close() })
 	n.status.Store(http.StatusOK)
-	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		n.served.Add(1)
+		received, _ := io.Copy(io.Discard, r.Body)
+		w.Header().Set("X-Received", fmt.Sprint(received))
 		w.WriteHeader(int(n.status.Load()))
 	})}
 	listener := n.pod.Listen(t, 8080)
@@ -105,7 +111,7 @@ func (n *node) attachPod(pod *bpftest.Pod) {
 func (n *node) attachMaps(pod *bpftest.Pod, id attach.ID) {
 	n.t.Helper()
 	bpftest.Do(n.t, pod.Node.NS, func() error {
-		return attach.Attach(n.d, n.config.bpfDir, id, attach.Target{IfIndex: pod.IfIndex, PodNetns: pod.Netns}, attach.HookAuto)
+		return attach.Attach(n.d, n.config.bpfDir, id, attach.Target{IfIndex: pod.IfIndex, PodNetns: pod.Netns, Hook: n.config.hook}, n.via)
 	})
 }
 
@@ -148,6 +154,24 @@ func (n *node) start() (stop func()) {
 	return stop
 }
 
+// keepLog keeps what a daemon logs that is started afterwards. The function that it returns counts a text in it.
+func (n *node) keepLog() (count func(text string) int) {
+	n.t.Helper()
+	file, err := os.Create(filepath.Join(n.t.TempDir(), "log"))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.t.Cleanup(func() { _ = file.Close() })
+	n.log = io.MultiWriter(n.log, file)
+	return func(text string) int {
+		log, err := os.ReadFile(file.Name())
+		if err != nil {
+			n.t.Fatal(err)
+		}
+		return strings.Count(string(log), text)
+	}
+}
+
 func (n *node) logger() *slog.Logger { return slog.New(slog.NewTextHandler(n.log, nil)) }
 
 func (n *node) eventually(what string, ok func() bool) {
@@ -165,16 +189,51 @@ func (n *node) records() store.Records { return n.recordsOf(n.pod) }
 
 func (n *node) recordsOf(pod *bpftest.Pod) store.Records {
 	n.t.Helper()
-	pinned, err := attach.OpenPod(n.config.bpfDir, n.idOf(pod))
+	known, err := attach.OpenPod(n.d, n.config.bpfDir, n.idOf(pod))
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	maps, err := store.Open(pinned)
+	maps, err := store.Open(known)
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	defer maps.Close() //nolint:errcheck // read only
 	return maps.Records()
+}
+
+// device is the pod's, as the programs know it.
+func (n *node) device() datapath.Device {
+	n.t.Helper()
+	key, err := attach.Device(n.config.bpfDir, n.idOf(n.pod))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	device, err := n.d.Device(key)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return device
+}
+
+// pin is a file of the pod's attachment.
+func (n *node) pin(name string) string {
+	n.t.Helper()
+	return filepath.Join(datapath.AttachmentsDir(n.config.bpfDir), n.idOf(n.pod).ContainerID+"@eth0", name)
+}
+
+// detach detaches one of the pod's programs, as bpftool does it.
+func (n *node) detach(program string) {
+	n.t.Helper()
+	if err := detachPinned(n.pin(program)); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+func detachPinned(pin string) error {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		return err
+	}
+	return errors.Join(l.Detach(), l.Close())
 }
 
 // has is whether the kernel has a record of the endpoint.
@@ -188,11 +247,10 @@ func (n *node) has(key datapath.EndpointKey) func() bool {
 // open is whether connections to the port are taken.
 func (n *node) open(port uint16) func() bool {
 	return func() bool {
-		pod, err := attach.OpenPod(n.config.bpfDir, n.idOf(n.pod))
+		pod, err := attach.OpenPod(n.d, n.config.bpfDir, n.idOf(n.pod))
 		if err != nil {
 			n.t.Fatal(err)
 		}
-		defer pod.Close() //nolint:errcheck // read only
 		evidence, tally, err := pod.Get(datapath.PortKey(port))
 		return err == nil && datapath.PortFresh(evidence, tally, datapath.Now())
 	}

@@ -1,5 +1,5 @@
-// Package adopt finds the host-side veths of pods that had their network before probelet was in the chain, and says so
-// only where it is certain: by what the runtime's CNI library has recorded, and what the kernel says of the devices.
+// Package adopt finds the host-side veths of pods that had their network before probelet was in the chain. It takes the network
+// namespace from what the runtime's CNI library recorded, and the rest from the kernel.
 package adopt
 
 import (
@@ -13,15 +13,12 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
-	"strings"
 	"time"
 
-	"github.com/containernetworking/plugins/pkg/netlinksafe"
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
+	"github.com/probelet/probelet/bpf/veth"
 )
 
 // DefaultCacheDir is where libcni keeps the results of ADD (CacheDir in its api.go), in all runtimes that are known.
@@ -37,11 +34,8 @@ type result struct {
 	Args        [][2]string `json:"cniArgs"`
 	Config      []byte      `json:"config"` // of the network, as it was
 	Result      struct {
-		Interfaces []struct {
-			Name    string `json:"name"`
-			Sandbox string `json:"sandbox"` // the network namespace; empty on the host's side
-		} `json:"interfaces"`
-		IPs []struct {
+		Interfaces []veth.Hint `json:"interfaces"`
+		IPs        []struct {
 			Address netip.Prefix `json:"address"`
 		} `json:"ips"`
 	} `json:"result"`
@@ -54,6 +48,21 @@ func (r result) arg(name string) string {
 		}
 	}
 	return ""
+}
+
+// netns returns the path of the pod's network namespace. Results of older libcni have it only where the plugin reported it.
+func (r result) netns() string {
+	if r.Netns != "" {
+		return r.Netns
+	}
+	var first string
+	for _, i := range r.Result.Interfaces {
+		if i.Name == r.IfName && i.Sandbox != "" {
+			return i.Sandbox
+		}
+		first = cmp.Or(first, i.Sandbox)
+	}
+	return first
 }
 
 // Pod is what is known of a pod from elsewhere.
@@ -71,21 +80,17 @@ type Node struct {
 	CacheDir string
 }
 
-// Find returns the attachments that pods would have if probelet had been in the chain at their ADD, one for each interface, with what
-// to attach to. It must be called in the host's network namespace. Of a pod that is not certain the error says why; others
-// are returned beside it.
+// Find returns the attachments that pods would have if probelet had been in the chain at their ADD, one for each interface.
+// It must be called in the host's network namespace. The error names the pods that are not certain, and why; the others are
+// returned beside it.
 func (n Node) Find(pods []Pod) (records []attach.Record, err error) {
 	results, err := n.results()
 	if err != nil {
 		return nil, err
 	}
-	devices, err := netlinksafe.LinkList()
-	if err != nil {
-		return nil, fmt.Errorf("listing devices: %w", err)
-	}
 	var errs []error
 	for _, pod := range pods {
-		found, err := n.find(pod, results, devices)
+		found, err := n.find(pod, results)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s/%s: %w", pod.Namespace, pod.Name, err))
 		}
@@ -95,7 +100,7 @@ func (n Node) Find(pods []Pod) (records []attach.Record, err error) {
 }
 
 // find returns an error, or at least one.
-func (n Node) find(pod Pod, results []result, devices []netlink.Link) ([]attach.Record, error) {
+func (n Node) find(pod Pod, results []result) ([]attach.Record, error) {
 	var records []attach.Record
 	var reasons []error
 	for _, r := range results {
@@ -105,7 +110,7 @@ func (n Node) find(pod Pod, results []result, devices []netlink.Link) ([]attach.
 		if uid := r.arg("K8S_POD_UID"); uid != "" && pod.UID != "" && uid != pod.UID {
 			continue // of an earlier pod of that name
 		}
-		record, err := n.record(r, pod, devices)
+		record, err := n.record(r, pod)
 		if err != nil {
 			reasons = append(reasons, fmt.Errorf("container %s, %s: %w", r.ContainerID, r.IfName, err))
 			continue
@@ -197,24 +202,15 @@ func (n Node) read(path string) ([]byte, error) {
 	return io.ReadAll(file)
 }
 
-func (n Node) record(r result, pod Pod, devices []netlink.Link) (record attach.Record, err error) {
-	var inPod, onHost []string
-	netns := r.Netns
-	for _, i := range r.Result.Interfaces {
-		if i.Sandbox == "" {
-			onHost = append(onHost, i.Name)
-			continue
-		}
-		inPod = append(inPod, i.Name)
-		netns = cmp.Or(netns, i.Sandbox)
-	}
-	if !slices.Contains(inPod, r.IfName) {
-		return record, errors.New("not described by its network's plugins")
-	}
+// record returns what Attach needs for the interface, or why it cannot be known.
+func (n Node) record(r result, pod Pod) (record attach.Record, err error) {
 	record = attach.Record{
 		ContainerID: r.ContainerID, IfName: r.IfName, Network: r.NetworkName,
 		PodNamespace: pod.Namespace, PodName: pod.Name, PodUID: cmp.Or(r.arg("K8S_POD_UID"), pod.UID),
 		CreatedAt: time.Now().UTC(), Adopted: true,
+	}
+	if err := record.ID().Check(); err != nil {
+		return record, err
 	}
 	matches := false
 	for _, ip := range r.Result.IPs {
@@ -224,83 +220,38 @@ func (n Node) record(r result, pod Pod, devices []netlink.Link) (record attach.R
 	if !matches {
 		return record, fmt.Errorf("its addresses are %v, not %v", record.PodIPs, pod.IPs)
 	}
-	file, err := n.openNetns(netns, len(onHost) > 0)
-	if err != nil {
-		return record, fmt.Errorf("network namespace: %w", err)
-	}
-	defer file.Close() //nolint:errcheck // read only
-	var stat unix.Stat_t
-	if err := unix.Fstat(int(file.Fd()), &stat); err != nil {
-		return record, fmt.Errorf("network namespace %s: %w", netns, err)
-	}
-	record.PodNetns = uint32(stat.Ino)
-	nsid, err := netlink.GetNetNsIdByFd(int(file.Fd()))
-	if err != nil { // such as: the mount is gone, and the file has stayed
-		return record, fmt.Errorf("network namespace %s: %w", netns, err)
-	}
-	if nsid < 0 {
-		return record, fmt.Errorf("no device of the host leads into its network namespace %s", netns)
-	}
-	end, err := deviceIn(nsid, r.IfName)
-	if err != nil {
-		return record, fmt.Errorf("%s in its network namespace %s: %w", r.IfName, netns, err)
-	}
-	device, err := peer(devices, nsid, end, onHost)
-	if err != nil {
-		return record, err
-	}
-	record.IfIndex, record.HostIfName = device.Index, device.Name
-	return record, nil
+	end, err := n.hostEnd(r)
+	record.IfIndex, record.HostIfName, record.PodNetns = end.Index, end.Name, end.PodNetns
+	return record, err
 }
 
-// ofProcess is where cri-dockerd has a network namespace.
+func (n Node) hostEnd(r result) (veth.HostEnd, error) {
+	path := r.netns()
+	if path == "" {
+		return veth.HostEnd{}, errors.New("the runtime did not record its network namespace")
+	}
+	netns, err := n.openNetns(path)
+	if err != nil {
+		return veth.HostEnd{}, fmt.Errorf("network namespace %s: %w", path, err)
+	}
+	defer netns.Close() //nolint:errcheck // read only
+	end, err := veth.Find(netns, path, r.IfName, r.Result.Interfaces)
+	if err != nil {
+		return end, fmt.Errorf("network namespace %s: %w", path, err)
+	}
+	// The process may have ended and its number been given to another pod's. The pair of devices proves only whose they are now.
+	if ofProcess.MatchString(path) && !end.Hinted {
+		return end, fmt.Errorf("network namespace %s: the process may be another one by now, and the result does not name %s", path, end.Name)
+	}
+	return end, nil
+}
+
+// ofProcess matches the network namespaces that cri-dockerd reports.
 var ofProcess = regexp.MustCompile(`^/proc/[0-9]+/ns/net$`)
 
-// openNetns opens the file of a network namespace. The number of a process may be another one's by now; then it must be known from
-// elsewhere which device is the pod's.
-func (n Node) openNetns(path string, deviceKnown bool) (*os.File, error) {
-	switch {
-	case !ofProcess.MatchString(path):
-		return n.open(path)
-	case deviceKnown:
-		return os.Open(filepath.Join(n.Root, path)) // which is a link that cannot lead out of the host
+func (n Node) openNetns(path string) (*os.File, error) {
+	if ofProcess.MatchString(path) {
+		return os.Open(filepath.Join(n.Root, path)) // a link that cannot lead out of the host
 	}
-	return nil, fmt.Errorf("%s is that of a process, which may be another one by now, and the host's device is not named", path)
-}
-
-// deviceIn is a device in the namespace with that id, which takes no more than CAP_NET_ADMIN over it.
-func deviceIn(nsid int, name string) (netlink.Link, error) {
-	request := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_ACK)
-	request.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
-	request.AddData(nl.NewRtAttr(unix.IFLA_TARGET_NETNSID, nl.Uint32Attr(uint32(nsid))))
-	request.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
-	replies, err := request.Execute(unix.NETLINK_ROUTE, 0)
-	if err != nil {
-		return nil, err
-	}
-	if len(replies) != 1 {
-		return nil, fmt.Errorf("%d devices of that name", len(replies))
-	}
-	return netlink.LinkDeserialize(nil, replies[0])
-}
-
-// peer is the host's end of the veth whose other end is in the namespace. It is one of those that the result names, if it names any.
-func peer(devices []netlink.Link, nsid int, inPod netlink.Link, names []string) (*netlink.LinkAttrs, error) {
-	end := inPod.Attrs()
-	if _, ok := inPod.(*netlink.Veth); !ok {
-		return nil, fmt.Errorf("its interface %s is of type %s, not veth", end.Name, inPod.Type())
-	}
-	onHost := slices.IndexFunc(devices, func(device netlink.Link) bool { return device.Attrs().Index == end.ParentIndex })
-	if onHost < 0 {
-		return nil, fmt.Errorf("the other end of its interface %s is not on the host", end.Name)
-	}
-	attrs := devices[onHost].Attrs()
-	// An index alone would not do: it is unique within a namespace only.
-	if attrs.ParentIndex != end.Index || attrs.NetNsID != nsid {
-		return nil, fmt.Errorf("the other end of its interface %s is not on the host, where %s has its number", end.Name, attrs.Name)
-	}
-	if len(names) > 0 && !slices.Contains(names, attrs.Name) {
-		return nil, fmt.Errorf("the host's end of its interface %s is %s, not one of %s", end.Name, attrs.Name, strings.Join(names, ", "))
-	}
-	return attrs, nil
+	return n.open(path)
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
+	"github.com/probelet/probelet/bpf/veth"
 )
 
 // cached is what libcni writes after an ADD of a pod by the ptp plugin; change makes it another.
@@ -83,13 +84,21 @@ func TestPodsThatAreCertain(t *testing.T) {
 	for name, change := range map[string]func(map[string]any){
 		"as ptp writes it": nil,
 		"older libcni, which does not note the namespace": func(c map[string]any) { delete(c, "netns") },
-		"a plugin that does not name the host's side":     unnamed(pod),
+		"older libcni, a placeholder reported first": func(c map[string]any) {
+			delete(c, "netns")
+			c["result"].(map[string]any)["interfaces"] = []map[string]string{
+				{"name": "dummy1", "sandbox": "0"}, {"name": "net1", "sandbox": "/run/netns/other"}, {"name": "eth0", "sandbox": pod.NS.Path()},
+			}
+		},
+		"older libcni, reported as by Calico": func(c map[string]any) {
+			delete(c, "netns")
+			reporting(pod, "Calico")(c)
+		},
 		"a runtime that does not give the UID": func(c map[string]any) {
 			c["cniArgs"] = [][2]string{{"K8S_POD_NAMESPACE", "shop"}, {"K8S_POD_NAME", pod.HostIfName}}
 		},
-		"a namespace by its process": func(c map[string]any) {
-			c["netns"] = fmt.Sprintf("/proc/%d/ns/net", processIn(t, pod))
-		},
+		"a namespace by its process":                        ofProcessIn(t, pod, fmt.Sprintf(`[{"name": %q}, {"name": "eth0", "sandbox": "PATH"}]`, pod.HostIfName)),
+		"a namespace by its process, reported as by Calico": ofProcessIn(t, pod, fmt.Sprintf(`[{"name": %q, "sandbox": "PATH"}]`, pod.HostIfName)),
 		"an address that is mapped": func(c map[string]any) {
 			c["result"].(map[string]any)["ips"] = []map[string]string{{"address": "::ffff:" + pod.IPv4.String() + "/120"}}
 		},
@@ -118,10 +127,45 @@ func TestPodsThatAreCertain(t *testing.T) {
 	}
 }
 
-// unnamed is of a plugin that does not name the host's side.
-func unnamed(p *bpftest.Pod) func(map[string]any) {
+// TestWhateverPluginsReport: the pair of devices is the proof, and what the plugin reported is a hint.
+func TestWhateverPluginsReport(t *testing.T) {
+	machine := bpftest.NewNode(t)
+	other, pod := machine.AddPod(t), machine.AddPod(t)
+	for plugin, reported := range pod.Reported() {
+		t.Run(plugin, func(t *testing.T) {
+			records, err := find(t, machine, nodeWith(t, cached(other, nil), cached(pod, interfaces(reported))), podOf(pod))
+			if err != nil || len(records) != 1 {
+				t.Fatalf("%+v, %v", records, err)
+			}
+			if r := records[0]; r.IfIndex != pod.IfIndex || r.HostIfName != pod.HostIfName || r.PodNetns != pod.Netns {
+				t.Errorf("%+v", r)
+			}
+		})
+	}
+	for what, reported := range pod.Contradicting(other) {
+		t.Run(what, func(t *testing.T) {
+			records, err := find(t, machine, nodeWith(t, cached(pod, interfaces(reported))), podOf(pod))
+			if !errors.Is(err, veth.ErrContradicted) || len(records) != 0 {
+				t.Errorf("%+v, %v", records, err)
+			}
+		})
+	}
+}
+
+func interfaces(reported string) func(map[string]any) {
+	return func(c map[string]any) { c["result"].(map[string]any)["interfaces"] = json.RawMessage(reported) }
+}
+
+func reporting(p *bpftest.Pod, plugin string) func(map[string]any) {
+	return interfaces(p.Reported()[plugin])
+}
+
+// ofProcessIn makes the namespace that of a process in the pod, under which name the plugin reported it: PATH in interfaces.
+func ofProcessIn(t *testing.T, p *bpftest.Pod, reported string) func(map[string]any) {
 	return func(c map[string]any) {
-		c["result"].(map[string]any)["interfaces"] = []map[string]string{{"name": "eth0", "sandbox": p.NS.Path()}}
+		path := fmt.Sprintf("/proc/%d/ns/net", processIn(t, p))
+		c["netns"] = path
+		interfaces(strings.ReplaceAll(reported, "PATH", path))(c)
 	}
 }
 
@@ -134,7 +178,7 @@ func processIn(t *testing.T, p *bpftest.Pod) (pid int) {
 	return sleep.Process.Pid
 }
 
-// Nothing is guessed, and of what is not certain the reason is said. Another pod is not kept from being found.
+// Nothing is guessed: a pod that is not certain is left alone with a reason, and keeps no other from being found.
 func TestPodsThatAreNotCertain(t *testing.T) {
 	machine := bpftest.NewNode(t)
 	pod, other := machine.AddPod(t), machine.AddPod(t)
@@ -184,21 +228,27 @@ func TestPodsThatAreNotCertain(t *testing.T) {
 		"other addresses": {pod, func(c map[string]any) {
 			c["result"].(map[string]any)["ips"] = []map[string]string{{"address": "10.0.0.1/24"}}
 		}, "its addresses are [10.0.0.1], not"},
-		"no such interface":           {pod, func(c map[string]any) { c["ifName"] = "net1" }, "not described"},
-		"a namespace that is gone":    {pod, func(c map[string]any) { c["netns"] = "/run/netns/gone" }, "no such file"},
-		"a file that is no namespace": {pod, func(c map[string]any) { c["netns"] = "/etc/hostname" }, "network namespace /etc/hostname"},
-		"a process that may be another's": {pod, func(c map[string]any) {
-			unnamed(pod)(c)
-			c["netns"] = fmt.Sprintf("/proc/%d/ns/net", os.Getpid())
-		}, "may be another one by now"},
+		"no such interface":             {pod, func(c map[string]any) { c["ifName"] = "net1" }, "no net1 in the pod"},
+		"an ID that no record can have": {pod, func(c map[string]any) { c["containerId"] = strings.Repeat("c", 300) }, "container ID of 300"},
+		"no namespace": {pod, func(c map[string]any) {
+			delete(c, "netns")
+			reporting(pod, "Azure")(c)
+		}, "did not record its network namespace"},
+		"a namespace that is gone":                   {pod, func(c map[string]any) { c["netns"] = "/run/netns/gone" }, "no such file"},
+		"a file that is no namespace":                {pod, func(c map[string]any) { c["netns"] = "/etc/hostname" }, "network namespace /etc/hostname"},
+		"a process, whose device is not named":       {pod, ofProcessIn(t, pod, `[{"name": "eth0"}]`), "may be another one by now"},
+		"a process, of which nothing is reported":    {pod, ofProcessIn(t, pod, `[]`), "may be another one by now"},
+		"another pod's process":                      {pod, ofProcessIn(t, other, `[{"name": "eth0", "sandbox": "PATH"}]`), "may be another one by now"},
+		"another pod's process, the device is named": {pod, ofProcessIn(t, other, pod.Reported()["ptp"]), "is " + other.HostIfName + ", not " + pod.HostIfName},
+		"a process of the host":                      {pod, func(c map[string]any) { c["netns"] = fmt.Sprintf("/proc/%d/ns/net", os.Getpid()) }, "no veth leads"},
 		"another device": {pod, func(c map[string]any) {
 			c["result"].(map[string]any)["interfaces"] = []map[string]string{{"name": other.HostIfName}, {"name": "eth0", "sandbox": pod.NS.Path()}}
-		}, "is " + pod.HostIfName + ", not one of " + other.HostIfName},
-		"an interface that is gone":           {odd, named("eth7"), "eth7 in its network namespace"},
+		}, "is " + pod.HostIfName + ", not " + other.HostIfName},
+		"an interface that is gone":           {odd, named("eth7"), "no eth7 in the pod"},
 		"an interface that is no veth":        {odd, named("eth1"), "of type bridge, not veth"},
-		"a veth between two other namespaces": {odd, named("eth2"), "is not on the host, where decoy"},
-		"a veth whose other end is elsewhere": {odd, named("eth3"), "is not on the host"},
-		"of another machine":                  {elsewhere, unnamed(elsewhere), "no device of the host leads into"},
+		"a veth between two other namespaces": {odd, named("eth2"), "decoy, is not the peer of eth2"},
+		"a veth whose other end is elsewhere": {odd, named("eth3"), "is not in this namespace"},
+		"of another machine":                  {elsewhere, reporting(elsewhere, "pod's end only"), "no veth leads"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			records, err := find(t, machine, nodeWith(t, cached(c.pod, c.change), cached(other, nil)), podOf(c.pod), podOf(other))

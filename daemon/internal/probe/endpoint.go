@@ -61,15 +61,18 @@ type EndpointSpec struct {
 	probes []Spec // of Askers
 }
 
-// onPort is whether connections of the endpoint's probes may arrive at the pod's port.
+// onPort reports whether connections of the endpoint's probes may arrive at the pod's port.
 func (s EndpointSpec) onPort() bool { return s.Port != 0 && !s.elsewhere }
+
+// answeredWith reports whether the kernel, where it may answer e, would answer this endpoint's probes too: it does not
+// tell the pod's addresses and names apart, and it answers a TCP probe by taking the connection, whichever endpoint of
+// the port is fresh.
+func (s EndpointSpec) answeredWith(e Endpoint) bool {
+	return s.onPort() && (s.Endpoint == e || s.Kind == TCP && s.Port == e.Port)
+}
 
 // CustomHeaders are those of the probes' requests, where all of these have the same.
 func (s EndpointSpec) CustomHeaders() []Header { return s.probes[0].Headers }
-
-// gates is whether the endpoint has a say in taking connections to its port. One that only startup probes ask has not:
-// it would close the port for ever once they have ended.
-func (s EndpointSpec) gates() bool { return s.onPort() && !s.Startup }
 
 const reasonStartup = "startup probe"
 
@@ -96,7 +99,7 @@ func Endpoints(pod Pod, settings Settings, limits Limits) ([]EndpointSpec, error
 		specs[i].Reason = cmp.Or(specs[i].Reason, pod.NotAnswered)
 	}
 	slices.SortStableFunc(specs, compare)
-	closePorts(specs)
+	closeBeside(specs)
 	settings.apply(specs)
 	return specs, limit(specs, limits.Records)
 }
@@ -190,19 +193,17 @@ func merge(a, b EndpointSpec) EndpointSpec {
 	return a
 }
 
-// closePorts gives the endpoints of a port a reason if one beside them is never answered: a SYN does not tell which of
-// them it is for, and handing a taken connection over to the pod costs its probe a retransmission.
-func closePorts(specs []EndpointSpec) {
-	closers := map[uint16]EndpointSpec{}
-	for _, s := range specs {
-		if _, known := closers[s.Port]; !known && s.gates() && s.Reason != "" {
-			closers[s.Port] = s
+// closeBeside gives a reason to endpoints that cannot be answered without answering one that is not observed.
+func closeBeside(specs []EndpointSpec) {
+	for _, never := range specs {
+		if never.Observed {
+			continue
 		}
-	}
-	for i, s := range specs {
-		if closer, closed := closers[s.Port]; closed && s.Reason == "" {
-			specs[i].Reason = fmt.Sprintf("shares its port with %s of %s, which is never answered: %s",
-				closer.Endpoint, closer.Askers[0], closer.Reason)
+		for i, s := range specs {
+			if s.Reason == "" && never.answeredWith(s.Endpoint) {
+				specs[i].Reason = fmt.Sprintf("answering it would also answer %s of %s, which is never answered: %s",
+					never.Endpoint, never.Askers[0], never.Reason)
+			}
 		}
 	}
 }

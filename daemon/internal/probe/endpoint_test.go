@@ -2,6 +2,7 @@ package probe
 
 import (
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -25,14 +26,17 @@ func tcpProbe(probeType Type) Spec {
 }
 
 // with returns the probe, changed.
-func with(s Spec, change func(*Spec)) Spec {
-	change(&s)
+func with(s Spec, changes ...func(*Spec)) Spec {
+	for _, change := range changes {
+		change(&s)
+	}
 	return s
 }
 
 func endpoints(t testing.TB, probes ...Spec) []EndpointSpec {
 	t.Helper()
-	specs, err := Endpoints(Pod{IPs: []netip.Addr{netip.MustParseAddr("10.0.0.7")}, Probes: probes},
+	ips := []netip.Addr{netip.MustParseAddr("10.0.0.7"), netip.MustParseAddr("fd00::7")}
+	specs, err := Endpoints(Pod{IPs: ips, Probes: probes},
 		NewDefaults().Settings(nil), limits)
 	if err != nil {
 		t.Fatal(err)
@@ -61,34 +65,36 @@ func TestSharedEndpoint(t *testing.T) {
 	}
 }
 
-// Each probe but the last is an ordinary one on port 80: whether it is answered depends on what it shares its port with.
+// Beside each probe are two ordinary ones of port 80, by HTTP and by TCP. They are answered, except where that would
+// answer the other probe too.
 func TestReasons(t *testing.T) {
 	header := func(name, value string) func(*Spec) {
 		return func(s *Spec) { s.Headers = append(s.Headers, Header{name, value}) }
 	}
-	get := httpProbe(Liveness, "/other")
+	at := func(host string) func(*Spec) { return func(s *Spec) { s.Host = host } }
+	get, ordinary, same := httpProbe(Liveness, "/other"), httpProbe(Readiness, "/ordinary"), httpProbe(Liveness, "/ordinary")
 	for name, test := range map[string]struct {
 		probe    Spec
 		reason   string // of that probe; empty: it is answered
 		observed bool
-		closes   bool // the ordinary one beside it is not answered either
+		closes   bool // the ordinary HTTP probe beside it is not answered either
 	}{
 		"HTTP":         {get, "", true, false},
 		"TCP":          {tcpProbe(Liveness), "", true, false},
-		"HTTPS":        {with(get, func(s *Spec) { s.Kind = HTTPS }), "HTTPS", false, true},
-		"HTTP/2":       {with(get, func(s *Spec) { s.Kind = HTTP2 }), "HTTP/2", false, true},
-		"gRPC":         {with(get, func(s *Spec) { s.Kind = GRPC }), "gRPC", false, true},
+		"HTTPS":        {with(get, func(s *Spec) { s.Kind = HTTPS }), "HTTPS", false, false},
+		"HTTP/2":       {with(get, func(s *Spec) { s.Kind = HTTP2 }), "HTTP/2", false, false},
+		"gRPC":         {with(get, func(s *Spec) { s.Kind = GRPC }), "gRPC", false, false},
 		"exec":         {with(get, func(s *Spec) { s.Kind, s.Port, s.Path = Exec, 0, "" }), "exec", false, false},
 		"host":         {with(get, func(s *Spec) { s.Host = "10.9.9.9" }), "10.9.9.9", false, false},
-		"host, a name": {with(get, func(s *Spec) { s.Host = "h.example" }), "h.example", false, true},
-		"problem":      {with(get, func(s *Spec) { s.Problem = "odd" }), "odd", false, true},
+		"host, a name": {with(get, func(s *Spec) { s.Host = "h.example" }), "h.example", false, false},
+		"problem":      {with(get, func(s *Spec) { s.Problem = "odd" }), "odd", false, false},
 		"unknown port": {with(get, func(s *Spec) { s.Problem, s.Port = "which port?", 0 }),
 			"which port?", false, false},
 		"longest path":     {with(get, func(s *Spec) { s.Path = "/" + strings.Repeat("x", 254) }), "", true, false},
-		"too long a path":  {with(get, func(s *Spec) { s.Path = "/" + strings.Repeat("x", 255) }), "256", false, true},
+		"too long a path":  {with(get, func(s *Spec) { s.Path = "/" + strings.Repeat("x", 255) }), "256", false, false},
 		"headers":          {with(get, header("X-A", "1")), "", true, false},
-		"Connection":       {with(get, header("connection", "upgrade")), "Connection", true, true},
-		"long request":     {with(get, header("X-A", strings.Repeat("x", 1000))), "at most 1024", true, true},
+		"Connection":       {with(get, header("connection", "upgrade")), "Connection", true, false},
+		"long request":     {with(get, header("X-A", strings.Repeat("x", 1000))), "at most 1024", true, false},
 		"startup":          {with(get, func(s *Spec) { s.Type = Startup }), "startup probe", true, false},
 		"startup by HTTPS": {with(get, func(s *Spec) { s.Type, s.Kind = Startup, HTTPS }), "HTTPS", false, false},
 		"another port":     {with(get, func(s *Spec) { s.Kind, s.Port = HTTPS, 443 }), "HTTPS", false, false},
@@ -96,12 +102,24 @@ func TestReasons(t *testing.T) {
 			s.Path = "/ordinary"
 			header("X-A", "1")(s)
 		}), "differ in httpHeaders", true, true},
+		"the same path at a name":          {with(same, at("h.example")), "h.example", false, true},
+		"the same path elsewhere":          {with(same, at("10.9.9.9")), "10.9.9.9", false, false},
+		"the same path at another port":    {with(same, at("h.example"), func(s *Spec) { s.Port = 81 }), "h.example", false, false},
+		"the same path and something more": {with(same, func(s *Spec) { s.Problem = "odd" }), "odd", false, true},
+		"the same path by HTTPS":           {with(same, func(s *Spec) { s.Kind = HTTPS }), "HTTPS", false, false},
+		"TCP at a name":                    {with(tcpProbe(Liveness), at("h.example")), "h.example", false, true},
+		"TCP at the pod's other address":   {with(tcpProbe(Liveness), at("fd00::7")), "fd00::7", false, true},
+		"TCP elsewhere":                    {with(tcpProbe(Liveness), at("10.9.9.9")), "10.9.9.9", false, false},
+		"TCP at a name, another port":      {with(tcpProbe(Liveness), at("h.example"), func(s *Spec) { s.Port = 81 }), "h.example", false, false},
+		"TCP at a name, startup":           {with(tcpProbe(Startup), at("h.example")), "h.example", false, true},
+		"TCP, startup beside an ordinary":  {tcpProbe(Startup), "", true, false},
+		"HTTP, startup beside an ordinary": {with(same, func(s *Spec) { s.Type = Startup }), "", true, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			specs := endpoints(t, httpProbe(Readiness, "/ordinary"), test.probe)
+			specs := endpoints(t, ordinary, tcpProbe(Readiness), test.probe)
 			want := Endpoint{test.probe.Port, test.probe.Kind, test.probe.Path}
 			for _, s := range specs {
-				if s.Endpoint == want && s.Host == test.probe.Host {
+				if s.Endpoint == want && slices.Contains(s.Askers, test.probe.Asker()) {
 					if test.reason == "" && s.Reason != "" || !strings.Contains(s.Reason, test.reason) {
 						t.Errorf("reason %q, want %q", s.Reason, test.reason)
 					}
@@ -109,8 +127,11 @@ func TestReasons(t *testing.T) {
 						t.Errorf("observed: %v, want %v", s.Observed, test.observed)
 					}
 				}
-				if s.Path == "/ordinary" && (s.Reason != "") != test.closes {
-					t.Errorf("the ordinary probe beside it: %q, want a reason: %v", s.Reason, test.closes)
+				if s.Kind == HTTP && s.Path == "/ordinary" && s.Host == "" && s.Observed && (s.Reason != "") != test.closes {
+					t.Errorf("the ordinary HTTP probe beside it: %q, want a reason: %v", s.Reason, test.closes)
+				}
+				if want := test.closes && test.probe.Kind == TCP; s.Kind == TCP && s.Observed && (s.Reason != "") != want {
+					t.Errorf("the ordinary TCP probe beside it: %q, want a reason: %v", s.Reason, want)
 				}
 			}
 		})
@@ -134,12 +155,12 @@ func TestPodNotAnswered(t *testing.T) {
 
 // Whoever reads why a probe is not answered is to learn which other one is to blame.
 func TestReasonNamesTheOther(t *testing.T) {
-	https := with(httpProbe(Liveness, "/tls"), func(s *Spec) { s.Kind, s.Container = HTTPS, "sidecar" })
-	for _, s := range endpoints(t, httpProbe(Readiness, "/x"), https) {
+	tcp := with(tcpProbe(Liveness), func(s *Spec) { s.Host, s.Container = "fd00::7", "sidecar" })
+	for _, s := range endpoints(t, httpProbe(Readiness, "/x"), tcp) {
 		if s.Kind != HTTP {
 			continue
 		}
-		for _, part := range []string{"HTTPS :80/tls", "sidecar/liveness", "HTTPS is never answered"} {
+		for _, part := range []string{"TCP :80", "sidecar/liveness", `host "fd00::7" is probed`} {
 			if !strings.Contains(s.Reason, part) {
 				t.Errorf("reason %q does not say %q", s.Reason, part)
 			}

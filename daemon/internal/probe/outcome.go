@@ -11,15 +11,17 @@ const (
 	Connected Event = iota + 1
 	// Answered: an HTTP status was seen. A 2xx counts when the prober has closed, so that its duration covers all.
 	Answered
-	// Reset: the pod refused or reset the connection.
+	// Reset: the pod refused or reset the connection. Whatever was asked, this concerns every endpoint of the port.
 	Reset
 	// NoAnswer: the prober closed before the pod had answered.
 	NoAnswer
+	// Failed: what was asked failed in another way, such as an answer that is cut short or is not HTTP.
+	Failed
 )
 
 // Outcome is the report of one probe.
 type Outcome struct {
-	// Endpoint is what was asked. Kind empty: it is not known, and concerns every endpoint of the port.
+	// Endpoint is what was asked. Kind empty: not known, so the outcome concerns every endpoint of the port.
 	Endpoint   Endpoint
 	Event      Event
 	Status     int // of Answered
@@ -42,9 +44,11 @@ func (o Outcome) askedAt() uint64 {
 	return asked
 }
 
-// concerns is whether the outcome says something of the endpoint.
+// concerns reports whether the outcome says something about the endpoint. A status, or an answer that does not come, is
+// about the one that was asked: readiness and liveness on two paths each count for themselves.
 func (o Outcome) concerns(e Endpoint) bool {
-	return o.Endpoint == e || o.Endpoint.Kind == "" && o.Endpoint.Port == e.Port
+	wholePort := o.Endpoint.Kind == "" || o.Event == Reset
+	return o.Endpoint == e || wholePort && o.Endpoint.Port == e.Port
 }
 
 // Result is what the last conclusive outcome says.
@@ -67,7 +71,7 @@ func (s EndpointSpec) late(o Outcome) bool { return o.Duration >= s.Timeout-s.Ti
 // judge is the kubelet's verdict on an outcome, where it can be known. Not conclusive: as if it had not been seen.
 func (s EndpointSpec) judge(o Outcome) (result Result, conclusive bool) {
 	switch o.Event {
-	case Reset:
+	case Reset, Failed:
 		return Failure, true
 	case NoAnswer:
 		// Before its timeout the prober left by itself: it was stopped, or is not the kubelet.

@@ -8,9 +8,17 @@ type Evidence struct {
 	FreshUntil uint64
 }
 
-// Gate is whether connections to a port may be taken: until FreshUntil, on evidence of which the oldest is from
-// ObservedAt. Both are 0 if they may not.
+// Gate says until when connections to a port may be taken, and when the newest evidence for that was observed. Both are
+// 0 if none may be taken.
 type Gate struct{ ObservedAt, FreshUntil uint64 }
+
+// gate is the gate that this evidence alone would open.
+func (e Evidence) gate() Gate {
+	if e.FreshUntil == 0 {
+		return Gate{}
+	}
+	return Gate{e.ObservedAt, e.FreshUntil}
+}
 
 // Cause is why what is known of an endpoint changed.
 type Cause string
@@ -180,8 +188,7 @@ func (t *Tracker) Evidence() map[Endpoint]Evidence {
 	return all
 }
 
-// Gates returns the gate of each port on which something is observed. A SYN does not tell what it is for, so a port's
-// connections are taken only while each of its endpoints is fresh.
+// Gates returns the gate of each port on which something is observed.
 func (t *Tracker) Gates() map[uint16]Gate {
 	gates := map[uint16]Gate{}
 	for _, s := range t.specs {
@@ -192,24 +199,22 @@ func (t *Tracker) Gates() map[uint16]Gate {
 	return gates
 }
 
-// gate does not count endpoints that only startup probes ask. When such a probe does come while the port is taken, an
-// HTTP request finds nothing to be answered with, and is handed over; a connection for its own sake is accepted, and
-// fresh evidence of another endpoint on the port implies that it would be.
+// gate is open while at least one endpoint of the port is fresh. A SYN does not say what will be asked; a request that
+// cannot be answered after all is handed over to the pod and observed there. Taking the connection does answer a TCP
+// probe, though, so where there is one, its evidence alone decides. A TCP endpoint that only startup probes ask would
+// close the port for good once they have ended, so it has no say: fresh HTTP evidence implies that connections are
+// accepted.
 func (t *Tracker) gate(port uint16) Gate {
-	var gate Gate
+	var widest Gate
 	for _, s := range t.specs {
-		if s.Port != port || !s.gates() {
+		if !s.Observed || s.Port != port {
 			continue
 		}
-		e := t.entries[s.Endpoint]
-		if !s.Observed || e.evidence.FreshUntil == 0 {
-			return Gate{}
+		own := t.entries[s.Endpoint].evidence.gate()
+		if s.Kind == TCP && !s.Startup {
+			return own
 		}
-		if gate == (Gate{}) {
-			gate = Gate{e.evidence.ObservedAt, e.evidence.FreshUntil}
-		}
-		gate.ObservedAt = min(gate.ObservedAt, e.evidence.ObservedAt)
-		gate.FreshUntil = min(gate.FreshUntil, e.evidence.FreshUntil)
+		widest = Gate{max(widest.ObservedAt, own.ObservedAt), max(widest.FreshUntil, own.FreshUntil)}
 	}
-	return gate
+	return widest
 }

@@ -3,6 +3,7 @@ package probe
 import (
 	"maps"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -66,6 +67,11 @@ func TestJudgement(t *testing.T) {
 		"reset":                {x, []Outcome{good, after(20, x, Reset, 0)}, at(20, Failure, 0)},
 		"port refused":         {x, []Outcome{good, after(20, anyOf80, Reset, 0)}, at(20, Failure, 0)},
 		"gave up":              {x, []Outcome{good, took(time.Second, after(20, x, NoAnswer, 0))}, at(20, Failure, 0)},
+		"broken":               {x, []Outcome{good, after(20, x, Failed, 0)}, at(20, Failure, 0)},
+		"another path broken":  {x, []Outcome{good, after(20, Endpoint{80, HTTP, "/y"}, Failed, 0)}, unchanged},
+		"another path reset":   {x, []Outcome{good, after(20, Endpoint{80, HTTP, "/y"}, Reset, 0)}, at(20, Failure, 0)},
+		"TCP beside it reset":  {tcp, []Outcome{after(10, tcp, Connected, 0), after(20, x, Reset, 0)}, at(20, Failure, 0)},
+		"TCP, an error status": {tcp, []Outcome{after(10, tcp, Connected, 0), after(20, x, Answered, 503)}, at(10, Success, 0)},
 		"left early":           {x, []Outcome{good, took(time.Second/2, after(20, x, NoAnswer, 0))}, unchanged},
 		"no connection":        {x, []Outcome{good, took(time.Second, after(20, anyOf80, NoAnswer, 0))}, at(20, Failure, 0)},
 		"recovered":            {x, []Outcome{after(5, x, Reset, 0), good}, unchanged},
@@ -105,30 +111,38 @@ func TestSharedTimeout(t *testing.T) {
 func TestGate(t *testing.T) {
 	y := Endpoint{80, HTTP, "/y"}
 	both := []Spec{httpProbe(Readiness, "/x"), with(httpProbe(Liveness, "/y"), func(s *Spec) { s.Period = 2 * time.Second })}
-	startup := with(httpProbe(Startup, "/y"), func(*Spec) {})
+	tcp := Endpoint{Port: 80, Kind: TCP}
+	startup, startupTCP := httpProbe(Startup, "/y"), tcpProbe(Startup)
 	https := with(httpProbe(Startup, "/y"), func(s *Spec) { s.Kind = HTTPS })
-	closed := Gate{}
+	closed, ofX := Gate{}, Gate{1010 * second, 1021 * second}
+	good := after(10, x, Answered, 200)
 	for name, test := range map[string]struct {
 		probes   []Spec
 		outcomes []Outcome
 		want     Gate
 	}{
 		"nothing known": {both, nil, closed},
-		"one known":     {both, []Outcome{after(10, x, Answered, 200)}, closed},
-		"oldest and earliest": {both, []Outcome{after(10, x, Answered, 200), after(12, y, Answered, 200)},
-			Gate{1010 * second, 1015 * second}},
-		"one failed": {both, []Outcome{after(10, x, Answered, 200), after(12, y, Answered, 200), after(13, x, Answered, 500)},
-			closed},
-		"one redirects": {both, []Outcome{after(10, x, Answered, 200), after(12, y, Answered, 301)}, closed},
-		"a startup probe, unknown": {[]Spec{both[0], startup}, []Outcome{after(10, x, Answered, 200)},
-			Gate{1010 * second, 1021 * second}},
-		"a startup probe, failed": {[]Spec{both[0], startup},
-			[]Outcome{after(10, x, Answered, 200), after(12, y, Answered, 500)}, Gate{1010 * second, 1021 * second}},
-		"a startup probe by HTTPS": {[]Spec{both[0], https}, []Outcome{after(10, x, Answered, 200)},
-			Gate{1010 * second, 1021 * second}},
-		"startup probes only": {[]Spec{startup}, []Outcome{after(10, y, Answered, 200)}, closed},
-		"beside HTTPS": {[]Spec{both[0], with(https, func(s *Spec) { s.Type = Liveness })},
-			[]Outcome{after(10, x, Answered, 200)}, closed},
+		"one known":     {both, []Outcome{good}, ofX},
+		"newest and latest": {both, []Outcome{good, after(12, y, Answered, 200)},
+			Gate{1012 * second, 1021 * second}},
+		"one failed": {both, []Outcome{good, after(12, y, Answered, 200), after(13, x, Answered, 500)},
+			Gate{1012 * second, 1015 * second}},
+		"both failed":              {both, []Outcome{good, after(12, y, Answered, 500), after(13, x, Answered, 500)}, closed},
+		"reset":                    {both, []Outcome{good, after(12, y, Answered, 200), after(13, x, Reset, 0)}, closed},
+		"one redirects":            {both, []Outcome{good, after(12, y, Answered, 301)}, ofX},
+		"a startup probe, unknown": {[]Spec{both[0], startup}, []Outcome{good}, ofX},
+		"a startup probe, failed":  {[]Spec{both[0], startup}, []Outcome{good, after(12, y, Answered, 500)}, ofX},
+		"a startup probe by HTTPS": {[]Spec{both[0], https}, []Outcome{good}, ofX},
+		"a startup probe by TCP":   {[]Spec{both[0], startupTCP}, []Outcome{good}, ofX},
+		"startup probes only":      {[]Spec{startup, startupTCP}, []Outcome{after(10, y, Answered, 200), after(10, tcp, Connected, 0)}, closed},
+		"beside HTTPS":             {[]Spec{both[0], with(https, func(s *Spec) { s.Type = Liveness })}, []Outcome{good}, ofX},
+		"TCP unknown":              {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{good}, closed},
+		"TCP alone known":          {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{after(12, tcp, Connected, 0)}, Gate{1012 * second, 1023 * second}},
+		"TCP older":                {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{after(5, tcp, Connected, 0), good}, Gate{1005 * second, 1016 * second}},
+		"TCP too late":             {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{good, took(time.Second, after(12, tcp, Connected, 0))}, closed},
+		"TCP, HTTP failed":         {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{after(5, tcp, Connected, 0), after(10, x, Answered, 500)}, Gate{1005 * second, 1016 * second}},
+		"TCP at another address":   {[]Spec{both[0], with(tcpProbe(Liveness), func(s *Spec) { s.Host = "fd00::7" })}, []Outcome{good}, closed},
+		"TCP for two types":        {[]Spec{both[0], startupTCP, with(tcpProbe(Liveness), func(s *Spec) { s.Container = "d" })}, []Outcome{good}, closed},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tracker := track(t, test.probes...)
@@ -166,7 +180,8 @@ func TestSetEndpoints(t *testing.T) {
 		"longer period":   {[]Spec{with(probe, func(s *Spec) { s.Period = time.Minute })}, fresh},
 		"other headers":   {[]Spec{with(probe, func(s *Spec) { s.Headers = []Header{{"A", "1"}} })}, Evidence{}},
 		"startup only":    {[]Spec{with(probe, func(s *Spec) { s.Type = Startup })}, Evidence{Success, 200, 1010 * second, 0}},
-		"HTTPS beside it": {[]Spec{probe, with(probe, func(s *Spec) { s.Kind = HTTPS })}, Evidence{Success, 200, 1010 * second, 0}},
+		"HTTPS beside it": {[]Spec{probe, with(probe, func(s *Spec) { s.Kind = HTTPS })}, fresh},
+		"also at a name":  {[]Spec{probe, with(probe, func(s *Spec) { s.Host = "h" })}, Evidence{Success, 200, 1010 * second, 0}},
 		"a new container": {[]Spec{with(probe, func(s *Spec) { s.Instance = "b" })}, Evidence{}},
 		"gone":            {nil, Evidence{}},
 	} {
@@ -255,8 +270,8 @@ func TestWithdraw(t *testing.T) {
 	if got := tracker.Evidence(); got[x] != (Evidence{}) || got[y] != fresh {
 		t.Fatalf("left %+v", got)
 	}
-	if got := tracker.Gates()[80]; got != (Gate{}) {
-		t.Fatalf("the port is open: %+v", got)
+	if got, want := tracker.Gates()[80], (Gate{fresh.ObservedAt, fresh.FreshUntil}); got != want {
+		t.Fatalf("gate %+v, want that of the other path, %+v", got, want)
 	}
 	tracker.Observe(took(time.Second/2, Outcome{Endpoint: x, Event: Answered, Status: 200, ObservedAt: 1012*second + second/4}))
 	if got := tracker.Evidence()[x]; got != (Evidence{}) {
@@ -350,7 +365,7 @@ var (
 func drawOutcome(t *rapid.T) Outcome {
 	return Outcome{
 		Endpoint:   rapid.SampledFrom(slices.Concat(modelEndpoints, wholePorts)).Draw(t, "endpoint"),
-		Event:      rapid.SampledFrom([]Event{Connected, Answered, Reset, NoAnswer}).Draw(t, "event"),
+		Event:      rapid.SampledFrom([]Event{Connected, Answered, Reset, NoAnswer, Failed}).Draw(t, "event"),
 		Status:     rapid.SampledFrom([]int{0, 101, 200, 204, 302, 404, 503}).Draw(t, "status"),
 		ObservedAt: (2000 + rapid.Uint64Range(0, 60).Draw(t, "observed at")) * second,
 		Duration:   time.Duration(rapid.IntRange(0, 1500).Draw(t, "duration")) * time.Millisecond,
@@ -388,10 +403,10 @@ func success(o Outcome, e Endpoint) bool {
 
 // failure is what nobody would overlook.
 func failure(o Outcome, e Endpoint) bool {
-	if o.Event == Reset && o.Endpoint == (Endpoint{Port: e.Port}) {
+	if o.Event == Reset && o.Endpoint.Port == e.Port {
 		return true
 	}
-	return o.Endpoint == e && (o.Event == Reset || e.Kind == HTTP && o.Event == Answered && o.Status >= 400)
+	return o.Endpoint == e && (o.Event == Failed || e.Kind == HTTP && o.Event == Answered && o.Status >= 400)
 }
 
 func TestInvariants(t *testing.T) {
@@ -466,6 +481,9 @@ func TestInvariants(t *testing.T) {
 					if now.FreshUntil > before[e].FreshUntil && !success(o, e) {
 						t.Fatalf("%s: prolonged to %+v by %+v", e, now, o)
 					}
+					if e != o.Endpoint && o.Endpoint.Kind != "" && o.Event != Reset && now != before[e] {
+						t.Fatalf("%s: changed to %+v by %+v, which is about another endpoint", e, now, o)
+					}
 				}
 			},
 			"": func(t *rapid.T) {
@@ -478,9 +496,6 @@ func TestInvariants(t *testing.T) {
 						t.Fatalf("%s: fresh in mode %s: %+v", e, mode, evidence[e])
 					}
 					checkEvidence(t, e, evidence[e], staleness[e], successes[e], failures[e])
-				}
-				for port, gate := range tracker.Gates() {
-					checkGate(t, port, gate, evidence)
 				}
 			},
 		})
@@ -518,21 +533,90 @@ func checkEvidence(t *rapid.T, e Endpoint, got Evidence, staleness uint64, succe
 	}
 }
 
-// checkGate: open exactly if all are, for no longer than any, and on evidence no older than the oldest.
-func checkGate(t *rapid.T, port uint16, gate Gate, evidence map[Endpoint]Evidence) {
-	open := true
-	want := Gate{^uint64(0), ^uint64(0)}
-	for e, known := range evidence {
-		if e.Port == port {
-			open = open && known.FreshUntil != 0
-			want.ObservedAt = min(want.ObservedAt, known.ObservedAt)
-			want.FreshUntil = min(want.FreshUntil, known.FreshUntil)
+// drawProbes draws what a port may be asked, by whom, and where.
+func drawProbes(t *rapid.T) []Spec {
+	var probes []Spec
+	for i := range rapid.IntRange(1, 5).Draw(t, "probes") {
+		s := httpProbe(rapid.SampledFrom([]Type{Readiness, Liveness, Startup}).Draw(t, "type"), "")
+		s.Container = string(rune('a' + i))
+		s.Kind = rapid.SampledFrom([]Kind{HTTP, HTTP, TCP, TCP, HTTPS, GRPC}).Draw(t, "kind")
+		if s.Kind == HTTP {
+			s.Path = rapid.SampledFrom([]string{"/x", "/y", "/" + longPath}).Draw(t, "path")
+		}
+		s.Host = rapid.SampledFrom([]string{"", "", "", "", "h.example", "fd00::7", "10.9.9.9"}).Draw(t, "host")
+		s.Period = time.Duration(rapid.IntRange(1, 30).Draw(t, "period")) * time.Second
+		probes = append(probes, s)
+	}
+	return probes
+}
+
+var longPath = strings.Repeat("x", limits.Path)
+
+// TestGateInvariants: at any moment a port is open if and only if one of its endpoints can be answered, and with a TCP
+// probe if and only if that one can be, because taking the connection answers it.
+func TestGateInvariants(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		probes := drawProbes(rt)
+		tracker := NewTracker()
+		tracker.SetEndpoints(endpoints(t, probes...), 1000*second)
+		for range rapid.IntRange(0, 20).Draw(rt, "outcomes") {
+			tracker.Observe(drawOutcome(rt))
+			checkAddresses(rt, tracker, probes)
+			for now := 2000 * second; now < 2120*second; now += second / 2 {
+				checkGate(rt, tracker, probes, now)
+			}
+		}
+	})
+}
+
+func checkGate(t *rapid.T, tracker *Tracker, probes []Spec, now uint64) {
+	const port = 80
+	gate, evidence := tracker.Gates()[port], tracker.Evidence()
+	var newest uint64
+	answerable := false
+	for _, s := range tracker.Endpoints() {
+		e := evidence[s.Endpoint]
+		if s.Observed && s.Reason == "" && e.Result == Success && e.FreshUntil != 0 {
+			answerable = answerable || now < e.FreshUntil
+			newest = max(newest, e.ObservedAt)
 		}
 	}
-	if !open {
-		want = Gate{}
+	open := now < gate.FreshUntil
+	tcp := Endpoint{Port: port, Kind: TCP}
+	ofTCP := Gate{evidence[tcp].ObservedAt, evidence[tcp].FreshUntil}
+	switch asked, elsewhere := askedByTCP(probes); {
+	case elsewhere && open:
+		t.Fatalf("%+v is open, and its TCP probe at another address would be answered", gate)
+	case elsewhere:
+	case asked && open != (evidence[tcp].Result == Success && now < ofTCP.FreshUntil):
+		t.Fatalf("%+v at %d, and TCP is %+v", gate, now, evidence[tcp])
+	case asked && gate.FreshUntil != 0 && gate != ofTCP:
+		t.Fatalf("%+v is not that of TCP, %+v", gate, evidence[tcp])
+	case !asked && open != answerable:
+		t.Fatalf("%+v at %d, of %+v", gate, now, evidence)
+	case !asked && gate.ObservedAt != newest:
+		t.Fatalf("%+v, and the newest evidence is from %d", gate, newest)
 	}
-	if gate != want {
-		t.Fatalf("port %d: gate %+v, want %+v", port, gate, want)
+}
+
+// checkAddresses: what would answer a probe of another address of the pod, of which nothing is known, is not fresh.
+func checkAddresses(t *rapid.T, tracker *Tracker, probes []Spec) {
+	for _, s := range probes {
+		known := tracker.Evidence()[Endpoint{s.Port, s.Kind, s.Path}]
+		if (s.Host == "h.example" || s.Host == "fd00::7") && known.FreshUntil != 0 {
+			t.Fatalf("%+v would be answered with %+v", s, known)
+		}
 	}
+}
+
+// askedByTCP reports whether a TCP probe that outlives the startup asks the pod, and whether one may reach the pod by
+// another address or name.
+func askedByTCP(probes []Spec) (asked, elsewhere bool) {
+	for _, s := range probes {
+		if s.Kind == TCP {
+			asked = asked || s.Host == "" && s.Type != Startup
+			elsewhere = elsewhere || s.Host == "h.example" || s.Host == "fd00::7"
+		}
+	}
+	return asked, elsewhere
 }

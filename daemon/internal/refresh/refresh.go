@@ -196,11 +196,10 @@ func (a *asker) ask(ctx context.Context) probe.Outcome {
 	case errors.As(err, &timeout) && timeout.Timeout():
 		o.Event, o.Status = probe.NoAnswer, 0
 		o.Duration = max(o.Duration, a.Timeout)
-	case errors.Is(err, syscall.ECONNREFUSED):
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
 		o.Event, o.Status = probe.Reset, 0
-		o.Endpoint = probe.Endpoint{Port: a.Endpoint.Port} // whatever is asked there
 	default:
-		o.Event, o.Status = probe.Reset, 0
+		o.Event, o.Status = probe.Failed, 0
 	}
 	return o
 }

@@ -120,10 +120,14 @@ func TestOutcome(t *testing.T) {
 		"redirect":       {says("HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n"), 0, probe.Answered, 302},
 		"error":          {says("HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"), 0, probe.Answered, 503},
 		"long body":      {says(fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)), 0, probe.Answered, 200},
-		"too short body": {says("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok"), 0, probe.Reset, 0},
-		"no HTTP":        {says("220 mail.example ESMTP\r\n"), 0, probe.Reset, 0},
-		"closed":         {says(""), 0, probe.Reset, 0},
-		"hangs":          {func(net.Conn) { <-released }, brief, probe.NoAnswer, 0},
+		"too short body": {says("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok"), 0, probe.Failed, 0},
+		"no HTTP":        {says("220 mail.example ESMTP\r\n"), 0, probe.Failed, 0},
+		"closed":         {says(""), 0, probe.Failed, 0},
+		"reset": {func(conn net.Conn) {
+			says("")(conn)
+			_ = conn.(*net.TCPConn).SetLinger(0)
+		}, 0, probe.Reset, 0},
+		"hangs": {func(net.Conn) { <-released }, brief, probe.NoAnswer, 0},
 		"endless body": {func(conn net.Conn) {
 			says("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok")(conn)
 			<-released
@@ -159,7 +163,6 @@ func TestOutcomeOfTCP(t *testing.T) {
 	}
 }
 
-// A refused connection says something of whatever is asked on the port.
 func TestRefused(t *testing.T) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -168,8 +171,9 @@ func TestRefused(t *testing.T) {
 	at := netip.MustParseAddrPort(listener.Addr().String())
 	_ = listener.Close()
 	for _, path := range []string{"", "/x"} {
-		if got := askOnce(t, target(at, path)); got.Event != probe.Reset || got.Endpoint != (probe.Endpoint{Port: at.Port()}) {
-			t.Errorf("%q: got %+v, want a reset of the whole port", path, got)
+		asked := target(at, path)
+		if got := askOnce(t, asked); got.Event != probe.Reset || got.Endpoint != asked.Endpoint {
+			t.Errorf("%q: got %+v, want a reset", path, got)
 		}
 	}
 }

@@ -35,7 +35,9 @@ const (
 	Bound           // answers go on after their bound
 	Withdrawal      // the kernel side withdraws nothing
 	Failures        // the daemon does not learn of failures
-	Gate            // a port is taken although not all of its endpoints are fresh
+	Gate            // fresh HTTP evidence opens a port that has a TCP probe
+	Status          // an error status voids the evidence of all of its port
+	Handover        // what is handed over is not observed
 	Instance        // another container is not noticed, nor its listener's closing
 	Connection      // a connection is kept for ever, and an answer on it taken for one on a new connection
 )
@@ -101,14 +103,16 @@ type pod struct {
 	refreshing map[probe.Endpoint]*asker
 	staleness  map[probe.Endpoint]time.Duration
 
-	// The kernel side: what the daemon wrote, and when it withdrew a port's evidence.
+	// The kernel side: what the daemon wrote, and when the evidence of an endpoint was voided, or of a whole port (no
+	// kind).
 	evidence  map[probe.Endpoint]probe.Evidence
 	gates     map[uint16]probe.Gate
-	withdrawn map[uint16]uint64
+	withdrawn map[probe.Endpoint]uint64
 
 	// The truth.
 	successes map[probe.Endpoint]map[uint64]bool // when each was asked that succeeded
 	failed    map[probe.Endpoint]uint64          // the last failure that the daemon has read
+	voided    map[probe.Endpoint]uint64          // the last error status; of a port, the last reset, refusal or closing
 	ended     map[uint16]uint64                  // when the last listener closed
 
 	result Result
@@ -120,7 +124,8 @@ func Run(c Config) Result {
 		Config: c, rng: rand.New(rand.NewPCG(c.Seed, 1)), now: epoch, end: epoch + uint64(c.Duration),
 		servers: map[uint16]*server{}, instances: map[uint16]int{}, startup: map[string]*startup{}, known: map[uint16]int{},
 		refreshing: map[probe.Endpoint]*asker{}, staleness: map[probe.Endpoint]time.Duration{},
-		withdrawn: map[uint16]uint64{}, failed: map[probe.Endpoint]uint64{}, ended: map[uint16]uint64{},
+		withdrawn: map[probe.Endpoint]uint64{}, failed: map[probe.Endpoint]uint64{},
+		voided: map[probe.Endpoint]uint64{}, ended: map[uint16]uint64{},
 		successes: map[probe.Endpoint]map[uint64]bool{},
 	}
 	p.prepare()
@@ -161,6 +166,9 @@ func endpointOf(s probe.Spec) probe.Endpoint {
 	return probe.Endpoint{Port: s.Port, Kind: s.Kind, Path: s.Path}
 }
 
+// portOf stands for all endpoints of a port.
+func portOf(port uint16) probe.Endpoint { return probe.Endpoint{Port: port} }
+
 // scheduleWorld has the kernel side and the runtime notice what they do: listeners that close, containers that end.
 func (p *pod) scheduleWorld(port uint16) {
 	for _, phase := range p.servers[port].phases {
@@ -180,8 +188,9 @@ func (p *pod) scheduleWorld(port uint16) {
 
 func (p *pod) close(port uint16) {
 	p.ended[port] = p.now
+	p.voided[portOf(port)] = p.now
 	if p.Broken != Withdrawal && p.Broken != Instance {
-		p.withdrawn[port] = p.now
+		p.withdrawn[portOf(port)] = p.now
 	}
 }
 
@@ -243,7 +252,8 @@ func (p *pod) observe(o probe.Outcome) {
 	failure := o.Event == probe.Reset || o.Event == probe.NoAnswer || o.Status >= 400
 	if failure {
 		for endpoint := range p.successes {
-			if o.Endpoint == endpoint || o.Endpoint.Kind == "" && o.Endpoint.Port == endpoint.Port {
+			wholePort := o.Endpoint.Kind == "" || o.Event == probe.Reset
+			if o.Endpoint == endpoint || wholePort && o.Endpoint.Port == endpoint.Port {
 				p.failed[endpoint] = max(p.failed[endpoint], o.ObservedAt)
 			}
 		}
@@ -327,36 +337,45 @@ func (p *pod) refresh(a *asker) {
 
 // The kernel side.
 
-// taken is whether a connection is.
+// taken reports whether a connection that comes now is taken.
 func (p *pod) taken(port uint16) bool {
 	g := p.gates[port]
 	if p.Broken == Gate {
 		for e, known := range p.evidence {
-			if e.Port == port && known.FreshUntil > p.now && known.ObservedAt > p.withdrawn[port] {
-				return true
+			if e.Port == port {
+				g = probe.Gate{ObservedAt: max(g.ObservedAt, known.ObservedAt), FreshUntil: max(g.FreshUntil, known.FreshUntil)}
 			}
 		}
 	}
 	fresh := g.FreshUntil > p.now || p.Broken == Bound && g.FreshUntil != 0
-	return fresh && g.ObservedAt > p.withdrawn[port]
+	return fresh && g.ObservedAt > p.withdrawn[portOf(port)]
 }
 
-// answerable is whether a request on a connection that was taken just now is answered.
+// answerable reports whether a request on a connection that was taken just now is answered.
 func (p *pod) answerable(e probe.Endpoint) bool {
 	known := p.evidence[e]
 	fresh := known.FreshUntil > p.now || p.Broken == Bound && known.FreshUntil != 0
-	return known.Result == probe.Success && fresh && known.ObservedAt > p.withdrawn[e.Port]
+	return known.Result == probe.Success && fresh && known.ObservedAt > max(p.withdrawn[e], p.withdrawn[portOf(e.Port)])
 }
 
-// report is what becomes of a probe that was passed on.
+// report tells the daemon what became of a probe that reached the pod. An error status is about what was asked, a reset or
+// refusal about the whole port.
 func (p *pod) report(e probe.Endpoint, began uint64, x exchange) {
 	o := probe.Outcome{Endpoint: e, Event: x.event, Status: x.status, ObservedAt: p.now, Duration: time.Duration(p.now - began)}
 	if x.event == probe.Reset && x.end-began <= uint64(refusal) {
-		o.Endpoint = probe.Endpoint{Port: e.Port}
+		o.Endpoint = portOf(e.Port)
 	}
 	if x.event == probe.Reset || x.event == probe.Answered && x.status >= 300 {
+		about := e
+		if x.event == probe.Reset {
+			about = portOf(e.Port)
+		}
+		p.voided[about] = p.now
+		if p.Broken == Status {
+			about = portOf(e.Port)
+		}
 		if p.Broken != Withdrawal {
-			p.withdrawn[e.Port] = p.now
+			p.withdrawn[about] = p.now
 		}
 	}
 	const gather = uint64(50 * time.Millisecond) // the daemon reads them in their order, but not at once
@@ -398,6 +417,21 @@ func (p *pod) checkAnswer(e probe.Endpoint) {
 	case p.ended[e.Port] >= known.ObservedAt:
 		p.violate("%s answered after its listener had closed", e)
 	}
+}
+
+// checkReached holds a probe that reached the pod against the truth: whatever else its port is asked, it need not have, if
+// its own last success was still to be believed. For a request on a port that has a TCP probe, so must be that one's.
+func (p *pod) checkReached(e probe.Endpoint) {
+	tcp := probe.Endpoint{Port: e.Port, Kind: probe.TCP}
+	_, asked := p.successes[tcp]
+	if p.believable(e) && (!asked || p.believable(tcp)) {
+		p.violate("%s reached the pod though it could have been answered", e)
+	}
+}
+
+func (p *pod) believable(e probe.Endpoint) bool {
+	known := p.evidence[e]
+	return known.FreshUntil > p.now && known.ObservedAt > max(p.voided[e], p.voided[portOf(e.Port)])
 }
 
 // Time.

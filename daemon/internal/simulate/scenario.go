@@ -86,13 +86,11 @@ var (
 	lone = []probe.Spec{http("c", probe.Readiness, 80, "/x", usually)}
 	pair = []probe.Spec{http("c", probe.Readiness, 80, "/x", usually), http("c", probe.Liveness, 80, "/x", usually)}
 	own  = []probe.Spec{http("c", probe.Readiness, 80, "/x", usually), http("c", probe.Liveness, 80, "/y", usually)}
+	both = []probe.Spec{http("c", probe.Readiness, 80, "/x", usually), tcp("c", probe.Liveness, 80, usually)}
 )
 
 // Of two probes with a period of 10 s and a timeout of 1 s a fifth begin within a second of each other.
-const (
-	twoOfThree = 0.8*2/3 + 0.2*3/4
-	oneOfThree = 0.8*1/3 + 0.2*1/2
-)
+const twoOfThree = 0.8*2/3 + 0.2*3/4
 
 // Scenarios are the kinds of pods that the table has.
 func Scenarios() []Scenario {
@@ -108,8 +106,9 @@ func Scenarios() []Scenario {
 		scenario("one TCP probe", 1./2, .49, "likewise", usual, false, tcp("c", probe.Liveness, 80, usually)),
 		scenario("readiness + liveness, one path", twoOfThree, .66,
 			"two of three answered; three of four for the fifth of pods whose two probes come within a timeout of each other", usual, false, pair...),
-		scenario("readiness + liveness, two paths", oneOfThree, 0,
-			"one of three, because both must be fresh for either to be answered; one of two for that fifth", usual, false, own...),
+		scenario("readiness + liveness, two paths", 1./2, .49, "each as if alone", usual, false, own...),
+		scenario("readiness by HTTP, liveness by TCP, one port", 1./2, .49,
+			"each as if alone: every second HTTP probe comes while TCP's success has connections taken", usual, false, both...),
 		scenario("startup, readiness, liveness, one path", twoOfThree, .66, "startup probes end", usual, false,
 			append([]probe.Spec{http("c", probe.Startup, 80, "/x", usually)}, pair...)...),
 		scenario("two containers", twoOfThree, .66, "each as one", usual, false,

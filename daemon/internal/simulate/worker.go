@@ -78,21 +78,21 @@ func (w *worker) tick() {
 		return
 	}
 	healthy := server.phases[server.at(began)].condition == healthy
-	usual := w.usual()
-	twin := server.ask(began, w.endpoint, w.spec.Timeout, false, usual)
+	twin := server.ask(began, w.endpoint, w.spec.Timeout, false, w.usual())
 	x, answered := twin, false
 	w.result.Probes++
-	if w.taken(w.endpoint.Port) {
-		if w.spec.Kind == probe.TCP || w.answerable(w.endpoint) {
-			answered = true
-			w.checkAnswer(w.endpoint)
-			x = exchange{event: probe.Answered, status: 200, end: began + uint64(refusal)}
-			w.result.Answered++
-		} else {
-			w.result.HandedOver++
-			const retransmission = 200 * time.Millisecond
-			x = server.ask(began+uint64(retransmission), w.endpoint, w.spec.Timeout-retransmission, false, usual)
-		}
+	taken := w.taken(w.endpoint.Port)
+	switch {
+	case taken && (w.spec.Kind == probe.TCP || w.answerable(w.endpoint)):
+		answered = true
+		w.checkAnswer(w.endpoint)
+		x = exchange{event: probe.Answered, status: 200, end: began + uint64(refusal)}
+		w.result.Answered++
+	case taken: // and handed over, which takes no time to speak of
+		w.result.HandedOver++
+		fallthrough
+	default:
+		w.checkReached(w.endpoint)
 	}
 	if healthy {
 		w.result.HealthyProbes++
@@ -100,9 +100,9 @@ func (w *worker) tick() {
 			w.result.HealthyAnswered++
 		}
 	}
-	handed := !answered && x != twin
+	observed := !answered && (!taken || w.Broken != Handover)
 	w.at(max(x.end, w.now), func() {
-		if !answered && !handed {
+		if observed {
 			if x.succeeded() {
 				w.succeeded(w.endpoint, began)
 			}

@@ -138,15 +138,17 @@ func convertHTTP(spec *probe.Spec, c *corev1.Container, get *corev1.HTTPGetActio
 	for _, h := range get.HTTPHeaders {
 		spec.Headers = append(spec.Headers, probe.Header{Name: h.Name, Value: h.Value})
 	}
-	var err error
-	if spec.Path, err = wirePath(get.Path); err != nil {
-		spec.Path, spec.Problem = get.Path, err.Error()
+	wire, err := wirePath(get.Path)
+	if err != nil {
+		spec.Problem = err.Error()
 	}
+	spec.Path = cmp.Or(wire, get.Path)
 	return setPort(spec, c, "httpGet.port", get.Port)
 }
 
 // wirePath is path and query as the kubelet sends them (formatURL in its pkg/probe/http/request.go, then net/http): a
-// path that is no URL reference is escaped, a fragment is cut off.
+// path that is no URL reference is escaped, a fragment is cut off. A path that holds credentials is an error, and what is
+// sent as the path is returned all the same, because other probes may ask for that.
 func wirePath(path string) (string, error) {
 	const pod = "pod"
 	u, err := url.Parse(path)
@@ -158,10 +160,10 @@ func wirePath(path string) (string, error) {
 	if err != nil || sent.Host != pod {
 		return "", fmt.Errorf("path %q cannot be sent", path)
 	}
-	if sent.User != nil {
-		return "", errors.New("path holds credentials")
-	}
 	wire := sent.RequestURI()
+	if sent.User != nil {
+		return wire, errors.New("path holds credentials")
+	}
 	for i := range len(wire) {
 		if wire[i] <= ' ' || wire[i] > '~' {
 			return "", fmt.Errorf("path %q is sent unescaped", path)

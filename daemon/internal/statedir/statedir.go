@@ -108,7 +108,7 @@ type Endpoint struct {
 	Refresh float64 `json:"refreshSeconds,omitempty"`
 	// Observed: the kernel's maps hold a record of it.
 	Observed bool `json:"observed"`
-	// StartupOnly: it does not hold back its port.
+	// StartupOnly: only startup probes ask it. If it is TCP, it does not keep its port from being answered.
 	StartupOnly bool `json:"startupOnly,omitempty"`
 	// NotAnswered is why it is never answered; empty if it may be.
 	NotAnswered string `json:"notAnswered,omitempty"`

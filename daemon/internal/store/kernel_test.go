@@ -1,13 +1,13 @@
 package store
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"maps"
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -15,6 +15,7 @@ import (
 	"github.com/containernetworking/plugins/pkg/ns"
 	"pgregory.net/rapid"
 
+	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
@@ -24,8 +25,8 @@ import (
 // kernel reports them, records in real maps, the verdicts of the real programs.
 func TestKernelDoesWhatThePolicySays(t *testing.T) {
 	node := bpftest.NewNode(t)
-	pod := node.AddPod(t)
-	d, err := datapath.Load()
+	bpfDir := bpftest.BPFDir(t)
+	d, err := datapath.Ensure(t.Context(), bpfDir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -33,11 +34,11 @@ func TestKernelDoesWhatThePolicySays(t *testing.T) {
 	if err := d.SetProber(datapath.Prober{AnyLocal: true}); err != nil {
 		t.Fatal(err)
 	}
-	bpffs := filepath.Dir(bpftest.BPFDir(t))
+	pods := []attached{attachPod(t, d, bpfDir, node, attach.HookTC), attachPod(t, d, bpfDir, node, attach.HookXDP)}
 	verdicts := map[verdict]int{}
 	bpftest.Do(t, node.NS, func() error {
 		rapid.Check(t, func(rt *rapid.T) {
-			h := newHistory(t, rt, d, bpffs, pod)
+			h := newHistory(t, rt, d, rapid.SampledFrom(pods).Draw(rt, "pod"))
 			defer h.end()
 			actions := map[string]func(*rapid.T){
 				"wait":     h.wait,
@@ -73,6 +74,45 @@ func TestKernelDoesWhatThePolicySays(t *testing.T) {
 	}
 }
 
+// attached is a pod by whose device answers are known to arrive.
+type attached struct {
+	*bpftest.Pod
+	key  datapath.DeviceKey
+	hook attach.Hook
+}
+
+// String is for rapid.
+func (a attached) String() string { return "hook " + string(a.hook) }
+
+func attachPod(t *testing.T, d *datapath.Datapath, bpfDir string, node *bpftest.Node, hook attach.Hook) attached {
+	t.Helper()
+	pod := node.AddPod(t)
+	id := attach.ID{ContainerID: pod.HostIfName, IfName: "eth0"}
+	bpftest.Do(t, node.NS, func() error {
+		return attach.Attach(d, bpfDir, id, attach.Target{IfIndex: pod.IfIndex, PodNetns: pod.Netns, Hook: hook}, attach.ViaAuto)
+	})
+	t.Cleanup(func() {
+		bpftest.Do(t, node.NS, func() error { return attach.Detach(d, bpfDir, id) })
+	})
+	key, err := attach.Device(bpfDir, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	maps, err := opened(d, key)
+	now := datapath.Now()
+	if err == nil {
+		err = maps.Sync(Records{datapath.PortKey(9): {ObservedAt: now, FreshUntil: now + second*60}})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = pod.Dial(t, pod.IPv4.String()+":9").Close() // nobody listens there
+	if device, err := d.Device(key); err != nil || device.Trust != datapath.TrustProven {
+		t.Fatalf("%+v, %v", device, err)
+	}
+	return attached{pod, key, hook}
+}
+
 type verdict string
 
 const (
@@ -84,7 +124,7 @@ const (
 // What the probes of a history ask; the last one at the start only.
 var asked = []probe.Endpoint{
 	{Port: 80, Kind: probe.HTTP, Path: "/x"}, {Port: 80, Kind: probe.HTTP, Path: "/y"}, {Port: 81, Kind: probe.HTTP, Path: "/x"},
-	{Port: 82, Kind: probe.TCP}, {Port: 81, Kind: probe.HTTP, Path: "/startup"},
+	{Port: 82, Kind: probe.TCP}, {Port: 82, Kind: probe.HTTP, Path: "/x"}, {Port: 81, Kind: probe.HTTP, Path: "/startup"},
 }
 
 const (
@@ -97,17 +137,15 @@ const (
 
 // history is one pod's.
 type history struct {
-	t   *testing.T
-	d   *datapath.Datapath
-	pod *bpftest.Pod
-	// pins are where the pod's maps are pinned.
-	pins string
+	attached
+	t *testing.T
+	d *datapath.Datapath
 
-	policy    *probe.Tracker    // the policy alone
-	withdrawn map[uint16]uint64 // when the kernel must have withdrawn a port's evidence
-	tracker   *probe.Tracker    // the daemon's
+	policy    *probe.Tracker            // the policy alone
+	closed    map[uint16]uint64         // when the kernel must have voided all of a port's evidence
+	withdrawn map[probe.Endpoint]uint64 // when it must have voided an endpoint's own
+	tracker   *probe.Tracker            // the daemon's
 	maps      *Pod
-	inner     *datapath.Pod
 	outcomes  *datapath.OutcomeReader
 
 	specs    []probe.EndpointSpec
@@ -117,26 +155,17 @@ type history struct {
 	lost bool
 }
 
-func newHistory(t *testing.T, rt *rapid.T, d *datapath.Datapath, bpffs string, pod *bpftest.Pod) *history {
+func newHistory(t *testing.T, rt *rapid.T, d *datapath.Datapath, pod attached) *history {
 	h := &history{
-		t: t, d: d, pod: pod, withdrawn: map[uint16]uint64{}, verdicts: map[verdict]int{},
+		attached: pod, t: t, d: d, closed: map[uint16]uint64{}, withdrawn: map[probe.Endpoint]uint64{}, verdicts: map[verdict]int{},
 		policy: probe.NewTracker(), tracker: probe.NewTracker(),
 	}
 	var err error
-	if h.inner, err = d.NewPod(); err == nil {
-		err = d.AddPod(uint32(pod.IfIndex), pod.Netns, h.inner)
-	}
-	if err == nil {
-		h.pins, err = os.MkdirTemp(bpffs, "history")
-	}
-	if err == nil {
-		err = h.inner.Pin(h.pins)
-	}
-	if err == nil {
-		h.maps, err = opened(h.pins)
-	}
-	if err == nil {
+	if h.maps, err = opened(d, pod.key); err == nil {
 		h.outcomes, err = d.Outcomes()
+	}
+	if err == nil {
+		err = h.maps.Sync(Records{})
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -147,15 +176,7 @@ func newHistory(t *testing.T, rt *rapid.T, d *datapath.Datapath, bpffs string, p
 	return h
 }
 
-func (h *history) end() {
-	_ = h.outcomes.Close()
-	_ = h.maps.Close()
-	_ = h.inner.Close()
-	_ = os.RemoveAll(h.pins)
-	if err := h.d.RemovePod(uint32(h.pod.IfIndex)); err != nil {
-		h.t.Fatal(err)
-	}
-}
+func (h *history) end() { _ = h.outcomes.Close() }
 
 func (h *history) setSpecs(rt *rapid.T) {
 	var probes []probe.Spec
@@ -220,8 +241,7 @@ func (h *history) restartDaemon(rt *rapid.T) {
 	now := datapath.Now()
 	h.since = now
 	h.tracker.SetEndpoints(h.specs, now)
-	_ = h.maps.Close()
-	maps, err := opened(h.pins)
+	maps, err := opened(h.d, h.key)
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -243,7 +263,7 @@ func (h *history) closeListener(rt *rapid.T) {
 	// In a goroutine, because this one is in the node's namespace.
 	closed := make(chan error)
 	go func() {
-		closed <- h.pod.NS.Do(func(ns.NetNS) error {
+		closed <- h.NS.Do(func(ns.NetNS) error {
 			listener, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
 			if err != nil {
 				return err
@@ -254,7 +274,7 @@ func (h *history) closeListener(rt *rapid.T) {
 	if err := <-closed; err != nil {
 		h.t.Fatal(err)
 	}
-	h.withdrawn[port] = datapath.Now()
+	h.closed[port] = datapath.Now()
 }
 
 // refresh is an outcome that the daemon itself has come by.
@@ -269,6 +289,10 @@ func (h *history) refresh(rt *rapid.T) {
 		// Not from before the question: of that a daemon knows nothing that was restarted since.
 		o.ConnectedAt = max(now-kept, h.since)
 	}
+	h.learn(rt, o)
+}
+
+func (h *history) learn(rt *rapid.T, o probe.Outcome) {
 	h.policy.Observe(o)
 	h.tracker.Observe(o)
 	h.sync(rt)
@@ -282,14 +306,14 @@ func (h *history) expect(e probe.Endpoint, now uint64) (v verdict, certain bool)
 		return now < bound
 	}
 	gate := h.policy.Gates()[e.Port]
-	if !before(gate.FreshUntil) || gate.ObservedAt <= h.withdrawn[e.Port] {
+	if !before(gate.FreshUntil) || gate.ObservedAt <= h.closed[e.Port] {
 		return passed, certain
 	}
 	known := h.policy.Evidence()[e]
 	switch {
 	case e.Kind == probe.TCP:
 		return answered, certain
-	case known.Result == probe.Success && before(known.FreshUntil) && known.ObservedAt > h.withdrawn[e.Port]:
+	case known.Result == probe.Success && before(known.FreshUntil) && known.ObservedAt > max(h.closed[e.Port], h.withdrawn[e]):
 		return answered, certain
 	}
 	return handedOver, certain
@@ -326,23 +350,25 @@ func (h *history) probe(rt *rapid.T) {
 	got := c.probe()
 	h.lost = datapath.Now()-began > near/2
 	if certain && !h.lost && got != want {
-		rt.Fatalf("%s was %s, want %s; gate %+v, evidence %+v, withdrawn %d, now %d",
-			e, got, want, h.policy.Gates()[e.Port], h.policy.Evidence()[e], h.withdrawn[e.Port], began)
+		rt.Fatalf("%s was %s, want %s; gate %+v, evidence %+v, withdrawn %d and %d, now %d",
+			e, got, want, h.policy.Gates()[e.Port], h.policy.Evidence()[e], h.closed[e.Port], h.withdrawn[e], began)
 	}
 	h.verdicts[got]++
-	if got != passed {
+	if got == answered {
 		c.forget()
 		return
 	}
-	if port, endpoint := h.observed(e); !port || !endpoint && e.Kind == probe.HTTP && behaviour != refuses {
+	// One that was handed over is observed like one that was passed on, but for what its request has shown not to be known.
+	if port, endpoint := h.observed(e); !port || !endpoint && e.Kind == probe.HTTP && (behaviour != refuses || got == handedOver) {
 		c.forget() // nothing is reported of what is not known
 		_, _ = h.outcomes.Read()
 		return
 	}
-	o := c.exchange(behaviour, status)
-	if o.Event == 0 {
-		return
+	if e.Kind == probe.HTTP && rapid.Bool().Draw(rt, "refreshed meanwhile") {
+		now := datapath.Now()
+		h.learn(rt, probe.Outcome{Endpoint: e, Event: probe.Answered, Status: 200, ObservedAt: now, ConnectedAt: now, Duration: 1, Refresh: true})
 	}
+	o := c.exchange(behaviour, status)
 	h.lost = o.Duration > quick
 	if behaviour == slowReply || behaviour == silent {
 		h.lost = o.Duration > slowly+quick
@@ -351,21 +377,37 @@ func (h *history) probe(rt *rapid.T) {
 		return
 	}
 	h.policy.Observe(o)
-	if o.Event == probe.Reset || o.Status >= 300 {
-		h.withdrawn[e.Port] = o.ObservedAt
+	switch {
+	case o.Event == probe.Reset:
+		h.closed[e.Port] = o.ObservedAt
+	case o.Status >= 300:
+		h.withdrawn[e] = o.ObservedAt
 	}
 	reported, err := h.outcomes.Read()
 	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 		h.t.Fatal(err)
 	}
-	if len(reported) != 1 {
-		rt.Fatalf("%s: %s, %d: outcomes %+v are reported, began %d", e, behaviour, status, reported, c.began)
+	if len(reported) != 1 || reported[0].Device != h.key {
+		rt.Fatalf("%s, %s: %s, %d: outcomes %+v are reported, began %d", e, got, behaviour, status, reported, c.began)
+	}
+	if o.Event == probe.Reset || o.Status >= 300 {
+		h.wantVoid(rt, e)
 	}
 	if outcome, ok := Outcome(reported[0], h.tracker.Endpoints()); ok {
 		h.tracker.Observe(outcome)
 		h.sync(rt)
 	}
 	h.compare(rt)
+}
+
+// wantVoid probes an endpoint that has just failed, before the daemon has learned of that.
+func (h *history) wantVoid(rt *rapid.T, e probe.Endpoint) {
+	c := h.dial(e)
+	if got := c.probe(); got == answered {
+		rt.Fatalf("%s was answered after it had failed", e)
+	}
+	c.forget()
+	_, _ = h.outcomes.Read()
 }
 
 // compare holds what the daemon has learned from the kernel against what the policy has from the truth.
@@ -387,6 +429,8 @@ type connection struct {
 	e           probe.Endpoint
 	client, srv netip.AddrPort
 	began       uint64
+	serverISN   uint32 // as the client knows it
+	handed      bool
 }
 
 const clientISN, podISN = 1000, 7000
@@ -398,8 +442,8 @@ func (h *history) dial(e probe.Endpoint) *connection {
 	// Not one of the ports that a history before may have left in the flow table.
 	clients++
 	return &connection{
-		history: h, e: e, began: datapath.Now(),
-		client: netip.AddrPortFrom(h.pod.HostIPv4, uint16(10000+clients%50000)), srv: netip.AddrPortFrom(h.pod.IPv4, e.Port),
+		history: h, e: e, began: datapath.Now(), serverISN: podISN,
+		client: netip.AddrPortFrom(h.HostIPv4, uint16(10000+clients%50000)), srv: netip.AddrPortFrom(h.IPv4, e.Port),
 	}
 }
 
@@ -407,61 +451,114 @@ func (c *connection) request() string {
 	return "GET " + c.e.Path + " HTTP/1.1\r\nHost: pod\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n"
 }
 
-// steer puts a client's packet through the programs. It returns whether it goes to the pod, or else the answer.
-func (c *connection) steer(flags string, seq, ack uint32, payload string) (passes bool, answer *bpftest.Segment) {
-	const redirected, upTheStack = 7, 2
-	ifindex := uint32(c.pod.IfIndex)
-	s := bpftest.Segment{
+// fate is what becomes of a packet.
+type fate string
+
+const (
+	onward    fate = "goes on as it is"
+	toPod     fate = "goes to the pod, rewritten"
+	toClient  fate = "goes to the client, rewritten"
+	swallowed fate = "ends here"
+)
+
+// Verdicts of the programs (include/uapi/linux/pkt_cls.h, bpf.h).
+const (
+	unspec     = 0xffffffff
+	redirected = 7
+	upTheStack = 2
+)
+
+// steer puts a client's packet through the programs. It returns what becomes of it, and it, rewritten.
+func (c *connection) steer(flags string, seq, ack uint32, payload string) (fate, bpftest.Segment) {
+	c.t.Helper()
+	sent := bpftest.Segment{
 		Src: c.client, Dst: c.srv, SrcMAC: bpftest.ClientMAC, DstMAC: bpftest.PodMAC,
 		Flags: flags, Seq: seq, Ack: ack, Window: 501, Payload: payload,
+	}.Bytes(c.t, nil)
+	verdict, frame := bpftest.RunSteer(c.t, c.d.Steer(), c.key.Ifindex, 0, sent)
+	same := bytes.Equal(frame, sent)
+	switch {
+	case verdict == unspec && same:
+		return onward, bpftest.Segment{}
+	case verdict == unspec:
+		return toPod, bpftest.ParseSegment(c.t, frame)
+	case verdict != redirected:
+		c.t.Fatalf("verdict %d", verdict)
+	case same:
+		return swallowed, bpftest.Segment{}
 	}
-	verdict, frame := bpftest.RunSteer(c.t, c.d.Steer(), ifindex, 0, s.Bytes(c.t, nil))
-	if verdict != redirected {
-		return true, nil
+	if c.hook == attach.HookXDP {
+		if verdict, frame = bpftest.RunRespond(c.t, c.d.Respond(), c.key.Ifindex, frame); verdict != upTheStack {
+			c.t.Fatalf("verdict %d of respond", verdict)
+		}
 	}
-	if verdict, frame = bpftest.RunRespond(c.t, c.d.Respond(), ifindex, frame); verdict != upTheStack {
-		return false, nil
-	}
-	parsed := bpftest.ParseSegment(c.t, frame)
-	return false, &parsed
+	return toClient, bpftest.ParseSegment(c.t, frame)
 }
 
-func (c *connection) podSends(flags string, seq, ack uint32, payload string) {
+// podSends puts a pod's packet through observe. It returns what goes back to the pod, nil if nothing does.
+func (c *connection) podSends(flags string, seq, ack uint32, payload string) (back *bpftest.Segment) {
+	c.t.Helper()
 	s := bpftest.Segment{
 		Src: c.srv, Dst: c.client, SrcMAC: bpftest.PodMAC, DstMAC: bpftest.ClientMAC,
 		Flags: flags, Seq: seq, Ack: ack, Window: 502, Payload: payload,
 	}
-	bpftest.RunRespond(c.t, c.d.Respond(), uint32(c.pod.IfIndex), s.Bytes(c.t, nil))
+	verdict, out := bpftest.RunTC(c.t, c.d.Observe(), c.key.Ifindex, bpftest.Packet{Frame: s.Bytes(c.t, nil), From: c.key.Ifindex})
+	if verdict != redirected {
+		return nil
+	}
+	parsed := bpftest.ParseSegment(c.t, out.Frame)
+	return &parsed
 }
 
 // probe begins one, and ends it if it is answered.
 func (c *connection) probe() verdict {
-	passes, answer := c.steer("S", clientISN, 0, "")
-	if passes {
+	fate, answer := c.steer("S", clientISN, 0, "")
+	if fate == onward {
 		return passed
 	}
-	if answer == nil {
-		c.t.Fatal("a SYN is dropped")
+	if fate != toClient || answer.Flags != "SA" {
+		c.t.Fatalf("the SYN %s: %v", fate, answer)
 	}
-	ack := answer.Seq + 1
-	c.steer("A", clientISN+1, ack, "")
+	c.serverISN = answer.Seq
+	c.steer("A", clientISN+1, c.serverISN+1, "")
 	if c.e.Kind == probe.TCP {
-		if _, answer = c.steer("FA", clientISN+1, ack, ""); answer == nil || answer.Flags != "RA" {
-			c.t.Fatalf("a connection's end is answered with %v", answer)
+		if fate, answer = c.steer("FA", clientISN+1, c.serverISN+1, ""); fate != toClient || answer.Flags != "RA" {
+			c.t.Fatalf("the end of a connection %s: %v", fate, answer)
 		}
 		return answered
 	}
-	if _, answer = c.steer("PA", clientISN+1, ack, c.request()); answer == nil {
-		return handedOver
+	fate, answer = c.steer("PA", clientISN+1, c.serverISN+1, c.request())
+	switch {
+	case fate == toClient:
+		return answered
+	case fate != toPod || answer.Flags != "S" || answer.Seq != clientISN:
+		c.t.Fatalf("a request %s: %v", fate, answer)
 	}
-	return answered
+	c.handed = true
+	return handedOver
 }
 
 // forget ends what is left of the connection.
-func (c *connection) forget() { c.steer("RA", clientISN+1, podISN+1, "") }
+func (c *connection) forget() { c.steer("RA", clientISN+1, c.serverISN+1, "") }
 
-// exchange is what comes of a probe that was passed on, as the prober sees it; event 0: nothing is to be learned.
+// open makes the pod accept the connection and get the request, if there is one.
+func (c *connection) open() {
+	back := c.podSends("SA", podISN, clientISN+1, "")
+	if c.handed {
+		if back == nil || back.Payload != c.request() || back.Ack != podISN+1 {
+			c.t.Fatalf("the pod gets %v", back)
+		}
+		return
+	}
+	c.steer("A", clientISN+1, c.serverISN+1, "")
+	if c.e.Kind == probe.HTTP {
+		c.steer("PA", clientISN+1, c.serverISN+1, c.request())
+	}
+}
+
+// exchange is what comes of a probe that reached the pod, as the prober sees it.
 func (c *connection) exchange(behaviour string, status int) (o probe.Outcome) {
+	defer c.forget()
 	end := func(event probe.Event, status int) probe.Outcome {
 		now := datapath.Now()
 		return probe.Outcome{Endpoint: c.e, Event: event, Status: status, ObservedAt: now, Duration: time.Duration(now - c.began)}
@@ -469,33 +566,32 @@ func (c *connection) exchange(behaviour string, status int) (o probe.Outcome) {
 	if behaviour == refuses {
 		c.podSends("RA", 0, clientISN+1, "")
 		o = end(probe.Reset, 0)
-		o.Endpoint = probe.Endpoint{Port: c.e.Port}
+		if !c.handed { // otherwise it is known what was asked for
+			o.Endpoint = probe.Endpoint{Port: c.e.Port}
+		}
 		return o
 	}
-	c.podSends("SA", podISN, clientISN+1, "")
-	c.steer("A", clientISN+1, podISN+1, "")
+	c.open()
 	if behaviour == slowReply || behaviour == silent {
 		time.Sleep(slowly)
 	}
 	if c.e.Kind == probe.TCP {
-		c.steer("FA", clientISN+1, podISN+1, "")
+		c.steer("FA", clientISN+1, c.serverISN+1, "")
 		return end(probe.Connected, 0)
 	}
-	request := c.request()
-	sent := clientISN + 1 + uint32(len(request))
-	c.steer("PA", clientISN+1, podISN+1, request)
+	sent := clientISN + 1 + uint32(len(c.request()))
 	switch behaviour {
 	case resets:
 		c.podSends("RA", podISN+1, sent, "")
 		return end(probe.Reset, 0)
 	case silent:
-		c.steer("FA", sent, podISN+1, "")
+		c.steer("FA", sent, c.serverISN+1, "")
 		return end(probe.NoAnswer, 0)
 	}
 	response := fmt.Sprintf("HTTP/1.1 %d Status\r\nContent-Length: 0\r\n\r\n", status)
 	c.podSends("PA", podISN+1, sent, response)
 	o = end(probe.Answered, status)
-	c.steer("FA", sent, podISN+1+uint32(len(response)), "")
+	c.steer("FA", sent, c.serverISN+1+uint32(len(response)), "")
 	if status < 300 {
 		o = end(probe.Answered, status) // a success is complete when the prober has closed
 	}

@@ -94,9 +94,10 @@ type step struct {
 	remove bool
 }
 
-// diff returns the steps from have to want. At no moment between them may a connection be taken that is not
-// answerable: so gates close first, and open last. Room is made before it is used. A record that is as it should be is
-// not touched.
+// diff returns the steps from have to want. Gates close first and open last: taking a connection answers a TCP probe, so
+// at no moment between the steps may a gate be open wider than the evidence of its port's TCP endpoint. (HTTP requests are
+// each checked against their own evidence.) Room is made before it is used. A record that is as it should be is not
+// touched.
 func diff(have, want Records) []step {
 	var closing, removing, putting, opening []step
 	for _, key := range slices.SortedFunc(maps.Keys(union(have, want)), compareKeys) {
@@ -124,7 +125,7 @@ func diff(have, want Records) []step {
 	return slices.Concat(closing, removing, putting, opening)
 }
 
-// narrower is a gate that lets through only what both let through.
+// narrower returns a gate that lets through only what both let through.
 func narrower(a, b datapath.Evidence) datapath.Evidence {
 	return datapath.Evidence{
 		ObservedAt: min(a.ObservedAt, b.ObservedAt),
@@ -145,32 +146,24 @@ func compareKeys(a, b datapath.EndpointKey) int {
 	return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.PathHash, b.PathHash))
 }
 
-// Pod is the maps of the pod behind a device, of which this process is the only one to write evidence.
+// Pod is what the kernel's maps hold of the pod behind a device. This process is the only one that writes evidence there.
 type Pod struct {
 	maps *datapath.Pod
-	ids  datapath.PodIDs
 	have Records // what the maps hold
 }
 
-// Open reads a pod's maps, which are closed with it.
+// Open reads what the maps hold of a pod.
 func Open(maps *datapath.Pod) (*Pod, error) {
-	p := &Pod{maps: maps}
-	ids, err := maps.IDs()
-	if err == nil {
-		p.ids = ids
-		p.have, err = read(maps)
-	}
+	have, err := read(maps)
 	if err != nil {
-		return nil, errors.Join(err, maps.Close())
+		return nil, err
 	}
-	return p, nil
+	return &Pod{maps, have}, nil
 }
 
-// Close closes the maps' file descriptors.
-func (p *Pod) Close() error { return p.maps.Close() }
-
-// IDs are the maps'. If the programs use others by now, what is written here has no effect.
-func (p *Pod) IDs() datapath.PodIDs { return p.ids }
+// Device is the device that the pod is behind. If the programs know another life of it by now, what is written here has no
+// effect.
+func (p *Pod) Device() datapath.DeviceKey { return p.maps.Device() }
 
 // Records are what the maps hold. They must not be changed.
 func (p *Pod) Records() Records { return p.have }

@@ -1,9 +1,10 @@
 package store
 
 import (
+	"errors"
 	"fmt"
 	"maps"
-	"path/filepath"
+	"os"
 	"testing"
 	"time"
 
@@ -13,6 +14,8 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
+
+func TestMain(m *testing.M) { bpftest.RunInOwnCgroup(m.Run) }
 
 const second = uint64(time.Second)
 
@@ -103,15 +106,20 @@ func TestDesired(t *testing.T) {
 		t.Fatal(err)
 	}
 	want[x] = http
-	check() // the port is closed as long as its TCP endpoint is unknown
+	check() // the port stays closed while its TCP endpoint is unknown
 
 	observe(t, tracker, datapath.TCPKey(80), datapath.EventConnected, 0, 101*second)
 	want[datapath.TCPKey(80)] = datapath.Evidence{Result: datapath.ResultSuccess, ObservedAt: 101 * second, FreshUntil: 112 * second}
-	want[datapath.PortKey(80)] = datapath.Evidence{ObservedAt: 100 * second, FreshUntil: 111 * second}
+	want[datapath.PortKey(80)] = datapath.Evidence{ObservedAt: 101 * second, FreshUntil: 112 * second}
 	check()
 
 	observe(t, tracker, x, datapath.EventStatus, 500, 102*second)
 	want[x] = datapath.Evidence{Result: datapath.ResultFailure, Status: 500, ObservedAt: 102 * second}
+	check() // TCP is still answered
+
+	observe(t, tracker, datapath.PortKey(80), datapath.EventReset, 0, 103*second)
+	want[x] = datapath.Evidence{Result: datapath.ResultFailure, ObservedAt: 103 * second}
+	want[datapath.TCPKey(80)] = want[x]
 	want[datapath.PortKey(80)] = datapath.Evidence{}
 	check()
 }
@@ -125,8 +133,8 @@ func TestEverySuccessHasAReply(t *testing.T) {
 		if err != nil {
 			t.Errorf("status %d: %v", status, err)
 		}
-		if got := records[datapath.HTTPKey(80, "/x")]; got.ReplyLen == 0 || got.Status != status {
-			t.Errorf("status %d: no reply in %+v", status, got)
+		if got := records[datapath.HTTPKey(80, "/x")]; got.Status != status {
+			t.Errorf("status %d: the reply has that of %+v", status, got)
 		}
 	}
 }
@@ -146,11 +154,11 @@ func TestEvidence(t *testing.T) {
 	}
 }
 
-// drawRecords draws what Desired may return: two ports, each with a gate of what its endpoints say.
+// drawRecords draws what Desired may return: two ports, each with a gate as its endpoints have it.
 func drawRecords(t *rapid.T) Records {
 	records := Records{}
 	for port := uint16(80); port <= 81; port++ {
-		gate := datapath.Evidence{ObservedAt: ^uint64(0), FreshUntil: ^uint64(0)}
+		var gate datapath.Evidence
 		endpoints := rapid.IntRange(0, 3).Draw(t, "endpoints")
 		for i := range endpoints {
 			e := datapath.Evidence{}
@@ -159,22 +167,22 @@ func drawRecords(t *rapid.T) Records {
 				e.ObservedAt = rapid.Uint64Range(1, 9).Draw(t, "observed at")
 				e.FreshUntil = e.ObservedAt + rapid.Uint64Range(1, 9).Draw(t, "staleness")
 			}
+			own := datapath.Evidence{ObservedAt: e.ObservedAt, FreshUntil: e.FreshUntil}
+			if i == endpoints-1 && rapid.Bool().Draw(t, "TCP") {
+				records[datapath.TCPKey(port)], gate = e, own
+				continue
+			}
 			records[datapath.HTTPKey(port, fmt.Sprint(i))] = e
-			gate.ObservedAt = min(gate.ObservedAt, e.ObservedAt)
-			gate.FreshUntil = min(gate.FreshUntil, e.FreshUntil)
+			gate.ObservedAt, gate.FreshUntil = max(gate.ObservedAt, own.ObservedAt), max(gate.FreshUntil, own.FreshUntil)
 		}
 		if endpoints > 0 {
-			if gate.FreshUntil == 0 {
-				gate = datapath.Evidence{}
-			}
 			records[datapath.PortKey(port)] = gate
 		}
 	}
 	return records
 }
 
-// Between any two steps, a gate lets no connection through that an endpoint of its port could not answer: one that was
-// there before, or comes.
+// Between any two steps, no gate answers a TCP probe on other evidence than its own.
 func TestDiff(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		have, want := drawRecords(t), drawRecords(t)
@@ -200,41 +208,30 @@ func TestDiff(t *testing.T) {
 	})
 }
 
-// checkOpen: no gate is open wider than what is on its port, and none opens before all is there that will be.
+// checkOpen: no gate is open wider than the evidence of its port's TCP endpoint, and none opens wider before all of the
+// port's records are there that will be.
 func checkOpen(t *rapid.T, port uint16, have, now, want Records) {
 	gate := now[datapath.PortKey(port)]
-	for key, e := range now {
-		isEndpoint := key.Port == port && key.Kind != datapath.KindPort
-		if isEndpoint && (gate.FreshUntil > e.FreshUntil || gate.ObservedAt > e.ObservedAt) {
-			t.Fatalf("port %d: gate until %d while %+v is fresh until %d", port, gate.FreshUntil, key, e.FreshUntil)
-		}
+	if tcp, ok := now[datapath.TCPKey(port)]; ok && (gate.FreshUntil > tcp.FreshUntil || gate.ObservedAt > tcp.ObservedAt) {
+		t.Fatalf("port %d: gate %+v while TCP is fresh until %d", port, gate, tcp.FreshUntil)
 	}
-	if gate.FreshUntil <= have[datapath.PortKey(port)].FreshUntil {
+	if before := have[datapath.PortKey(port)]; gate.FreshUntil <= before.FreshUntil && gate.ObservedAt <= before.ObservedAt {
 		return
 	}
-	for key := range want {
-		if _, there := now[key]; !there && key.Port == port && key.Kind != datapath.KindPort {
-			t.Fatalf("port %d: gate until %d while %+v is still to come", port, gate.FreshUntil, key)
+	for key, e := range want {
+		if key.Port == port && key.Kind != datapath.KindPort && now[key] != e {
+			t.Fatalf("port %d: gate %+v while %+v is still to come", port, gate, key)
 		}
 	}
 }
 
-// withMaps returns the maps of a pod behind device 1.
-// pinned is the kernel side with one pod, of device 1.
-type pinned struct {
+// oneDevice is the kernel side with one pod.
+type oneDevice struct {
 	*datapath.Datapath
-	pins string // where its maps are pinned
+	device datapath.DeviceKey
 }
 
-func opened(pins string) (*Pod, error) {
-	maps, err := datapath.OpenPod(pins)
-	if err != nil {
-		return nil, err
-	}
-	return Open(maps)
-}
-
-func withMaps(t *testing.T) pinned {
+func withMaps(t *testing.T) oneDevice {
 	t.Helper()
 	bpftest.RequireRoot(t)
 	d, err := datapath.Load()
@@ -242,19 +239,14 @@ func withMaps(t *testing.T) pinned {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = d.Close() })
-	pod, err := d.NewPod()
+	device, err := datapath.NewDeviceKey(1)
+	if err == nil {
+		err = d.AddDevice(device, 1, datapath.HookTC)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = pod.Close() })
-	if err := d.AddPod(1, 1, pod); err != nil {
-		t.Fatal(err)
-	}
-	pins := filepath.Dir(bpftest.BPFDir(t))
-	if err := pod.Pin(pins); err != nil {
-		t.Fatal(err)
-	}
-	return pinned{d, pins}
+	return oneDevice{d, device}
 }
 
 func TestSync(t *testing.T) {
@@ -318,15 +310,53 @@ func TestSyncFindsRecordsGone(t *testing.T) {
 	}
 }
 
-func open(t *testing.T, d pinned) *Pod {
+func open(t *testing.T, d oneDevice) *Pod {
 	t.Helper()
-	pod, err := opened(d.pins)
+	pod, err := opened(d.Datapath, d.device)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = pod.Close() })
-	if ids, err := d.PodIDs(); err != nil || ids[1] != pod.IDs() {
-		t.Fatalf("ids %+v, the programs use %+v, %v", pod.IDs(), ids, err)
+	if pod.Device() != d.device {
+		t.Fatalf("opened %+v, want %+v", pod.Device(), d.device)
 	}
 	return pod
+}
+
+func opened(d *datapath.Datapath, device datapath.DeviceKey) (*Pod, error) {
+	maps, err := d.Pod(device)
+	if err != nil {
+		return nil, err
+	}
+	return Open(maps)
+}
+
+// What is written for a device that was attached again since reaches nobody, and is not left behind.
+func TestSyncOfAnEarlierLife(t *testing.T) {
+	key := datapath.TCPKey(80)
+	for name, before := range map[string]Records{"a new record": {}, "one that was there": {key: {}}} {
+		t.Run(name, func(t *testing.T) {
+			d := withMaps(t)
+			pod := open(t, d)
+			if err := pod.Sync(before); err != nil {
+				t.Fatal(err)
+			}
+			next, err := datapath.NewDeviceKey(int(d.device.Ifindex))
+			if err == nil {
+				err = d.AddDevice(next, 1, datapath.HookTC)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := pod.Sync(Records{key: {ObservedAt: 1}}); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("error %v", err)
+			}
+			if keys, err := pod.maps.Keys(); err != nil || len(keys) > 0 {
+				t.Errorf("left %v, %v", keys, err)
+			}
+			d.device = next
+			if records := open(t, d).Records(); len(records) > 0 {
+				t.Errorf("the device has %+v", records)
+			}
+		})
+	}
 }

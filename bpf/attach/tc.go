@@ -1,0 +1,318 @@
+package attach
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/containernetworking/plugins/pkg/netlinksafe"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"github.com/probelet/probelet/bpf/datapath"
+)
+
+// side is one of the two sides of a device at which a tc program is attached.
+type side struct {
+	name    string // as tc names it
+	pin     string
+	tcx     ebpf.AttachType
+	parent  uint32 // of filters
+	program func(*datapath.Datapath) *ebpf.Program
+}
+
+// sides are in the order of attaching: observe first, because it must see the connections that steer takes.
+var sides = [...]side{
+	{"ingress", pinObserve, ebpf.AttachTCXIngress, netlink.HANDLE_MIN_INGRESS, (*datapath.Datapath).Observe},
+	{"egress", pinSteer, ebpf.AttachTCXEgress, netlink.HANDLE_MIN_EGRESS, (*datapath.Datapath).Steer},
+}
+
+// attachTC attaches by tcx, or by clsact if via asks for it or the kernel has no tcx. Where clsact fails, say because an ingress
+// qdisc is there, it falls back to tcx.
+func attachTC(d *datapath.Datapath, dir string, ifindex int, via Via) error {
+	if via != ViaClsact {
+		err := attachTCX(d, dir, ifindex)
+		if err == nil {
+			return RemoveFilters(ifindex) // an earlier attachment's
+		}
+		if via == ViaTCX || !errors.Is(err, ebpf.ErrNotSupported) {
+			return err
+		}
+		return attachClsact(d, dir, ifindex)
+	}
+	err := attachClsact(d, dir, ifindex)
+	if err == nil {
+		return nil
+	}
+	tcxErr := errors.Join(detachClsact(dir, ifindex), attachTCX(d, dir, ifindex))
+	if tcxErr == nil {
+		return nil
+	}
+	return errors.Join(err, tcxErr)
+}
+
+// attachTCX attaches at the head of the line, because a program before ours that returns TC_ACT_OK would end it.
+func attachTCX(d *datapath.Datapath, dir string, ifindex int) error {
+	for _, side := range sides {
+		l, err := link.AttachTCX(link.TCXOptions{
+			Program: side.program(d), Interface: ifindex, Attach: side.tcx, Anchor: link.Head(),
+		})
+		if err != nil {
+			return fmt.Errorf("attaching tcx to %s of device %d: %w", side.name, ifindex, err)
+		}
+		err = errors.Join(l.Pin(filepath.Join(dir, side.pin)), l.Close())
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+const (
+	// filterPriority and filterHandle are not 1, which Cilium's legacy loader and AWS' network policy agent use. Handles
+	// below 64 fit into one node of the kernel's tree of handles.
+	filterPriority = 2
+	filterHandle   = 42
+	// The names of our filters begin with filterPrefix, in every ABI, and end with ownerSuffix if the qdisc is ours: pins,
+	// which tell the same, can be lost.
+	filterPrefix = "probelet/"
+	ownerSuffix  = ", owns-clsact"
+	// Markers in the attachment's directory; directories, because bpffs has no files but pins. viaClsact says that the
+	// attachment was made by clsact, ownsQdisc that we made the qdisc. Each is created before what it stands for, in case the
+	// process is killed in between.
+	viaClsact = "clsact"
+	ownsQdisc = "owns-clsact"
+)
+
+// errIngressQdisc: the device has an ingress qdisc, such as the bandwidth plugin's. It has no egress side, and keeps clsact out.
+var errIngressQdisc = errors.New("an ingress qdisc is in the way of clsact")
+
+func attachClsact(d *datapath.Datapath, dir string, ifindex int) error {
+	if err := os.Mkdir(filepath.Join(dir, viaClsact), 0o700); err != nil {
+		return err
+	}
+	owned, err := addClsact(dir, ifindex)
+	if err != nil {
+		return err
+	}
+	suffix := ""
+	if owned {
+		suffix = ownerSuffix
+	}
+	for _, side := range sides {
+		filter := &netlink.BpfFilter{
+			FilterAttrs: netlink.FilterAttrs{
+				LinkIndex: ifindex, Parent: side.parent,
+				Protocol: unix.ETH_P_ALL, Priority: filterPriority, Handle: filterHandle,
+			},
+			Fd: side.program(d).FD(), Name: filterPrefix + side.pin + suffix, DirectAction: true,
+		}
+		if err := netlink.FilterAdd(filter); err != nil {
+			return fmt.Errorf("adding a tc filter to %s of device %d: %w", side.name, ifindex, err)
+		}
+	}
+	return nil
+}
+
+// addClsact makes sure that the device has clsact without filters of ours, and reports whether the qdisc is ours.
+func addClsact(dir string, ifindex int) (owned bool, err error) {
+	marker := filepath.Join(dir, ownsQdisc)
+	if err := os.Mkdir(marker, 0o700); err != nil {
+		return false, err
+	}
+	err = netlink.QdiscAdd(clsact(ifindex))
+	if err == nil {
+		return true, nil
+	}
+	if errors.Is(err, unix.EEXIST) {
+		owned, err = adoptClsact(ifindex)
+	}
+	if !owned {
+		err = errors.Join(err, os.Remove(marker))
+	}
+	if err != nil {
+		return false, fmt.Errorf("adding clsact to device %d: %w", ifindex, err)
+	}
+	return owned, nil
+}
+
+// adoptClsact accepts a clsact that is there already, another agent's or an earlier attachment's whose pins are lost, removes our
+// filters from it, and reports whether it is ours. The error is errIngressQdisc if it is not clsact.
+func adoptClsact(ifindex int) (owned bool, err error) {
+	kind, err := ingressQdisc(ifindex)
+	if err != nil {
+		return false, err
+	}
+	if kind != "clsact" {
+		return false, errIngressQdisc
+	}
+	owned, _, err = removeFilters(ifindex)
+	return owned, err
+}
+
+// ingressQdisc returns the kind of the qdisc at the device's ingress: clsact, ingress, or empty if there is none. It asks for this
+// qdisc only, whereas netlink.QdiscList has the kernel send those of all devices.
+func ingressQdisc(ifindex int) (kind string, err error) {
+	// Without NLM_F_ECHO the kernel sends the reply to listeners, but not to us (qdisc_get_notify in net/sched/sch_api.c).
+	request := nl.NewNetlinkRequest(unix.RTM_GETQDISC, unix.NLM_F_ACK|unix.NLM_F_ECHO)
+	request.AddData(&nl.TcMsg{Family: unix.AF_UNSPEC, Ifindex: int32(ifindex), Parent: netlink.HANDLE_INGRESS})
+	messages, err := request.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWQDISC)
+	if errors.Is(err, unix.ENOENT) || err == nil && len(messages) == 0 { // there never was one, or it was removed
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("qdisc of device %d: %w", ifindex, err)
+	}
+	attributes, err := nl.ParseRouteAttr(messages[0][nl.SizeofTcMsg:])
+	if err != nil {
+		return "", fmt.Errorf("qdisc of device %d: %w", ifindex, err)
+	}
+	for _, a := range attributes {
+		if a.Attr.Type == nl.TCA_KIND {
+			return unix.ByteSliceToString(a.Value), nil
+		}
+	}
+	return "", nil
+}
+
+// removeFilters removes our filters from the device. It reports whether they say that the qdisc is ours, and how many
+// filters of others there are. Of a device that is gone it finds none.
+func removeFilters(ifindex int) (owned bool, others int, err error) {
+	device := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: ifindex}} // the kernel needs no more, and DEL is in a hurry
+	for _, side := range sides {
+		filters, err := filtersOf(device, side.parent)
+		if err != nil {
+			return owned, others, err
+		}
+		for _, f := range filters {
+			b, ok := f.(*netlink.BpfFilter)
+			if !ok || !strings.HasPrefix(b.Name, filterPrefix) {
+				others++
+				continue
+			}
+			owned = owned || strings.HasSuffix(b.Name, ownerSuffix)
+			if err := netlink.FilterDel(f); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV) {
+				return owned, others, fmt.Errorf("removing the tc filter at %s of device %d: %w", side.name, ifindex, err)
+			}
+		}
+	}
+	return owned, others, nil
+}
+
+func clsact(ifindex int) *netlink.Clsact {
+	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: ifindex,
+		Handle:    netlink.MakeHandle(0xffff, 0),
+		Parent:    netlink.HANDLE_CLSACT,
+	}}
+}
+
+// detachClsact removes our filters, and the qdisc if it is ours and has no other filters.
+func detachClsact(dir string, ifindex int) error {
+	marker := filepath.Join(dir, ownsQdisc)
+	_, err := os.Stat(marker)
+	removed, err := removeFromClsact(ifindex, err == nil)
+	if removed {
+		err = remove(marker)
+	}
+	if err != nil {
+		return err
+	}
+	return remove(filepath.Join(dir, viaClsact))
+}
+
+// RemoveFilters removes our filters from a device, of any build and without need of pins, and the clsact qdisc if they say that it
+// is ours. A device that is gone is no error.
+func RemoveFilters(ifindex int) error {
+	_, err := removeFromClsact(ifindex, false)
+	return err
+}
+
+// removeFromClsact reports whether it removed the qdisc too.
+func removeFromClsact(ifindex int, owned bool) (removed bool, err error) {
+	marked, others, err := removeFilters(ifindex)
+	if err != nil || !owned && !marked || others > 0 {
+		return false, err // or nil: the qdisc stays
+	}
+	if err := removeClsact(ifindex); err != nil {
+		return false, fmt.Errorf("removing clsact from device %d: %w", ifindex, err)
+	}
+	return true, nil
+}
+
+// removeClsact removes the qdisc by kind, because netlink.QdiscDel would remove an ingress qdisc, too. No qdisc is no error.
+func removeClsact(ifindex int) error {
+	q := clsact(ifindex)
+	request := nl.NewNetlinkRequest(unix.RTM_DELQDISC, unix.NLM_F_ACK)
+	request.AddData(&nl.TcMsg{Family: unix.AF_UNSPEC, Ifindex: int32(ifindex), Handle: q.Handle, Parent: q.Parent})
+	request.AddData(nl.NewRtAttr(nl.TCA_KIND, nl.ZeroTerminated(q.Type())))
+	_, err := request.Execute(unix.NETLINK_ROUTE, 0)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENODEV) {
+		return nil
+	}
+	return err
+}
+
+// tcxPrograms returns the tcx programs at a hook in the order in which they run; none on a kernel without tcx.
+func tcxPrograms(ifindex int, hook ebpf.AttachType) ([]link.AttachedProgram, error) {
+	result, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: hook})
+	if errors.Is(err, ebpf.ErrNotSupported) || errors.Is(err, unix.EINVAL) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s programs of device %d: %w", hook, ifindex, err)
+	}
+	return result.Programs, nil
+}
+
+// filtersAt returns the filters at one side of the device's clsact, if it has one, in the order in which they run.
+func filtersAt(ifindex int, parent uint32) ([]netlink.Filter, error) {
+	device, err := netlink.LinkByIndex(ifindex)
+	if err != nil {
+		return nil, fmt.Errorf("device %d: %w", ifindex, err)
+	}
+	return filtersOf(device, parent)
+}
+
+func filtersOf(device netlink.Link, parent uint32) ([]netlink.Filter, error) {
+	filters, err := netlinksafe.FilterList(device, parent)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) { // no such qdisc
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("tc filters of device %d: %w", device.Attrs().Index, err)
+	}
+	return filters, nil
+}
+
+// detachLink detaches a pinned link at once, and unpins it. Unpinning alone would leave the detaching to a kernel worker.
+func detachLink(pin string) error {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", pin, err)
+	}
+	defer l.Close() //nolint:errcheck // detached
+	if err := l.Detach(); err != nil && !errors.Is(err, unix.ENOLINK) {
+		return fmt.Errorf("detaching %s: %w", pin, err)
+	}
+	return l.Unpin()
+}
+
+// unpinLink unpins a link, and leaves the detaching to a kernel worker.
+func unpinLink(pin string) error { return remove(pin) }
+
+// remove removes a pin or a marker. A missing one is no error.
+func remove(path string) error {
+	if err := os.Remove(path); err != nil && !datapath.Absent(err) {
+		return err
+	}
+	return nil
+}

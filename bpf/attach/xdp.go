@@ -1,0 +1,92 @@
+package attach
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+
+	"github.com/probelet/probelet/bpf/datapath"
+)
+
+// attachXDP attaches respond in generic mode. Native XDP on a veth sees what the pod sends, but not what is redirected into
+// the device's receive path.
+func attachXDP(d *datapath.Datapath, dir string, ifindex int) error {
+	l, err := link.AttachXDP(link.XDPOptions{
+		Program:   d.Respond(),
+		Interface: ifindex,
+		Flags:     link.XDPGenericMode,
+	})
+	if err != nil {
+		return fmt.Errorf("attaching XDP to device %d%s: %w", ifindex, xdpUser(ifindex), err)
+	}
+	return errors.Join(l.Pin(filepath.Join(dir, pinRespond)), l.Close())
+}
+
+// xdpUser tells in words which XDP program is on the device already, if any, and what to do about it.
+func xdpUser(ifindex int) string {
+	id, err := xdpProgram(ifindex)
+	if err != nil || id == 0 {
+		return ""
+	}
+	const do = `if another BPF file system was mounted over the one in which it is pinned, unmount that; or detach it: "bpftool link" knows its link`
+	switch name := programName(id); name {
+	case "":
+		return fmt.Sprintf(" (it has XDP program %d already, another program's or another probelet's; %s)", id, do)
+	case pinRespond:
+		return fmt.Sprintf(" (it has XDP program %d already, respond of another probelet; %s)", id, do)
+	default:
+		return fmt.Sprintf(" (it has XDP program %d already, %s)", id, name)
+	}
+}
+
+// programName returns a program's name, or nothing without CAP_SYS_ADMIN.
+func programName(id ebpf.ProgramID) string {
+	p, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return ""
+	}
+	defer p.Close() //nolint:errcheck // read only
+	info, err := p.Info()
+	if err != nil {
+		return ""
+	}
+	return info.Name
+}
+
+// xdpProgram returns the id of the XDP program on the device, 0 if there is none.
+func xdpProgram(ifindex int) (ebpf.ProgramID, error) {
+	device, err := netlink.LinkByIndex(ifindex)
+	if err != nil {
+		return 0, fmt.Errorf("device %d: %w", ifindex, err)
+	}
+	if xdp := device.Attrs().Xdp; xdp != nil {
+		return ebpf.ProgramID(xdp.ProgId), nil
+	}
+	return 0, nil
+}
+
+// xdpDevice returns the index of the device that the pinned XDP link is attached to, 0 if there is no such pin or device.
+func xdpDevice(pin string) (int, error) {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", pin, err)
+	}
+	defer l.Close() //nolint:errcheck // read only
+	info, err := l.Info()
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", pin, err)
+	}
+	xdp := info.XDP()
+	if xdp == nil {
+		return 0, nil
+	}
+	return int(xdp.Ifindex), nil
+}

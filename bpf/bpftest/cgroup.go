@@ -1,0 +1,117 @@
+package bpftest
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// OwnCgroup moves this process into a cgroup v2 of its own, as a kubelet has one, and returns its id. In the root cgroup
+// the programs would take a test's sockets for the kernel's own. leave moves it back and removes the cgroup.
+func OwnCgroup() (id uint64, leave func() error, err error) {
+	mount, err := cgroupMount()
+	if err != nil {
+		return 0, nil, err
+	}
+	dir := filepath.Join(mount, fmt.Sprintf("probelet-test-%d", os.Getpid()))
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+		return 0, nil, err
+	}
+	leave = func() error {
+		return errors.Join(join(mount), os.Remove(dir))
+	}
+	if err := join(dir); err != nil {
+		return 0, nil, errors.Join(err, os.Remove(dir))
+	}
+	id, err = cgroupID(dir)
+	return id, leave, err
+}
+
+// Cgroup makes a cgroup v2 that nobody is in yet, and returns its directory and id. It has to be removed by the caller.
+func Cgroup(name string) (dir string, id uint64, err error) {
+	mount, err := cgroupMount()
+	if err != nil {
+		return "", 0, err
+	}
+	dir = filepath.Join(mount, fmt.Sprintf("probelet-test-%d-%s", os.Getpid(), name))
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+		return "", 0, err
+	}
+	id, err = cgroupID(dir)
+	return dir, id, err
+}
+
+func join(dir string) error {
+	return os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte("0"), 0)
+}
+
+func cgroupID(dir string) (uint64, error) {
+	var stat unix.Stat_t
+	err := unix.Stat(dir, &stat)
+	return stat.Ino, err
+}
+
+func cgroupMount() (string, error) {
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if fields := strings.Fields(line); len(fields) > 2 && fields[2] == "cgroup2" {
+			return fields[1], nil
+		}
+	}
+	return "", errors.New("cgroup v2 is not mounted")
+}
+
+// CurrentCgroup returns the id of the cgroup v2 that this process is in.
+func CurrentCgroup() (id uint64, err error) {
+	dir, err := currentCgroup()
+	if err != nil {
+		return 0, err
+	}
+	return cgroupID(dir)
+}
+
+func currentCgroup() (dir string, err error) {
+	mount, err := cgroupMount()
+	if err != nil {
+		return "", err
+	}
+	cgroups, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(cgroups)) {
+		if path, ok := strings.CutPrefix(line, "0::"); ok { // cgroup v2, see cgroups(7)
+			return filepath.Join(mount, strings.TrimSpace(path)), nil
+		}
+	}
+	return "", errors.New("this process is in no cgroup v2")
+}
+
+// RootCgroup returns the directory of the root cgroup v2.
+func RootCgroup() (dir string, err error) { return cgroupMount() }
+
+// RunInOwnCgroup is for TestMain: it runs the tests in a cgroup of their own where that is possible, and exits.
+func RunInOwnCgroup(run func() int) {
+	leave := func() error { return nil }
+	if os.Geteuid() == 0 {
+		_, left, err := OwnCgroup()
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "a cgroup for the tests:", err)
+			os.Exit(1)
+		}
+		leave = left
+	}
+	code := run()
+	if err := leave(); err != nil {
+		fmt.Fprintln(os.Stderr, "leaving the cgroup of the tests:", err)
+		code = max(code, 1)
+	}
+	os.Exit(code)
+}

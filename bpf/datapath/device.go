@@ -1,0 +1,312 @@
+package datapath
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// DeviceKey names one attachment of a host-side veth. A device that gets the same index later has another generation, and so
+// inherits nothing.
+type DeviceKey = probeletDeviceKey
+
+// Hook tells where a device's answers are made.
+type Hook uint8
+
+// Hooks.
+const (
+	HookTC  = Hook(probeletHookHOOK_TC)  // by steer, in place
+	HookXDP = Hook(probeletHookHOOK_XDP) // by respond, from steer's orders
+)
+
+// Trust tells whether a device's answers are known to reach their clients.
+type Trust uint16
+
+// Trusts.
+const (
+	TrustUnproven = Trust(probeletTrustTRUST_UNPROVEN) // not tried yet
+	TrustProven   = Trust(probeletTrustTRUST_PROVEN)
+	TrustLost     = Trust(probeletTrustTRUST_LOST) // an answer was lost: nothing is taken
+)
+
+// losses are the names of enum loss.
+var losses = map[uint16]string{
+	uint16(probeletLossLOSS_SYN_REPEATED):     "syn_repeated",
+	uint16(probeletLossLOSS_UNACKNOWLEDGED):   "unacknowledged",
+	uint16(probeletLossLOSS_REQUEST_REPEATED): "request_repeated",
+	uint16(probeletLossLOSS_UNOBSERVED):       "unobserved",
+}
+
+// Losses returns the possible values of Device.Loss, sorted, without the empty one.
+func Losses() []string { return slices.Sorted(maps.Values(losses)) }
+
+// Device is a host-side veth as the programs know it.
+type Device struct {
+	Key   DeviceKey
+	Netns uint32 // inode number of the pod's network namespace
+	Hook  Hook
+	Trust Trust
+	// Loss tells how a lost answer was noticed, and LostAt when, in terms of Now; empty and 0 unless Trust is TrustLost.
+	Loss   string
+	LostAt uint64
+}
+
+// lockDeadline is far longer than it takes to add or remove a device.
+const lockDeadline = 5 * time.Second
+
+// NewDeviceKey draws a random generation for the device ifindex.
+func NewDeviceKey(ifindex int) (DeviceKey, error) {
+	var random [4]byte
+	for {
+		if _, err := rand.Read(random[:]); err != nil {
+			return DeviceKey{}, err
+		}
+		if generation := binary.NativeEndian.Uint32(random[:]); generation != 0 {
+			return DeviceKey{Ifindex: uint32(ifindex), Generation: generation}, nil
+		}
+	}
+}
+
+// AddDevice makes a device known to the programs, with no evidence and no trust. netns is the inode number of the pod's network
+// namespace. What an earlier attachment of the device left behind is removed.
+func (d *Datapath) AddDevice(key DeviceKey, netns uint32, hook Hook) error {
+	unlock, err := d.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	old, err := d.device(key.Ifindex)
+	if err == nil {
+		err = d.removeDevice(old.Key)
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	device := probeletDevice{Generation: key.Generation, Netns: netns, Hook: uint8(hook)}
+	if err := d.objects.Devices.Update(key.Ifindex, &device, ebpf.UpdateNoExist); err != nil {
+		return fmt.Errorf("device %d: %w", key.Ifindex, err)
+	}
+	if err := d.addToNetns(key.Ifindex, netns); err != nil {
+		return errors.Join(err, d.removeDevice(key))
+	}
+	return nil
+}
+
+// RemoveDevice makes the programs forget a device and all evidence of its pod. A device that they do not know is no error.
+func (d *Datapath) RemoveDevice(key DeviceKey) error {
+	unlock, err := d.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return d.removeDevice(key)
+}
+
+func (d *Datapath) removeDevice(key DeviceKey) error {
+	device, err := d.Device(key)
+	if err == nil {
+		// From here on the programs reach nothing of it.
+		err = errors.Join(ignoreAbsent(d.objects.Devices.Delete(key.Ifindex)), d.removeFromNetns(key.Ifindex, device.Netns))
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("forgetting device %d: %w", key.Ifindex, err)
+	}
+	if err := (&Pod{d, key}).clear(); err != nil {
+		return fmt.Errorf("forgetting what is known of device %d: %w", key.Ifindex, err)
+	}
+	return nil
+}
+
+// Device returns a device. The error is os.ErrNotExist if the programs do not know it, or only another attachment of it.
+func (d *Datapath) Device(key DeviceKey) (Device, error) {
+	device, err := d.device(key.Ifindex)
+	if err == nil && device.Key != key {
+		err = fmt.Errorf("device %d: it was attached again: %w", key.Ifindex, os.ErrNotExist)
+	}
+	return device, err
+}
+
+func (d *Datapath) device(ifindex uint32) (Device, error) {
+	var device probeletDevice
+	err := d.objects.Devices.Lookup(ifindex, &device)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		err = os.ErrNotExist
+	}
+	if err != nil {
+		return Device{}, fmt.Errorf("device %d: %w", ifindex, err)
+	}
+	return deviceOf(ifindex, device), nil
+}
+
+func deviceOf(ifindex uint32, device probeletDevice) Device {
+	return Device{
+		Key:   DeviceKey{Ifindex: ifindex, Generation: device.Generation},
+		Netns: device.Netns, Hook: Hook(device.Hook), Trust: Trust(device.Trust),
+		Loss: losses[device.Loss], LostAt: device.LostAt,
+	}
+}
+
+// Devices returns all devices that the programs know, by ifindex.
+func (d *Datapath) Devices() (map[uint32]Device, error) {
+	devices := map[uint32]Device{}
+	var ifindex uint32
+	var device probeletDevice
+	entries := d.objects.Devices.Iterate()
+	for entries.Next(&ifindex, &device) {
+		devices[ifindex] = deviceOf(ifindex, device)
+	}
+	if err := entries.Err(); err != nil {
+		return nil, fmt.Errorf("devices: %w", err)
+	}
+	return devices, nil
+}
+
+// TrustAgain puts a device on trial again, as if it had just been attached. The error is os.ErrNotExist as for Device.
+func (d *Datapath) TrustAgain(key DeviceKey) error {
+	unlock, err := d.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	device, err := d.Device(key)
+	if err != nil {
+		return err
+	}
+	fresh := probeletDevice{Generation: key.Generation, Netns: device.Netns, Hook: uint8(device.Hook)}
+	if err := d.objects.Devices.Update(key.Ifindex, &fresh, ebpf.UpdateExist); err != nil {
+		return fmt.Errorf("device %d: %w", key.Ifindex, err)
+	}
+	return nil
+}
+
+// strayLists returns devices that have endpoints although the programs do not know them: left by a process that died in the
+// middle of RemoveDevice.
+func (d *Datapath) strayLists() ([]DeviceKey, error) {
+	var strays []DeviceKey
+	var key DeviceKey
+	var list probeletEndpointList
+	entries := d.objects.EndpointLists.Iterate()
+	for entries.Next(&key, &list) {
+		if _, err := d.Device(key); errors.Is(err, os.ErrNotExist) {
+			strays = append(strays, key)
+		}
+	}
+	return strays, entries.Err()
+}
+
+// RemoveStrays removes what interrupted calls of RemoveDevice and AddDevice left of devices that the programs do not know.
+func (d *Datapath) RemoveStrays() error {
+	strays, err := d.strayLists()
+	errs := []error{err}
+	for _, key := range strays {
+		errs = append(errs, d.RemoveDevice(key))
+	}
+	return errors.Join(append(errs, d.removeStraysFromNetns())...)
+}
+
+// removeStraysFromNetns takes devices off the lists of network namespaces that they are not in.
+func (d *Datapath) removeStraysFromNetns() error {
+	known, err := d.Devices()
+	if err != nil {
+		return err
+	}
+	errs := []error{}
+	var netns uint32
+	var devices probeletNetnsDevices
+	entries := d.objects.PodNetns.Iterate()
+	for entries.Next(&netns, &devices) {
+		for _, ifindex := range devices.Ifindex {
+			if device, ok := known[ifindex]; ifindex != 0 && (!ok || device.Netns != netns) {
+				errs = append(errs, d.removeStrayFromNetns(ifindex, netns))
+			}
+		}
+	}
+	return errors.Join(append(errs, entries.Err())...)
+}
+
+// removeStrayFromNetns does nothing if the device was added meanwhile.
+func (d *Datapath) removeStrayFromNetns(ifindex, netns uint32) error {
+	unlock, err := d.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	device, err := d.device(ifindex)
+	if err == nil && device.Netns == netns || err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return d.removeFromNetns(ifindex, netns)
+}
+
+func ignoreAbsent(err error) error {
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil
+	}
+	return err
+}
+
+// lock keeps other processes, and other users of this Datapath, from adding or removing devices and endpoints. Objects that are
+// not pinned need no lock, because no other process has them.
+func (d *Datapath) lock() (unlock func(), err error) {
+	if d.dir == "" {
+		return func() {}, nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), lockDeadline)
+	defer cancel()
+	unlock, err = Lock(ctx, d.dir, unix.LOCK_EX)
+	if Absent(err) { // removed with all that was pinned
+		return func() {}, nil
+	}
+	return unlock, err
+}
+
+func (d *Datapath) addToNetns(ifindex, netns uint32) error {
+	return d.changeNetns(netns, func(devices []uint32) error {
+		if slices.Contains(devices, ifindex) {
+			return nil
+		}
+		slot := slices.Index(devices, 0)
+		if slot < 0 {
+			return fmt.Errorf("network namespace %d has %d devices attached already", netns, len(devices))
+		}
+		devices[slot] = ifindex
+		return nil
+	})
+}
+
+func (d *Datapath) removeFromNetns(ifindex, netns uint32) error {
+	return d.changeNetns(netns, func(devices []uint32) error {
+		if slot := slices.Index(devices, ifindex); slot >= 0 {
+			devices[slot] = 0
+		}
+		return nil
+	})
+}
+
+func (d *Datapath) changeNetns(netns uint32, change func(devices []uint32) error) error {
+	var devices probeletNetnsDevices
+	err := ignoreAbsent(d.objects.PodNetns.Lookup(netns, &devices))
+	if err == nil {
+		err = change(devices.Ifindex[:])
+	}
+	switch {
+	case err != nil:
+	case devices == (probeletNetnsDevices{}):
+		err = ignoreAbsent(d.objects.PodNetns.Delete(netns))
+	default:
+		err = d.objects.PodNetns.Put(netns, &devices)
+	}
+	if err != nil {
+		return fmt.Errorf("devices of network namespace %d: %w", netns, err)
+	}
+	return nil
+}

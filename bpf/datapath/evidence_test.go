@@ -1,0 +1,282 @@
+package datapath
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"pgregory.net/rapid"
+
+	"github.com/probelet/probelet/bpf/bpftest"
+)
+
+// sealed is what the daemon writes.
+func sealed(key probeletEndpointKey, e Evidence) []byte {
+	e.Seal = sealOf(key, e)
+	var value [32]byte
+	if n, err := binary.Encode(value[:], binary.NativeEndian, e); err != nil || n != len(value) {
+		panic(fmt.Sprint(n, err))
+	}
+	return value[:]
+}
+
+// sealedBytes are those of a value that mean something; the others are padding.
+var sealedBytes = []int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 24, 25, 26, 27, 28, 29, 30, 31}
+
+// Evidence that a program reads while it is written, or of which the memory became another key's, does not bear its seal.
+func TestOnlySealedEvidenceIsAnsweredWith(t *testing.T) {
+	onBench(t, func(t *testing.T, b *bench) {
+		rapid.Check(t, func(rt *rapid.T) {
+			b.arm()
+			key := rapid.SampledFrom([]EndpointKey{PortKey(8080), HTTPKey(8080, "/healthz")}).Draw(rt, "key").of(b.key)
+			e := success(t, 200, time.Hour)
+			good := sealed(key, e)
+			bad := append([]byte(nil), good...)
+			switch rapid.SampledFrom([]string{"tampered", "torn", "foreign"}).Draw(rt, "how") {
+			case "tampered":
+				at := rapid.SampledFrom(sealedBytes).Draw(rt, "byte")
+				bad[at] ^= rapid.ByteRange(1, 255).Draw(rt, "by")
+			case "torn":
+				newer := success(t, 201, 2*time.Hour)
+				newer.ObservedAt = e.ObservedAt + 1 // differs from the first byte on
+				copy(bad, sealed(key, newer)[:rapid.IntRange(1, 24).Draw(rt, "new bytes")])
+			case "foreign":
+				bad = sealed(foreign(key).Draw(rt, "of"), success(t, 200, time.Hour))
+			}
+			must(t, b.d.objects.EndpointEvidence.Put(key, bad))
+			// The answer to the SYN is the port's, the one to the request the endpoint's.
+			got, frame := b.sends(b.syn().Bytes(t, nil))
+			if want := key.Kind != KindPort; (got == toClient) != want {
+				rt.Fatalf("a SYN %s", got)
+			}
+			if got == toClient {
+				b.replaysSYN(b.toPod("PA", b.isn+1, bpftest.ParseSegment(t, frame).Seq+1, request))
+				b.swallows(b.toPod("R", b.isn+1, 0, ""))
+			}
+			b.noFlows()
+			b.counted("answered_http", 0)
+			of := EndpointKey{PathHash: key.PathHash, Port: key.Port, Kind: key.Kind}
+			if _, _, err := b.pod.Get(of); err == nil || !strings.Contains(err.Error(), "seal") {
+				rt.Fatalf("the daemon reads it: %v", err)
+			}
+		})
+	})
+}
+
+// foreign draws a key that differs from k in one way.
+func foreign(k probeletEndpointKey) *rapid.Generator[probeletEndpointKey] {
+	return rapid.Custom(func(t *rapid.T) probeletEndpointKey {
+		k := k
+		by := rapid.Uint32Range(1, 1<<32-1).Draw(t, "by")
+		switch rapid.SampledFrom([]string{"path", "device", "generation", "port", "kind"}).Draw(t, "differs in") {
+		case "path":
+			k.PathHash ^= uint64(by) << rapid.IntRange(0, 32).Draw(t, "shift")
+		case "device":
+			k.Device.Ifindex ^= by
+		case "generation":
+			k.Device.Generation ^= by
+		case "port":
+			k.Port ^= uint16(by%65535 + 1)
+		case "kind":
+			k.Kind ^= uint8(by%255 + 1)
+		}
+		return k
+	})
+}
+
+// What was known of a device in an earlier life is out of reach, even where it was left behind.
+func TestEvidenceOfAnEarlierAttachmentIsOutOfReach(t *testing.T) {
+	onBench(t, func(t *testing.T, b *bench) {
+		b.arm()
+		x := b.connect()
+		old, oldPod := b.key, b.pod
+		leftBehind := entries[probeletEndpointKey, Evidence](t, b.d.objects.EndpointEvidence)
+		tallies := entries[probeletEndpointKey, Tally](t, b.d.objects.EndpointTallies)
+		b.attach()
+		if all := entries[probeletEndpointKey, Evidence](t, b.d.objects.EndpointEvidence); len(all) != 0 {
+			t.Fatalf("still known: %+v", all)
+		}
+		for key, e := range leftBehind {
+			must(t, b.d.objects.EndpointEvidence.Put(key, e))
+			must(t, b.d.objects.EndpointTallies.Put(key, tallies[key]))
+		}
+		b.trust(TrustProven)
+		client := b.client
+		b.client = another(client, 1)
+		b.passes(b.syn().Bytes(t, nil))
+
+		b.put(PortKey(8080), success(t, 200, time.Hour))
+		y := b.connect()
+		b.replaysSYN(b.toPod("PA", b.isn+1, y+1, request))
+		for key := range leftBehind {
+			must(t, b.d.objects.EndpointEvidence.Delete(key))
+		}
+		b.client = client // taken in the earlier life
+		b.replaysSYN(b.toPod("PA", b.isn+1, x+1, request))
+		b.counted("answered_http", 0)
+
+		if _, err := b.d.Pod(old); !errors.Is(err, os.ErrNotExist) {
+			t.Fatalf("what is known of the earlier one: %v", err)
+		}
+		if err := oldPod.Put(TCPKey(1), Evidence{}); !errors.Is(err, os.ErrNotExist) {
+			t.Fatalf("putting something there: %v", err)
+		}
+		must(t, b.d.RemoveDevice(old)) // says nothing of the device as it is
+		if keys, err := b.pod.Keys(); err != nil || len(keys) != 1 {
+			t.Fatalf("of the present one %v is known, %v", keys, err)
+		}
+	})
+}
+
+// withdrawn_at is the latest of all withdrawals: one that was slow does not take a later one back.
+func TestAWithdrawalIsNotTakenBack(t *testing.T) {
+	onWays(t, func(t *testing.T, p reaching) {
+		later := Now() + uint64(time.Hour)
+		for _, key := range []EndpointKey{PortKey(8080), HTTPKey(8080, "/healthz")} {
+			p.setTally(key, Tally{WithdrawnAt: later, WithdrawnCause: 9})
+		}
+		p.asks(request)
+		p.hears("PA", 0, "HTTP/1.1 500 Oops\r\n\r\n")
+		if got := p.tally(HTTPKey(8080, "/healthz")); got.WithdrawnAt != later || got.WithdrawnCause != 9 {
+			t.Fatalf("an error status made it %+v", got)
+		}
+	})
+	onBench(t, func(t *testing.T, b *bench) {
+		b.armPort()
+		later := Now() - 1
+		x := b.connect()
+		b.replaysSYN(b.toPod("PA", b.isn+1, x+1, request))
+		later += uint64(time.Hour)
+		b.setTally(PortKey(8080), Tally{WithdrawnAt: later, WithdrawnCause: 9})
+		b.podSends(toClient, b.fromPod("RA", 0, b.isn+1, ""))
+		if got := b.tally(PortKey(8080)); got.WithdrawnAt != later || got.WithdrawnCause != 9 {
+			t.Fatalf("a refusal made it %+v", got)
+		}
+	})
+}
+
+// left asserts that no map has an entry of any device.
+func left(t testing.TB, d *Datapath) {
+	t.Helper()
+	for name, m := range map[string]*ebpf.Map{
+		"devices": d.objects.Devices, "evidence": d.objects.EndpointEvidence, "tallies": d.objects.EndpointTallies,
+		"lists": d.objects.EndpointLists, "namespaces": d.objects.PodNetns,
+	} {
+		n := 0
+		for key, err := m.NextKeyBytes(nil); key != nil; key, err = m.NextKeyBytes(key) {
+			must(t, err)
+			n++
+		}
+		if n != 0 {
+			t.Errorf("%s: %d entries are left", name, n)
+		}
+	}
+}
+
+func TestADeviceLeavesNothingBehind(t *testing.T) {
+	bpftest.RequireRoot(t)
+	d, err := Load()
+	must(t, err)
+	defer d.Close() //nolint:errcheck // a test's
+	for i := range 1000 {
+		key, err := NewDeviceKey(10 + i%3)
+		must(t, err)
+		must(t, d.AddDevice(key, uint32(30+i%2), Hook(i%2)))
+		p, err := d.Pod(key)
+		must(t, err)
+		for n := range i % 7 {
+			must(t, p.Put(HTTPKey(80, fmt.Sprint("/", n)), Evidence{}))
+		}
+		if i%5 == 0 {
+			must(t, p.Delete(HTTPKey(80, "/0")))
+		}
+		if i%4 != 0 { // else by the next life of the device, or the end
+			must(t, d.RemoveDevice(key))
+			must(t, d.RemoveDevice(key))
+		}
+	}
+	devices, err := d.Devices()
+	must(t, err)
+	for _, device := range devices {
+		must(t, d.RemoveDevice(device.Key))
+	}
+	left(t, d)
+}
+
+// The daemon may be about to put something when the plugin removes the device.
+func TestADeviceLeavesNothingBehindAPut(t *testing.T) {
+	bpftest.RequireRoot(t)
+	d, err := Ensure(t.Context(), bpftest.BPFDir(t))
+	must(t, err)
+	defer d.Close() //nolint:errcheck // a test's
+	for round := range 1000 {
+		key, err := NewDeviceKey(10)
+		must(t, err)
+		must(t, d.AddDevice(key, 33, HookTC))
+		p, err := d.Pod(key)
+		must(t, err)
+		began, done := make(chan struct{}), make(chan error)
+		go func() {
+			var err error
+			for n := 0; err == nil && n < 100_000; n++ {
+				if n == round%30 {
+					close(began)
+				}
+				if err = p.Put(HTTPKey(80, fmt.Sprint("/", n%20)), Evidence{}); n%7 == 6 && err == nil {
+					err = p.Delete(HTTPKey(80, fmt.Sprint("/", n%20)))
+				}
+			}
+			done <- err
+		}()
+		<-began
+		must(t, d.RemoveDevice(key))
+		if err := <-done; !errors.Is(err, os.ErrNotExist) {
+			t.Fatalf("a Put after the device was removed: %v", err)
+		}
+		if left(t, d); t.Failed() {
+			t.Fatalf("in round %d", round)
+		}
+	}
+}
+
+func TestAPodHasRoomForSixtyFourEndpoints(t *testing.T) {
+	bpftest.RequireRoot(t)
+	d, err := Load()
+	must(t, err)
+	defer d.Close() //nolint:errcheck // a test's
+	key, err := NewDeviceKey(10)
+	must(t, err)
+	must(t, d.AddDevice(key, 33, HookTC))
+	p, err := d.Pod(key)
+	must(t, err)
+	name := func(i int) EndpointKey { return HTTPKey(80, fmt.Sprint("/", i)) }
+	for i := range MaxEndpoints {
+		must(t, p.Put(name(i), Evidence{Status: uint16(i % 63)}))
+	}
+	if err := p.Put(name(64), Evidence{}); !errors.Is(err, errTooMany) {
+		t.Fatalf("a 65th: %v", err)
+	}
+	if _, _, err := p.Get(name(64)); !errors.Is(err, ebpf.ErrKeyNotExist) {
+		t.Fatalf("it is there all the same: %v", err)
+	}
+	must(t, p.Put(name(63), Evidence{Status: 63})) // those that are there can be changed
+	must(t, p.Delete(name(20)))
+	must(t, p.Put(name(64), Evidence{Status: 64}))
+	keys, err := p.Keys()
+	if err != nil || len(keys) != MaxEndpoints {
+		t.Fatalf("%d keys, %v", len(keys), err)
+	}
+	for i := range 65 {
+		e, _, err := p.Get(name(i))
+		if i != 20 && (err != nil || e.Status != uint16(i)) {
+			t.Errorf("endpoint %d: %+v, %v", i, e, err)
+		}
+	}
+	must(t, d.RemoveDevice(key))
+	left(t, d)
+}

@@ -1,0 +1,632 @@
+package datapath
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gopacket/gopacket/layers"
+	"pgregory.net/rapid"
+
+	"github.com/probelet/probelet/bpf/bpftest"
+)
+
+// Sequences of packets must fare as the model says, in whatever order losses, repeats, other clients and changes of what is
+// known bring them about: the programs' verdicts, the bytes, and all that the maps hold after each packet.
+func TestSequencesFareAsTheModelSays(t *testing.T) {
+	seen := map[string]int{}
+	steps := 0
+	onBench(t, func(t *testing.T, b *bench) {
+		rapid.Check(t, func(rt *rapid.T) {
+			defer func(t testing.TB) { b.t = t }(b.t)
+			s := newSequence(rt, b, seen)
+			for range rapid.IntRange(50, 200).Draw(rt, "steps") {
+				steps++
+				if s.step(); s.m.unsure {
+					return // the clock stood at a border
+				}
+			}
+			s.finish()
+		})
+	})
+	if steps > 20_000 { // else a few of the rarer ones are missing
+		allSeen(t, seen)
+	}
+}
+
+// allSeen asserts that the sequences have been through the whole table.
+func allSeen(t *testing.T, seen map[string]int) {
+	t.Helper()
+	for state := range likely {
+		for _, event := range append(slices.Sorted(maps.Keys(events)), "another device's") {
+			if seen[stateNames[state]+": "+event] == 0 {
+				t.Errorf("never seen: %s in state %s", event, stateNames[state])
+			}
+		}
+	}
+	t.Log(seen)
+}
+
+// sequence is a bench and the model of it.
+type sequence struct {
+	*bench
+	m        model
+	rt       *rapid.T
+	ends     map[connection]*ends
+	outcomes *OutcomeReader
+	table    map[probeletFlowKey]probeletFlow // as it is after this step
+	seen     map[string]int
+}
+
+// ends is what the two ends of a connection would send next, and whose it is.
+type ends struct {
+	isn, podISN   uint32
+	options       []layers.TCPOption // of the SYN
+	dataOptions   []layers.TCPOption
+	text          string // what the client sends
+	sent, podSent uint32
+	probers       bool   // it was begun by a prober, and no packet of others was seen since
+	begun         uint32 // by the SYN with that ISN
+}
+
+// fairly draws one of some, each as often as another; rapid's own choice prefers the first.
+func fairly[T any](rt *rapid.T, label string, of ...T) T {
+	return rapid.Custom(func(t *rapid.T) T {
+		n := 0
+		for range 10 {
+			n <<= 1
+			if rapid.Bool().Draw(t, "bit") {
+				n++
+			}
+		}
+		return of[n%len(of)]
+	}).Draw(rt, label)
+}
+
+// rarely is true once in 16 times.
+func rarely(rt *rapid.T, label string) bool {
+	return fairly(rt, label, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15) == 15
+}
+
+// shrinking is a test that fails where rapid can find a shorter sequence that fails.
+type shrinking struct {
+	testing.TB
+	rt *rapid.T
+}
+
+func (s shrinking) Helper()                           { s.rt.Helper() }
+func (s shrinking) Fatal(args ...any)                 { s.rt.Helper(); s.rt.Fatal(args...) }
+func (s shrinking) Fatalf(format string, args ...any) { s.rt.Helper(); s.rt.Fatalf(format, args...) }
+
+const (
+	unprobedPort = 9090
+	otherPath    = "/other"
+)
+
+// connections that share ports, and slots of the filter.
+var connections = []connection{
+	{40000, 8080}, {40000, 8080}, {40000, 8080}, {40000, 8080}, {40000 - flowPortSlots, 8080}, {40001, 8080}, {40000, unprobedPort},
+}
+
+var probedKeys = []EndpointKey{PortKey(8080), TCPKey(8080), HTTPKey(8080, "/healthz"), HTTPKey(8080, otherPath)}
+
+func newSequence(rt *rapid.T, b *bench, seen map[string]int) *sequence {
+	b.t = shrinking{b.t, rt}
+	b.reset()
+	r, err := b.d.Outcomes()
+	must(b.t, err)
+	rt.Cleanup(func() { _ = r.Close() })
+	r.SetDeadline(time.Unix(1, 0))
+	s := &sequence{bench: b, rt: rt, ends: map[connection]*ends{}, outcomes: r, seen: seen}
+	s.m.flows, s.m.stored = map[connection]*probeletFlow{}, map[connection]stored{}
+	s.restore()
+	return s
+}
+
+// restore makes it possible that connections are taken.
+func (s *sequence) restore() {
+	s.setProber(true)
+	s.attachAgain()
+	if fairly(s.rt, "proven", true, true, true, false) {
+		s.trust(TrustProven)
+		s.m.device = s.device()
+	}
+	for _, key := range probedKeys {
+		s.learn(key)
+	}
+}
+
+// isStuck reports whether no connection will be taken, whatever packets come.
+func (s *sequence) isStuck() bool {
+	port := s.m.evidence[PortKey(8080)]
+	return !s.m.prober || !s.m.attached || Trust(s.m.device.Trust) == TrustLost || port.FreshUntil < Now() ||
+		port.ObservedAt <= s.m.tallies[PortKey(8080)].WithdrawnAt
+}
+
+func (s *sequence) setProber(prober bool) {
+	s.m.prober = prober
+	must(s.t, s.d.SetProber(Prober{AnyLocal: prober}))
+}
+
+func (s *sequence) attachAgain() {
+	s.attach()
+	s.m.attached = true
+	s.m.device = s.device()
+	s.m.evidence, s.m.tallies = map[EndpointKey]Evidence{}, map[EndpointKey]Tally{}
+}
+
+// learn changes what is known of an endpoint or a port.
+func (s *sequence) learn(key EndpointKey) {
+	if !s.m.attached {
+		return
+	}
+	e := success(s.t, fairly(s.rt, "status", 200, 204, 226), time.Hour)
+	switch fairly(s.rt, "how", "fresh", "fresh", "fresh", "fresh", "cleared", "failure", "for a second", "unknown") {
+	case "cleared":
+		e.FreshUntil = 0
+	case "failure":
+		e.Result = ResultFailure
+	case "unknown":
+		must(s.t, s.pod.Delete(key))
+		delete(s.m.evidence, key)
+		delete(s.m.tallies, key)
+		return
+	case "for a second":
+		e.FreshUntil = e.ObservedAt + uint64(time.Second)
+	}
+	s.put(key, e)
+	s.m.evidence[key] = e
+	if _, ok := s.m.tallies[key]; !ok {
+		s.m.tallies[key] = Tally{}
+	}
+}
+
+func (s *sequence) step() {
+	switch {
+	case s.isStuck() && rarely(s.rt, "restored"):
+		s.restore()
+	case rarely(s.rt, "time passes"):
+		s.passTime()
+	case rarely(s.rt, "something changes"):
+		s.change()
+	default:
+		s.packet(fairly(s.rt, "connection", connections...), rarely(s.rt, "another device's"))
+	}
+}
+
+func (s *sequence) passTime() {
+	d := fairly(s.rt, "passes", 300*time.Millisecond, 300*time.Millisecond, 600*time.Millisecond, 1200*time.Millisecond,
+		3*time.Minute, 11*time.Minute, 4*time.Hour)
+	s.wait(d)
+	for c, f := range s.m.flows {
+		*s.m.flows[c] = older(*f, d)
+	}
+	for key, t := range s.m.tallies {
+		s.m.tallies[key] = older(t, d)
+	}
+	for key, e := range s.m.evidence {
+		s.m.evidence[key] = older(e, d)
+	}
+	s.m.device = older(s.m.device, d)
+	if fairly(s.rt, "sweep", false, true) {
+		s.sweeps()
+	}
+}
+
+func (s *sequence) sweeps() {
+	s.m.before = Now()
+	must(s.t, s.d.Sweep())
+	s.m.after = Now()
+	s.m.sweep()
+	s.table = s.flowTable()
+	s.same()
+}
+
+// change is something that a person or the daemon does.
+func (s *sequence) change() {
+	switch fairly(s.rt, "what", "known", "known", "known", "known", "prober", "prober", "trust", "trust", "attached", "detached") {
+	case "known":
+		s.learn(fairly(s.rt, "of", probedKeys...))
+	case "prober":
+		s.setProber(!s.m.prober)
+	case "trust":
+		if s.m.attached {
+			must(s.t, s.d.TrustAgain(s.key))
+			s.untrust()
+		}
+	case "attached":
+		s.restore()
+	case "detached":
+		must(s.t, s.d.RemoveDevice(s.key))
+		s.m.attached = false
+		s.m.evidence, s.m.tallies = nil, nil
+	}
+}
+
+func (s *sequence) untrust() {
+	old := s.m.device
+	s.m.device = probeletDevice{Generation: old.Generation, Netns: old.Netns, Hook: old.Hook}
+}
+
+// packet puts one through the programs and the model.
+func (s *sequence) packet(c connection, foreign bool) {
+	if s.ends[c] == nil {
+		s.ends[c] = &ends{}
+		s.begin(s.ends[c])
+	}
+	e, f := s.ends[c], s.m.flows[c]
+	state := uint8(0)
+	if f != nil {
+		state = f.State
+	}
+	name := fairly(s.rt, "event", likely[state]...)
+	if foreign || fairly(s.rt, "unlikely", false, false, true) {
+		name = fairly(s.rt, "any event", slices.Sorted(maps.Keys(events))...)
+	}
+	event := events[name]
+	segment := event.make(s, e, f)
+	p := packet{of: c, foreign: foreign && !event.pods, Segment: s.address(c, event.pods, segment)}
+	if p.foreign {
+		name = "another device's"
+	}
+	s.whose(p, event.pods)
+	s.seen[stateNames[state]+": "+name]++
+	s.answersLost = state == 0 && rarely(s.rt, "answers get lost")
+	got := s.run(p, event.pods)
+	s.rt.Logf("%s: %s: %v %s", stateNames[state], name, p, got)
+	s.seen[stateNames[state]+": "+string(got)]++
+}
+
+// whose keeps account of whose connections are, whatever the programs think.
+func (s *sequence) whose(p packet, pods bool) {
+	e := s.ends[p.of]
+	switch {
+	case pods:
+	case p.foreign:
+		e.probers = false
+	case p.begins() && (!e.probers || p.Seq != e.begun):
+		e.probers, e.begun = s.m.prober, p.Seq
+	}
+}
+
+func (s *sequence) address(c connection, pods bool, segment bpftest.Segment) bpftest.Segment {
+	client, pod := netip.AddrPortFrom(s.client.Addr(), c.client), netip.AddrPortFrom(s.srv.Addr(), c.pod)
+	segment.Src, segment.Dst, segment.SrcMAC, segment.DstMAC = client, pod, bpftest.ClientMAC, bpftest.PodMAC
+	if pods {
+		segment.Src, segment.Dst, segment.SrcMAC, segment.DstMAC = pod, client, bpftest.PodMAC, bpftest.ClientMAC
+	}
+	segment.Window = uint16(1000 + len(segment.Payload))
+	return segment
+}
+
+func (s *sequence) run(p packet, pods bool) fate {
+	in := p.Bytes(s.t, nil)
+	var got fate
+	var out []byte
+	s.m.before = Now()
+	switch {
+	case pods:
+		got, out = s.receives(in)
+	case p.foreign:
+		got, out = s.egress(bpftest.Packet{Frame: in, From: otherIfindex})
+	default:
+		got, out = s.sends(in)
+	}
+	s.m.after = Now()
+	s.table = s.flowTable()
+	s.m.drawn = s.table[s.flowKey(p.of)]
+	var want decision
+	if pods {
+		want = s.m.observe(p)
+	} else {
+		want = s.m.steer(p)
+	}
+	s.arrives(p, want, pods)
+	if s.m.unsure {
+		return got
+	}
+	s.compare(p, in, want, got, out)
+	s.same()
+	return got
+}
+
+// arrives is what observe notes when it sees the first answer by a device.
+func (s *sequence) arrives(p packet, d decision, pods bool) {
+	f := s.m.flows[p.of]
+	first := !pods && d.fate == toClient && f != nil && f.Flags&(onTrial|connected) == onTrial
+	if first && s.m.attached && !s.answersLost {
+		s.m.device.Observed = 1
+	}
+}
+
+func (s *sequence) compare(p packet, in []byte, want decision, got fate, out []byte) {
+	s.rt.Helper()
+	frame := []byte(nil)
+	if want.fate != swallowed {
+		frame = want.frame(s.t)
+	}
+	if want.fate != swallowed && string(frame) == string(in) {
+		want.fate = untouched // translated by nothing
+	}
+	if got != want.fate || string(out) != string(frame) {
+		s.rt.Fatalf("%v\n%s:\n% x,\nwant that it %s:\n% x", p, got, out, want.fate, frame)
+	}
+	if !s.ends[p.of].probers && got != untouched {
+		s.rt.Fatalf("%v, of a connection that is not a prober's, %s", p, got)
+	}
+}
+
+func (s *sequence) flowKey(c connection) probeletFlowKey {
+	return probeletFlowKey{
+		ClientAddr: s.client.Addr().As16(), PodAddr: s.srv.Addr().As16(), Ifindex: benchIfindex,
+		ClientPort: c.client, PodPort: c.pod,
+	}
+}
+
+// same asserts that the maps hold what the model does, and takes over at what times exactly.
+func (s *sequence) same() {
+	s.rt.Helper()
+	s.sameFlows()
+	s.sameStored()
+	if s.m.attached {
+		got := s.device()
+		adopt(s, &s.m.device, &got)
+		for key, want := range s.m.tallies {
+			got := s.tally(key)
+			adopt(s, &want, &got)
+			s.m.tallies[key] = want
+		}
+	}
+	s.sameOutcomes()
+}
+
+// adopt asserts that got is want, but for times that the programs read from their clock in this step.
+func adopt[T probeletFlow | probeletDevice | Tally](s *sequence, want, got *T) {
+	s.rt.Helper()
+	theirs := times(got)
+	for i, t := range times(want) {
+		if *t == s.m.before || *t > s.m.before && *theirs[i] > *t && *theirs[i]-*t <= s.m.after-s.m.before {
+			*t += min(*theirs[i]-*t, s.m.after-s.m.before)
+		}
+	}
+	if *got != *want {
+		s.rt.Fatalf("the maps have\n%+v, want\n%+v", *got, *want)
+	}
+}
+
+func (s *sequence) sameFlows() {
+	s.rt.Helper()
+	slots := [flowPortSlots]uint32{}
+	for c, want := range s.m.flows {
+		got, ok := s.table[s.flowKey(c)]
+		if !ok {
+			s.rt.Fatalf("%v has no flow, want %+v", c, *want)
+		}
+		adopt(s, want, &got)
+		slots[c.client%flowPortSlots]++
+	}
+	if len(s.table) != len(s.m.flows) {
+		s.rt.Fatalf("flows %+v, want %+v", s.table, s.m.flows)
+	}
+	if s.flowPorts() != slots {
+		s.rt.Fatal("flow_ports does not count the flows")
+	}
+}
+
+func (s *sequence) sameStored() {
+	s.rt.Helper()
+	got := map[connection]stored{}
+	for key, kept := range entries[probeletFlowKey, probeletStored](s.t, s.d.objects.Requests) {
+		c := connection{key.ClientPort, key.PodPort}
+		if f := s.m.flows[c]; f == nil || kept.Owner != f.Owner || strings.Trim(string(kept.Bytes[kept.Len:]), "\x00") != "" {
+			s.rt.Fatalf("stored for %v: %+v; its flow is %+v", c, kept, f)
+		}
+		got[c] = stored{string(kept.Bytes[:kept.Len]), kept.Fin != 0}
+	}
+	if !maps.Equal(got, s.m.stored) {
+		s.rt.Fatalf("stored %+v, want %+v", got, s.m.stored)
+	}
+}
+
+func (s *sequence) sameOutcomes() {
+	s.rt.Helper()
+	var got []Outcome
+	if len(s.m.outcomes) > 0 || s.outcomes.ring.AvailableBytes() > 0 {
+		all, err := s.outcomes.Read()
+		if err != nil && !isTimeout(err) {
+			s.rt.Fatal(err)
+		}
+		got = all
+	}
+	want := s.m.outcomes
+	s.m.outcomes = nil
+	for i := range want {
+		if i < len(got) && got[i].ObservedAt >= s.m.before && got[i].ObservedAt <= s.m.after {
+			want[i].ObservedAt, want[i].Duration = got[i].ObservedAt, got[i].ObservedAt-want[i].Duration
+		}
+	}
+	if !slices.Equal(got, want) {
+		s.rt.Fatalf("outcomes %+v, want %+v", got, want)
+	}
+}
+
+func isTimeout(err error) bool { return os.IsTimeout(err) }
+
+// finish lets everything end, after which nothing may be left.
+func (s *sequence) finish() {
+	s.wait(4 * time.Hour)
+	s.m.flows = map[connection]*probeletFlow{}
+	must(s.t, s.d.Sweep())
+	s.noFlows()
+}
+
+var stateNames = [...]string{0: "none", observing: "observing", taken: "taken", handing: "handing", handed: "handed"}
+
+// event is one kind of packet.
+type event struct {
+	pods bool // the pod sends it
+	make func(s *sequence, e *ends, f *probeletFlow) bpftest.Segment
+}
+
+// likely are the events that bring a connection on, by the flow's state; 0: it has none.
+var likely = map[uint8][]string{
+	0:         {"SYN", "SYN", "SYN", "SYN", "SYN", "SYN", "other SYN", "first data", "SYN-ACK", "answer"},
+	observing: {"SYN", "SYN-ACK", "SYN-ACK", "ACK", "first data", "first data", "answer", "answer", "FIN", "refusal"},
+	taken:     {"ACK", "ACK", "SYN", "first data", "first data", "first data", "first data", "keep-alive", "FIN", "more data"},
+	handing:   {"SYN-ACK", "SYN-ACK", "SYN-ACK", "refusal", "more data", "more data", "first data", "FIN", "keep-alive"},
+	handed:    {"first data", "more data", "ACK", "ACK", "answer", "answer", "more answer", "FIN", "pod's FIN", "pod's ACK", "pod's ACK", "SYN-ACK"},
+}
+
+var events = map[string]event{
+	"SYN":          {false, func(s *sequence, e *ends, _ *probeletFlow) bpftest.Segment { return s.syn(e) }},
+	"other SYN":    {false, func(s *sequence, e *ends, _ *probeletFlow) bpftest.Segment { s.begin(e); return s.syn(e) }},
+	"ACK":          {false, func(s *sequence, e *ends, f *probeletFlow) bpftest.Segment { return s.data("A", e, f, e.sent, "") }},
+	"keep-alive":   {false, func(s *sequence, e *ends, f *probeletFlow) bpftest.Segment { return s.data("A", e, f, 1<<32-1, "") }},
+	"first data":   {false, func(s *sequence, e *ends, f *probeletFlow) bpftest.Segment { return s.dataFrom("PA", e, f, 0) }},
+	"more data":    {false, func(s *sequence, e *ends, f *probeletFlow) bpftest.Segment { return s.dataFrom("A", e, f, e.sent) }},
+	"data and FIN": {false, func(s *sequence, e *ends, f *probeletFlow) bpftest.Segment { return s.lastData(e, f) }},
+	"FIN":          {false, func(s *sequence, e *ends, f *probeletFlow) bpftest.Segment { return s.data("FA", e, f, e.sent, "") }},
+	"misplaced FIN": {false, func(s *sequence, e *ends, f *probeletFlow) bpftest.Segment {
+		return s.data("FA", e, f, s.offset(e), "")
+	}},
+	"RST": {false, func(s *sequence, e *ends, f *probeletFlow) bpftest.Segment {
+		return s.data(s.pick("R", "RA"), e, f, e.sent, "")
+	}},
+	"odd one": {false, func(s *sequence, e *ends, f *probeletFlow) bpftest.Segment {
+		return s.data(s.pick(oddFlags...), e, f, s.offset(e), s.pick("", "", "odd", e.text))
+	}},
+	"SYN-ACK": {true, func(s *sequence, e *ends, _ *probeletFlow) bpftest.Segment {
+		mss := fairly(s.rt, "pod's MSS", 0, clientMSS, 90, 1<<16-1)
+		r := bpftest.Segment{Flags: "SA", Seq: e.podISN, Ack: e.isn + 1}
+		if mss != 0 {
+			r.Options = []layers.TCPOption{mssOption(uint16(mss))}
+		}
+		return r
+	}},
+	"other SYN-ACK": {true, func(s *sequence, e *ends, _ *probeletFlow) bpftest.Segment { return s.otherSYNACK(e) }},
+	"refusal": {true, func(_ *sequence, e *ends, _ *probeletFlow) bpftest.Segment {
+		return bpftest.Segment{Flags: "RA", Ack: e.isn + 1}
+	}},
+	"answer": {true, func(s *sequence, e *ends, f *probeletFlow) bpftest.Segment {
+		return s.podData("PA", e, f, 0, s.pick(answers...))
+	}},
+	"more answer": {true, func(s *sequence, e *ends, f *probeletFlow) bpftest.Segment {
+		return s.podData("A", e, f, e.podSent, "<html>")
+	}},
+	"pod's ACK": {true, func(s *sequence, e *ends, f *probeletFlow) bpftest.Segment {
+		return s.podData("A", e, f, e.podSent, "")
+	}},
+	"pod's FIN": {true, func(s *sequence, e *ends, f *probeletFlow) bpftest.Segment {
+		return s.podData("FA", e, f, e.podSent, s.pick("", "", "end"))
+	}},
+	"pod's RST": {true, func(s *sequence, e *ends, f *probeletFlow) bpftest.Segment {
+		return s.podData(s.pick("R", "RA"), e, f, e.podSent, "")
+	}},
+	"pod's odd one": {true, func(s *sequence, e *ends, f *probeletFlow) bpftest.Segment {
+		return s.podData(s.pick(oddFlags...), e, f, s.offset(e), s.pick("", "", "odd"))
+	}},
+}
+
+var (
+	oddFlags = []string{"A", "SA", "SF", "SR", "SFA", "FR", "F", "P", "S", "FPA", "AU"}
+	answers  = []string{"HTTP/1.1 200 OK\r\n\r\n", "HTTP/1.0 204 No Content\r\n\r\n", "HTTP/1.1 503 Oops\r\n\r\n", "HTTP/1.1 404 Not Found",
+		"HTTP/1.1 100 Continue\r\n\r\n", "SSH-2.0-server\r\n", "HTTP/1.1 20"}
+)
+
+func (s *sequence) pick(of ...string) string { return fairly(s.rt, "which", of...) }
+
+// begin is another connection on the same ports.
+func (s *sequence) begin(e *ends) {
+	options := map[string][]layers.TCPOption{
+		"as Linux": s.bench.syn().Options, "none": nil, "small MSS": {mssOption(100)}, "fast open": {{OptionType: 34, OptionLength: 2}},
+		"timestamps": {{OptionType: layers.TCPOptionKindTimestamps, OptionLength: 10, OptionData: make([]byte, 8)}},
+	}
+	*e = ends{
+		isn: e.isn + rapid.Uint32Range(1, 1<<32-1).Draw(s.rt, "ISN"), podISN: rapid.Uint32().Draw(s.rt, "pod's ISN"),
+		options: options[s.pick("as Linux", "as Linux", "as Linux", "none", "small MSS", "fast open")],
+		text: s.pick(request, request, request, strings.Replace(request, "/healthz", otherPath, 1), strings.Replace(request, "/healthz", "/nobody's", 1),
+			post, "x", strings.Repeat("long ", 250), strings.Repeat("longer ", 250)),
+		dataOptions: options[s.pick("none", "timestamps")],
+	}
+}
+
+func (s *sequence) syn(e *ends) bpftest.Segment {
+	return bpftest.Segment{Flags: "S", Seq: e.isn, Options: e.options}
+}
+
+// data is a client's packet, at an offset into what it sends.
+func (s *sequence) data(flags string, e *ends, f *probeletFlow, offset uint32, payload string) bpftest.Segment {
+	return bpftest.Segment{
+		Flags: flags, Seq: e.isn + 1 + offset, Ack: s.acknowledged(e, f), Payload: payload, Options: e.dataOptions,
+	}
+}
+
+// acknowledged is what a client has had of the pod, or of us.
+func (s *sequence) acknowledged(e *ends, f *probeletFlow) uint32 {
+	isn := e.podISN
+	deltas := []uint32{0, 0, e.podSent, e.podSent, e.podSent + 1}
+	if f != nil && f.State != observing {
+		isn = f.OurIsn
+		deltas = append(deltas, uint32(len(reply))+1)
+		if f.Flags&podFin != 0 {
+			deltas = []uint32{0, e.podSent, f.PodFin - f.PodIsn - 1, f.PodFin - f.PodIsn - 1}
+		} else if f.State == taken && f.Flags&requested == 0 {
+			deltas = []uint32{0}
+		}
+	}
+	return isn + 1 + fairly(s.rt, "acknowledged", deltas...)
+}
+
+// dataFrom is the next piece of what the client sends, from an offset on.
+func (s *sequence) dataFrom(flags string, e *ends, f *probeletFlow, offset uint32) bpftest.Segment {
+	rest := e.text[min(int(offset), len(e.text)):]
+	if rest == "" {
+		rest = "more"
+	}
+	n := fairly(s.rt, "bytes", len(rest), len(rest), len(rest), (len(rest)+1)/2, 1)
+	if e.sent == offset {
+		e.sent += uint32(n)
+	}
+	return s.data(flags, e, f, offset, rest[:n])
+}
+
+func (s *sequence) lastData(e *ends, f *probeletFlow) bpftest.Segment {
+	offset := fairly(s.rt, "offset", 0, e.sent)
+	return s.data("FPA", e, f, offset, e.text[min(int(offset), len(e.text)-1):])
+}
+
+// offset is one that may not fit.
+func (s *sequence) offset(e *ends) uint32 {
+	return fairly(s.rt, "offset", 0, 0, 1, e.sent, e.sent+1, e.sent-1, 1<<32-1, 1<<32-2, 2047, 2048, 70000)
+}
+
+func (s *sequence) otherSYNACK(e *ends) bpftest.Segment {
+	r := bpftest.Segment{Flags: "SA", Seq: e.podISN, Ack: e.isn + 1}
+	if fairly(s.rt, "other ISN", false, true) {
+		r.Seq += 77
+	} else {
+		r.Ack += 77
+	}
+	return r
+}
+
+// podData is a pod's packet, at an offset into what it sends.
+func (s *sequence) podData(flags string, e *ends, f *probeletFlow, offset uint32, payload string) bpftest.Segment {
+	acks := []uint32{e.isn + 1, e.isn + 1 + e.sent, e.isn + 1 + e.sent, e.isn + 2 + e.sent}
+	if f != nil && f.Flags&clientFin != 0 {
+		acks = []uint32{e.isn + 1 + e.sent, f.ClientFin, f.ClientFin, f.ClientFin}
+	}
+	if end := offset + uint32(len(payload)); end > e.podSent && end < 1000 {
+		e.podSent = end
+	}
+	return bpftest.Segment{
+		Flags: flags, Seq: e.podISN + 1 + offset, Ack: fairly(s.rt, "acknowledged", acks...), Payload: payload, Options: e.dataOptions,
+	}
+}
+
+func (p packet) String() string { return fmt.Sprintf("%v (foreign: %v)", p.Segment, p.foreign) }

@@ -1,0 +1,192 @@
+package datapath
+
+import (
+	"errors"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/probelet/probelet/bpf/bpftest"
+)
+
+// answerLost is longer than ANSWER_LOST_NS in bpf/abi.h.
+const answerLost = 550 * time.Millisecond
+
+// By a new device one connection is taken, to see whether answers arrive. Once they do, all are.
+func TestTrustIsEarnedByOneConnection(t *testing.T) {
+	onBench(t, func(t *testing.T, b *bench) {
+		b.arm()
+		b.trust(TrustUnproven)
+		first := b.client
+		synAck := b.reply(b.syn())
+		b.wantTrust(TrustUnproven, "")
+		b.client = another(first, 1)
+		b.passes(b.syn().Bytes(t, nil))
+		b.counted("passed_untrusted", 1)
+		b.client = first
+		b.swallows(b.toPod("A", b.isn+1, synAck.Seq+1, ""))
+		b.wantTrust(TrustProven, "")
+		b.client = another(first, 2)
+		b.connect()
+		b.client = another(first, 3)
+		b.reply(b.syn())
+	})
+}
+
+func TestTrustIsLost(t *testing.T) {
+	for name, c := range map[string]struct {
+		trust Trust // before
+		loss  string
+		lose  func(b *bench)
+	}{
+		"the SYN is repeated": {TrustProven, "syn_repeated", func(b *bench) {
+			b.reply(b.syn())
+			b.wait(answerLost)
+			b.passes(b.syn().Bytes(t, nil))
+		}},
+		"the trial's SYN is repeated": {TrustUnproven, "syn_repeated", func(b *bench) {
+			b.reply(b.syn())
+			b.wait(answerLost)
+			b.passes(b.syn().Bytes(t, nil))
+		}},
+		"a client gave up": {TrustProven, "unacknowledged", func(b *bench) {
+			b.reply(b.syn())
+			b.wait(answerLost)
+			b.client = another(b.client, 1)
+			b.passes(b.syn().Bytes(t, nil))
+		}},
+		"the trial's client gave up": {TrustUnproven, "unacknowledged", func(b *bench) {
+			b.reply(b.syn())
+			b.wait(answerLost)
+			b.client = another(b.client, 1)
+			b.passes(b.syn().Bytes(t, nil))
+		}},
+		"the request is repeated": {TrustProven, "request_repeated", func(b *bench) {
+			x := b.connect()
+			b.reply(b.toPod("PA", b.isn+1, x+1, request))
+			b.reply(b.toPod("PA", b.isn+1, x+1, request)) // the first answer may have been held up
+			b.wait(answerLost)
+			b.replaysSYN(b.toPod("PA", b.isn+1, x+1, request))
+			b.accepts(7000, "PA", request) // the client gets its answer all the same
+		}},
+		"observe does not see the answer": {TrustUnproven, "unobserved", func(b *bench) {
+			b.answersLost = true
+			x := b.reply(b.syn()).Seq
+			b.swallows(b.toPod("A", b.isn+1, x+1, ""))
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			onBench(t, func(t *testing.T, b *bench) {
+				b.arm()
+				b.trust(c.trust)
+				c.lose(b)
+				b.wantTrust(TrustLost, c.loss)
+				b.counted("devices_lost", 1)
+				b.answersLost = false
+
+				b.client = another(b.client, 9)
+				b.passes(b.syn().Bytes(t, nil))
+				b.wait(answerLost)
+				b.passes(b.syn().Bytes(t, nil))
+				b.counted("devices_lost", 1)
+
+				must(t, b.d.TrustAgain(b.key))
+				b.wantTrust(TrustUnproven, "")
+				for n := range uint16(2) { // the second one judges what was watched before, if anything
+					b.client = another(b.client, 1+n)
+					b.connect()
+					b.wantTrust(TrustProven, "")
+				}
+			})
+		})
+	}
+}
+
+// A repeated SYN whose answer cannot have got lost yet is answered as before: two that were held up come together.
+func TestARepeatedSYNMayHaveBeenHeldUp(t *testing.T) {
+	onBench(t, func(t *testing.T, b *bench) {
+		b.arm()
+		x := b.reply(b.syn()).Seq
+		b.wait(300 * time.Millisecond)
+		if again := b.reply(b.syn()).Seq; again != x {
+			t.Fatalf("answered with %d, then with %d", x, again)
+		}
+		b.wantTrust(TrustProven, "")
+	})
+}
+
+// Where answers do not arrive, the pod gets the connection, and it is observed.
+func TestAnUnansweredSYNGoesToThePod(t *testing.T) {
+	onBench(t, func(t *testing.T, b *bench) {
+		b.arm()
+		b.reply(b.syn())
+		b.wait(answerLost)
+		b.passes(b.syn().Bytes(t, nil))
+		b.passes(b.syn().Bytes(t, nil))
+		const podISN = 7000
+		b.podSends(untouched, b.fromPod("SA", podISN, b.isn+1, ""))
+		b.passes(b.toPod("A", b.isn+1, podISN+1, "").Bytes(t, nil))
+		b.passes(b.toPod("PA", b.isn+1, podISN+1, request).Bytes(t, nil))
+		b.podSends(untouched, b.fromPod("PA", podISN+1, b.isn+1+uint32(len(request)), "HTTP/1.1 200 OK\r\n\r\n"))
+		b.passes(b.toPod("FA", b.isn+1+uint32(len(request)), podISN+20, "").Bytes(t, nil))
+		if o := b.outcome(EventStatus, KindHTTP, 200); o.Duration < uint64(answerLost) {
+			t.Fatalf("took %d ns, counted from the SYN that was sent again", o.Duration)
+		}
+		b.noFlows()
+	})
+}
+
+// What is found out about one life of a device says nothing of the next.
+func TestTrustEndsWithTheDevice(t *testing.T) {
+	onBench(t, func(t *testing.T, b *bench) {
+		b.arm()
+		old := b.key
+		x := b.connect()
+		b.reply(b.toPod("PA", b.isn+1, x+1, request))
+		b.attach()
+		b.arm()
+		b.replaysSYN(b.toPod("PA", b.isn+1, x+1, request)) // would lose trust
+		b.wantTrust(TrustProven, "")
+		if err := b.d.TrustAgain(old); !errors.Is(err, os.ErrNotExist) {
+			t.Fatalf("trusting again a device that was attached again: %v", err)
+		}
+	})
+}
+
+// Trying a device again leaves alone what the kernel notes of endpoints: a withdrawal that came meanwhile would be lost.
+func TestTrustAgainWritesNoTally(t *testing.T) {
+	bpftest.RequireRoot(t)
+	d, err := Load()
+	must(t, err)
+	t.Cleanup(func() { must(t, d.Close()) })
+	key, err := NewDeviceKey(benchIfindex)
+	must(t, err)
+	must(t, d.AddDevice(key, 33, HookTC))
+	pod, err := d.Pod(key)
+	must(t, err)
+	must(t, pod.Put(PortKey(8080), success(t, 200, time.Hour)))
+	must(t, d.objects.EndpointTallies.Put(PortKey(8080).of(key), Tally{WatchedAt: 1, WatchedPort: 40000}))
+	must(t, d.objects.EndpointTallies.Freeze()) // from now on the kernel alone may write
+	must(t, d.TrustAgain(key))
+}
+
+// What becomes of the prober set and of the daemon's own sockets are two things, whoever changes both at a time.
+func TestProbersAndOwnSocketsAreApart(t *testing.T) {
+	bpftest.RequireRoot(t)
+	d, err := Load()
+	must(t, err)
+	t.Cleanup(func() { must(t, d.Close()) })
+	for i := range uint64(20_000) {
+		must(t, d.objects.Prober.Put(uint32(0), &probeletProberConfig{}))
+		var done sync.WaitGroup
+		done.Go(func() { must(t, d.SetProber(Prober{CgroupIDs: []uint64{i + 1}})) })
+		done.Go(func() { must(t, d.ExemptSocket(i)) })
+		done.Wait()
+		var config probeletProberConfig
+		must(t, d.objects.Prober.Lookup(uint32(0), &config))
+		if config.CgroupIds[0] != i+1 || config.OwnSockets == 0 {
+			t.Fatalf("round %d: %+v", i, config)
+		}
+	}
+}

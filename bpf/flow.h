@@ -1,0 +1,189 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT */
+/*
+ * Connections of a prober. What each packet does in each state; "drop" does not tell the client's TCP:
+ *
+ *   packet of           | OBSERVING        | TAKEN                    | HANDING                 | HANDED
+ *   --------------------|------------------|--------------------------|-------------------------|----------------------
+ *   owner: SYN again    | pass             | SYN-ACK again; if not    | drop                    | drop
+ *                       |                  | acknowledged within      |                         |
+ *                       |                  | ANSWER_LOST_NS: pass,    |                         |
+ *                       |                  | OBSERVING, trust is lost |                         |
+ *   owner: other SYN    | ends; decided as a new connection: fresh, trusted → SYN-ACK, TAKEN; else pass, OBSERVING
+ *   owner: ACK          | pass             | drop; a keep-alive       | a keep-alive: SYN to the| translate
+ *                       |                  | → SYN to the pod, HANDING| pod again; else drop    |
+ *   owner: data         | pass; a request  | first byte: answered, or | first byte: SYN to the  | translate
+ *                       | is noted         | stored, SYN to the pod,  | pod again; what follows:|
+ *                       |                  | HANDING; else drop       | stored; drop            |
+ *   owner: FIN          | report, ends;    | nothing outstanding: RST | stored if it follows    | report; translate
+ *                       | pass             | → client, ends; else drop| what is stored; drop    |
+ *   owner: RST          | report, ends;    | ends; drop               | ends; drop              | report; translate,
+ *                       | pass; of another |                          |                         | ends
+ *                       | ISN: pass        |                          |                         |
+ *   any other sender's  | ends; decided as if there had been no flow
+ *   pod: SYN-ACK to the | noted; pass      | pass                     | ACK with what is stored | ACK with what is
+ *   client's ISN        |                  |                          | → pod, HANDED           | stored → pod, again
+ *   pod: other SYN-ACK  | pass             | pass                     | pass, CONTESTED         | ends; pass
+ *   pod: RST            | report, withdraw,| pass                     | to the client's ISN: RST| report, withdraw;
+ *                       | ends; pass       |                          | → client, report,       | translate, ends
+ *                       |                  |                          | withdraw, ends; else    |
+ *                       |                  |                          | pass                    |
+ *   pod: ACK or data    | status noted;    | pass                     | to another ISN, and not | status noted;
+ *                       | 300 or above:    |                          | CONTESTED: RST → pod;   | 300 or above: report,
+ *                       | report, withdraw,|                          | else pass               | withdraw; translate
+ *                       | ends; pass       |                          |                         |
+ *   both FINs acked     |                  |                          |                         | ends
+ *   deadline, since     | OBSERVING_NS,    | TAKEN_NS, its SYN        | HANDING_NS, the last SYN| HANDED_NS, the
+ *                       | its SYN          |                          | to the pod              | owner's last packet
+ *
+ * A flow whose owner vanished without a FIN or RST that passed here stays until sweep removes it after its deadline.
+ * Until then it does no harm, since no other sender's packets are taken for its owner's.
+ *
+ * The last acknowledgement ends a flow as it passes. Should it get lost between us and its receiver, the repeated FIN
+ * is no longer translated, and that side's socket waits in LAST_ACK until its kernel gives up. All data has arrived by
+ * then.
+ */
+#ifndef PROBELET_FLOW_H
+#define PROBELET_FLOW_H
+
+#include "maps.h"
+#include "parse.h"
+
+#define OBSERVING_NS (600 * SECOND_NS)
+#define TAKEN_NS (3 * 3600 * SECOND_NS) /* above 2 h, after which Linux sends a keep-alive (tcp_keepalive_time) */
+#define HANDING_NS (130 * SECOND_NS)	/* above 120 s, the longest that Linux waits to retransmit (TCP_RTO_MAX) */
+#define HANDED_NS (3 * 3600 * SECOND_NS)
+
+#define DEFAULT_MSS 536 /* RFC 9293, section 3.7.1 */
+
+/* linux/socket.h, enum sock_type */
+#define SOCK_STREAM 1
+
+/*
+ * Reports whether a packet to the pod comes from the flow's socket, or from the kernel on behalf of one that is gone (a
+ * RST, an ACK in TIME_WAIT). The kernel's own have no socket, or one of its raw ones.
+ */
+static __always_inline bool is_from_owner(struct __sk_buff *skb, const struct flow *flow)
+{
+	struct bpf_sock *sk;
+
+	if (skb->ingress_ifindex) /* forwarded or bridged, from another machine or another pod */
+		return false;
+	if (bpf_get_socket_cookie(skb) == flow->owner)
+		return true;
+	sk = skb->sk;
+	if (!sk)
+		return true;
+	sk = bpf_sk_fullsock(sk);
+	return !sk || sk->type != SOCK_STREAM;
+}
+
+/* Sets flags of a flow in the map, and returns all its flags. steer and observe may do so at the same time. */
+static __always_inline __u32 set_flags(struct flow *flow, __u32 flags)
+{
+	return __sync_fetch_and_or(&flow->flags, flags) | flags;
+}
+
+static __always_inline void clear_flags(struct flow *flow, __u32 flags)
+{
+	__sync_fetch_and_and(&flow->flags, ~flags);
+}
+
+/* A barrier too: steer and observe may both set it, for a flow that is just being handed over. */
+static __always_inline void set_deadline(struct flow *flow, __u64 from_now)
+{
+	__sync_lock_test_and_set(&flow->deadline, bpf_ktime_get_boot_ns() + from_now);
+}
+
+static __always_inline bool add_flow(const struct flow_key *key, const struct flow *flow)
+{
+	__u32 *slot = flow_port_slot(key->client_port);
+
+	__sync_fetch_and_add(slot, 1);
+	if (!bpf_map_update_elem(&flows, key, flow, BPF_NOEXIST))
+		return true;
+	__sync_fetch_and_add(slot, -1);
+	return false;
+}
+
+static __always_inline void forget_stored(const struct flow_key *key, struct flow *flow)
+{
+	if (!(flow->flags & FLOW_STORED))
+		return;
+	clear_flags(flow, FLOW_STORED);
+	bpf_map_delete_elem(&requests, key);
+}
+
+/* Removes a flow. Don't touch it afterwards: its memory may already be another flow's. */
+static __always_inline void end_flow(const struct flow_key *key, struct flow *flow)
+{
+	forget_stored(key, flow);
+	if (!bpf_map_delete_elem(&flows, key))
+		__sync_fetch_and_add(flow_port_slot(key->client_port), -1);
+}
+
+/*
+ * Stores a segment's payload and FIN, offset bytes into the client's data, until the pod accepts the connection.
+ * Returns false if they do not follow what is stored, or do not fit.
+ */
+static __always_inline bool store(struct __sk_buff *skb, const struct segment *seg, struct flow *flow, __u32 offset)
+{
+	__u32 len = seg->payload, zero = 0;
+	__u32 most = flow->client_mss ? flow->client_mss : DEFAULT_MSS; /* it must fit into one packet to the pod */
+	struct stored *stored;
+
+	if (offset + len > most || offset >= STORED_MAX || len > STORED_MAX || seg->tcp_flags & TCP_URG)
+		return false;
+	if (!(flow->flags & FLOW_STORED)) {
+		if (offset)
+			return false;
+		stored = bpf_map_lookup_elem(&blank, &zero);
+		if (!stored || bpf_map_update_elem(&requests, &seg->flow, stored, BPF_ANY))
+			return false;
+		set_flags(flow, FLOW_STORED);
+	}
+	stored = bpf_map_lookup_elem(&requests, &seg->flow);
+	if (!stored || stored->len != offset || stored->fin)
+		return false;
+	if (len) {
+		/* Verifiers before 6.3 do not conclude from the comparison that len is not 0. */
+		asm volatile("" : "+r"(len));
+		len = ((len - 1) & (STORED_MAX - 1)) + 1;
+		asm volatile("" : "+r"(offset));
+		offset &= STORED_MAX - 1;
+		if (bpf_skb_load_bytes(skb, ETH_HLEN + seg->l3_len + seg->tcp_len, stored->bytes + offset, len))
+			return false;
+	}
+	stored->sum = 0;
+	for (int i = 0; i < STORED_MAX / 512; i++) /* the helper takes 512 bytes at a time */
+		stored->sum = bpf_csum_diff(NULL, 0, (void *)(stored->bytes + 512 * i), 512, stored->sum);
+	stored->owner = flow->owner;
+	/* The length first, with a barrier: observe must not find the FIN with the length of before. */
+	__sync_lock_test_and_set(&stored->len, offset + len);
+	stored->fin = !!(seg->tcp_flags & TCP_FIN);
+	return true;
+}
+
+/* Reports an outcome to the daemon. kind tells which endpoints it concerns: KIND_PORT all of the port's. */
+static __always_inline void report(const struct flow_key *key, const struct flow *flow, __u8 event, __u8 kind)
+{
+	struct outcome *o = bpf_ringbuf_reserve(&outcomes, sizeof(*o), 0);
+
+	if (!o) {
+		count(COUNT_OUTCOMES_LOST);
+		return;
+	}
+	__builtin_memset(o, 0, sizeof(*o));
+	o->observed_at = bpf_ktime_get_boot_ns();
+	o->duration = o->observed_at - flow->started_at;
+	o->path_hash = kind == KIND_HTTP ? flow->path_hash : 0;
+	o->device.ifindex = key->ifindex;
+	o->device.generation = flow->generation;
+	o->port = key->pod_port;
+	o->status = flow->status;
+	o->kind = kind;
+	o->event = event;
+	bpf_ringbuf_submit(o, 0);
+	count(COUNT_OBSERVED);
+}
+
+#endif

@@ -1,0 +1,191 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT */
+/* The maps, each with its key, value, writers, readers and lifetime. Types and sizes are in abi.h. */
+#ifndef PROBELET_MAPS_H
+#define PROBELET_MAPS_H
+
+#include "abi.h"
+
+/* Constants, set by the loader: a random token that pods cannot read, and the replies by status, from STATUS_MIN on. */
+const volatile __u64 order_token = 0;
+const volatile struct reply_text replies[STATUS_MAX - STATUS_MIN + 1] = {};
+
+/* key: 0; value: who probes. Written by the daemon, read by steer at a SYN. Lives until the pins are removed. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct prober_config);
+} prober SEC(".maps");
+
+/*
+ * key: cookie of a socket of the daemon; value: unused. Its connection is passed on, whoever the prober is. Added by
+ * the daemon before it connects and removed afterwards; read by steer at a SYN. An LRU, so that entries left by a
+ * daemon that was killed cannot fill it.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, __u64);
+	__type(value, __u8);
+} own_sockets SEC(".maps");
+
+/*
+ * key: ifindex of a host-side veth; value: how it is attached, whether its answers arrive, what the pod takes. Created
+ * when a device is attached (ADD, or the daemon) and removed first when it is detached. In between, steer and observe
+ * write trust and pod_mtu; `probeletctl trust` and promotion replace it to start over. Read by all programs but
+ * respond.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, PODS_MAX);
+	__type(key, __u32);
+	__type(value, struct device);
+} devices SEC(".maps");
+
+/*
+ * key: an endpoint or a port; value: what was last observed of it. Written by the daemon, read by steer, observe and
+ * watch. Removed by the daemon with the endpoint, or when the device is detached. Not preallocated, because few pods
+ * have ENDPOINTS_PER_POD.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, PODS_MAX *ENDPOINTS_PER_POD);
+	__type(key, struct endpoint_key);
+	__type(value, struct evidence);
+} endpoint_evidence SEC(".maps");
+
+/*
+ * key: an endpoint or a port; value: what the programs note of it. Created (zero) by the daemon before the evidence and
+ * removed after it, or when the device is detached. In between only steer, observe and watch write it, so that neither
+ * side overwrites the other. Read by them, the daemon and probeletctl.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, PODS_MAX *ENDPOINTS_PER_POD);
+	__type(key, struct endpoint_key);
+	__type(value, struct tally);
+} endpoint_tallies SEC(".maps");
+
+/*
+ * key: a device; value: its keys in endpoint_evidence and endpoint_tallies. Written by the daemon, before it adds an
+ * endpoint and after it removes one; read and removed when the device is detached. The programs do not use it.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, PODS_MAX);
+	__type(key, struct device_key);
+	__type(value, struct endpoint_list);
+} endpoint_lists SEC(".maps");
+
+/*
+ * key: inode number of a pod's network namespace; value: its devices. Written when a device is attached or detached,
+ * read by watch. Lives as long as one of its devices is attached.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, PODS_MAX);
+	__type(key, __u32);
+	__type(value, struct netns_devices);
+} pod_netns SEC(".maps");
+
+/*
+ * key: addresses, ports and device of a prober's connection; value: its state. Created by steer at a SYN, read and
+ * changed by steer and observe, removed by them when the connection ends, and by sweep after its deadline or once
+ * its device is detached. Not an LRU: new connections must not evict one that was handed over. When it is full,
+ * connections are passed on unobserved.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, FLOWS_MAX);
+	__type(key, struct flow_key);
+	__type(value, struct flow);
+} flows SEC(".maps");
+
+/*
+ * key: a flow's; value: what its client has sent while it is handed over. Written by steer, read by observe. Removed by
+ * observe once the pod has acknowledged it, or with the flow. When it is full, nothing is stored, and the client's
+ * retransmission brings the request.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 256);
+	__type(key, struct flow_key);
+	__type(value, struct stored);
+} requests SEC(".maps");
+
+/* key: 0; value: all zero. Never written; steer creates entries of requests from it, which is too large for the stack.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct stored);
+} blank SEC(".maps");
+
+/*
+ * Index: client port modulo FLOW_PORT_SLOTS; value: how many flows have such a port. 0 spares a packet the look-up in
+ * flows. Written by steer, observe and sweep as they add and remove flows; read by steer and observe. Lives as long as
+ * the programs do.
+ */
+#define FLOW_PORT_SLOTS 4096
+__u32 flow_ports[FLOW_PORT_SLOTS];
+
+/*
+ * Outcomes of probes that were passed on or handed over. Written by steer and observe; the daemon's reading removes
+ * them. When it is full, outcomes are lost, and counted.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 20);
+} outcomes SEC(".maps");
+
+/*
+ * key: enum counter; value: count per CPU. Written by all programs but respond, read by the daemon and probeletctl.
+ * Lives until the pins are removed.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, COUNT_MAX);
+	__type(key, __u32);
+	__type(value, __u64);
+} counters SEC(".maps");
+
+/*
+ * key: index of a bucket, or enum age; value: count (AGE_SUM: ns) per CPU. Written by steer, read by the daemon. Lives
+ * until the pins are removed.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, AGE_MAX);
+	__type(key, __u32);
+	__type(value, __u64);
+} answer_ages SEC(".maps");
+
+static __always_inline void add(void *per_cpu_array, __u32 index, __u64 n)
+{
+	__u64 *value = bpf_map_lookup_elem(per_cpu_array, &index);
+
+	if (value)
+		*value += n;
+}
+
+static __always_inline void count(__u32 counter)
+{
+	add(&counters, counter, 1);
+}
+
+static __always_inline void count_age(__u64 age)
+{
+	const __u64 bounds[] = AGE_BOUNDS;
+	__u32 bucket = 0;
+
+	for (__u32 i = 0; i < AGE_BOUNDED; i++)
+		bucket += age > bounds[i];
+	add(&answer_ages, bucket, 1);
+	add(&answer_ages, AGE_SUM, age);
+}
+
+#endif

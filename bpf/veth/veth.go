@@ -1,0 +1,171 @@
+// Package veth finds the host end of a pod's interface. What CNI plugins report about it is a hint; the kernel's word on the pair of
+// devices is the proof. It enters no namespace, so CAP_NET_ADMIN suffices.
+package veth
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/containernetworking/plugins/pkg/netlinksafe"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+var (
+	// ErrNoNetns: the file is not a network namespace.
+	ErrNoNetns = errors.New("not a network namespace")
+	// ErrNoHostEnd: the pod's interface is not a veth whose peer is in the caller's namespace.
+	ErrNoHostEnd = errors.New("no veth leads to the pod's interface")
+	// ErrContradicted: a hint names another device for this pod.
+	ErrContradicted = errors.New("the interfaces reported for the pod are not those it has")
+)
+
+// Hint is one device as a CNI plugin reported it (CNI spec, "ADD Success", interfaces).
+type Hint struct {
+	Name    string `json:"name"`
+	Sandbox string `json:"sandbox"` // path of the network namespace; empty for the host's
+}
+
+// HostEnd is the end of a pod's veth that is in the caller's namespace.
+type HostEnd struct {
+	Index int
+	Name  string
+	// PodNetns is the inode number of the pod's network namespace.
+	PodNetns uint32
+	// Hinted reports whether a hint names the device.
+	Hinted bool
+}
+
+// Find returns the host end of the interface ifName in the network namespace netns, which hints call sandbox. Call it in the host's
+// network namespace. The error is ErrNoNetns, ErrNoHostEnd, ErrContradicted, or one of netlink's.
+func Find(netns *os.File, sandbox, ifName string, hints []Hint) (HostEnd, error) {
+	var stat unix.Stat_t
+	if err := unix.Fstat(int(netns.Fd()), &stat); err != nil {
+		return HostEnd{}, &os.PathError{Op: "fstat", Path: netns.Name(), Err: err}
+	}
+	id, err := namespaceID(netns)
+	if err != nil {
+		return HostEnd{}, err
+	}
+	inPod, err := deviceIn(id, ifName)
+	if err != nil {
+		return HostEnd{}, err
+	}
+	onHost, err := peerOf(inPod, id)
+	if err != nil {
+		return HostEnd{}, err
+	}
+	hinted, err := checkHints(hints, sandbox, ifName, onHost.Name)
+	return HostEnd{Index: onHost.Index, Name: onHost.Name, PodNetns: uint32(stat.Ino), Hinted: hinted}, err
+}
+
+// namespaceID returns the id by which the caller's namespace knows another one. The kernel assigns ids when it first
+// reports a device whose peer is there (rtnl_fill_link_netnsid in net/core/rtnetlink.c). Nothing may have asked for that yet: a
+// veth that was created from within the pod's namespace is reported there only.
+func namespaceID(netns *os.File) (int, error) {
+	id, err := netlink.GetNetNsIdByFd(int(netns.Fd()))
+	if errors.Is(err, unix.EINVAL) {
+		return 0, fmt.Errorf("%s: %w", netns.Name(), ErrNoNetns)
+	}
+	if err != nil || id >= 0 {
+		return id, err
+	}
+	const anyID = -1
+	if err := netlink.SetNetNsIdByFd(int(netns.Fd()), anyID); err != nil && !errors.Is(err, unix.EEXIST) {
+		return 0, fmt.Errorf("assigning an id to the network namespace %s: %w", netns.Name(), err)
+	}
+	return netlink.GetNetNsIdByFd(int(netns.Fd()))
+}
+
+// deviceIn returns a device of another namespace. It needs CAP_NET_ADMIN over that namespace (rtnl_get_net_ns_capable in
+// net/core/rtnetlink.c).
+func deviceIn(namespaceID int, name string) (netlink.Link, error) {
+	request := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_ACK)
+	request.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	request.AddData(nl.NewRtAttr(unix.IFLA_TARGET_NETNSID, nl.Uint32Attr(uint32(namespaceID))))
+	request.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
+	replies, err := request.Execute(unix.NETLINK_ROUTE, 0)
+	if errors.Is(err, unix.ENODEV) {
+		return nil, fmt.Errorf("%w: there is no %s in the pod", ErrNoHostEnd, name)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("interface %s in the pod: %w", name, err)
+	}
+	if len(replies) != 1 {
+		return nil, fmt.Errorf("interface %s in the pod: %d replies", name, len(replies))
+	}
+	return netlink.LinkDeserialize(nil, replies[0])
+}
+
+// peerOf returns the peer of a device in the namespace with that id. An index alone proves nothing, because it is unique only
+// within a namespace. IFLA_LINK and IFLA_LINK_NETNSID together name a veth's peer exactly, so the host's device confirms that it is
+// the one to which the pod's device points.
+func peerOf(inPod netlink.Link, namespaceID int) (*netlink.LinkAttrs, error) {
+	pod := inPod.Attrs()
+	if !isVeth(inPod) {
+		return nil, fmt.Errorf("%w: %s in the pod is of type %s, not veth", ErrNoHostEnd, pod.Name, inPod.Type())
+	}
+	device, err := netlink.LinkByIndex(pod.ParentIndex)
+	var missing netlink.LinkNotFoundError
+	if errors.As(err, &missing) {
+		return nil, fmt.Errorf("%w: the peer of %s, device %d, is not in this namespace", ErrNoHostEnd, pod.Name, pod.ParentIndex)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("device %d: %w", pod.ParentIndex, err)
+	}
+	host := device.Attrs()
+	if !isVeth(device) || host.ParentIndex != pod.Index || host.NetNsID != namespaceID {
+		return nil, fmt.Errorf("%w: device %d, %s, is not the peer of %s; that one is in another namespace",
+			ErrNoHostEnd, host.Index, host.Name, pod.Name)
+	}
+	return host, nil
+}
+
+func isVeth(device netlink.Link) bool {
+	_, ok := device.(*netlink.Veth)
+	return ok
+}
+
+// checkHints reports whether a hint names the host end. The error is ErrContradicted if the hints name only other devices where the
+// two ends belong. Plugins differ in what they report:
+//
+//	bridge, ptp, AWS, Cilium   the host end without, the pod's interface with the pod's sandbox; and a bridge, or placeholders
+//	Calico                     the host end with the pod's sandbox
+//	Azure, kindnet             the pod's interface, and perhaps a second one, without a sandbox
+//
+// MAC addresses prove nothing: plugins report either end's, and both may be changed later (udev, tuning).
+func checkHints(hints []Hint, sandbox, ifName, hostEnd string) (hinted bool, err error) {
+	var onHost, inPod []string
+	for _, h := range hints {
+		switch {
+		case h.Name == "":
+		case h.Sandbox == "":
+			onHost = append(onHost, h.Name)
+		case h.Sandbox == sandbox:
+			inPod = append(inPod, h.Name)
+		}
+	}
+	hinted = slices.Contains(onHost, hostEnd) || slices.Contains(inPod, hostEnd)
+	if len(inPod) > 0 && !slices.Contains(inPod, ifName) && !slices.Contains(inPod, hostEnd) {
+		return hinted, fmt.Errorf("%w: in the pod it is %s, not %s", ErrContradicted, ifName, strings.Join(inPod, ", "))
+	}
+	if hinted || slices.Contains(onHost, ifName) {
+		return hinted, nil
+	}
+	onHost = slices.DeleteFunc(onHost, isOtherKind)
+	if len(onHost) > 0 {
+		return false, fmt.Errorf("%w: on the host it is %s, not %s", ErrContradicted, hostEnd, strings.Join(onHost, ", "))
+	}
+	return false, nil
+}
+
+// isOtherKind reports whether a device of the caller's namespace is not a veth, such as the bridge that has the host end as a
+// port. A hint that names it does not mean the host end.
+func isOtherKind(name string) bool {
+	device, err := netlinksafe.LinkByName(name)
+	return err == nil && !isVeth(device)
+}

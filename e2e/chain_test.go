@@ -1,0 +1,79 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/probelet/probelet/e2e/node"
+)
+
+// The bandwidth plugin puts an ingress qdisc on the device of a pod with an egress limit, which fails where clsact is. Wherever
+// it stands in the chain, and whether or not probelet finds the chain on disk, pods start and their probes are answered.
+func TestBesideTheBandwidthPlugin(t *testing.T) {
+	bandwidth := func(limits ...string) []map[string]any {
+		plugin := map[string]any{"type": "bandwidth"}
+		for _, limit := range limits {
+			plugin[limit+"Rate"], plugin[limit+"Burst"] = 1_000_000_000, 100_000_000
+		}
+		return []map[string]any{plugin}
+	}
+	for _, test := range []struct {
+		name          string
+		before, after []map[string]any
+		egressLimit   bool
+	}{
+		{"before us", bandwidth("ingress", "egress"), nil, true},
+		{"after us", nil, bandwidth("ingress", "egress"), true},
+		{"before us, ingress only", bandwidth("ingress"), nil, false},
+		{"after us, ingress only", nil, bandwidth("ingress"), false},
+		{"after us, no limits", nil, bandwidth(), false},
+	} {
+		for _, onDisk := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s, chain on disk %v", test.name, onDisk), func(t *testing.T) {
+				s := newScene(t, node.PTP)
+				must(t, s.WriteChain(test.before, test.after))
+				if !onDisk {
+					hideChain(t, s)
+				}
+				expectAGoodLife(t, s, test.egressLimit) // loads the objects
+				before := remains(t, s)
+				expectAGoodLife(t, s, test.egressLimit)
+				expectRemains(t, s, before)
+			})
+		}
+	}
+}
+
+// expectAGoodLife adds a pod, checks that its probes are answered, and deletes it.
+func expectAGoodLife(t *testing.T, s *scene, egressLimit bool) {
+	t.Helper()
+	p := s.newFreshPod(longHTTP, longTCP)
+	must(t, p.Check())
+	if got := slices.Contains(remains(t, s), "qdisc ingress of "+p.HostDevice); got != egressLimit {
+		t.Errorf("an ingress qdisc on %s: %v, want %v", p.HostDevice, got, egressLimit)
+	}
+	for _, probe := range []node.Probe{longHTTP, longTCP} {
+		expectAnswered(t, p, probe, p.IPv4, 20)
+		expectAnswered(t, p, probe, p.IPv6, 20)
+	}
+	must(t, p.Check())
+	must(t, p.Del())
+	must(t, p.Del())
+	p.Stop() // it holds the pod's namespace
+	must(t, p.Remove())
+	must(t, s.WriteSpecs())
+}
+
+// hideChain makes probelet look for the network's configuration where there is none.
+func hideChain(t *testing.T, s *scene) {
+	t.Helper()
+	must(t, s.OwnPlugins("ptp", "host-local", "bandwidth"))
+	probelet, err := filepath.Abs(filepath.Join(s.Bin, "probelet"))
+	must(t, err)
+	script := strings.Join([]string{"#!/bin/sh", "export NETCONFPATH=/nonexistent", "exec " + probelet}, "\n")
+	must(t, os.WriteFile(filepath.Join(s.PluginDir(), "probelet"), []byte(script), 0o755))
+}
