@@ -14,7 +14,7 @@ KUBE_VERSION := -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-
 
 .PHONY: help
 help: ## Show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: build
 build: ## Build everything into bin/
@@ -23,6 +23,7 @@ build: ## Build everything into bin/
 	cd e2e && CGO_ENABLED=0 go build -trimpath -o $(BIN)/ tool
 	cd e2e && CGO_ENABLED=0 go build -trimpath -ldflags '$(KUBE_VERSION)' -o $(BIN)/demo ./demo
 	cd e2e && $(GO_BUILD) -o $(BIN)/app ./app
+	cd bench && CGO_ENABLED=0 go build -trimpath -o $(BIN)/ tool
 
 .PHONY: demo
 demo: build ## Compare probes that the pod answers with probes that the kernel answers (root)
@@ -31,9 +32,10 @@ demo: build ## Compare probes that the pod answers with probes that the kernel a
 .PHONY: test
 test: build ## Run all tests; the privileged ones need root
 	@[ "$$(id -u)" = 0 ] || echo "NOT ROOT: tests with network namespaces and BPF programs are skipped$${CI:+, which fails under CI}"
-	go test -count=1 ./...
+	go test -count=1 -timeout 20m ./...
 	cd e2e && PROBELET_BIN=$(BIN) CGO_ENABLED=0 go test -count=1 -timeout 20m -ldflags '$(KUBE_VERSION)' ./...
 	cd e2e/kind && go test -count=1 ./...
+	cd bench && PROBELET_BIN=$(BIN) CGO_ENABLED=0 go test -count=1 -timeout 10m -ldflags '$(KUBE_VERSION)' -measure -short
 
 .PHONY: e2e
 e2e: build ## Test on a real kubelet, API server and containerd (root; etcd-server runc; the first build takes 15 minutes)
@@ -45,6 +47,11 @@ e2e: build ## Test on a real kubelet, API server and containerd (root; etcd-serv
 e2e-kind: build ## The same tests on a cluster of kind's (docker)
 	e2e/kind/run.sh $(BIN)
 
+.PHONY: bench
+bench: build ## Measure probelet against its marks, in ten minutes; writes docs/benchmarks.* (root; BENCH=PART prints a part)
+	cd bench && PROBELET_BIN=$(BIN) CGO_ENABLED=0 go test -count=1 -timeout 30m -ldflags '$(KUBE_VERSION)' \
+		-run 'TestMarks/$(BENCH)' -measure $(if $(BENCH),,-write $(CURDIR))
+
 .PHONY: image
 image: build ## Write the container image into bin/probelet-image.tar, without Docker (IMAGE=NAME:TAG)
 	cd e2e && go run ./image/write -o $(BIN)/probelet-image.tar -bin $(BIN) $(if $(IMAGE),-t $(IMAGE))
@@ -53,9 +60,12 @@ image: build ## Write the container image into bin/probelet-image.tar, without D
 simulate: ## Hold the freshness policy against plain Kubernetes, over simulated days; writes docs/simulation.*
 	go run ./daemon/simulate -docs docs
 
+# An emulator takes ten seconds to verify the programs, and each test loads them: these pass every program and hook.
+OLDKERNEL_TESTS ?= Hooks|EnsureLoads|ProbeIsAnswered|Handover
 .PHONY: oldkernel
-oldkernel: ## Run the BPF tests on Debian's Linux 6.1, in an emulator (qemu-system-x86 busybox-static cpio kmod)
-	bpf/bpftest/oldkernel.sh
+oldkernel: ## Run BPF tests on Debian's Linux 6.1 and 6.12, in an emulator (qemu-system-x86 busybox-static cpio kmod)
+	bpf/bpftest/oldkernel.sh linux-image-cloud-amd64 '$(OLDKERNEL_TESTS)'
+	bpf/bpftest/oldkernel.sh linux-image-6.12-cloud-amd64 '$(OLDKERNEL_TESTS)'
 
 .PHONY: check
 check: format tidy vet drift lint ## Check formatting, modules, generated files and lint
@@ -70,17 +80,20 @@ tidy:
 	go mod tidy -diff
 	cd e2e && go mod tidy -diff
 	cd e2e/kind && go mod tidy -diff
+	cd bench && go mod tidy -diff
 
 .PHONY: vet
 vet:
 	go vet ./...
 	cd e2e && go vet ./...
+	cd bench && go vet ./...
 
 .PHONY: lint
 lint:
 	cd e2e/lint && go build -o $(BIN)/ tool
 	$(BIN)/golangci-lint run
 	cd e2e && $(BIN)/golangci-lint run --config ../.golangci.yml
+	cd bench && $(BIN)/golangci-lint run --config ../.golangci.yml
 
 # Generates in a copy, so that the work tree stays as it is.
 .PHONY: drift

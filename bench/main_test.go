@@ -1,0 +1,148 @@
+package bench
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/role"
+)
+
+var (
+	measure   = flag.Bool("measure", false, "measure, as root; without it only the suite itself is tested")
+	writeRoot = flag.String("write", "", "root of the repository to write the results into; empty: print them only")
+)
+
+// machine is where everything is measured.
+var machine *node.Machine
+
+func TestMain(m *testing.M) {
+	role.Register(workerRole, &working{})
+	role.Main()
+	flag.Parse()
+	if err := node.Suited(); *measure && errors.Is(err, node.ErrUnsuited) && os.Getenv("CI") == "" {
+		fmt.Println("SKIPPED: all measurements:", err)
+		*measure = false
+	}
+	if !*measure {
+		os.Exit(m.Run())
+	}
+	os.Exit(node.Run(func(inner *node.Machine) int {
+		machine = inner
+		if err := keepInside(); err != nil {
+			fmt.Fprintln(os.Stderr, "setting up:", err)
+			return 1
+		}
+		return m.Run()
+	}))
+}
+
+// keepInside makes temporary files and named network namespaces end with the machine, even if it is interrupted.
+func keepInside() error {
+	const names = "/var/run/netns" // of github.com/containernetworking/plugins/pkg/testutils
+	if err := os.MkdirAll(names, 0o755); err != nil {
+		return err
+	}
+	return errors.Join(unix.Mount("tmpfs", names, "tmpfs", 0, ""), os.Setenv("TMPDIR", machine.Dir))
+}
+
+// suite is a run: its results so far, and how much is measured.
+type suite struct {
+	results
+	began   time.Time
+	section string
+}
+
+// TestMarks measures everything and compares it with the marks. A missed mark fails nothing, it is in the results.
+func TestMarks(t *testing.T) {
+	if !*measure {
+		t.Skip("make bench measures")
+	}
+	requireTCX(t)
+	s := &suite{began: time.Now()}
+	s.machine = describeMachine()
+	for _, m := range []struct {
+		name, section string
+		measure       func(*testing.T, *suite)
+	}{
+		{"bulk", "Bulk throughput of a pod", measureBulk},
+		{"http", "HTTP of a pod", measureHTTP},
+		{"latency", "Latency of answered probes", measureLatency},
+		{"handover", "Latency of requests that are handed over", measureHandover},
+		{"cost", "Time in the BPF programs", measureCost},
+		{"cni", "CNI ADD and DEL", measureCNI},
+		{"scale", "Memory, and many pods", measureScale},
+	} {
+		t.Run(m.name, func(t *testing.T) {
+			s.section = m.section
+			s.progress("%s", m.section)
+			m.measure(t, s)
+		})
+	}
+	if err := s.print(os.Stdout); err != nil {
+		t.Error(err)
+	}
+	if t.Failed() || *writeRoot == "" {
+		return
+	}
+	if err := s.write(*writeRoot); err != nil {
+		t.Error(err)
+	}
+}
+
+// progress says what is going on, and since when.
+func (s *suite) progress(format string, args ...any) {
+	seconds := int(time.Since(s.began).Seconds())
+	fmt.Fprintf(os.Stderr, "[%2d:%02d] %s\n", seconds/60, seconds%60, fmt.Sprintf(format, args...))
+}
+
+// add adds a row to the results, and shows it.
+func (s *suite) add(measure string, v, against variant, e estimate, unit string, m *mark) {
+	r := newRow(measure, v, against, e, unit, m)
+	r.section = s.section
+	s.rows = append(s.rows, r)
+	s.progress("  %s", strings.Join(r.cells(), "  "))
+}
+
+// rounds and window shorten measurements under -short, which shows that the suite works and is no measurement.
+func rounds(n int) int {
+	if testing.Short() {
+		return min(n, 2)
+	}
+	return n
+}
+
+// window returns how long a variant is measured before it is another one's turn. A machine is faster or slower for seconds at a
+// time, so the windows of a pair have to be short and next to each other.
+func window() time.Duration {
+	if testing.Short() {
+		return 30 * time.Millisecond
+	}
+	return 150 * time.Millisecond
+}
+
+func describeMachine() string {
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err != nil {
+		return "an unknown machine"
+	}
+	text, _ := os.ReadFile("/proc/cpuinfo")
+	cpus, model := 0, "unknown"
+	for line := range strings.Lines(string(text)) {
+		name, value, _ := strings.Cut(line, ":")
+		switch strings.TrimSpace(name) {
+		case "processor":
+			cpus++
+		case "model name":
+			model = strings.TrimSpace(value)
+		}
+	}
+	return fmt.Sprintf("Linux %s, %d CPUs (%s), %s", unix.ByteSliceToString(uts.Release[:]), cpus, model, time.Now().Format(time.DateOnly))
+}

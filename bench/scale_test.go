@@ -1,0 +1,172 @@
+package bench
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/probelet/probelet/bpf/attach"
+	"github.com/probelet/probelet/bpf/bpftest"
+	"github.com/probelet/probelet/e2e/node"
+)
+
+// crowd is a node with a number of attached pods. All but one are devices only.
+type crowd struct {
+	node     *bpftest.Node
+	k        *kernel
+	devices  int
+	stateDir string
+	pod      *bpftest.Pod // has a server, and endpoints that are answered
+	chain    *chain
+	alone    *chain // without probelet
+	prober   *worker
+}
+
+const (
+	fewPods, manyPods = 10, 1000
+	batchPods         = 50
+)
+
+var uncrowded = variant(fmt.Sprintf("%d pods", fewPods))
+
+func inCrowd(v variant) variant { return variant(fmt.Sprintf("%s, %d pods", v, manyPods)) }
+
+// ways are those of attaching by tc: ADD takes the first one, and the daemon makes it the other one.
+var ways = []attach.Via{attach.ViaClsact, attach.ViaTCX}
+
+// measureScale compares a node with few pods to one with many, side by side, and takes the memory of the many as they come.
+func measureScale(t *testing.T, s *suite) {
+	hook := hooks[0]
+	few := newCrowd(t)
+	few.attach(t, hook, attach.ViaAuto, fewPods)
+	many := newCrowd(t)
+	maps := many.k.mapBytes(t)
+	batches := map[attach.Via][]memory{}
+	for range rounds(manyPods / batchPods / len(ways)) {
+		for _, via := range ways {
+			batches[via] = append(batches[via], many.attach(t, hook, via, batchPods))
+		}
+		if many.devices%200 == 0 {
+			s.progress("  %d pods attached", many.devices)
+		}
+	}
+	s.addMemory(hook, batches, maps)
+
+	few.populate(t, hook, 1)
+	many.populate(t, hook, 2)
+	s.compareADD(t, hook, few, many)
+	s.compareAnswers(t, hook, few, many)
+}
+
+func newCrowd(t *testing.T) *crowd {
+	t.Helper()
+	return &crowd{node: bpftest.NewNode(t), k: newKernel(t), stateDir: t.TempDir()}
+}
+
+// attach makes so many devices and attaches them, with four endpoints each. It returns what the kernel's memory grew by from
+// that, without the devices themselves.
+func (c *crowd) attach(t *testing.T, hook variant, via attach.Via, pods int) memory {
+	t.Helper()
+	type device struct {
+		id      attach.ID
+		ifindex int
+	}
+	var devices []device
+	bpftest.Do(t, c.node.NS, func() error {
+		// Nobody talks to them, so they need no addresses.
+		if err := os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0o644); err != nil {
+			return err
+		}
+		for range pods {
+			c.devices++
+			veth := &netlink.Veth{PeerName: fmt.Sprintf("peer%d", c.devices)}
+			veth.Name = fmt.Sprintf("crowd%d", c.devices)
+			if err := netlink.LinkAdd(veth); err != nil {
+				return err
+			}
+			devices = append(devices, device{attach.ID{ContainerID: veth.Name, IfName: "eth0"}, veth.Index})
+		}
+		return os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("0"), 0o644)
+	})
+	before := kernelMemory(t, c.k)
+	bpftest.Do(t, c.node.NS, func() error {
+		for _, d := range devices {
+			netns := uint32(d.ifindex) // no namespace has that number, and all differ
+			if err := c.k.attachDevice(d.id, d.ifindex, netns, hook, via); err != nil {
+				return err
+			}
+			c.k.arm(t, d.id)
+		}
+		return nil
+	})
+	after := kernelMemory(t, c.k)
+	for _, d := range devices {
+		c.k.record(t, c.stateDir, d.id, d.ifindex)
+	}
+	for kind, o := range after {
+		after[kind] = objects{o.count - before[kind].count, o.size}
+	}
+	return after
+}
+
+// populate adds a pod that a prober asks, and the chains that more pods come by. number tells crowds apart.
+func (c *crowd) populate(t *testing.T, hook variant, number int) {
+	t.Helper()
+	noDAD(t, c.node.NS)
+	c.pod = c.node.AddPod(t)
+	serveHTTP(t, c.pod)
+	c.k.put(t, c.pod, hook)
+	c.k.arm(t, idOf(c.pod))
+	c.prober = startWorker(t, c.node.NS, node.ProberCgroup)
+	c.chain = newChain(t, c.node, fmt.Sprintf("crowd%d", number), c.k.pluginConf(c.stateDir, hook))
+	c.alone = newChain(t, c.node, fmt.Sprintf("alone%d", number))
+}
+
+// compareADD has pods come and go on both nodes in turn.
+func (s *suite) compareADD(t *testing.T, hook variant, few, many *crowd) {
+	var adds, dels, aloneAdds []float64
+	for round := range rounds(60) {
+		crowds := []*crowd{few, many}
+		if round%2 == 1 {
+			crowds = []*crowd{many, few}
+		}
+		add, del, aloneAdd := map[*crowd]float64{}, map[*crowd]float64{}, map[*crowd]float64{}
+		for _, c := range crowds {
+			add[c], del[c] = c.chain.addDel(t)
+			aloneAdd[c], _ = c.alone.addDel(t)
+		}
+		adds = append(adds, add[many]/add[few])
+		dels = append(dels, del[many]/del[few])
+		aloneAdds = append(aloneAdds, aloneAdd[many]/aloneAdd[few])
+	}
+	s.add("CNI ADD", inCrowd(hook), uncrowded, medianOf(adds), ratio, hook.mark(atMost(1.1)))
+	s.add("CNI ADD", inCrowd(alone), uncrowded, medianOf(aloneAdds), ratio, nil)
+	s.add("CNI DEL", inCrowd(hook), uncrowded, medianOf(dels), ratio, nil)
+}
+
+// compareAnswers probes a pod of each node in turn.
+func (s *suite) compareAnswers(t *testing.T, hook variant, few, many *crowd) {
+	for _, kind := range []struct{ measure, kind string }{{"answered HTTP probe", "http"}, {"answered TCP probe", "tcp"}} {
+		var ratios []float64
+		for round := range rounds(100) {
+			crowds := []*crowd{few, many}
+			if round%2 == 1 {
+				crowds = []*crowd{many, few}
+			}
+			took := map[*crowd]float64{}
+			for _, c := range crowds {
+				before := c.k.counters(t)
+				p := Plan{Rounds: 1, Burst: 15}
+				took[c] = ask(t, c.prober, kind.kind, healthPath, p, map[variant]netip.AddrPort{hook: netip.AddrPortFrom(c.pod.IPv4, podPort)})[hook][0]
+				if got := c.k.counters(t).answered - before.answered; got != p.Burst {
+					t.Fatalf("%s: %d of %d were answered", kind.measure, got, p.Burst)
+				}
+			}
+			ratios = append(ratios, took[many]/took[few])
+		}
+		s.add(kind.measure, inCrowd(hook), uncrowded, medianOf(ratios), ratio, hook.mark(atMost(1.1)))
+	}
+}

@@ -1,0 +1,477 @@
+package bench
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/plugins/pkg/ns"
+	"golang.org/x/sys/unix"
+	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+	"k8s.io/kubernetes/pkg/probe"
+	httpprobe "k8s.io/kubernetes/pkg/probe/http"
+	tcpprobe "k8s.io/kubernetes/pkg/probe/tcp"
+
+	"github.com/probelet/probelet/e2e/role"
+)
+
+// worker is a process of its own, in a network namespace and a cgroup: a pod's server, a prober, or somebody who loads a pod.
+type worker struct{ *role.Process }
+
+const workerRole = "worker"
+
+// startWorker starts a worker in a network namespace and one of the machine's cgroups.
+func startWorker(t testing.TB, n ns.NetNS, cgroup string) *worker {
+	t.Helper()
+	p, err := role.Start(workerRole, n.Path(), machine.CgroupPath(cgroup), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.Stop)
+	return &worker{p}
+}
+
+// Server is a server to start. It and the types below are exported for net/rpc.
+type Server struct {
+	Protocol string // http, canned or bulk
+	Address  string
+	Netns    string // path; empty: the worker's
+}
+
+func (w *worker) serve(t testing.TB, s Server) {
+	t.Helper()
+	if err := w.Call("Serve", s, &struct{}{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Load is traffic to keep going.
+type Load struct {
+	Address string
+	// Bulk streams as fast as it goes; the pod's server sends if Download is set, and receives otherwise.
+	Bulk, Download bool
+	// Path is asked for over so many connections at once, which are kept alive or made anew for each request.
+	Path        string
+	Connections int
+	KeepAlive   bool
+}
+
+// start begins a load. It ends with stop.
+func (w *worker) start(t testing.TB, l Load) {
+	t.Helper()
+	if err := w.Call("Start", l, &struct{}{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (w *worker) stop(t testing.TB) {
+	t.Helper()
+	if err := w.Call("Stop", struct{}{}, &struct{}{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// pin keeps the worker on one CPU, the machine's last one. Both ends of a transfer on the same CPU make its throughput the inverse of
+// what all of it costs, with no idle CPU to hide any of that. Spread over CPUs it depends more on which end runs where than on
+// anything measured here: between windows of equal variants it differed by a third.
+func (w *worker) pin(t testing.TB) *worker {
+	t.Helper()
+	if err := w.Call("Pin", runtime.NumCPU()-1, &struct{}{}); err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+// rate counts for so long, and returns bytes received or responses read per second.
+func (w *worker) rate(t testing.TB, window time.Duration) float64 {
+	t.Helper()
+	var rate float64
+	if err := w.Call("Rate", window, &rate); err != nil {
+		t.Fatal(err)
+	}
+	if rate == 0 {
+		t.Fatal("nothing was received")
+	}
+	return rate
+}
+
+// Plan is a number of requests to time: in each round as many to each target as Burst says, the targets in random order.
+type Plan struct {
+	Targets       []Target
+	Rounds, Burst int
+	Limit         time.Duration // no round begins later; 0: none
+}
+
+// Target is what is asked, and how.
+type Target struct {
+	Kind string // http and tcp: Kubernetes' prober; socket: a request on a bare socket; post: one with a body of 300 kB
+	Host string
+	Port int
+	Path string
+}
+
+// latencies returns the median of each round's requests to each target, in µs: a list of rounds per target.
+func (w *worker) latencies(t testing.TB, p Plan) [][]float64 {
+	t.Helper()
+	var took [][]float64
+	if err := w.Call("Time", p, &took); err != nil {
+		t.Fatal(err)
+	}
+	return took
+}
+
+// working is what runs in the worker's process.
+type working struct {
+	count atomic.Uint64 // bytes received, or responses read
+
+	mu    sync.Mutex
+	conns map[net.Conn]bool // of the load; nil without one
+	group sync.WaitGroup
+	err   error // the first that ended a part of the load
+}
+
+func (w *working) Serve(s Server, _ *struct{}) (err error) {
+	var l net.Listener
+	listen := func(ns.NetNS) (err error) {
+		l, err = net.Listen("tcp", s.Address)
+		return err
+	}
+	if s.Netns == "" {
+		err = listen(nil)
+	} else {
+		err = ns.WithNetNSPath(s.Netns, listen) // a socket stays in the namespace it was made in
+	}
+	if err != nil {
+		return err
+	}
+	switch s.Protocol {
+	case "http":
+		go http.Serve(l, handler()) //nolint:errcheck // until the process ends
+	case "canned":
+		go accept(l, cannedReply)
+	case "bulk":
+		go accept(l, func(c net.Conn) { go w.bulk(c) })
+	}
+	return nil
+}
+
+func accept(l net.Listener, serve func(net.Conn)) {
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			panic(err)
+		}
+		serve(conn)
+	}
+}
+
+const (
+	healthPath, otherPath = "/healthz", "/other"
+	smallPath, largePath  = "/small", "/large"
+	largeBytes, postBytes = 100_000, 300_000
+)
+
+func handler() http.Handler {
+	mux := http.NewServeMux()
+	large := make([]byte, largeBytes)
+	mux.HandleFunc(healthPath, func(http.ResponseWriter, *http.Request) {})
+	mux.HandleFunc(smallPath, func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "Hello, world!\n") })
+	mux.HandleFunc(largePath, func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(large) })
+	mux.HandleFunc(otherPath, func(w http.ResponseWriter, r *http.Request) {
+		n, _ := io.Copy(io.Discard, r.Body)
+		_, _ = fmt.Fprintf(w, "%s %d", r.Method, n)
+	})
+	return mux
+}
+
+// cannedReply is the least that a server can do: no goroutine, no parsing.
+func cannedReply(conn net.Conn) {
+	_, _ = conn.Read(make([]byte, 4096))
+	_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+	_ = conn.Close()
+}
+
+const (
+	pleaseSend    = 's'
+	pleaseReceive = 'r'
+	bulkBuffer    = 256 << 10
+)
+
+// bulk is the server's side of a stream: the first byte says which direction it takes.
+func (w *working) bulk(conn net.Conn) {
+	defer conn.Close() //nolint:errcheck // either side may end it
+	wish := make([]byte, 1)
+	if _, err := io.ReadFull(conn, wish); err != nil {
+		return
+	}
+	if wish[0] == pleaseSend {
+		_ = send(conn)
+	} else {
+		_ = w.receive(conn)
+	}
+}
+
+func send(conn net.Conn) error {
+	buf := make([]byte, bulkBuffer)
+	for {
+		if _, err := conn.Write(buf); err != nil {
+			return err
+		}
+	}
+}
+
+func (w *working) receive(conn net.Conn) error {
+	buf := make([]byte, bulkBuffer)
+	for {
+		n, err := conn.Read(buf)
+		w.count.Add(uint64(n))
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func (w *working) Start(l Load, _ *struct{}) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.conns != nil {
+		return errors.New("there is a load already")
+	}
+	w.conns = map[net.Conn]bool{}
+	if l.Bulk {
+		w.spawn(func() error { return w.stream(l) })
+	}
+	for range l.Connections {
+		w.spawn(func() error { return w.request(l) })
+	}
+	return nil
+}
+
+func (w *working) spawn(f func() error) {
+	w.group.Go(func() {
+		err := f()
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if w.conns != nil && w.err == nil { // not stopped
+			w.err = err
+		}
+	})
+}
+
+func (w *working) Stop(struct{}, *struct{}) error {
+	w.mu.Lock()
+	for conn := range w.conns {
+		_ = conn.Close()
+	}
+	w.conns = nil
+	err := w.err
+	w.err = nil
+	w.mu.Unlock()
+	w.group.Wait()
+	return err
+}
+
+func (w *working) Pin(cpu int, _ *struct{}) error {
+	threads, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		return err
+	}
+	var set unix.CPUSet
+	set.Set(cpu)
+	for _, thread := range threads { // later ones inherit it
+		id, err := strconv.Atoi(thread.Name())
+		if err != nil {
+			return err
+		}
+		if err := unix.SchedSetaffinity(id, &set); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w *working) Rate(window time.Duration, rate *float64) error {
+	begin, before := time.Now(), w.count.Load()
+	time.Sleep(window)
+	count, took := w.count.Load()-before, time.Since(begin)
+	*rate = float64(count) / took.Seconds()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.err
+}
+
+var errStopped = errors.New("stopped")
+
+// dial connects for the load, so that stop ends the connection.
+func (w *working) dial(address string) (net.Conn, error) {
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.conns == nil {
+		return nil, errors.Join(errStopped, conn.Close())
+	}
+	w.conns[conn] = true
+	return conn, nil
+}
+
+func (w *working) hangUp(conn net.Conn) {
+	w.mu.Lock()
+	delete(w.conns, conn)
+	w.mu.Unlock()
+	_ = conn.Close()
+}
+
+func (w *working) stream(l Load) error {
+	conn, err := w.dial(l.Address)
+	if err != nil {
+		return err
+	}
+	defer w.hangUp(conn)
+	wish := byte(pleaseReceive)
+	if l.Download {
+		wish = pleaseSend
+	}
+	if _, err := conn.Write([]byte{wish}); err != nil {
+		return err
+	}
+	if l.Download {
+		return w.receive(conn)
+	}
+	return send(conn)
+}
+
+// request asks again and again, with as little of a client around it as possible.
+func (w *working) request(l Load) error {
+	connection := "close"
+	if l.KeepAlive {
+		connection = "keep-alive"
+	}
+	text := fmt.Sprintf("GET %s HTTP/1.1\r\nHost: pod\r\nConnection: %s\r\n\r\n", l.Path, connection)
+	for {
+		if err := w.onOneConnection(l, text); err != nil {
+			return err
+		}
+	}
+}
+
+func (w *working) onOneConnection(l Load, text string) error {
+	conn, err := w.dial(l.Address)
+	if err != nil {
+		return err
+	}
+	defer w.hangUp(conn)
+	reader := bufio.NewReader(conn)
+	for {
+		if _, err := io.WriteString(conn, text); err != nil {
+			return err
+		}
+		response, err := http.ReadResponse(reader, nil)
+		if err != nil {
+			return err
+		}
+		if _, err := io.Copy(io.Discard, response.Body); err != nil {
+			return err
+		}
+		w.count.Add(1)
+		if !l.KeepAlive {
+			return nil
+		}
+	}
+}
+
+func (w *working) Time(p Plan, took *[][]float64) error {
+	var ask []func() error
+	for _, t := range p.Targets {
+		ask = append(ask, t.asker())
+	}
+	*took = make([][]float64, len(ask))
+	begin := time.Now()
+	for range p.Rounds {
+		if p.Limit > 0 && time.Since(begin) > p.Limit {
+			break
+		}
+		for _, i := range rand.Perm(len(ask)) {
+			round := make([]float64, p.Burst)
+			for j := range round {
+				start := time.Now()
+				if err := ask[i](); err != nil {
+					return fmt.Errorf("%+v: %w", p.Targets[i], err)
+				}
+				round[j] = float64(time.Since(start).Nanoseconds()) / 1000
+			}
+			(*took)[i] = append((*took)[i], median(round))
+		}
+	}
+	return nil
+}
+
+const requestTimeout = 10 * time.Second
+
+// asker prepares what is done again and again. Kubernetes' prober is called as the kubelet does it (pkg/kubelet/prober, runProbe).
+func (t Target) asker() func() error {
+	switch t.Kind {
+	case "tcp":
+		p := tcpprobe.New()
+		return func() error { return success(p.Probe(t.Host, t.Port, requestTimeout)) }
+	case "http":
+		p := httpprobe.New(false)
+		action := &v1.HTTPGetAction{Path: t.Path, Port: intstr.FromInt32(int32(t.Port))}
+		return func() error {
+			request, err := httpprobe.NewRequestForHTTPGetAction(action, nil, t.Host, "probe")
+			if err != nil {
+				return err
+			}
+			return success(p.Probe(request, requestTimeout))
+		}
+	case "post":
+		body := strings.Repeat("x", postBytes)
+		return t.exchange(fmt.Sprintf("POST %s HTTP/1.1\r\nHost: pod\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", t.Path, len(body), body))
+	}
+	return t.exchange(fmt.Sprintf("GET %s HTTP/1.1\r\nHost: pod\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n", t.Path))
+}
+
+func success(result probe.Result, message string, err error) error {
+	if err == nil && result != probe.Success {
+		err = fmt.Errorf("%s: %s", result, message)
+	}
+	return err
+}
+
+// exchange sends a request on a socket and reads until its end.
+func (t Target) exchange(text string) func() error {
+	address := net.JoinHostPort(t.Host, strconv.Itoa(t.Port))
+	return func() error {
+		conn, err := net.Dial("tcp", address)
+		if err != nil {
+			return err
+		}
+		defer conn.Close() //nolint:errcheck // read to its end
+		if err := conn.SetDeadline(time.Now().Add(requestTimeout)); err != nil {
+			return err
+		}
+		if _, err := io.WriteString(conn, text); err != nil {
+			return err
+		}
+		reply, err := io.ReadAll(conn)
+		if err == nil && !strings.HasPrefix(string(reply), "HTTP/1.1 200 ") {
+			err = fmt.Errorf("reply %q", reply)
+		}
+		return err
+	}
+}
