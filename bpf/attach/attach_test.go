@@ -19,11 +19,12 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// eachWay runs a test in a world of its own for each way to attach.
+// eachWay runs a test for each way to attach, each with a pod of its own.
 func eachWay(t *testing.T, test func(t *testing.T, w *world, way way)) {
 	t.Helper()
+	w := newWorld(t)
 	for _, way := range ways {
-		t.Run(way.String(), func(t *testing.T) { test(t, newWorld(t), way) })
+		t.Run(way.String(), func(t *testing.T) { test(t, w.withNewPod(t), way) })
 	}
 }
 
@@ -68,9 +69,9 @@ func TestAttachingAgainReplaces(t *testing.T) {
 }
 
 func TestRemovalAfterTheDeviceIsGone(t *testing.T) {
+	w := newWorld(t)
+	before := onlyPins(w.state())
 	for _, remove := range removals {
-		w := newWorld(t)
-		before := onlyPins(w.state())
 		for _, way := range ways {
 			t.Run(way.String(), func(t *testing.T) {
 				w := w.in(t)
@@ -144,7 +145,9 @@ func TestAttachIsAllOrNothing(t *testing.T) {
 			}
 		}},
 		"the directory of attachments is gone": {spoil: func(w *world) {
-			w.must(os.Remove(datapath.AttachmentsDir(w.bpfDir)))
+			if err := os.Remove(datapath.AttachmentsDir(w.bpfDir)); !errors.Is(err, os.ErrNotExist) {
+				w.must(err)
+			}
 		}},
 		"the name is too long": {spoil: func(w *world) { w.id.ContainerID = strings.Repeat("c", 300) }},
 		"steer cannot be attached": {spoil: func(w *world) {
@@ -414,9 +417,10 @@ func TestClsactOfOthersStays(t *testing.T) {
 			return netlink.FilterAdd(bpfFilter(device.Attrs().Index, netlink.HANDLE_MIN_INGRESS, 7, verdictProgram(w.t, verdictNext)))
 		},
 	}
-	for name, add := range theirs {
-		t.Run(name, func(t *testing.T) {
-			eachWay(t, func(_ *testing.T, w *world, way way) {
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		for name, add := range theirs {
+			t.Run(name, func(t *testing.T) {
+				w := w.withNewPod(t)
 				w.do(func(device netlink.Link) error {
 					return errors.Join(netlink.QdiscAdd(clsactQdisc(device.Attrs().Index)), add(w, device))
 				})
@@ -426,14 +430,15 @@ func TestClsactOfOthersStays(t *testing.T) {
 				w.detach()
 				w.wantState(before)
 			})
-		})
-	}
+		}
+	})
 }
 
 // The qdisc is ours, but removing it would remove their filters.
 func TestClsactThatOthersUseStays(t *testing.T) {
+	all := newWorld(t)
 	for side, parent := range parents {
-		w := newWorld(t)
+		w := all.withNewPod(t)
 		w.attach(way{attach.HookTC, attach.ViaClsact})
 		w.do(func(device netlink.Link) error {
 			return netlink.FilterAdd(bpfFilter(device.Attrs().Index, parent, 7, verdictProgram(t, verdictNext)))

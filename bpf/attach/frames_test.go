@@ -76,13 +76,13 @@ func TestFramesOfThePodArrive(t *testing.T) {
 		"like an IPv4 order": v4.Bytes(t, nil)[14:],
 		"like an IPv6 order": v6.Bytes(t, nil)[14:],
 	}
-	for _, way := range ways {
-		s := serve(t, bpftest.NewNode(t).AddPod(t), way)
-		s.wantAll(t) // the device has earned trust, and all programs run
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		s := w.serve(way)
+		s.wantAllBy(t, s.IPv4) // the device is trusted, and all programs run
 		pod := packetSocket(t, s.NS, "eth0", etherTypeSteered)
 		host := packetSocket(t, s.Node.NS, s.HostIfName, etherTypeSteered)
 		for name, payload := range payloads {
-			t.Run(way.String()+" "+name, func(t *testing.T) {
+			t.Run(name, func(t *testing.T) {
 				sent := s.frame(etherTypeSteered, payload)
 				if _, err := unix.Write(pod, sent); err != nil {
 					t.Fatal(err)
@@ -94,47 +94,44 @@ func TestFramesOfThePodArrive(t *testing.T) {
 				}
 			})
 		}
-	}
+	})
 }
 
 // Programs after ours at tc ingress get whole Ethernet frames, as without us. Generic XDP takes the headers from some
 // packets before any program runs.
 func TestNeighboursGetWholeFrames(t *testing.T) {
-	for _, way := range ways {
-		t.Run(way.String(), func(t *testing.T) {
-			s := serve(t, bpftest.NewNode(t).AddPod(t), way)
-			w := s.world(t)
-			program, counts := newFrameCounter(t)
-			w.behind(program, "ingress")
-			s.wantAll(t)
-			pod := packetSocket(t, s.NS, "eth0", etherTypeARP)
-			llc := s.frame(46, bytes.Repeat([]byte{0x42}, 46))
-			vlan := s.frame(etherTypeVLAN, append([]byte{0, 7, 0x88, 0xb5}, make([]byte, 60)...))
-			for _, sent := range [][]byte{s.frame(etherTypeARP, make([]byte, 28)), s.frame(etherTypeSteered, make([]byte, 60)), llc, vlan} {
-				if _, err := unix.Write(pod, sent); err != nil {
-					t.Fatal(err)
-				}
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		s := w.serve(way)
+		program, counts := newFrameCounter(t)
+		w.behind(program, "ingress")
+		s.wantAll(t)
+		pod := packetSocket(t, s.NS, "eth0", etherTypeARP)
+		llc := s.frame(46, bytes.Repeat([]byte{0x42}, 46))
+		vlan := s.frame(etherTypeVLAN, append([]byte{0, 7, 0x88, 0xb5}, make([]byte, 60)...))
+		for _, sent := range [][]byte{s.frame(etherTypeARP, make([]byte, 28)), s.frame(etherTypeSteered, make([]byte, 60)), llc, vlan} {
+			if _, err := unix.Write(pod, sent); err != nil {
+				t.Fatal(err)
 			}
-			want := []frameKey{
-				{etherTypeIPv4, etherTypeIPv4}, {etherTypeIPv6, etherTypeIPv6}, {etherTypeARP, etherTypeARP},
-				{etherTypeSteered, etherTypeSteered}, {protocol8022, 46},
+		}
+		want := []frameKey{
+			{etherTypeIPv4, etherTypeIPv4}, {etherTypeIPv6, etherTypeIPv6}, {etherTypeARP, etherTypeARP},
+			{etherTypeSteered, etherTypeSteered}, {protocol8022, 46},
+		}
+		var seen map[frameKey]uint64
+		waitFor(t, "the frames", func() bool {
+			seen = counts.all(t)
+			protocols := map[uint16]bool{}
+			for key := range seen {
+				protocols[key.Protocol] = true
 			}
-			var seen map[frameKey]uint64
-			waitFor(t, "the frames", func() bool {
-				seen = counts.all(t)
-				protocols := map[uint16]bool{}
-				for key := range seen {
-					protocols[key.Protocol] = true
-				}
-				return len(protocols) == len(want)
-			})
-			for key, n := range seen {
-				if !slices.Contains(want, key) {
-					t.Errorf("%d packets of protocol %#04x begin with a header that says %#04x", n, key.Protocol, key.EtherType)
-				}
-			}
+			return len(protocols) == len(want)
 		})
-	}
+		for key, n := range seen {
+			if !slices.Contains(want, key) {
+				t.Errorf("%d packets of protocol %#04x begin with a header that says %#04x", n, key.Protocol, key.EtherType)
+			}
+		}
+	})
 }
 
 // behind attaches a program after ours, at the same kind of hook.
@@ -151,17 +148,17 @@ func (w *world) behind(program *ebpf.Program, side string) {
 
 // The client's mark must not come back with the answer: it might be routed by it.
 func TestAnswersBearNoMark(t *testing.T) {
-	for _, way := range ways {
-		t.Run(way.String(), func(t *testing.T) {
-			s := serve(t, bpftest.NewNode(t).AddPod(t), way)
-			f := newFirewall(t, s.Node)
-			f.chain("marked", prerouting, rule(marked(), then(&expr.Counter{})))
-			f.chain("all", prerouting, then(&expr.Counter{}))
-			f.chain("sent", filterHook["output"], rule(marked(), then(&expr.Counter{})))
-			dialer := net.Dialer{Timeout: patience, Control: func(_, _ string, socket syscall.RawConn) (err error) {
-				control := socket.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, 0x42) })
-				return errors.Join(control, err)
-			}}
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		s := w.serve(way)
+		f := newFirewall(t, s.Node)
+		f.chain("marked", prerouting, rule(marked(), then(&expr.Counter{})))
+		f.chain("all", prerouting, then(&expr.Counter{}))
+		f.chain("sent", filterHook["output"], rule(marked(), then(&expr.Counter{})))
+		dialer := net.Dialer{Timeout: patience, Control: func(_, _ string, socket syscall.RawConn) (err error) {
+			control := socket.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, 0x42) })
+			return errors.Join(control, err)
+		}}
+		answered, handed := s.counted(t, func() {
 			for _, addr := range []netip.Addr{s.IPv4, s.IPv6} {
 				for _, text := range []string{fresh, unknown} {
 					bpftest.Do(t, s.Node.NS, func() error {
@@ -169,18 +166,17 @@ func TestAnswersBearNoMark(t *testing.T) {
 					})
 				}
 			}
-			counters, err := s.d.Counters()
-			if err != nil || counters["answered_http"] != 2 || counters["handed_over"] != 2 {
-				t.Errorf("%v, %v", counters, err)
-			}
-			if f.counted("all") == 0 || f.counted("sent") == 0 {
-				t.Error("nothing was counted")
-			}
-			if n := f.counted("marked"); n > 0 {
-				t.Errorf("%d packets came back with a mark", n)
-			}
 		})
-	}
+		if answered != 2 || handed != 2 {
+			t.Errorf("answered %d, handed over %d; want 2 each", answered, handed)
+		}
+		if f.counted("all") == 0 || f.counted("sent") == 0 {
+			t.Error("nothing was counted")
+		}
+		if n := f.counted("marked"); n > 0 {
+			t.Errorf("%d packets came back with a mark", n)
+		}
+	})
 }
 
 // askBy sends a request and reads all that comes back.

@@ -15,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
-	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
@@ -54,15 +53,13 @@ func (p placement) put(w *world, program *ebpf.Program, side string) {
 	})
 }
 
-// beside attaches to a new pod, and a neighbour's program to each of some sides before or after that. It reports whether
-// the neighbour's runs first.
-func (p placement) beside(t *testing.T, way way, program *ebpf.Program, sides ...string) (s *served, first bool) {
-	t.Helper()
+// beside attaches to the pod, and a neighbour's program to each of some sides before or after that. It reports whether the
+// neighbour's runs first.
+func (p placement) beside(w *world, way way, program *ebpf.Program, sides ...string) (s *served, first bool) {
+	w.t.Helper()
 	if p.tcx {
-		requireTCX(t)
+		requireTCX(w.t)
 	}
-	pod := bpftest.NewNode(t).AddPod(t)
-	w := &world{t: t, pod: pod}
 	put := func(now bool) {
 		if now {
 			for _, side := range sides {
@@ -71,45 +68,43 @@ func (p placement) beside(t *testing.T, way way, program *ebpf.Program, sides ..
 		}
 	}
 	put(p.earlier)
-	s = serve(t, pod, way)
+	s = w.serve(way)
 	put(!p.earlier)
-	if s.world(t).isTCX() {
+	if w.isTCX() {
 		return s, p.beforeTCX
 	}
 	return s, p.beforeFilters
 }
 
 // eachPlacement runs a test for each of them and each way of ours. IPv4 is enough in it: a line is the same for both families.
-func eachPlacement(t *testing.T, test func(t *testing.T, p placement, way way)) {
+func eachPlacement(t *testing.T, test func(t *testing.T, w *world, p placement, way way)) {
 	t.Helper()
+	w := newWorld(t)
 	for _, p := range placements {
 		for _, way := range ways {
-			t.Run(p.name+", "+way.String(), func(t *testing.T) {
-				t.Parallel()
-				test(t, p, way)
-			})
+			t.Run(p.name+", "+way.String(), func(t *testing.T) { test(t, w.withNewPod(t), p, way) })
 		}
 	}
 }
 
 // A neighbour that ends the chain hides what the node sends from us if it runs first. Then nothing is answered, and all works.
 func TestBesideOneThatEndsTheChainAtEgress(t *testing.T) {
-	eachPlacement(t, func(t *testing.T, p placement, way way) {
-		s, first := p.beside(t, way, verdictProgram(t, verdictOK), "egress")
+	eachPlacement(t, func(t *testing.T, w *world, p placement, way way) {
+		s, first := p.beside(w, way, verdictProgram(t, verdictOK), "egress")
 		if !first {
 			s.wantAllBy(t, s.IPv4)
 			return
 		}
 		s.wantPassedBy(t, s.IPv4)
-		s.world(t).wantTrust(datapath.TrustUnproven)
+		w.wantTrust(datapath.TrustUnproven)
 	})
 }
 
 // At ingress it hides what the pod sends. Answers arrive, but connections could not be handed over, so we stop taking them
 // after the first one.
 func TestBesideOneThatEndsTheChainAtIngress(t *testing.T) {
-	eachPlacement(t, func(t *testing.T, p placement, way way) {
-		s, first := p.beside(t, way, verdictProgram(t, verdictOK), "ingress")
+	eachPlacement(t, func(t *testing.T, w *world, p placement, way way) {
+		s, first := p.beside(w, way, verdictProgram(t, verdictOK), "ingress")
 		if !first {
 			s.wantAllBy(t, s.IPv4)
 			return
@@ -118,39 +113,35 @@ func TestBesideOneThatEndsTheChainAtIngress(t *testing.T) {
 		if r.err != nil || r.delayed || !strings.Contains(r.reply, hit) {
 			t.Errorf("the first: %v", r)
 		}
-		s.world(t).wantTrust(datapath.TrustLost, "unobserved")
+		w.wantTrust(datapath.TrustLost, "unobserved")
 		s.wantPassedBy(t, s.IPv4)
 	})
 }
 
 // If the first connection cannot be answered, that one is lost, but no other.
 func TestOneIsLostWhereNothingIsObserved(t *testing.T) {
-	for _, way := range ways {
-		t.Run(way.String(), func(t *testing.T) {
-			s := serve(t, bpftest.NewNode(t).AddPod(t), way)
-			w := s.world(t)
-			head := placement{tcx: true, anchor: link.Head()}
-			if !hasTCX(t) {
-				head = placement{priority: 1}
-			}
-			head.put(w, verdictProgram(t, verdictOK), "ingress")
-			conn := s.Dial(t, netip.AddrPortFrom(s.IPv4, 8080).String())
-			if _, err := io.WriteString(conn, unknown); err != nil {
-				t.Fatal(err)
-			}
-			waitFor(t, "trust to be lost", func() bool { return w.device().Trust == datapath.TrustLost })
-			s.wantPassedBy(t, s.IPv4)
-			w.wantTrust(datapath.TrustLost, "unobserved")
-		})
-	}
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		s := w.serve(way)
+		head := placement{tcx: true, anchor: link.Head()}
+		if !hasTCX(t) {
+			head = placement{priority: 1}
+		}
+		head.put(w, verdictProgram(t, verdictOK), "ingress")
+		conn := s.Dial(t, netip.AddrPortFrom(s.IPv4, 8080).String())
+		if _, err := io.WriteString(conn, unknown); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "trust to be lost", func() bool { return w.device().Trust == datapath.TrustLost })
+		s.wantPassedBy(t, s.IPv4)
+		w.wantTrust(datapath.TrustLost, "unobserved")
+	})
 }
 
 // One that lets every packet go on changes nothing, wherever it is. We name it, and say whether it comes before ours.
 func TestBesideOneThatPassesEverything(t *testing.T) {
-	eachPlacement(t, func(t *testing.T, p placement, way way) {
-		s, first := p.beside(t, way, verdictProgram(t, verdictNext), "ingress", "egress")
+	eachPlacement(t, func(t *testing.T, w *world, p placement, way way) {
+		s, first := p.beside(w, way, verdictProgram(t, verdictNext), "ingress", "egress")
 		s.wantAllBy(t, s.IPv4)
-		w := s.world(t)
 		w.wantWhole()
 		p.wantNamed(w, w.checker(), first)
 
@@ -181,29 +172,26 @@ func (p placement) wantNamed(w *world, c *attach.Checker, before bool) {
 
 // Cilium's legacy loader and AWS' network policy agent replace the filter with priority 1 and handle 1.
 func TestBesideOneThatReplacesPriorityOne(t *testing.T) {
-	for _, way := range ways {
-		t.Run(way.String(), func(t *testing.T) {
-			s := serve(t, bpftest.NewNode(t).AddPod(t), way)
-			w := s.world(t)
-			theirs := verdictProgram(t, verdictNext)
-			for range 2 {
-				w.do(func(device netlink.Link) error {
-					if err := netlink.QdiscAdd(clsactQdisc(device.Attrs().Index)); err != nil && !errors.Is(err, unix.EEXIST) {
-						return err
-					}
-					return errors.Join(
-						netlink.FilterReplace(bpfFilter(device.Attrs().Index, netlink.HANDLE_MIN_EGRESS, 1, theirs)),
-						netlink.FilterReplace(bpfFilter(device.Attrs().Index, netlink.HANDLE_MIN_INGRESS, 1, theirs)),
-					)
-				})
-				w.wantWhole()
-				s.wantAllBy(t, s.IPv4)
-			}
-			if state := w.state(); state["filter at egress, priority 1"] != 1 || state["filter at ingress, priority 1"] != 1 {
-				t.Errorf("theirs is gone: %v", state)
-			}
-		})
-	}
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		s := w.serve(way)
+		theirs := verdictProgram(t, verdictNext)
+		for range 2 {
+			w.do(func(device netlink.Link) error {
+				if err := netlink.QdiscAdd(clsactQdisc(device.Attrs().Index)); err != nil && !errors.Is(err, unix.EEXIST) {
+					return err
+				}
+				return errors.Join(
+					netlink.FilterReplace(bpfFilter(device.Attrs().Index, netlink.HANDLE_MIN_EGRESS, 1, theirs)),
+					netlink.FilterReplace(bpfFilter(device.Attrs().Index, netlink.HANDLE_MIN_INGRESS, 1, theirs)),
+				)
+			})
+			w.wantWhole()
+			s.wantAllBy(t, s.IPv4)
+		}
+		if state := w.state(); state["filter at egress, priority 1"] != 1 || state["filter at ingress, priority 1"] != 1 {
+			t.Errorf("theirs is gone: %v", state)
+		}
+	})
 }
 
 // wipers remove all filters, ours included.
@@ -217,11 +205,11 @@ var wipers = map[string]func(device netlink.Link) error{
 }
 
 func TestBesideOneThatRemovesAllFilters(t *testing.T) {
-	for name, wipe := range wipers {
-		for _, way := range ways {
-			t.Run(name+", "+way.String(), func(t *testing.T) {
-				s := serve(t, bpftest.NewNode(t).AddPod(t), way)
-				w := s.world(t)
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		for name, wipe := range wipers {
+			t.Run(name, func(t *testing.T) {
+				w := w.withNewPod(t)
+				s := w.serve(way)
 				s.wantAllBy(t, s.IPv4)
 				if w.isTCX() {
 					w.do(func(device netlink.Link) error {
@@ -241,7 +229,7 @@ func TestBesideOneThatRemovesAllFilters(t *testing.T) {
 				s.wantAllBy(t, s.IPv4)
 			})
 		}
-	}
+	})
 }
 
 // bandwidth shapes a pod's traffic as the CNI plugin of that name does (containernetworking/plugins, plugins/meta/bandwidth):
@@ -308,33 +296,26 @@ func (s *served) wantEcho(t testing.TB) {
 
 func TestBesideBandwidthThatCameBefore(t *testing.T) {
 	requireTCX(t)
-	for _, way := range ways {
-		t.Run(way.String(), func(t *testing.T) {
-			pod := bpftest.NewNode(t).AddPod(t)
-			w := &world{t: t, pod: pod}
-			w.must(w.bandwidth())
-			s := serve(t, pod, way)
-			s.besideBandwidth(t)
-		})
-	}
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		w.must(w.bandwidth())
+		s := w.serve(way)
+		s.besideBandwidth(t)
+	})
 }
 
 func TestBesideBandwidthThatComesAfter(t *testing.T) {
 	requireTCX(t)
-	for _, way := range ways {
-		t.Run(way.String(), func(t *testing.T) {
-			s := serve(t, bpftest.NewNode(t).AddPod(t), way)
-			w := s.world(t)
-			if way.via == attach.ViaClsact { // why the plugin does not use it where bandwidth may follow
-				if err := w.bandwidth(); !errors.Is(err, unix.EEXIST) {
-					t.Errorf("beside clsact: %v", err)
-				}
-				w.must(w.promote())
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		s := w.serve(way)
+		if way.via == attach.ViaClsact { // why the plugin does not use it where bandwidth may follow
+			if err := w.bandwidth(); !errors.Is(err, unix.EEXIST) {
+				t.Errorf("beside clsact: %v", err)
 			}
-			w.must(w.bandwidth())
-			s.besideBandwidth(t)
-		})
-	}
+			w.must(w.promote())
+		}
+		w.must(w.bandwidth())
+		s.besideBandwidth(t)
+	})
 }
 
 func (s *served) besideBandwidth(t *testing.T) {
@@ -469,15 +450,14 @@ func TestAnXDPProgramIsANeighbour(t *testing.T) {
 
 // Another XDP program on the device does not bother hook tc.
 func TestBesideAnXDPProgram(t *testing.T) {
+	all := newWorld(t)
 	for mode, flags := range map[string]int{"generic": unix.XDP_FLAGS_SKB_MODE, "native": unix.XDP_FLAGS_DRV_MODE} {
 		for _, via := range []attach.Via{attach.ViaAuto, attach.ViaClsact} {
 			t.Run(fmt.Sprintf("%s %s", mode, via), func(t *testing.T) {
-				pod := bpftest.NewNode(t).AddPod(t)
-				w := &world{t: t, pod: pod}
+				w := all.withNewPod(t)
 				program := loadProgram(t, ebpf.XDP, "theirs", returns(2)) // XDP_PASS
 				w.do(func(device netlink.Link) error { return netlink.LinkSetXdpFdWithFlags(device, program.FD(), flags) })
-				s := serve(t, pod, way{attach.HookTC, via})
-				s.wantAll(t)
+				w.serve(way{attach.HookTC, via}).wantAllBy(t, w.pod.IPv4)
 			})
 		}
 	}

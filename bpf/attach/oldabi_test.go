@@ -68,13 +68,13 @@ func (w *world) v3Clsact(dir string, owned bool) {
 	w.must(netlink.FilterAdd(filter))
 }
 
-// newV3World has an attachment of v3, and the state of before it.
-func newV3World(t *testing.T, layout string) (*world, state) {
+// withV3 is the world with a new pod, attached by v3. It returns the state before that, too.
+func (w *world) withV3(t *testing.T, layout string) (*world, state) {
 	t.Helper()
-	w := newWorld(t)
 	if layout == "tcx" {
 		requireTCX(t)
 	}
+	w = w.withNewPod(t)
 	w.must(w.inNode(func() error {
 		switch layout {
 		case "others clsact":
@@ -93,10 +93,11 @@ func newV3World(t *testing.T, layout string) (*world, state) {
 }
 
 func TestWhatV3AttachedIsListedAndDetached(t *testing.T) {
+	w := newWorld(t)
 	for layout := range v3Layouts {
 		for name, remove := range removals {
 			t.Run(layout+" "+name, func(t *testing.T) {
-				w, before := newV3World(t, layout)
+				w, before := w.withV3(t, layout)
 				if ids, err := attach.List(w.bpfDir); err != nil || !slices.Equal(ids, []attach.ID{w.id}) {
 					t.Errorf("%v, %v", ids, err)
 				}
@@ -114,13 +115,14 @@ func TestWhatV3AttachedIsListedAndDetached(t *testing.T) {
 }
 
 func TestWhatV3AttachedIsReplaced(t *testing.T) {
+	w := newWorld(t)
 	for layout := range v3Layouts {
 		for _, way := range ways {
 			t.Run(layout+" "+way.String(), func(t *testing.T) {
 				if layout == "ingress qdisc" {
 					requireTCX(t)
 				}
-				w, before := newV3World(t, layout)
+				w, before := w.withV3(t, layout)
 				if err := w.check(); !errors.Is(err, attach.ErrNotAttached) {
 					t.Errorf("before: %v", err)
 				}
@@ -136,9 +138,10 @@ func TestWhatV3AttachedIsReplaced(t *testing.T) {
 
 // What v3 attached to a device that is gone.
 func TestWhatV3AttachedToAnOrphan(t *testing.T) {
+	w := newWorld(t)
 	for layout := range v3Layouts {
 		t.Run(layout, func(t *testing.T) {
-			w, before := newV3World(t, layout)
+			w, before := w.withV3(t, layout)
 			w.do(netlink.LinkDel)
 			w.wantOrphaned(true)
 			w.detach()
@@ -151,6 +154,7 @@ func TestWhatV3AttachedToAnOrphan(t *testing.T) {
 // A set of programs that is incomplete is put aside, with what is attached of it.
 func TestWhatWasPutAsideIsReplaced(t *testing.T) {
 	eachWay(t, func(t *testing.T, w *world, way way) {
+		w.load()
 		w.attach(way)
 		w.must(os.Remove(filepath.Join(w.d.Dir(), "steer")))
 		w.load()

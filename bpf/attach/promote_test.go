@@ -144,32 +144,40 @@ func (s *served) wantAll(t testing.TB) {
 
 func (s *served) wantAllBy(t testing.TB, addrs ...netip.Addr) {
 	t.Helper()
+	answered, handed := s.counted(t, func() {
+		for _, addr := range addrs {
+			address := netip.AddrPortFrom(addr, 8080).String()
+			bpftest.Do(t, s.Node.NS, func() error {
+				for range 3 {
+					if err := mixed(address); err != nil {
+						return fmt.Errorf("%s: %w", address, err)
+					}
+				}
+				if err := keptAlive(address); err != nil {
+					return fmt.Errorf("%s, kept alive: %w", address, err)
+				}
+				return nil
+			})
+		}
+	})
+	if n := uint64(len(addrs)); answered != 3*n || handed != 4*n {
+		t.Errorf("answered %d, handed over %d; want %d, %d", answered, handed, 3*n, 4*n)
+	}
+}
+
+// counted returns how many HTTP probes were answered, and how many connections handed over, while f ran.
+func (s *served) counted(t testing.TB, f func()) (answered, handed uint64) {
+	t.Helper()
 	before, err := s.d.Counters()
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, addr := range addrs {
-		address := netip.AddrPortFrom(addr, 8080).String()
-		bpftest.Do(t, s.Node.NS, func() error {
-			for range 3 {
-				if err := mixed(address); err != nil {
-					return fmt.Errorf("%s: %w", address, err)
-				}
-			}
-			if err := keptAlive(address); err != nil {
-				return fmt.Errorf("%s, kept alive: %w", address, err)
-			}
-			return nil
-		})
-	}
+	f()
 	after, err := s.d.Counters()
 	if err != nil {
 		t.Fatal(err)
 	}
-	answered, handed := after["answered_http"]-before["answered_http"], after["handed_over"]-before["handed_over"]
-	if n := uint64(len(addrs)); answered != 3*n || handed != 4*n {
-		t.Errorf("answered %d, handed over %d; want %d, %d", answered, handed, 3*n, 4*n)
-	}
+	return after["answered_http"] - before["answered_http"], after["handed_over"] - before["handed_over"]
 }
 
 // During promotion each program is attached twice.

@@ -81,7 +81,19 @@ var servedID = attach.ID{ContainerID: "c", IfName: "eth0"}
 
 func serve(t testing.TB, pod *bpftest.Pod, way way) *served {
 	t.Helper()
-	s := &served{Pod: pod}
+	dir := bpftest.BPFDir(t)
+	d, err := datapath.Ensure(context.Background(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = d.Close() })
+	return serveBy(t, d, dir, pod, way)
+}
+
+// serveBy is serve with programs that are loaded already. What they were attached to before is detached.
+func serveBy(t testing.TB, d *datapath.Datapath, dir string, pod *bpftest.Pod, way way) *served {
+	t.Helper()
+	s := &served{Pod: pod, d: d, bpfDir: dir}
 	s.listener = pod.Listen(t, 8080)
 	go func() {
 		_ = http.Serve(s.listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -90,13 +102,6 @@ func serve(t testing.TB, pod *bpftest.Pod, way way) *served {
 			_, _ = fmt.Fprintf(w, "%s %s %d", r.Method, r.URL, n)
 		}))
 	}()
-	dir := bpftest.BPFDir(t)
-	d, err := datapath.Ensure(context.Background(), dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = d.Close() })
-	s.d, s.bpfDir = d, dir
 	bpftest.Do(t, pod.Node.NS, func() error {
 		return attach.Attach(d, dir, servedID, attach.Target{IfIndex: pod.IfIndex, PodNetns: pod.Netns, Hook: way.hook}, way.via)
 	})

@@ -182,25 +182,22 @@ func TestTrustIsLostByOneProbe(t *testing.T) {
 
 // Attaching again makes us try again, too.
 func TestAttachingAgainIsTrustedAgain(t *testing.T) {
-	for _, way := range ways {
-		t.Run(way.String(), func(t *testing.T) {
-			s := serve(t, bpftest.NewNode(t).AddPod(t), way)
-			w := s.world(t)
-			remove := culprits["netfilter"](t, s)
-			_ = probeFrom(s.Node.NS, netip.AddrPortFrom(s.IPv4, 8080).String(), patience)
-			w.wantTrust(datapath.TrustLost, "syn_repeated")
-			lost := w.device().Key
-			remove()
-			w.attach(way)
-			s.arm(t)
-			w.wantTrust(datapath.TrustUnproven)
-			s.wantAll(t)
-			w.wantTrust(datapath.TrustProven)
-			if err := w.d.TrustAgain(lost); !errors.Is(err, os.ErrNotExist) {
-				t.Errorf("an earlier life of the device: %v", err)
-			}
-		})
-	}
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		s := w.serve(way)
+		remove := culprits["netfilter"](t, s)
+		_ = probeFrom(s.Node.NS, netip.AddrPortFrom(s.IPv4, 8080).String(), patience)
+		w.wantTrust(datapath.TrustLost, "syn_repeated")
+		lost := w.device().Key
+		remove()
+		w.attach(way)
+		s.arm(t)
+		w.wantTrust(datapath.TrustUnproven)
+		s.wantAll(t)
+		w.wantTrust(datapath.TrustProven)
+		if err := w.d.TrustAgain(lost); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("an earlier life of the device: %v", err)
+		}
+	})
 }
 
 // Many probes come at once to a device that is new: one is tried, and the others do not wait for it.
@@ -322,21 +319,19 @@ func answerAll(listener net.Listener) {
 
 // If the answer to the request is dropped, but not the one to the SYN, the client's repeated request goes to the pod.
 func TestTrustIsLostByARepeatedRequest(t *testing.T) {
-	for _, way := range ways {
-		t.Run(way.String(), func(t *testing.T) {
-			s := serve(t, bpftest.NewNode(t).AddPod(t), way)
-			f := newFirewall(t, s.Node)
-			f.chain("forged", prerouting, rule(tcpFlags(0x09, 0x09), then(&expr.Counter{}, drop))) // PSH and FIN
-			for _, addr := range []netip.Addr{s.IPv4, s.IPv6} {
-				if r := probeFrom(s.Node.NS, netip.AddrPortFrom(addr, 8080).String(), patience); !strings.HasSuffix(r.reply, "GET /healthz 0") {
-					t.Errorf("%v", r)
-				}
+	eachWay(t, func(t *testing.T, w *world, way way) {
+		s := w.serve(way)
+		f := newFirewall(t, s.Node)
+		f.chain("forged", prerouting, rule(tcpFlags(0x09, 0x09), then(&expr.Counter{}, drop))) // PSH and FIN
+		for _, addr := range []netip.Addr{s.IPv4, s.IPv6} {
+			if r := probeFrom(s.Node.NS, netip.AddrPortFrom(addr, 8080).String(), patience); !strings.HasSuffix(r.reply, "GET /healthz 0") {
+				t.Errorf("%v", r)
 			}
-			if f.counted("forged") == 0 {
-				t.Error("nothing was dropped")
-			}
-			s.world(t).wantTrust(datapath.TrustLost, "request_repeated")
-			s.wantPassed(t)
-		})
-	}
+		}
+		if f.counted("forged") == 0 {
+			t.Error("nothing was dropped")
+		}
+		s.world(t).wantTrust(datapath.TrustLost, "request_repeated")
+		s.wantPassed(t)
+	})
 }

@@ -1,6 +1,7 @@
 package attach_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -15,6 +16,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
+	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -42,6 +44,25 @@ func newWorld(t testing.TB) *world {
 	return w
 }
 
+// withNewPod is the same world for a subtest, with a pod of its own: programs need not be loaded again.
+func (w *world) withNewPod(t testing.TB) *world {
+	t.Helper()
+	w = w.in(t)
+	w.pod = bpftest.NewNode(t).AddPod(t)
+	t.Cleanup(func() {
+		_ = w.pod.Node.NS.Do(func(ns.NetNS) error { return attach.Detach(w.d, w.bpfDir, w.id) })
+		_ = errors.Join(attach.Prune(context.Background(), w.d, w.bpfDir), w.d.Sweep())
+	})
+	return w
+}
+
+// serve is the function serve for the world's pod, with its programs.
+func (w *world) serve(way way) *served {
+	w.t.Helper()
+	w.id = servedID
+	return serveBy(w.t, w.d, w.bpfDir, w.pod, way)
+}
+
 // load loads the programs, or opens those that are pinned.
 func (w *world) load() {
 	w.t.Helper()
@@ -60,7 +81,7 @@ func (w *world) in(t testing.TB) *world {
 	return &sub
 }
 
-// world makes the functions below work on the attachment of a pod with a server.
+// world is the one of a pod with a server.
 func (s *served) world(t testing.TB) *world {
 	return &world{t: t, pod: s.Pod, d: s.d, bpfDir: s.bpfDir, id: servedID}
 }
