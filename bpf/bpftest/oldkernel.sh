@@ -18,7 +18,7 @@ dpkg-deb -x ./*.deb kernel
 version=$(basename kernel/boot/vmlinuz-* | sed 's/vmlinuz-//')
 depmod -b kernel "$version"
 
-mkdir -p image/{bin,proc,sys,tmp,run,var,tests,lib/modules}
+mkdir -p image/{bin,dev,proc,sys,tmp,run,var,tests,lib/modules}
 ln -s /run image/var/run
 cp "$(command -v busybox)" image/bin/busybox
 # The modules that the tests need, in an order in which they can be loaded.
@@ -35,6 +35,7 @@ cat >image/init <<'INIT'
 #!/bin/busybox sh
 export PATH=/bin HOME=/ CI=1
 /bin/busybox --install -s /bin
+mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t tmpfs tmpfs /tmp
