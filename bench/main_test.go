@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -44,13 +45,20 @@ func TestMain(m *testing.M) {
 	}))
 }
 
-// keepInside makes temporary files and named network namespaces end with the machine, even if it is interrupted.
+// keepInside makes temporary files and named network namespaces end with the machine, even if it is interrupted. Both are
+// in memory, as a node's /run is.
 func keepInside() error {
-	const names = "/var/run/netns" // of github.com/containernetworking/plugins/pkg/testutils
-	if err := os.MkdirAll(names, 0o755); err != nil {
-		return err
+	temporary := filepath.Join(machine.Dir, "temporary")
+	names := "/var/run/netns" // of github.com/containernetworking/plugins/pkg/testutils
+	for _, dir := range []string{names, temporary} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+			return fmt.Errorf("mounting a tmpfs at %s: %w", dir, err)
+		}
 	}
-	return errors.Join(unix.Mount("tmpfs", names, "tmpfs", 0, ""), os.Setenv("TMPDIR", machine.Dir))
+	return os.Setenv("TMPDIR", temporary)
 }
 
 // suite is a run: its results so far, and how much is measured.
