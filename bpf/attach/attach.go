@@ -208,7 +208,7 @@ type ending struct {
 
 var (
 	staying = ending{detachLink, leaveClsact}  // of a device that goes on
-	leaving = ending{unpinLink, detachClsact}  // of a device that is about to be removed
+	leaving = ending{unpinLink, clearClsact}   // of a device that is about to be removed
 	undo    = ending{detachLink, detachClsact} // of an attempt that failed
 )
 
@@ -219,7 +219,7 @@ func Detach(d *datapath.Datapath, bpfDir string, id ID) error {
 	return detach(d, bpfDir, id, staying)
 }
 
-// Release is Detach for a device that is about to be removed. It takes our qdisc off too, and does not wait for RCU grace
+// Release is Detach for a device that is about to be removed. It takes an empty clsact off too, and does not wait for RCU grace
 // periods: it stops the answering and removes the pins, and the kernel takes tcx and XDP programs off a moment later.
 func Release(d *datapath.Datapath, bpfDir string, id ID) error {
 	return detach(d, bpfDir, id, leaving)

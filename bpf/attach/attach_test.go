@@ -265,7 +265,7 @@ func (w *world) steps(way way) []step {
 		}}
 	}
 	remove := func(name string) step {
-		return step{name, func() error { return os.Remove(filepath.Join(dir, name)) }}
+		return step{name, func() error { return os.RemoveAll(filepath.Join(dir, name)) }} // no owns-clsact where an earlier qdisc was left
 	}
 	filter := func(side string) step {
 		return step{"filter at " + side, func() error {

@@ -212,6 +212,18 @@ func clsact(ifindex int) *netlink.Clsact {
 	}}
 }
 
+// clearClsact removes our filters, and the qdisc if it has no others: of a device that is about to go, it serves nobody.
+func clearClsact(_ string, ifindex int) error {
+	_, others, err := removeFilters(ifindex)
+	if err != nil || others > 0 {
+		return err
+	}
+	if err := removeClsact(ifindex); err != nil {
+		return fmt.Errorf("removing clsact from device %d: %w", ifindex, err)
+	}
+	return nil
+}
+
 // detachClsact removes our filters, and the qdisc if it is ours and has no other filters.
 func detachClsact(dir string, ifindex int) error {
 	marker := filepath.Join(dir, ownsQdisc)
