@@ -329,7 +329,7 @@ func removeUnpinned(d *datapath.Datapath, conf *netConf, id attach.ID) error {
 	if _, reused := devices[uint32(record.IfIndex)]; err != nil || reused {
 		return err
 	}
-	return attach.RemoveFilters(record.IfIndex)
+	return attach.ClearClsact(record.IfIndex)
 }
 
 // openForRemoval returns nil if the objects, or some of them, are not pinned any more: the rest can still be removed.

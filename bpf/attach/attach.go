@@ -206,6 +206,8 @@ type ending struct {
 	clsact func(dir string, ifindex int) error
 }
 
+func clearClsact(_ string, ifindex int) error { return ClearClsact(ifindex) }
+
 var (
 	staying = ending{detachLink, leaveClsact}  // of a device that goes on
 	leaving = ending{unpinLink, clearClsact}   // of a device that is about to be removed

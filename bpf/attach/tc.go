@@ -212,8 +212,9 @@ func clsact(ifindex int) *netlink.Clsact {
 	}}
 }
 
-// clearClsact removes our filters, and the qdisc if it has no others: of a device that is about to go, it serves nobody.
-func clearClsact(_ string, ifindex int) error {
+// ClearClsact removes our filters from a device that is about to go, and the clsact qdisc if it has no others: nobody will use it.
+// It needs no pins. A device that is gone is no error.
+func ClearClsact(ifindex int) error {
 	_, others, err := removeFilters(ifindex)
 	if err != nil || others > 0 {
 		return err
