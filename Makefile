@@ -38,10 +38,10 @@ test: build ## Run all tests; the privileged ones need root
 	cd bench && PROBELET_BIN=$(BIN) CGO_ENABLED=0 go test -count=1 -timeout 10m -ldflags '$(KUBE_VERSION)' -measure -short
 
 .PHONY: e2e
-e2e: build ## Test on a real kubelet, API server and containerd (root; etcd-server runc; the first build takes 15 minutes)
+e2e: build ## Test on a real kubelet, API server and containerd (root; etcd-server runc; the first build takes 15 minutes; HOOK=xdp)
 	@command -v etcd runc >/dev/null || { echo "etcd or runc is missing: apt-get install etcd-server runc"; exit 1; }
 	e2e/cluster/build.sh $(BIN)/cluster
-	cd e2e && PROBELET_BIN=$(BIN) PROBELET_CLUSTER=$(BIN)/cluster CGO_ENABLED=0 go test -count=1 -timeout 40m -v ./cluster
+	cd e2e && PROBELET_BIN=$(BIN) PROBELET_CLUSTER=$(BIN)/cluster CGO_ENABLED=0 go test -count=1 -timeout 40m -v ./cluster $(if $(HOOK),-hook $(HOOK))
 
 .PHONY: e2e-kind
 e2e-kind: build ## The same tests on a cluster of kind's (docker)

@@ -15,6 +15,9 @@ import (
 // cluster is where all tests run.
 var cluster *Cluster
 
+// hook is the chart's value, of every release that the tests deploy.
+var hook = flag.String("hook", "tc", "where answers are made: `tc|xdp`")
+
 var begin = time.Now()
 
 // say shows what is going on.

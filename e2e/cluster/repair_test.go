@@ -118,10 +118,14 @@ func TestRepair(t *testing.T) {
 // detachLinks takes the programs off a pod's device, as bpftool link detach does. The daemon makes them links after ADD.
 func detachLinks(t *testing.T, attachment string) {
 	t.Helper()
+	want := 2 // steer and observe
+	if *hook == "xdp" {
+		want++ // respond
+	}
 	var links []link.Link
 	eventually(t, "steer and observe are tcx links", time.Minute, func() bool {
 		links = linksOf(t, attachment)
-		return len(links) == 2
+		return len(links) == want
 	})
 	for _, l := range links {
 		must(t, errors.Join(l.Detach(), l.Close()))

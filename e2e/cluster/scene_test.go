@@ -29,10 +29,10 @@ func must(t *testing.T, err error) {
 // deployed are the values of the release that runs; nil: none.
 var deployed map[string]any
 
-// deploy has the chart's pod run with these values, besides that probes are answered.
+// deploy runs the chart's pod with these values, besides that probes are answered, by the hook under test.
 func deploy(t *testing.T, values map[string]any) {
 	t.Helper()
-	all := map[string]any{"mode": "answer"}
+	all := map[string]any{"mode": "answer", "hook": *hook}
 	for name, value := range values {
 		all[name] = value
 	}
@@ -149,7 +149,7 @@ type status struct {
 }
 
 type attachment struct {
-	Pod, ContainerID, IfName, HostIfName string
+	Pod, ContainerID, IfName, HostIfName, Hook string
 
 	Adopted   bool
 	Endpoints []endpoint
@@ -197,13 +197,16 @@ func readStatus(t *testing.T) (s status) {
 	return s
 }
 
-// awaitHits waits until so many probes of a pod were answered in the kernel, from now on.
+// awaitHits waits until n more probes of a pod were answered in the kernel, by the hook under test.
 func awaitHits(t *testing.T, pod string, n int) {
 	t.Helper()
 	before := readStatus(t).hits(pod)
 	eventually(t, fmt.Sprintf("%d probes of %s are answered", n, pod), time.Minute, func() bool {
 		return readStatus(t).hits(pod) >= before+n
 	})
+	if got := readStatus(t).of(pod).Hook; got != *hook {
+		t.Errorf("%s is answered by hook %q", pod, got)
+	}
 }
 
 func eventually(t *testing.T, what string, limit time.Duration, ok func() bool) {
