@@ -142,7 +142,7 @@ func TestOthersInTheChain(t *testing.T) {
 			})
 			t.Run("by hand, and another behind us", func(t *testing.T) {
 				setNetwork(t, edit(t, func(list map[string]any) {
-					addPlugins(list, map[string]any{"type": "probelet"}, tuning())
+					addPlugins(list, map[string]any{"type": "probelet", "hook": *hook}, tuning())
 				}))
 				pod := run(t, web("in"))
 				awaitHits(t, pod.Name, 3)
