@@ -23,9 +23,8 @@ import (
 const (
 	// focus selects the specs.
 	focus = `Probing (container|restartable init container)|\[sig-apps\] StatefulSet`
-	// skip leaves out those that need what this cluster lacks: storage, images of databases, features in alpha; or that
-	// are not to run beside others.
-	skip = `PVC|basic identity|deadlock when|adopt matching|\[Disruptive\]|\[Feature:|CockroachDB`
+	// skip leaves out those of a feature that is off. Those that need storage skip themselves.
+	skip = "StatefulSetRecreateStrategy"
 	// gates are on so that the specs of them run: they are off by default, and concern probes that are never answered.
 	gates = "GRPCContainerProbeTLS=true,H2CContainerProbe=true"
 )
