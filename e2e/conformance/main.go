@@ -64,13 +64,10 @@ func main() {
 	flag.IntVar(&o.procs, "procs", 20, "`number` of specs that run side by side; they mostly wait")
 	one := flag.String("variant", "", "run this variant only, without comparing: the command starts itself so")
 	flag.Parse()
-	var err error
-	if *one == "" {
-		err = o.all()
-	} else {
+	if *one != "" {
 		os.Exit(node.Run(func(m *node.Machine) int { return exitCode(o.run(m, *one)) }))
 	}
-	os.Exit(exitCode(err))
+	os.Exit(exitCode(o.all()))
 }
 
 func exitCode(err error) int {
@@ -82,9 +79,14 @@ func exitCode(err error) int {
 }
 
 // all runs the variants one after the other, and compares them.
-func (o options) all() error {
+func (o options) all() (err error) {
 	if err := node.Suited(); err != nil {
 		return err
+	}
+	for _, dir := range []*string{&o.out, &o.tools} {
+		if *dir, err = filepath.Abs(*dir); err != nil {
+			return err
+		}
 	}
 	var results []result
 	for name := range strings.SplitSeq(o.variants, ",") {
