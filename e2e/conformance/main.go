@@ -44,11 +44,12 @@ type options struct {
 	procs                       int
 }
 
-var begin = time.Now()
+// begin is when the command was started, in seconds since 1970.
+var begin = time.Now().Unix()
 
 // say shows progress.
 func say(format string, args ...any) {
-	fmt.Printf("%5.0fs %s\n", time.Since(begin).Seconds(), fmt.Sprintf(format, args...))
+	fmt.Printf("%5ds %s\n", time.Now().Unix()-begin, fmt.Sprintf(format, args...))
 }
 
 func main() {
@@ -63,6 +64,7 @@ func main() {
 	flag.StringVar(&o.tools, "tools", "", "`directory` of the cluster's programs")
 	flag.IntVar(&o.procs, "procs", 20, "`number` of specs that run side by side; they mostly wait")
 	one := flag.String("variant", "", "run this variant only, without comparing: the command starts itself so")
+	flag.Int64Var(&begin, "begin", begin, "when the command was started, in `seconds` since 1970, for one that starts itself")
 	flag.Parse()
 	if *one != "" {
 		os.Exit(node.Run(func(m *node.Machine) int { return exitCode(o.run(m, *one)) }))
@@ -142,7 +144,8 @@ func (o options) start(name, focus, dir string) (result, error) {
 		return result{}, err
 	}
 	say("variant %s", name)
-	cmd := exec.Command("/proc/self/exe", "-variant", name, "-focus", focus, "-out", dir, "-tools", o.tools, "-procs", strconv.Itoa(o.procs))
+	cmd := exec.Command("/proc/self/exe", "-variant", name, "-focus", focus, "-out", dir, "-tools", o.tools,
+		"-procs", strconv.Itoa(o.procs), "-begin", strconv.FormatInt(begin, 10))
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	if err := cmd.Run(); err != nil {
 		return result{}, fmt.Errorf("variant %s: %w; logs are in %s", name, err, dir)
