@@ -4,8 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -97,16 +100,20 @@ func currentCgroup() (dir string, err error) {
 // RootCgroup returns the directory of the root cgroup v2.
 func RootCgroup() (dir string, err error) { return cgroupMount() }
 
-// RunInOwnCgroup is for TestMain: it runs the tests in a cgroup of their own where that is possible, and exits.
+// RunInOwnCgroup is for TestMain: it runs the tests in a cgroup of their own where that is possible, and exits. As root it
+// runs them in a mount namespace of their own too, so that nothing that they mounted, pinned or named outlives them, even
+// if they are killed.
 func RunInOwnCgroup(run func() int) {
-	leave := func() error { return nil }
-	if os.Geteuid() == 0 {
-		_, left, err := OwnCgroup()
-		if err != nil {
-			fmt.Fprintln(os.Stderr, "a cgroup for the tests:", err)
-			os.Exit(1)
-		}
-		leave = left
+	if os.Geteuid() != 0 {
+		os.Exit(run())
+	}
+	if os.Getenv(inOwnMounts) == "" {
+		os.Exit(runAgainInOwnMounts())
+	}
+	_, leave, err := OwnCgroup()
+	if err = errors.Join(err, hideNames()); err != nil {
+		fmt.Fprintln(os.Stderr, "a cgroup and a mount namespace for the tests:", err)
+		os.Exit(1)
 	}
 	code := run()
 	if err := leave(); err != nil {
@@ -114,4 +121,34 @@ func RunInOwnCgroup(run func() int) {
 		code = max(code, 1)
 	}
 	os.Exit(code)
+}
+
+// inOwnMounts is set in the environment of tests that are in a mount namespace of their own.
+const inOwnMounts = "PROBELET_TEST_IN_OWN_MOUNTS"
+
+// runAgainInOwnMounts runs this process's program again, and returns its exit code.
+func runAgainInOwnMounts() int {
+	runtime.LockOSThread() // Pdeathsig is sent when the thread ends
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Args[0] = os.Args[0]
+	cmd.Env = append(os.Environ(), inOwnMounts+"=1")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	// Unlike with Cloneflags, mounts are made private too.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS, Pdeathsig: unix.SIGKILL}
+	err := cmd.Run()
+	if exit := new(exec.ExitError); errors.As(err, &exit) {
+		return max(exit.ExitCode(), 1)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "running the tests in a mount namespace:", err)
+		return 1
+	}
+	return 0
+}
+
+// hideNames makes the names that github.com/containernetworking/plugins/pkg/testutils gives to network namespaces end with
+// this mount namespace.
+func hideNames() error {
+	const names = "/var/run/netns"
+	return errors.Join(os.MkdirAll(names, 0o755), unix.Mount("tmpfs", names, "tmpfs", 0, ""))
 }

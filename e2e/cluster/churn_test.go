@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -90,7 +91,15 @@ func (c *churn) during(what string, do func()) {
 	}
 }
 
-// end says what went wrong.
+// failedPlugin returns the type of the plugin that libcni says failed, in an event's message; empty if it names none.
+func failedPlugin(message string) string {
+	_, after, _ := strings.Cut(message, `plugin type="`)
+	plugin, _, _ := strings.Cut(after, `" failed`)
+	return plugin
+}
+
+// end reports what went wrong. What the primary plugin failed at, such as duplicate address detection on a busy machine, is
+// counted apart: the runtime tries again, and probelet has no part in it.
 func (c *churn) end() {
 	c.t.Helper()
 	c.stop()
@@ -100,13 +109,41 @@ func (c *churn) end() {
 	}
 	list, err := cluster.Client.CoreV1().Events(Namespace).List(context.Background(), metav1.ListOptions{})
 	must(c.t, err)
+	primary, retried := map[string]int{}, map[string]bool{}
+	byPrimary := func(message string) (string, bool) {
+		plugin := failedPlugin(message)
+		return plugin, plugin != "" && plugin != "probelet"
+	}
 	for _, e := range list.Items {
-		if !strings.HasPrefix(e.InvolvedObject.Name, c.prefix) {
+		if plugin, is := byPrimary(e.Message); is {
+			primary[plugin+": "+e.Reason]++
+			retried[e.InvolvedObject.Name] = true
+		}
+	}
+	for _, e := range list.Items {
+		pod := e.InvolvedObject.Name
+		if _, is := byPrimary(e.Message); is || !strings.HasPrefix(pod, c.prefix) {
 			continue
 		}
-		switch e.Reason {
-		case "FailedCreatePodSandBox", "FailedKillPod", "NetworkNotReady", "SandboxChanged":
-			c.t.Errorf("%s: %s: %s", e.InvolvedObject.Name, e.Reason, e.Message)
+		switch {
+		case e.Reason == "SandboxChanged" && retried[pod]:
+		case slices.Contains([]string{"FailedCreatePodSandBox", "FailedKillPod", "NetworkNotReady", "SandboxChanged"}, e.Reason):
+			c.t.Errorf("%s: %s: %s", pod, e.Reason, e.Message)
+		}
+	}
+	say("failures of plugins before probelet: %v", primary)
+}
+
+func TestFailedPlugin(t *testing.T) {
+	const prefix = `Failed to create pod sandbox: rpc error: code = Unknown desc = failed to setup network for sandbox "1f0": `
+	for message, want := range map[string]string{
+		prefix + `plugin type="ptp" failed (add): failed to add IPv6 route: permission denied`:      "ptp",
+		prefix + `plugin type="probelet" failed (add): attaching to veth1: no space left on device`: "probelet",
+		prefix + `cni plugin not initialized`:                                                       "",
+		"":                                                                                          "",
+	} {
+		if got := failedPlugin(message); got != want {
+			t.Errorf("%q: %q, want %q", message, got, want)
 		}
 	}
 }
