@@ -112,7 +112,7 @@ func Attach(d *datapath.Datapath, bpfDir string, id ID, target Target, via Via) 
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, Detach(d, bpfDir, id))
+			err = errors.Join(err, detach(d, bpfDir, id, undo))
 		}
 	}()
 	// Before AddDevice, so that Prune does not take the device for a stray.
@@ -130,8 +130,8 @@ func Attach(d *datapath.Datapath, bpfDir string, id ID, target Target, via Via) 
 	return attachTC(d, dir, target.IfIndex, via)
 }
 
-// Promote replaces the clsact filters of an attachment with tcx links. For a moment both are there; the second program leaves
-// alone what the first has dealt with. A device that lost trust is put on trial again, because its answers may have been lost to a
+// Promote replaces the clsact filters of an attachment with tcx links, and leaves the empty qdisc. For a moment both are there;
+// the second program leaves alone what the first has dealt with. A device that lost trust is put on trial again, because its answers may have been lost to a
 // program that now runs after ours. Promote does nothing to an attachment that has tcx links already. The error is
 // ebpf.ErrNotSupported on a kernel without tcx.
 func Promote(d *datapath.Datapath, bpfDir string, id ID) error {
@@ -152,7 +152,7 @@ func Promote(d *datapath.Datapath, bpfDir string, id ID) error {
 	if err := attachTCX(d, dir, int(key.Ifindex)); err != nil {
 		return err
 	}
-	if err := detachClsact(dir, int(key.Ifindex)); err != nil {
+	if err := leaveClsact(dir, int(key.Ifindex)); err != nil {
 		return err
 	}
 	if device.Trust == datapath.TrustLost {
@@ -200,19 +200,32 @@ func OpenPod(d *datapath.Datapath, bpfDir string, id ID) (*datapath.Pod, error) 
 	return d.Pod(key)
 }
 
-// Detach removes everything that Attach made under the ID, even if the device is gone, the attempt was interrupted, or the build
-// had another ABI. Finding nothing is no error. d may be nil if the programs are not loaded (any more).
+// ending tells how an attachment is removed.
+type ending struct {
+	link   func(pin string) error
+	clsact func(dir string, ifindex int) error
+}
+
+var (
+	staying = ending{detachLink, leaveClsact}  // of a device that goes on
+	leaving = ending{unpinLink, detachClsact}  // of a device that is about to be removed
+	undo    = ending{detachLink, detachClsact} // of an attempt that failed
+)
+
+// Detach removes everything that Attach made under the ID but an empty clsact qdisc, whose removal would cost the device packets.
+// That is so even if the device is gone, the attempt was interrupted, or the build had another ABI. Finding nothing is no error. d
+// may be nil if the programs are not loaded (any more).
 func Detach(d *datapath.Datapath, bpfDir string, id ID) error {
-	return detach(d, bpfDir, id, detachLink)
+	return detach(d, bpfDir, id, staying)
 }
 
-// Release is Detach without waiting for RCU grace periods: it stops the answering and removes the pins, and the kernel takes tcx
-// and XDP programs off a moment later. It suits a device that is about to be removed anyway.
+// Release is Detach for a device that is about to be removed. It takes our qdisc off too, and does not wait for RCU grace
+// periods: it stops the answering and removes the pins, and the kernel takes tcx and XDP programs off a moment later.
 func Release(d *datapath.Datapath, bpfDir string, id ID) error {
-	return detach(d, bpfDir, id, unpinLink)
+	return detach(d, bpfDir, id, leaving)
 }
 
-func detach(d *datapath.Datapath, bpfDir string, id ID, removeLink func(pin string) error) error {
+func detach(d *datapath.Datapath, bpfDir string, id ID, how ending) error {
 	dirs, err := dirsOf(bpfDir, id)
 	errs := []error{err}
 	for _, dir := range dirs {
@@ -220,7 +233,7 @@ func detach(d *datapath.Datapath, bpfDir string, id ID, removeLink func(pin stri
 		if !isOurs(bpfDir, dir) {
 			owner = nil
 		}
-		errs = append(errs, detachFrom(owner, dir, removeLink))
+		errs = append(errs, detachFrom(owner, dir, how))
 	}
 	return errors.Join(errs...)
 }
@@ -238,7 +251,7 @@ func dirsOf(bpfDir string, id ID) ([]string, error) {
 // isOurs reports whether an attachment pinned in dir has this build's ABI.
 func isOurs(bpfDir, dir string) bool { return filepath.Dir(dir) == datapath.AttachmentsDir(bpfDir) }
 
-func detachFrom(d *datapath.Datapath, dir string, removeLink func(pin string) error) error {
+func detachFrom(d *datapath.Datapath, dir string, how ending) error {
 	if _, err := os.Stat(dir); datapath.Absent(err) {
 		return nil
 	}
@@ -252,16 +265,16 @@ func detachFrom(d *datapath.Datapath, dir string, removeLink func(pin string) er
 			return err
 		}
 	}
-	if err := removeLink(filepath.Join(dir, pinSteer)); err != nil {
+	if err := how.link(filepath.Join(dir, pinSteer)); err != nil {
 		return err
 	}
 	if ifindex != 0 {
-		if err := detachClsact(dir, ifindex); err != nil {
+		if err := how.clsact(dir, ifindex); err != nil {
 			return err
 		}
 	}
 	for _, pin := range []string{pinObserve, pinRespond} {
-		if err := removeLink(filepath.Join(dir, pin)); err != nil {
+		if err := how.link(filepath.Join(dir, pin)); err != nil {
 			return err
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -235,7 +236,7 @@ func TestPromoteUnderTraffic(t *testing.T) {
 				end()
 				w.wantWhole()
 				for thing := range w.state() {
-					if strings.Contains(thing, "clsact") || strings.HasPrefix(thing, "filter") {
+					if strings.HasPrefix(thing, "filter") {
 						t.Errorf("left: %s", thing)
 					}
 				}
@@ -392,10 +393,11 @@ func TestPromotionThatEndedHalfWay(t *testing.T) {
 			}
 			w.must(w.promote())
 			w.wantWhole()
-			promoted := len(w.state())
+			promoted := w.state()
+			maps.DeleteFunc(promoted, func(thing string, _ int) bool { return strings.HasSuffix(thing, "/owns-clsact") })
 			w.attach(way{attach.HookTC, attach.ViaTCX})
-			if fresh := w.state(); len(fresh) != promoted {
-				t.Errorf("%d things were left, and a fresh attachment has %v", promoted, fresh)
+			if fresh := w.state(); len(fresh) != len(promoted) {
+				t.Errorf("left: %v, and a fresh attachment has %v", promoted, fresh)
 			}
 		})
 	}
@@ -414,6 +416,101 @@ func TestPromoteOfWhatNeedsNone(t *testing.T) {
 	}
 	w.must(w.promote())
 	w.wantState(before)
+}
+
+// Adding or removing a qdisc makes the kernel drop what the host sends to the pod meanwhile, for some milliseconds.
+func TestNothingSentToThePodIsLost(t *testing.T) {
+	requireTCX(t)
+	w := newWorld(t)
+	for range 5 {
+		w.release() // takes the qdisc off
+		w.attach(way{attach.HookTC, attach.ViaClsact})
+		for _, change := range []struct {
+			name string
+			do   func()
+		}{
+			{"promoting", func() { w.must(w.promote()) }},
+			{"attaching again", func() { w.attach(way{attach.HookTC, attach.ViaAuto}) }},
+			{"detaching", w.detach},
+		} {
+			sent, received := w.countDatagrams(change.do)
+			if sent == 0 || received != sent {
+				t.Errorf("%s: %d of %d datagrams arrived", change.name, received, sent)
+			}
+		}
+	}
+}
+
+// countDatagrams sends datagrams to the pod during f, one after the other, and returns how many were sent and how many arrived.
+func (w *world) countDatagrams(f func()) (sent, received int) {
+	w.t.Helper()
+	var to net.PacketConn
+	w.must(w.pod.NS.Do(func(ns.NetNS) (err error) {
+		to, err = net.ListenPacket("udp", netip.AddrPortFrom(w.pod.IPv4, 0).String())
+		return err
+	}))
+	defer to.Close() //nolint:errcheck // a test's
+	var from net.Conn
+	w.must(w.inNode(func() (err error) { from, err = net.Dial("udp", to.LocalAddr().String()); return err }))
+	defer from.Close() //nolint:errcheck // a test's
+
+	begun, stop, counted := make(chan struct{}), make(chan struct{}), make(chan int)
+	go func() {
+		n := 0
+		for buffer := make([]byte, 1); ; n++ {
+			if _, _, err := to.ReadFrom(buffer); err != nil || buffer[0] == 1 {
+				counted <- n
+				return
+			}
+		}
+	}()
+	go func() {
+		n := 0
+		for ; ; n++ {
+			select {
+			case <-stop:
+				counted <- n
+				return
+			default:
+			}
+			_, _ = from.Write([]byte{0})
+			if n == 0 {
+				close(begun)
+			}
+			if n%64 == 0 {
+				time.Sleep(time.Millisecond) // so that the receiver's buffer never is full
+			}
+		}
+	}()
+	<-begun
+	f()
+	close(stop)
+	sent = <-counted
+	_, err := from.Write([]byte{1})
+	w.must(err)
+	w.must(to.SetReadDeadline(time.Now().Add(10 * time.Second)))
+	return sent, <-counted
+}
+
+// A device that is about to go loses our qdisc too, promoted or not.
+func TestReleaseTakesTheQdiscOff(t *testing.T) {
+	requireTCX(t)
+	for name, promoted := range map[string]bool{"clsact": false, "promoted": true} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			w.attach(way{attach.HookTC, attach.ViaClsact})
+			if promoted {
+				w.must(w.promote())
+			}
+			if w.state()[clsactKey] != 1 {
+				t.Fatal("there is no qdisc")
+			}
+			w.release()
+			if s := w.state(); s[clsactKey] != 0 {
+				t.Errorf("left: %v", s)
+			}
+		})
+	}
 }
 
 // Our qdisc stays as long as others use it.

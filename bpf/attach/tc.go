@@ -216,33 +216,36 @@ func clsact(ifindex int) *netlink.Clsact {
 func detachClsact(dir string, ifindex int) error {
 	marker := filepath.Join(dir, ownsQdisc)
 	_, err := os.Stat(marker)
-	removed, err := removeFromClsact(ifindex, err == nil)
-	if removed {
-		err = remove(marker)
-	}
+	owned := err == nil
+	marked, others, err := removeFilters(ifindex)
 	if err != nil {
+		return err
+	}
+	if (owned || marked) && others == 0 {
+		if err := removeClsact(ifindex); err != nil {
+			return fmt.Errorf("removing clsact from device %d: %w", ifindex, err)
+		}
+		if err := remove(marker); err != nil {
+			return err
+		}
+	}
+	return remove(filepath.Join(dir, viaClsact))
+}
+
+// leaveClsact removes our filters, and leaves the qdisc where it is: adding or removing one makes the kernel drop all that
+// the host sends to the device for some milliseconds (dev_deactivate in qdisc_graft, net/sched/sch_api.c). An empty one costs
+// packets nothing.
+func leaveClsact(dir string, ifindex int) error {
+	if err := RemoveFilters(ifindex); err != nil {
 		return err
 	}
 	return remove(filepath.Join(dir, viaClsact))
 }
 
-// RemoveFilters removes our filters from a device, of any build and without need of pins, and the clsact qdisc if they say that it
-// is ours. A device that is gone is no error.
+// RemoveFilters removes our filters from a device, of any build and without need of pins. A device that is gone is no error.
 func RemoveFilters(ifindex int) error {
-	_, err := removeFromClsact(ifindex, false)
+	_, _, err := removeFilters(ifindex)
 	return err
-}
-
-// removeFromClsact reports whether it removed the qdisc too.
-func removeFromClsact(ifindex int, owned bool) (removed bool, err error) {
-	marked, others, err := removeFilters(ifindex)
-	if err != nil || !owned && !marked || others > 0 {
-		return false, err // or nil: the qdisc stays
-	}
-	if err := removeClsact(ifindex); err != nil {
-		return false, fmt.Errorf("removing clsact from device %d: %w", ifindex, err)
-	}
-	return true, nil
 }
 
 // removeClsact removes the qdisc by kind, because netlink.QdiscDel would remove an ingress qdisc, too. No qdisc is no error.

@@ -75,11 +75,13 @@ func addDevices(all map[string]string) error {
 		}
 		said := device.Type()
 		for _, q := range qdiscs {
-			said += " qdisc " + q.Type()
+			if q.Type() != "clsact" { // it stays where ADD made one, because its removal would cost the pod packets
+				said += " qdisc " + q.Type()
+			}
 		}
 		for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
 			filters, err := netlinksafe.FilterList(device, parent)
-			if err == nil { // there is something to have filters
+			if err == nil && len(filters) > 0 {
 				said += fmt.Sprintf(" filters %d", len(filters))
 			}
 		}

@@ -125,13 +125,10 @@ func wantBare(t *testing.T, p *bpftest.Pod, attached bool) {
 		if xdp := device.Attrs().Xdp; xdp != nil && xdp.ProgId != 0 {
 			t.Errorf("XDP program %d is left on %s", xdp.ProgId, p.HostIfName)
 		}
-		qdiscs, err := netlinksafe.QdiscList(device)
-		if err != nil {
-			return err
-		}
-		for _, q := range qdiscs {
-			if q.Type() == "clsact" {
-				t.Errorf("clsact is left on %s", p.HostIfName)
+		for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
+			filters, err := netlinksafe.FilterList(device, parent)
+			if err == nil && len(filters) > 0 {
+				t.Errorf("filters are left on %s: %v", p.HostIfName, filters)
 			}
 		}
 		want := 0
