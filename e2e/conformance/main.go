@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -38,10 +39,20 @@ const (
 	usual = "default"
 )
 
+// named is the variant of a name.
+func named(name string) (variant, error) {
+	i := slices.IndexFunc(variants, func(v variant) bool { return v.name == name })
+	if i < 0 {
+		return variant{}, fmt.Errorf("there is no variant %q", name)
+	}
+	return variants[i], nil
+}
+
 // options are those of the command line.
 type options struct {
-	variants, focus, out, tools string
-	procs                       int
+	variants          []string // names
+	focus, out, tools string
+	procs             int
 }
 
 // begin is when the command was started, in seconds since 1970.
@@ -58,14 +69,15 @@ func main() {
 	for _, v := range variants {
 		names = append(names, v.name)
 	}
-	flag.StringVar(&o.variants, "variants", strings.Join(names, ","), "`names` of variants to run, with commas between")
+	list := flag.String("variants", strings.Join(names, ","), "`names` of variants to run, with commas between")
 	flag.StringVar(&o.focus, "focus", focus, "`regexp` of the specs")
-	flag.StringVar(&o.out, "out", "", "`directory` for reports and logs, whose contents are replaced")
+	flag.StringVar(&o.out, "out", "", "`directory` for reports and logs, with one in it for each variant")
 	flag.StringVar(&o.tools, "tools", "", "`directory` of the cluster's programs")
 	flag.IntVar(&o.procs, "procs", 20, "`number` of specs that run side by side; they mostly wait")
 	one := flag.String("variant", "", "run this variant only, without comparing: the command starts itself so")
 	flag.Int64Var(&begin, "begin", begin, "when the command was started, in `seconds` since 1970, for one that starts itself")
 	flag.Parse()
+	o.variants = strings.Split(*list, ",")
 	if *one != "" {
 		os.Exit(node.Run(func(m *node.Machine) int { return exitCode(o.run(m, *one)) }))
 	}
@@ -90,8 +102,13 @@ func (o options) all() (err error) {
 			return err
 		}
 	}
+	for _, name := range o.variants {
+		if _, err := named(name); err != nil {
+			return err
+		}
+	}
 	var results []result
-	for name := range strings.SplitSeq(o.variants, ",") {
+	for _, name := range o.variants {
 		r, err := o.start(name, o.focus, name)
 		if err != nil {
 			return err
@@ -110,7 +127,7 @@ func (o options) all() (err error) {
 	if len(problems) > 0 {
 		return fmt.Errorf("%d PROBLEMS:\n%s", len(problems), strings.Join(problems, "\n"))
 	}
-	say("no spec fails, or restarts a container more or less often, because of probelet")
+	say("no spec failed; none differs from plain Kubernetes in restarts, or takes more than %.1f times as long with the defaults", slowest)
 	return nil
 }
 

@@ -6,10 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -32,9 +32,9 @@ const (
 // run runs the specs on a cluster that it starts.
 func (o options) run(m *node.Machine, name string) (err error) {
 	ctx := context.Background()
-	i := slices.IndexFunc(variants, func(v variant) bool { return v.name == name })
-	if i < 0 {
-		return fmt.Errorf("there is no variant %q", name)
+	v, err := named(name)
+	if err != nil {
+		return err
 	}
 	c, err := cluster.Start(ctx, m, o.tools, cluster.Network("ptp", cluster.IPv4, cluster.IPv6), gates, func(string) {})
 	if c != nil {
@@ -51,17 +51,15 @@ func (o options) run(m *node.Machine, name string) (err error) {
 		return err
 	}
 	answered := answers{}
-	if values := variants[i].values; values != nil {
+	if v.values != nil {
 		all := map[string]any{"mode": "answer"}
-		for name, value := range values {
-			all[name] = value
-		}
+		maps.Copy(all, v.values)
 		if _, err := c.Deploy(ctx, all); err != nil {
 			return err
 		}
 	}
 	say("%s: the cluster runs", name)
-	if err := o.runSpecs(c, variants[i], answered); err != nil {
+	if err := o.runSpecs(c, v, answered); err != nil {
 		return err
 	}
 	return answered.write(filepath.Join(o.out, answersFile))
