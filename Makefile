@@ -43,7 +43,7 @@ e2e: build ## Test on a real kubelet, API server and containerd (root; etcd-serv
 	e2e/cluster/build.sh $(BIN)/cluster cluster
 	cd e2e && PROBELET_BIN=$(BIN) PROBELET_CLUSTER=$(BIN)/cluster CGO_ENABLED=0 go test -count=1 -timeout 40m -v ./cluster $(if $(HOOK),-hook $(HOOK))
 
-# Variants, with commas between: none is without probelet. Each takes eight minutes.
+# Variants, with commas between: none is without probelet. Each takes ten minutes.
 CONFORMANCE ?= none,default,stale5,refresh,xdp
 .PHONY: conformance
 conformance: build ## Run Kubernetes' own probe specs without probelet and with it (root; etcd-server runc busybox-static; CONFORMANCE=none,default)

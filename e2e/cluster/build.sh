@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds programs from their Go modules into a directory, and shows progress:
 #   build.sh DIRECTORY cluster       those that a node runs: 15 minutes on two cores the first time
-#   build.sh DIRECTORY conformance   besides, Kubernetes' own end-to-end tests and what they need: 10 more
+#   build.sh DIRECTORY conformance   besides, Kubernetes' own end-to-end tests and what they need: 5 more
 # A stamp beside the programs says what they were built from: while that is the same, nothing is done. With "check" as the
 # last argument it only says whether it is.
 set -euo pipefail
