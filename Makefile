@@ -14,7 +14,7 @@ KUBE_VERSION := -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-
 
 .PHONY: help
 help: ## Show this
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: build
 build: ## Build everything into bin/
@@ -40,8 +40,18 @@ test: build ## Run all tests; the privileged ones need root
 .PHONY: e2e
 e2e: build ## Test on a real kubelet, API server and containerd (root; etcd-server runc; the first build takes 15 minutes; HOOK=xdp)
 	@command -v etcd runc >/dev/null || { echo "etcd or runc is missing: apt-get install etcd-server runc"; exit 1; }
-	e2e/cluster/build.sh $(BIN)/cluster
+	e2e/cluster/build.sh $(BIN)/cluster cluster
 	cd e2e && PROBELET_BIN=$(BIN) PROBELET_CLUSTER=$(BIN)/cluster CGO_ENABLED=0 go test -count=1 -timeout 40m -v ./cluster $(if $(HOOK),-hook $(HOOK))
+
+# Variants, with commas between: none is without probelet. Each takes ten minutes.
+CONFORMANCE ?= none,default,stale5,refresh,xdp
+.PHONY: conformance
+conformance: build ## Run Kubernetes' own probe specs without probelet and with it (root; etcd-server runc busybox-static; CONFORMANCE=none,default)
+	@command -v etcd runc busybox >/dev/null || { echo "etcd, runc or busybox is missing: apt-get install etcd-server runc busybox-static"; exit 1; }
+	e2e/cluster/build.sh $(BIN)/cluster cluster
+	e2e/cluster/build.sh $(BIN)/cluster conformance
+	cd e2e && CGO_ENABLED=0 go build -trimpath -o $(BIN)/conformance ./conformance
+	cd e2e/conformance && $(BIN)/conformance -variants $(CONFORMANCE) -tools $(BIN)/cluster -out $(BIN)/conformance-results
 
 .PHONY: e2e-kind
 e2e-kind: build ## The same tests on a cluster of kind's (docker)

@@ -1,16 +1,12 @@
-// Package cluster runs a Kubernetes cluster of one node, of the real etcd, kube-apiserver, kubelet, containerd, runc and
-// CNI plugins, in the namespaces of package node. Their files are where they are on a node: what they write goes to
-// memory, and is gone with the namespaces. Or it runs on the node of a kind cluster, as a process of that node.
+// Package cluster runs a Kubernetes cluster of one node: the real etcd, API server, controller manager, scheduler, kubelet,
+// containerd, runc and CNI plugins, in the namespaces of package node. Their files are where a node has them: what they
+// write goes to memory, and is gone with the namespaces. Or it runs on the node of a kind cluster, as a process of that node.
 package cluster
 
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
-	"crypto/rsa"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"os"
@@ -24,7 +20,6 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
@@ -45,12 +40,10 @@ const (
 	nodeIPv6   = "fd00:177::1"
 	apiAddress = "https://" + nodeIP
 	// serviceIP is the API server's own in its service network. There is no kube-proxy: the node has it as an address.
-	serviceIP  = "10.96.0.1"
-	adminToken = "admin"
-	nodeToken  = "node"
+	serviceIP = "10.96.0.1"
 )
 
-// AppImage is of the app that the tests probe.
+// AppImage is the image of the app that the tests probe.
 const AppImage = "probelet.test/app:test"
 
 // Cluster is a running cluster.
@@ -60,21 +53,23 @@ type Cluster struct {
 	Config *rest.Config
 
 	NodeName string
-	// Kind: this is the node of a kind cluster, whose parts systemd and the kubelet run, and which has all controllers.
+	// Kind: this is the node of a kind cluster, whose parts systemd and the kubelet run.
 	Kind bool
 
 	kubelet  *rest.Config // its own server
 	kubelets int          // that were started
 	nodeIPs  string       // with a comma between
+	gates    string       // features of Kubernetes that are switched on, such as "A=true,B=true"
 	tools    string       // directory of its binaries; empty with Kind: in the PATH
 	dir      string       // of its own files
 	running  map[string]*exec.Cmd
 }
 
-// Start starts a cluster whose node is Ready, with pods on the network that networkConf configures.
-func Start(ctx context.Context, m *node.Machine, tools, networkConf string, say func(string)) (*Cluster, error) {
+// Start starts a cluster whose node is Ready, with pods on the network that networkConf configures, and with these feature
+// gates, such as "A=true,B=true", on.
+func Start(ctx context.Context, m *node.Machine, tools, networkConf, gates string, say func(string)) (*Cluster, error) {
 	c := &Cluster{
-		Machine: m, NodeName: ownNode, nodeIPs: nodeIP, tools: tools,
+		Machine: m, NodeName: ownNode, nodeIPs: nodeIP, tools: tools, gates: gates,
 		dir: filepath.Join(m.Dir, "cluster"), running: map[string]*exec.Cmd{},
 	}
 	c.kubelet = &rest.Config{Host: "https://" + nodeIP + ":10250", BearerToken: adminToken, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}
@@ -86,6 +81,7 @@ func Start(ctx context.Context, m *node.Machine, tools, networkConf string, say 
 		{"network", c.prepareNetwork},
 		{"etcd", c.startEtcd},
 		{"kube-apiserver", func() error { return c.startAPIServer(ctx) }},
+		{"kube-controller-manager, kube-scheduler", func() error { return c.startControllers(ctx) }},
 		{"CNI", func() error { return c.installCNI(networkConf) }},
 		{"containerd", c.startContainerd},
 		{"images", c.importImages},
@@ -186,101 +182,6 @@ func (c *Cluster) prepareNetwork() error {
 	return nil
 }
 
-func (c *Cluster) startEtcd() error {
-	return c.start("etcd", node.OtherCgroup, "etcd", "--data-dir", filepath.Join(c.dir, "etcd"), "--unsafe-no-fsync", "--log-level", "warn")
-}
-
-func (c *Cluster) startAPIServer(ctx context.Context) error {
-	key, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		return err
-	}
-	der, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return err
-	}
-	keyFile := filepath.Join(c.dir, "service-accounts.key")
-	err = os.WriteFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600)
-	if err != nil {
-		return err
-	}
-	tokens := filepath.Join(c.dir, "tokens.csv")
-	err = os.WriteFile(tokens, []byte(adminToken+",admin,admin,system:masters\n"+
-		nodeToken+",system:node:"+c.NodeName+",node,system:nodes\n"), 0o600)
-	if err != nil {
-		return err
-	}
-	if err := c.StartAPIServer(); err != nil {
-		return err
-	}
-	ca := filepath.Join(c.dir, "apiserver", "apiserver.crt")
-	c.Config = &rest.Config{Host: apiAddress, BearerToken: adminToken, TLSClientConfig: rest.TLSClientConfig{CAFile: ca}, QPS: 1000, Burst: 1000}
-	err = until(ctx, time.Minute, func(context.Context) (err error) {
-		c.Client, err = kubernetes.NewForConfig(c.Config) // as soon as the server has made its authority
-		return err
-	})
-	if err == nil {
-		err = c.AwaitAPIServer(ctx)
-	}
-	if err != nil {
-		return errors.Join(err, c.Log("kube-apiserver"))
-	}
-	kubeconfig := fmt.Sprintf(`{"apiVersion": "v1", "kind": "Config", "current-context": "node",
-		"clusters": [{"name": "c", "cluster": {"server": %q, "certificate-authority": %q}}],
-		"users": [{"name": "u", "user": {"token": %q}}],
-		"contexts": [{"name": "node", "context": {"cluster": "c", "user": "u"}}]}`, apiAddress, ca, nodeToken)
-	if err := os.WriteFile(c.kubeconfig(), []byte(kubeconfig), 0o600); err != nil {
-		return err
-	}
-	return c.prepareAPI(ctx, ca)
-}
-
-// prepareAPI makes what controllers would: there are none here.
-func (c *Cluster) prepareAPI(ctx context.Context, ca string) error {
-	text, err := os.ReadFile(ca)
-	if err != nil {
-		return err
-	}
-	for _, namespace := range []string{"default", "kube-system"} {
-		err := until(ctx, time.Minute, func(ctx context.Context) error {
-			_, err := c.Client.CoreV1().ServiceAccounts(namespace).Create(ctx,
-				&corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "default"}}, metav1.CreateOptions{})
-			if err == nil || apierrors.IsAlreadyExists(err) {
-				_, err = c.Client.CoreV1().ConfigMaps(namespace).Create(ctx, &corev1.ConfigMap{
-					ObjectMeta: metav1.ObjectMeta{Name: "kube-root-ca.crt"}, Data: map[string]string{"ca.crt": string(text)},
-				}, metav1.CreateOptions{})
-			}
-			if apierrors.IsAlreadyExists(err) {
-				return nil
-			}
-			return err
-		})
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// StartAPIServer starts the API server, for example after Stop.
-func (c *Cluster) StartAPIServer() error {
-	if c.Kind {
-		return startAPIServerOnKind()
-	}
-	keyFile := filepath.Join(c.dir, "service-accounts.key")
-	return c.start("kube-apiserver", node.OtherCgroup, filepath.Join(c.tools, "kube-apiserver"),
-		"--etcd-servers=http://127.0.0.1:2379",
-		"--secure-port=443", "--advertise-address="+nodeIP, "--external-hostname="+nodeIP,
-		"--cert-dir="+filepath.Join(c.dir, "apiserver"),
-		"--service-cluster-ip-range=10.96.0.0/16",
-		"--service-account-issuer="+apiAddress,
-		"--service-account-key-file="+keyFile, "--service-account-signing-key-file="+keyFile,
-		"--token-auth-file="+filepath.Join(c.dir, "tokens.csv"),
-		"--authorization-mode=Node,RBAC",
-		"--allow-privileged=true",
-	)
-}
-
 // installCNI puts the primary network onto the node.
 func (c *Cluster) installCNI(conf string) error {
 	if err := c.installPlugins(); err != nil {
@@ -360,11 +261,11 @@ state = "/run/containerd"
     bin_dirs = [%q]
     conf_dir = %q
 `, pauseImage, BinDir, NetDir)
-	file := filepath.Join(c.dir, "containerd.toml")
+	file := c.file("containerd.toml")
 	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
 		return err
 	}
-	if err := c.start("containerd", node.OtherCgroup, filepath.Join(c.tools, "containerd"), "--config", file); err != nil {
+	if err := c.start("containerd", node.OtherCgroup, c.tool("containerd"), "--config", file); err != nil {
 		return err
 	}
 	return until(context.Background(), 30*time.Second, func(context.Context) error { return c.ctr("version") })
@@ -374,27 +275,26 @@ const pauseImage = "probelet.test/pause:test"
 
 func (c *Cluster) importImages() error {
 	app := filepath.Join(c.Bin, "app")
-	for _, i := range []struct {
-		reference, dir string
-		entrypoint     []string
-		binaries       []string
-	}{
-		{AppImage, "/", []string{"/app"}, []string{app}},
-		{pauseImage, "/", []string{"/app", "pause"}, []string{app}},
-	} {
-		file := filepath.Join(c.dir, "image.tar")
-		if err := image.Write(file, i.reference, i.dir, i.entrypoint, i.binaries...); err != nil {
-			return fmt.Errorf("%s: %w", i.reference, err)
+	program := []image.File{{Path: "/app", Source: app}}
+	return c.Import(
+		image.Image{Reference: AppImage, Entrypoint: []string{"/app"}, Files: program},
+		image.Image{Reference: pauseImage, Entrypoint: []string{"/app", "pause"}, Files: program},
+		image.Probelet(image.Reference, c.Bin),
+	)
+}
+
+// Import puts images onto the node.
+func (c *Cluster) Import(images ...image.Image) error {
+	file := c.file("image.tar")
+	for _, i := range images {
+		if err := i.Write(file); err != nil {
+			return fmt.Errorf("%s: %w", i.Reference, err)
 		}
 		if err := c.ctr("images", "import", file); err != nil {
 			return err
 		}
 	}
-	file := filepath.Join(c.dir, "image.tar")
-	if err := image.WriteProbelet(file, image.Reference, c.Bin); err != nil {
-		return err
-	}
-	return c.ctr("images", "import", file)
+	return os.Remove(file)
 }
 
 func (c *Cluster) ctr(args ...string) error {
@@ -409,9 +309,7 @@ func (c *Cluster) tool(name string) string {
 	return filepath.Join(c.tools, name)
 }
 
-func (c *Cluster) kubeconfig() string { return filepath.Join(c.dir, "kubelet.kubeconfig") }
-
-// kubeletCgroup is that of the kubelet that was started last. Each start has a new one, as with systemd.
+// kubeletCgroup names the cgroup of the kubelet started last. Each start has a new one, as with systemd.
 func (c *Cluster) kubeletCgroup() string { return fmt.Sprintf("kubelet-%d", c.kubelets) }
 
 // StartKubelet starts the kubelet, for example after Stop.
@@ -432,16 +330,18 @@ evictionHard: {memory.available: "0%%", nodefs.available: "0%%", nodefs.inodesFr
 containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
 maxPods: 250
 cgroupRoot: %s
+featureGates: %s
 authentication:
   anonymous: {enabled: false}
   webhook: {enabled: true}
+  x509: {clientCAFile: %s}
 authorization: {mode: Webhook}
 registerNode: true
 syncFrequency: 10s
 nodeStatusUpdateFrequency: 5s
 volumePluginDir: %s
-`, c.CgroupName(), filepath.Join(c.dir, "volume-plugins"))
-	file := filepath.Join(c.dir, "kubelet.yaml")
+`, c.CgroupName(), kubeletGates(c.gates), c.file(clientAuthority), c.file("volume-plugins"))
+	file := c.file("kubelet.yaml")
 	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
 		return err
 	}
@@ -449,16 +349,20 @@ volumePluginDir: %s
 	if err := os.Mkdir(c.CgroupPath(c.kubeletCgroup()), 0o755); err != nil {
 		return err
 	}
-	return c.start("kubelet", c.kubeletCgroup(), filepath.Join(c.tools, "kubelet"),
-		"--config", file, "--kubeconfig", c.kubeconfig(),
+	return c.start("kubelet", c.kubeletCgroup(), c.tool("kubelet"),
+		"--config", file, "--kubeconfig", c.kubeconfig(nodeToken),
 		"--hostname-override", c.NodeName, "--node-ip", c.nodeIPs)
 }
 
+// awaitNode waits until the node is Ready and pods may be put there.
 func (c *Cluster) awaitNode(ctx context.Context) error {
 	err := until(ctx, time.Minute, func(ctx context.Context) error {
 		n, err := c.Client.CoreV1().Nodes().Get(ctx, c.NodeName, metav1.GetOptions{})
 		if err != nil {
 			return err
+		}
+		if len(n.Spec.Taints) > 0 {
+			return fmt.Errorf("the node's taints are %+v", n.Spec.Taints)
 		}
 		for _, condition := range n.Status.Conditions {
 			if condition.Type == corev1.NodeReady && condition.Status == corev1.ConditionTrue {
@@ -516,7 +420,7 @@ func (c *Cluster) Stop(name string, signal os.Signal) error {
 	return nil
 }
 
-func (c *Cluster) logFile(name string) string { return filepath.Join(c.dir, name+".log") }
+func (c *Cluster) logFile(name string) string { return c.file(name + ".log") }
 
 // Log is the end of what a part has written, as an error.
 func (c *Cluster) Log(name string) error {
@@ -544,14 +448,6 @@ func (c *Cluster) KeepLogs(dir string) error {
 		return err
 	}
 	return node.RunCommand(exec.Command("cp", append(append([]string{"-r"}, logs...), "/var/log/pods", dir)...))
-}
-
-// AwaitAPIServer waits until the API server answers.
-func (c *Cluster) AwaitAPIServer(ctx context.Context) error {
-	return until(ctx, 2*time.Minute, func(ctx context.Context) error {
-		_, err := c.Client.Discovery().RESTClient().Get().AbsPath("/readyz").DoRaw(ctx)
-		return err
-	})
 }
 
 // Kubelet gets a path of the kubelet's own server.

@@ -20,8 +20,8 @@ const Chart = "../../cni-conf/helm/probelet"
 // System is the namespace that probelet is in.
 const System = "kube-system"
 
-// Deploy does what helm and the DaemonSet's controller do together, on the one node: it applies what the chart gives for
-// the values, ends the pod of the release before, and starts the new one. It returns when that runs.
+// Deploy does what helm upgrade --install --wait does: it applies what the chart gives for the values, and returns the
+// daemon's pod once it is Ready.
 func (c *Cluster) Deploy(ctx context.Context, values map[string]any) (*corev1.Pod, error) {
 	all := map[string]any{"image": map[string]any{"pullPolicy": "Never"}}
 	for name, value := range values {
@@ -61,13 +61,7 @@ func (c *Cluster) Deploy(ctx context.Context, values map[string]any) (*corev1.Po
 			return nil, err
 		}
 	}
-	if c.Kind {
-		return c.awaitRollout(ctx, set)
-	}
-	if err := c.endDaemonPod(ctx); err != nil {
-		return nil, err
-	}
-	return c.startDaemonPod(ctx, set)
+	return c.awaitRollout(ctx, set)
 }
 
 // createOrUpdate applies an object.
@@ -80,9 +74,6 @@ func createOrUpdate[T any](ctx context.Context, object T, create func(context.Co
 	}
 	return made, err
 }
-
-// daemonPod is what the DaemonSet's pods are called: there is one at a time.
-const daemonPod = "probelet-node1"
 
 // awaitRollout waits for the controller.
 func (c *Cluster) awaitRollout(ctx context.Context, set *appsv1.DaemonSet) (*corev1.Pod, error) {
@@ -118,9 +109,6 @@ func (c *Cluster) daemonPods(ctx context.Context) ([]corev1.Pod, error) {
 
 // Undeploy deletes the DaemonSet, and with it the daemon's pod, if there is one, in an orderly manner.
 func (c *Cluster) Undeploy(ctx context.Context) error {
-	if !c.Kind {
-		return c.endDaemonPod(ctx)
-	}
 	sets := c.Client.AppsV1().DaemonSets(System)
 	list, err := sets.List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=probelet"})
 	if err != nil {
@@ -138,24 +126,4 @@ func (c *Cluster) Undeploy(ctx context.Context) error {
 		}
 		return err
 	})
-}
-
-func (c *Cluster) endDaemonPod(ctx context.Context) error {
-	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: daemonPod, Namespace: System}}
-	err := c.Delete(ctx, pod)
-	if apierrors.IsNotFound(err) {
-		return nil
-	}
-	return err
-}
-
-// startDaemonPod does what the DaemonSet's controller does.
-func (c *Cluster) startDaemonPod(ctx context.Context, set *appsv1.DaemonSet) (*corev1.Pod, error) {
-	pod := &corev1.Pod{ObjectMeta: set.Spec.Template.ObjectMeta, Spec: set.Spec.Template.Spec}
-	pod.Name, pod.Namespace = daemonPod, System
-	pod, err := c.Create(ctx, pod)
-	if err != nil {
-		return nil, err
-	}
-	return c.Await(ctx, pod, time.Minute, "ready", Ready)
 }

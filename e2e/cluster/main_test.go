@@ -44,7 +44,7 @@ func TestMain(m *testing.M) {
 	os.Exit(node.Run(func(inner *node.Machine) int {
 		tools, err := filepath.Abs(tools)
 		if err == nil {
-			cluster, err = Start(context.Background(), inner, tools, Network("ptp", IPv4, IPv6), func(what string) { say("starting: %s", what) })
+			cluster, err = Start(context.Background(), inner, tools, Network("ptp", IPv4, IPv6), "", func(what string) { say("starting: %s", what) })
 		}
 		code := runAll(m, err)
 		if code != 0 && cluster != nil {

@@ -58,7 +58,6 @@ func Pod(name string, containers ...corev1.Container) *corev1.Pod {
 
 // Create creates a pod.
 func (c *Cluster) Create(ctx context.Context, pod *corev1.Pod) (*corev1.Pod, error) {
-	pod.Spec.NodeName = c.NodeName // there may be no scheduler
 	return c.Client.CoreV1().Pods(pod.Namespace).Create(ctx, pod, metav1.CreateOptions{})
 }
 

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"io"
 	"os"
+	"path"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -17,38 +18,47 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 )
 
-// Reference is the image of the chart's default values.
-const Reference = "registry.example/probelet:dev"
-
-// WriteProbelet writes the image that the Dockerfile describes, of binaries in directory bin.
-func WriteProbelet(file, reference, bin string) error {
-	const dir = "/usr/local/bin"
-	return Write(file, reference, dir, []string{dir + "/probeletd"},
-		filepath.Join(bin, "probelet"), filepath.Join(bin, "probeletd"), filepath.Join(bin, "probeletctl"))
+// Image describes an image of one layer.
+type Image struct {
+	Reference       string
+	Entrypoint, Cmd []string
+	Files           []File
 }
 
-// Write writes an image into a file that containerd and Docker import: the binaries, in directory dir of the image, and
-// the command that runs if nothing else is said.
-func Write(file, reference, dir string, entrypoint []string, binaries ...string) error {
-	tag, err := name.NewTag(reference)
+// File is a file of an image: a copy of Source, or a symbolic link to Link, or, with neither, a directory that all may write to.
+type File struct{ Path, Source, Link string }
+
+// Reference names the image of the chart's default values.
+const Reference = "registry.example/probelet:dev"
+
+// Probelet describes the image that the Dockerfile does, of binaries in directory bin.
+func Probelet(reference, bin string) Image {
+	const dir = "/usr/local/bin/"
+	i := Image{Reference: reference, Entrypoint: []string{dir + "probeletd"}}
+	for _, binary := range []string{"probelet", "probeletd", "probeletctl"} {
+		i.Files = append(i.Files, File{Path: dir + binary, Source: filepath.Join(bin, binary)})
+	}
+	return i
+}
+
+// searchPath is the PATH of every image.
+const searchPath = "PATH=/usr/local/bin:/usr/bin:/bin"
+
+// Write writes an image into a file that containerd and Docker import.
+func (i Image) Write(file string) error {
+	tag, err := name.NewTag(i.Reference)
 	if err != nil {
 		return err
 	}
-	var layer bytes.Buffer
-	archive := tar.NewWriter(&layer)
-	for _, binary := range binaries {
-		if err := add(archive, dir, binary); err != nil {
-			return err
-		}
-	}
-	if err := archive.Close(); err != nil {
-		return err
-	}
-	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(layer.Bytes())), nil })
+	text, err := i.layer()
 	if err != nil {
 		return err
 	}
-	image, err := mutate.AppendLayers(empty.Image, l)
+	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(text)), nil })
+	if err != nil {
+		return err
+	}
+	image, err := mutate.AppendLayers(empty.Image, layer)
 	if err != nil {
 		return err
 	}
@@ -58,25 +68,42 @@ func Write(file, reference, dir string, entrypoint []string, binaries ...string)
 	}
 	config = config.DeepCopy()
 	config.OS, config.Architecture = "linux", runtime.GOARCH
-	config.Config = v1.Config{Entrypoint: entrypoint, Env: []string{"PATH=/" + strings.TrimPrefix(dir, "/")}}
+	config.Config = v1.Config{Entrypoint: i.Entrypoint, Cmd: i.Cmd, Env: []string{searchPath}}
 	if image, err = mutate.ConfigFile(image, config); err != nil {
 		return err
 	}
 	return tarball.WriteToFile(file, tag, image)
 }
 
-func add(archive *tar.Writer, dir, binary string) error {
-	program, err := os.ReadFile(binary)
-	if err != nil {
-		return err
+func (i Image) layer() ([]byte, error) {
+	var layer bytes.Buffer
+	archive := tar.NewWriter(&layer)
+	for _, f := range i.Files {
+		if err := f.add(archive); err != nil {
+			return nil, err
+		}
 	}
-	header := &tar.Header{
-		Name: strings.TrimPrefix(filepath.Join(dir, filepath.Base(binary)), "/"),
-		Mode: 0o755, Size: int64(len(program)), Typeflag: tar.TypeReg,
+	return layer.Bytes(), archive.Close()
+}
+
+func (f File) add(archive *tar.Writer) error {
+	header := &tar.Header{Name: strings.TrimPrefix(path.Clean(f.Path), "/"), Mode: 0o755, Typeflag: tar.TypeReg}
+	var contents []byte
+	switch {
+	case f.Link != "":
+		header.Typeflag, header.Linkname = tar.TypeSymlink, f.Link
+	case f.Source == "":
+		header.Typeflag, header.Mode = tar.TypeDir, 0o1777
+	default:
+		var err error
+		if contents, err = os.ReadFile(f.Source); err != nil {
+			return err
+		}
+		header.Size = int64(len(contents))
 	}
 	if err := archive.WriteHeader(header); err != nil {
 		return err
 	}
-	_, err = archive.Write(program)
+	_, err := archive.Write(contents)
 	return err
 }

@@ -14,7 +14,7 @@ func main() {
 	reference := flag.String("t", image.Reference, "`name` of the image, with tag")
 	bin := flag.String("bin", "bin", "`directory` of the binaries")
 	flag.Parse()
-	if err := image.WriteProbelet(*file, *reference, *bin); err != nil {
+	if err := image.Probelet(*reference, *bin).Write(*file); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
