@@ -116,7 +116,7 @@ func (o options) all() (err error) {
 		results = append(results, r)
 	}
 	fmt.Print(table(results))
-	problems := compare(results)
+	problems := append(compare(results), idle(results)...)
 	if names := slower(find(results, plain), find(results, usual)); len(names) > 0 {
 		again, err := o.again(names)
 		if err != nil {

@@ -110,10 +110,8 @@ func find(results []result, variant string) result {
 func compare(results []result) (problems []string) {
 	without := find(results, plain)
 	for _, r := range results {
-		answered := 0
 		for _, name := range names(r) {
 			s := r.specs[name]
-			answered += s.answered
 			was, ran := without.specs[name]
 			switch {
 			case !s.passed:
@@ -126,6 +124,17 @@ func compare(results []result) (problems []string) {
 			if _, ran := r.specs[name]; !ran {
 				problems = append(problems, fmt.Sprintf("%s: was not run: %s", r.variant, name))
 			}
+		}
+	}
+	return problems
+}
+
+// idle returns in words which variants with probelet answered no probe.
+func idle(results []result) (problems []string) {
+	for _, r := range results {
+		answered := 0
+		for _, s := range r.specs {
+			answered += s.answered
 		}
 		if r.variant != plain && answered == 0 {
 			problems = append(problems, r.variant+": no probe was answered, so nothing was tested")
