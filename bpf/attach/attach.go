@@ -112,7 +112,7 @@ func Attach(d *datapath.Datapath, bpfDir string, id ID, target Target, via Via) 
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, detach(d, bpfDir, id, undo))
+			err = errors.Join(err, Detach(d, bpfDir, id))
 		}
 	}()
 	// Before AddDevice, so that Prune does not take the device for a stray.
@@ -131,9 +131,9 @@ func Attach(d *datapath.Datapath, bpfDir string, id ID, target Target, via Via) 
 }
 
 // Promote replaces the clsact filters of an attachment with tcx links, and leaves the empty qdisc. For a moment both are there;
-// the second program leaves alone what the first has dealt with. A device that lost trust is put on trial again, because its answers may have been lost to a
-// program that now runs after ours. Promote does nothing to an attachment that has tcx links already. The error is
-// ebpf.ErrNotSupported on a kernel without tcx.
+// the second program leaves alone what the first has dealt with. A device that lost trust is put on trial again, because its
+// answers may have been lost to a program that now runs after ours. Promote does nothing to an attachment that has tcx links
+// already. The error is ebpf.ErrNotSupported on a kernel without tcx.
 func Promote(d *datapath.Datapath, bpfDir string, id ID) error {
 	dir := filepath.Join(datapath.AttachmentsDir(bpfDir), id.name())
 	key, err := deviceIn(dir)
@@ -152,7 +152,10 @@ func Promote(d *datapath.Datapath, bpfDir string, id ID) error {
 	if err := attachTCX(d, dir, int(key.Ifindex)); err != nil {
 		return err
 	}
-	if err := leaveClsact(dir, int(key.Ifindex)); err != nil {
+	if err := RemoveFilters(int(key.Ifindex)); err != nil {
+		return err
+	}
+	if err := remove(filepath.Join(dir, viaClsact)); err != nil {
 		return err
 	}
 	if device.Trust == datapath.TrustLost {
@@ -202,16 +205,13 @@ func OpenPod(d *datapath.Datapath, bpfDir string, id ID) (*datapath.Pod, error) 
 
 // ending tells how an attachment is removed.
 type ending struct {
-	link   func(pin string) error
-	clsact func(dir string, ifindex int) error
+	link    func(pin string) error
+	filters func(ifindex int) error
 }
 
-func clearClsact(_ string, ifindex int) error { return ClearClsact(ifindex) }
-
 var (
-	staying = ending{detachLink, leaveClsact}  // of a device that goes on
-	leaving = ending{unpinLink, clearClsact}   // of a device that is about to be removed
-	undo    = ending{detachLink, detachClsact} // of an attempt that failed
+	staying = ending{detachLink, RemoveFilters} // of a device that goes on
+	leaving = ending{unpinLink, ClearClsact}    // of a device that is about to be removed
 )
 
 // Detach removes everything that Attach made under the ID but an empty clsact qdisc, whose removal would cost the device packets.
@@ -271,7 +271,7 @@ func detachFrom(d *datapath.Datapath, dir string, how ending) error {
 		return err
 	}
 	if ifindex != 0 {
-		if err := how.clsact(dir, ifindex); err != nil {
+		if err := how.filters(ifindex); err != nil {
 			return err
 		}
 	}

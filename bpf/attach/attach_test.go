@@ -265,7 +265,7 @@ func (w *world) steps(way way) []step {
 		}}
 	}
 	remove := func(name string) step {
-		return step{name, func() error { return os.RemoveAll(filepath.Join(dir, name)) }} // no owns-clsact where an earlier qdisc was left
+		return step{name, func() error { return os.Remove(filepath.Join(dir, name)) }}
 	}
 	filter := func(side string) step {
 		return step{"filter at " + side, func() error {
@@ -287,7 +287,7 @@ func (w *world) steps(way way) []step {
 	if w.isTCX() {
 		return append(steps, pin("observe"), pin("steer"))
 	}
-	return append(steps, remove("clsact"), remove("owns-clsact"),
+	return append(steps, remove("clsact"),
 		step{"qdisc", func() error { return netlink.QdiscDel(clsactQdisc(w.pod.IfIndex)) }},
 		filter("ingress"), filter("egress"))
 }

@@ -140,6 +140,19 @@ func newOwnerTest(t *testing.T, way way, ipv6, bridged bool) *ownerTest {
 	return o
 }
 
+// eachOwnerTest runs the test over all ways and both families, at once.
+func eachOwnerTest(t *testing.T, test func(t *testing.T, o *ownerTest)) {
+	t.Helper()
+	for _, way := range ways {
+		for _, ipv6 := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s IPv6 %v", way, ipv6), func(t *testing.T) {
+				t.Parallel()
+				test(t, newOwnerTest(t, way, ipv6, false))
+			})
+		}
+	}
+}
+
 // connection is the addresses of one, the client's first.
 type connection struct{ from, to netip.AddrPort }
 
@@ -248,66 +261,54 @@ func TestPortsOfAVanishedOwnerAreAnybodys(t *testing.T) {
 			})
 		},
 	}
-	for _, way := range ways {
-		for _, ipv6 := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s IPv6 %v", way, ipv6), func(t *testing.T) {
-				t.Parallel()
-				o := newOwnerTest(t, way, ipv6, false)
-				var all []func() error
-				for _, state := range states {
-					for name, exchange := range foreign {
-						c := o.vanish(t, state)
-						o.wantFlows(t, int(o.ports))
-						all = append(all, func() error {
-							if err := exchange(o.Node.NS, c); err != nil {
-								return fmt.Errorf("%s, then %s: %w", state, name, err)
-							}
-							return nil
-						})
+	eachOwnerTest(t, func(t *testing.T, o *ownerTest) {
+		var all []func() error
+		for _, state := range states {
+			for name, exchange := range foreign {
+				c := o.vanish(t, state)
+				o.wantFlows(t, int(o.ports))
+				all = append(all, func() error {
+					if err := exchange(o.Node.NS, c); err != nil {
+						return fmt.Errorf("%s, then %s: %w", state, name, err)
 					}
-				}
-				before := o.counters(t)["handed_over"]
-				if err := atOnce(all); err != nil {
-					t.Error(err)
-				}
-				if handed := o.counters(t)["handed_over"] - before; handed != uint64(len(states)) {
-					t.Errorf("%d connections were handed over, want those of the prober", handed)
-				}
-				o.wantNothingLeft(t)
-			})
+					return nil
+				})
+			}
 		}
-	}
+		before := o.counters(t)["handed_over"]
+		if err := atOnce(all); err != nil {
+			t.Error(err)
+		}
+		if handed := o.counters(t)["handed_over"] - before; handed != uint64(len(states)) {
+			t.Errorf("%d connections were handed over, want those of the prober", handed)
+		}
+		o.wantNothingLeft(t)
+	})
 }
 
 // While a client connects, it resets what the pod has left of an earlier connection. That is no outcome of its own.
 func TestAStaleConnectionIsNoOutcome(t *testing.T) {
-	for _, way := range ways {
-		for _, ipv6 := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s IPv6 %v", way, ipv6), func(t *testing.T) {
-				t.Parallel()
-				o := newOwnerTest(t, way, ipv6, false)
-				c := o.vanish(t, observing)
-				o.expirePort(t, c.to.Port())
-				outcomes, err := o.d.Outcomes()
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer outcomes.Close() //nolint:errcheck // a test's
-				bpftest.Do(t, o.Node.NS, func() error {
-					conn, err := dialFrom(c.from, c.to)
-					if err != nil {
-						return err
-					}
-					return conn.Close()
-				})
-				o.wantNothingLeft(t)
-				got := readOutcomes(t, outcomes)
-				if len(got) != 1 || got[0].Event != datapath.EventConnected {
-					t.Errorf("outcomes %+v, want that it connected", got)
-				}
-			})
+	eachOwnerTest(t, func(t *testing.T, o *ownerTest) {
+		c := o.vanish(t, observing)
+		o.expirePort(t, c.to.Port())
+		outcomes, err := o.d.Outcomes()
+		if err != nil {
+			t.Fatal(err)
 		}
-	}
+		defer outcomes.Close() //nolint:errcheck // a test's
+		bpftest.Do(t, o.Node.NS, func() error {
+			conn, err := dialFrom(c.from, c.to)
+			if err != nil {
+				return err
+			}
+			return conn.Close()
+		})
+		o.wantNothingLeft(t)
+		got := readOutcomes(t, outcomes)
+		if len(got) != 1 || got[0].Event != datapath.EventConnected {
+			t.Errorf("outcomes %+v, want that it connected", got)
+		}
+	})
 }
 
 // nft applies rules in a namespace.
@@ -404,77 +405,65 @@ func TestPortsOfAVanishedOwnerAreForwardedOnes(t *testing.T) {
 
 // Connections go on to their end when nobody is a prober any more.
 func TestConnectionsOutliveTheProberSet(t *testing.T) {
-	for _, way := range ways {
-		for _, ipv6 := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s IPv6 %v", way, ipv6), func(t *testing.T) {
-				t.Parallel()
-				o := newOwnerTest(t, way, ipv6, false)
-				var all []func() error
-				for _, state := range states {
-					_, conn := o.open(t, state)
-					all = append(all, func() (err error) {
-						if state == handing {
-							err = hello(conn)
-						}
-						if err == nil {
-							err = exchange(conn, 4<<20)
-						}
-						if err != nil {
-							return fmt.Errorf("%s: %w", state, err)
-						}
-						return nil
-					})
+	eachOwnerTest(t, func(t *testing.T, o *ownerTest) {
+		var all []func() error
+		for _, state := range states {
+			_, conn := o.open(t, state)
+			all = append(all, func() (err error) {
+				if state == handing {
+					err = hello(conn)
 				}
-				o.wantFlows(t, len(states))
-				if err := o.d.SetProber(datapath.Prober{}); err != nil {
-					t.Fatal(err)
+				if err == nil {
+					err = exchange(conn, 4<<20)
 				}
-				for port := range o.ports {
-					o.dropper.Stop(t, basePort+port+1)
+				if err != nil {
+					return fmt.Errorf("%s: %w", state, err)
 				}
-				if err := atOnce(all); err != nil {
-					t.Error(err)
-				}
-				o.wantNothingLeft(t)
+				return nil
 			})
 		}
-	}
+		o.wantFlows(t, len(states))
+		if err := o.d.SetProber(datapath.Prober{}); err != nil {
+			t.Fatal(err)
+		}
+		for port := range o.ports {
+			o.dropper.Stop(t, basePort+port+1)
+		}
+		if err := atOnce(all); err != nil {
+			t.Error(err)
+		}
+		o.wantNothingLeft(t)
+	})
 }
 
 // A client gives up while the pod does not answer, without a packet that says so. Its ports are anybody's then.
 func TestAClientThatGivesUpWhileHandedOver(t *testing.T) {
-	for _, way := range ways {
-		for _, ipv6 := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s IPv6 %v", way, ipv6), func(t *testing.T) {
-				t.Parallel()
-				o := newOwnerTest(t, way, ipv6, false)
-				c, conn := o.open(t, handing)
-				socket, err := conn.SyscallConn()
-				if err != nil {
-					t.Fatal(err)
-				}
-				control := socket.Control(func(fd uintptr) {
-					err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 300)
-				})
-				if err := errors.Join(control, err); err != nil {
-					t.Fatal(err)
-				}
-				if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, unix.ETIMEDOUT) {
-					t.Fatalf("the client got %v", err)
-				}
-				if err := conn.Close(); err != nil {
-					t.Fatal(err)
-				}
-				o.dropper.Stop(t, c.to.Port())
-				root, err := bpftest.RootCgroup()
-				if err == nil {
-					err = exchangeIn(root, o.Node.NS, c)
-				}
-				if err != nil {
-					t.Error(err)
-				}
-				o.wantNothingLeft(t)
-			})
+	eachOwnerTest(t, func(t *testing.T, o *ownerTest) {
+		c, conn := o.open(t, handing)
+		socket, err := conn.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
 		}
-	}
+		control := socket.Control(func(fd uintptr) {
+			err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 300)
+		})
+		if err := errors.Join(control, err); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, unix.ETIMEDOUT) {
+			t.Fatalf("the client got %v", err)
+		}
+		if err := conn.Close(); err != nil {
+			t.Fatal(err)
+		}
+		o.dropper.Stop(t, c.to.Port())
+		root, err := bpftest.RootCgroup()
+		if err == nil {
+			err = exchangeIn(root, o.Node.NS, c)
+		}
+		if err != nil {
+			t.Error(err)
+		}
+		o.wantNothingLeft(t)
+	})
 }

@@ -35,25 +35,20 @@ var sides = [...]side{
 // attachTC attaches by tcx, or by clsact if via asks for it or the kernel has no tcx. Where clsact fails, say because an ingress
 // qdisc is there, it falls back to tcx.
 func attachTC(d *datapath.Datapath, dir string, ifindex int, via Via) error {
-	if via != ViaClsact {
-		err := attachTCX(d, dir, ifindex)
-		if err == nil {
-			return RemoveFilters(ifindex) // an earlier attachment's
+	var clsactErr error
+	if via == ViaClsact {
+		if clsactErr = attachClsact(d, dir, ifindex); clsactErr == nil {
+			return nil
 		}
-		if via == ViaTCX || !errors.Is(err, ebpf.ErrNotSupported) {
-			return err
-		}
+	}
+	err := attachTCX(d, dir, ifindex)
+	switch {
+	case err == nil:
+		return RemoveFilters(ifindex) // an earlier attachment's
+	case via == ViaAuto && errors.Is(err, ebpf.ErrNotSupported):
 		return attachClsact(d, dir, ifindex)
 	}
-	err := attachClsact(d, dir, ifindex)
-	if err == nil {
-		return nil
-	}
-	tcxErr := errors.Join(detachClsact(dir, ifindex), attachTCX(d, dir, ifindex))
-	if tcxErr == nil {
-		return nil
-	}
-	return errors.Join(err, tcxErr)
+	return errors.Join(clsactErr, err)
 }
 
 // attachTCX attaches at the head of the line, because a program before ours that returns TC_ACT_OK would end it.
@@ -78,31 +73,34 @@ const (
 	// below 64 fit into one node of the kernel's tree of handles.
 	filterPriority = 2
 	filterHandle   = 42
-	// The names of our filters begin with filterPrefix, in every ABI, and end with ownerSuffix if the qdisc is ours: pins,
-	// which tell the same, can be lost.
+	// The names of our filters begin with filterPrefix, in every ABI.
 	filterPrefix = "probelet/"
-	ownerSuffix  = ", owns-clsact"
-	// Markers in the attachment's directory; directories, because bpffs has no files but pins. viaClsact says that the
-	// attachment was made by clsact, ownsQdisc that we made the qdisc. Each is created before what it stands for, in case the
-	// process is killed in between.
+	// viaClsact is a marker in the attachment's directory: it was made by clsact. A directory, because bpffs has no files but
+	// pins. It is created before the filters, in case the process is killed in between.
 	viaClsact = "clsact"
-	ownsQdisc = "owns-clsact"
 )
 
 // errIngressQdisc: the device has an ingress qdisc, such as the bandwidth plugin's. It has no egress side, and keeps clsact out.
 var errIngressQdisc = errors.New("an ingress qdisc is in the way of clsact")
 
-func attachClsact(d *datapath.Datapath, dir string, ifindex int) error {
-	if err := os.Mkdir(filepath.Join(dir, viaClsact), 0o700); err != nil {
+// attachClsact attaches completely, or leaves nothing behind.
+func attachClsact(d *datapath.Datapath, dir string, ifindex int) (err error) {
+	marker := filepath.Join(dir, viaClsact)
+	if err := os.Mkdir(marker, 0o700); err != nil {
 		return err
 	}
-	owned, err := addClsact(dir, ifindex)
+	undo := RemoveFilters
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, undo(ifindex), remove(marker))
+		}
+	}()
+	added, err := addClsact(ifindex)
+	if added {
+		undo = ClearClsact
+	}
 	if err != nil {
-		return err
-	}
-	suffix := ""
-	if owned {
-		suffix = ownerSuffix
+		return fmt.Errorf("adding clsact to device %d: %w", ifindex, err)
 	}
 	for _, side := range sides {
 		filter := &netlink.BpfFilter{
@@ -110,7 +108,7 @@ func attachClsact(d *datapath.Datapath, dir string, ifindex int) error {
 				LinkIndex: ifindex, Parent: side.parent,
 				Protocol: unix.ETH_P_ALL, Priority: filterPriority, Handle: filterHandle,
 			},
-			Fd: side.program(d).FD(), Name: filterPrefix + side.pin + suffix, DirectAction: true,
+			Fd: side.program(d).FD(), Name: filterPrefix + side.pin, DirectAction: true,
 		}
 		if err := netlink.FilterAdd(filter); err != nil {
 			return fmt.Errorf("adding a tc filter to %s of device %d: %w", side.name, ifindex, err)
@@ -119,31 +117,13 @@ func attachClsact(d *datapath.Datapath, dir string, ifindex int) error {
 	return nil
 }
 
-// addClsact makes sure that the device has clsact without filters of ours, and reports whether the qdisc is ours.
-func addClsact(dir string, ifindex int) (owned bool, err error) {
-	marker := filepath.Join(dir, ownsQdisc)
-	if err := os.Mkdir(marker, 0o700); err != nil {
-		return false, err
-	}
+// addClsact makes sure that the device has clsact without filters of ours, and reports whether it was added. There may be one
+// already, another agent's or an earlier attachment's. The error is errIngressQdisc if the device has that instead.
+func addClsact(ifindex int) (added bool, err error) {
 	err = netlink.QdiscAdd(clsact(ifindex))
-	if err == nil {
-		return true, nil
+	if !errors.Is(err, unix.EEXIST) {
+		return err == nil, err
 	}
-	if errors.Is(err, unix.EEXIST) {
-		owned, err = adoptClsact(ifindex)
-	}
-	if !owned {
-		err = errors.Join(err, os.Remove(marker))
-	}
-	if err != nil {
-		return false, fmt.Errorf("adding clsact to device %d: %w", ifindex, err)
-	}
-	return owned, nil
-}
-
-// adoptClsact accepts a clsact that is there already, another agent's or an earlier attachment's whose pins are lost, removes our
-// filters from it, and reports whether it is ours. The error is errIngressQdisc if it is not clsact.
-func adoptClsact(ifindex int) (owned bool, err error) {
 	kind, err := ingressQdisc(ifindex)
 	if err != nil {
 		return false, err
@@ -151,8 +131,7 @@ func adoptClsact(ifindex int) (owned bool, err error) {
 	if kind != "clsact" {
 		return false, errIngressQdisc
 	}
-	owned, _, err = removeFilters(ifindex)
-	return owned, err
+	return false, RemoveFilters(ifindex)
 }
 
 // ingressQdisc returns the kind of the qdisc at the device's ingress: clsact, ingress, or empty if there is none. It asks for this
@@ -180,14 +159,14 @@ func ingressQdisc(ifindex int) (kind string, err error) {
 	return "", nil
 }
 
-// removeFilters removes our filters from the device. It reports whether they say that the qdisc is ours, and how many
-// filters of others there are. Of a device that is gone it finds none.
-func removeFilters(ifindex int) (owned bool, others int, err error) {
+// removeFilters removes our filters from the device, and returns how many filters of others there are. Of a device that is gone
+// it finds none.
+func removeFilters(ifindex int) (others int, err error) {
 	device := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: ifindex}} // the kernel needs no more, and DEL is in a hurry
 	for _, side := range sides {
 		filters, err := filtersOf(device, side.parent)
 		if err != nil {
-			return owned, others, err
+			return others, err
 		}
 		for _, f := range filters {
 			b, ok := f.(*netlink.BpfFilter)
@@ -195,13 +174,12 @@ func removeFilters(ifindex int) (owned bool, others int, err error) {
 				others++
 				continue
 			}
-			owned = owned || strings.HasSuffix(b.Name, ownerSuffix)
 			if err := netlink.FilterDel(f); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV) {
-				return owned, others, fmt.Errorf("removing the tc filter at %s of device %d: %w", side.name, ifindex, err)
+				return others, fmt.Errorf("removing the tc filter at %s of device %d: %w", side.name, ifindex, err)
 			}
 		}
 	}
-	return owned, others, nil
+	return others, nil
 }
 
 func clsact(ifindex int) *netlink.Clsact {
@@ -212,10 +190,18 @@ func clsact(ifindex int) *netlink.Clsact {
 	}}
 }
 
-// ClearClsact removes our filters from a device that is about to go, and the clsact qdisc if it has no others: nobody will use it.
-// It needs no pins. A device that is gone is no error.
+// RemoveFilters removes our filters from a device, of any build and without need of pins, and leaves the qdisc where it is:
+// adding or removing one makes the kernel drop all that the host sends to the device for some milliseconds (dev_deactivate in
+// qdisc_graft, net/sched/sch_api.c). An empty one costs packets nothing. A device that is gone is no error.
+func RemoveFilters(ifindex int) error {
+	_, err := removeFilters(ifindex)
+	return err
+}
+
+// ClearClsact is RemoveFilters for a device that nobody sends to yet, or any more: it removes the clsact qdisc too, if that has no
+// other filters.
 func ClearClsact(ifindex int) error {
-	_, others, err := removeFilters(ifindex)
+	others, err := removeFilters(ifindex)
 	if err != nil || others > 0 {
 		return err
 	}
@@ -223,42 +209,6 @@ func ClearClsact(ifindex int) error {
 		return fmt.Errorf("removing clsact from device %d: %w", ifindex, err)
 	}
 	return nil
-}
-
-// detachClsact removes our filters, and the qdisc if it is ours and has no other filters.
-func detachClsact(dir string, ifindex int) error {
-	marker := filepath.Join(dir, ownsQdisc)
-	_, err := os.Stat(marker)
-	owned := err == nil
-	marked, others, err := removeFilters(ifindex)
-	if err != nil {
-		return err
-	}
-	if (owned || marked) && others == 0 {
-		if err := removeClsact(ifindex); err != nil {
-			return fmt.Errorf("removing clsact from device %d: %w", ifindex, err)
-		}
-		if err := remove(marker); err != nil {
-			return err
-		}
-	}
-	return remove(filepath.Join(dir, viaClsact))
-}
-
-// leaveClsact removes our filters, and leaves the qdisc where it is: adding or removing one makes the kernel drop all that
-// the host sends to the device for some milliseconds (dev_deactivate in qdisc_graft, net/sched/sch_api.c). An empty one costs
-// packets nothing.
-func leaveClsact(dir string, ifindex int) error {
-	if err := RemoveFilters(ifindex); err != nil {
-		return err
-	}
-	return remove(filepath.Join(dir, viaClsact))
-}
-
-// RemoveFilters removes our filters from a device, of any build and without need of pins. A device that is gone is no error.
-func RemoveFilters(ifindex int) error {
-	_, _, err := removeFilters(ifindex)
-	return err
 }
 
 // removeClsact removes the qdisc by kind, because netlink.QdiscDel would remove an ingress qdisc, too. No qdisc is no error.
