@@ -109,7 +109,7 @@ type hookValue struct{ hook *attach.Hook }
 // hookFlag adds --hook.
 func hookFlag(flags *pflag.FlagSet, hook *attach.Hook) {
 	*hook = attach.HookTC
-	flags.Var(hookValue{hook}, "hook", "where the answers to pods that are attached from now on are made: `tc|xdp` (xdp slows a pod's bulk traffic down by a quarter)")
+	flags.Var(hookValue{hook}, "hook", "where the answers to pods that are attached from now on are made: `tc|xdp` (xdp slows a pod's bulk traffic down to two thirds or less)")
 }
 
 // String implements pflag.Value.
