@@ -65,7 +65,6 @@ func TestDensity(t *testing.T) {
 	loads := map[string]load{}
 	for _, mode := range modes {
 		deploy(t, map[string]any{"mode": mode})
-		settle(t)
 		begin := time.Now()
 		loads[mode] = measure(t)
 		if loads[mode].failed > 0 {
@@ -114,22 +113,6 @@ func trackConnections(t *testing.T) {
 	must(t, c.Flush())
 	// So that at the end of a measurement those of before are gone.
 	must(t, os.WriteFile("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_time_wait", []byte(strconv.Itoa(int(measured.Seconds()))), 0o644))
-}
-
-// settle waits until the starts of pods, of the daemon too, no longer make probes fail.
-func settle(t *testing.T) {
-	t.Helper()
-	const quiet = 5 * time.Second
-	failed := -1
-	err := until(t.Context(), 2*time.Minute, func(context.Context) error {
-		before := failed
-		if failed = total(t).failed; failed == before {
-			return nil
-		}
-		time.Sleep(quiet)
-		return fmt.Errorf("%d probes have failed, %d of them in the last %s", failed, failed-max(before, 0), quiet)
-	})
-	must(t, err)
 }
 
 // sayUnhealthy prints the failures of probes since begin, as the kubelet reports them.

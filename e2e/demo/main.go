@@ -71,7 +71,7 @@ func verdict(results []result) error {
 		wrong := func(format string, args ...any) {
 			errs = append(errs, fmt.Errorf("%s over %s, entry %s: %s", r.Probe, r.Family, r.Entry, fmt.Sprintf(format, args...)))
 		}
-		if r.Failures > tolerated(r) {
+		if r.Failures > 0 {
 			wrong("%d of %d probes failed, the first with %q", r.Failures, r.N, r.messages)
 		}
 		if r.Entry == absent {
@@ -91,13 +91,4 @@ func verdict(results []result) error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// tolerated returns how many probes may fail. Probes that the pod answers also fail where a busy machine stands still for
-// their timeout of a second, which says nothing about the kernel's answers. The table shows them.
-func tolerated(r result) int {
-	if r.Entry == absent {
-		return r.N / 1000
-	}
-	return 0
 }
