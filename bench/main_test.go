@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/e2e/node"
 	"github.com/probelet/probelet/e2e/role"
 )
@@ -49,16 +50,9 @@ func TestMain(m *testing.M) {
 // in memory, as a node's /run is.
 func keepInside() error {
 	temporary := filepath.Join(machine.Dir, "temporary")
-	names := "/var/run/netns" // of github.com/containernetworking/plugins/pkg/testutils
-	for _, dir := range []string{names, temporary} {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return err
-		}
-		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
-			return fmt.Errorf("mounting a tmpfs at %s: %w", dir, err)
-		}
-	}
-	return os.Setenv("TMPDIR", temporary)
+	return errors.Join(
+		bpftest.HideNames(), os.Mkdir(temporary, 0o755), unix.Mount("tmpfs", temporary, "tmpfs", 0, ""), os.Setenv("TMPDIR", temporary),
+	)
 }
 
 // suite is a run: its results so far, and how much is measured.

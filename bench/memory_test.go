@@ -9,8 +9,6 @@ import (
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/probelet/probelet/bpf/attach"
 )
 
 // objects are so many of one size, in bytes.
@@ -81,14 +79,14 @@ func (m memory) String() string {
 }
 
 // addMemory adds the rows of what a pod takes, in KiB, and of what that comes to with the maps, in MiB.
-func (s *suite) addMemory(hook variant, batches map[attach.Via][]memory, mapBytes float64) {
+func (s *suite) addMemory(hook variant, batches map[way][]memory, mapBytes float64) {
 	const mostPods = 4096
 	fixed := mapBytes / (1 << 20)
 	all := func(kib float64) float64 { return fixed + kib*mostPods/1024 }
-	for _, via := range ways {
-		v := variant(fmt.Sprintf("%s, %s", hook, via))
-		pod := bootstrap(len(batches[via]), func(picked []int) float64 { return perPod(batches[via], picked).kib() })
-		s.progress("  a pod by %s has %v", via, perPod(batches[via], each(len(batches[via]))))
+	for _, w := range ways {
+		v := variant(fmt.Sprintf("%s, %s", hook, w.name))
+		pod := bootstrap(len(batches[w]), func(picked []int) float64 { return perPod(batches[w], picked).kib() })
+		s.progress("  a pod by %s has %v", w.name, perPod(batches[w], each(len(batches[w]))))
 		total := estimate{all(pod.value), all(pod.low), all(pod.high), pod.rounds}
 		s.add("kernel memory of an attached pod with 4 endpoints", v, "", pod, "KiB", hook.mark(atMost(8)))
 		s.add(fmt.Sprintf("kernel memory of %d of them and all maps", mostPods), v, "", total, "MiB", hook.mark(atMost(64)))

@@ -30,28 +30,40 @@ const (
 	batchPods         = 50
 )
 
+// adopted is how the daemon attaches pods that ran before it.
+var adopted = way{"auto", attach.ViaAuto, false}
+
 var uncrowded = variant(fmt.Sprintf("%d pods", fewPods))
 
 func inCrowd(v variant) variant { return variant(fmt.Sprintf("%s, %d pods", v, manyPods)) }
 
-// ways are those of attaching by tc: ADD takes the first one, and the daemon makes it the other one.
-var ways = []attach.Via{attach.ViaClsact, attach.ViaTCX}
+// way is how a pod is attached by tc.
+type way struct {
+	name    string
+	via     attach.Via
+	promote bool
+}
+
+// ways are those there are: what ADD does, what the daemon makes of that for the rest of the pod's life, and what ADD does where
+// an ingress qdisc may follow.
+var ways = []way{{"clsact", attach.ViaClsact, false}, {"promoted", attach.ViaClsact, true}, {"tcx", attach.ViaTCX, false}}
 
 // measureScale compares a node with few pods to one with many, side by side, and takes the memory of the many as they come.
 func measureScale(t *testing.T, s *suite) {
 	hook := hooks[0]
 	few := newCrowd(t)
-	few.attach(t, hook, attach.ViaAuto, fewPods)
+	few.attach(t, hook, adopted, fewPods)
 	many := newCrowd(t)
 	maps := many.k.mapBytes(t)
-	batches := map[attach.Via][]memory{}
+	batches := map[way][]memory{}
 	for range rounds(manyPods / batchPods / len(ways)) {
-		for _, via := range ways {
-			batches[via] = append(batches[via], many.attach(t, hook, via, batchPods))
+		for _, w := range ways {
+			batches[w] = append(batches[w], many.attach(t, hook, w, batchPods))
 		}
-		if many.devices%200 == 0 {
-			s.progress("  %d pods attached", many.devices)
-		}
+		s.progress("  %d pods attached", many.devices)
+	}
+	if rest := rounds(manyPods) - many.devices; rest > 0 {
+		many.attach(t, hook, adopted, rest)
 	}
 	s.addMemory(hook, batches, maps)
 
@@ -68,7 +80,7 @@ func newCrowd(t *testing.T) *crowd {
 
 // attach makes so many devices and attaches them, with four endpoints each. It returns what the kernel's memory grew by from
 // that, without the devices themselves.
-func (c *crowd) attach(t *testing.T, hook variant, via attach.Via, pods int) memory {
+func (c *crowd) attach(t *testing.T, hook variant, w way, pods int) memory {
 	t.Helper()
 	type device struct {
 		id      attach.ID
@@ -95,8 +107,13 @@ func (c *crowd) attach(t *testing.T, hook variant, via attach.Via, pods int) mem
 	bpftest.Do(t, c.node.NS, func() error {
 		for _, d := range devices {
 			netns := uint32(d.ifindex) // no namespace has that number, and all differ
-			if err := c.k.attachDevice(d.id, d.ifindex, netns, hook, via); err != nil {
+			if err := c.k.attachDevice(d.id, d.ifindex, netns, hook, w.via); err != nil {
 				return err
+			}
+			if w.promote {
+				if err := attach.Promote(c.k.d, c.k.dir, d.id); err != nil {
+					return err
+				}
 			}
 			c.k.arm(t, d.id)
 		}

@@ -111,7 +111,7 @@ func RunInOwnCgroup(run func() int) {
 		os.Exit(runAgainInOwnMounts())
 	}
 	_, leave, err := OwnCgroup()
-	if err = errors.Join(err, hideNames()); err != nil {
+	if err = errors.Join(err, HideNames()); err != nil {
 		fmt.Fprintln(os.Stderr, "a cgroup and a mount namespace for the tests:", err)
 		os.Exit(1)
 	}
@@ -146,9 +146,9 @@ func runAgainInOwnMounts() int {
 	return 0
 }
 
-// hideNames makes the names that github.com/containernetworking/plugins/pkg/testutils gives to network namespaces end with
+// HideNames makes the names that github.com/containernetworking/plugins/pkg/testutils gives to network namespaces end with
 // this mount namespace.
-func hideNames() error {
+func HideNames() error {
 	const names = "/var/run/netns"
 	return errors.Join(os.MkdirAll(names, 0o755), unix.Mount("tmpfs", names, "tmpfs", 0, ""))
 }
