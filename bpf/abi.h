@@ -23,10 +23,10 @@
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_tracing.h>
 
-#define REQUEST_MAX 1024 /* longest HTTP request that is parsed, in bytes; a power of two */
-#define PATH_MAX 255	 /* longest path with query that is answered, in bytes */
-#define REPLY_MAX 128	 /* longest reply, in bytes; a power of two */
-#define STORED_MAX 2048	 /* bytes of a client's data kept while its connection is handed over; a power of two */
+#define REQUEST_MAX 1024   /* longest HTTP request that is answered, in bytes; a power of two */
+#define REPLY_MAX 128	   /* longest reply, in bytes; a power of two */
+#define STORED_MAX 2048	   /* bytes of a client's data kept while its connection is handed over; a power of two */
+#define RECORDED_MAX 16384 /* bytes that are recorded of what each side of a connection sends */
 #define PROBER_CGROUPS_MAX 4
 #define ENDPOINTS_PER_POD 64
 #define PODS_MAX 4096
@@ -63,8 +63,23 @@ struct device_key {
 	__u32 generation; /* random, drawn for each attachment; never 0 */
 };
 
+/*
+ * A request, whole: two independent hashes of its bytes, under keys that pods cannot read (question_keys). Two requests
+ * have the same hash with a probability of 2^-32 at the most, whoever chose them, and the same check as well with
+ * 2^-64.
+ */
+struct question {
+	__u64 hash;  /* names it in maps; 0: none */
+	__u64 check; /* is compared before it is answered */
+};
+
+/* Keys for 8 bytes of a request. */
+struct question_key {
+	__u32 hash[2], check[2];
+};
+
 struct endpoint_key {
-	__u64 path_hash; /* FNV-1a of path and query as sent; 0 unless KIND_HTTP */
+	__u64 hash; /* of the question; 0 unless KIND_HTTP */
 	struct device_key device;
 	__u16 port;
 	__u8 kind; /* enum endpoint_kind */
@@ -80,6 +95,7 @@ enum evidence_result {
 struct evidence {
 	__u64 observed_at; /* success: when the probe began; failure: when it was seen */
 	__u64 fresh_until; /* not answered from then on; 0: never answered */
+	__u64 check;	   /* of the question; 0 unless KIND_HTTP */
 	__u16 status;	   /* last HTTP status seen, with which a success is answered; 0: none */
 	__u8 result;	   /* enum evidence_result of the last outcome */
 	__u8 pad[5];
@@ -103,7 +119,28 @@ struct tally {
 	__u64 watched_at;     /* KIND_PORT: started_at of the flow watched for an acknowledgement; 0: none */
 	__u16 watched_port;   /* KIND_PORT: client port of that flow */
 	__u8 withdrawn_cause; /* enum withdrawal_cause; 0: never withdrawn */
-	__u8 pad[5];
+	__u8 obstacle;	      /* KIND_PORT: enum obstacle that was met last; 0: none yet */
+	__u32 answered;	      /* KIND_PORT: TCP probes answered since a connection was last known to be accepted */
+	/*
+	 * KIND_PORT: when the pod's SYN-ACK to a prober was seen, in us of CLOCK_MONOTONIC; 0: that connection is known
+	 * to be accepted, or there was none.
+	 */
+	__u64 connected_at;
+	__u64 connected_to; /* KIND_PORT: the listening socket that sent it, by its address in the kernel's memory */
+	__u64 asked_at;	   /* KIND_PORT: started_at of the connection last passed on; 0: the pod has answered its SYN */
+	__u8 answered_max; /* KIND_PORT: answered may not exceed it, as of the last look at the listening socket */
+	__u8 pad[7];
+};
+
+/* What keeps a probe from being answered although the evidence is fresh. All but the last need a look at its listening
+ * socket. */
+enum obstacle {
+	OBSTACLE_NO_LISTENER = 1, /* the pod has no socket that listens there */
+	OBSTACLE_QUEUE_LONG = 2,  /* one of its queues is more than half full */
+	OBSTACLE_HEAD_OLD = 3,	  /* the first connection in its queue has waited for LISTENER_WAIT_US */
+	OBSTACLE_SPECIAL = 4,	  /* it is bound to a device, or has a filter, a least TTL or keys */
+	OBSTACLE_REAL_DUE = 5,	  /* enough have been answered since a connection was last known to be accepted */
+	OBSTACLE_UNANSWERED = 6,  /* the pod has not answered the SYN of the connection last passed on */
 };
 
 /* Where a device's answers are made. */
@@ -133,17 +170,21 @@ struct device {
 	__u64 lost_at;	/* when trust was lost; 0: it was not */
 	/* One 8-byte word, changed by compare-and-swap, because the memory may have become another device's. */
 	__u32 generation;
-	__u16 loss;    /* enum loss */
-	__u16 trust;   /* enum trust */
-	__u32 netns;   /* inode number of the pod's network namespace */
-	__u8 hook;     /* enum hook */
-	__u8 observed; /* 1: observe saw the trial's answer pass */
-	__u16 pod_mtu; /* longest packet the pod takes, in bytes, from the MSS of its SYN-ACKs; 0: not known yet */
+	__u16 loss;	    /* enum loss */
+	__u16 trust;	    /* enum trust */
+	__u32 netns;	    /* inode number of the pod's network namespace */
+	__u8 hook;	    /* enum hook */
+	__u8 observed;	    /* 1: observe saw the trial's answer pass */
+	__u16 pod_mtu;	    /* longest packet the pod takes, in bytes, from the MSS of its SYN-ACKs; 0: not known yet */
+	__u64 withdrawn_at; /* when a listening socket of the pod closed, which voids evidence observed until then */
+	__u64 netns_cookie; /* of the pod's network namespace, never reused; 0: steer takes it from the first socket */
+	__s32 nsid;	    /* by which the host's namespace knows the pod's; -1: not known, so nothing is looked at */
+	__u8 pad[4];
 };
 
 /* The endpoint keys of a device, so that DEL finds its evidence and tallies without a search. */
 struct endpoint_list {
-	__u64 path_hashes[ENDPOINTS_PER_POD];
+	__u64 hashes[ENDPOINTS_PER_POD];
 	__u32 ports[ENDPOINTS_PER_POD]; /* port << 16 | enum endpoint_kind */
 	__u32 count;
 	__u32 pad;
@@ -159,22 +200,24 @@ struct prober_config {
 	__u32 own_sockets;		      /* 1: own_sockets has been used, so it must be looked up */
 };
 
-enum outcome_event {
-	OUTCOME_CONNECTED = 1, /* TCP handshake done, then closed by the client without a request */
-	OUTCOME_STATUS = 2,    /* HTTP status line seen; a 2xx is reported once the client has closed */
-	OUTCOME_RESET = 3,     /* the pod refused or reset the connection */
-	OUTCOME_NO_ANSWER = 4, /* the client closed before the pod answered */
-};
-
-struct outcome {
+/*
+ * A packet of an observed connection: the pod's SYN-ACK, and data, FINs and RSTs of both sides. Of what each side
+ * sends, the bytes at offsets below RECORDED_MAX follow it in the ring. The last record of a connection is its client's
+ * FIN or RST, or the pod's RST. There is none of a connection of which an earlier record did not fit into the ring, or
+ * which turned out not to be a probe's: then the last is of the client's data, without a question.
+ */
+struct record {
+	__u64 owner; /* of the flow; with started_at it identifies the connection */
+	__u64 started_at;
 	__u64 observed_at;
-	__u64 duration;	 /* ns from the client's first SYN to observed_at */
-	__u64 path_hash; /* 0 unless KIND_HTTP */
+	struct question question; /* which the client has asked; 0: none yet, or more than a request */
 	struct device_key device;
-	__u16 port;   /* the pod's */
-	__u16 status; /* HTTP status, 0 if none was seen */
-	__u8 kind;    /* enum endpoint_kind; KIND_PORT: every endpoint of the port */
-	__u8 event;   /* enum outcome_event */
+	__u32 offset;	/* of the payload, in what its sender sends; 0: the first byte, and that of a SYN or RST */
+	__u32 len;	/* of the payload, in bytes; 0 of a SYN or RST */
+	__u16 port;	/* the pod's */
+	__u16 recorded; /* bytes of the payload that follow */
+	__u8 from_pod;	/* 1: the pod sent it, 0: the client */
+	__u8 tcp_flags;
 	__u8 pad[2];
 };
 
@@ -188,16 +231,18 @@ enum flow_state {
 
 enum flow_flag {
 	FLOW_CONNECTED = 1 << 0,  /* observing: the pod's SYN-ACK was seen; taken: the client has ours */
-	FLOW_REQUESTED = 1 << 1,  /* the request of a known endpoint was seen; taken: and answered */
+	FLOW_REQUESTED = 1 << 1,  /* the client's request was seen; taken: and answered */
 	FLOW_CLIENT_FIN = 1 << 2, /* this and the next three: handed over */
 	FLOW_CLIENT_FIN_ACKED = 1 << 3,
 	FLOW_POD_FIN = 1 << 4,
 	FLOW_POD_FIN_ACKED = 1 << 5,
-	FLOW_STORED = 1 << 6,	  /* the client's data is in the map requests */
-	FLOW_TRIAL = 1 << 7,	  /* the connection by which its device earns trust */
-	FLOW_XDP = 1 << 8,	  /* its device's hook is HOOK_XDP */
-	FLOW_JUDGED = 1 << 9,	  /* handed over: its outcome has been reported, or it is not a probe */
-	FLOW_CONTESTED = 1 << 10, /* handing: the pod also answered a SYN of another connection on these ports */
+	FLOW_STORED = 1 << 6,	   /* the client's data is in the map requests */
+	FLOW_TRIAL = 1 << 7,	   /* the connection by which its device earns trust */
+	FLOW_XDP = 1 << 8,	   /* its device's hook is HOOK_XDP */
+	FLOW_DONE = 1 << 9,	   /* nothing more is learned from it: its end was recorded, or it is not a probe's */
+	FLOW_CONTESTED = 1 << 10,  /* handing: the pod also answered a SYN of another connection on these ports */
+	FLOW_ANSWERED = 1 << 11,   /* the first bytes of the pod's answer were seen */
+	FLOW_UNRECORDED = 1 << 12, /* a record of it was lost, so no more are written */
 };
 
 struct flow_key {
@@ -209,12 +254,12 @@ struct flow_key {
 };
 
 struct flow {
-	__u64 owner;	   /* cookie of the client's socket */
-	__u64 started_at;  /* when its first SYN was seen */
-	__u64 deadline;	   /* sweep removes the flow after this time */
-	__u64 path_hash;   /* of the request, once it was seen to be a known endpoint's */
-	__u64 evidence_at; /* taken: observed_at of the port's evidence */
-	__u32 generation;  /* of the device */
+	__u64 owner;		  /* cookie of the client's socket */
+	__u64 started_at;	  /* when its first SYN was seen */
+	__u64 deadline;		  /* sweep removes the flow after this time */
+	__u64 evidence_at;	  /* taken: observed_at of the port's evidence */
+	struct question question; /* which the client has asked the pod; 0: none yet */
+	__u32 generation;	  /* of the device */
 	__u32 client_isn;
 	__u32 our_isn;	     /* taken and later: the initial sequence number we gave the client */
 	__u32 pod_isn;	     /* observing, handed over: the pod's initial sequence number */
@@ -223,9 +268,8 @@ struct flow {
 	__u32 flags;	     /* enum flow_flag; once in the map, changed only by set_flags and clear_flags */
 	__u16 client_mss;    /* 0 if the client's SYN had none; taken and later: limited to pod_mtu */
 	__u16 client_window; /* handing and later: of the segment replayed as a SYN */
-	__u16 status;	     /* HTTP status seen, 0 if none yet */
 	__u8 state;	     /* enum flow_state */
-	__u8 pad[5];
+	__u8 pad[7];
 };
 
 /* A client's data, from its first byte on, while its connection is handed over. */
@@ -242,23 +286,30 @@ struct stored {
 enum counter {
 	COUNT_ANSWERED_HTTP,	   /* probes */
 	COUNT_ANSWERED_TCP,	   /* probes */
-	COUNT_OBSERVED,		   /* probes whose outcome was reported */
+	COUNT_OBSERVED,		   /* connections that were recorded to their end */
 	COUNT_HANDED_OVER,	   /* connections */
 	COUNT_PASSED_NOT_FRESH,	   /* a prober's connections to a probed port without fresh evidence */
-	COUNT_PASSED_NOT_PROBED,   /* a prober's connections and requests for what has no probe */
-	COUNT_PASSED_NOT_PARSABLE, /* a prober's connections and requests that are not understood */
+	COUNT_PASSED_NOT_PROBED,   /* a prober's connections to ports that have no probe */
+	COUNT_PASSED_NOT_PARSABLE, /* a prober's connections and requests that cannot be answered */
 	COUNT_PASSED_NOT_PROBER,   /* connections of anyone else */
 	COUNT_PASSED_OWN,	   /* the daemon's connections */
 	COUNT_PASSED_UNTRUSTED,	   /* a prober's connections by a device that is not trusted (yet) */
 	COUNT_PASSED_FULL,	   /* a prober's connections for which flows had no room */
 	COUNT_DROPPED,		   /* packets of taken connections that need no answer */
-	COUNT_OUTCOMES_LOST,	   /* outcomes that did not fit into the ring buffer */
+	COUNT_RECORDS_LOST,	   /* connections of which a record did not fit into the ring */
 	COUNT_FLOWS_EXPIRED,	   /* connections removed by sweep */
 	COUNT_DEVICES_LOST,	   /* devices that lost trust */
 	/* ports (WITHDRAWN_STATUS: endpoints) whose evidence was fresh when it was voided */
-	COUNT_WITHDRAWN_LISTENER_CLOSED,
+	COUNT_WITHDRAWN_LISTENER_CLOSED, /* listening sockets of pods; each voids all evidence of its pod */
 	COUNT_WITHDRAWN_RESET,
 	COUNT_WITHDRAWN_STATUS,
+	/* a prober's connections to a port with fresh evidence, by enum obstacle */
+	COUNT_PASSED_NO_LISTENER,
+	COUNT_PASSED_QUEUE_LONG,
+	COUNT_PASSED_HEAD_OLD,
+	COUNT_PASSED_SPECIAL,
+	COUNT_PASSED_REAL_DUE,
+	COUNT_PASSED_UNANSWERED,
 	COUNT_MAX,
 };
 
@@ -316,14 +367,14 @@ _Static_assert(sizeof(struct order) <= STEERED_ROOM, "an order must fit into a s
 
 /* These make the compiler describe the types in BTF, from which the Go side is generated. */
 const struct order *btf_order __attribute__((unused));
-const struct outcome *btf_outcome __attribute__((unused));
+const struct record *btf_record __attribute__((unused));
 const enum endpoint_kind *btf_endpoint_kind __attribute__((unused));
 const enum evidence_result *btf_evidence_result __attribute__((unused));
-const enum outcome_event *btf_outcome_event __attribute__((unused));
 const enum flow_state *btf_flow_state __attribute__((unused));
 const enum flow_flag *btf_flow_flag __attribute__((unused));
 const enum counter *btf_counter __attribute__((unused));
 const enum withdrawal_cause *btf_withdrawal_cause __attribute__((unused));
+const enum obstacle *btf_obstacle __attribute__((unused));
 const enum age *btf_age __attribute__((unused));
 const enum hook *btf_hook __attribute__((unused));
 const enum trust *btf_trust __attribute__((unused));

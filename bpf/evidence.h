@@ -16,18 +16,18 @@ static __always_inline __u64 mix(__u64 hash, __u64 word)
 
 static __always_inline __u64 seal_of(const struct endpoint_key *key, const struct evidence *e)
 {
-	__u64 hash = mix(0xcbf29ce484222325ULL, key->path_hash);
+	__u64 hash = mix(0xcbf29ce484222325ULL, key->hash);
 
 	hash = mix(hash, (__u64)key->device.ifindex << 32 | key->device.generation);
 	hash = mix(hash, (__u64)key->port << 32 | (__u64)key->kind << 24 | (__u64)e->result << 16 | e->status);
 	hash = mix(hash, e->observed_at);
-	return mix(hash, e->fresh_until);
+	hash = mix(hash, e->fresh_until);
+	return mix(hash, e->check);
 }
 
-static __always_inline struct endpoint_key endpoint(__u32 ifindex, __u32 generation, __u16 port, __u8 kind,
-						    __u64 path_hash)
+static __always_inline struct endpoint_key endpoint(__u32 ifindex, __u32 generation, __u16 port, __u8 kind, __u64 hash)
 {
-	struct endpoint_key key = {.device = {ifindex, generation}, .port = port, .kind = kind, .path_hash = path_hash};
+	struct endpoint_key key = {.device = {ifindex, generation}, .port = port, .kind = kind, .hash = hash};
 
 	return key;
 }
@@ -50,6 +50,19 @@ static __always_inline bool read_evidence(const struct endpoint_key *key, struct
 static __always_inline __u64 withdrawn_at(const struct tally *tally)
 {
 	return tally ? tally->withdrawn_at : ~0ULL;
+}
+
+/* The same of all evidence of a device's pod. All of it is void once the device is detached or attached again. */
+static __always_inline __u64 pod_withdrawn_at(const struct device_key *key)
+{
+	struct device *device = bpf_map_lookup_elem(&devices, &key->ifindex);
+
+	return device && device->generation == key->generation ? device->withdrawn_at : ~0ULL;
+}
+
+static __always_inline __u64 later(__u64 a, __u64 b)
+{
+	return a > b ? a : b;
 }
 
 /* Moves a time forward, never back: now may be earlier, taken on another CPU. Returns false if it did not move. */

@@ -11,32 +11,38 @@
  *   owner: other SYN    | ends; decided as a new connection: fresh, trusted → SYN-ACK, TAKEN; else pass, OBSERVING
  *   owner: ACK          | pass             | drop; a keep-alive       | a keep-alive: SYN to the| translate
  *                       |                  | → SYN to the pod, HANDING| pod again; else drop    |
- *   owner: data         | pass; a request  | first byte: answered, or | first byte: SYN to the  | translate
- *                       | is noted         | stored, SYN to the pod,  | pod again; what follows:|
- *                       |                  | HANDING; else drop       | stored; drop            |
- *   owner: FIN          | report, ends;    | nothing outstanding: RST | stored if it follows    | report; translate
- *                       | pass             | → client, ends; else drop| what is stored; drop    |
- *   owner: RST          | report, ends;    | ends; drop               | ends; drop              | report; translate,
+ *   owner: data         | record; pass; not| first byte: answered, or | record; first byte: SYN | record; translate
+ *                       | a question: ends | recorded if a question,  | to the pod again; what  |
+ *                       |                  | stored, SYN to the pod,  | follows: stored; drop   |
+ *                       |                  | HANDING; else drop       |                         |
+ *   owner: FIN          | record, ends;    | nothing outstanding: RST | record; stored if it    | record, DONE;
+ *                       | pass             | → client, ends; else drop| follows what is stored; | translate
+ *                       |                  |                          | DONE; drop              |
+ *   owner: RST          | record, ends;    | ends; drop               | record, ends; drop      | record; translate,
  *                       | pass; of another |                          |                         | ends
  *                       | ISN: pass        |                          |                         |
  *   any other sender's  | ends; decided as if there had been no flow
- *   pod: SYN-ACK to the | noted; pass      | pass                     | ACK with what is stored | ACK with what is
- *   client's ISN        |                  |                          | → pod, HANDED           | stored → pod, again
+ *   pod: SYN-ACK to the | record; pass     | pass                     | record; ACK with what is| record; the same ACK
+ *   client's ISN        |                  |                          | stored → pod, HANDED    | → pod, again
  *   pod: other SYN-ACK  | pass             | pass                     | pass, CONTESTED         | ends; pass
- *   pod: RST            | report, withdraw,| pass                     | to the client's ISN: RST| report, withdraw;
- *                       | ends; pass       |                          | → client, report,       | translate, ends
- *                       |                  |                          | withdraw, ends; else    |
- *                       |                  |                          | pass                    |
- *   pod: ACK or data    | status noted;    | pass                     | to another ISN, and not | status noted;
- *                       | 300 or above:    |                          | CONTESTED: RST → pod;   | 300 or above: report,
- *                       | report, withdraw,|                          | else pass               | withdraw; translate
- *                       | ends; pass       |                          |                         |
+ *   pod: RST            | withdraw unless  | pass                     | to the client's ISN:    | withdraw unless
+ *                       | ANSWERED; record,|                          | withdraw, record, RST → | ANSWERED or DONE;
+ *                       | ends; pass       |                          | client, ends; else pass | record; translate,
+ *                       |                  |                          |                         | ends
+ *   pod: ACK, data, FIN | record; pass;    | pass                     | to another ISN, and not | record; translate;
+ *                       | status 300 or    |                          | CONTESTED: RST → pod;   | status 300 or
+ *                       | above: withdraw  |                          | else pass               | above: withdraw
  *   both FINs acked     |                  |                          |                         | ends
- *   deadline, since     | OBSERVING_NS,    | TAKEN_NS, its SYN        | HANDING_NS, the last SYN| HANDED_NS, the
- *                       | its SYN          |                          | to the pod              | owner's last packet
+ *   deadline, since     | CONNECTING_NS,   | TAKEN_NS, its SYN        | HANDING_NS, the last SYN| HANDED_NS, the
+ *                       | its SYN; then    |                          | to the pod              | owner's last packet
+ *                       | OBSERVING_NS, the|                          |                         |
+ *                       | pod's SYN-ACK    |                          |                         |
  *
  * A flow whose owner vanished without a FIN or RST that passed here stays until sweep removes it after its deadline.
  * Until then it does no harm, since no other sender's packets are taken for its owner's.
+ *
+ * DONE: a handed-over connection is not recorded any more, because its client has closed or it is not a probe's.
+ * ANSWERED: the first bytes of an answer were seen. Whether a reset after them is a failure is for the daemon to judge.
  *
  * The last acknowledgement ends a flow as it passes. Should it get lost between us and its receiver, the repeated FIN
  * is no longer translated, and that side's socket waits in LAST_ACK until its kernel gives up. All data has arrived by
@@ -48,6 +54,7 @@
 #include "maps.h"
 #include "parse.h"
 
+#define CONNECTING_NS (30 * SECOND_NS) /* a client that gives up connecting sends nothing */
 #define OBSERVING_NS (600 * SECOND_NS)
 #define TAKEN_NS (3 * 3600 * SECOND_NS) /* above 2 h, after which Linux sends a keep-alive (tcp_keepalive_time) */
 #define HANDING_NS (130 * SECOND_NS)	/* above 120 s, the longest that Linux waits to retransmit (TCP_RTO_MAX) */
@@ -163,27 +170,85 @@ static __always_inline bool store(struct __sk_buff *skb, const struct segment *s
 	return true;
 }
 
-/* Reports an outcome to the daemon. kind tells which endpoints it concerns: KIND_PORT all of the port's. */
-static __always_inline void report(const struct flow_key *key, const struct flow *flow, __u8 event, __u8 kind)
-{
-	struct outcome *o = bpf_ringbuf_reserve(&outcomes, sizeof(*o), 0);
+/* A record while it is assembled. */
+struct recording {
+	struct record record;
+	__u8 payload[RECORDED_MAX];
+};
 
-	if (!o) {
-		count(COUNT_OUTCOMES_LOST);
-		return;
+/* key: 0; value: working memory of record_packet, per CPU. Nothing in it outlives one packet. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct recording);
+} recording SEC(".maps");
+
+/* Returns how many of len bytes at an offset are recorded. */
+static __always_inline __u32 recorded_of(__u32 offset, __u32 len)
+{
+	if (offset >= RECORDED_MAX)
+		return 0;
+	return len < RECORDED_MAX - offset ? len : RECORDED_MAX - offset;
+}
+
+/* Appends a record to the ring. ends: it is the last of its connection. Returns false if there is no room. */
+static __always_inline bool append(const struct recording *r, __u32 size, bool ends)
+{
+	/* The daemon is woken for a whole exchange, or before records get lost. */
+	bool wake = ends || bpf_ringbuf_query(&records, BPF_RB_AVAIL_DATA) > RECORDS_BYTES / 4;
+
+	return !bpf_ringbuf_output(&records, (void *)r, size, wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
+}
+
+/*
+ * Records a packet of an observed connection, if it has something to record. Call it before the packet is changed.
+ * Returns 0. A global function, so that the verifier checks it once.
+ */
+__noinline int record_packet(struct __sk_buff *skb, const struct segment *seg, struct flow *flow, __u32 from_pod)
+{
+	__u32 zero = 0, bytes;
+	struct recording *r;
+	bool ends;
+
+	if (!seg || !flow || flow->flags & (FLOW_DONE | FLOW_UNRECORDED))
+		return 0;
+	r = bpf_map_lookup_elem(&recording, &zero);
+	if (!r)
+		return 0;
+	r->record.offset = r->record.len = 0;
+	if (!(seg->tcp_flags & (TCP_SYN | TCP_RST))) {
+		r->record.offset = seg->seq - 1 - (from_pod ? flow->pod_isn : flow->client_isn);
+		r->record.len = seg->payload;
 	}
-	__builtin_memset(o, 0, sizeof(*o));
-	o->observed_at = bpf_ktime_get_boot_ns();
-	o->duration = o->observed_at - flow->started_at;
-	o->path_hash = kind == KIND_HTTP ? flow->path_hash : 0;
-	o->device.ifindex = key->ifindex;
-	o->device.generation = flow->generation;
-	o->port = key->pod_port;
-	o->status = flow->status;
-	o->kind = kind;
-	o->event = event;
-	bpf_ringbuf_submit(o, 0);
-	count(COUNT_OBSERVED);
+	bytes = recorded_of(r->record.offset, r->record.len);
+	if (!bytes && !(seg->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)))
+		return 0;
+	if (bytes) {
+		asm volatile("" : "+r"(bytes)); /* as in store, for verifiers before 6.3 */
+		bytes = ((bytes - 1) & (RECORDED_MAX - 1)) + 1;
+		if (bpf_skb_load_bytes(skb, ETH_HLEN + seg->l3_len + seg->tcp_len, r->payload, bytes))
+			bytes = 0;
+	}
+	r->record.owner = flow->owner;
+	r->record.started_at = flow->started_at;
+	r->record.observed_at = bpf_ktime_get_boot_ns();
+	r->record.question = flow->question;
+	r->record.device.ifindex = seg->flow.ifindex;
+	r->record.device.generation = flow->generation;
+	r->record.port = seg->flow.pod_port;
+	r->record.from_pod = from_pod;
+	r->record.tcp_flags = seg->tcp_flags;
+	r->record.recorded = bytes;
+	ends = seg->tcp_flags & TCP_RST || (!from_pod && seg->tcp_flags & TCP_FIN);
+	if (!append(r, sizeof(r->record) + bytes, ends)) {
+		set_flags(flow, FLOW_UNRECORDED);
+		count(COUNT_RECORDS_LOST);
+	} else if (ends) {
+		set_flags(flow, FLOW_DONE);
+		count(COUNT_OBSERVED);
+	}
+	return 0;
 }
 
 #endif

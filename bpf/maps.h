@@ -5,8 +5,12 @@
 
 #include "abi.h"
 
-/* Constants, set by the loader: a random token that pods cannot read, and the replies by status, from STATUS_MIN on. */
+/*
+ * Constants, set by the loader: a random token and random keys that pods cannot read, and the replies by status, from
+ * STATUS_MIN on.
+ */
 const volatile __u64 order_token = 0;
+const volatile struct question_key question_keys[REQUEST_MAX / 8] = {};
 const volatile struct reply_text replies[STATUS_MAX - STATUS_MIN + 1] = {};
 
 /* key: 0; value: who probes. Written by the daemon, read by steer at a SYN. Lives until the pins are removed. */
@@ -32,8 +36,9 @@ struct {
 /*
  * key: ifindex of a host-side veth; value: how it is attached, whether its answers arrive, what the pod takes. Created
  * when a device is attached (ADD, or the daemon) and removed first when it is detached. In between, steer and observe
- * write trust and pod_mtu; `probeletctl trust` and promotion replace it to start over. Read by all programs but
- * respond.
+ * write trust and pod_mtu, steer netns_cookie if it is 0, and watch withdrawn_at. `probeletctl trust` and promotion
+ * replace it to start over, with withdrawn_at and what is known of the namespace.
+ * Read by all programs but respond.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -43,8 +48,8 @@ struct {
 } devices SEC(".maps");
 
 /*
- * key: an endpoint or a port; value: what was last observed of it. Written by the daemon, read by steer, observe and
- * watch. Removed by the daemon with the endpoint, or when the device is detached. Not preallocated, because few pods
+ * key: an endpoint or a port; value: what was last observed of it. Written by the daemon, read by steer and observe.
+ * Removed by the daemon with the endpoint, or when the device is detached. Not preallocated, because few pods
  * have ENDPOINTS_PER_POD.
  */
 struct {
@@ -57,7 +62,7 @@ struct {
 
 /*
  * key: an endpoint or a port; value: what the programs note of it. Created (zero) by the daemon before the evidence and
- * removed after it, or when the device is detached. In between only steer, observe and watch write it, so that neither
+ * removed after it, or when the device is detached. In between only steer and observe write it, so that neither
  * side overwrites the other. Read by them, the daemon and probeletctl.
  */
 struct {
@@ -134,13 +139,14 @@ struct {
 __u32 flow_ports[FLOW_PORT_SLOTS];
 
 /*
- * Outcomes of probes that were passed on or handed over. Written by steer and observe; the daemon's reading removes
- * them. When it is full, outcomes are lost, and counted.
+ * Records of connections that were passed on or handed over, each a struct record and the bytes that it has. Written by
+ * steer and observe; the daemon's reading removes them. When it is full, records are lost, and counted.
  */
+#define RECORDS_BYTES (2 << 20)
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 1 << 20);
-} outcomes SEC(".maps");
+	__uint(max_entries, RECORDS_BYTES);
+} records SEC(".maps");
 
 /*
  * key: enum counter; value: count per CPU. Written by all programs but respond, read by the daemon and probeletctl.

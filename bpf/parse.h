@@ -183,15 +183,34 @@ static __always_inline bool parse(struct __sk_buff *skb, struct segment *s, bool
 	return read_segment(skb, s, from_pod, tcp);
 }
 
+/* What was found of a listening socket (listener.h). */
+struct listener {
+	__u64 id; /* its address in the kernel's memory */
+	__u64 netns_cookie;
+	__u64 head_at;	/* when the first connection in the accept queue got its SYN-ACK, in us of CLOCK_MONOTONIC */
+	__u32 netns;	/* inode number */
+	__u32 limit;	/* a SYN is dropped once more connections than this wait to be accepted */
+	__u32 waiting;	/* connections in the accept queue */
+	__u32 requests; /* connections that are being made */
+	bool waits;	/* there is one in the accept queue */
+	bool special;	/* it does not take packets from everywhere */
+	bool shared;	/* others may listen on the same port (SO_REUSEPORT) */
+};
+
 /* Working memory too large for the stack. */
 struct scratch {
-	struct flow flow;	 /* the one being created */
-	struct flow_key other;	 /* of the flow watched on a port */
-	__u8 bytes[REQUEST_MAX]; /* copied from a packet, of which len are valid */
-	__u64 path_hash;	 /* set by find_path */
-	__u32 path_end;		 /* set by find_path: where the path ends in bytes */
+	struct flow flow;      /* the one being created */
+	struct flow_key other; /* of the flow watched on a port */
+	struct question asked; /* set by hash_request */
+	union {		       /* copied from a packet, of which len are valid */
+		__u8 bytes[REQUEST_MAX];
+		__u64 words[REQUEST_MAX / 8];
+	};
 	__u32 len;
-	__u16 mss; /* set by read_syn_options */
+	__u16 mss;		     /* set by read_syn_options */
+	bool is_ipv4;		     /* of tuple */
+	struct bpf_sock_tuple tuple; /* of a SYN to the pod */
+	struct listener listener;    /* set by find_listener */
 };
 
 /* key: 0; value: working memory of steer and observe, per CPU. Nothing in it outlives one packet. */
@@ -207,46 +226,34 @@ struct {
  * before.
  */
 
-#define PATH_START 4 /* after "GET " */
-
-/* Hashes the path (64-bit FNV-1a) and finds its end. Returns 0, or -1 unless it is printable and at most PATH_MAX long.
+/*
+ * Hashes the request in s->bytes: NH (RFC 4418, section 5.2) under two independent keys. That two different requests
+ * agree in one of them has a probability of 2^-32 over the keys (Black et al., UMAC, CRYPTO 1999, theorem 4.2). Returns
+ * 0.
  */
-__noinline int find_path(struct scratch *s)
+__noinline int hash_request(struct scratch *s)
 {
-	__u64 hash = 0xcbf29ce484222325ULL;
+	__u64 hash, check;
+	__u32 last;
 
 	if (!s)
-		return -1;
-	for (__u32 i = PATH_START; i <= PATH_START + PATH_MAX; i++) {
-		__u8 c = s->bytes[i];
+		return 0;
+	hash = check = s->len;
+	last = s->len / 8;
+	if (last < REQUEST_MAX / 8) /* bytes of an earlier packet behind it do not count */
+		s->words[last] &= (1ULL << s->len % 8 * 8) - 1;
+	for (__u32 i = 0; i < REQUEST_MAX / 8; i++) {
+		__u64 word = s->words[i];
+		__u32 low = word, high = word >> 32;
 
-		if (c == ' ') {
-			s->path_hash = hash;
-			s->path_end = i;
-			return 0;
-		}
-		if (c < 0x21 || c > 0x7e)
-			return -1;
-		hash = (hash ^ c) * 0x100000001b3ULL;
-	}
-	return -1;
-}
-
-/* Returns the length of the header section, including the empty line that ends it, or -1. */
-__noinline int find_header_end(struct scratch *s)
-{
-	__u32 window = 0;
-
-	if (!s)
-		return -1;
-	for (__u32 i = 0; i < REQUEST_MAX; i++) {
-		if (i >= s->len)
+		if (8 * i >= s->len)
 			break;
-		window = window << 8 | s->bytes[i];
-		if (window == 0x0d0a0d0a)
-			return i + 1;
+		hash += (__u64)(low + question_keys[i].hash[0]) * (high + question_keys[i].hash[1]);
+		check += (__u64)(low + question_keys[i].check[0]) * (high + question_keys[i].check[1]);
 	}
-	return -1;
+	s->asked.hash = hash;
+	s->asked.check = check;
+	return 0;
 }
 
 /*
@@ -309,39 +316,34 @@ static __always_inline bool load_scratch(struct __sk_buff *skb, struct scratch *
 	return !bpf_skb_load_bytes(skb, offset, s->bytes, len);
 }
 
+/* The start and the end of every request that is answered. */
 static const char http_get[] = "GET /";
-static const char http_version[] = " HTTP/1.1\r\n";
-static const char http_close[] = "\r\nConnection: close\r\n\r\n";
+static const char http_end[] = "\r\n\r\n";
 
 #define LITERAL_LEN(literal) (sizeof(literal) - 1)
-#define REQUEST_MIN (LITERAL_LEN(http_get) + LITERAL_LEN(http_version) + LITERAL_LEN(http_close) - 2)
 
 /*
- * Parses a request as Kubernetes' prober sends it (pkg/probe/http, Go's net/http): one whole HTTP/1.1 GET in one
- * segment, whose last header is "Connection: close". So it has no body, and nothing can follow it. Returns false for
- * any other.
+ * Returns the question that a segment asks, or NULL unless it may be a whole request without a body. Whether it is one
+ * is for the daemon to say, once: it takes a question for an endpoint's only if all of its bytes are, and nothing else
+ * was sent on the connection.
  */
-static __always_inline bool parse_request(struct __sk_buff *skb, const struct segment *seg, __u64 *path_hash)
+static __always_inline const struct question *read_question(struct __sk_buff *skb, const struct segment *seg)
 {
 	struct scratch *s = get_scratch();
 	__u32 offset = ETH_HLEN + seg->l3_len + seg->tcp_len;
 	__u32 len = seg->payload;
 
-	if (!s || len < REQUEST_MIN || !load_scratch(skb, s, offset, len, REQUEST_MAX))
-		return false;
+	if (!s || len < LITERAL_LEN(http_get) + LITERAL_LEN(http_end) ||
+	    !load_scratch(skb, s, offset, len, REQUEST_MAX))
+		return NULL;
 	for (__u32 i = 0; i < LITERAL_LEN(http_get); i++)
 		if (s->bytes[i] != http_get[i])
-			return false;
-	if (find_path(s) || find_header_end(s) != (int)len)
-		return false;
-	for (__u32 i = 0; i < LITERAL_LEN(http_version); i++)
-		if (s->bytes[(s->path_end + i) & (REQUEST_MAX - 1)] != http_version[i])
-			return false;
-	for (__u32 i = 0; i < LITERAL_LEN(http_close); i++)
-		if (s->bytes[(len - LITERAL_LEN(http_close) + i) & (REQUEST_MAX - 1)] != http_close[i])
-			return false;
-	*path_hash = s->path_hash;
-	return true;
+			return NULL;
+	for (__u32 i = 0; i < LITERAL_LEN(http_end); i++)
+		if (s->bytes[(len - LITERAL_LEN(http_end) + i) & (REQUEST_MAX - 1)] != http_end[i])
+			return NULL;
+	hash_request(s);
+	return &s->asked;
 }
 
 /* A SYN's options in the order in which Linux sends them (tcp_options_write). */

@@ -5,14 +5,14 @@
  *   steer, tc egress: sees what the host sends to the pod. Decides at the SYN whether to take a prober's connection,
  * and turns each packet of a taken one into its answer, in place, redirected into the receive path of the same device.
  *
- *   observe, tc ingress: sees what the pod sends. Reports the outcome of probes that reached the pod, and splices
- *   connections that are handed over.
+ *   observe, tc ingress: sees what the pod sends. Splices connections that are handed over. Both record what happens on
+ *   connections that reach the pod.
  *
  *   respond, XDP, only with HOOK_XDP: makes the answers in steer's stead, from steer's orders.
  *
  * Programs for the whole machine:
  *
- *   watch, at the trace point inet_sock_set_state: sees pods' listening sockets close, and voids their ports' evidence.
+ *   watch, at the trace point inet_sock_set_state: sees pods' listening sockets close, and voids what is known of them.
  *
  *   sweep, run by the daemon: removes flows past their deadline, and those of detached devices.
  */
@@ -20,6 +20,7 @@
 #include "emit.h"
 #include "evidence.h"
 #include "flow.h"
+#include "listener.h"
 #include "maps.h"
 #include "parse.h"
 
@@ -255,10 +256,20 @@ static __always_inline bool may_take(struct __sk_buff *skb, const struct segment
 				     struct flow *flow, const struct evidence *port, struct tally *tally,
 				     __u64 withdrawn)
 {
-	if (flow->started_at >= port->fresh_until || port->observed_at <= withdrawn) {
+	bool fresh = flow->started_at < port->fresh_until && port->observed_at > withdrawn;
+	bool unanswered = tally && tally->asked_at;
+	bool listening = tally && is_listening(skb, seg, device, tally, fresh && !unanswered);
+
+	if (!fresh) {
 		count(COUNT_PASSED_NOT_FRESH);
 		return false;
 	}
+	if (unanswered) {
+		note_obstacle(tally, OBSTACLE_UNANSWERED);
+		return false;
+	}
+	if (tally && !listening)
+		return false;
 	if (!tally || !is_trusted(seg, device, tally, flow)) {
 		count(COUNT_PASSED_UNTRUSTED);
 		return false;
@@ -313,7 +324,7 @@ static __always_inline int decide(struct __sk_buff *skb, const struct segment *s
 		flow->flags = FLOW_XDP;
 	key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_PORT, 0);
 	tally = bpf_map_lookup_elem(&endpoint_tallies, &key);
-	withdrawn = withdrawn_at(tally);
+	withdrawn = later(withdrawn_at(tally), device->withdrawn_at);
 	if (!read_evidence(&key, &port)) {
 		count(COUNT_PASSED_NOT_PROBED);
 		return PASS;
@@ -331,14 +342,18 @@ static __always_inline int decide(struct __sk_buff *skb, const struct segment *s
 		flow->evidence_at = port.observed_at;
 		limit_mss(seg, device, flow);
 	}
-	flow->deadline = flow->started_at + (taken ? TAKEN_NS : OBSERVING_NS);
+	flow->deadline = flow->started_at + (taken ? TAKEN_NS : CONNECTING_NS);
 	if (!add_flow(&seg->flow, flow)) {
 		if (flow->flags & FLOW_TRIAL) /* it did not take place */
 			__sync_val_compare_and_swap(&device->trial_at, flow->started_at, 0);
 		count(COUNT_PASSED_FULL);
 		return PASS;
 	}
-	return taken ? answer_syn(skb, seg, flow) : PASS;
+	if (taken)
+		return answer_syn(skb, seg, flow);
+	if (tally)
+		tally->asked_at = flow->started_at;
+	return PASS;
 }
 
 static __always_inline int steer_syn(struct __sk_buff *skb, const struct segment *seg)
@@ -374,40 +389,19 @@ static __always_inline int steer_syn_again(struct __sk_buff *skb, const struct s
 	if (flow->flags & FLOW_CONNECTED || !is_overdue(flow->started_at, bpf_ktime_get_boot_ns()))
 		return answer_syn(skb, seg, flow);
 	lose_trust(seg->flow.ifindex, flow->generation, LOSS_SYN_REPEATED);
-	flow->deadline = bpf_ktime_get_boot_ns() + OBSERVING_NS;
+	flow->deadline = bpf_ktime_get_boot_ns() + CONNECTING_NS;
 	flow->state = FLOW_OBSERVING;
 	return PASS;
 }
 
-/* Reports a probe that reached the pod, once its client has closed: only then is it known how long it took. */
-static __always_inline void report_end(const struct segment *seg, const struct flow *flow)
+/* Notes what a client asks the pod. Returns false if it is not a question: nothing is learned from the connection. */
+static __always_inline bool note_request(struct flow *flow, const struct question *question)
 {
-	if (flow->flags & FLOW_JUDGED)
-		return;
-	if (flow->status)
-		report(&seg->flow, flow, OUTCOME_STATUS, KIND_HTTP);
-	else if (flow->flags & FLOW_REQUESTED)
-		report(&seg->flow, flow, OUTCOME_NO_ANSWER, KIND_HTTP);
-	else if (flow->flags & FLOW_CONNECTED)
-		report(&seg->flow, flow, OUTCOME_CONNECTED, KIND_TCP);
-	else
-		report(&seg->flow, flow, OUTCOME_NO_ANSWER, KIND_PORT);
-}
-
-/* Notes which endpoint a request that the pod gets asks for. Returns false if it is none that is probed. */
-static __always_inline bool note_request(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
-{
-	struct endpoint_key key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_HTTP, 0);
-
-	if (seg->seq != flow->client_isn + 1 || !parse_request(skb, seg, &key.path_hash)) {
+	if (!question) {
 		count(COUNT_PASSED_NOT_PARSABLE);
 		return false;
 	}
-	if (!bpf_map_lookup_elem(&endpoint_evidence, &key)) {
-		count(COUNT_PASSED_NOT_PROBED);
-		return false;
-	}
-	flow->path_hash = key.path_hash;
+	flow->question = *question;
 	set_flags(flow, FLOW_REQUESTED);
 	return true;
 }
@@ -415,15 +409,17 @@ static __always_inline bool note_request(struct __sk_buff *skb, const struct seg
 /* Notes a client's packet on a connection that was passed on. The packet always goes on. */
 static __always_inline void steer_observing(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
+	bool ends = seg->tcp_flags & (TCP_FIN | TCP_RST);
+
 	/* A client that is still connecting resets what the pod has left of an earlier connection, and goes on. */
 	if (seg->tcp_flags & TCP_RST && !(flow->flags & FLOW_CONNECTED) && seg->seq != flow->client_isn + 1)
 		return;
-	if (seg->tcp_flags & (TCP_FIN | TCP_RST)) {
-		report_end(seg, flow);
+	if (seg->payload && !(flow->flags & FLOW_REQUESTED) &&
+	    !note_request(flow, seg->seq == flow->client_isn + 1 ? read_question(skb, seg) : NULL))
+		ends = true;
+	record_packet(skb, seg, flow, 0);
+	if (ends)
 		end_flow(&seg->flow, flow);
-	} else if (seg->payload && !(flow->flags & FLOW_REQUESTED) && !note_request(skb, seg, flow)) {
-		end_flow(&seg->flow, flow);
-	}
 }
 
 /* Ends a taken connection that its client has closed: resets it, so that it leaves nothing behind. */
@@ -447,9 +443,9 @@ static __always_inline int end_taken(struct __sk_buff *skb, const struct segment
 	return answer(skb, seg, (flags & FLOW_XDP) | FLOW_CONNECTED, &out, 0);
 }
 
-/* Answers a request if it may be answered, and sets the verdict. Returns false if it may not. */
+/* Answers a question, if it is one and may be answered, and sets the verdict. Returns false if it may not. */
 static __always_inline bool answer_request(struct __sk_buff *skb, const struct segment *seg, struct flow *flow,
-					   int *verdict)
+					   const struct question *question, int *verdict)
 {
 	struct endpoint_key key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_PORT, 0);
 	struct outgoing out = {
@@ -460,7 +456,7 @@ static __always_inline bool answer_request(struct __sk_buff *skb, const struct s
 	    .window = FIRST_WINDOW,
 	};
 	bool again = flow->flags & FLOW_REQUESTED;
-	__u64 now, withdrawn, path_hash;
+	__u64 now, withdrawn;
 	struct tally *tally;
 	struct evidence e;
 
@@ -472,13 +468,13 @@ static __always_inline bool answer_request(struct __sk_buff *skb, const struct s
 			return false;
 		}
 	}
-	if (seg->tcp_flags & TCP_FIN || !parse_request(skb, seg, &path_hash))
+	if (seg->tcp_flags & TCP_FIN || !question)
 		return false;
-	withdrawn = withdrawn_at(bpf_map_lookup_elem(&endpoint_tallies, &key));
-	key.path_hash = path_hash;
+	withdrawn = later(withdrawn_at(bpf_map_lookup_elem(&endpoint_tallies, &key)), pod_withdrawn_at(&key.device));
+	key.hash = question->hash;
 	key.kind = KIND_HTTP;
 	tally = bpf_map_lookup_elem(&endpoint_tallies, &key);
-	if (!read_evidence(&key, &e))
+	if (!read_evidence(&key, &e) || e.check != question->check)
 		return false;
 	now = bpf_ktime_get_boot_ns();
 	if (e.result != RESULT_SUCCESS || e.observed_at <= withdrawn || e.observed_at <= withdrawn_at(tally))
@@ -488,7 +484,6 @@ static __always_inline bool answer_request(struct __sk_buff *skb, const struct s
 		return false;
 	if (!again)
 		note_answer(&key, tally, e.observed_at, now);
-	flow->path_hash = path_hash;
 	set_flags(flow, FLOW_REQUESTED);
 	*verdict = answer(skb, seg, flow->flags, &out, e.status);
 	return true;
@@ -497,6 +492,7 @@ static __always_inline bool answer_request(struct __sk_buff *skb, const struct s
 static __always_inline int steer_taken(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
 	__u32 offset = seg->seq - flow->client_isn - 1; /* into the client's data */
+	const struct question *question;
 	int verdict;
 
 	if (!(flow->flags & FLOW_CONNECTED))
@@ -514,17 +510,20 @@ static __always_inline int steer_taken(struct __sk_buff *skb, const struct segme
 		/* A keep-alive is handed over: the client may be waiting for a server that speaks first. */
 		if (offset != (__u32)-1 || flow->flags & FLOW_REQUESTED)
 			return drop_quietly();
-		set_flags(flow, FLOW_JUDGED);
+		set_flags(flow, FLOW_DONE);
 		return replay_syn(skb, seg, flow);
 	}
 	/* Wait for the first byte, which later data may have overtaken. And hand over no client that has had an answer.
 	 */
 	if (offset != 0 || seg->ack != flow->our_isn + 1)
 		return drop_quietly();
-	if (answer_request(skb, seg, flow, &verdict))
+	question = read_question(skb, seg);
+	if (answer_request(skb, seg, flow, question, &verdict))
 		return verdict;
-	if (!note_request(skb, seg, flow))
-		set_flags(flow, FLOW_JUDGED);
+	if (note_request(flow, question))
+		record_packet(skb, seg, flow, 0);
+	else
+		set_flags(flow, FLOW_DONE);
 	store(skb, seg, flow, 0); /* if there is no room, the client's retransmission brings it */
 	return replay_syn(skb, seg, flow);
 }
@@ -533,6 +532,7 @@ static __always_inline int steer_handing(struct __sk_buff *skb, const struct seg
 {
 	__u32 offset = seg->seq - flow->client_isn - 1;
 
+	record_packet(skb, seg, flow, 0);
 	if (seg->tcp_flags & TCP_RST) {
 		end_flow(&seg->flow, flow);
 		return drop_quietly();
@@ -561,6 +561,7 @@ static __always_inline int steer_handed(struct __sk_buff *skb, const struct segm
 
 	if (seg->tcp_flags & TCP_SYN)
 		return drop_quietly();
+	record_packet(skb, seg, flow, 0);
 	if (seg->tcp_flags & TCP_ACK) {
 		if (bpf_l4_csum_replace(skb, tcp + offsetof(struct tcphdr, check), told, meant, sizeof(meant)) ||
 		    bpf_skb_store_bytes(skb, tcp + offsetof(struct tcphdr, ack_seq), &meant, sizeof(meant),
@@ -569,10 +570,6 @@ static __always_inline int steer_handed(struct __sk_buff *skb, const struct segm
 	}
 	skb->tc_index = HANDLED;
 	flow->deadline = bpf_ktime_get_boot_ns() + HANDED_NS;
-	if (seg->tcp_flags & (TCP_FIN | TCP_RST)) {
-		report_end(seg, flow);
-		set_flags(flow, FLOW_JUDGED);
-	}
 	if (seg->tcp_flags & TCP_FIN) {
 		flow->client_fin = seg->seq + seg->payload + 1;
 		set_flags(flow, FLOW_CLIENT_FIN);
@@ -626,52 +623,53 @@ int steer(struct __sk_buff *skb)
 }
 
 /* Notes that the pod refused or reset a connection. */
-static __always_inline void note_reset(const struct segment *seg, struct flow *flow)
+static __always_inline void note_reset(const struct segment *seg, const struct flow *flow)
 {
 	struct endpoint_key port = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_PORT, 0);
 
-	/* After a 2xx a reset proves nothing: the prober may have read the whole answer before it. */
-	if (flow->flags & FLOW_JUDGED || flow->status)
-		return;
-	withdraw(&port, WITHDRAWN_RESET, COUNT_WITHDRAWN_RESET);
-	report(&seg->flow, flow, OUTCOME_RESET, flow->flags & FLOW_REQUESTED ? KIND_HTTP : KIND_PORT);
+	/* Once the pod answers, or the client has closed, a reset proves nothing by itself. A refusal always does. */
+	if (flow->state == FLOW_HANDING || !(flow->flags & (FLOW_DONE | FLOW_ANSWERED)))
+		withdraw(&port, WITHDRAWN_RESET, COUNT_WITHDRAWN_RESET);
 }
 
-/* Notes the status in the pod's first bytes after a request. Returns false if nothing more can be learned. */
-static __always_inline bool note_status(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
+/* Withdraws the evidence of a question that the pod answers with an error. */
+static __always_inline void note_status(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
 	struct endpoint_key key;
 
-	if (!(flow->flags & FLOW_REQUESTED) || flow->flags & FLOW_JUDGED || !seg->payload ||
+	if ((flow->flags & (FLOW_REQUESTED | FLOW_ANSWERED | FLOW_DONE)) != FLOW_REQUESTED || !seg->payload ||
 	    seg->seq != flow->pod_isn + 1)
-		return true;
-	flow->status = parse_status(skb, seg);
-	if (flow->status >= 200 && flow->status < 300)
-		return true;
-	if (flow->status >= 300) {
-		key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_HTTP, flow->path_hash);
-		withdraw(&key, WITHDRAWN_STATUS, COUNT_WITHDRAWN_STATUS);
-		report(&seg->flow, flow, OUTCOME_STATUS, KIND_HTTP);
-	}
-	/* Below 200: not HTTP/1, an interim response or a split status line, which is no evidence either way. */
-	return false;
+		return;
+	set_flags(flow, FLOW_ANSWERED);
+	if (parse_status(skb, seg) < 300)
+		return;
+	key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_HTTP, flow->question.hash);
+	withdraw(&key, WITHDRAWN_STATUS, COUNT_WITHDRAWN_STATUS);
 }
 
-/* Notes the pod's side of a probe that was passed on. */
+/* Notes the pod's side of a connection that was passed on. */
 static __always_inline void observe_passed(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
 	if (seg->tcp_flags & TCP_RST) {
+		note_answered(seg, flow);
 		note_reset(seg, flow);
+		record_packet(skb, seg, flow, 1);
 		end_flow(&seg->flow, flow);
-	} else if (seg->tcp_flags & TCP_SYN) {
+		return;
+	}
+	if (seg->tcp_flags & TCP_SYN) {
 		if (seg->ack != flow->client_isn + 1)
 			return; /* of another connection on the same ports */
 		flow->pod_isn = seg->seq;
 		set_flags(flow, FLOW_CONNECTED);
+		set_deadline(flow, OBSERVING_NS);
 		note_mtu(skb, seg, flow);
-	} else if (!note_status(skb, seg, flow)) {
-		end_flow(&seg->flow, flow);
+		note_connected(skb, seg, flow);
 	}
+	if (!(flow->flags & FLOW_CONNECTED))
+		return;
+	note_status(skb, seg, flow);
+	record_packet(skb, seg, flow, 1);
 }
 
 /* Turns the pod's SYN-ACK into the ACK to it, carrying what the client has sent so far. */
@@ -687,8 +685,10 @@ static __always_inline int accept_handover(struct __sk_buff *skb, const struct s
 	struct stored *stored = NULL;
 	__u64 owner = flow->owner;
 
+	record_packet(skb, seg, flow, 1);
 	if (flow->state == FLOW_HANDING) {
 		note_mtu(skb, seg, flow);
+		note_connected(skb, seg, flow);
 		__sync_lock_test_and_set(&flow->pod_isn, seg->seq); /* a barrier: there before steer uses it */
 		flow->state = FLOW_HANDED;
 		set_deadline(flow, HANDED_NS); /* after the state: see replay_syn */
@@ -726,6 +726,7 @@ static __always_inline int refuse_handover(struct __sk_buff *skb, const struct s
 	};
 
 	note_reset(seg, flow);
+	record_packet(skb, seg, flow, 1);
 	end_flow(&seg->flow, flow);
 	skb->tc_index = HANDLED;
 	return emit(skb, seg->l3_len, &out, NULL, 0) ? PASS : DROP;
@@ -777,12 +778,11 @@ static __always_inline int observe_handed(struct __sk_buff *skb, const struct se
 	}
 	if (seg->tcp_flags & TCP_ACK && seg->ack != flow->client_isn + 1)
 		forget_stored(&seg->flow, flow); /* acknowledged */
-	if (seg->tcp_flags & TCP_RST) {
+	if (seg->tcp_flags & TCP_RST)
 		note_reset(seg, flow);
-		set_flags(flow, FLOW_JUDGED);
-	} else if (!note_status(skb, seg, flow)) {
-		set_flags(flow, FLOW_JUDGED);
-	}
+	else
+		note_status(skb, seg, flow);
+	record_packet(skb, seg, flow, 1);
 	if (seg->tcp_flags & TCP_FIN) {
 		flow->pod_fin = seg->seq + seg->payload + 1;
 		set_flags(flow, FLOW_POD_FIN);
@@ -945,57 +945,17 @@ int sweep(void *ctx)
 	return 0;
 }
 
-/* The fields that watch reads of the kernel's types. CO-RE relocates their offsets to the running kernel's. */
-#define KERNEL_TYPE __attribute__((preserve_access_index))
-struct ns_common {
-	unsigned int inum;
-} KERNEL_TYPE;
-struct net {
-	struct ns_common ns;
-} KERNEL_TYPE;
-typedef struct {
-	struct net *net;
-} KERNEL_TYPE possible_net_t;
-struct sock_common {
-	__u16 skc_num;
-	possible_net_t skc_net;
-} KERNEL_TYPE;
-struct sock {
-	struct sock_common __sk_common;
-} KERNEL_TYPE;
-
-/* TCP_CLOSE and TCP_LISTEN in include/net/tcp_states.h */
-#define STATE_CLOSE 7
-#define STATE_LISTEN 10
-
 /*
- * Voids a port's evidence when a listening socket on it closes, by its process or by the kernel because the process
- * ended. If another socket still listens on the port (SO_REUSEPORT), the next probe will tell.
+ * Voids all evidence of a pod when one of its listening sockets closes, by its process or by the kernel because the
+ * process ended. What answers a port need not own its socket (a sidecar), so the port alone would tell too little.
  */
 SEC("tp_btf/inet_sock_set_state")
 int BPF_PROG(watch, const struct sock *sk, int oldstate, int newstate)
 {
-	struct netns_devices *devices_of;
-	struct endpoint_key key;
-	struct device *device;
-	__u32 netns, ifindex;
-
 	/* An accepted connection's socket starts as a copy of the listening one: it also leaves LISTEN, not to CLOSE.
 	 */
-	if (oldstate != STATE_LISTEN || newstate != STATE_CLOSE)
-		return 0;
-	netns = sk->__sk_common.skc_net.net->ns.inum;
-	devices_of = bpf_map_lookup_elem(&pod_netns, &netns);
-	if (!devices_of)
-		return 0;
-	for (__u32 i = 0; i < DEVICES_PER_NETNS; i++) {
-		ifindex = devices_of->ifindex[i];
-		device = bpf_map_lookup_elem(&devices, &ifindex);
-		if (!ifindex || !device)
-			continue;
-		key = endpoint(ifindex, device->generation, sk->__sk_common.skc_num, KIND_PORT, 0);
-		withdraw(&key, WITHDRAWN_LISTENER_CLOSED, COUNT_WITHDRAWN_LISTENER_CLOSED);
-	}
+	if (oldstate == STATE_LISTEN && newstate == STATE_CLOSE)
+		note_closed(sk);
 	return 0;
 }
 

@@ -191,6 +191,7 @@ func (p *plugin) attachPod(conf *netConf, args *skel.CmdArgs, record *attach.Rec
 		return err
 	}
 	record.IfIndex, record.HostIfName, record.PodNetns = device.Index, device.Name, device.PodNetns
+	record.NetnsCookie = device.NetnsCookie
 	record.Hook = conf.hook
 
 	record.Error = addUnfinished
@@ -375,6 +376,10 @@ func check(conf *netConf, args *skel.CmdArgs) error {
 	if device.Index != record.IfIndex || device.Name != record.HostIfName {
 		return fault(codeCheck, "the host side of %s is device %d, %s; the record says %d, %s",
 			id, device.Index, device.Name, record.IfIndex, record.HostIfName)
+	}
+	if record.NetnsCookie != 0 && device.NetnsCookie != record.NetnsCookie {
+		return fault(codeCheck, "%s is the network namespace with cookie %d; that of %s had %d",
+			args.Netns, device.NetnsCookie, id, record.NetnsCookie)
 	}
 	return checkAttached(conf, id, device.Index)
 }

@@ -49,7 +49,7 @@ func TestAddAttachesRecordsAndReturnsPrevResult(t *testing.T) {
 		got.CreatedAt = time.Time{}
 		if want := (attach.Record{
 			ContainerID: idOf(pod).ContainerID, IfName: "eth0", Network: "net",
-			IfIndex: pod.IfIndex, HostIfName: pod.HostIfName, PodNetns: pod.Netns, Hook: way.hook,
+			IfIndex: pod.IfIndex, HostIfName: pod.HostIfName, PodNetns: pod.Netns, NetnsCookie: pod.NetnsCookie, Hook: way.hook,
 			PodNamespace: "shop", PodName: "cart-0", PodUID: "u-1",
 			PodIPs: []string{pod.IPv4.String(), pod.IPv6.String()},
 		}); !reflect.DeepEqual(got, want) {
@@ -615,6 +615,8 @@ func TestCheckFinds(t *testing.T) {
 		"another's network":   {editRecord(func(r *attach.Record) { r.Network = "other" }), "other"},
 		"another device":      {editRecord(func(r *attach.Record) { r.IfIndex = 4711 }), "4711"},
 		"another device name": {editRecord(func(r *attach.Record) { r.HostIfName = "vethX" }), "vethX"},
+		"another namespace":   {editRecord(func(r *attach.Record) { r.NetnsCookie++ }), "cookie"},
+		"namespace not known": {lookElsewhere, "looks into"},
 		"ADD did not finish":  {editRecord(func(r *attach.Record) { r.Error = addUnfinished }), addUnfinished},
 	}
 	byVia := map[attach.Via]map[string]test{

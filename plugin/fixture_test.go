@@ -345,6 +345,11 @@ func forgetDevice(w *world, p *bpftest.Pod) error {
 	return w.inDatapath(func(d *datapath.Datapath) error { return d.RemoveDevice(w.device(p)) })
 }
 
+// lookElsewhere makes it so that the id of the pod's namespace is not the one that was recorded.
+func lookElsewhere(w *world, p *bpftest.Pod) error {
+	return w.inDatapath(func(d *datapath.Datapath) error { return d.LookInto(w.device(p), 4711, 0) })
+}
+
 // interruptRemoval does what RemoveDevice does first, as if it had not come further.
 func interruptRemoval(w *world, p *bpftest.Pod) error {
 	w.putEvidence(p)

@@ -93,7 +93,9 @@ type Target struct {
 	IfIndex int // of the host-side veth
 	// PodNetns is the inode number of the pod's network namespace.
 	PodNetns uint32
-	Hook     Hook
+	// NetnsCookie is the namespace's cookie (SO_NETNS_COOKIE); 0 if it is not known.
+	NetnsCookie uint64
+	Hook        Hook
 }
 
 // Attach makes the target known to the programs, without evidence, and attaches them: completely, or not at all. It removes what
@@ -119,7 +121,14 @@ func Attach(d *datapath.Datapath, bpfDir string, id ID, target Target, via Via) 
 	if err := os.Mkdir(filepath.Join(dir, deviceName(device)), 0o700); err != nil {
 		return err
 	}
+	link, err := linkAt(target.IfIndex)
+	if err != nil {
+		return err
+	}
 	if err := d.AddDevice(device, target.PodNetns, target.Hook.kernel()); err != nil {
+		return err
+	}
+	if err := d.LookInto(device, link.Attrs().NetNsID, target.NetnsCookie); err != nil {
 		return err
 	}
 	if target.Hook == HookXDP {
@@ -128,6 +137,15 @@ func Attach(d *datapath.Datapath, bpfDir string, id ID, target Target, via Via) 
 		}
 	}
 	return attachTC(d, dir, target.IfIndex, via)
+}
+
+// linkAt returns the device with an index.
+func linkAt(ifindex int) (netlink.Link, error) {
+	device, err := netlink.LinkByIndex(ifindex)
+	if err != nil {
+		return nil, fmt.Errorf("device %d: %w", ifindex, err)
+	}
+	return device, nil
 }
 
 // Promote replaces the clsact filters of an attachment with tcx links, and leaves the empty qdisc. For a moment both are there;

@@ -44,7 +44,7 @@ func BenchmarkKill(b *testing.B) {
 	address := fmt.Sprintf("%s:8080", pod.IPv4)
 	var took []time.Duration
 	for b.Loop() {
-		server := startServer(b, pod)
+		server := startServer(b, pod, ":8080")
 		s.arm(b)
 		bpftest.Do(b, node.NS, func() error {
 			if reply, err := get(address); err != nil || !strings.Contains(reply, hit) {
@@ -76,18 +76,22 @@ func BenchmarkKill(b *testing.B) {
 }
 
 // startServer starts this test's program as a server in the pod, and waits until it listens.
-func startServer(b *testing.B, pod *bpftest.Pod) *exec.Cmd {
-	b.Helper()
+func startServer(t testing.TB, pod *bpftest.Pod, address string) *exec.Cmd {
+	t.Helper()
 	server := exec.Command("/proc/self/exe")
-	server.Env = append(os.Environ(), serverEnv+"=:8080")
+	server.Env = append(os.Environ(), serverEnv+"="+address)
 	server.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	ready, err := server.StdoutPipe()
 	if err != nil {
-		b.Fatal(err)
+		t.Fatal(err)
 	}
-	bpftest.Do(b, pod.NS, server.Start)
+	bpftest.Do(t, pod.NS, server.Start)
+	t.Cleanup(func() {
+		_ = server.Process.Kill()
+		_ = server.Wait() // killed
+	})
 	if _, err := ready.Read(make([]byte, 1)); err != nil {
-		b.Fatalf("the server in the pod: %v", err)
+		t.Fatalf("the server in the pod: %v", err)
 	}
 	return server
 }
@@ -117,9 +121,16 @@ func TestMain(m *testing.M) {
 
 // runServer listens until it is killed.
 func runServer(address string) error {
-	if _, err := net.Listen("tcp", address); err != nil {
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
 		return err
 	}
 	fmt.Println("listening")
-	select {}
+	for {
+		conn, err := listener.Accept()
+		if err != nil {
+			return err
+		}
+		_ = conn.Close()
+	}
 }

@@ -52,18 +52,20 @@ func (c *Checker) Check(id ID, ifindex int) error {
 	if !known || device.Key != key {
 		return wrong("the programs know device %d as %+v, not as %+v", ifindex, device.Key, key)
 	}
-	if device.Hook == datapath.HookXDP {
-		attached, err := xdpProgram(ifindex)
-		if err != nil {
-			return err
-		}
-		if attached != c.respond {
-			return wrong("XDP program of device %d is %d (0: none), not respond, which is %d", ifindex, attached, c.respond)
-		}
+	link, err := linkAt(ifindex)
+	if err != nil {
+		return err
+	}
+	if nsid := link.Attrs().NetNsID; nsid != device.NSID {
+		return wrong("device %d leads to the network namespace with id %d (-1: unknown), and steer looks into that with %d",
+			ifindex, nsid, device.NSID)
+	}
+	if attached := xdpOn(link); device.Hook == datapath.HookXDP && attached != c.respond {
+		return wrong("XDP program of device %d is %d (0: none), not respond, which is %d", ifindex, attached, c.respond)
 	}
 	for _, side := range sides {
 		program := c.programAt(side)
-		line, err := lineAt(ifindex, side)
+		line, err := lineAt(link, side)
 		if err != nil {
 			return err
 		}
@@ -106,16 +108,17 @@ func (n Neighbour) String() string {
 // all count as after.
 func (c *Checker) Neighbours(ifindex int) ([]Neighbour, error) {
 	var all []Neighbour
-	xdp, err := xdpProgram(ifindex)
+	link, err := linkAt(ifindex)
 	if err != nil {
 		return nil, err
 	}
+	xdp := xdpOn(link)
 	_, attached := c.Device(ifindex)
 	if xdp != 0 && xdp != c.respond {
 		all = append(all, Neighbour{"xdp", fmt.Sprintf("XDP program %s", describe(xdp)), attached})
 	}
 	for _, side := range sides {
-		line, err := lineAt(ifindex, side)
+		line, err := lineAt(link, side)
 		if err != nil {
 			return nil, err
 		}
@@ -161,7 +164,8 @@ func (l line) index(program ebpf.ProgramID) int {
 }
 
 // lineAt returns the line at one side of a device: tcx programs, then filters.
-func lineAt(ifindex int, s side) (line, error) {
+func lineAt(device netlink.Link, s side) (line, error) {
+	ifindex := device.Attrs().Index
 	programs, err := tcxPrograms(ifindex, s.tcx)
 	if err != nil {
 		return nil, err
@@ -170,7 +174,7 @@ func lineAt(ifindex int, s side) (line, error) {
 	for _, p := range programs {
 		all = append(all, place{hook: "tcx", program: p.ID})
 	}
-	filters, err := filtersAt(ifindex, s.parent)
+	filters, err := filtersOf(device, s.parent)
 	if err != nil {
 		return nil, err
 	}

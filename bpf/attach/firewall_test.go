@@ -61,6 +61,25 @@ func (f *firewall) chain(name string, hook *nftables.ChainHook, rules ...[]expr.
 	}
 }
 
+// redirect makes connections to a port arrive at another one.
+func (f *firewall) redirect(from, to uint16) {
+	f.t.Helper()
+	chain := f.conn.AddChain(&nftables.Chain{
+		Name: "redirect", Table: f.table, Type: nftables.ChainTypeNAT, Hooknum: prerouting, Priority: nftables.ChainPriorityNATDest,
+	})
+	f.conn.AddRule(&nftables.Rule{Table: f.table, Chain: chain, Exprs: then(
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_TCP}},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(from)},
+		&expr.Immediate{Register: 1, Data: binaryutil.BigEndian.PutUint16(to)},
+		&expr.Redir{RegisterProtoMin: 1},
+	)})
+	if err := f.conn.Flush(); err != nil {
+		f.t.Skipf("this kernel cannot redirect: %v", err)
+	}
+}
+
 // counted returns how many packets met the first counter of a chain's rules.
 func (f *firewall) counted(name string) (packets uint64) {
 	f.t.Helper()

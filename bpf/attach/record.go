@@ -32,6 +32,8 @@ type Record struct {
 	HostIfName string `json:"hostIfName"`
 	// PodNetns is the inode number of the pod's network namespace, as in Target.
 	PodNetns uint32 `json:"podNetns"`
+	// NetnsCookie is the cookie of the pod's network namespace, as in Target.
+	NetnsCookie uint64 `json:"netnsCookie,omitempty"`
 	// Hook tells where answers are made; empty in records of builds before there was a choice.
 	Hook Hook `json:"hook,omitempty"`
 
@@ -64,7 +66,7 @@ func (id ID) Check() error {
 
 // Target returns what the record says is attached to.
 func (r Record) Target() Target {
-	return Target{IfIndex: r.IfIndex, PodNetns: r.PodNetns, Hook: r.Hook}
+	return Target{IfIndex: r.IfIndex, PodNetns: r.PodNetns, NetnsCookie: r.NetnsCookie, Hook: r.Hook}
 }
 
 // ID returns the ID of the attachment.

@@ -129,6 +129,21 @@ func (s *served) put(t testing.TB, key datapath.EndpointKey, e datapath.Evidence
 	}
 }
 
+// putProbe puts evidence of what probe asks on a port.
+func (s *served) putProbe(t testing.TB, port uint16, e datapath.Evidence) {
+	t.Helper()
+	q := s.question(t)
+	e.Check = q.Check
+	s.put(t, datapath.HTTPKey(port, q), e)
+}
+
+// question is what probe asks.
+func (s *served) question(t testing.TB) (q datapath.Question) {
+	t.Helper()
+	q.Hash, q.Check = bpftest.KeysOf(t, s.d.Steer()).Question(probe)
+	return q
+}
+
 // success is evidence that holds for an hour.
 func success() datapath.Evidence {
 	now := datapath.Now()
@@ -138,7 +153,7 @@ func success() datapath.Evidence {
 // arm makes /healthz answered.
 func (s *served) arm(t testing.TB) {
 	t.Helper()
-	s.put(t, datapath.HTTPKey(8080, "/healthz"), success())
+	s.putProbe(t, 8080, success())
 	s.armPort(t, 8080)
 }
 
@@ -274,6 +289,7 @@ func TestHandedOverConnectionsEnd(t *testing.T) {
 // The pod stopped listening after the SYN was answered: the client is told so by a reset.
 func TestAPodThatStoppedListening(t *testing.T) {
 	eachFamily(t, func(t *testing.T, s *served, addr netip.Addr) {
+		s.lookAway(t)
 		s.armPort(t, 8081) // nobody listens there
 		conn := s.Dial(t, netip.AddrPortFrom(addr, 8081).String())
 		if _, err := io.WriteString(conn, probe); err != nil {
@@ -402,6 +418,14 @@ func (s *served) detachRespond(t *testing.T) {
 	}
 }
 
+// lookAway has steer take connections without a look at the pod's listening sockets, as if the namespace's id were not known.
+func (s *served) lookAway(t *testing.T) {
+	t.Helper()
+	if err := s.d.LookInto(s.device(t).Key, -1, 0); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func (s *served) device(t *testing.T) datapath.Device {
 	t.Helper()
 	device, err := s.d.Device(s.known(t).Device())
@@ -411,7 +435,7 @@ func (s *served) device(t *testing.T) datapath.Device {
 	return device
 }
 
-func waitFor(t *testing.T, what string, done func() bool) {
+func waitFor(t testing.TB, what string, done func() bool) {
 	t.Helper()
 	if !await(done) {
 		t.Fatalf("waited in vain for %s", what)
@@ -429,41 +453,55 @@ func await(done func() bool) bool {
 	return false
 }
 
-// When the server's socket closes, whatever the cause, its port is no longer answered: before anything asks.
-func TestAListenerThatClosesEndsItsEvidence(t *testing.T) {
+// When a listening socket of the pod closes, whatever the cause and whatever its port, nothing of the pod is answered any more: before
+// anything asks.
+func TestAListenerThatClosesEndsAllEvidence(t *testing.T) {
 	eachServed(t, func(t *testing.T, s *served) {
 		if !s.d.Watched() {
 			t.Skip("this kernel does not describe its types (BTF)")
 		}
-		if err := s.Listen(t, 9090).Close(); err != nil {
-			t.Fatal(err)
-		}
+		s.armPort(t, 9090)
 		elsewhere := s.Node.AddPod(t).Listen(t, 8080)
 		if err := elsewhere.Close(); err != nil {
 			t.Fatal(err)
 		}
 		if reply := s.ask(t, s.Node.NS, s.IPv4, probe); !strings.Contains(reply, hit) {
-			t.Fatalf("withdrawn by another port's or another pod's listener: %q", reply)
+			t.Fatalf("withdrawn by another pod's listener: %q", reply)
 		}
-		if err := s.listener.Close(); err != nil {
-			t.Fatal(err)
-		}
-		_, tally, err := s.known(t).Get(datapath.PortKey(8080))
-		if err != nil || datapath.WithdrawalCauses[tally.WithdrawnCause] != "listener_closed" {
-			t.Fatalf("%+v, %v", tally, err)
-		}
-		if n := s.counters(t)["withdrawn_listener_closed"]; n != 1 {
-			t.Fatalf("counted %d withdrawals", n)
-		}
-		bpftest.Do(t, s.Node.NS, func() error {
-			conn, err := net.DialTimeout("tcp", fmt.Sprintf("%s:8080", s.IPv4), patience)
-			if err == nil {
-				_ = conn.Close()
-				return fmt.Errorf("a connection was accepted in the closed server's name")
+		for _, l := range []net.Listener{
+			s.Listen(t, 9091), // a sidecar's, say
+			socket{address: netip.IPv6Loopback(), protocol: unix.IPPROTO_MPTCP}.listen(t, s.NS),
+			s.listener,
+		} {
+			s.arm(t)
+			before, closed := datapath.Now(), s.counters(t)["withdrawn_listener_closed"]
+			if err := l.Close(); err != nil {
+				t.Fatal(err)
 			}
-			return nil
-		})
+			for _, port := range []uint16{8080, 9090} {
+				_, tally, err := s.known(t).Get(datapath.PortKey(port))
+				if err != nil || tally.WithdrawnAt < before || datapath.WithdrawalCauses[tally.WithdrawnCause] != "listener_closed" {
+					t.Fatalf("port %d: %+v, %v", port, tally, err)
+				}
+			}
+			// An MPTCP socket has a TCP one inside, which counts too.
+			if n := s.counters(t)["withdrawn_listener_closed"] - closed; n < 1 || n > 2 {
+				t.Fatalf("counted %d withdrawals", n)
+			}
+			if reply, err := s.get(); strings.Contains(reply, hit) {
+				t.Fatalf("answered with what was known before: %q, %v", reply, err)
+			}
+		}
 	})
+}
+
+// get asks as ask does, and returns an error if it cannot.
+func (s *served) get() (reply string, err error) {
+	err = inNS(s.Node.NS, func() error {
+		reply, err = get(fmt.Sprintf("%s:8080", s.IPv4))
+		return err
+	})
+	return reply, err
 }
 
 // What the daemon itself asks reaches the pod, though every local process is a prober and everything is fresh.

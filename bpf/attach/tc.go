@@ -236,15 +236,7 @@ func tcxPrograms(ifindex int, hook ebpf.AttachType) ([]link.AttachedProgram, err
 	return result.Programs, nil
 }
 
-// filtersAt returns the filters at one side of the device's clsact, if it has one, in the order in which they run.
-func filtersAt(ifindex int, parent uint32) ([]netlink.Filter, error) {
-	device, err := netlink.LinkByIndex(ifindex)
-	if err != nil {
-		return nil, fmt.Errorf("device %d: %w", ifindex, err)
-	}
-	return filtersOf(device, parent)
-}
-
+// filtersOf returns the filters at one side of the device's clsact, if it has one, in the order in which they run.
 func filtersOf(device netlink.Link, parent uint32) ([]netlink.Filter, error) {
 	filters, err := netlinksafe.FilterList(device, parent)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) { // no such qdisc

@@ -60,14 +60,19 @@ func programName(id ebpf.ProgramID) string {
 
 // xdpProgram returns the id of the XDP program on the device, 0 if there is none.
 func xdpProgram(ifindex int) (ebpf.ProgramID, error) {
-	device, err := netlink.LinkByIndex(ifindex)
+	device, err := linkAt(ifindex)
 	if err != nil {
-		return 0, fmt.Errorf("device %d: %w", ifindex, err)
+		return 0, err
 	}
+	return xdpOn(device), nil
+}
+
+// xdpOn returns the id of the XDP program on the device, as of when it was read; 0 if there was none.
+func xdpOn(device netlink.Link) ebpf.ProgramID {
 	if xdp := device.Attrs().Xdp; xdp != nil {
-		return ebpf.ProgramID(xdp.ProgId), nil
+		return ebpf.ProgramID(xdp.ProgId)
 	}
-	return 0, nil
+	return 0
 }
 
 // xdpDevice returns the index of the device that the pinned XDP link is attached to, 0 if there is no such pin or device.

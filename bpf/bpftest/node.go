@@ -55,6 +55,7 @@ type Pod struct {
 	Node         *Node
 	NS           ns.NetNS
 	Netns        uint32 // inode number of NS
+	NetnsCookie  uint64 // of NS
 	HostIfName   string
 	IfIndex      int // of the host-side veth
 	HostIPv4     netip.Addr
@@ -94,6 +95,20 @@ func Do(t testing.TB, n ns.NetNS, f func() error) {
 	}
 }
 
+// NetnsCookie returns the cookie of a network namespace.
+func NetnsCookie(t testing.TB, in ns.NetNS) (cookie uint64) {
+	t.Helper()
+	Do(t, in, func() error {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		cookie, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+		return errors.Join(err, unix.Close(fd))
+	})
+	return cookie
+}
+
 // NewNode makes a node without pods.
 func NewNode(t testing.TB) *Node {
 	t.Helper()
@@ -118,7 +133,7 @@ func (n *Node) AddPod(t testing.TB) *Pod {
 	if err := unix.Fstat(int(p.NS.Fd()), &stat); err != nil {
 		t.Fatal(err)
 	}
-	p.Netns = uint32(stat.Ino)
+	p.Netns, p.NetnsCookie = uint32(stat.Ino), NetnsCookie(t, p.NS)
 	Do(t, n.NS, func() error {
 		return netlink.LinkAdd(&netlink.Veth{
 			LinkAttrs:     netlink.LinkAttrs{Name: p.HostIfName},

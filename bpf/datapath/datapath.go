@@ -5,7 +5,6 @@ package datapath
 import (
 	"context"
 	"crypto/rand"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
@@ -21,14 +20,13 @@ import (
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
-	"github.com/cilium/ebpf/ringbuf"
 	"golang.org/x/sys/unix"
 )
 
 const (
 	// ABI versions the programs and the layout of maps and orders. Objects are pinned under it, so builds with different
 	// ABIs never open each other's objects, and builds with the same ABI share what the first of them loaded.
-	ABI = "v4"
+	ABI = "v5"
 	// DefaultDir is where everything is pinned by default.
 	DefaultDir = "/sys/fs/bpf/probelet"
 )
@@ -55,6 +53,7 @@ type Datapath struct {
 	}
 	prober sync.Mutex // of the one element of that map, parts of which are changed independently
 	watch  link.Link  // nil: listening sockets are not watched, or by another process' doing
+	blind  bool       // steer does not look at listening sockets; false if opened by pins
 	dir    string     // <bpf dir>/<ABI>; empty if nothing is pinned
 }
 
@@ -64,11 +63,7 @@ func Load() (*Datapath, error) {
 	if err != nil {
 		return nil, err
 	}
-	var random [8]byte
-	if _, err := rand.Read(random[:]); err != nil {
-		return nil, err
-	}
-	if err := spec.Variables[probeletVarOrderToken].Set(binary.NativeEndian.Uint64(random[:])); err != nil {
+	if err := drawSecrets(spec); err != nil {
 		return nil, err
 	}
 	if err := spec.Variables[probeletVarReplies].Set(replies()); err != nil {
@@ -79,13 +74,54 @@ func Load() (*Datapath, error) {
 		spec.Programs[probeletProgRespond].Flags &^= unix.BPF_F_XDP_HAS_FRAGS
 	}
 	d := &Datapath{}
-	if err := spec.LoadAndAssign(&d.objects, nil); err != nil {
+	if err := d.load(spec); err != nil {
 		return nil, fmt.Errorf("loading BPF objects: %w", err)
 	}
 	if err := d.startWatch(spec); err != nil {
 		return nil, errors.Join(fmt.Errorf("watching listening sockets: %w", err), d.Close())
 	}
 	return d, nil
+}
+
+// drawSecrets sets the constants that pods must not know.
+func drawSecrets(spec *ebpf.CollectionSpec) error {
+	for _, name := range []string{probeletVarOrderToken, probeletVarQuestionKeys} {
+		random := make([]byte, spec.Variables[name].Size())
+		if _, err := rand.Read(random); err != nil {
+			return err
+		}
+		if err := spec.Variables[name].Set(random); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// load loads steer with its look at listening sockets, or without it where the kernel refuses that: it takes BTF, CAP_PERFMON, a helper
+// and a verifier that accepts them.
+func (d *Datapath) load(spec *ebpf.CollectionSpec) error {
+	seeing := d.loadSteer(spec, true)
+	if seeing == nil {
+		return nil
+	}
+	if err := d.loadSteer(spec, false); err != nil {
+		return errors.Join(err, fmt.Errorf("and with a look at listening sockets: %w", seeing))
+	}
+	return nil
+}
+
+// loadSteer loads all objects but watch. sees: steer looks at listening sockets.
+func (d *Datapath) loadSteer(spec *ebpf.CollectionSpec, sees bool) error {
+	var options ebpf.CollectionOptions
+	if !sees {
+		// The code that reads the kernel's types is dead then, but CO-RE still resolves it: against the object's own types.
+		options.Programs.KernelTypes = spec.Types
+	}
+	d.blind = !sees
+	if err := spec.Variables[probeletVarSeesListeners].Set(sees); err != nil {
+		return err
+	}
+	return spec.LoadAndAssign(&d.objects, &options)
 }
 
 // startWatch attaches the program that sees listening sockets close. It does nothing on a kernel without BTF: evidence then
@@ -98,11 +134,9 @@ func (d *Datapath) startWatch(spec *ebpf.CollectionSpec) error {
 		Watch *ebpf.Program `ebpf:"watch"`
 	}
 	err := spec.LoadAndAssign(&programs, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
-		probeletMapPodNetns:         d.objects.PodNetns,
-		probeletMapDevices:          d.objects.Devices,
-		probeletMapEndpointEvidence: d.objects.EndpointEvidence,
-		probeletMapEndpointTallies:  d.objects.EndpointTallies,
-		probeletMapCounters:         d.objects.Counters,
+		probeletMapPodNetns: d.objects.PodNetns,
+		probeletMapDevices:  d.objects.Devices,
+		probeletMapCounters: d.objects.Counters,
 	}})
 	if err != nil {
 		return err
@@ -112,7 +146,7 @@ func (d *Datapath) startWatch(spec *ebpf.CollectionSpec) error {
 	return err
 }
 
-// Watched reports whether pods' listening sockets are watched, so that a port's evidence ends when its server does.
+// Watched reports whether pods' listening sockets are watched, so that a pod's evidence ends when one of its servers does.
 func (d *Datapath) Watched() bool {
 	if d.dir == "" {
 		return d.watch != nil
@@ -121,7 +155,19 @@ func (d *Datapath) Watched() bool {
 	return err == nil
 }
 
+// SeesListeners reports whether steer looks at pods' listening sockets. Without it TCP probes are answered as HTTP probes are, on
+// the evidence of earlier ones only.
+func (d *Datapath) SeesListeners() bool {
+	if d.dir == "" {
+		return !d.blind
+	}
+	_, err := os.Stat(filepath.Join(d.dir, pinBlind))
+	return Absent(err)
+}
+
 const (
+	// pinBlind is a directory that is there if steer does not look at listening sockets.
+	pinBlind = "blind"
 	// pinWatch is the pin of watch's link. watch is attached once, for all pods.
 	pinWatch = "watch"
 	// pinUnwatched is a directory in its place on a kernel without BTF.
@@ -301,6 +347,11 @@ func loadAndPin(bpfDir string) (_ *Datapath, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("pinning the link of watch: %w", err)
 	}
+	if d.blind {
+		if err := os.Mkdir(filepath.Join(staging, pinBlind), 0o700); err != nil {
+			return nil, err
+		}
+	}
 	if err := os.Mkdir(filepath.Join(staging, attachmentsDir), 0o700); err != nil {
 		return nil, err
 	}
@@ -378,7 +429,7 @@ func (d *Datapath) maps() map[string]**ebpf.Map {
 		probeletMapPodNetns:         &m.PodNetns,
 		probeletMapOwnSockets:       &m.OwnSockets,
 		probeletMapFlows:            &m.Flows,
-		probeletMapOutcomes:         &m.Outcomes,
+		probeletMapRecords:          &m.Records,
 		probeletMapCounters:         &m.Counters,
 		probeletMapAnswerAges:       &m.AnswerAges,
 	}
@@ -463,51 +514,14 @@ func (d *Datapath) Prober() (Prober, error) {
 	return p, nil
 }
 
-// Outcomes opens the ring buffer of outcomes. Each outcome goes to one reader only, so there should be one at a time.
-func (d *Datapath) Outcomes() (*OutcomeReader, error) {
-	r, err := ringbuf.NewReader(d.objects.Outcomes)
-	if err != nil {
-		return nil, err
-	}
-	return &OutcomeReader{ring: r}, nil
-}
-
-// OutcomeReader reads outcomes of probes that reached the pod.
-type OutcomeReader struct {
-	ring   *ringbuf.Reader
-	record ringbuf.Record
-}
-
-// Read waits for outcomes and returns those there are, at most 1,024. The error is os.ErrClosed after Close, and
-// os.ErrDeadlineExceeded after the deadline.
-func (r *OutcomeReader) Read() ([]Outcome, error) {
-	const most = 1024
-	var outcomes []Outcome
-	for len(outcomes) == 0 || r.ring.AvailableBytes() > 0 && len(outcomes) < most {
-		if err := r.ring.ReadInto(&r.record); err != nil {
-			return outcomes, err
-		}
-		var o Outcome
-		if _, err := binary.Decode(r.record.RawSample, binary.NativeEndian, &o); err != nil {
-			return outcomes, err
-		}
-		outcomes = append(outcomes, o)
-	}
-	return outcomes, nil
-}
-
-// SetDeadline bounds Read's waiting.
-func (r *OutcomeReader) SetDeadline(t time.Time) { r.ring.SetDeadline(t) }
-
-// Close ends a Read that is waiting, and closes the ring buffer.
-func (r *OutcomeReader) Close() error { return r.ring.Close() }
-
 // CounterNames are the names of the counters, in the order of enum counter in bpf/abi.h.
 var CounterNames = [probeletCounterCOUNT_MAX]string{
 	"answered_http", "answered_tcp", "observed", "handed_over", "passed_not_fresh", "passed_not_probed",
 	"passed_not_parsable", "passed_not_prober", "passed_own", "passed_untrusted", "passed_full", "dropped",
-	"outcomes_lost", "flows_expired", "devices_lost",
+	"records_lost", "flows_expired", "devices_lost",
 	"withdrawn_listener_closed", "withdrawn_reset", "withdrawn_status",
+	"passed_no_listener", "passed_queue_long", "passed_head_old", "passed_special", "passed_real_due",
+	"passed_unanswered",
 }
 
 // Counters returns the counters by name, summed over the CPUs.
@@ -523,19 +537,34 @@ func (d *Datapath) Counters() (map[string]uint64, error) {
 	return counters, nil
 }
 
+func (d *Datapath) counter(index probeletCounter) (uint64, error) {
+	value, err := sum(d.objects.Counters, uint32(index))
+	if err != nil {
+		return 0, fmt.Errorf("counters: %w", err)
+	}
+	return value, nil
+}
+
 // sums returns the first n elements of a per-CPU array, each summed over the CPUs.
-func sums(array *ebpf.Map, n int) ([]uint64, error) {
-	sums := make([]uint64, n)
+func sums(array *ebpf.Map, n int) (sums []uint64, err error) {
+	sums = make([]uint64, n)
 	for i := range sums {
-		var perCPU []uint64
-		if err := array.Lookup(uint32(i), &perCPU); err != nil {
+		if sums[i], err = sum(array, uint32(i)); err != nil {
 			return nil, err
-		}
-		for _, value := range perCPU {
-			sums[i] += value
 		}
 	}
 	return sums, nil
+}
+
+func sum(array *ebpf.Map, index uint32) (sum uint64, err error) {
+	var perCPU []uint64
+	if err := array.Lookup(index, &perCPU); err != nil {
+		return 0, err
+	}
+	for _, value := range perCPU {
+		sum += value
+	}
+	return sum, nil
 }
 
 // AnswerAgeBounds are the upper bounds, in seconds, of AnswerAges' buckets but the last (AGE_BOUNDS in bpf/abi.h).
@@ -615,18 +644,44 @@ func (d *Datapath) Sweep() error {
 }
 
 // Flows counts the connections in the flow table.
-func (d *Datapath) Flows() (int, error) {
+func (d *Datapath) Flows() (n int, err error) {
+	err = d.eachFlow(func(probeletFlowKey, *probeletFlow) { n++ })
+	return n, err
+}
+
+// PodPort is a port of the pod behind a device.
+type PodPort struct {
+	Device DeviceKey
+	Port   uint16
+}
+
+// Unanswered returns when connections of a prober began that a port was not seen to answer, in terms of Now, for as long as
+// the flow table has them. Nothing else tells of them: a client that gives up connecting sends nothing.
+func (d *Datapath) Unanswered() (map[PodPort][]uint64, error) {
+	began := map[PodPort][]uint64{}
+	err := d.eachFlow(func(key probeletFlowKey, flow *probeletFlow) {
+		if flow.State == uint8(probeletFlowStateFLOW_OBSERVING) && flow.Flags&uint32(probeletFlowFlagFLOW_CONNECTED) == 0 {
+			to := PodPort{DeviceKey{Ifindex: key.Ifindex, Generation: flow.Generation}, key.PodPort}
+			began[to] = append(began[to], flow.StartedAt)
+		}
+	})
+	return began, err
+}
+
+// eachFlow calls f for each connection in the flow table.
+func (d *Datapath) eachFlow(f func(probeletFlowKey, *probeletFlow)) error {
 	const batch = 4096
-	n := 0
 	keys, flows := make([]probeletFlowKey, batch), make([]probeletFlow, batch)
 	for cursor := new(ebpf.MapBatchCursor); ; {
 		count, err := d.objects.Flows.BatchLookup(cursor, keys, flows, nil)
-		n += count
+		for i := range count {
+			f(keys[i], &flows[i])
+		}
 		if errors.Is(err, ebpf.ErrKeyNotExist) { // that was all
-			return n, nil
+			return nil
 		}
 		if err != nil {
-			return n, err
+			return err
 		}
 	}
 }

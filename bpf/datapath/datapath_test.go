@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,6 +15,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/bpftest"
@@ -70,16 +70,6 @@ func TestSharedTypesHaveTheSizesOfTheMaps(t *testing.T) {
 	}
 }
 
-func TestPathHashIsFNV1a(t *testing.T) {
-	for _, path := range []string{"", "/", "/healthz", "/a%20b?x=1", strings.Repeat("x", 300)} {
-		h := fnv.New64a()
-		_, _ = h.Write([]byte(path))
-		if PathHash(path) != h.Sum64() {
-			t.Errorf("hash of %q: %#x, want %#x", path, PathHash(path), h.Sum64())
-		}
-	}
-}
-
 func TestModelAtTheBorders(t *testing.T) {
 	e := Evidence{ObservedAt: 100, FreshUntil: 200, Result: ResultSuccess}
 	void := Tally{WithdrawnAt: 100}
@@ -108,7 +98,7 @@ func TestModelAtTheBorders(t *testing.T) {
 // programsOf has the hash of each ABI's object. What a build with the same ABI has loaded already is not replaced: for a
 // change to take effect before the machine restarts, it needs another ABI.
 var programsOf = map[string]string{
-	"v4": "c84191896f5ef14cf6a0ac6728038e7e35910ded7c29996323516f1747bf304c",
+	"v5": "128a7c45c48fce854d158f95eb767fe989007e8982ad19cbecaafa4264c2b6b8",
 }
 
 func TestOtherProgramsHaveAnotherABI(t *testing.T) {
@@ -163,9 +153,9 @@ func TestEnsureLoadsOnce(t *testing.T) {
 		}
 	}
 	want := []string{
-		"", "/v4", "/v4/answer_ages", "/v4/attachments", "/v4/counters", "/v4/devices", "/v4/endpoint_evidence", "/v4/endpoint_lists",
-		"/v4/endpoint_tallies", "/v4/flows", "/v4/observe", "/v4/outcomes", "/v4/own_sockets", "/v4/pod_netns", "/v4/prober",
-		"/v4/respond", "/v4/steer", "/v4/sweep", "/v4/watch",
+		"", "/v5", "/v5/answer_ages", "/v5/attachments", "/v5/counters", "/v5/devices", "/v5/endpoint_evidence", "/v5/endpoint_lists",
+		"/v5/endpoint_tallies", "/v5/flows", "/v5/observe", "/v5/own_sockets", "/v5/pod_netns", "/v5/prober",
+		"/v5/records", "/v5/respond", "/v5/steer", "/v5/sweep", "/v5/watch",
 	}
 	if got := pinned(t, dir); !slices.Equal(got, want) {
 		t.Fatalf("pinned %q, want %q", got, want)
@@ -244,6 +234,38 @@ func TestEnsureKnowsThatThereIsNoWatch(t *testing.T) {
 		t.Errorf("current: %v, %v; watched: %v", current, err, d.Watched())
 	}
 	must(t, d.Close())
+}
+
+// On a kernel that does not let sockets be looked at, all else is as it is elsewhere, and what is pinned tells.
+func TestLoadWithoutALookAtListeners(t *testing.T) {
+	bpftest.RequireRoot(t)
+	spec, err := loadProbelet()
+	must(t, err)
+	code := spec.Programs[probeletProgSteer].Instructions
+	for i := range code {
+		if code[i].IsBuiltinCall() && code[i].Constant == int64(asm.FnSkcToTcpSock) {
+			code[i].Constant = 9999 // no such helper
+		}
+	}
+	blind := &Datapath{}
+	if err := blind.load(spec); err != nil || blind.SeesListeners() {
+		t.Errorf("loaded: %v, looks at sockets: %v", err, blind.SeesListeners())
+	}
+	must(t, blind.Close())
+
+	d, err := Ensure(t.Context(), bpftest.BPFDir(t))
+	must(t, err)
+	defer d.Close() //nolint:errcheck // a test's
+	if !d.SeesListeners() {
+		t.Error("looks at no sockets")
+	}
+	must(t, os.Mkdir(filepath.Join(d.Dir(), pinBlind), 0o700))
+	opened, err := Open(filepath.Dir(d.Dir()))
+	must(t, err)
+	if opened.SeesListeners() {
+		t.Error("the pins tell of a look at sockets")
+	}
+	must(t, opened.Close())
 }
 
 func TestEnsureDoesNotWaitForever(t *testing.T) {

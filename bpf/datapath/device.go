@@ -58,6 +58,13 @@ type Device struct {
 	// Loss tells how a lost answer was noticed, and LostAt when, in terms of Now; empty and 0 unless Trust is TrustLost.
 	Loss   string
 	LostAt uint64
+	// NSID is the id by which the host's network namespace knows the pod's; -1 if it is not known.
+	NSID int
+	// NetnsCookie is the pod's network namespace's (SO_NETNS_COOKIE); 0 if it is not known yet.
+	NetnsCookie uint64
+	// WithdrawnAt is when one of the pod's listening sockets last closed, in terms of Now, which voids all evidence observed until
+	// then; 0 if none did.
+	WithdrawnAt uint64
 }
 
 // lockDeadline is far longer than it takes to add or remove a device.
@@ -76,8 +83,8 @@ func NewDeviceKey(ifindex int) (DeviceKey, error) {
 	}
 }
 
-// AddDevice makes a device known to the programs, with no evidence and no trust. netns is the inode number of the pod's network
-// namespace. What an earlier attachment of the device left behind is removed.
+// AddDevice makes a device known to the programs, with no evidence and no trust. steer does not look at the pod's sockets before LookInto.
+// netns is the inode number of the pod's network namespace. What an earlier attachment of the device left behind is removed.
 func (d *Datapath) AddDevice(key DeviceKey, netns uint32, hook Hook) error {
 	unlock, err := d.lock()
 	if err != nil {
@@ -91,12 +98,41 @@ func (d *Datapath) AddDevice(key DeviceKey, netns uint32, hook Hook) error {
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	device := probeletDevice{Generation: key.Generation, Netns: netns, Hook: uint8(hook)}
+	device := probeletDevice{Generation: key.Generation, Netns: netns, Hook: uint8(hook), Nsid: -1}
 	if err := d.objects.Devices.Update(key.Ifindex, &device, ebpf.UpdateNoExist); err != nil {
 		return fmt.Errorf("device %d: %w", key.Ifindex, err)
 	}
 	if err := d.addToNetns(key.Ifindex, netns); err != nil {
 		return errors.Join(err, d.removeDevice(key))
+	}
+	return nil
+}
+
+// LookInto makes steer look at listening sockets in the device's pod. nsid is the id by which the host's network namespace knows the
+// pod's. The cookie keeps another pod's namespace that gets the id later from being taken for it. If it is 0, steer takes the cookie of
+// the first socket that it finds in the namespace with AddDevice's inode number. Call it before the programs are attached, because it
+// overwrites what they note. The error is os.ErrNotExist as for Device.
+func (d *Datapath) LookInto(key DeviceKey, nsid int, cookie uint64) error {
+	return d.changeDevice(key, func(device *probeletDevice) { device.Nsid, device.NetnsCookie = int32(nsid), cookie })
+}
+
+// changeDevice replaces a device. What the programs note of it meanwhile is lost.
+func (d *Datapath) changeDevice(key DeviceKey, change func(*probeletDevice)) error {
+	unlock, err := d.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if _, err := d.Device(key); err != nil {
+		return err
+	}
+	var device probeletDevice
+	if err := d.objects.Devices.Lookup(key.Ifindex, &device); err != nil {
+		return fmt.Errorf("device %d: %w", key.Ifindex, err)
+	}
+	change(&device)
+	if err := d.objects.Devices.Update(key.Ifindex, &device, ebpf.UpdateExist); err != nil {
+		return fmt.Errorf("device %d: %w", key.Ifindex, err)
 	}
 	return nil
 }
@@ -152,6 +188,7 @@ func deviceOf(ifindex uint32, device probeletDevice) Device {
 		Key:   DeviceKey{Ifindex: ifindex, Generation: device.Generation},
 		Netns: device.Netns, Hook: Hook(device.Hook), Trust: Trust(device.Trust),
 		Loss: losses[device.Loss], LostAt: device.LostAt,
+		NSID: int(device.Nsid), NetnsCookie: device.NetnsCookie, WithdrawnAt: device.WithdrawnAt,
 	}
 }
 
@@ -171,21 +208,39 @@ func (d *Datapath) Devices() (map[uint32]Device, error) {
 }
 
 // TrustAgain puts a device on trial again, as if it had just been attached. The error is os.ErrNotExist as for Device.
+//
+// A listening socket of the pod's that closes while the device is replaced may be noted in the old one. But watch counts each one, of
+// whatever pod, after it has noted it: if the count has moved once all programs have ended that may know of the old one, the pod's
+// evidence is voided, too.
 func (d *Datapath) TrustAgain(key DeviceKey) error {
-	unlock, err := d.lock()
-	if err != nil {
-		return err
+	for withdrawn := uint64(0); ; withdrawn = Now() {
+		before, err := d.counter(probeletCounterCOUNT_WITHDRAWN_LISTENER_CLOSED)
+		if err != nil {
+			return err
+		}
+		err = d.changeDevice(key, func(device *probeletDevice) {
+			*device = probeletDevice{
+				Generation: key.Generation, Netns: device.Netns, Hook: device.Hook, Nsid: device.Nsid,
+				NetnsCookie: device.NetnsCookie, WithdrawnAt: max(device.WithdrawnAt, withdrawn),
+			}
+		})
+		if err != nil {
+			return err
+		}
+		certain := awaitPrograms()
+		after, err := d.counter(probeletCounterCOUNT_WITHDRAWN_LISTENER_CLOSED)
+		if err != nil || after == before && (certain || withdrawn != 0) {
+			return err
+		}
 	}
-	defer unlock()
-	device, err := d.Device(key)
-	if err != nil {
-		return err
-	}
-	fresh := probeletDevice{Generation: key.Generation, Netns: device.Netns, Hook: uint8(device.Hook)}
-	if err := d.objects.Devices.Update(key.Ifindex, &fresh, ebpf.UpdateExist); err != nil {
-		return fmt.Errorf("device %d: %w", key.Ifindex, err)
-	}
-	return nil
+}
+
+// awaitPrograms waits until all programs have ended that run now: each runs in an RCU read-side critical section, and the command is
+// synchronize_rcu (membarrier(2); kernel/sched/membarrier.c). Returns false on kernels that refuse it (nohz_full).
+func awaitPrograms() bool {
+	const global = 1 // MEMBARRIER_CMD_GLOBAL in linux/membarrier.h
+	_, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, global, 0, 0)
+	return errno == 0
 }
 
 // strayLists returns devices that have endpoints although the programs do not know them: left by a process that died in the

@@ -18,7 +18,7 @@ import (
 // sealed is what the daemon writes.
 func sealed(key probeletEndpointKey, e Evidence) []byte {
 	e.Seal = sealOf(key, e)
-	var value [32]byte
+	var value [40]byte
 	if n, err := binary.Encode(value[:], binary.NativeEndian, e); err != nil || n != len(value) {
 		panic(fmt.Sprint(n, err))
 	}
@@ -26,15 +26,24 @@ func sealed(key probeletEndpointKey, e Evidence) []byte {
 }
 
 // sealedBytes are those of a value that mean something; the others are padding.
-var sealedBytes = []int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 24, 25, 26, 27, 28, 29, 30, 31}
+var sealedBytes = []int{
+	0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 32, 33, 34, 35, 36, 37, 38, 39,
+}
 
 // Evidence that a program reads while it is written, or of which the memory became another key's, does not bear its seal.
 func TestOnlySealedEvidenceIsAnsweredWith(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		rapid.Check(t, func(rt *rapid.T) {
 			b.arm()
-			key := rapid.SampledFrom([]EndpointKey{PortKey(8080), HTTPKey(8080, "/healthz")}).Draw(rt, "key").of(b.key)
-			e := success(t, 200, time.Hour)
+			key := rapid.SampledFrom([]EndpointKey{PortKey(8080), b.asked()}).Draw(rt, "key").of(b.key)
+			of := func(status int, d time.Duration) Evidence {
+				e := success(t, status, d)
+				if key.Kind == KindHTTP {
+					e.Check = question(request).Check
+				}
+				return e
+			}
+			e := of(200, time.Hour)
 			good := sealed(key, e)
 			bad := append([]byte(nil), good...)
 			switch rapid.SampledFrom([]string{"tampered", "torn", "foreign"}).Draw(rt, "how") {
@@ -42,11 +51,11 @@ func TestOnlySealedEvidenceIsAnsweredWith(t *testing.T) {
 				at := rapid.SampledFrom(sealedBytes).Draw(rt, "byte")
 				bad[at] ^= rapid.ByteRange(1, 255).Draw(rt, "by")
 			case "torn":
-				newer := success(t, 201, 2*time.Hour)
+				newer := of(201, 2*time.Hour)
 				newer.ObservedAt = e.ObservedAt + 1 // differs from the first byte on
-				copy(bad, sealed(key, newer)[:rapid.IntRange(1, 24).Draw(rt, "new bytes")])
+				copy(bad, sealed(key, newer)[:rapid.IntRange(1, 32).Draw(rt, "new bytes")])
 			case "foreign":
-				bad = sealed(foreign(key).Draw(rt, "of"), success(t, 200, time.Hour))
+				bad = sealed(foreign(key).Draw(rt, "of"), of(200, time.Hour))
 			}
 			must(t, b.d.objects.EndpointEvidence.Put(key, bad))
 			// The answer to the SYN is the port's, the one to the request the endpoint's.
@@ -60,8 +69,7 @@ func TestOnlySealedEvidenceIsAnsweredWith(t *testing.T) {
 			}
 			b.noFlows()
 			b.counted("answered_http", 0)
-			of := EndpointKey{PathHash: key.PathHash, Port: key.Port, Kind: key.Kind}
-			if _, _, err := b.pod.Get(of); err == nil || !strings.Contains(err.Error(), "seal") {
+			if _, _, err := b.pod.Get(EndpointKey{Hash: key.Hash, Port: key.Port, Kind: key.Kind}); err == nil || !strings.Contains(err.Error(), "seal") {
 				rt.Fatalf("the daemon reads it: %v", err)
 			}
 		})
@@ -73,9 +81,9 @@ func foreign(k probeletEndpointKey) *rapid.Generator[probeletEndpointKey] {
 	return rapid.Custom(func(t *rapid.T) probeletEndpointKey {
 		k := k
 		by := rapid.Uint32Range(1, 1<<32-1).Draw(t, "by")
-		switch rapid.SampledFrom([]string{"path", "device", "generation", "port", "kind"}).Draw(t, "differs in") {
-		case "path":
-			k.PathHash ^= uint64(by) << rapid.IntRange(0, 32).Draw(t, "shift")
+		switch rapid.SampledFrom([]string{"question", "device", "generation", "port", "kind"}).Draw(t, "differs in") {
+		case "question":
+			k.Hash ^= uint64(by) << rapid.IntRange(0, 32).Draw(t, "shift")
 		case "device":
 			k.Device.Ifindex ^= by
 		case "generation":
@@ -137,12 +145,12 @@ func TestEvidenceOfAnEarlierAttachmentIsOutOfReach(t *testing.T) {
 func TestAWithdrawalIsNotTakenBack(t *testing.T) {
 	onWays(t, func(t *testing.T, p reaching) {
 		later := Now() + uint64(time.Hour)
-		for _, key := range []EndpointKey{PortKey(8080), HTTPKey(8080, "/healthz")} {
+		for _, key := range []EndpointKey{PortKey(8080), p.asked()} {
 			p.setTally(key, Tally{WithdrawnAt: later, WithdrawnCause: 9})
 		}
 		p.asks(request)
 		p.hears("PA", 0, "HTTP/1.1 500 Oops\r\n\r\n")
-		if got := p.tally(HTTPKey(8080, "/healthz")); got.WithdrawnAt != later || got.WithdrawnCause != 9 {
+		if got := p.tally(p.asked()); got.WithdrawnAt != later || got.WithdrawnCause != 9 {
 			t.Fatalf("an error status made it %+v", got)
 		}
 	})
@@ -178,6 +186,9 @@ func left(t testing.TB, d *Datapath) {
 	}
 }
 
+// numbered is the key of one of many endpoints.
+func numbered(i int) EndpointKey { return HTTPKey(80, Question{Hash: uint64(i + 1)}) }
+
 func TestADeviceLeavesNothingBehind(t *testing.T) {
 	bpftest.RequireRoot(t)
 	d, err := Load()
@@ -190,10 +201,10 @@ func TestADeviceLeavesNothingBehind(t *testing.T) {
 		p, err := d.Pod(key)
 		must(t, err)
 		for n := range i % 7 {
-			must(t, p.Put(HTTPKey(80, fmt.Sprint("/", n)), Evidence{}))
+			must(t, p.Put(numbered(n), Evidence{}))
 		}
 		if i%5 == 0 {
-			must(t, p.Delete(HTTPKey(80, "/0")))
+			must(t, p.Delete(numbered(0)))
 		}
 		if i%4 != 0 { // else by the next life of the device, or the end
 			must(t, d.RemoveDevice(key))
@@ -227,8 +238,8 @@ func TestADeviceLeavesNothingBehindAPut(t *testing.T) {
 				if n == round%30 {
 					close(began)
 				}
-				if err = p.Put(HTTPKey(80, fmt.Sprint("/", n%20)), Evidence{}); n%7 == 6 && err == nil {
-					err = p.Delete(HTTPKey(80, fmt.Sprint("/", n%20)))
+				if err = p.Put(numbered(n%20), Evidence{}); n%7 == 6 && err == nil {
+					err = p.Delete(numbered(n % 20))
 				}
 			}
 			done <- err
@@ -254,25 +265,24 @@ func TestAPodHasRoomForSixtyFourEndpoints(t *testing.T) {
 	must(t, d.AddDevice(key, 33, HookTC))
 	p, err := d.Pod(key)
 	must(t, err)
-	name := func(i int) EndpointKey { return HTTPKey(80, fmt.Sprint("/", i)) }
 	for i := range MaxEndpoints {
-		must(t, p.Put(name(i), Evidence{Status: uint16(i % 63)}))
+		must(t, p.Put(numbered(i), Evidence{Status: uint16(i % 63)}))
 	}
-	if err := p.Put(name(64), Evidence{}); !errors.Is(err, errTooMany) {
+	if err := p.Put(numbered(64), Evidence{}); !errors.Is(err, errTooMany) {
 		t.Fatalf("a 65th: %v", err)
 	}
-	if _, _, err := p.Get(name(64)); !errors.Is(err, ebpf.ErrKeyNotExist) {
+	if _, _, err := p.Get(numbered(64)); !errors.Is(err, ebpf.ErrKeyNotExist) {
 		t.Fatalf("it is there all the same: %v", err)
 	}
-	must(t, p.Put(name(63), Evidence{Status: 63})) // those that are there can be changed
-	must(t, p.Delete(name(20)))
-	must(t, p.Put(name(64), Evidence{Status: 64}))
+	must(t, p.Put(numbered(63), Evidence{Status: 63})) // those that are there can be changed
+	must(t, p.Delete(numbered(20)))
+	must(t, p.Put(numbered(64), Evidence{Status: 64}))
 	keys, err := p.Keys()
 	if err != nil || len(keys) != MaxEndpoints {
 		t.Fatalf("%d keys, %v", len(keys), err)
 	}
 	for i := range 65 {
-		e, _, err := p.Get(name(i))
+		e, _, err := p.Get(numbered(i))
 		if i != 20 && (err != nil || e.Status != uint16(i)) {
 			t.Errorf("endpoint %d: %+v, %v", i, e, err)
 		}

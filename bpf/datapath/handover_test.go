@@ -90,24 +90,25 @@ func TestWithdrawnBetweenSYNAndRequestIsHandedOver(t *testing.T) {
 		"fresh-until cleared": func(b *bench) {
 			e := success(t, 200, time.Hour)
 			e.FreshUntil = 0
-			b.put(HTTPKey(8080, "/healthz"), e)
+			b.putFor(request, e)
 		},
 		"failure": func(b *bench) {
 			e := success(t, 200, time.Hour)
 			e.Result = ResultFailure
-			b.put(HTTPKey(8080, "/healthz"), e)
+			b.putFor(request, e)
 		},
-		"deleted":                  func(b *bench) { must(t, b.pod.Delete(HTTPKey(8080, "/healthz"))) },
+		"deleted":                  func(b *bench) { must(t, b.pod.Delete(b.asked())) },
+		"the pod is void":          func(b *bench) { b.voidPod(Now()) },
 		"the port is void":         func(b *bench) { b.setTally(PortKey(8080), Tally{WithdrawnAt: Now()}) },
-		"the endpoint is void":     func(b *bench) { b.setTally(HTTPKey(8080, "/healthz"), Tally{WithdrawnAt: Now()}) },
+		"the endpoint is void":     func(b *bench) { b.setTally(b.asked(), Tally{WithdrawnAt: Now()}) },
 		"port without a tally":     func(b *bench) { must(t, b.d.objects.EndpointTallies.Delete(PortKey(8080).of(b.key))) },
-		"endpoint without a tally": func(b *bench) { must(t, b.d.objects.EndpointTallies.Delete(HTTPKey(8080, "/healthz").of(b.key))) },
+		"endpoint without a tally": func(b *bench) { must(t, b.d.objects.EndpointTallies.Delete(b.asked().of(b.key))) },
 		"expired before the SYN": func(b *bench) { // another endpoint's record let the connection in
-			b.put(HTTPKey(8080, "/healthz"), success(t, 200, -time.Second))
+			b.putFor(request, success(t, 200, -time.Second))
 		},
 		"expired, and the request comes late": func(b *bench) {
 			b.wait(1100 * time.Millisecond)
-			b.put(HTTPKey(8080, "/healthz"), success(t, 200, 0))
+			b.putFor(request, success(t, 200, 0))
 		},
 		"the device is gone": func(b *bench) { must(t, b.d.RemoveDevice(b.key)) },
 	}
@@ -344,8 +345,8 @@ func TestANewConnectionOnOldPortsIsItsOwn(t *testing.T) {
 						b.podSends(untouched, b.fromPod("SA", 7000, b.isn+1, ""))
 						b.podSends(untouched, b.fromPod("PA", 7001, b.isn+1, "HTTP/1.1 500 x"))
 						b.podSends(untouched, b.fromPod("RA", 7001, b.isn+1, ""))
-						if all := b.outcomes(); len(all) != 0 {
-							t.Fatalf("outcomes of a connection that is no prober's: %+v", all)
+						if all := b.records(); len(all) != 0 {
+							t.Fatalf("records of a connection that is no prober's: %+v", all)
 						}
 					})
 				}
@@ -474,7 +475,10 @@ func (b *bench) withJumboHeader(frame []byte) []byte {
 func TestAFullFlowTable(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		for name, prepare := range map[string]func(){
-			"trusted": b.arm, "on trial": func() { b.arm(); b.setDevice(probeletDevice{Generation: b.key.Generation, Hook: uint8(b.hook)}) },
+			"trusted": b.arm, "on trial": func() {
+				b.arm()
+				b.setDevice(probeletDevice{Generation: b.key.Generation, Hook: uint8(b.hook), Nsid: -1})
+			},
 		} {
 			prepare()
 			var key probeletFlowKey
@@ -545,8 +549,13 @@ func TestFlowsExpire(t *testing.T) {
 		prepare func(b *bench)
 		after   time.Duration
 	}{
-		"observing": {func(b *bench) { b.put(PortKey(8080), Evidence{}); b.passes(b.syn().Bytes(t, nil)) }, 10 * time.Minute},
-		"taken":     {func(b *bench) { b.arm(); b.connect() }, 3 * time.Hour},
+		"connecting": {func(b *bench) { b.put(PortKey(8080), Evidence{}); b.passes(b.syn().Bytes(t, nil)) }, 30 * time.Second},
+		"observing": {func(b *bench) {
+			b.put(PortKey(8080), Evidence{})
+			b.passes(b.syn().Bytes(t, nil))
+			b.podSends(untouched, b.fromPod("SA", 7000, b.isn+1, ""))
+		}, 10 * time.Minute},
+		"taken": {func(b *bench) { b.arm(); b.connect() }, 3 * time.Hour},
 		"handing": {func(b *bench) {
 			b.arm()
 			b.replaysSYN(b.toPod("PA", b.isn+1, b.connect()+1, "x"))

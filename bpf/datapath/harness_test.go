@@ -6,7 +6,6 @@ import (
 	"errors"
 	"maps"
 	"net/netip"
-	"os"
 	"slices"
 	"sync"
 	"testing"
@@ -102,6 +101,7 @@ var carrying struct {
 	d         *Datapath
 	maps      map[string]*ebpf.Map
 	flowPorts uint32 // offset of the variable in .bss
+	keys      bpftest.QuestionKeys
 }
 
 // reset makes everything as it was when the programs were loaded, and attaches the device.
@@ -119,7 +119,7 @@ func (b *bench) reset() {
 		}
 	}
 	must(b.t, b.bss.Put(uint32(0), make([]byte, b.bss.ValueSize())))
-	b.outcomes()
+	b.records()
 	b.dropped = 0
 	must(b.t, b.d.SetProber(Prober{AnyLocal: true}))
 	b.attach()
@@ -167,6 +167,7 @@ func loadCarrying(t testing.TB) (*Datapath, map[string]*ebpf.Map) {
 	must(t, errors.Join(d.objects.Steer.Close(), d.objects.Observe.Close()))
 	d.objects.Steer, d.objects.Observe = changed.Steer, changed.Observe
 	carrying.flowPorts = spec.Variables[probeletVarFlowPorts].Offset
+	carrying.keys = bpftest.KeysOf(t, d.objects.Steer)
 	return d, shared
 }
 
@@ -215,10 +216,27 @@ func (b *bench) put(key EndpointKey, e Evidence) {
 	must(b.t, b.pod.Put(key, e))
 }
 
-func (b *bench) tally(key EndpointKey) Tally {
+// putFor puts evidence of the question that a request asks.
+func (b *bench) putFor(request string, e Evidence) {
 	b.t.Helper()
-	t, err := b.pod.Tally(key)
-	must(b.t, err)
+	q := question(request)
+	e.Check = q.Check
+	b.put(HTTPKey(b.srv.Port(), q), e)
+}
+
+// question is the model of hash_request.
+func question(text string) (q Question) {
+	q.Hash, q.Check = carrying.keys.Question(text)
+	return q
+}
+
+// asked is the key of the endpoint that request asks.
+func (b *bench) asked() EndpointKey { return HTTPKey(b.srv.Port(), question(request)) }
+
+// tally is an endpoint's, without the pod's withdrawals.
+func (b *bench) tally(key EndpointKey) (t Tally) {
+	b.t.Helper()
+	must(b.t, ignoreAbsent(b.d.objects.EndpointTallies.Lookup(key.of(b.key), &t)))
 	return t
 }
 
@@ -227,11 +245,11 @@ func (b *bench) setTally(key EndpointKey, t Tally) {
 	must(b.t, b.d.objects.EndpointTallies.Put(key.of(b.key), t))
 }
 
-// arm makes /healthz fresh for an hour, on a device by which answers are known to arrive.
+// arm makes what request asks fresh for an hour, on a device by which answers are known to arrive.
 func (b *bench) arm() {
 	b.t.Helper()
 	e := success(b.t, 200, time.Hour)
-	b.put(HTTPKey(b.srv.Port(), "/healthz"), e)
+	b.putFor(request, e)
 	b.put(PortKey(b.srv.Port()), e)
 	b.trust(TrustProven)
 }
@@ -240,7 +258,7 @@ func (b *bench) arm() {
 func (b *bench) armPort() {
 	b.t.Helper()
 	b.arm()
-	b.put(HTTPKey(b.srv.Port(), "/healthz"), Evidence{})
+	b.putFor(request, Evidence{})
 }
 
 func (b *bench) device() (device probeletDevice) {
@@ -252,6 +270,14 @@ func (b *bench) device() (device probeletDevice) {
 func (b *bench) setDevice(device probeletDevice) {
 	b.t.Helper()
 	must(b.t, b.d.objects.Devices.Put(b.key.Ifindex, device))
+}
+
+// voidPod makes it so that the pod's listening socket closed at that time.
+func (b *bench) voidPod(at uint64) {
+	b.t.Helper()
+	device := b.device()
+	device.WithdrawnAt = at
+	b.setDevice(device)
 }
 
 func (b *bench) trust(trust Trust) {
@@ -466,16 +492,23 @@ func (b *bench) counted(name string, want uint64) {
 	}
 }
 
-// outcomes are those reported since the last call.
-func (b *bench) outcomes() []Outcome {
+// records are those since the last call.
+func (b *bench) records() []Record {
 	b.t.Helper()
-	r, err := b.d.Outcomes()
+	r, err := b.d.Records()
 	must(b.t, err)
 	defer r.Close() //nolint:errcheck // a test's
-	r.SetDeadline(time.Unix(1, 0))
-	all, err := r.Read()
-	if !errors.Is(err, os.ErrDeadlineExceeded) {
-		must(b.t, err)
+	return readAll(b.t, r)
+}
+
+// readAll returns all records there are.
+func readAll(t testing.TB, r *RecordReader) (all []Record) {
+	t.Helper()
+	for r.Pending() {
+		var record Record
+		must(t, r.Next(&record))
+		record.Payload = bytes.Clone(record.Payload)
+		all = append(all, record)
 	}
 	return all
 }
@@ -492,9 +525,9 @@ func (b *bench) wait(d time.Duration) {
 	keys, err := b.pod.Keys()
 	must(b.t, err)
 	for _, key := range keys {
-		e, t, err := b.pod.Get(key)
+		e, _, err := b.pod.Get(key)
 		must(b.t, err)
-		b.setTally(key, older(t, d))
+		b.setTally(key, older(b.tally(key), d))
 		must(b.t, b.pod.Renew(key, older(e, d)))
 	}
 }
@@ -515,9 +548,9 @@ func times(v any) []*uint64 {
 	case *probeletFlow:
 		return []*uint64{&v.StartedAt, &v.Deadline, &v.EvidenceAt}
 	case *probeletDevice:
-		return []*uint64{&v.TrialAt, &v.LostAt}
+		return []*uint64{&v.TrialAt, &v.LostAt, &v.WithdrawnAt}
 	case *Tally:
-		return []*uint64{&v.AnsweredAt, &v.WithdrawnAt, &v.WatchedAt}
+		return []*uint64{&v.AnsweredAt, &v.WithdrawnAt, &v.WatchedAt, &v.AskedAt}
 	case *Evidence:
 		return []*uint64{&v.ObservedAt, &v.FreshUntil}
 	}

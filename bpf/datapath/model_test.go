@@ -15,14 +15,15 @@ import (
 
 // Constants of bpf/abi.h, flow.h and probelet.bpf.c.
 const (
-	observingFor = uint64(10 * time.Minute)
-	takenFor     = uint64(3 * time.Hour)
-	handingFor   = uint64(130 * time.Second)
-	handedFor    = uint64(3 * time.Hour)
-	answerLostNS = uint64(500 * time.Millisecond)
-	defaultMSS   = 536
-	storedMax    = 2048
-	firstWindow  = storedMax
+	connectingFor = uint64(30 * time.Second)
+	observingFor  = uint64(10 * time.Minute)
+	takenFor      = uint64(3 * time.Hour)
+	handingFor    = uint64(130 * time.Second)
+	handedFor     = uint64(3 * time.Hour)
+	answerLostNS  = uint64(500 * time.Millisecond)
+	defaultMSS    = 536
+	storedMax     = 2048
+	firstWindow   = storedMax
 )
 
 const (
@@ -42,8 +43,10 @@ const (
 	storing      = uint32(probeletFlowFlagFLOW_STORED)
 	onTrial      = uint32(probeletFlowFlagFLOW_TRIAL)
 	byXDP        = uint32(probeletFlowFlagFLOW_XDP)
-	judged       = uint32(probeletFlowFlagFLOW_JUDGED)
+	done         = uint32(probeletFlowFlagFLOW_DONE)
 	contested    = uint32(probeletFlowFlagFLOW_CONTESTED)
+	answering    = uint32(probeletFlowFlagFLOW_ANSWERED)
+	unrecorded   = uint32(probeletFlowFlagFLOW_UNRECORDED)
 )
 
 // model is the table in bpf/flow.h in Go: what the programs do with packets, given what is known. It holds what the maps
@@ -56,7 +59,7 @@ type model struct {
 	tallies  map[EndpointKey]Tally
 	flows    map[connection]*probeletFlow
 	stored   map[connection]stored
-	outcomes []Outcome // of this step; each with its flow's start as its duration
+	records  []Record // of this step
 
 	before, after uint64       // this step
 	unsure        bool         // it depends on when exactly the step took place
@@ -120,6 +123,13 @@ func (p packet) back(to fate, flags string, seq, ack uint32, window, mss uint16,
 	return p.become(to, flags, seq, ack, window, mss, payload)
 }
 
+// tally is an endpoint's, as Pod.Tally returns it.
+func (m *model) tally(key EndpointKey) Tally {
+	t := m.tallies[key]
+	t.WithdrawnAt = max(t.WithdrawnAt, m.device.WithdrawnAt)
+	return t
+}
+
 // reached reports whether it is that time.
 func (m *model) reached(t uint64) bool {
 	m.unsure = m.unsure || m.before < t && t <= m.after
@@ -170,11 +180,16 @@ func (m *model) decide(p packet) decision {
 		return pass(p)
 	}
 	f := &probeletFlow{
-		Owner: m.drawn.Owner, StartedAt: m.before, Deadline: m.before + observingFor, State: observing,
+		Owner: m.drawn.Owner, StartedAt: m.before, Deadline: m.before + connectingFor, State: observing,
 		Generation: m.device.Generation, ClientIsn: p.Seq, ClientMss: mss, Flags: byXDP * uint32(m.device.Hook),
 	}
-	take := !m.reached(port.FreshUntil) && port.ObservedAt > m.tallies[PortKey(p.of.pod)].WithdrawnAt && m.trusts(p, f)
+	fresh := !m.reached(port.FreshUntil) && port.ObservedAt > m.tally(PortKey(p.of.pod)).WithdrawnAt
+	take := fresh && m.isAnswered(p) && m.trusts(p, f)
 	m.flows[p.of] = f
+	if tally, ok := m.tallies[PortKey(p.of.pod)]; ok && !take {
+		tally.AskedAt = f.StartedAt
+		m.tallies[PortKey(p.of.pod)] = tally
+	}
 	if !take {
 		return pass(p)
 	}
@@ -183,6 +198,25 @@ func (m *model) decide(p packet) decision {
 		f.ClientMss = min(mss, most-headers(p))
 	}
 	return synAck(p, f)
+}
+
+// isAnswered reports whether the pod has answered the connection that was passed on last.
+func (m *model) isAnswered(p packet) bool {
+	tally, ok := m.tallies[PortKey(p.of.pod)]
+	if ok && tally.AskedAt != 0 {
+		tally.Obstacle = uint8(probeletObstacleOBSTACLE_UNANSWERED)
+		m.tallies[PortKey(p.of.pod)] = tally
+		return false
+	}
+	return true
+}
+
+// noteAnswered notes the pod's answer to a SYN.
+func (m *model) noteAnswered(p packet, f *probeletFlow) {
+	if tally, ok := m.tallies[PortKey(p.of.pod)]; ok && tally.AskedAt == f.StartedAt {
+		tally.AskedAt = 0
+		m.tallies[PortKey(p.of.pod)] = tally
+	}
 }
 
 // headers is the length of the headers of a packet without options.
@@ -287,7 +321,7 @@ func (m *model) synAgain(p packet, f *probeletFlow) decision {
 		return synAck(p, f)
 	}
 	m.lose(f, probeletLossLOSS_SYN_REPEATED)
-	f.State, f.Deadline = observing, m.before+observingFor
+	f.State, f.Deadline = observing, m.before+connectingFor
 	return pass(p)
 }
 
@@ -295,24 +329,28 @@ func (m *model) observing(p packet, f *probeletFlow) decision {
 	if p.has("R") && f.Flags&connected == 0 && p.Seq != f.ClientIsn+1 { // a client in SYN-SENT resets what is left of an earlier connection
 		return pass(p)
 	}
-	if p.has("FR") {
-		m.reportEnd(p, f)
-		m.end(p.of)
-	} else if p.Payload != "" && f.Flags&requested == 0 && !m.noteRequest(p, f) {
+	understood := p.Payload == "" || f.Flags&requested != 0 || p.Seq == f.ClientIsn+1 && m.noteRequest(p, f)
+	m.record(p, f, false)
+	if p.has("FR") || !understood {
 		m.end(p.of)
 	}
 	return pass(p)
 }
 
 func (m *model) noteRequest(p packet, f *probeletFlow) bool {
-	path, ok := parseRequest(p.Payload)
-	_, known := m.evidence[HTTPKey(p.of.pod, path)]
-	if p.Seq != f.ClientIsn+1 || !ok || !known || !m.knows(f) {
+	if !isQuestion(p.Payload) {
 		return false
 	}
-	f.PathHash = PathHash(path)
+	q := question(p.Payload)
+	f.Question.Hash, f.Question.Check = q.Hash, q.Check
 	f.Flags |= requested
 	return true
+}
+
+// isQuestion reports whether a segment may be a whole request without a body.
+func isQuestion(text string) bool {
+	const start, end = "GET /", "\r\n\r\n"
+	return strings.HasPrefix(text, start) && strings.HasSuffix(text[len(start):], end) && len(text) <= MaxRequest
 }
 
 func (m *model) taken(p packet, f *probeletFlow) decision {
@@ -328,7 +366,7 @@ func (m *model) taken(p packet, f *probeletFlow) decision {
 		if offset != 1<<32-1 || f.Flags&requested != 0 {
 			return swallow(p)
 		}
-		f.Flags |= judged
+		f.Flags |= done
 		return m.replay(p, f)
 	case offset != 0 || p.Ack != f.OurIsn+1:
 		return swallow(p)
@@ -336,8 +374,10 @@ func (m *model) taken(p packet, f *probeletFlow) decision {
 	if answer, ok := m.answer(p, f); ok {
 		return answer
 	}
-	if !m.noteRequest(p, f) {
-		f.Flags |= judged
+	if m.noteRequest(p, f) {
+		m.record(p, f, false)
+	} else {
+		f.Flags |= done
 	}
 	m.store(p, f, 0)
 	return m.replay(p, f)
@@ -383,14 +423,14 @@ func (m *model) answer(p packet, f *probeletFlow) (decision, bool) {
 			return decision{}, false
 		}
 	}
-	path, ok := parseRequest(p.Payload)
-	key := HTTPKey(p.of.pod, path)
+	q := question(p.Payload)
+	key := HTTPKey(p.of.pod, q)
 	e, known := m.evidence[key]
-	port, noted := m.tallies[PortKey(p.of.pod)] // or nothing is known of withdrawals
-	if p.has("F") || !ok || !known || !noted || !m.knows(f) {
+	_, noted := m.tallies[PortKey(p.of.pod)] // or nothing is known of withdrawals
+	if p.has("F") || !isQuestion(p.Payload) || !known || e.Check != q.Check || !noted || !m.knows(f) {
 		return decision{}, false
 	}
-	endpoint := m.tallies[key]
+	port, endpoint := m.tally(PortKey(p.of.pod)), m.tallies[key]
 	may := MayAnswer(e, port, endpoint, f.StartedAt, m.before)
 	m.unsure = m.unsure || may != MayAnswer(e, port, endpoint, f.StartedAt, m.after)
 	if !may {
@@ -400,7 +440,6 @@ func (m *model) answer(p packet, f *probeletFlow) (decision, bool) {
 		m.hit(f, key, m.before)
 	}
 	f.Flags |= requested
-	f.PathHash = PathHash(path)
 	return p.back(toClient, "FPA", f.OurIsn+1, p.Seq+p.len(), firstWindow, 0, replyText(int(e.Status))), true
 }
 
@@ -424,6 +463,7 @@ func (m *model) replay(p packet, f *probeletFlow) decision {
 
 func (m *model) handing(p packet, f *probeletFlow) decision {
 	offset := p.Seq - f.ClientIsn - 1
+	m.record(p, f, false)
 	switch {
 	case p.has("R"):
 		m.end(p.of)
@@ -441,10 +481,7 @@ func (m *model) handed(p packet, f *probeletFlow) decision {
 	}
 	f.Deadline = m.before + handedFor
 	meant := p.Ack + f.PodIsn - f.OurIsn
-	if p.has("FR") {
-		m.reportEnd(p, f)
-		f.Flags |= judged
-	}
+	m.record(p, f, false)
 	if p.has("F") {
 		f.ClientFin = p.Seq + p.len() + 1
 		f.Flags |= clientFin
@@ -476,16 +513,22 @@ func (m *model) observe(p packet) decision {
 	case f.State == handed:
 		return m.podHanded(p, f)
 	case p.has("R"):
+		m.noteAnswered(p, f)
 		m.noteReset(p, f)
+		m.record(p, f, true)
 		m.end(p.of)
+		return pass(p)
+	case p.has("S") && p.Ack != f.ClientIsn+1:
+		return pass(p)
 	case p.has("S"):
-		if p.Ack == f.ClientIsn+1 {
-			f.PodIsn = p.Seq
-			f.Flags |= connected
-			m.noteMTU(p, f)
-		}
-	case !m.noteStatus(p, f):
-		m.end(p.of)
+		f.PodIsn, f.Deadline = p.Seq, m.before+observingFor
+		f.Flags |= connected
+		m.noteMTU(p, f)
+		m.noteAnswered(p, f)
+	}
+	if f.Flags&connected != 0 {
+		m.noteStatus(p, f)
+		m.record(p, f, true)
 	}
 	return pass(p)
 }
@@ -502,6 +545,7 @@ func (m *model) podHanding(p packet, f *probeletFlow) decision {
 		}
 	case p.has("R"):
 		m.noteReset(p, f)
+		m.record(p, f, true)
 		m.end(p.of)
 		return p.become(toClient, "RA", f.OurIsn+1, p.Ack, 0, 0, "")
 	case p.has("S"):
@@ -513,6 +557,7 @@ func (m *model) podHanding(p packet, f *probeletFlow) decision {
 }
 
 func (m *model) accept(p packet, f *probeletFlow) decision {
+	m.record(p, f, true)
 	s, flags := m.stored[p.of], "A"
 	if f.Flags&storing != 0 {
 		flags = "PA"
@@ -539,10 +584,10 @@ func (m *model) podHanded(p packet, f *probeletFlow) decision {
 	}
 	if p.has("R") {
 		m.noteReset(p, f)
+	} else {
+		m.noteStatus(p, f)
 	}
-	if p.has("R") || !m.noteStatus(p, f) {
-		f.Flags |= judged
-	}
+	m.record(p, f, true)
 	if p.has("F") {
 		f.PodFin = p.Seq + p.len() + 1
 		f.Flags |= podFin
@@ -557,28 +602,20 @@ func (m *model) podHanded(p packet, f *probeletFlow) decision {
 
 // noteReset is a connection that the pod has refused or reset.
 func (m *model) noteReset(p packet, f *probeletFlow) {
-	if f.Flags&judged != 0 || f.Status != 0 {
-		return
+	if f.State == handing || f.Flags&(done|answering) == 0 {
+		m.withdraw(f, PortKey(p.of.pod), probeletWithdrawalCauseWITHDRAWN_RESET)
 	}
-	m.withdraw(f, PortKey(p.of.pod), probeletWithdrawalCauseWITHDRAWN_RESET)
-	kind := KindPort
-	if f.Flags&requested != 0 {
-		kind = KindHTTP
-	}
-	m.report(p, f, EventReset, kind)
 }
 
-// noteStatus reads the beginning of the pod's answer. It returns false when nothing more is to be learned.
-func (m *model) noteStatus(p packet, f *probeletFlow) bool {
-	if f.Flags&requested == 0 || f.Flags&judged != 0 || p.Payload == "" || p.Seq != f.PodIsn+1 {
-		return true
+// noteStatus reads the beginning of the pod's answer.
+func (m *model) noteStatus(p packet, f *probeletFlow) {
+	if f.Flags&requested == 0 || f.Flags&(done|answering) != 0 || p.Payload == "" || p.Seq != f.PodIsn+1 {
+		return
 	}
-	f.Status = statusOf(p.Payload)
-	if f.Status >= 300 {
-		m.withdraw(f, EndpointKey{f.PathHash, p.of.pod, KindHTTP}, probeletWithdrawalCauseWITHDRAWN_STATUS)
-		m.report(p, f, EventStatus, KindHTTP)
+	f.Flags |= answering
+	if statusOf(p.Payload) >= 300 {
+		m.withdraw(f, EndpointKey{f.Question.Hash, p.of.pod, KindHTTP}, probeletWithdrawalCauseWITHDRAWN_STATUS)
 	}
-	return f.Status >= 200 && f.Status < 300
 }
 
 // statusOf is that of "HTTP/1.x NNN", or 0.
@@ -600,30 +637,40 @@ func (m *model) withdraw(f *probeletFlow, key EndpointKey, cause probeletWithdra
 	}
 }
 
-// reportEnd is what the client's end says of a probe.
-func (m *model) reportEnd(p packet, f *probeletFlow) {
-	switch {
-	case f.Flags&judged != 0:
-	case f.Status != 0:
-		m.report(p, f, EventStatus, KindHTTP)
-	case f.Flags&requested != 0:
-		m.report(p, f, EventNoAnswer, KindHTTP)
-	case f.Flags&connected != 0:
-		m.report(p, f, EventConnected, KindTCP)
-	default:
-		m.report(p, f, EventNoAnswer, KindPort)
+// record is what the daemon gets to see of a packet.
+func (m *model) record(p packet, f *probeletFlow, fromPod bool) {
+	if f.Flags&done != 0 {
+		return
+	}
+	r := Record{
+		Owner: f.Owner, StartedAt: f.StartedAt, ObservedAt: m.before, Question: Question{f.Question.Hash, f.Question.Check},
+		Device: DeviceKey{Ifindex: benchIfindex, Generation: f.Generation}, Port: p.of.pod, FromPod: fromPod, TCPFlags: tcpFlags(p.Flags),
+	}
+	if !p.has("SR") {
+		isn := f.ClientIsn
+		if fromPod {
+			isn = f.PodIsn
+		}
+		r.Offset, r.Len = p.Seq-isn-1, p.len()
+		within := max(MaxRecorded-int64(r.Offset), 0)
+		r.Payload = []byte(p.Payload[:min(int64(r.Len), within)])
+	}
+	if len(r.Payload) > 0 || p.has("SFR") {
+		m.records = append(m.records, r)
+	}
+	if p.has("R") || p.has("F") && !fromPod {
+		f.Flags |= done
 	}
 }
 
-func (m *model) report(p packet, f *probeletFlow, event, kind uint8) {
-	o := Outcome{
-		ObservedAt: m.before, Duration: f.StartedAt, Port: p.of.pod, Status: f.Status, Kind: kind, Event: event,
-		Device: DeviceKey{Ifindex: benchIfindex, Generation: f.Generation},
+// tcpFlags are the bits of a segment's.
+func tcpFlags(names string) (bits uint8) {
+	for i, name := range "FSRPAU" {
+		if strings.ContainsRune(names, name) {
+			bits |= 1 << i
+		}
 	}
-	if kind == KindHTTP {
-		o.PathHash = f.PathHash
-	}
-	m.outcomes = append(m.outcomes, o)
+	return bits
 }
 
 // sweep forgets flows after their deadline, and all if there is no device.

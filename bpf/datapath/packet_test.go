@@ -3,6 +3,7 @@ package datapath
 import (
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -21,6 +22,13 @@ func (b *bench) passes(frame []byte) {
 	if got, _ := b.sends(frame); got != untouched {
 		b.t.Fatalf("% x %s", frame, got)
 	}
+}
+
+// passesSYN asserts that a SYN goes on to the pod, which answers it.
+func (b *bench) passesSYN() {
+	b.t.Helper()
+	b.passes(b.syn().Bytes(b.t, nil))
+	b.podSends(untouched, b.fromPod("SA", 7000, b.isn+1, ""))
 }
 
 // swallows asserts that a client's packet ends here.
@@ -114,7 +122,7 @@ func TestHTTPProbeIsAnswered(t *testing.T) {
 		b.counted("answered_http", 1)
 		b.counted("answered_tcp", 0)
 		b.wantTrust(TrustProven, "")
-		if hits := b.tally(HTTPKey(8080, "/healthz")).Hits; hits != 1 {
+		if hits := b.tally(b.asked()).Hits; hits != 1 {
 			t.Fatalf("hits %d, want 1", hits)
 		}
 	})
@@ -144,7 +152,7 @@ func TestEveryStatusIsRepliedAsObserved(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		for status := 200; status < 300; status++ {
 			e := success(t, status, time.Hour)
-			b.put(HTTPKey(8080, "/healthz"), e)
+			b.putFor(request, e)
 			b.put(PortKey(8080), e)
 			b.trust(TrustProven)
 			x := b.connect()
@@ -260,7 +268,7 @@ func TestNothingIsTakenUnlessThePortIsFresh(t *testing.T) {
 		b.noFlows()
 
 		// The endpoint alone is not enough: the port's record speaks for all its endpoints.
-		b.put(HTTPKey(8080, "/healthz"), success(t, 200, time.Hour))
+		b.putFor(request, success(t, 200, time.Hour))
 		b.passes(syn)
 		b.put(PortKey(8080), success(t, 200, -time.Second))
 		b.passes(syn)
@@ -384,7 +392,7 @@ func TestEvidenceExpiresBetweenSYNAndRequest(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		x := b.connect()
-		b.put(HTTPKey(8080, "/healthz"), success(t, 200, 0))
+		b.putFor(request, success(t, 200, 0))
 		time.Sleep(time.Millisecond)
 		if r := b.reply(b.toPod("PA", b.isn+1, x+1, request)); r.Payload != reply {
 			t.Fatalf("answer %v", r)
@@ -392,71 +400,152 @@ func TestEvidenceExpiresBetweenSYNAndRequest(t *testing.T) {
 	})
 }
 
-// parseRequest is the model of parse_request: the whole of what the kernel calls a probe's request.
-func parseRequest(request string) (path string, ok bool) {
-	rest, isGet := strings.CutPrefix(request, "GET ")
-	path, rest, hasPath := strings.Cut(rest, " ")
-	if !isGet || !hasPath || !strings.HasPrefix(path, "/") || len(path) > MaxPath || len(request) > MaxRequest {
-		return "", false
+// drawRequest draws what a client may send first.
+func drawRequest(rt *rapid.T) string {
+	line := rapid.StringMatching(`[ -~]{0,40}`)
+	text := rapid.SampledFrom([]string{"GET /", "GET /", "GET /", "GET /", "get /", "POST /", "GET  /", "GET", ""}).Draw(rt, "start")
+	text += rapid.OneOf(
+		rapid.Just("healthz"), rapid.StringMatching(`[!-~]{0,40}`), rapid.Map(rapid.SliceOfN(rapid.Byte(), 0, 20), func(b []byte) string { return string(b) }),
+	).Draw(rt, "path") + " HTTP/1.1\r\n"
+	for range rapid.IntRange(0, 30).Draw(rt, "headers") {
+		text += "X: " + line.Draw(rt, "header") + "\r\n"
 	}
-	for _, c := range []byte(path) {
-		if c < 0x21 || c > 0x7e {
-			return "", false
-		}
+	text += rapid.SampledFrom([]string{"\r\n", "\r\n", "\r\n", "\r\n", "", "\n", "\r\nbody"}).Draw(rt, "end")
+	if length := rapid.SampledFrom([]int{0, 0, 0, 1, 8, 9, 10, 1023, MaxRequest, MaxRequest + 1}).Draw(rt, "length"); length != 0 {
+		text = text[:min(len(text), max(length-4, 0))] + strings.Repeat("x", max(length-len(text)-4, 0)) + "\r\n\r\n"
+		text = text[max(len(text)-max(length, 4), 0):]
 	}
-	end := strings.Index(request, "\r\n\r\n")
-	return path, strings.HasPrefix(rest, "HTTP/1.1\r\n") && strings.HasSuffix(request, "\r\nConnection: close\r\n\r\n") &&
-		end == len(request)-4
+	return text
 }
 
-// The Go model and the program must agree on every request: answered exactly if it is a probe's, of a known path.
-func TestRequestsAreReadAsTheModelReadsThem(t *testing.T) {
-	line := rapid.StringMatching(`[ -~]{0,40}`)
-	path := rapid.OneOf(
-		rapid.Just("/healthz"), rapid.StringMatching(`/[!-~]{0,40}`), rapid.StringMatching(`/[a-z?=&%]{240,260}`),
-		rapid.StringMatching(`[ -~]{0,10}`), rapid.Custom(func(t *rapid.T) string { return "/" + string(rapid.SliceOfN(rapid.Byte(), 0, 20).Draw(t, "bytes")) }),
-	)
+// answers reports whether a client that sends text first on a new connection is answered.
+func (b *bench) answers(text string) bool {
+	b.t.Helper()
+	x := b.connect()
+	got, _ := b.sends(b.toPod("PA", b.isn+1, x+1, text).Bytes(b.t, nil))
+	if got != toClient {
+		b.swallows(b.toPod("R", b.isn+1, 0, ""))
+	} else {
+		b.reply(b.toPod("FA", b.isn+1+uint32(len(text)), x+1, ""))
+	}
+	b.isn += 0x01000000
+	return got == toClient
+}
+
+// What is answered is a request of the form that the model says, with evidence of the question that the model says.
+func TestRequestsAreHashedAsTheModelHashesThem(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
-		b.trust(TrustProven)
+		b.arm()
 		answered := 0
 		rapid.Check(t, func(rt *rapid.T) {
-			p := path.Draw(rt, "path")
-			text := rapid.SampledFrom([]string{"GET ", "GET ", "GET ", "GET ", "get ", "POST ", "GET  ", "HEAD "}).Draw(rt, "method") + p +
-				rapid.SampledFrom([]string{" HTTP/1.1\r\n", " HTTP/1.1\r\n", " HTTP/1.1\r\n", " HTTP/1.0\r\n", " HTTP/1.1\n", "\r\n"}).Draw(rt, "version")
-			for range rapid.IntRange(0, 30).Draw(rt, "headers") {
-				text += "X: " + line.Draw(rt, "header") + "\r\n"
+			text := drawRequest(rt)
+			if text == "" {
+				return
 			}
-			text += rapid.SampledFrom([]string{
-				"Connection: close\r\n\r\n", "Connection: close\r\n\r\n", "Connection: close\r\n\r\n", "Connection: close\r\n\r\n",
-				"connection: close\r\n\r\n", "Connection: keep-alive\r\n\r\n", "Connection: close\r\n", "\r\n",
-				"\r\nConnection: close\r\n\r\n", "Connection: close\r\n\r\nGET", "X-Connection: close\r\n\r\n",
-			}).Draw(rt, "end")
-			if cut := rapid.IntRange(0, 9).Draw(rt, "cut"); cut == 0 {
-				text = text[:rapid.IntRange(1, len(text)).Draw(rt, "length")]
-			}
-			modelPath, want := parseRequest(text)
-			if !want {
-				modelPath = p
-			}
-			e := success(t, 200, time.Hour)
-			b.put(HTTPKey(8080, modelPath), e)
-			b.put(PortKey(8080), e)
-
-			x := b.connect()
-			got, _ := b.sends(b.toPod("PA", b.isn+1, x+1, text).Bytes(t, nil))
-			if (got == toClient) != want {
-				rt.Fatalf("%q %s; the model says that it is answered: %v", text, got, want)
+			b.putFor(text, success(t, 200, time.Hour))
+			got, want := b.answers(text), isQuestion(text)
+			if got != want {
+				rt.Fatalf("%q (%d bytes) is answered: %v, want %v", text, len(text), got, want)
 			}
 			if want {
 				answered++
 			}
-			must(t, b.pod.Delete(HTTPKey(8080, modelPath)))
-			b.isn += 0x01000000
+			must(t, b.pod.Delete(HTTPKey(8080, question(text))))
 		})
 		if answered == 0 {
-			t.Fatal("no request was a probe's")
+			t.Fatal("nothing was answered")
 		}
 	})
+}
+
+// Only the same bytes are answered: not those that differ in a bit, in length, or in what an earlier request has left.
+func TestOnlyTheSameRequestIsAnswered(t *testing.T) {
+	changes := map[string]func(rt *rapid.T, text []byte) []byte{
+		"one bit": func(rt *rapid.T, text []byte) []byte {
+			text[rapid.IntRange(0, len(text)-1).Draw(rt, "at")] ^= 1 << rapid.IntRange(0, 7).Draw(rt, "bit")
+			return text
+		},
+		"two words": func(rt *rapid.T, text []byte) []byte { // sums would stay the same
+			i, j := 4*rapid.IntRange(0, len(text)/4-1).Draw(rt, "i"), 4*rapid.IntRange(0, len(text)/4-1).Draw(rt, "j")
+			for k := range 4 {
+				text[i+k], text[j+k] = text[j+k], text[i+k]
+			}
+			return text
+		},
+		"a byte less": func(rt *rapid.T, text []byte) []byte {
+			at := rapid.IntRange(0, len(text)-1).Draw(rt, "at")
+			return append(text[:at:at], text[at+1:]...)
+		},
+		"more bytes": func(rt *rapid.T, text []byte) []byte {
+			at := rapid.IntRange(0, len(text)).Draw(rt, "at")
+			more := rapid.SliceOfN(rapid.Byte(), 1, 16).Draw(rt, "more")
+			if rapid.Bool().Draw(rt, "zeroes") {
+				more = make([]byte, len(more))
+			}
+			return append(append(text[:at:at], more...), text[at:]...)
+		},
+		"cut": func(rt *rapid.T, text []byte) []byte { return text[:rapid.IntRange(1, len(text)-1).Draw(rt, "length")] },
+	}
+	onBench(t, func(t *testing.T, b *bench) {
+		b.arm()
+		answered := 0
+		rapid.Check(t, func(rt *rapid.T) {
+			text := drawRequest(rt)
+			if !isQuestion(text) {
+				return
+			}
+			b.putFor(text, success(t, 200, time.Hour))
+			change := rapid.SampledFrom(slices.Sorted(maps.Keys(changes))).Draw(rt, "change")
+			other := string(changes[change](rt, []byte(text)))
+			if rapid.Bool().Draw(rt, "after the same") && !b.answers(text) {
+				rt.Fatalf("%q is not answered", text)
+			}
+			if other != text && b.answers(other) {
+				rt.Fatalf("%q is answered, with evidence of %q", other, text)
+			}
+			if !b.answers(text) {
+				rt.Fatalf("%q is not answered", text)
+			}
+			answered++
+			must(t, b.pod.Delete(HTTPKey(8080, question(text))))
+		})
+		if answered < 10 {
+			t.Fatalf("%d requests were answered", answered)
+		}
+	})
+}
+
+// Of two questions with the same hash, which has a probability of 2^-32, one is answered.
+func TestTheCheckIsCompared(t *testing.T) {
+	onBench(t, func(t *testing.T, b *bench) {
+		b.arm()
+		for bit := range 64 {
+			e := success(t, 200, time.Hour)
+			e.Check = question(request).Check ^ 1<<bit
+			b.put(b.asked(), e)
+			if b.answers(request) {
+				t.Fatalf("answered, though bit %d of the check differs", bit)
+			}
+		}
+	})
+}
+
+// All keys are drawn whenever the programs are loaded.
+func TestKeysAreSecret(t *testing.T) {
+	bpftest.RequireRoot(t)
+	seen, keys := map[string]bool{}, 0
+	for range 2 {
+		d, err := Load()
+		must(t, err)
+		for key := range slices.Chunk(bpftest.KeysOf(t, d.Steer()), 8) {
+			seen[string(key)] = true
+			keys++
+		}
+		must(t, d.Close())
+	}
+	if len(seen) != keys || keys != 2*2*MaxRequest/8 {
+		t.Fatalf("%d different keys of %d", len(seen), keys)
+	}
 }
 
 // The Go model and the program must agree on a SYN's options: it is taken exactly if all may be left out, and granted the
@@ -536,9 +625,12 @@ func TestFreshnessIsJudgedAsTheModelJudgesIt(t *testing.T) {
 			port, endpoint := draw(rt, "port", now), draw(rt, "endpoint", now)
 			ofPort, ofEndpoint := drawTally(rt, "port", now), drawTally(rt, "endpoint", now)
 			b.put(PortKey(8080), port)
-			b.put(HTTPKey(8080, "/healthz"), endpoint)
+			b.putFor(request, endpoint)
 			b.setTally(PortKey(8080), ofPort)
-			b.setTally(HTTPKey(8080, "/healthz"), ofEndpoint)
+			b.setTally(b.asked(), ofEndpoint)
+			b.voidPod(drawTally(rt, "pod", now).WithdrawnAt)
+			ofPort, err := b.pod.Tally(PortKey(8080)) // with the pod's
+			must(t, err)
 
 			b.isn += 0x01000000
 			got, frame := b.sends(b.syn().Bytes(t, nil))
@@ -572,11 +664,11 @@ func TestAnswersAreNoted(t *testing.T) {
 			e := success(t, 200, time.Hour)
 			asked := e.ObservedAt
 			e.ObservedAt -= uint64(age * float64(time.Second))
-			b.put(HTTPKey(b.srv.Port(), "/healthz"), e)
+			b.putFor(request, e)
 			sum += age
 			b.reply(b.toPod("PA", b.isn+1, isn+1, request))
 			b.reply(b.toPod("FA", b.isn+1+uint32(len(request)), isn+1, ""))
-			tally := b.tally(HTTPKey(b.srv.Port(), "/healthz"))
+			tally := b.tally(b.asked())
 			if tally.Hits != uint64(i+1) || tally.AnsweredAt < asked || tally.AnsweredAt > Now() {
 				t.Fatalf("%+v after %d answers, the last at %d", tally, i+1, asked)
 			}

@@ -3,6 +3,7 @@ package datapath
 import (
 	"errors"
 	"fmt"
+	"os"
 
 	"github.com/cilium/ebpf"
 )
@@ -14,18 +15,21 @@ type (
 	Evidence = probeletEvidence
 	// Tally is what the programs note of an endpoint.
 	Tally = probeletTally
-	// Outcome is the report of one probe that reached the pod.
-	Outcome = probeletOutcome
 )
+
+// Question is a request, whole, as the kernel tells it from others: by two independent hashes of its bytes under keys that
+// are drawn when the programs are loaded. That two different requests have the same Hash has a probability of 2^-32 at the
+// most, the same Question 2^-64. The zero value is no question.
+type Question struct{ Hash, Check uint64 }
 
 // EndpointKey names an endpoint of a pod, or with KindPort a port as a whole.
 type EndpointKey struct {
-	PathHash uint64
-	Port     uint16
-	Kind     uint8
+	Hash uint64 // of the Question; its Check is in the endpoint's Evidence
+	Port uint16
+	Kind uint8
 }
 
-// Kinds of an EndpointKey and an Outcome.
+// Kinds of an EndpointKey.
 const (
 	KindPort = uint8(probeletEndpointKindKIND_PORT)
 	KindTCP  = uint8(probeletEndpointKindKIND_TCP)
@@ -39,14 +43,6 @@ const (
 	ResultFailure = uint8(probeletEvidenceResultRESULT_FAILURE)
 )
 
-// Events of an Outcome.
-const (
-	EventConnected = uint8(probeletOutcomeEventOUTCOME_CONNECTED)
-	EventStatus    = uint8(probeletOutcomeEventOUTCOME_STATUS)
-	EventReset     = uint8(probeletOutcomeEventOUTCOME_RESET)
-	EventNoAnswer  = uint8(probeletOutcomeEventOUTCOME_NO_ANSWER)
-)
-
 // WithdrawalCauses names the values of Tally.WithdrawnCause.
 var WithdrawalCauses = map[uint8]string{
 	uint8(probeletWithdrawalCauseWITHDRAWN_LISTENER_CLOSED): "listener_closed",
@@ -54,30 +50,27 @@ var WithdrawalCauses = map[uint8]string{
 	uint8(probeletWithdrawalCauseWITHDRAWN_STATUS):          "status",
 }
 
+// Obstacles names the values of Tally.Obstacle: why a probe was passed on though its evidence was fresh.
+var Obstacles = map[uint8]string{
+	uint8(probeletObstacleOBSTACLE_NO_LISTENER): "no_listener",
+	uint8(probeletObstacleOBSTACLE_QUEUE_LONG):  "queue_long",
+	uint8(probeletObstacleOBSTACLE_HEAD_OLD):    "head_old",
+	uint8(probeletObstacleOBSTACLE_SPECIAL):     "special",
+	uint8(probeletObstacleOBSTACLE_REAL_DUE):    "real_due",
+	uint8(probeletObstacleOBSTACLE_UNANSWERED):  "unanswered",
+}
+
 const (
-	// MaxPath is the longest path, in bytes as sent, that the kernel reads. PATH_MAX in bpf/abi.h.
-	MaxPath = 255
-	// MaxRequest is the longest request, in bytes, that the kernel reads. REQUEST_MAX in bpf/abi.h.
+	// MaxRequest is the longest request, in bytes, that is answered. REQUEST_MAX in bpf/abi.h.
 	MaxRequest = 1024
+	// MaxAnswers is how many TCP probes in a row are answered at most by looks at the listening socket. ANSWERS_MAX in
+	// bpf/listener.h.
+	MaxAnswers = 9
 	// MaxEndpoints is how many records a pod may have; every probed port takes one too. ENDPOINTS_PER_POD in bpf/abi.h.
 	MaxEndpoints = 64
 	// takenGrace is TAKEN_GRACE_NS in bpf/abi.h.
 	takenGrace = 1_000_000_000
 )
-
-const (
-	fnvOffset = 0xcbf29ce484222325
-	fnvPrime  = 0x100000001b3
-)
-
-// PathHash hashes path and query, as sent in the request line, the way the kernel does to look an endpoint up: 64-bit FNV-1a.
-func PathHash(path string) uint64 {
-	hash := uint64(fnvOffset)
-	for i := range len(path) {
-		hash = (hash ^ uint64(path[i])) * fnvPrime
-	}
-	return hash
-}
 
 // PortKey names a port as a whole.
 func PortKey(port uint16) EndpointKey { return EndpointKey{Port: port, Kind: KindPort} }
@@ -85,13 +78,13 @@ func PortKey(port uint16) EndpointKey { return EndpointKey{Port: port, Kind: Kin
 // TCPKey names the endpoint of a TCP probe.
 func TCPKey(port uint16) EndpointKey { return EndpointKey{Port: port, Kind: KindTCP} }
 
-// HTTPKey names the endpoint of an HTTP probe; path as in the request line, query included.
-func HTTPKey(port uint16, path string) EndpointKey {
-	return EndpointKey{Port: port, Kind: KindHTTP, PathHash: PathHash(path)}
+// HTTPKey names the endpoint of an HTTP probe that asks the question. Its evidence must have the question's Check.
+func HTTPKey(port uint16, q Question) EndpointKey {
+	return EndpointKey{Port: port, Kind: KindHTTP, Hash: q.Hash}
 }
 
 func (k EndpointKey) of(device DeviceKey) probeletEndpointKey {
-	return probeletEndpointKey{PathHash: k.PathHash, Device: device, Port: k.Port, Kind: k.Kind}
+	return probeletEndpointKey{Hash: k.Hash, Device: device, Port: k.Port, Kind: k.Kind}
 }
 
 // SetReply sets the status that e is answered with. It returns an error unless that is a 2xx.
@@ -105,13 +98,15 @@ func (e *probeletEvidence) SetReply(status int) error {
 
 // sealOf computes the seal that binds evidence to its key, as seal_of in bpf/evidence.h does.
 func sealOf(key probeletEndpointKey, e Evidence) uint64 {
+	const fnvOffset, fnvPrime = 0xcbf29ce484222325, 0x100000001b3
 	hash := uint64(fnvOffset)
 	for _, word := range []uint64{
-		key.PathHash,
+		key.Hash,
 		uint64(key.Device.Ifindex)<<32 | uint64(key.Device.Generation),
 		uint64(key.Port)<<32 | uint64(key.Kind)<<24 | uint64(e.Result)<<16 | uint64(e.Status),
 		e.ObservedAt,
 		e.FreshUntil,
+		e.Check,
 	} {
 		hash = (hash ^ word) * fnvPrime
 		hash ^= hash >> 29
@@ -125,8 +120,8 @@ func PortFresh(port Evidence, tally Tally, now uint64) bool {
 	return now < port.FreshUntil && port.ObservedAt > tally.WithdrawnAt
 }
 
-// MayAnswer reports whether the kernel may answer a request with e, on a connection taken at takenAt. The tallies are the port's
-// and the endpoint's own. Like PortFresh it is a model.
+// MayAnswer reports whether the kernel may answer the question that e is of with e, on a connection taken at takenAt. The
+// tallies are the port's and the endpoint's own. Like PortFresh it is a model.
 func MayAnswer(e Evidence, port, endpoint Tally, takenAt, now uint64) bool {
 	if e.Result != ResultSuccess || e.ObservedAt <= max(port.WithdrawnAt, endpoint.WithdrawnAt) {
 		return false
@@ -196,7 +191,7 @@ func (p *Pod) Renew(key EndpointKey, e Evidence) error {
 	return nil
 }
 
-// Get returns an endpoint's evidence, with Seal 0, and its tally. The error is ebpf.ErrKeyNotExist if it has none.
+// Get returns an endpoint's evidence, with Seal 0, and its Tally. The error is ebpf.ErrKeyNotExist if it has none.
 func (p *Pod) Get(key EndpointKey) (Evidence, Tally, error) {
 	var e Evidence
 	var t Tally
@@ -208,12 +203,31 @@ func (p *Pod) Get(key EndpointKey) (Evidence, Tally, error) {
 		return e, t, fmt.Errorf("evidence of port %d does not bear its seal", key.Port)
 	}
 	e.Seal = 0
-	return e, t, p.d.objects.EndpointTallies.Lookup(k, &t)
+	if err := p.d.objects.EndpointTallies.Lookup(k, &t); err != nil {
+		return e, t, err
+	}
+	return e, t, p.addWithdrawal(&t)
 }
 
-// Tally returns an endpoint's tally, or an empty one if it has none.
+// Tally returns an endpoint's tally, or an empty one if it has none. WithdrawnAt and WithdrawnCause include withdrawals of all of the
+// pod's evidence.
 func (p *Pod) Tally(key EndpointKey) (t Tally, err error) {
-	return t, ignoreAbsent(p.d.objects.EndpointTallies.Lookup(key.of(p.device), &t))
+	if err := ignoreAbsent(p.d.objects.EndpointTallies.Lookup(key.of(p.device), &t)); err != nil {
+		return t, err
+	}
+	return t, p.addWithdrawal(&t)
+}
+
+// addWithdrawal adds the withdrawal of all of the pod's evidence to a tally, if that was later. A device that was removed has none.
+func (p *Pod) addWithdrawal(t *Tally) error {
+	device, err := p.d.Device(p.device)
+	if err == nil && device.WithdrawnAt > t.WithdrawnAt {
+		t.WithdrawnAt, t.WithdrawnCause = device.WithdrawnAt, uint8(probeletWithdrawalCauseWITHDRAWN_LISTENER_CLOSED)
+	}
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 // Delete removes an endpoint. An endpoint that does not exist is no error.
@@ -235,8 +249,8 @@ func (p *Pod) Delete(key EndpointKey) error {
 		return nil
 	}
 	list.Count--
-	list.PathHashes[i], list.Ports[i] = list.PathHashes[list.Count], list.Ports[list.Count]
-	list.PathHashes[list.Count], list.Ports[list.Count] = 0, 0
+	list.Hashes[i], list.Ports[i] = list.Hashes[list.Count], list.Ports[list.Count]
+	list.Hashes[list.Count], list.Ports[list.Count] = 0, 0
 	return p.writeList(list)
 }
 
@@ -279,7 +293,7 @@ func (p *Pod) list(key EndpointKey) error {
 	if int(list.Count) == len(list.Ports) {
 		return fmt.Errorf("port %d: the pod has %d endpoints and ports already: %w", key.Port, list.Count, errTooMany)
 	}
-	list.PathHashes[list.Count], list.Ports[list.Count] = key.PathHash, key.packed()
+	list.Hashes[list.Count], list.Ports[list.Count] = key.Hash, key.packed()
 	list.Count++
 	return p.writeList(list)
 }
@@ -306,7 +320,7 @@ func (p *Pod) writeList(list probeletEndpointList) error {
 func (l *probeletEndpointList) keys() []EndpointKey {
 	keys := make([]EndpointKey, min(int(l.Count), len(l.Ports)))
 	for i := range keys {
-		keys[i] = EndpointKey{PathHash: l.PathHashes[i], Port: uint16(l.Ports[i] >> 16), Kind: uint8(l.Ports[i])}
+		keys[i] = EndpointKey{Hash: l.Hashes[i], Port: uint16(l.Ports[i] >> 16), Kind: uint8(l.Ports[i])}
 	}
 	return keys
 }

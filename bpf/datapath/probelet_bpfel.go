@@ -36,26 +36,36 @@ const (
 	probeletCounterCOUNT_PASSED_UNTRUSTED          probeletCounter = 9
 	probeletCounterCOUNT_PASSED_FULL               probeletCounter = 10
 	probeletCounterCOUNT_DROPPED                   probeletCounter = 11
-	probeletCounterCOUNT_OUTCOMES_LOST             probeletCounter = 12
+	probeletCounterCOUNT_RECORDS_LOST              probeletCounter = 12
 	probeletCounterCOUNT_FLOWS_EXPIRED             probeletCounter = 13
 	probeletCounterCOUNT_DEVICES_LOST              probeletCounter = 14
 	probeletCounterCOUNT_WITHDRAWN_LISTENER_CLOSED probeletCounter = 15
 	probeletCounterCOUNT_WITHDRAWN_RESET           probeletCounter = 16
 	probeletCounterCOUNT_WITHDRAWN_STATUS          probeletCounter = 17
-	probeletCounterCOUNT_MAX                       probeletCounter = 18
+	probeletCounterCOUNT_PASSED_NO_LISTENER        probeletCounter = 18
+	probeletCounterCOUNT_PASSED_QUEUE_LONG         probeletCounter = 19
+	probeletCounterCOUNT_PASSED_HEAD_OLD           probeletCounter = 20
+	probeletCounterCOUNT_PASSED_SPECIAL            probeletCounter = 21
+	probeletCounterCOUNT_PASSED_REAL_DUE           probeletCounter = 22
+	probeletCounterCOUNT_PASSED_UNANSWERED         probeletCounter = 23
+	probeletCounterCOUNT_MAX                       probeletCounter = 24
 )
 
 type probeletDevice struct {
-	_          structs.HostLayout
-	TrialAt    uint64
-	LostAt     uint64
-	Generation uint32
-	Loss       uint16
-	Trust      uint16
-	Netns      uint32
-	Hook       uint8
-	Observed   uint8
-	PodMtu     uint16
+	_           structs.HostLayout
+	TrialAt     uint64
+	LostAt      uint64
+	Generation  uint32
+	Loss        uint16
+	Trust       uint16
+	Netns       uint32
+	Hook        uint8
+	Observed    uint8
+	PodMtu      uint16
+	WithdrawnAt uint64
+	NetnsCookie uint64
+	Nsid        int32
+	Pad         [4]uint8
 }
 
 type probeletDeviceKey struct {
@@ -65,12 +75,12 @@ type probeletDeviceKey struct {
 }
 
 type probeletEndpointKey struct {
-	_        structs.HostLayout
-	PathHash uint64
-	Device   probeletDeviceKey
-	Port     uint16
-	Kind     uint8
-	Pad      [5]uint8
+	_      structs.HostLayout
+	Hash   uint64
+	Device probeletDeviceKey
+	Port   uint16
+	Kind   uint8
+	Pad    [5]uint8
 }
 
 type probeletEndpointKind uint32
@@ -82,17 +92,18 @@ const (
 )
 
 type probeletEndpointList struct {
-	_          structs.HostLayout
-	PathHashes [64]uint64
-	Ports      [64]uint32
-	Count      uint32
-	Pad        uint32
+	_      structs.HostLayout
+	Hashes [64]uint64
+	Ports  [64]uint32
+	Count  uint32
+	Pad    uint32
 }
 
 type probeletEvidence struct {
 	_          structs.HostLayout
 	ObservedAt uint64
 	FreshUntil uint64
+	Check      uint64
 	Status     uint16
 	Result     uint8
 	Pad        [5]uint8
@@ -108,12 +119,16 @@ const (
 )
 
 type probeletFlow struct {
-	_            structs.HostLayout
-	Owner        uint64
-	StartedAt    uint64
-	Deadline     uint64
-	PathHash     uint64
-	EvidenceAt   uint64
+	_          structs.HostLayout
+	Owner      uint64
+	StartedAt  uint64
+	Deadline   uint64
+	EvidenceAt uint64
+	Question   struct {
+		_     structs.HostLayout
+		Hash  uint64
+		Check uint64
+	}
 	Generation   uint32
 	ClientIsn    uint32
 	OurIsn       uint32
@@ -123,9 +138,8 @@ type probeletFlow struct {
 	Flags        uint32
 	ClientMss    uint16
 	ClientWindow uint16
-	Status       uint16
 	State        uint8
-	Pad          [5]uint8
+	Pad          [7]uint8
 }
 
 type probeletFlowFlag uint32
@@ -140,8 +154,10 @@ const (
 	probeletFlowFlagFLOW_STORED           probeletFlowFlag = 64
 	probeletFlowFlagFLOW_TRIAL            probeletFlowFlag = 128
 	probeletFlowFlagFLOW_XDP              probeletFlowFlag = 256
-	probeletFlowFlagFLOW_JUDGED           probeletFlowFlag = 512
+	probeletFlowFlagFLOW_DONE             probeletFlowFlag = 512
 	probeletFlowFlagFLOW_CONTESTED        probeletFlowFlag = 1024
+	probeletFlowFlagFLOW_ANSWERED         probeletFlowFlag = 2048
+	probeletFlowFlagFLOW_UNRECORDED       probeletFlowFlag = 4096
 )
 
 type probeletFlowKey struct {
@@ -184,6 +200,17 @@ type probeletNetnsDevices struct {
 	Ifindex [4]uint32
 }
 
+type probeletObstacle uint32
+
+const (
+	probeletObstacleOBSTACLE_NO_LISTENER probeletObstacle = 1
+	probeletObstacleOBSTACLE_QUEUE_LONG  probeletObstacle = 2
+	probeletObstacleOBSTACLE_HEAD_OLD    probeletObstacle = 3
+	probeletObstacleOBSTACLE_SPECIAL     probeletObstacle = 4
+	probeletObstacleOBSTACLE_REAL_DUE    probeletObstacle = 5
+	probeletObstacleOBSTACLE_UNANSWERED  probeletObstacle = 6
+)
+
 type probeletOrder struct {
 	_        structs.HostLayout
 	Token    uint64
@@ -196,33 +223,43 @@ type probeletOrder struct {
 	Pad      uint8
 }
 
-type probeletOutcome struct {
-	_          structs.HostLayout
-	ObservedAt uint64
-	Duration   uint64
-	PathHash   uint64
-	Device     probeletDeviceKey
-	Port       uint16
-	Status     uint16
-	Kind       uint8
-	Event      uint8
-	Pad        [2]uint8
-}
-
-type probeletOutcomeEvent uint32
-
-const (
-	probeletOutcomeEventOUTCOME_CONNECTED probeletOutcomeEvent = 1
-	probeletOutcomeEventOUTCOME_STATUS    probeletOutcomeEvent = 2
-	probeletOutcomeEventOUTCOME_RESET     probeletOutcomeEvent = 3
-	probeletOutcomeEventOUTCOME_NO_ANSWER probeletOutcomeEvent = 4
-)
-
 type probeletProberConfig struct {
 	_          structs.HostLayout
 	CgroupIds  [4]uint64
 	AnyLocal   uint32
 	OwnSockets uint32
+}
+
+type probeletQuestionKey struct {
+	_     structs.HostLayout
+	Hash  [2]uint32
+	Check [2]uint32
+}
+
+type probeletRecord struct {
+	_          structs.HostLayout
+	Owner      uint64
+	StartedAt  uint64
+	ObservedAt uint64
+	Question   struct {
+		_     structs.HostLayout
+		Hash  uint64
+		Check uint64
+	}
+	Device   probeletDeviceKey
+	Offset   uint32
+	Len      uint32
+	Port     uint16
+	Recorded uint16
+	FromPod  uint8
+	TcpFlags uint8
+	Pad      [2]uint8
+}
+
+type probeletRecording struct {
+	_       structs.HostLayout
+	Record  probeletRecord
+	Payload [16384]uint8
 }
 
 type probeletReplyText struct {
@@ -233,15 +270,45 @@ type probeletReplyText struct {
 }
 
 type probeletScratch struct {
-	_        structs.HostLayout
-	Flow     probeletFlow
-	Other    probeletFlowKey
-	Bytes    [1024]uint8
-	PathHash uint64
-	PathEnd  uint32
-	Len      uint32
-	Mss      uint16
-	_        [6]byte
+	_     structs.HostLayout
+	Flow  probeletFlow
+	Other probeletFlowKey
+	Asked struct {
+		_     structs.HostLayout
+		Hash  uint64
+		Check uint64
+	}
+	Bytes  [1024]uint8
+	Len    uint32
+	Mss    uint16
+	IsIpv4 bool
+	_      [1]byte
+	Tuple  struct {
+		_    structs.HostLayout
+		Ipv4 struct {
+			_     structs.HostLayout
+			Saddr uint32
+			Daddr uint32
+			Sport uint16
+			Dport uint16
+		}
+		_ [24]byte
+	}
+	_        [4]byte
+	Listener struct {
+		_           structs.HostLayout
+		Id          uint64
+		NetnsCookie uint64
+		HeadAt      uint64
+		Netns       uint32
+		Limit       uint32
+		Waiting     uint32
+		Requests    uint32
+		Waits       bool
+		Special     bool
+		Shared      bool
+		_           [5]byte
+	}
 }
 
 type probeletStored struct {
@@ -262,7 +329,13 @@ type probeletTally struct {
 	WatchedAt      uint64
 	WatchedPort    uint16
 	WithdrawnCause uint8
-	Pad            [5]uint8
+	Obstacle       uint8
+	Answered       uint32
+	ConnectedAt    uint64
+	ConnectedTo    uint64
+	AskedAt        uint64
+	AnsweredMax    uint8
+	Pad            [7]uint8
 }
 
 type probeletTrust uint32
@@ -293,10 +366,11 @@ const (
 	probeletMapEndpointLists      = "endpoint_lists"
 	probeletMapEndpointTallies    = "endpoint_tallies"
 	probeletMapFlows              = "flows"
-	probeletMapOutcomes           = "outcomes"
 	probeletMapOwnSockets         = "own_sockets"
 	probeletMapPodNetns           = "pod_netns"
 	probeletMapProber             = "prober"
+	probeletMapRecording          = "recording"
+	probeletMapRecords            = "records"
 	probeletMapRequests           = "requests"
 	probeletMapScratch            = "scratch"
 	probeletProgObserve           = "observe"
@@ -312,14 +386,16 @@ const (
 	probeletVarBtfFlowState       = "btf_flow_state"
 	probeletVarBtfHook            = "btf_hook"
 	probeletVarBtfLoss            = "btf_loss"
+	probeletVarBtfObstacle        = "btf_obstacle"
 	probeletVarBtfOrder           = "btf_order"
-	probeletVarBtfOutcome         = "btf_outcome"
-	probeletVarBtfOutcomeEvent    = "btf_outcome_event"
+	probeletVarBtfRecord          = "btf_record"
 	probeletVarBtfTrust           = "btf_trust"
 	probeletVarBtfWithdrawalCause = "btf_withdrawal_cause"
 	probeletVarFlowPorts          = "flow_ports"
 	probeletVarOrderToken         = "order_token"
+	probeletVarQuestionKeys       = "question_keys"
 	probeletVarReplies            = "replies"
+	probeletVarSeesListeners      = "sees_listeners"
 )
 
 // loadProbelet returns the embedded CollectionSpec for probelet.
@@ -383,10 +459,11 @@ type probeletMapSpecs struct {
 	EndpointLists    *ebpf.MapSpec `ebpf:"endpoint_lists"`
 	EndpointTallies  *ebpf.MapSpec `ebpf:"endpoint_tallies"`
 	Flows            *ebpf.MapSpec `ebpf:"flows"`
-	Outcomes         *ebpf.MapSpec `ebpf:"outcomes"`
 	OwnSockets       *ebpf.MapSpec `ebpf:"own_sockets"`
 	PodNetns         *ebpf.MapSpec `ebpf:"pod_netns"`
 	Prober           *ebpf.MapSpec `ebpf:"prober"`
+	Recording        *ebpf.MapSpec `ebpf:"recording"`
+	Records          *ebpf.MapSpec `ebpf:"records"`
 	Requests         *ebpf.MapSpec `ebpf:"requests"`
 	Scratch          *ebpf.MapSpec `ebpf:"scratch"`
 }
@@ -403,14 +480,16 @@ type probeletVariableSpecs struct {
 	BtfFlowState       *ebpf.VariableSpec `ebpf:"btf_flow_state"`
 	BtfHook            *ebpf.VariableSpec `ebpf:"btf_hook"`
 	BtfLoss            *ebpf.VariableSpec `ebpf:"btf_loss"`
+	BtfObstacle        *ebpf.VariableSpec `ebpf:"btf_obstacle"`
 	BtfOrder           *ebpf.VariableSpec `ebpf:"btf_order"`
-	BtfOutcome         *ebpf.VariableSpec `ebpf:"btf_outcome"`
-	BtfOutcomeEvent    *ebpf.VariableSpec `ebpf:"btf_outcome_event"`
+	BtfRecord          *ebpf.VariableSpec `ebpf:"btf_record"`
 	BtfTrust           *ebpf.VariableSpec `ebpf:"btf_trust"`
 	BtfWithdrawalCause *ebpf.VariableSpec `ebpf:"btf_withdrawal_cause"`
 	FlowPorts          *ebpf.VariableSpec `ebpf:"flow_ports"`
 	OrderToken         *ebpf.VariableSpec `ebpf:"order_token"`
+	QuestionKeys       *ebpf.VariableSpec `ebpf:"question_keys"`
 	Replies            *ebpf.VariableSpec `ebpf:"replies"`
+	SeesListeners      *ebpf.VariableSpec `ebpf:"sees_listeners"`
 }
 
 // probeletObjects contains all objects after they have been loaded into the kernel.
@@ -441,10 +520,11 @@ type probeletMaps struct {
 	EndpointLists    *ebpf.Map `ebpf:"endpoint_lists"`
 	EndpointTallies  *ebpf.Map `ebpf:"endpoint_tallies"`
 	Flows            *ebpf.Map `ebpf:"flows"`
-	Outcomes         *ebpf.Map `ebpf:"outcomes"`
 	OwnSockets       *ebpf.Map `ebpf:"own_sockets"`
 	PodNetns         *ebpf.Map `ebpf:"pod_netns"`
 	Prober           *ebpf.Map `ebpf:"prober"`
+	Recording        *ebpf.Map `ebpf:"recording"`
+	Records          *ebpf.Map `ebpf:"records"`
 	Requests         *ebpf.Map `ebpf:"requests"`
 	Scratch          *ebpf.Map `ebpf:"scratch"`
 }
@@ -459,10 +539,11 @@ func (m *probeletMaps) Close() error {
 		m.EndpointLists,
 		m.EndpointTallies,
 		m.Flows,
-		m.Outcomes,
 		m.OwnSockets,
 		m.PodNetns,
 		m.Prober,
+		m.Recording,
+		m.Records,
 		m.Requests,
 		m.Scratch,
 	)
@@ -480,14 +561,16 @@ type probeletVariables struct {
 	BtfFlowState       *ebpf.Variable `ebpf:"btf_flow_state"`
 	BtfHook            *ebpf.Variable `ebpf:"btf_hook"`
 	BtfLoss            *ebpf.Variable `ebpf:"btf_loss"`
+	BtfObstacle        *ebpf.Variable `ebpf:"btf_obstacle"`
 	BtfOrder           *ebpf.Variable `ebpf:"btf_order"`
-	BtfOutcome         *ebpf.Variable `ebpf:"btf_outcome"`
-	BtfOutcomeEvent    *ebpf.Variable `ebpf:"btf_outcome_event"`
+	BtfRecord          *ebpf.Variable `ebpf:"btf_record"`
 	BtfTrust           *ebpf.Variable `ebpf:"btf_trust"`
 	BtfWithdrawalCause *ebpf.Variable `ebpf:"btf_withdrawal_cause"`
 	FlowPorts          *ebpf.Variable `ebpf:"flow_ports"`
 	OrderToken         *ebpf.Variable `ebpf:"order_token"`
+	QuestionKeys       *ebpf.Variable `ebpf:"question_keys"`
 	Replies            *ebpf.Variable `ebpf:"replies"`
+	SeesListeners      *ebpf.Variable `ebpf:"sees_listeners"`
 }
 
 // probeletPrograms contains all programs after they have been loaded into the kernel.

@@ -4,7 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"os"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -55,12 +55,12 @@ func allSeen(t *testing.T, seen map[string]int) {
 // sequence is a bench and the model of it.
 type sequence struct {
 	*bench
-	m        model
-	rt       *rapid.T
-	ends     map[connection]*ends
-	outcomes *OutcomeReader
-	table    map[probeletFlowKey]probeletFlow // as it is after this step
-	seen     map[string]int
+	m      model
+	rt     *rapid.T
+	ends   map[connection]*ends
+	reader *RecordReader
+	table  map[probeletFlowKey]probeletFlow // as it is after this step
+	seen   map[string]int
 }
 
 // ends is what the two ends of a connection would send next, and whose it is.
@@ -103,26 +103,34 @@ func (s shrinking) Helper()                           { s.rt.Helper() }
 func (s shrinking) Fatal(args ...any)                 { s.rt.Helper(); s.rt.Fatal(args...) }
 func (s shrinking) Fatalf(format string, args ...any) { s.rt.Helper(); s.rt.Fatalf(format, args...) }
 
-const (
-	unprobedPort = 9090
-	otherPath    = "/other"
-)
+const unprobedPort = 9090
+
+// otherRequest asks another question that is probed.
+var otherRequest = strings.Replace(request, "1.37", "1.38", 1)
 
 // connections that share ports, and slots of the filter.
 var connections = []connection{
 	{40000, 8080}, {40000, 8080}, {40000, 8080}, {40000, 8080}, {40000 - flowPortSlots, 8080}, {40001, 8080}, {40000, unprobedPort},
 }
 
-var probedKeys = []EndpointKey{PortKey(8080), TCPKey(8080), HTTPKey(8080, "/healthz"), HTTPKey(8080, otherPath)}
+// probed is an endpoint that is known, or a port.
+type probed struct {
+	EndpointKey
+	check uint64
+}
+
+func allProbed() []probed {
+	q, other := question(request), question(otherRequest)
+	return []probed{{PortKey(8080), 0}, {TCPKey(8080), 0}, {HTTPKey(8080, q), q.Check}, {HTTPKey(8080, other), other.Check}}
+}
 
 func newSequence(rt *rapid.T, b *bench, seen map[string]int) *sequence {
 	b.t = shrinking{b.t, rt}
 	b.reset()
-	r, err := b.d.Outcomes()
+	r, err := b.d.Records()
 	must(b.t, err)
 	rt.Cleanup(func() { _ = r.Close() })
-	r.SetDeadline(time.Unix(1, 0))
-	s := &sequence{bench: b, rt: rt, ends: map[connection]*ends{}, outcomes: r, seen: seen}
+	s := &sequence{bench: b, rt: rt, ends: map[connection]*ends{}, reader: r, seen: seen}
 	s.m.flows, s.m.stored = map[connection]*probeletFlow{}, map[connection]stored{}
 	s.restore()
 	return s
@@ -136,8 +144,8 @@ func (s *sequence) restore() {
 		s.trust(TrustProven)
 		s.m.device = s.device()
 	}
-	for _, key := range probedKeys {
-		s.learn(key)
+	for _, p := range allProbed() {
+		s.learn(p)
 	}
 }
 
@@ -145,7 +153,7 @@ func (s *sequence) restore() {
 func (s *sequence) isStuck() bool {
 	port := s.m.evidence[PortKey(8080)]
 	return !s.m.prober || !s.m.attached || Trust(s.m.device.Trust) == TrustLost || port.FreshUntil < Now() ||
-		port.ObservedAt <= s.m.tallies[PortKey(8080)].WithdrawnAt
+		port.ObservedAt <= s.m.tally(PortKey(8080)).WithdrawnAt
 }
 
 func (s *sequence) setProber(prober bool) {
@@ -161,12 +169,16 @@ func (s *sequence) attachAgain() {
 }
 
 // learn changes what is known of an endpoint or a port.
-func (s *sequence) learn(key EndpointKey) {
+func (s *sequence) learn(p probed) {
 	if !s.m.attached {
 		return
 	}
+	key := p.EndpointKey
 	e := success(s.t, fairly(s.rt, "status", 200, 204, 226), time.Hour)
-	switch fairly(s.rt, "how", "fresh", "fresh", "fresh", "fresh", "cleared", "failure", "for a second", "unknown") {
+	e.Check = p.check
+	switch fairly(s.rt, "how", "fresh", "fresh", "fresh", "fresh", "cleared", "failure", "for a second", "unknown", "another question") {
+	case "another question":
+		e.Check ^= 1 << fairly(s.rt, "bit", 0, 31, 32, 63)
 	case "cleared":
 		e.FreshUntil = 0
 	case "failure":
@@ -201,7 +213,7 @@ func (s *sequence) step() {
 
 func (s *sequence) passTime() {
 	d := fairly(s.rt, "passes", 300*time.Millisecond, 300*time.Millisecond, 600*time.Millisecond, 1200*time.Millisecond,
-		3*time.Minute, 11*time.Minute, 4*time.Hour)
+		31*time.Second, 3*time.Minute, 11*time.Minute, 4*time.Hour)
 	s.wait(d)
 	for c, f := range s.m.flows {
 		*s.m.flows[c] = older(*f, d)
@@ -229,15 +241,20 @@ func (s *sequence) sweeps() {
 
 // change is something that a person or the daemon does.
 func (s *sequence) change() {
-	switch fairly(s.rt, "what", "known", "known", "known", "known", "prober", "prober", "trust", "trust", "attached", "detached") {
+	switch fairly(s.rt, "what", "known", "known", "known", "known", "prober", "prober", "trust", "trust", "void", "attached", "detached") {
 	case "known":
-		s.learn(fairly(s.rt, "of", probedKeys...))
+		s.learn(fairly(s.rt, "of", allProbed()...))
 	case "prober":
 		s.setProber(!s.m.prober)
 	case "trust":
 		if s.m.attached {
 			must(s.t, s.d.TrustAgain(s.key))
 			s.untrust()
+		}
+	case "void":
+		if s.m.attached {
+			s.m.device.WithdrawnAt = Now()
+			s.voidPod(s.m.device.WithdrawnAt)
 		}
 	case "attached":
 		s.restore()
@@ -250,7 +267,7 @@ func (s *sequence) change() {
 
 func (s *sequence) untrust() {
 	old := s.m.device
-	s.m.device = probeletDevice{Generation: old.Generation, Netns: old.Netns, Hook: old.Hook}
+	s.m.device = probeletDevice{Generation: old.Generation, Netns: old.Netns, Hook: old.Hook, WithdrawnAt: old.WithdrawnAt, Nsid: old.Nsid}
 }
 
 // packet puts one through the programs and the model.
@@ -382,7 +399,7 @@ func (s *sequence) same() {
 			s.m.tallies[key] = want
 		}
 	}
-	s.sameOutcomes()
+	s.sameRecords()
 }
 
 // adopt asserts that got is want, but for times that the programs read from their clock in this step.
@@ -433,29 +450,28 @@ func (s *sequence) sameStored() {
 	}
 }
 
-func (s *sequence) sameOutcomes() {
+func (s *sequence) sameRecords() {
 	s.rt.Helper()
-	var got []Outcome
-	if len(s.m.outcomes) > 0 || s.outcomes.ring.AvailableBytes() > 0 {
-		all, err := s.outcomes.Read()
-		if err != nil && !isTimeout(err) {
-			s.rt.Fatal(err)
+	got, want := readAll(s.t, s.reader), s.m.records
+	s.m.records = nil
+	same := len(got) == len(want)
+	for i := 0; i < len(want) && same; i++ {
+		if got[i].ObservedAt >= s.m.before && got[i].ObservedAt <= s.m.after {
+			want[i].ObservedAt = got[i].ObservedAt
 		}
-		got = all
+		same = got[i].equal(want[i])
 	}
-	want := s.m.outcomes
-	s.m.outcomes = nil
-	for i := range want {
-		if i < len(got) && got[i].ObservedAt >= s.m.before && got[i].ObservedAt <= s.m.after {
-			want[i].ObservedAt, want[i].Duration = got[i].ObservedAt, got[i].ObservedAt-want[i].Duration
-		}
-	}
-	if !slices.Equal(got, want) {
-		s.rt.Fatalf("outcomes %+v, want %+v", got, want)
+	if !same {
+		s.rt.Fatalf("records\n%+v, want\n%+v", got, want)
 	}
 }
 
-func isTimeout(err error) bool { return os.IsTimeout(err) }
+// equal compares with a record of which a nil payload is an empty one.
+func (r Record) equal(other Record) bool {
+	same := string(r.Payload) == string(other.Payload)
+	r.Payload, other.Payload = nil, nil
+	return same && reflect.DeepEqual(r, other)
+}
 
 // finish lets everything end, after which nothing may be left.
 func (s *sequence) finish() {
@@ -549,7 +565,7 @@ func (s *sequence) begin(e *ends) {
 	*e = ends{
 		isn: e.isn + rapid.Uint32Range(1, 1<<32-1).Draw(s.rt, "ISN"), podISN: rapid.Uint32().Draw(s.rt, "pod's ISN"),
 		options: options[s.pick("as Linux", "as Linux", "as Linux", "none", "small MSS", "fast open")],
-		text: s.pick(request, request, request, strings.Replace(request, "/healthz", otherPath, 1), strings.Replace(request, "/healthz", "/nobody's", 1),
+		text: s.pick(request, request, request, otherRequest, strings.Replace(request, "/healthz", "/nobody's", 1),
 			post, "x", strings.Repeat("long ", 250), strings.Repeat("longer ", 250)),
 		dataOptions: options[s.pick("none", "timestamps")],
 	}
@@ -602,7 +618,7 @@ func (s *sequence) lastData(e *ends, f *probeletFlow) bpftest.Segment {
 
 // offset is one that may not fit.
 func (s *sequence) offset(e *ends) uint32 {
-	return fairly(s.rt, "offset", 0, 0, 1, e.sent, e.sent+1, e.sent-1, 1<<32-1, 1<<32-2, 2047, 2048, 70000)
+	return fairly(s.rt, "offset", 0, 0, 1, e.sent, e.sent+1, e.sent-1, 1<<32-1, 1<<32-2, 2047, 2048, MaxRecorded-2, MaxRecorded, 70000)
 }
 
 func (s *sequence) otherSYNACK(e *ends) bpftest.Segment {

@@ -57,12 +57,13 @@ func TestAnswersAreNeverAnotherEndpoints(t *testing.T) {
 	const askers, answersEach, neighbours = 3, 10_000, 16
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
-		path := func(i int) string { return fmt.Sprintf("/%08d", i) }
+		text := func(i int) string { return strings.Replace(request, "/healthz", fmt.Sprintf("/%08d", i), 1) }
 		evidence := map[probeletEndpointKey]Evidence{}
 		for i := range neighbours {
 			e := success(t, 200+i, time.Hour)
-			b.put(HTTPKey(8080, path(i)), e)
-			evidence[HTTPKey(8080, path(i)).of(b.key)] = e
+			e.Check = question(text(i)).Check
+			b.putFor(text(i), e)
+			evidence[HTTPKey(8080, question(text(i))).of(b.key)] = e
 		}
 		var stop atomic.Bool
 		var renewing, asking sync.WaitGroup
@@ -78,7 +79,7 @@ func TestAnswersAreNeverAnotherEndpoints(t *testing.T) {
 		for i := range askers {
 			b.client = another(first, uint16(i))
 			b.keepPortsInUse(b.client.Port())
-			asker := b.asker(path(i), fmt.Sprintf("HTTP/1.1 %d ", 200+i))
+			asker := b.asker(text(i), fmt.Sprintf("HTTP/1.1 %d ", 200+i))
 			asking.Go(func() {
 				if err := asker.ask(answersEach); err != nil {
 					t.Error(err)
@@ -107,7 +108,7 @@ func churn(m *ebpf.Map, evidence map[probeletEndpointKey]Evidence, round int) er
 	return nil
 }
 
-// asker asks for one path on one connection, which it brings back to where it was.
+// asker sends one request on one connection, which it brings back to where it was.
 type asker struct {
 	*runner
 	flows *ebpf.Map
@@ -118,14 +119,13 @@ type asker struct {
 	pass  *ebpf.Program
 }
 
-func (b *bench) asker(path, want string) *asker {
+func (b *bench) asker(text, want string) *asker {
 	const ourISN = 4711
 	a := &asker{flows: b.d.objects.Flows, key: b.flowOf(), want: want, hook: b.hook, pass: b.d.Respond()}
 	a.flow = probeletFlow{
 		StartedAt: Now(), Deadline: Now() + uint64(time.Hour), Generation: b.key.Generation, ClientIsn: b.isn, OurIsn: ourISN,
 		ClientMss: clientMSS, State: taken, Flags: connected | byXDP*uint32(b.hook),
 	}
-	text := strings.Replace(request, "/healthz", path, 1)
 	a.runner = newRunner(b.d.Steer(), b.toPod("PA", b.isn+1, ourISN+1, text).Bytes(b.t, nil))
 	return a
 }
@@ -170,7 +170,7 @@ func TestWithdrawalsBesideEachOther(t *testing.T) {
 	const withdrawers, each = 2, 10_000
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
-		key := HTTPKey(8080, "/healthz").of(b.key)
+		key := b.asked().of(b.key)
 		var stop atomic.Bool
 		var watching, withdrawing sync.WaitGroup
 		watching.Go(func() {
@@ -189,8 +189,9 @@ func TestWithdrawalsBesideEachOther(t *testing.T) {
 			b.keepPortsInUse(b.client.Port())
 			flow := probeletFlow{
 				StartedAt: Now(), Deadline: Now() + uint64(time.Hour), Generation: b.key.Generation, ClientIsn: b.isn, PodIsn: podISN,
-				State: observing, Flags: connected | requested, PathHash: key.PathHash,
+				State: observing, Flags: connected | requested,
 			}
+			flow.Question.Hash = key.Hash
 			of, r := b.flowOf(), newRunner(b.d.Observe(), b.fromPod("PA", podISN+1, b.isn+1, "HTTP/1.1 500 x\r\n\r\n").Bytes(t, nil))
 			withdrawing.Go(func() {
 				for range each {
@@ -204,7 +205,7 @@ func TestWithdrawalsBesideEachOther(t *testing.T) {
 		withdrawing.Wait()
 		stop.Store(true)
 		watching.Wait()
-		b.outcomes()
+		b.records()
 	})
 }
 

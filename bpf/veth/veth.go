@@ -1,11 +1,12 @@
 // Package veth finds the host end of a pod's interface. What CNI plugins report about it is a hint; the kernel's word on the pair of
-// devices is the proof. It enters no namespace, so CAP_NET_ADMIN suffices.
+// devices is the proof. CAP_NET_ADMIN suffices. With CAP_SYS_ADMIN it also enters the namespace, for its cookie.
 package veth
 
 import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 
@@ -36,6 +37,8 @@ type HostEnd struct {
 	Name  string
 	// PodNetns is the inode number of the pod's network namespace.
 	PodNetns uint32
+	// NetnsCookie is the namespace's cookie (SO_NETNS_COOKIE), which no other namespace ever has; 0 if the caller may not enter it.
+	NetnsCookie uint64
 	// Hinted reports whether a hint names the device.
 	Hinted bool
 }
@@ -59,8 +62,40 @@ func Find(netns *os.File, sandbox, ifName string, hints []Hint) (HostEnd, error)
 	if err != nil {
 		return HostEnd{}, err
 	}
-	hinted, err := checkHints(hints, sandbox, ifName, onHost.Name)
-	return HostEnd{Index: onHost.Index, Name: onHost.Name, PodNetns: uint32(stat.Ino), Hinted: hinted}, err
+	end := HostEnd{Index: onHost.Index, Name: onHost.Name, PodNetns: uint32(stat.Ino)}
+	if end.Hinted, err = checkHints(hints, sandbox, ifName, end.Name); err != nil {
+		return end, err
+	}
+	end.NetnsCookie, err = cookieOf(netns)
+	return end, err
+}
+
+// cookieOf returns the cookie of a network namespace, 0 if the caller may not enter it. Only a socket that was made there tells it.
+func cookieOf(netns *os.File) (cookie uint64, err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		cookie, err = cookieFromInside(netns)
+	}()
+	<-done
+	if errors.Is(err, unix.EPERM) {
+		return 0, nil
+	}
+	return cookie, err
+}
+
+// cookieFromInside leaves the goroutine's thread in the namespace, and locked to it, so that it ends with the goroutine.
+func cookieFromInside(netns *os.File) (uint64, error) {
+	runtime.LockOSThread()
+	if err := unix.Setns(int(netns.Fd()), unix.CLONE_NEWNET); err != nil {
+		return 0, fmt.Errorf("entering the network namespace %s: %w", netns.Name(), err)
+	}
+	socket, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(socket) //nolint:errcheck // nothing was sent
+	return unix.GetsockoptUint64(socket, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
 }
 
 // namespaceID returns the id by which the caller's namespace knows another one. The kernel assigns ids when it first

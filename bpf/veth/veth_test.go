@@ -48,7 +48,7 @@ func wantHostEnd(t *testing.T, p *bpftest.Pod, hints []Hint) (hinted bool) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := (HostEnd{p.IfIndex, p.HostIfName, p.Netns, end.Hinted}); end != want {
+	if want := (HostEnd{p.IfIndex, p.HostIfName, p.Netns, p.NetnsCookie, end.Hinted}); end != want {
 		t.Errorf("%+v, want %+v", end, want)
 	}
 	return end.Hinted
@@ -295,6 +295,14 @@ func TestWithoutSysAdmin(t *testing.T) {
 			if end, err := findHere(pod.NS.Path(), "eth0", nil); err != nil || end.Index == 0 {
 				t.Errorf("%+v, %v", end, err)
 			}
+		}
+		// Find asks for the cookie in a thread of its own, which has all capabilities here.
+		netns, err := os.Open(inside.NS.Path())
+		if err == nil {
+			_, err = cookieFromInside(netns)
+		}
+		if !errors.Is(err, unix.EPERM) {
+			t.Errorf("the cookie: %v", err)
 		}
 	}()
 	<-done

@@ -104,7 +104,7 @@ type row struct {
 
 var columns = []string{
 	"pods", "probes", "answered (healthy)", "expected", "answered (all)", "failures found", "worst delay", "plain", "bound",
-	"worst of bound", "connections per probe",
+	"worst of bound", "stopped", "connections per probe",
 }
 
 func (r row) cells() []string {
@@ -116,7 +116,7 @@ func (r row) cells() []string {
 		r.Name, fmt.Sprint(r.Probes), fmt.Sprintf("%.2f %%", 100*r.HitRate()), expected,
 		fmt.Sprintf("%.2f %%", 100*r.TotalHitRate()), fmt.Sprint(r.Detected),
 		seconds(r.WorstDelay), seconds(r.WorstPlain), seconds(r.MaxBound), fmt.Sprintf("%.0f %%", 100*r.WorstShare),
-		fmt.Sprintf("%.2f", float64(r.Probes-r.Answered+r.Connections)/float64(max(r.Probes, 1))),
+		fmt.Sprint(r.Stopped), fmt.Sprintf("%.2f", float64(r.Probes-r.Answered+r.Refreshes)/float64(max(r.Probes, 1))),
 	}
 }
 

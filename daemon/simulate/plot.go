@@ -70,12 +70,12 @@ func plot(points []row) []byte {
 		if below > height-bottom {
 			below = py - 10
 		}
-		if staleness := strings.TrimSuffix(p.Why, "+timeout"); !strings.Contains(staleness, ".") || staleness == "0.5" {
+		if staleness := p.Why; !strings.Contains(staleness, ".") || staleness == "0.5" {
 			add(`<text x="%.1f" y="%.1f" text-anchor="middle" font-size="11" fill="%s">%s</text>`, px, below, marks[series].colour, staleness)
 		}
 	}
 	flush()
-	for i, note := range []string{"numbers: staleness in periods,", "plus the timeout", "", "probes every 10 s, timeout 1 s,", "failureThreshold 3"} {
+	for i, note := range []string{"numbers: staleness in periods,", "a slack not counted", "", "probes every 10 s, timeout 1 s,", "failureThreshold 3"} {
 		add(`<text x="%d" y="%d" fill="#555">%s</text>`, width-right+16, top+120+18*i, note)
 	}
 	add("</svg>")

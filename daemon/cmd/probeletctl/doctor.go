@@ -228,6 +228,11 @@ func (d *doctor) objects() {
 			"the next probe that reaches the pod notices; the kernel needs CONFIG_DEBUG_INFO_BTF, and the BPF objects to be loaded anew")
 		return
 	}
+	if !k.SeesListeners() {
+		d.says(note, "BPF objects", d.where.bpfDir+"; the kernel does not let pods' listening sockets be looked at",
+			"TCP probes are answered for as short a time as HTTP probes")
+		return
+	}
 	d.says(well, "BPF objects", d.where.bpfDir, "")
 }
 
@@ -247,7 +252,7 @@ func (d *doctor) network() {
 	joined, in, err := d.chain.Look()
 	switch {
 	case err != nil:
-		d.says(problem, "chain", err.Error(), "see to the primary network's plugin; probeletd joins as soon as there is a network")
+		d.says(problem, "chain", err.Error(), "install the cluster's network plugin; probeletd joins as soon as there is a network")
 	case !in:
 		what := fmt.Sprintf("the plugin is not in network %s, of %s", joined.Network, joined.Primary)
 		if joined.File != "" {
@@ -296,6 +301,21 @@ func (d *doctor) daemon(ctx context.Context) {
 		return
 	}
 	d.says(well, "daemon", fmt.Sprintf("process %d, ready", d.status.Daemon.PID), "")
+	d.states(ctx)
+}
+
+// states says how the daemon hears of containers' states.
+func (d *doctor) states(ctx context.Context) {
+	source, err := api.NewClient(d.where.stateDir).Source(ctx)
+	switch {
+	case err != nil:
+		d.says(note, "states", "how the daemon hears of containers' states is not known: "+err.Error(), "")
+	case source.Pushed:
+		d.says(well, "states", "changes of containers are pushed", "")
+	default:
+		d.says(note, "states", "changes of containers are not pushed: "+source.Why,
+			"a container that ends without closing a listening socket is noticed late")
+	}
 }
 
 // kubelet compares whose connections are probes to the kernel side with who should be.
@@ -330,6 +350,11 @@ func (d *doctor) attachments() {
 	if unattached := d.status.Unattached; len(unattached) > 0 {
 		d.says(note, "attachments", fmt.Sprintf("%d pods have probes, and are not attached: %s", len(unattached), strings.Join(unattached, ", ")),
 			"restart them if they are older than probelet and the daemon does not adopt them; pods with hostNetwork never are")
+	}
+	for _, a := range d.status.Attachments {
+		if a.Settings != nil && a.Settings.Problem != "" {
+			d.says(note, "annotations", a.Pod+": "+a.Settings.Problem, "mend the annotation; until then nothing of the pod is answered")
+		}
 	}
 	if d.status.Prober == nil || len(records) == 0 {
 		d.says(well, "attachments", fmt.Sprintf("%d", len(records)), "")

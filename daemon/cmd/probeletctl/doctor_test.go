@@ -14,7 +14,10 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/chain"
+	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
 // clinic is a node where all is well, but for the daemon, which does not run.
@@ -71,7 +74,8 @@ func (c *clinic) examine() string {
 	c.t.Helper()
 	c.write(filepath.Join(c.host.proc, "self/status"), fmt.Sprintf("Name:\tx\nCapEff:\t%016x\nCapBnd:\t0\n", c.capabilities))
 	text, err := c.run("doctor", "--cni-net-dir", c.netDir, "--cni-bin-dir", c.binDir)
-	if problems := strings.Count("\n"+text, "\nPROBLEM "); err == nil || !strings.HasPrefix(err.Error(), fmt.Sprint(problems, " of these")) {
+	problems := strings.Count("\n"+text, "\nPROBLEM ")
+	if (err != nil) != (problems > 0) || err != nil && !strings.HasPrefix(err.Error(), fmt.Sprint(problems, " of these")) {
 		c.t.Errorf("%d problems, %v", problems, err)
 	}
 	return text
@@ -92,6 +96,7 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 		"admin":             {func(c *clinic) { c.capabilities = 1 << unix.CAP_SYS_ADMIN }, `PROBLEM +capabilities +this command's lack CAP_NET_ADMIN, CAP_SYS_PTRACE$`},
 		"no ptrace":         {func(c *clinic) { c.capabilities &^= (1 << unix.CAP_SYS_PTRACE) }, `PROBLEM +capabilities +this command's lack CAP_SYS_PTRACE$`},
 		"nothing loaded":    {func(c *clinic) { c.kernel = nil }, `note +BPF objects +none in `},
+		"blind":             {func(c *clinic) { c.kernel.blind = true }, `note +BPF objects +.*; the kernel does not let pods' listening sockets be looked at`},
 		"unwatched":         {func(c *clinic) { c.kernel.unwatched = true }, `note +BPF objects +.*; listening sockets that close are not noticed`},
 		"no runtime":        {func(c *clinic) { c.found = nil }, `note +runtime +no process of containerd`},
 		"drop-in":           {func(*clinic) {}, `ok +chain +network net of .*10-net.conflist, by .*10-probelet.conf`},
@@ -104,6 +109,8 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 		"empty plugin":      {func(c *clinic) { c.write(filepath.Join(c.binDir, "probelet"), "") }, `PROBLEM +plugin +.* is no program: .*, 0 bytes`},
 		"no daemon":         {func(*clinic) {}, `PROBLEM +daemon +does not run on `},
 		"daemon, wedged":    {func(c *clinic) { c.daemon() }, `PROBLEM +daemon +runs, process \d+, but: `},
+		"pushed":            {func(c *clinic) { c.serveNode(node{source: api.SourceReply{Pushed: true}}) }, `ok +states +changes of containers are pushed$`},
+		"not pushed":        {func(c *clinic) { c.serveNode(node{source: api.SourceReply{Why: "no socket"}}) }, `note +states +changes of containers are not pushed: no socket$`},
 		"kubelet":           {func(*clinic) {}, `ok +prober +the kubelet, cgroup 4711`},
 		"another prober":    {func(c *clinic) { c.kernel.prober.CgroupIDs[0]++ }, `PROBLEM +prober +the kubelet's cgroup is 4711, but not what is set`},
 		"anybody":           {func(c *clinic) { c.kernel.prober = datapath.Prober{AnyLocal: true} }, `note +prober +every process`},
@@ -119,6 +126,13 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 			c.record(attach.Record{ContainerID: "c0ffee", IfName: "eth0", IfIndex: 7, PodNamespace: "shop", PodName: "web"})
 			c.devices = []device{{"veth7", 7, true, []string{"XDP program 7"}}}
 		}, `note +attachments +others on veth7 of shop/web: XDP program 7`},
+		"bad annotation": {func(c *clinic) {
+			c.web(fakeMaps{})
+			settings := probe.NewDefaults().Settings(map[string]string{probe.AnnotationStaleness: "9"})
+			c.describe(statedir.Endpoints{Attachments: []statedir.Attachment{{
+				ContainerID: "c0ffee", IfName: "eth0", Pod: "shop/web", Settings: statedir.SettingsOf(settings),
+			}}})
+		}, `note +annotations +shop/web: annotation probelet.dev/staleness: "9": must be`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newClinic(t)

@@ -23,7 +23,7 @@ import (
 const statusHelp = `Shows every attachment on this node and every endpoint that is probed behind it. The daemon need not run.
 
   STATE  fresh    a success was observed and may be answered, unless the last column says otherwise; where that says
-                  "mode observe", it would be
+                  "mode observe", it would be, and so would as many probes as it says
          stale    a success was observed; it has expired, or was withdrawn, or is never answered
          failed   the last probe failed; probes reach the pod until one succeeds
          unknown  nothing conclusive was observed
@@ -32,15 +32,18 @@ const statusHelp = `Shows every attachment on this node and every endpoint that 
   HITS   probes answered in the kernel
 
 Below the table are the pods that are not answered because answers did not arrive by their device, and the programs of others
-on it.
+on it; and how many connections of the prober reached pods but taught nothing, and why.
 
 With -o wide also HOOK, where answers are made, TRUST, whether they are known to arrive (proven, unproven: not tried yet, or
 lost), and for each of PROBES:
 
   DETECTED WITHIN  the longest time from the beginning of a failure to the prober's verdict, and after the slash what it
                    would be without probelet: failureThreshold × period + timeout (the timeout where that is longer
-                   than the period). With probelet a success may be answered for the BOUND, and a timeout, before that
-                   begins
+                   than the period). With probelet a success may be answered for the BOUND before that begins; in mode
+                   observe, it would be
+  LISTENER         of ports with a TCP probe: how many probes were answered in a row, and after the slash how many may be
+                   before one must have been accepted by the pod; and what last kept one from being answered that was fresh:
+                   no_listener, queue_long, head_old, special, real_due (as many as may be had been answered) or unanswered
   SETTINGS         mode and staleness, where they are not the default, and who said so
 
 With -o json, the fields are those of docs/status.schema.json.`
@@ -156,6 +159,7 @@ type kernel interface {
 	Counters() (map[string]uint64, error)
 	// Watched reports whether listening sockets that close are noticed.
 	Watched() bool
+	SeesListeners() bool
 	// Pod returns what is known of an attachment's pod.
 	Pod(attach.ID) (podMaps, error)
 	// AttachedDevice returns the device of an attachment.

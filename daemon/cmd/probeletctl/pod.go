@@ -16,6 +16,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/store"
 )
 
 // parsePod splits NAMESPACE/POD.
@@ -25,6 +26,14 @@ func parsePod(text string) (namespace, pod string, err error) {
 		return "", "", fmt.Errorf("%q: must be NAMESPACE/POD", text)
 	}
 	return namespace, pod, nil
+}
+
+// onePod checks that a command has one argument, which parsePod then reads.
+func onePod(_ *cobra.Command, args []string) error {
+	if len(args) != 1 {
+		return fmt.Errorf("%d arguments: must be one, NAMESPACE/POD", len(args))
+	}
+	return nil
 }
 
 const invalidateHelp = `Has probelet forget what is known of a pod's endpoints: the next probes reach the pod, and an endpoint is answered again
@@ -37,7 +46,7 @@ func invalidateCommand(env environment) *cobra.Command {
 		Use:   "invalidate NAMESPACE/POD",
 		Short: "Have the next probes of a pod reach it",
 		Long:  invalidateHelp,
-		Args:  cobra.ExactArgs(1),
+		Args:  onePod,
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			if r.Namespace, r.Pod, err = parsePod(args[0]); err != nil {
 				return err
@@ -72,7 +81,7 @@ func trustCommand(env environment) *cobra.Command {
 		Use:   "trust NAMESPACE/POD",
 		Short: "Have a pod answered again after answers did not arrive",
 		Long:  trustHelp,
-		Args:  cobra.ExactArgs(1),
+		Args:  onePod,
 		RunE:  func(_ *cobra.Command, args []string) error { return trust(env, where, args[0]) },
 	}
 	where.flags(cmd)
@@ -167,7 +176,9 @@ const explainHelp = `Shows what is known of a pod: each endpoint with the probes
 most a failure can go unnoticed by each probe, and the last events.
 
 Events are the daemon's memory. Without a daemon those that the kernel notes are shown: the last answer and the last
-withdrawal.`
+withdrawal.
+
+With -o json, attachments are those of docs/status.schema.json.`
 
 // Explanation is what probeletctl explain shows.
 type Explanation struct {
@@ -184,7 +195,7 @@ func explainCommand(env environment) *cobra.Command {
 		Use:   "explain NAMESPACE/POD",
 		Short: "Show what is known of a pod, and why it is answered or not",
 		Long:  explainHelp,
-		Args:  cobra.ExactArgs(1),
+		Args:  onePod,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			x, err := explain(cmd.Context(), env, where, args[0])
 			if err != nil {
@@ -250,6 +261,9 @@ func (x Explanation) print(w io.Writer) error {
 		if a.WhyNotAnswered != "" {
 			line("not answered: " + a.WhyNotAnswered)
 		}
+		if text := inconclusive(a.Inconclusive); text != "" {
+			line(text)
+		}
 		for _, e := range a.Endpoints {
 			line()
 			x.printEndpoint(line, e)
@@ -269,31 +283,120 @@ func (x Explanation) printEndpoint(line func(...string), e Endpoint) {
 	}
 	line("", "state", state)
 	if e.WhyNotAnswered == "" {
-		line("", "next probe", fmt.Sprintf("answered in the kernel, for another %s", duration(*e.FreshFor)))
+		text := fmt.Sprintf("answered in the kernel, for another %s", duration(*e.FreshFor))
+		if e.Listener != nil {
+			text += ", unless a look at the listening socket speaks against it"
+		}
+		line("", "next probe", text)
 	} else {
 		line("", "next probe", "reaches the pod: "+e.WhyNotAnswered)
 	}
-	if e.NotAnswered == "" || probe.Withheld(e.NotAnswered) {
-		is := "is"
-		if e.NotAnswered != "" {
-			is = "would be"
-		}
-		bound := fmt.Sprintf("a success %s answered for %s", is, duration(e.StalenessBound))
-		if e.StalenessCapped {
-			bound += ", the node's ceiling"
-		}
-		if e.Refresh != 0 {
-			bound += fmt.Sprintf("; the daemon asks by itself every %s", duration(e.Refresh))
-		}
-		line("", "bound", bound)
+	if e.NotAnswered == "" || e.Withheld {
+		line("", "bound", e.bound())
+	}
+	if e.Listener != nil {
+		line("", "listening socket", listener(*e.Listener))
+	}
+	if e.RefreshOff != "" {
+		line("", "refresh", "off: "+e.RefreshOff)
+	}
+	if e.NotCompared != "" {
+		line("", "kubelet's verdict", "not compared: "+e.NotCompared)
+	}
+	if n := e.Estimate.Probes(); n > 0 {
+		line("", "mode answer", estimate(*e.Estimate, n))
 	}
 	for _, p := range e.Probes {
-		line("", p.String(), fmt.Sprintf("every %s, timeout %s, threshold %d: a failure is detected within %s (%s without probelet)",
-			duration(p.Period), duration(p.Timeout), p.FailureThreshold, duration(p.Detection), duration(p.DetectionPlain)))
+		line("", p.String(), fmt.Sprintf("every %s, timeout %s, threshold %d: a failure %s detected within %s (%s without probelet)",
+			duration(p.Period), duration(p.Timeout), p.FailureThreshold, e.is(), duration(p.DetectionAnswered), duration(p.DetectionPlain)))
 	}
 	for _, event := range x.eventsOf(e) {
 		line("", duration(event.age).String()+" ago", event.text)
 	}
+}
+
+// is says whether something is so, or in mode observe would be.
+func (e Endpoint) is() string {
+	if e.Withheld {
+		return "would be"
+	}
+	return "is"
+}
+
+// bound says for how long a success is answered, and what else bounds it.
+func (e Endpoint) bound() string {
+	bound := fmt.Sprintf("a success %s answered for %s", e.is(), duration(e.StalenessBound))
+	if e.StalenessCapped {
+		bound += ", the node's ceiling"
+	}
+	if e.Live > 0 {
+		bound += fmt.Sprintf(", while the listening socket accepts, and at most %d times in a row", e.Live)
+	}
+	if e.Successes > 1 {
+		bound += fmt.Sprintf(", after a failure once %d in a row were observed", e.Successes)
+	}
+	if e.Refresh != 0 {
+		bound += fmt.Sprintf("; the daemon asks by itself every %s", duration(e.Refresh))
+	}
+	return bound
+}
+
+// listener says what looks at a listening socket came to.
+func listener(l store.Listener) string {
+	var said []string
+	if l.Most > 0 || l.Answered > 0 {
+		text := fmt.Sprintf("%d of at most %d probes were answered since one was accepted", l.Answered, l.Most)
+		if l.Pending && l.Answered >= l.Most {
+			text += ", and another has reached it since"
+		}
+		said = append(said, text)
+	}
+	if l.Obstacle != "" {
+		which := "the last one that was not: "
+		if len(said) == 0 {
+			which = "the last probe that was not answered for it: "
+		}
+		said = append(said, which+obstacleInWords[l.Obstacle])
+	}
+	return cmp.Or(strings.Join(said, "; "), "not looked at yet")
+}
+
+// obstacleInWords says why a TCP probe was passed on, by store.Listener's Obstacle.
+var obstacleInWords = map[string]string{
+	"no_listener": "nothing listened",
+	"queue_long":  "the queue was more than half full",
+	"head_old":    "a connection had waited for 50 ms",
+	"special":     "the socket does not take every packet",
+	"real_due":    "as many as may be had been answered",
+	"unanswered":  "the pod had not answered the connection before",
+}
+
+// estimate says what mode answer would have made of probes.
+func estimate(e api.Estimate, probes uint64) string {
+	text := fmt.Sprintf("would have answered %d of %d probes", e.Answered, probes)
+	if e.Hidden > 0 {
+		text += fmt.Sprintf(" (of these, %d failed)", e.Hidden)
+	}
+	separator := "; the others reach the pod: "
+	for _, why := range probe.Whys() {
+		if n := e.Passed[why]; n > 0 {
+			text += fmt.Sprintf("%s%d %s", separator, n, whyInWords[why])
+			separator = ", "
+		}
+	}
+	return text
+}
+
+// whyInWords says of probes why they reach the pod.
+var whyInWords = map[probe.Why]string{
+	probe.WhyNever:     "of what is never answered",
+	probe.WhyUnknown:   "before anything was known",
+	probe.WhyFailed:    "after a failure",
+	probe.WhyThreshold: "before enough had succeeded in a row",
+	probe.WhyWithdrawn: "after a listening socket had closed",
+	probe.WhyExpired:   "after the bound",
+	probe.WhyTCP:       "because the port's TCP probe was not fresh",
+	probe.WhyLimit:     "because as many as may be had been answered in a row",
 }
 
 // happening is a line of the events.
@@ -306,7 +409,7 @@ type happening struct {
 func (x Explanation) eventsOf(e Endpoint) []happening {
 	var all []happening
 	for _, event := range x.Events {
-		if (probe.Endpoint{Port: event.Port, Kind: event.Kind, Path: event.Path}) == e.Endpoint.Endpoint() {
+		if (probe.Endpoint{Port: event.Port, Kind: event.Kind, Path: event.Path, Headers: event.HeadersID}) == e.Endpoint.Endpoint() {
 			all = append(all, happening{time.Since(event.Time).Seconds(), describe(event)})
 		}
 	}

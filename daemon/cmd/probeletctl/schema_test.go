@@ -34,7 +34,7 @@ func reflected(t *testing.T) []byte {
 		}
 		return nil
 	}}
-	for _, dir := range []string{"daemon/cmd/probeletctl", "daemon/internal/statedir", "daemon/internal/probe"} {
+	for _, dir := range []string{"daemon/cmd/probeletctl", "daemon/internal/statedir", "daemon/internal/probe", "daemon/internal/api", "daemon/internal/store"} {
 		if err := r.AddGoComments("github.com/probelet/probelet", filepath.Join("../../..", dir)); err != nil {
 			t.Fatal(err)
 		}
@@ -81,11 +81,11 @@ func TestOutputFitsTheSchema(t *testing.T) {
 	empty.kernel = nil
 	full.daemon()
 	e := endpoint(probe.HTTP, 8080, "/ready")
-	e.HeadersID, e.InstanceID, e.StalenessCapped, e.Refresh = "a", "b", true, 5
+	e.HeadersID, e.InstanceID, e.StalenessCapped, e.Refresh = "abcd", "b", true, 5
 	full.kernel.neighbours = map[int][]attach.Neighbour{7: {{Hook: "xdp", What: "XDP program 3", Before: true}}}
 	full.web(fakeMaps{
-		datapath.PortKey(8080):           {success(4, 7, 0), withdrawn(9)},
-		datapath.HTTPKey(8080, "/ready"): {success(4, 7, 204), datapath.Tally{Hits: 3, AnsweredAt: now}},
+		datapath.PortKey(8080): {success(4, 7, 0), withdrawn(9)},
+		keyOf(8080, "/ready"):  {success(4, 7, 204), datapath.Tally{Hits: 3, AnsweredAt: now}},
 	}, e, endpoint(probe.TCP, 81, ""))
 	full.lose("unobserved")
 	for name, m := range map[string]*machine{"nothing loaded": empty, "something": full} {

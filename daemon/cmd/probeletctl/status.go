@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"math"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/store"
@@ -67,6 +69,9 @@ type Attachment struct {
 	// Settings are mode and staleness of the pod; null if the daemon has no specs of it.
 	Settings  *statedir.Settings `json:"settings" jsonschema:"nullable"`
 	Endpoints []Endpoint         `json:"endpoints"`
+	// Inconclusive are how many connections of probers reached the pod and had no certain outcome since the daemon started, by
+	// why: the reasons of the metric probelet_inconclusive_probes_total. Empty if there were none, or the daemon does not run.
+	Inconclusive map[string]uint64 `json:"inconclusive,omitempty"`
 }
 
 // Neighbour is a program or filter of another agent.
@@ -106,6 +111,12 @@ type Endpoint struct {
 	WithdrawnCause string   `json:"withdrawnCause,omitempty"`
 	// WhyNotAnswered is why the next probe will reach the pod; empty if it is answered in the kernel.
 	WhyNotAnswered string `json:"whyNotAnswered,omitempty"`
+	// Listener is what looks at the port's listening socket came to; null if it is not looked at, or if the port has no TCP
+	// probe and nothing kept its probes from being answered.
+	Listener *store.Listener `json:"listener" jsonschema:"nullable"`
+	// Estimate is what mode answer would have made of the probes that were seen in mode observe; null in other modes, if none
+	// was seen, and if the daemon does not run.
+	Estimate *api.Estimate `json:"estimate" jsonschema:"nullable"`
 }
 
 func collect(env environment, where place) (s Status, err error) {
@@ -113,6 +124,7 @@ func collect(env environment, where place) (s Status, err error) {
 	if s.Daemon.PID, s.Daemon.Running, err = statedir.Running(where.stateDir); err != nil {
 		return s, err
 	}
+	known := s.ask(env, where) // before the file is read, which the daemon then brings up to date
 	records, err := attach.ReadRecords(where.stateDir)
 	if err != nil {
 		warn(env, err)
@@ -139,8 +151,64 @@ func collect(env environment, where place) (s Status, err error) {
 		}
 		s.Attachments = append(s.Attachments, a)
 	}
+	s.addKnown(known, env.now())
 	slices.SortStableFunc(s.Attachments, func(a, b Attachment) int { return strings.Compare(a.Pod, b.Pod) })
 	return s, nil
+}
+
+// ask asks the daemon what only it knows: nothing if it does not run.
+func (s *Status) ask(env environment, where place) (reply api.EndpointsReply) {
+	if !s.Daemon.Running {
+		return reply
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), daemonPatience)
+	defer cancel()
+	reply, err := api.NewClient(where.stateDir).Endpoints(ctx)
+	if err != nil && !errors.Is(err, api.ErrDown) {
+		warn(env, err)
+	}
+	return reply
+}
+
+func (s *Status) addKnown(reply api.EndpointsReply, now uint64) {
+	type id struct {
+		containerID, ifName string
+		endpoint            probe.Endpoint
+	}
+	known := map[id]api.Endpoint{}
+	for _, e := range reply.Endpoints {
+		endpoint := probe.Endpoint{Port: e.Port, Kind: e.Kind, Path: e.Path, Headers: e.HeadersID}
+		known[id{e.ContainerID, e.IfName, endpoint}] = e
+	}
+	for i := range s.Attachments {
+		a := &s.Attachments[i]
+		for _, x := range reply.Inconclusive {
+			if x.ContainerID == a.ContainerID && x.IfName == a.IfName {
+				a.Inconclusive = x.Reasons
+			}
+		}
+		for i := range a.Endpoints {
+			e := &a.Endpoints[i]
+			if k, ok := known[id{a.ContainerID, a.IfName, e.Endpoint.Endpoint()}]; ok && e.Observed {
+				e.add(k, now)
+			}
+		}
+	}
+}
+
+// daemonPatience is how long the daemon is waited for.
+const daemonPatience = 2 * time.Second
+
+// add adds what the daemon knows. Of an endpoint whose request it has never seen the kernel holds nothing.
+func (e *Endpoint) add(k api.Endpoint, now uint64) {
+	e.Estimate = k.Estimate
+	if e.Age == nil && k.ObservedAt != 0 && k.Result == probe.Failure.String() {
+		e.State, e.Status, e.Age = Failed, uint16(k.Status), seconds(now, k.ObservedAt)
+		e.WhyNotAnswered = cmp.Or(e.NotAnswered, "the last probe failed: "+e.failure())
+	}
+	if n := e.Estimate.Probes(); e.Withheld && n > 0 {
+		e.WhyNotAnswered += fmt.Sprintf("; %d of %d probes would have been answered", e.Estimate.Answered, n)
+	}
 }
 
 // survey is collect that also looks for others on the devices, which takes a millisecond for each.
@@ -306,10 +374,13 @@ func (a *Attachment) readMaps(maps podMaps, now uint64) error {
 			}
 			ports[e.Port] = port{evidence, tally}
 		}
-		key, _ := store.Key(e.Endpoint.Endpoint())
-		evidence, tally, err := get(maps, key)
-		if err != nil {
-			return err
+		var evidence datapath.Evidence
+		var tally datapath.Tally
+		if key, ok := store.Key(e.Endpoint.Endpoint(), e.Question); ok {
+			var err error
+			if evidence, tally, err = get(maps, key); err != nil {
+				return err
+			}
 		}
 		e.Hits = tally.Hits
 		if tally.AnsweredAt != 0 {
@@ -322,13 +393,18 @@ func (a *Attachment) readMaps(maps podMaps, now uint64) error {
 		if last.WithdrawnAt != 0 {
 			e.WithdrawnAge, e.WithdrawnCause = seconds(now, last.WithdrawnAt), datapath.WithdrawalCauses[last.WithdrawnCause]
 		}
+		e.Listener = a.listener(e.Port, ports[e.Port].tally)
 		e.judge(evidence, last, now)
 	}
 	for i := range a.Endpoints {
 		e := &a.Endpoints[i]
 		p := ports[e.Port]
-		if e.State == Fresh && !datapath.PortFresh(p.evidence, p.tally, now) {
+		switch {
+		case e.State != Fresh:
+		case !datapath.PortFresh(p.evidence, p.tally, now):
 			e.WhyNotAnswered = a.heldBack(*e)
+		case a.asksListener(e.Port) && realDue(p.tally):
+			e.WhyNotAnswered = fmt.Sprintf("as many probes as may be were answered in a row (%d), so the pod must accept one", p.tally.Answered)
 		}
 		e.WhyNotAnswered = cmp.Or(e.NotAnswered, e.WhyNotAnswered, a.WhyNotAnswered)
 	}
@@ -348,7 +424,7 @@ func get(maps podMaps, key datapath.EndpointKey) (datapath.Evidence, datapath.Ta
 // withdrawn is the tally of the last withdrawal that concerns it, its own or its port's.
 func (e *Endpoint) judge(evidence datapath.Evidence, withdrawn datapath.Tally, now uint64) {
 	e.Status = evidence.Status
-	if probe.Withheld(e.NotAnswered) {
+	if e.Withheld {
 		evidence.FreshUntil = evidence.ObservedAt + uint64(e.StalenessBound*float64(time.Second))
 	}
 	if evidence.ObservedAt == 0 {
@@ -363,6 +439,9 @@ func (e *Endpoint) judge(evidence datapath.Evidence, withdrawn datapath.Tally, n
 	case evidence.Result == datapath.ResultSuccess && evidence.ObservedAt <= withdrawn.WithdrawnAt:
 		e.State = Stale
 		e.WhyNotAnswered = "withdrawn: " + withdrawal(e.WithdrawnCause)
+	case evidence.Result == datapath.ResultSuccess && evidence.FreshUntil == 0 && e.NotAnswered == "" && e.Successes > 1:
+		e.State = Stale
+		e.WhyNotAnswered = fmt.Sprintf("%d probes in a row must succeed first (successThreshold)", e.Successes)
 	case evidence.Result == datapath.ResultSuccess:
 		e.State = Stale
 		e.WhyNotAnswered = "expired"
@@ -371,7 +450,7 @@ func (e *Endpoint) judge(evidence datapath.Evidence, withdrawn datapath.Tally, n
 		}
 	case evidence.Result == datapath.ResultFailure:
 		e.State = Failed
-		e.WhyNotAnswered = "the last probe failed: " + failure(evidence.Status)
+		e.WhyNotAnswered = "the last probe failed: " + e.failure()
 	default:
 		e.WhyNotAnswered = fmt.Sprintf("status %d: a redirect is never answered", evidence.Status)
 	}
@@ -381,7 +460,7 @@ func (e *Endpoint) judge(evidence datapath.Evidence, withdrawn datapath.Tally, n
 func withdrawal(cause string) string {
 	switch cause {
 	case "listener_closed":
-		return "the port's listening socket was closed"
+		return "a listening socket of the pod was closed"
 	case "reset":
 		return "a probe of the port was refused or reset"
 	case "status":
@@ -390,14 +469,17 @@ func withdrawal(cause string) string {
 	return cause
 }
 
-func failure(status uint16) string {
+// failure is how the last probe failed.
+func (e *Endpoint) failure() string {
 	switch {
-	case status == 0:
-		return "reset, or no answer in time"
-	case status < 300:
-		return fmt.Sprintf("status %d came too late", status)
+	case e.Status == 0 && e.Kind == probe.TCP:
+		return "refused, or not accepted in time"
+	case e.Status == 0:
+		return "refused, reset, or no complete and valid response in time"
+	case e.Status < 300:
+		return fmt.Sprintf("status %d came too late", e.Status)
 	}
-	return fmt.Sprintf("status %d", status)
+	return fmt.Sprintf("status %d", e.Status)
 }
 
 // heldBack says why connections to the port of a fresh endpoint are not taken.
@@ -408,6 +490,29 @@ func (a *Attachment) heldBack(e Endpoint) string {
 		}
 	}
 	return "the port is not open yet"
+}
+
+// listener returns what looks at a port's listening socket came to. Where they are a veto only, nothing is counted.
+func (a *Attachment) listener(port uint16, tally datapath.Tally) *store.Listener {
+	l := store.ListenerOf(tally)
+	switch {
+	case a.asksListener(port):
+		return &l
+	case l.Obstacle != "":
+		return &store.Listener{Obstacle: l.Obstacle}
+	}
+	return nil
+}
+
+// asksListener reports whether the port's TCP probes are answered on looks at its listening socket.
+func (a *Attachment) asksListener(port uint16) bool {
+	return slices.ContainsFunc(a.Endpoints, func(e Endpoint) bool { return e.Port == port && e.Observed && e.Live > 0 })
+}
+
+// realDue reports whether the next probe of a port must reach the pod, as many as may be having been answered. No connection
+// is on its way that may turn out to have been accepted.
+func realDue(port datapath.Tally) bool {
+	return port.AnsweredMax > 0 && port.Answered >= uint32(port.AnsweredMax) && port.ConnectedAt == 0
 }
 
 // seconds is the time from earlier to later, both in ns.

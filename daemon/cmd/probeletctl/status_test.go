@@ -5,6 +5,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -16,6 +18,8 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/api"
+	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
@@ -36,6 +40,8 @@ type fakeKernel struct {
 	trusted       []datapath.DeviceKey
 	// unwatched: listening sockets that close are not noticed.
 	unwatched bool
+	// blind: listening sockets are not looked at.
+	blind bool
 }
 
 type fakeMaps map[datapath.EndpointKey]fakeRecord
@@ -47,6 +53,7 @@ type fakeRecord struct {
 
 func (k fakeKernel) Prober() (datapath.Prober, error) { return k.prober, nil }
 func (k fakeKernel) Watched() bool                    { return !k.unwatched }
+func (k fakeKernel) SeesListeners() bool              { return !k.blind }
 func (k fakeKernel) Close() error                     { return nil }
 
 func (k fakeKernel) Counters() (map[string]uint64, error) {
@@ -167,12 +174,20 @@ func (m *machine) record(r attach.Record) {
 
 func endpoint(kind probe.Kind, port uint16, path string) statedir.Endpoint {
 	return statedir.Endpoint{
-		Kind: kind, Port: port, Path: path, Observed: true, Period: 10, Timeout: 1, StalenessBound: 11,
+		Kind: kind, Port: port, Path: path, Observed: true, Period: 10, Timeout: 1, StalenessBound: 11, Successes: 1,
+		Question: questionOf(path),
 		Probes: []statedir.Probe{{
 			Asker:  probe.Asker{Container: "c", Type: probe.Readiness},
-			Period: 10, Timeout: 1, FailureThreshold: 3, Detection: 43, DetectionPlain: 31,
+			Period: 10, Timeout: 1, FailureThreshold: 3, Detection: 43, DetectionPlain: 31, DetectionAnswered: 43,
 		}},
 	}
+}
+
+// questionOf stands for that of a probe's request.
+func questionOf(path string) probe.Question { return probe.Question{Hash: uint64(len(path)), Check: 1} }
+
+func keyOf(port uint16, path string) datapath.EndpointKey {
+	return datapath.HTTPKey(port, datapath.Question(questionOf(path)))
 }
 
 // webDevice is web's.
@@ -217,8 +232,8 @@ func TestTable(t *testing.T) {
 	tls := endpoint(probe.HTTPS, 443, "/")
 	tls.Observed, tls.NotAnswered = false, "HTTPS is never answered"
 	m.web(fakeMaps{
-		datapath.PortKey(8080):           {evidence: success(4, 7, 0)},
-		datapath.HTTPKey(8080, "/ready"): {success(4, 7, 204), hits(41)},
+		datapath.PortKey(8080): {evidence: success(4, 7, 0)},
+		keyOf(8080, "/ready"):  {success(4, 7, 204), hits(41)},
 	}, endpoint(probe.HTTP, 8080, "/ready"), tls)
 	m.record(attach.Record{ContainerID: "dead", IfName: "eth0", PodNamespace: "shop", PodName: "bad", Error: "no veth"})
 	got := m.status()
@@ -237,8 +252,8 @@ answered: 12 HTTP, 3 TCP; observed: 20; handed over: 1
 
 	wide := squeeze(m.status("-o", "wide"))
 	for _, part := range []string{
-		"HITS PROBES IFINDEX STATUS PERIOD TIMEOUT CONTAINER ID DETECTED WITHIN ATTACHED BY HOOK TRUST SETTINGS WHY NOT ANSWERED",
-		"HTTP :8080/ready fresh 4s 11s 41 c/readiness 7 204 10s 1s c0ffee 43s/31s ADD tc proven - -",
+		"HITS PROBES IFINDEX STATUS PERIOD TIMEOUT CONTAINER ID DETECTED WITHIN ATTACHED BY HOOK TRUST LISTENER SETTINGS WHY NOT ANSWERED",
+		"HTTP :8080/ready fresh 4s 11s 41 c/readiness 7 204 10s 1s c0ffee 43s/31s ADD tc proven - - -",
 	} {
 		if !strings.Contains(wide, part) {
 			t.Errorf("wide does not say %q:\n%s", part, wide)
@@ -249,13 +264,15 @@ answered: 12 HTTP, 3 TCP; observed: 20; handed over: 1
 // Every state, and every reason that is not the specs'.
 func TestStates(t *testing.T) {
 	http, tcp := endpoint(probe.HTTP, 80, "/x"), endpoint(probe.TCP, 80, "")
-	x, port := datapath.HTTPKey(80, "/x"), datapath.PortKey(80)
+	x, port := keyOf(80, "/x"), datapath.PortKey(80)
 	one, both := []statedir.Endpoint{http}, []statedir.Endpoint{http, tcp}
 	startup := tcp
 	startup.StartupOnly, startup.NotAnswered = true, "startup probe"
 	// In mode observe the kernel is told of no bound, which is then 11 s.
 	withheld := http
-	withheld.NotAnswered = "mode observe"
+	withheld.NotAnswered, withheld.Withheld = "mode observe", true
+	threshold := http
+	threshold.Successes = 3
 	observing := []statedir.Endpoint{withheld}
 	unbound := func(e datapath.Evidence) datapath.Evidence { e.FreshUntil = 0; return e }
 	for name, test := range map[string]struct {
@@ -269,8 +286,9 @@ func TestStates(t *testing.T) {
 		"nothing observed":   {fakeMaps{x: {}, port: {}}, one, Unknown, "nothing observed yet"},
 		"redirect":           {fakeMaps{x: {evidence: datapath.Evidence{Status: 302, ObservedAt: 1}}}, one, Unknown, "status 302: a redirect"},
 		"error status":       {fakeMaps{x: {evidence: failed(2, 503)}}, one, Failed, "status 503"},
-		"reset":              {fakeMaps{x: {evidence: failed(2, 0)}}, one, Failed, "reset, or no answer in time"},
+		"reset":              {fakeMaps{x: {evidence: failed(2, 0)}}, one, Failed, "refused, reset, or no complete and valid response in time"},
 		"too late":           {fakeMaps{x: {evidence: failed(2, 200)}}, one, Failed, "status 200 came too late"},
+		"not often enough":   {fakeMaps{x: {evidence: unbound(success(1, 0, 200))}}, []statedir.Endpoint{threshold}, Stale, "3 probes in a row must succeed"},
 		"expired":            {fakeMaps{x: {evidence: datapath.Evidence{Result: datapath.ResultSuccess, ObservedAt: 1, FreshUntil: now - 3*second}}}, one, Stale, "expired 3s ago"},
 		"withdrawn":          {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(4)}}, one, Stale, "withdrawn"},
 		"withdrawn before":   {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(5)}}, one, Fresh, ""},
@@ -306,18 +324,150 @@ func TestStates(t *testing.T) {
 func TestObserved(t *testing.T) {
 	m := newMachine(t)
 	e := endpoint(probe.HTTP, 80, "/x")
-	e.NotAnswered = "mode observe"
+	e.NotAnswered, e.Withheld = "mode observe", true
+	e.Probes[0].Detection = 31
 	observed := success(1, 0, 200)
 	observed.FreshUntil = 0
-	m.web(fakeMaps{datapath.HTTPKey(80, "/x"): {evidence: observed}, datapath.PortKey(80): {}}, e)
+	m.web(fakeMaps{keyOf(80, "/x"): {evidence: observed}, datapath.PortKey(80): {}}, e)
 	text, err := m.run("explain", "shop/web")
-	for _, want := range []string{"state fresh, status 200", "next probe reaches the pod: mode observe", "bound a success would be answered for 11s"} {
+	for _, want := range []string{"state fresh, status 200", "next probe reaches the pod: mode observe", "bound a success would be answered for 11s",
+		"a failure would be detected within 43s (31s without probelet)"} {
 		if err != nil || !strings.Contains(squeeze(text), want) {
 			t.Errorf("%v, does not say %q:\n%s", err, want, text)
 		}
 	}
 	if _, err := m.run("invalidate", "shop/web"); err == nil || !strings.Contains(err.Error(), "nothing of shop/web is fresh") {
 		t.Errorf("without a daemon: %v", err)
+	}
+}
+
+// node is a daemon that knows of a pod's endpoints.
+type node struct {
+	api.Node
+	endpoints    []api.Endpoint
+	inconclusive map[string]uint64
+	source       api.SourceReply
+}
+
+func (n node) Endpoints(context.Context) (api.EndpointsReply, error) {
+	return api.EndpointsReply{
+		Endpoints:    n.endpoints,
+		Inconclusive: []api.Inconclusive{{ContainerID: "c0ffee", IfName: "eth0", Reasons: n.inconclusive}},
+	}, nil
+}
+
+func (n node) Source() api.SourceReply { return n.source }
+
+func (n node) Unready(context.Context) ([]string, error) { return nil, nil }
+
+func (n node) Events(context.Context, string, string) (api.EventsReply, error) {
+	return api.EventsReply{}, nil
+}
+
+// serve makes web's daemon know this of its endpoints.
+func (m *machine) serve(endpoints ...api.Endpoint) {
+	m.t.Helper()
+	for i := range endpoints {
+		endpoints[i].ContainerID, endpoints[i].IfName = "c0ffee", "eth0"
+	}
+	m.serveNode(node{endpoints: endpoints})
+}
+
+func (m *machine) serveNode(n node) {
+	m.t.Helper()
+	m.daemon()
+	listener, err := api.Listen(m.stateDir)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(m.t.Context())
+	served := make(chan error)
+	go func() {
+		served <- api.Serve(ctx, listener, api.Local(n, http.NotFoundHandler()), slog.New(slog.DiscardHandler))
+	}()
+	m.t.Cleanup(func() { stop(); <-served })
+}
+
+// In mode observe it is said what mode answer would have made of the probes that were seen.
+func TestEstimate(t *testing.T) {
+	m := newMachine(t)
+	e := endpoint(probe.HTTP, 80, "/x")
+	e.NotAnswered, e.Withheld = "mode observe", true
+	m.web(fakeMaps{datapath.PortKey(80): {}}, e)
+	m.serve(api.Endpoint{Kind: probe.HTTP, Port: 80, Path: "/x", Result: "success", Estimate: &api.Estimate{
+		Answered: 12, Hidden: 1, Passed: map[probe.Why]uint64{probe.WhyExpired: 10, probe.WhyUnknown: 2},
+	}})
+	if table := m.status(); !strings.Contains(table, "mode observe; 12 of 24 probes would have been answered") {
+		t.Errorf("got\n%s", table)
+	}
+	const want = "mode answer would have answered 12 of 24 probes (of these, 1 failed); " +
+		"the others reach the pod: 2 before anything was known, 10 after the bound"
+	if text, err := m.run("explain", "shop/web"); err != nil || !strings.Contains(squeeze(text), want) {
+		t.Errorf("%v, does not say %q:\n%s", err, want, text)
+	}
+	for _, why := range probe.Whys() {
+		if whyInWords[why] == "" {
+			t.Errorf("%s has no words", why)
+		}
+	}
+}
+
+// Of a failure before a request was ever seen only the daemon knows.
+func TestFailureWithoutRequest(t *testing.T) {
+	m := newMachine(t)
+	e := endpoint(probe.HTTP, 80, "/x")
+	e.Question = probe.Question{}
+	m.web(fakeMaps{datapath.PortKey(80): {}}, e)
+	m.serve(api.Endpoint{Kind: probe.HTTP, Port: 80, Path: "/x", Result: "failure", ObservedAt: now - 3*second})
+	if table := squeeze(m.status()); !strings.Contains(table, "HTTP :80/x failed 3s 11s 0 the last probe failed: refused, reset, or no complete and valid response in time") {
+		t.Errorf("got\n%s", table)
+	}
+}
+
+func TestRefreshOff(t *testing.T) {
+	m := newMachine(t)
+	e := endpoint(probe.HTTP, 80, "/x")
+	e.RefreshOff = "the specs do not say the pod's address"
+	m.web(fakeMaps{}, e)
+	m.describe(statedir.Endpoints{Attachments: []statedir.Attachment{{
+		ContainerID: "c0ffee", IfName: "eth0", Pod: "shop/web", Endpoints: []statedir.Endpoint{e},
+		Settings: statedir.SettingsOf(probe.NewDefaults().Settings(map[string]string{probe.AnnotationRefresh: "true"})),
+	}}})
+	if text, err := m.run("explain", "shop/web"); err != nil || !strings.Contains(squeeze(text), "refresh off: the specs do not") {
+		t.Errorf("%v\n%s", err, text)
+	}
+	if wide := squeeze(m.status("-o", "wide")); !strings.Contains(wide, "refresh true (annotation), but off: the specs do not") {
+		t.Errorf("the table says it is on:\n%s", wide)
+	}
+}
+
+// Connections that had no certain outcome are counted by why, of a pod and of all.
+func TestInconclusive(t *testing.T) {
+	m := newMachine(t)
+	m.web(fakeMaps{}, endpoint(probe.HTTP, 80, "/x"))
+	m.serveNode(node{inconclusive: map[string]uint64{"unseen": 2, "no_probe": 1}})
+	const want = "inconclusive: 3 (2 not seen whole, 1 not asked as a probe asks)"
+	if table := m.status(); !strings.HasSuffix(table, "\n"+want+"\n") {
+		t.Errorf("does not end with %q:\n%s", want, table)
+	}
+	if text, err := m.run("explain", "shop/web"); err != nil || !strings.Contains(text, "\n"+want+"\n") {
+		t.Errorf("%v, does not say %q:\n%s", err, want, text)
+	}
+	for _, doubt := range evidence.Doubts() {
+		if doubtInWords[doubt] == "" {
+			t.Errorf("%s has no words", doubt)
+		}
+	}
+}
+
+func TestNotCompared(t *testing.T) {
+	m := newMachine(t)
+	e := endpoint(probe.HTTP, 80, "/x")
+	e.NotCompared = "agent/liveness of pod kube-system/agent may ask the same"
+	m.web(fakeMaps{}, e)
+	want := "kubelet's verdict not compared: agent/liveness of pod kube-system/agent may"
+	if text, err := m.run("explain", "shop/web"); err != nil || !strings.Contains(squeeze(text), want) {
+		t.Errorf("%v\n%s", err, text)
 	}
 }
 
@@ -331,11 +481,11 @@ func TestSettings(t *testing.T) {
 		capped   bool
 		want     string
 	}{
-		"unknown":   {nil, false, "c0ffee 43s/31s ADD tc proven - nothing observed"},
-		"default":   {said(nil), false, "c0ffee 43s/31s ADD tc proven - nothing observed"},
-		"staleness": {said(map[string]string{probe.AnnotationStaleness: "2"}), false, "c0ffee 43s/31s ADD tc proven staleness 2 (annotation) nothing"},
+		"unknown":   {nil, false, "c0ffee 43s/31s ADD tc proven - - nothing observed"},
+		"default":   {said(nil), false, "c0ffee 43s/31s ADD tc proven - - nothing observed"},
+		"staleness": {said(map[string]string{probe.AnnotationStaleness: "2"}), false, "c0ffee 43s/31s ADD tc proven - staleness 2 (annotation) nothing"},
 		"both": {said(map[string]string{probe.AnnotationStaleness: "2", probe.AnnotationMode: "answer"}), true,
-			"c0ffee 43s/31s ADD tc proven mode answer (annotation), staleness 2 (annotation), lowered to the node's ceiling nothing"},
+			"c0ffee 43s/31s ADD tc proven - mode answer (annotation), staleness 2 (annotation), lowered to the node's ceiling nothing"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
@@ -367,7 +517,7 @@ func TestAdopted(t *testing.T) {
 	m := newMachine(t)
 	m.web(fakeMaps{}, endpoint(probe.HTTP, 80, "/x"))
 	m.record(attach.Record{ContainerID: "c0ffee", IfName: "eth0", IfIndex: 7, HostIfName: "veth7", Adopted: true})
-	if got := squeeze(m.status("-o", "wide")); !strings.Contains(got, "c0ffee 43s/31s daemon tc proven -") {
+	if got := squeeze(m.status("-o", "wide")); !strings.Contains(got, "c0ffee 43s/31s daemon tc proven - -") {
 		t.Errorf("%s", got)
 	}
 	if got := m.status("-o", "json"); !strings.Contains(got, `"adopted": true`) {
@@ -377,7 +527,7 @@ func TestAdopted(t *testing.T) {
 
 // What keeps a whole attachment from being answered.
 func TestAttachments(t *testing.T) {
-	fresh := fakeMaps{datapath.PortKey(80): {evidence: success(1, 5, 0)}, datapath.HTTPKey(80, "/x"): {evidence: success(1, 5, 200)}}
+	fresh := fakeMaps{datapath.PortKey(80): {evidence: success(1, 5, 0)}, keyOf(80, "/x"): {evidence: success(1, 5, 200)}}
 	for name, test := range map[string]struct {
 		change func(*machine)
 		why    string

@@ -18,20 +18,21 @@ import (
 type row struct {
 	pod, device, endpoint, state, age, bound, hits    string
 	probes, ifindex, status, period, timeout, sandbox string
-	detection, by, hook, trust, settings, why         string
+	detection, by, hook, trust, listener, settings    string
+	why                                               string
 }
 
 var header = row{
 	"NAMESPACE/POD", "HOST VETH", "ENDPOINT", "STATE", "AGE", "BOUND", "HITS",
 	"PROBES", "IFINDEX", "STATUS", "PERIOD", "TIMEOUT", "CONTAINER ID",
-	"DETECTED WITHIN", "ATTACHED BY", "HOOK", "TRUST", "SETTINGS", "WHY NOT ANSWERED",
+	"DETECTED WITHIN", "ATTACHED BY", "HOOK", "TRUST", "LISTENER", "SETTINGS", "WHY NOT ANSWERED",
 }
 
 func (r row) columns(wide bool) []string {
 	columns := []string{r.pod, r.device, r.endpoint, r.state, r.age, r.bound, r.hits}
 	if wide {
 		columns = append(columns, r.probes, r.ifindex, r.status, r.period, r.timeout, r.sandbox, r.detection, r.by,
-			r.hook, r.trust, r.settings)
+			r.hook, r.trust, r.listener, r.settings)
 	}
 	columns = append(columns, r.why)
 	for i := range columns {
@@ -160,11 +161,20 @@ func (r *row) fill(e Endpoint) {
 	if e.Age != nil {
 		r.age = duration(*e.Age).String()
 	}
-	if e.NotAnswered == "" || probe.Withheld(e.NotAnswered) {
+	if e.NotAnswered == "" || e.Withheld {
 		r.bound = duration(e.StalenessBound).String()
+	}
+	if e.RefreshOff != "" { // refresh is the last of them
+		r.settings += ", but off: " + e.RefreshOff
 	}
 	if e.StalenessCapped {
 		r.settings = strings.TrimPrefix(r.settings+", lowered to the node's ceiling", ", ")
+	}
+	if l := e.Listener; l != nil {
+		r.listener = l.Obstacle
+		if l.Most > 0 || e.Kind == probe.TCP {
+			r.listener = strings.TrimSuffix(fmt.Sprintf("%d/%d %s", l.Answered, l.Most, l.Obstacle), " ")
+		}
 	}
 	if e.Status != 0 {
 		r.status = strconv.Itoa(int(e.Status))
@@ -173,7 +183,7 @@ func (r *row) fill(e Endpoint) {
 	var probes, detection []string
 	for _, p := range e.Probes {
 		probes = append(probes, p.String())
-		detection = append(detection, fmt.Sprintf("%s/%s", duration(p.Detection), duration(p.DetectionPlain)))
+		detection = append(detection, fmt.Sprintf("%s/%s", duration(p.DetectionAnswered), duration(p.DetectionPlain)))
 	}
 	r.probes, r.detection = strings.Join(probes, ","), strings.Join(detection, ",")
 }
@@ -187,6 +197,15 @@ func printSummary(w io.Writer, s Status) error {
 		lines = append(lines, "prober: "+s.Prober.String(), fmt.Sprintf(
 			"answered: %d HTTP, %d TCP; observed: %d; handed over: %d", s.Counters["answered_http"],
 			s.Counters["answered_tcp"], s.Counters["observed"], s.Counters["handed_over"]))
+	}
+	all := map[string]uint64{}
+	for _, a := range s.Attachments {
+		for reason, n := range a.Inconclusive {
+			all[reason] += n
+		}
+	}
+	if text := inconclusive(all); text != "" {
+		lines = append(lines, text)
 	}
 	_, err := fmt.Fprintln(w, strings.Join(lines, "\n"))
 	return err

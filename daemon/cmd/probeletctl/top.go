@@ -30,6 +30,9 @@ func topCommand(env environment) *cobra.Command {
 			if interval < 100*time.Millisecond {
 				return fmt.Errorf("--interval %s: must be at least 100ms", interval)
 			}
+			if times < 0 {
+				return fmt.Errorf("--iterations %d: must not be negative", times)
+			}
 			return top(cmd.Context(), env, where, interval, times)
 		},
 	}

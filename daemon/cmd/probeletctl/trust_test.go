@@ -26,7 +26,7 @@ func (m *machine) lose(loss string) {
 func freshWeb(t *testing.T) *machine {
 	m := newMachine(t)
 	m.web(fakeMaps{
-		datapath.PortKey(80): {evidence: success(1, 5, 0)}, datapath.HTTPKey(80, "/x"): {evidence: success(1, 5, 200)},
+		datapath.PortKey(80): {evidence: success(1, 5, 0)}, keyOf(80, "/x"): {evidence: success(1, 5, 200)},
 	}, endpoint(probe.HTTP, 80, "/x"))
 	m.kernel.neighbours = map[int][]attach.Neighbour{7: {
 		{Hook: "tcx ingress", What: "program 12 (guard)", Before: true}, {Hook: "tc filter egress", What: "bpf filter, priority 1, cil_to"},

@@ -19,6 +19,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -71,7 +72,7 @@ func started(t *testing.T) *node {
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	n.attach()
 	n.start()
-	n.eventually("the probe's endpoint is known", n.has(datapath.HTTPKey(8080, "/healthz")))
+	n.eventually("the probe's port is known", n.has(datapath.PortKey(8080)))
 	return n
 }
 
@@ -266,13 +267,14 @@ func TestMetrics(t *testing.T) {
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	n.attach()
 	n.start()
-	n.eventually("the probe's endpoint is known", n.has(datapath.HTTPKey(8080, "/healthz")))
+	n.eventually("the probe's port is known", n.has(datapath.PortKey(8080)))
 	n.wantMetrics(map[string]string{
 		`probelet_endpoints{mode="answer",state="unknown"}`: "1",
 		`probelet_attachments{known="true"}`:                "1",
 		`probelet_prober_found`:                             "1",
 		`probelet_listeners_watched`:                        strconv.Itoa(btoi(n.d.Watched())),
 		`probelet_source_up`:                                "1",
+		`probelet_source_pushed`:                            "0",
 		`probelet_source_snapshots_total`:                   "1",
 		`probelet_map_entries{map="pods"}`:                  "1",
 		`probelet_map_capacity_entries{map="flows"}`:        "4096",
@@ -291,7 +293,7 @@ func TestMetrics(t *testing.T) {
 		`probelet_probes_total{reason="http",verdict="answered"}`:           "3",
 		`probelet_probes_total{reason="not_fresh",verdict="passed"}`:        "1",
 		`probelet_handed_over_connections_total`:                            "1",
-		`probelet_observed_probes_total`:                                    "1",
+		`probelet_observed_probes_total`:                                    "2",
 		`probelet_answer_age_seconds_count`:                                 "3",
 		`probelet_evidence_total{result="success",source="probe"}`:          "1",
 		`probelet_endpoints{mode="answer",state="fresh"}`:                   "1",
@@ -299,7 +301,7 @@ func TestMetrics(t *testing.T) {
 		`probelet_pod_answered_probes_total{namespace="default",pod="web"}`: "3",
 		`probelet_withdrawn_ports_total{cause="status"}`:                    "0",
 		`probelet_reconcile_errors_total`:                                   "0",
-		`probelet_lost_outcomes_total`:                                      "0",
+		`probelet_lost_records_total`:                                       "0",
 	})
 	if status, reply := do(t, n.local(), http.MethodPost, "http://probeletd/v1/invalidate", `{"namespace":"default","pod":"web"}`); status != 200 {
 		t.Fatal(status, reply)
@@ -310,6 +312,31 @@ func TestMetrics(t *testing.T) {
 	})
 }
 
+// What a prober asks that is no probe is counted as that, of its pod too, and it is said why states are not pushed.
+func TestInconclusive(t *testing.T) {
+	n := started(t)
+	conn := n.pod.Dial(t, n.pod.IPv4.String()+":8080")
+	if _, err := io.WriteString(conn, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	_ = conn.Close()
+	n.want("/healthz", 200, false) // the daemon is woken by the end of a probe
+	n.eventually("counted", func() bool {
+		got, _ := n.metricsOf()
+		return got[`probelet_inconclusive_probes_total{reason="no_probe"}`] == "1"
+	})
+	n.wantMetrics(map[string]string{`probelet_inconclusive_probes_total{reason="unseen"}`: "0"})
+	client := api.NewClient(n.config.stateDir)
+	reply, err := client.Endpoints(t.Context())
+	want := api.Inconclusive{ContainerID: n.idOf(n.pod).ContainerID, IfName: "eth0", Reasons: map[string]uint64{"no_probe": 1}}
+	if err != nil || len(reply.Inconclusive) != 1 || !reflect.DeepEqual(reply.Inconclusive[0], want) {
+		t.Errorf("%+v, %v; want %+v", reply.Inconclusive, err, want)
+	}
+	if source, err := client.Source(t.Context()); err != nil || source.Pushed || source.Why == "" {
+		t.Errorf("%+v, %v", source, err)
+	}
+}
+
 // In mode observe it is to be seen what would be answered, and nothing is: the kernel side is not told of it.
 func TestObserveShowsWhatWouldBeAnswered(t *testing.T) {
 	n := newNode(t)
@@ -317,7 +344,7 @@ func TestObserveShowsWhatWouldBeAnswered(t *testing.T) {
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	n.attach()
 	n.start()
-	n.eventually("the probe's endpoint is known", n.has(datapath.HTTPKey(8080, "/healthz")))
+	n.eventually("the probe's port is known", n.has(datapath.PortKey(8080)))
 	state := func(want string) func() bool {
 		return func() bool {
 			got, _ := n.metricsOf()
@@ -326,7 +353,7 @@ func TestObserveShowsWhatWouldBeAnswered(t *testing.T) {
 	}
 	n.want("/healthz", 200, false)
 	n.eventually("would be answered", state("fresh"))
-	for _, key := range []datapath.EndpointKey{datapath.HTTPKey(8080, "/healthz"), datapath.PortKey(8080)} {
+	for _, key := range []datapath.EndpointKey{n.key("/healthz"), datapath.PortKey(8080)} {
 		if evidence := n.records()[key]; evidence.FreshUntil != 0 {
 			t.Errorf("the kernel side was told to answer: %+v", evidence)
 		}
@@ -335,6 +362,21 @@ func TestObserveShowsWhatWouldBeAnswered(t *testing.T) {
 	n.status.Store(http.StatusServiceUnavailable)
 	n.want("/healthz", 503, false)
 	n.eventually("would not be answered", state("failed"))
+
+	n.wantMetrics(map[string]string{
+		`probelet_estimated_probes_total{reason="unknown",verdict="passed"}`:    "1",
+		`probelet_estimated_probes_total{reason="success",verdict="answered"}`:  "1",
+		`probelet_estimated_probes_total{reason="failure",verdict="answered"}`:  "1",
+		`probelet_worst_detection_seconds{mode="observe",probelet="without"}`:   "930",
+		`probelet_worst_detection_seconds{mode="observe",probelet="answering"}`: "1260",
+	})
+	reply, err := api.NewClient(n.config.stateDir).Endpoints(t.Context())
+	if err != nil || len(reply.Endpoints) != 1 || reply.Endpoints[0].Estimate == nil {
+		t.Fatalf("%+v, %v", reply, err)
+	}
+	if e := reply.Endpoints[0].Estimate; e.Answered != 2 || e.Hidden != 1 || e.Probes() != 3 || e.Passed[probe.WhyUnknown] != 1 {
+		t.Errorf("estimate %+v", e)
+	}
 }
 
 // Names and units are as Prometheus' conventions have them, each is documented, and nothing that is documented is
@@ -346,7 +388,7 @@ func TestMetricsAreDocumented(t *testing.T) {
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	n.attach()
 	n.start()
-	n.eventually("the probe's endpoint is known", n.has(datapath.HTTPKey(8080, "/healthz")))
+	n.eventually("the probe's port is known", n.has(datapath.PortKey(8080)))
 	n.want("/healthz", 200, false)
 	n.eventually("renewed", func() bool {
 		got, _ := n.metricsOf()
@@ -404,6 +446,16 @@ func TestMetricsAreDocumented(t *testing.T) {
 	for label, unknown := range labels {
 		if unknown {
 			t.Errorf("not documented: label %s", label)
+		}
+	}
+	for _, sample := range regexp.MustCompile(`(?m)^(probelet_\w+){.*\b(?:reason|cause|kind|noticed)="(\w+)"`).FindAllStringSubmatch(text, -1) {
+		if row := regexp.MustCompile("(?m)^\\| `" + sample[1] + "`.*$").FindString(string(doc)); !strings.Contains(row, "`"+sample[2]+"`") {
+			t.Errorf("%s: %s is not documented", sample[1], sample[2])
+		}
+	}
+	for _, obstacle := range datapath.Obstacles {
+		if !strings.Contains(text, `probelet_probes_total{reason="`+obstacle+`",verdict="passed"}`) {
+			t.Errorf("probes that are passed because of %s are not counted", obstacle)
 		}
 	}
 	dashboard, err := os.ReadFile("../../../cni-conf/grafana/probelet.json")
@@ -493,7 +545,7 @@ func TestControllers(t *testing.T) {
 	n.config.api.clientCAFile = filepath.Join(ours, "ca.crt")
 	n.attach()
 	n.start()
-	n.eventually("the probe's endpoint is known", n.has(datapath.HTTPKey(8080, "/healthz")))
+	n.eventually("the probe's port is known", n.has(datapath.PortKey(8080)))
 
 	pool := x509.NewCertPool()
 	authority, err := os.ReadFile(n.config.api.clientCAFile)

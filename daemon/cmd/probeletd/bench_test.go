@@ -149,7 +149,8 @@ func probeOnce(node *bpftest.Node, address, path string) error {
 	}
 	defer conn.Close() //nolint:errcheck // read to its end
 	_ = conn.SetDeadline(time.Now().Add(time.Second))
-	if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", path); err != nil {
+	request := "GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n"
+	if _, err := fmt.Fprintf(conn, request, path, address); err != nil {
 		return err
 	}
 	response, err := http.ReadResponse(bufio.NewReader(conn), nil)

@@ -9,11 +9,13 @@ import (
 	"os"
 	"reflect"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
+	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/refresh"
 	"github.com/probelet/probelet/daemon/internal/statedir"
@@ -33,32 +35,43 @@ type daemon struct {
 	refresher *refresh.Refresher
 	metrics   *metrics
 
-	pods        []probe.Pod
+	pods        []probe.Pod // that there may be an attachment of
 	podsKnown   bool
+	strangers   []stranger // of all pods
 	records     []attach.Record
 	attachments map[attach.ID]*attachment
 	byDevice    map[uint32][]*attachment // by ifindex
 	deleted     map[string]time.Time     // by container: when a record of it disappeared
 	written     *statedir.Endpoints
+	describedAt time.Time
 	unreadable  string // what was logged last of records
+	outdated    bool   // what was described last is not so any more
+	unrecorded  uint64 // connections of probers that were not recorded, for want of room, as of the last look
 }
 
 // attachment is an attachment with what is known of the pod behind it.
 type attachment struct {
-	record   attach.Record
-	pod      *probe.Pod // nil: the specs say nothing of it
-	settings probe.Settings
-	tracker  *probe.Tracker
-	events   map[probe.Endpoint][]api.Event // the last ones
-	maps     *store.Pod                     // nil: not there yet, or to be opened anew
-	device   datapath.DeviceKey             // of the last maps
-	restored bool                           // the maps' contents have been taken over
-	pending  bool                           // the maps are not as they should be
-	unwhole  bool                           // something of it is lost, so what happens to the pod may go unseen
-	distrust bool                           // answers do not arrive by its device, and that was logged
+	record    attach.Record
+	pod       *probe.Pod // nil: the specs say nothing of it
+	settings  probe.Settings
+	tracker   *probe.Tracker
+	events    map[probe.Endpoint][]api.Event // the last ones
+	estimator *probe.Estimator               // nil: not in mode observe
+	maps      *store.Pod                     // nil: not there yet, or to be opened anew
+	device    datapath.DeviceKey             // of the last maps
+	live      int                            // probe.Limits.Live of that device
+	restored  bool                           // the maps' contents have been taken over
+	pending   bool                           // the maps are not as they should be
+	unwhole   bool                           // something of it is lost, so what happens to the pod may go unseen
+	distrust  bool                           // answers do not arrive by its device, and that was logged
+	// inconclusive are how many of its exchanges had no outcome.
+	inconclusive map[evidence.Doubt]uint64
+	doubtedAt    uint64 // when the last of them was
 	// What was logged last: why the pod is not answered at all, by its specs, by their number or by its annotations, and
 	// why its maps could not be written.
 	notAnswered, refused, misset, problem string
+
+	crosschecked
 }
 
 func newDaemon(log *slog.Logger, d *datapath.Datapath, c config, previous statedir.Endpoints, r *refresh.Refresher) *daemon {
@@ -70,10 +83,13 @@ func newDaemon(log *slog.Logger, d *datapath.Datapath, c config, previous stated
 }
 
 func (d *daemon) setPods(pods []probe.Pod) {
-	d.pods, d.podsKnown = pods, true
+	strangers := strangersAmong(pods)
+	all := !reflect.DeepEqual(strangers, d.strangers)
+	d.strangers, d.podsKnown = strangers, true
+	d.pods = slices.DeleteFunc(pods, func(p probe.Pod) bool { return p.LeftAlone != "" })
 	d.metrics.snapshots.Inc()
 	d.metrics.lastSnapshot.SetToCurrentTime()
-	d.update()
+	d.update(all)
 }
 
 // readRecords returns whether there are attachments that there were not before.
@@ -99,7 +115,7 @@ func (d *daemon) readRecords() (added bool) {
 		d.unreadable = err.Error()
 		d.log.Error("reading records of attachments", "error", err)
 	}
-	d.update()
+	d.update(false)
 	return added
 }
 
@@ -109,14 +125,22 @@ func (d *daemon) wasDeleted(containerID string) bool {
 	return ok && time.Since(at) < beingDeleted
 }
 
-// update matches pods and attachments anew.
-func (d *daemon) update() {
+// update matches pods and attachments, and sees to those whose pod, record or maps are not what they were, or to all.
+func (d *daemon) update(all bool) {
 	if !d.podsKnown {
 		return
 	}
-	current := map[attach.ID]*attachment{}
+	pods := index(d.pods)
+	current := make(map[attach.ID]*attachment, len(d.records))
+	var changed []*attachment
 	for _, r := range d.records {
-		current[r.ID()] = d.renew(r)
+		a, pod := d.attachments[r.ID()], pods.match(r)
+		if all || a == nil || a.pending || !reflect.DeepEqual(a.pod, pod) || !reflect.DeepEqual(a.record, r) {
+			a = d.renew(r, pod)
+			changed = append(changed, a)
+		}
+		a.pod = pod // lest an old snapshot is kept
+		current[r.ID()] = a
 	}
 	for id, a := range d.attachments {
 		if current[id] == nil {
@@ -129,30 +153,53 @@ func (d *daemon) update() {
 	for _, a := range current {
 		d.byDevice[uint32(a.record.IfIndex)] = append(d.byDevice[uint32(a.record.IfIndex)], a)
 	}
-	for _, a := range current {
+	for _, a := range changed {
 		d.sync(a)
 	}
-	d.describe()
+	d.outdated = true
 }
 
 // renew returns the attachment of a record, with what its pod is asked now.
-func (d *daemon) renew(r attach.Record) *attachment {
+func (d *daemon) renew(r attach.Record, pod *probe.Pod) *attachment {
 	a := d.attachments[r.ID()]
 	if a == nil || a.record.IfIndex != r.IfIndex || !a.record.CreatedAt.Equal(r.CreatedAt) {
-		a = &attachment{tracker: probe.NewTracker(), events: map[probe.Endpoint][]api.Event{}}
+		a = &attachment{
+			tracker: probe.NewTracker(), events: map[probe.Endpoint][]api.Event{}, inconclusive: map[evidence.Doubt]uint64{},
+		}
+		a.crosschecked = d.crosscheckedBefore(r.ID())
 		d.log.Info("attachment", "id", r.ID(), "device", r.HostIfName, "ifindex", r.IfIndex)
 	}
 	if r.Error != "" && r.Error != a.record.Error {
 		d.log.Warn("not attached", "id", r.ID(), "error", r.Error)
 	}
-	a.record, a.pod = r, match(r, d.pods)
-	for _, c := range a.tracker.SetEndpoints(d.endpoints(a), datapath.Now()) {
-		d.note(a, c, nil)
-	}
+	a.record, a.pod = r, pod
+	d.ask(a)
 	maps.DeleteFunc(a.events, func(e probe.Endpoint, _ []api.Event) bool {
 		return !slices.ContainsFunc(a.tracker.Endpoints(), func(s probe.EndpointSpec) bool { return s.Endpoint == e })
 	})
 	return a
+}
+
+// ask tells the policy what the attachment's pod is asked.
+func (d *daemon) ask(a *attachment) {
+	endpoints, now := d.endpoints(a), datapath.Now()
+	d.share(a, endpoints)
+	for _, c := range a.tracker.SetEndpoints(endpoints, now) {
+		d.note(a, c, nil)
+	}
+	a.estimate(endpoints, now)
+}
+
+// estimate keeps an estimator while the pod is in mode observe.
+func (a *attachment) estimate(endpoints []probe.EndpointSpec, now uint64) {
+	switch {
+	case a.pod == nil || a.settings.Mode != probe.Observe:
+		a.estimator = nil
+		return
+	case a.estimator == nil:
+		a.estimator = probe.NewEstimator()
+	}
+	a.estimator.SetEndpoints(endpoints, now)
 }
 
 func (d *daemon) endpoints(a *attachment) []probe.EndpointSpec {
@@ -168,39 +215,60 @@ func (d *daemon) endpoints(a *attachment) []probe.EndpointSpec {
 		d.log.Error("pod is not answered", "pod", a.podName(), "error", a.settings.Problem)
 	}
 	a.misset = a.settings.Problem
-	endpoints, err := probe.Endpoints(*a.pod, a.settings, store.Limits)
+	limits := store.Limits
+	limits.Live = a.live
+	endpoints, err := probe.Endpoints(*a.pod, a.settings, limits)
 	if err == nil {
 		a.refused = ""
 	} else if err.Error() != a.refused {
 		a.refused = err.Error()
 		d.log.Error("pod is not answered", "pod", a.podName(), "error", err)
 	}
+	a.bar(endpoints)
 	return endpoints
+}
+
+// podIndex finds pods.
+type podIndex struct {
+	byName map[podName][]*probe.Pod
+	byIP   map[netip.Addr][]*probe.Pod
+}
+
+func index(pods []probe.Pod) podIndex {
+	x := podIndex{make(map[podName][]*probe.Pod, len(pods)), make(map[netip.Addr][]*probe.Pod, len(pods))}
+	for i := range pods {
+		pod := &pods[i]
+		name := podName{pod.Namespace, pod.Name}
+		x.byName[name] = append(x.byName[name], pod)
+		for _, ip := range pod.IPs {
+			x.byIP[ip] = append(x.byIP[ip], pod)
+		}
+	}
+	return x
 }
 
 // match finds the pod of an attachment: by name if whoever attached it was told the name, otherwise by an address. A pod
 // of the same name that came after it is another one.
-func match(r attach.Record, pods []probe.Pod) *probe.Pod {
-	for i, pod := range pods {
-		if r.PodUID != "" && pod.UID != "" && r.PodUID != pod.UID {
-			continue
-		}
-		if r.PodName != "" {
-			if r.PodName == pod.Name && r.PodNamespace == pod.Namespace {
-				return &pods[i]
+func (x podIndex) match(r attach.Record) *probe.Pod {
+	if r.PodName != "" {
+		return firstOf(r, x.byName[podName{r.PodNamespace, r.PodName}])
+	}
+	for _, text := range r.PodIPs {
+		if ip, err := netip.ParseAddr(text); err == nil {
+			if pod := firstOf(r, x.byIP[ip.Unmap()]); pod != nil {
+				return pod
 			}
-			continue
-		}
-		if slices.ContainsFunc(r.PodIPs, func(ip string) bool { return hasIP(pod, ip) }) {
-			return &pods[i]
 		}
 	}
 	return nil
 }
 
-func hasIP(pod probe.Pod, text string) bool {
-	ip, err := netip.ParseAddr(text)
-	return err == nil && slices.Contains(pod.IPs, ip.Unmap())
+func firstOf(r attach.Record, pods []*probe.Pod) *probe.Pod {
+	i := slices.IndexFunc(pods, func(p *probe.Pod) bool { return r.PodUID == "" || p.UID == "" || r.PodUID == p.UID })
+	if i < 0 {
+		return nil
+	}
+	return pods[i]
 }
 
 func (a *attachment) podName() string {
@@ -239,8 +307,11 @@ func (a *attachment) targets() []refresh.Target {
 		return nil
 	}
 	var targets []refresh.Target
-	for _, s := range a.tracker.Refreshing() {
-		targets = append(targets, refresh.TargetOf(s, a.pod.IPs[0]))
+	for _, ask := range a.tracker.Refreshing() {
+		targets = append(targets, refresh.Target{
+			Endpoint: ask.Endpoint, Address: a.pod.IPs[0], Request: ask.Text, Question: ask.Question,
+			Timeout: ask.Timeout, Interval: ask.Refresh,
+		})
 	}
 	return targets
 }
@@ -276,15 +347,28 @@ func (d *daemon) adjust(a *attachment) {
 		a.unwhole = false // whoever attached it has just made it whole
 	}
 	a.device = a.maps.Device()
+	if live, err := store.Live(d.datapath, a.device); err == nil && live != a.live {
+		a.live, d.outdated = live, true
+		d.ask(a)
+	}
 	d.restore(a)
 }
 
 // forget makes nothing be answered from what was known until now, once the maps are as they should be.
 func (d *daemon) forget(a *attachment) {
-	for _, c := range a.tracker.Withdraw(func(probe.Endpoint) bool { return true }, datapath.Now()) {
+	for _, c := range a.withdraw(func(probe.Endpoint) bool { return true }) {
 		c.Cause = probe.ByRepair
 		d.note(a, c, nil)
 	}
+}
+
+// withdraw forgets what is known of the endpoints that are meant.
+func (a *attachment) withdraw(meant func(probe.Endpoint) bool) []probe.Change {
+	now := datapath.Now()
+	if a.estimator != nil {
+		a.estimator.Withdraw(meant, now)
+	}
+	return a.tracker.Withdraw(meant, now)
 }
 
 // suspend stops answering for the pod of an attachment that is not whole: what happens to the pod may go unseen, and what is
@@ -351,30 +435,34 @@ func (d *daemon) restore(a *attachment) {
 	a.restored = true
 	asked := d.askedBefore(a.record.ID())
 	for _, s := range a.tracker.Endpoints() {
-		key, ok := store.Key(s.Endpoint)
-		if !ok || !s.Observed || !asked[question{s.Endpoint, s.Headers, s.Instance}] {
+		question, known := asked[asking{s.Endpoint, s.Instance}]
+		key, ok := store.Key(s.Endpoint, question)
+		if !ok || !s.Observed || !known {
 			continue
 		}
-		if record, ok := a.maps.Records()[key]; ok {
-			a.tracker.Restore(s.Endpoint, store.Evidence(record), datapath.Now())
+		if record, ok := a.maps.Records()[key]; ok && record.Check == question.Check {
+			a.tracker.Restore(s.Endpoint, store.Evidence(question, record), datapath.Now())
 		}
 	}
 }
 
-// question is what tells evidence of two endpoints apart.
-type question struct {
-	endpoint              probe.Endpoint
-	headersID, instanceID string
+// asking is what tells evidence of two endpoints apart.
+type asking struct {
+	endpoint   probe.Endpoint
+	instanceID string
 }
 
-func (d *daemon) askedBefore(id attach.ID) map[question]bool {
-	asked := map[question]bool{}
+// askedBefore returns the questions by which an attachment's endpoints were asked in an earlier run.
+func (d *daemon) askedBefore(id attach.ID) map[asking]probe.Question {
+	asked := map[asking]probe.Question{}
 	for _, a := range d.previous.Attachments {
 		if a.ContainerID != id.ContainerID || a.IfName != id.IfName {
 			continue
 		}
 		for _, e := range a.Endpoints {
-			asked[question{e.Endpoint(), e.HeadersID, e.InstanceID}] = e.Observed
+			if e.Observed {
+				asked[asking{e.Endpoint(), e.InstanceID}] = e.Question
+			}
 		}
 	}
 	return asked
@@ -398,17 +486,19 @@ func (d *daemon) retry() {
 	}
 }
 
-// observe learns from outcomes that the kernel reports.
-func (d *daemon) observe(outcomes []datapath.Outcome) {
+// observe learns from what became of probes.
+func (d *daemon) observe(observed []evidence.Observation) {
 	changed := map[*attachment]bool{}
-	for _, o := range outcomes {
+	unanswered := sync.OnceValues(d.unanswered)
+	for _, o := range observed {
 		for _, a := range d.byDevice[o.Device.Ifindex] {
 			if a.maps == nil || a.maps.Device() != o.Device {
 				continue // of an earlier pod
 			}
-			if outcome, ok := store.Outcome(o, a.tracker.Endpoints()); ok && d.learn(a, outcome) {
+			if d.learn(a, o.Outcome, unanswered) {
 				changed[a] = true
 			}
+			d.judge(a, o.Outcome)
 		}
 	}
 	for a := range changed {
@@ -416,21 +506,115 @@ func (d *daemon) observe(outcomes []datapath.Outcome) {
 	}
 }
 
+// doubt counts exchanges that had no outcome, each of which may have been a failure.
+func (d *daemon) doubt(doubtful map[evidence.Doubtful]uint64) {
+	for x, n := range doubtful {
+		d.metrics.inconclusive.WithLabelValues(string(x.Doubt)).Add(float64(n))
+		for _, a := range d.byDevice[x.Device.Ifindex] {
+			if a.device == x.Device {
+				a.inconclusive[x.Doubt] += n
+				a.doubtedAt = datapath.Now()
+			}
+		}
+	}
+}
+
+// judge estimates what mode answer would have made of a probe.
+func (d *daemon) judge(a *attachment, o probe.Outcome) {
+	if a.estimator == nil || a.unwhole {
+		return
+	}
+	if judged, ok := a.estimator.Observe(o, a.closedAt(o.Port), a.mostAnswered(o.Port)); ok {
+		d.metrics.estimated(judged)
+	}
+}
+
 // refreshed learns from what the daemon asked by itself.
 func (d *daemon) refreshed(o refresh.Outcome) {
-	if a := d.attachments[o.Attachment]; a != nil && d.learn(a, o.Outcome) {
+	if a := d.attachments[o.Attachment]; a != nil && d.learn(a, o.Outcome, d.unanswered) {
 		d.sync(a)
 	}
 }
 
-// learn returns whether there was something to be learned.
-func (d *daemon) learn(a *attachment, o probe.Outcome) bool {
+// learn returns whether there was something to be learned. unanswered is the daemon's.
+func (d *daemon) learn(a *attachment, o probe.Outcome, unanswered func() (map[datapath.PodPort][]uint64, error)) bool {
 	if a.unwhole {
 		return false
 	}
+	changed := len(a.counted()) > 0 && d.learnUnseen(a, unanswered)
+	a.tally(o)
 	changes := a.tracker.Observe(o)
 	for _, c := range changes {
+		d.outdated = d.outdated || c.From.Question != c.To.Question
 		d.note(a, c, &o)
+	}
+	return changed || len(changes) > 0
+}
+
+// unanswered returns when connections began that a port did not answer. Where connections were not recorded, for want of room, it has
+// successes counted again of all pods.
+func (d *daemon) unanswered() (map[datapath.PodPort][]uint64, error) {
+	counters, err := d.datapath.Counters()
+	if err != nil {
+		return nil, err
+	}
+	if unrecorded := counters["passed_full"] + counters["records_lost"]; unrecorded != d.unrecorded {
+		d.unrecorded = unrecorded
+		for _, a := range d.attachments {
+			a.doubtedAt = datapath.Now()
+		}
+	}
+	return d.datapath.Unanswered()
+}
+
+// counted returns the endpoints of which one success is not enough.
+func (a *attachment) counted() (more []probe.EndpointSpec) {
+	for _, s := range a.tracker.Endpoints() {
+		if s.Observed && s.SuccessThreshold > 1 {
+			more = append(more, s)
+		}
+	}
+	return more
+}
+
+// sweep forgets connections that ended unseen, after it has learned which of them the pod did not answer.
+func (d *daemon) sweep() error {
+	unanswered := sync.OnceValues(d.unanswered)
+	for _, a := range d.attachments {
+		if !a.unwhole && d.learnUnseen(a, unanswered) {
+			d.sync(a)
+		}
+	}
+	return d.datapath.Sweep()
+}
+
+// learnUnseen learns of failures of which there is no outcome: connections that the pod did not answer; and of what may have been one:
+// the kernel side has withdrawn what was known, or an exchange was inconclusive. It returns whether there was something to be learned.
+func (d *daemon) learnUnseen(a *attachment, unanswered func() (map[datapath.PodPort][]uint64, error)) bool {
+	if a.maps == nil {
+		return false
+	}
+	var changes []probe.Change
+	began, err := unanswered()
+	for _, s := range a.counted() {
+		at := max(a.withdrawnAt(s.Endpoint), a.doubtedAt)
+		for _, began := range began[datapath.PodPort{Device: a.maps.Device(), Port: s.Port}] {
+			at = max(at, began) // whether it has failed yet or not
+		}
+		if err != nil {
+			at = datapath.Now()
+		}
+		changes = append(changes, a.tracker.Void(func(e probe.Endpoint) bool { return e == s.Endpoint }, at)...)
+	}
+	for to, all := range began {
+		for _, at := range all {
+			if to.Device == a.maps.Device() {
+				changes = append(changes, a.tracker.Unanswered(to.Port, at, datapath.Now())...)
+			}
+		}
+	}
+	for _, c := range changes {
+		d.note(a, c, nil)
 	}
 	return len(changes) > 0
 }
@@ -458,8 +642,11 @@ func (d *daemon) note(a *attachment, c probe.Change, outcome *probe.Outcome) {
 	d.log.Log(context.Background(), level, "endpoint "+c.To.Result.String(), attributes...)
 }
 
-// describe writes for probeletctl what is asked of which attachment, if that changed.
+// describe writes for probeletctl, and for the next daemon, what is asked of which attachment, if that changed. The next daemon
+// believes evidence in the kernel's maps only by what is written here of its question and containers, so what is not written
+// yet costs no more than a real probe.
 func (d *daemon) describe() {
+	d.outdated, d.describedAt = false, time.Now()
 	description := statedir.Endpoints{}
 	attached := map[string]bool{}
 	for _, r := range d.records {
@@ -468,8 +655,11 @@ func (d *daemon) describe() {
 		if a.pod != nil {
 			described.Settings = statedir.SettingsOf(a.settings)
 		}
+		known := a.tracker.Evidence()
 		for _, s := range a.tracker.Endpoints() {
-			described.Endpoints = append(described.Endpoints, statedir.EndpointOf(s))
+			e := statedir.EndpointOf(s, known[s.Endpoint].Question)
+			e.Disagreement, e.NotCompared = string(a.barred[s.Endpoint].kind), a.shared[s.Endpoint]
+			described.Endpoints = append(described.Endpoints, e)
 		}
 		attached[described.Pod] = true
 		description.Attachments = append(description.Attachments, described)

@@ -37,7 +37,7 @@ func TestMatch(t *testing.T) {
 		"nothing known":             {attach.Record{}, -1},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got := match(test.record, pods)
+			got := index(pods).match(test.record)
 			switch {
 			case test.want < 0 && got != nil:
 				t.Errorf("got %s, want none", got)

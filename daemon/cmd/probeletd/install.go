@@ -97,9 +97,9 @@ func uninstallCommand(stderr io.Writer) *cobra.Command {
 		},
 	}
 	i.flags(cmd)
-	cmd.Flags().DurationVar(&i.settle, "settle", 5*time.Second, "how `long` the runtime may take to notice a change of its configuration")
-	cmd.Flags().DurationVar(&i.inFlight, "in-flight", 4*time.Minute, "how `long` plugins are waited for that the runtime ran by the configuration of before")
-	cmd.Flags().DurationVar(&i.drain, "drain", 10*time.Second, "how `long` connections that were handed over are waited for")
+	cmd.Flags().DurationVar(&i.settle, "settle", 5*time.Second, "how long the runtime may take to notice a change of its configuration")
+	cmd.Flags().DurationVar(&i.inFlight, "in-flight", 4*time.Minute, "how long plugins are waited for that the runtime ran by the configuration of before")
+	cmd.Flags().DurationVar(&i.drain, "drain", 10*time.Second, "how long connections that were handed over are waited for")
 	return cmd
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -11,21 +12,28 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/crosscheck"
 	"github.com/probelet/probelet/daemon/internal/probe"
-	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
-// kubelet answers with the node's pods, as the kubelet's read-only port does.
+// kubelet answers with the node's pods, as the kubelet's read-only port does, and with what it counted of one probe.
 type kubelet struct {
 	*httptest.Server
-	answer atomic.Value // string
+	answer                   atomic.Value // string
+	succeeded, failed, looks atomic.Int32
 }
 
 func newKubelet(t *testing.T) *kubelet {
 	k := &kubelet{}
 	k.says(`{"kind":"PodList","items":[]}`)
-	k.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		_, _ = w.Write([]byte(k.answer.Load().(string)))
+	k.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != crosscheck.Path {
+			_, _ = w.Write([]byte(k.answer.Load().(string)))
+			return
+		}
+		const line = `prober_probe_total{container="c",namespace="shop",pod="web",pod_uid="first",probe_type="Readiness",result=%q} %d` + "\n"
+		_, _ = fmt.Fprintf(w, line+line, "successful", k.succeeded.Load(), "failed", k.failed.Load())
+		k.looks.Add(1)
 	}))
 	t.Cleanup(k.Close)
 	return k
@@ -33,10 +41,10 @@ func newKubelet(t *testing.T) *kubelet {
 
 func (k *kubelet) says(text string) { k.answer.Store(text) }
 
-// tells of one pod.
-func (k *kubelet) tells(t *testing.T, pod map[string]any) {
+// tells of these pods.
+func (k *kubelet) tells(t *testing.T, pods ...map[string]any) {
 	t.Helper()
-	text, err := json.Marshal(map[string]any{"kind": "PodList", "items": []any{pod}})
+	text, err := json.Marshal(map[string]any{"kind": "PodList", "items": pods})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,10 +95,9 @@ func TestWithTheKubeletsPods(t *testing.T) {
 	n.config.kubelet.URL, n.config.kubelet.Poll = k.URL+"/pods", 100*time.Millisecond
 	n.attachNamed("first")
 	n.start()
-	healthz := datapath.HTTPKey(8080, "/healthz")
 
 	k.tells(t, n.podOf("first", 1))
-	n.eventually("the probe's endpoint is known", n.has(healthz))
+	n.eventually("the probe's port is known", n.has(datapath.PortKey(8080)))
 	fresh := func() {
 		t.Helper()
 		n.want("/healthz", 200, false)
@@ -98,6 +105,7 @@ func TestWithTheKubeletsPods(t *testing.T) {
 		n.want("/healthz", 200, true)
 	}
 	fresh()
+	healthz := n.key("/healthz")
 
 	for _, nonsense := range []string{"", "{", `{"kind":"Status"}`, `{"kind":"PodList","items":[{"metadata":{"name":1}}]}`} {
 		k.says(nonsense)
@@ -126,18 +134,12 @@ func TestWithTheKubeletsPods(t *testing.T) {
 
 	// Its successor has the name, and the address, but not this attachment.
 	k.tells(t, n.podOf("second", 1))
-	n.eventually("the attachment is nobody's", not(n.has(healthz)))
+	n.eventually("the attachment is nobody's", not(n.has(datapath.PortKey(8080))))
 	n.want("/healthz", 200, false)
 }
 
 // instance is what the daemon says of the containers behind its only endpoint.
-func (n *node) instance() string {
-	e, err := statedir.ReadEndpoints(n.config.stateDir)
-	if err != nil || len(e.Attachments) != 1 || len(e.Attachments[0].Endpoints) != 1 {
-		return ""
-	}
-	return e.Attachments[0].Endpoints[0].InstanceID
-}
+func (n *node) instance() string { return n.endpoint().InstanceID }
 
 // What was known of a container is not believed of the one that was started while the daemon was away.
 func TestRestartedContainerOverARestart(t *testing.T) {
@@ -147,11 +149,11 @@ func TestRestartedContainerOverARestart(t *testing.T) {
 	n.config.kubelet.URL, n.config.kubelet.Poll = k.URL+"/pods", 100*time.Millisecond
 	k.tells(t, n.podOf("first", 1))
 	n.attachNamed("first")
-	healthz := datapath.HTTPKey(8080, "/healthz")
 	stop := n.start()
-	n.eventually("the probe's endpoint is known", n.has(healthz))
+	n.eventually("the probe's port is known", n.has(datapath.PortKey(8080)))
 	n.want("/healthz", 200, false)
 	n.eventually("fresh", n.open(8080))
+	healthz := n.key("/healthz")
 	stop()
 	stop = n.start()
 	n.eventually("taken over", func() bool { return n.instance() != "" && n.open(8080)() })
@@ -174,7 +176,7 @@ func TestRefreshByAnnotation(t *testing.T) {
 	k.tells(t, pod)
 	n.attachNamed("first")
 	n.start()
-	n.eventually("the probe's endpoint is known", n.has(datapath.HTTPKey(8080, "/healthz")))
+	n.eventually("the probe's port is known", n.has(datapath.PortKey(8080)))
 	n.want("/healthz", 200, false)
 	n.eventually("asked again and again", func() bool { return n.served.Load() > 5 })
 }

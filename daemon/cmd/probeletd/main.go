@@ -22,6 +22,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/adopt"
+	"github.com/probelet/probelet/daemon/internal/crosscheck"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/source"
@@ -31,12 +32,20 @@ const runHelp = `Runs the daemon in the foreground.
 
 Specs come from a source (--source):
 
-  kubelet    GET /pods of this node's kubelet, again and again, and at once when a pod is attached. It needs "get" on
-             nodes/pods (before Kubernetes 1.33: nodes/proxy). --kubelet-ca-file must vouch for the kubelet's certificate:
-             one that the kubelet signed itself does so for itself (/var/lib/kubelet/pki/kubelet.crt), with the node's
-             name as --kubelet-server-name. With http: (the read-only port) no token is sent.
+  kubelet    the pods API of this node's kubelet (--kubelet-pods-socket), which pushes each change of a container's state.
+             Kubernetes 1.37 serves it unless told otherwise. Where it is not there, GET /pods again and again, and soon
+             after a pod is attached, but never more often than each second, nor for more than a tenth of the time. It
+             needs "get" on nodes/pods (before Kubernetes 1.33: nodes/proxy). --kubelet-ca-file must vouch for the
+             kubelet's certificate: one that the kubelet signed itself does so for itself
+             (/var/lib/kubelet/pki/kubelet.crt), with the node's name as --kubelet-server-name. With http: (the
+             read-only port) no token is sent.
   apiserver  the pods with spec.nodeName=--node-name are watched at the API server.
   file       a file (--specs).
+
+Whatever the source of pods of the cluster, the kubelet's counts of its probes (/metrics/probes at the host of --kubelet-url) are
+compared with what was observed (--crosscheck). It needs "get" on nodes/metrics. An endpoint of whose probes the kubelet says
+otherwise is not answered until its specs change. One that others than its own probes may ask is not compared: probeletctl
+explain names them.
 
 While a source cannot be read, what it last said stays in force, and evidence expires as ever.
 
@@ -45,7 +54,7 @@ A specs file is YAML, with probes as in a pod spec:
   pods:
   - name: web
     namespace: shop          # default: default
-    ips: [10.0.0.7]          # needed where the runtime did not tell the plugin the pod's name
+    ips: [10.0.0.7]          # needed where the runtime did not tell the plugin the pod's name, and for refresh
     annotations: {probelet.dev/staleness: "2", probelet.dev/mode: answer}   # as on a pod; see below
     containers:
     - name: server
@@ -73,17 +82,20 @@ The mode (--mode, or the pod's annotation probelet.dev/mode) says what is done f
   off      neither
 
 The staleness (--staleness, or the pod's annotation probelet.dev/staleness) says for how long after its observation a
-success is answered, in periods of the shortest probe of the same endpoint: a number from 0.5 to 5. With +timeout after
-it, as in the default 1+timeout, the smallest timeout of these probes is added, so that a probe that is due after just so
-many periods is surely answered. No pod exceeds --staleness-ceiling, whatever its annotation says. What was
-observed already is not answered for longer when the staleness grows; only the next success is.
+success is answered, in periods of the shortest probe of the same endpoint (startup probes, which end with their success,
+do not count beside others): a number from 0.5 to 5. The smallest timeout of these probes is added, but at most half a
+period, so that a probe that is due after just so many periods is surely answered. Where the kernel can look at the pod's
+listening socket, a TCP probe is answered for as long as that accepts connections, up to 9 in a row (fewer if its queue is
+short), and the staleness is 10 periods unless somebody says less. No pod exceeds --staleness-ceiling where that is given,
+whatever its annotation says. What was observed already is not answered for longer when the staleness grows; only the next
+success is.
 
 With refresh (--refresh, or the pod's annotation probelet.dev/refresh: true, or the longest interval, from 100ms) the daemon
-itself asks what the probes ask, once in half of the shortest period (and of the staleness) at least, so that the probes of
-a pod that is well are all answered. It asks only what is known to succeed; a failure withdraws at once, and then the
-prober finds out that the pod has recovered. Its connections are reset at their end and leave no TIME_WAIT. One is kept for
-as long as the staleness allows, because a success on it says nothing of whether connections are still accepted: with the
-default staleness about one is opened in each period.
+itself asks what the probes ask, byte for byte, once in the staleness at least, so that the probes of a pod that is well are
+all answered. It asks only what is known to succeed; a failure withdraws at once, and then the prober finds out that the pod
+has recovered. Each request has a connection of its own, which is reset at its end and leaves no TIME_WAIT. It is off, and
+probeletctl explain says why, for what is not answered, for pods whose address is not known, and for TCP probes that are
+answered by a look at the listening socket.
 
 An annotation that cannot be used is logged and shown by probeletctl status, and of its pod nothing is answered: whoever
 wrote it did not want the defaults.
@@ -109,8 +121,9 @@ type config struct {
 	bpfDir, stateDir string
 	hook             attach.Hook // of pods that are adopted, and in the plugin's configuration
 	defaults         probe.Defaults
-	dial             dialFunc // from the node's network namespace
-	keep             bool     // attachments as the node is
+	dial             dialFunc      // from the node's network namespace
+	keep             bool          // attachments as the node is
+	crosscheck       time.Duration // between looks at the kubelet's verdicts; 0: none
 	cniCacheDir      string
 	netDir, chain    string // of network configurations; empty: somebody else sees to the chain
 	metricsListen    string
@@ -193,6 +206,19 @@ func fromEnvironment(flags *pflag.FlagSet) error {
 	return errors.Join(errs...)
 }
 
+func policyFlags(flags *pflag.FlagSet, d *probe.Defaults) {
+	builtIn := probe.NewDefaults()
+	flags.TextVar(&d.Mode, "mode", builtIn.Mode, "what is done for pods without an annotation: `answer|observe|off`")
+	flags.TextVar(&d.Staleness, "staleness", builtIn.Staleness, "for how many `periods` a success is answered")
+	flags.TextVar(&d.Ceiling, "staleness-ceiling", builtIn.Ceiling, "most `periods` that an annotation can ask for")
+	flags.TextVar(&d.Refresh, "refresh", builtIn.Refresh, "whether the daemon asks by itself: `true|false`, or the longest interval")
+}
+
+// noteChosen tells values that were given from built-in ones that are the same.
+func noteChosen(flags *pflag.FlagSet, d *probe.Defaults) {
+	d.StalenessSet, d.CeilingSet = flags.Changed("staleness"), flags.Changed("staleness-ceiling")
+}
+
 func runCommand(stderr io.Writer) *cobra.Command {
 	c := config{dial: (*net.Dialer).DialContext}
 	c.kubelet.SelfSigned = func() ([]byte, error) { return prober.KubeletCertificate("/proc") }
@@ -217,18 +243,16 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags.StringVar(&c.kubelet.TokenFile, "kubelet-token-file", serviceAccount+"token", "`FILE` of the token for the kubelet")
 	flags.StringVar(&c.kubelet.CAFile, "kubelet-ca-file", serviceAccount+"ca.crt", "`FILE` of the authority of the kubelet's certificate; one that the kubelet made for itself is recognised")
 	flags.StringVar(&c.kubelet.ServerName, "kubelet-server-name", "", "`NAME` in the kubelet's certificate (default: the host of its URL)")
-	flags.DurationVar(&c.kubelet.Poll, "kubelet-poll", 10*time.Second, "`INTERVAL` at which the kubelet is asked")
+	flags.StringVar(&c.kubelet.Socket, "kubelet-pods-socket", source.PodsAPISocket, "`SOCKET` of the kubelet's pods API; empty: it is not used")
+	flags.DurationVar(&c.kubelet.Poll, "kubelet-poll", 10*time.Second, "longest `INTERVAL` at which the kubelet is asked for all pods, from 1s")
+	flags.DurationVar(&c.crosscheck, "crosscheck", 15*time.Second, "`INTERVAL` at which the kubelet's verdicts on its probes are compared with what was observed, up to 1m; 0: never")
 	flags.StringVar(&c.kubeconfig, "kubeconfig", "", "`FILE` that says how to reach the API server (default: as in a pod)")
 	flags.StringVar(&c.node, "node-name", os.Getenv("NODE_NAME"), "`NAME` of this node at the API server (default: $NODE_NAME)")
 	flags.StringVar(&c.prober, "prober", "", "whose connections are probes: `kubelet|cgroup:PATH|host` (default: kubelet, but for specs from a file)")
 	hookFlag(flags, &c.hook)
 	flags.StringVar(&c.bpfDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
 	flags.StringVar(&c.stateDir, "state-dir", attach.DefaultStateDir, "`directory` of attachment records and the daemon's state")
-	defaults := probe.NewDefaults()
-	flags.TextVar(&c.defaults.Mode, "mode", defaults.Mode, "what is done for pods without an annotation: answer|observe|off")
-	flags.TextVar(&c.defaults.Staleness, "staleness", defaults.Staleness, "for how many `periods` a success is answered")
-	flags.TextVar(&c.defaults.Ceiling, "staleness-ceiling", defaults.Ceiling, "most `periods` that an annotation can ask for")
-	flags.TextVar(&c.defaults.Refresh, "refresh", defaults.Refresh, "whether the daemon asks by itself: `true|false`, or the longest interval")
+	policyFlags(flags, &c.defaults)
 	flags.BoolVar(&c.keep, "repair", true, "attach pods that had their network before probelet, and put right what was lost")
 	flags.StringVar(&c.cniCacheDir, "cni-cache-dir", adopt.DefaultCacheDir, "`directory` of the host where the runtime's CNI library keeps results, for that")
 	flags.StringVar(&c.netDir, "cni-net-dir", "", "`directory` of network configurations, to keep the plugin in the chain of (default: somebody else does)")
@@ -239,7 +263,19 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags.StringVar(&c.api.certFile, "api-cert-file", "", "`FILE` of its certificate")
 	flags.StringVar(&c.api.keyFile, "api-key-file", "", "`FILE` of its key")
 	flags.StringVar(&c.api.clientCAFile, "api-client-ca-file", "", "`FILE` of the authority of its clients")
-	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error { return fromEnvironment(cmd.Flags()) }
+	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error {
+		if err := fromEnvironment(cmd.Flags()); err != nil {
+			return err
+		}
+		noteChosen(cmd.Flags(), &c.defaults)
+		if c.kubelet.Poll < time.Second {
+			return fmt.Errorf("--kubelet-poll %s: must be 1s or more", c.kubelet.Poll)
+		}
+		if c.crosscheck != 0 && (c.crosscheck < time.Second || c.crosscheck > crosscheck.LongestInterval) {
+			return fmt.Errorf("--crosscheck %s: must be between 1s and %s, or 0", c.crosscheck, crosscheck.LongestInterval)
+		}
+		return nil
+	}
 	flags.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "least `level` that is logged: debug, info, warn, error")
 	return cmd
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/http"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -11,6 +12,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/crosscheck"
+	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/store"
 )
@@ -20,11 +23,17 @@ import (
 type metrics struct {
 	evidence        *prometheus.CounterVec
 	withdrawals     *prometheus.CounterVec
+	inconclusive    *prometheus.CounterVec
+	estimates       *prometheus.CounterVec
 	reconcileErrors prometheus.Counter
 	repairs         *prometheus.CounterVec
+	disagreements   *prometheus.CounterVec
 	snapshots       prometheus.Counter
 	lastSnapshot    prometheus.Gauge
 }
+
+// timedOut is the cause of a withdrawal by a probe that the kernel side took for no failure.
+const timedOut probe.Cause = "timeout"
 
 func newMetrics() *metrics {
 	m := &metrics{
@@ -34,8 +43,16 @@ func newMetrics() *metrics {
 		}, []string{"source", "result"}),
 		withdrawals: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "probelet_withdrawn_endpoints_total",
-			Help: "Endpoints that were no longer answered before their bound, by the daemon's decision, by cause: timeout of a probe, refresh, restart, spec, request, repair. What the kernel side withdraws by itself is in probelet_withdrawn_ports_total.",
+			Help: "Endpoints that were no longer answered before their bound, by the daemon's decision, by cause: timeout of a probe, refresh, restart, spec, request, repair, verdict (of the kubelet). What the kernel side withdraws by itself is in probelet_withdrawn_ports_total.",
 		}, []string{"cause"}),
+		inconclusive: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "probelet_inconclusive_probes_total",
+			Help: "Connections of a prober that reached a pod, and of which it is not certain what became of them, by why.",
+		}, []string{"reason"}),
+		estimates: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "probelet_estimated_probes_total",
+			Help: "Probes of pods in mode observe, by what mode answer would have made of them: verdict answered (by result: success, or failure, which the prober would have learned of later) or passed (by why).",
+		}, []string{"verdict", "reason"}),
 		reconcileErrors: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "probelet_reconcile_errors_total",
 			Help: "Failed attempts to write what is known into a pod's maps.",
@@ -44,6 +61,10 @@ func newMetrics() *metrics {
 			Name: "probelet_repairs_total",
 			Help: "Attachments that the daemon saw to: reattached (something of it was lost), removed (its device is gone), adopted (the pod had its network before).",
 		}, []string{"what"}),
+		disagreements: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "probelet_disagreements_total",
+			Help: "Endpoints that are no longer answered because the kubelet's own counts say of probes that were taken for successes that they failed, or do not have them at all (discarded).",
+		}, []string{"kind"}),
 		snapshots: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "probelet_source_snapshots_total",
 			Help: "Changes of what is probed that the source told of.",
@@ -53,10 +74,37 @@ func newMetrics() *metrics {
 			Help: "When the last of them was, in Unix time; 0: never.",
 		}),
 	}
+	for _, doubt := range evidence.Doubts() {
+		m.inconclusive.WithLabelValues(string(doubt))
+	}
+	for _, why := range probe.Whys() {
+		m.estimates.WithLabelValues("passed", string(why))
+	}
+	for _, result := range []probe.Result{probe.Success, probe.Failure} {
+		m.estimates.WithLabelValues("answered", result.String())
+	}
+	for _, cause := range []probe.Cause{timedOut, probe.ByRefresh, probe.ByRestart, probe.BySpec, probe.ByRequest, probe.ByRepair, probe.ByVerdict} {
+		m.withdrawals.WithLabelValues(string(cause))
+	}
 	for _, what := range []string{reattached, removed, adopted} {
 		m.repairs.WithLabelValues(what)
 	}
+	for _, kind := range crosscheck.Kinds {
+		m.disagreements.WithLabelValues(string(kind))
+	}
 	return m
+}
+
+// estimated counts a probe of a pod in mode observe.
+func (m *metrics) estimated(j probe.Judged) {
+	switch {
+	case !j.Answered:
+		m.estimates.WithLabelValues("passed", string(j.Why)).Inc()
+	case j.Hidden:
+		m.estimates.WithLabelValues("answered", probe.Failure.String()).Inc()
+	default:
+		m.estimates.WithLabelValues("answered", probe.Success.String()).Inc()
+	}
 }
 
 // changed counts a change of what is known. outcome is what it was learned from; nil: from something else.
@@ -70,8 +118,8 @@ func (m *metrics) changed(c probe.Change, outcome *probe.Outcome) {
 	switch {
 	case c.Cause != probe.ByProbe:
 		m.withdrawals.WithLabelValues(string(c.Cause)).Inc()
-	case outcome.Event == probe.NoAnswer, c.To.Result == probe.Failure && outcome.Status/100 == 2, outcome.Event == probe.Connected:
-		m.withdrawals.WithLabelValues("timeout").Inc()
+	case outcome == nil, outcome.Event == probe.NoAnswer, c.To.Result == probe.Failure && outcome.Status/100 == 2, outcome.Event == probe.Connected:
+		m.withdrawals.WithLabelValues(string(timedOut)).Inc()
 	}
 }
 
@@ -79,7 +127,7 @@ func (m *metrics) changed(c probe.Change, outcome *probe.Outcome) {
 func (l *loop) handler(perPod bool) http.Handler {
 	registry := prometheus.NewRegistry()
 	m := l.metrics
-	registry.MustRegister(m.evidence, m.withdrawals, m.reconcileErrors, m.repairs, m.snapshots, m.lastSnapshot,
+	registry.MustRegister(m.evidence, m.withdrawals, m.inconclusive, m.estimates, m.reconcileErrors, m.repairs, m.disagreements, m.snapshots, m.lastSnapshot,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		&collector{loop: l, perPod: perPod}, buildInfo())
 	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{})
@@ -105,8 +153,8 @@ func describe(name, help string, labels ...string) *prometheus.Desc {
 var (
 	probesDesc      = describe("probes_total", "Connections of a prober to attached pods, by verdict (answered in the kernel, passed to the pod) and reason.", "verdict", "reason")
 	handedOverDesc  = describe("handed_over_connections_total", "Connections that were taken and then handed over to the pod, because what was asked could not be answered.")
-	observedDesc    = describe("observed_probes_total", "Probes that reached the pod, passed on or handed over, and whose outcome was reported.")
-	lostDesc        = describe("lost_outcomes_total", "Outcomes that did not fit the ring buffer.")
+	observedDesc    = describe("observed_probes_total", "Probes that reached the pod, passed on or handed over, and were recorded to their end.")
+	lostDesc        = describe("lost_records_total", "Connections of which a record did not fit into the ring.")
 	ownDesc         = describe("own_connections_total", "Connections of the daemon itself (refresh).")
 	foreignDesc     = describe("foreign_connections_total", "Connections to attached pods that were not a prober's.")
 	expiredDesc     = describe("expired_flows_total", "Connections of a prober whose end was not seen, or whose pod went first.")
@@ -120,8 +168,10 @@ var (
 	entriesDesc     = describe("map_entries", "Entries of a BPF map: pods, and flows (connections).", "map")
 	capacityDesc    = describe("map_capacity_entries", "Entries that a BPF map can hold.", "map")
 	watchedDesc     = describe("listeners_watched", "1 if listening sockets of pods are watched, so that a port's evidence ends when its server does; 0 where the kernel does not describe its types (BTF): then the next probe that reaches the pod tells.")
+	detectionDesc   = describe("worst_detection_seconds", "The longest time that a failure can go unnoticed by one of the probes, by its pod's mode: with probelet answering (of mode observe: as it would be) and without, as computed.", "mode", "probelet")
 	proberDesc      = describe("prober_found", "1 if it is known whose connections are probes, otherwise 0: nothing is answered then.")
 	sourceDesc      = describe("source_up", "1 if the source of specs can be read, otherwise 0: what it last said stays in force.")
+	pushedDesc      = describe("source_pushed", "1 if the source of specs hears of each change of a container's state when it happens, otherwise 0: it is polled, or does not tell.")
 	perPodDesc      = describe("pod_answered_probes_total", "Probes of a pod that were answered in the kernel.", "namespace", "pod")
 )
 
@@ -135,7 +185,8 @@ type collector struct {
 func (c *collector) Describe(descs chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		probesDesc, handedOverDesc, observedDesc, lostDesc, ownDesc, foreignDesc, expiredDesc, untrustedDesc, droppedDesc, portsDesc,
-		agesDesc, endpointsDesc, attachmentsDesc, refreshedDesc, entriesDesc, capacityDesc, watchedDesc, proberDesc, sourceDesc,
+		agesDesc, endpointsDesc, attachmentsDesc, detectionDesc, refreshedDesc, entriesDesc, capacityDesc, watchedDesc, proberDesc, sourceDesc,
+		pushedDesc,
 	} {
 		descs <- d
 	}
@@ -180,6 +231,10 @@ func (s sink) gauge(d *prometheus.Desc, value int, labels ...string) {
 	s <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(value), labels...)
 }
 
+func (s sink) seconds(d *prometheus.Desc, value time.Duration, labels ...string) {
+	s <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, value.Seconds(), labels...)
+}
+
 func collectCounters(d *datapath.Datapath, to sink) error {
 	counters, err := d.Counters()
 	if err != nil {
@@ -188,15 +243,17 @@ func collectCounters(d *datapath.Datapath, to sink) error {
 	for _, protocol := range []string{"http", "tcp"} {
 		to.counter(probesDesc, counters["answered_"+protocol], "answered", protocol)
 	}
-	for _, reason := range []string{"not_fresh", "not_probed", "not_parsable", "untrusted", "full"} {
-		to.counter(probesDesc, counters["passed_"+reason], "passed", reason)
+	for name, n := range counters {
+		if reason, passed := strings.CutPrefix(name, "passed_"); passed && reason != "own" && reason != "not_prober" {
+			to.counter(probesDesc, n, "passed", reason)
+		}
 	}
 	for _, cause := range datapath.WithdrawalCauses {
 		to.counter(portsDesc, counters["withdrawn_"+cause], cause)
 	}
 	to.counter(handedOverDesc, counters["handed_over"])
 	to.counter(observedDesc, counters["observed"])
-	to.counter(lostDesc, counters["outcomes_lost"])
+	to.counter(lostDesc, counters["records_lost"])
 	to.counter(ownDesc, counters["passed_own"])
 	to.counter(foreignDesc, counters["passed_not_prober"])
 	to.counter(expiredDesc, counters["flows_expired"])
@@ -254,11 +311,16 @@ func (m moment) collect(to sink, perPod bool) {
 			to.gauge(endpointsDesc, m.endpoints[modeState{mode, state}], string(mode), state)
 		}
 	}
+	for mode, worst := range m.detection {
+		to.seconds(detectionDesc, worst.Answered, string(mode), "answering")
+		to.seconds(detectionDesc, worst.Plain, string(mode), "without")
+	}
 	to.gauge(attachmentsDesc, m.known, "true")
 	to.gauge(attachmentsDesc, m.unknown, "false")
 	to.gauge(refreshedDesc, m.refreshed)
 	to.gauge(proberDesc, btoi(m.proberFound))
 	to.gauge(sourceDesc, btoi(m.sourceUp))
+	to.gauge(pushedDesc, btoi(m.sourcePushed))
 	if !perPod {
 		return
 	}
@@ -288,15 +350,17 @@ type modeState struct {
 // moment is what is known at a moment, in numbers.
 type moment struct {
 	endpoints                 map[modeState]int
+	detection                 map[probe.Mode]probe.Delay // the longest, of the modes that there are
 	known, unknown, refreshed int
 	hits                      map[podName]uint64
-	proberFound, sourceUp     bool
+	proberFound               bool
+	sourceUp, sourcePushed    bool
 }
 
 func (l *loop) moment() moment {
 	m := moment{
-		endpoints: map[modeState]int{}, hits: map[podName]uint64{},
-		proberFound: !l.lost, sourceUp: l.failing() == "",
+		endpoints: map[modeState]int{}, detection: map[probe.Mode]probe.Delay{}, hits: map[podName]uint64{},
+		proberFound: !l.lost, sourceUp: l.failing() == "", sourcePushed: l.delivery().Pushed,
 	}
 	for _, a := range l.attachments {
 		if a.pod == nil {
@@ -309,7 +373,8 @@ func (l *loop) moment() moment {
 		var hits uint64
 		for _, s := range a.tracker.Endpoints() {
 			m.endpoints[modeState{a.settings.Mode, a.state(s, evidence[s.Endpoint])}]++
-			if key, ok := store.Key(s.Endpoint); ok && s.Observed && a.maps != nil {
+			m.worsen(a.settings.Mode, s)
+			if key, ok := store.Key(s.Endpoint, evidence[s.Endpoint].Question); ok && s.Observed && a.maps != nil {
 				tally, _ := a.maps.Tally(key) // an unreadable one is told of when it is written
 				hits += tally.Hits
 			}
@@ -319,15 +384,23 @@ func (l *loop) moment() moment {
 	return m
 }
 
+// worsen takes the endpoint's delays into account.
+func (m moment) worsen(mode probe.Mode, s probe.EndpointSpec) {
+	worst := m.detection[mode]
+	for _, d := range s.Delays() {
+		worst.Plain, worst.Answered = max(worst.Plain, d.Plain), max(worst.Answered, d.Answered)
+	}
+	m.detection[mode] = worst
+}
+
 // state is the endpoint's, as probeletctl status has it, but for those that are never answered. In mode observe it is what it
 // would be: the kernel side is never told of it.
 func (a *attachment) state(s probe.EndpointSpec, e probe.Evidence) string {
-	withheld := s.Observed && probe.Withheld(s.Reason)
-	if withheld {
+	if s.Withheld {
 		e.FreshUntil = e.ObservedAt + uint64(s.Staleness)
 	}
 	switch {
-	case s.Reason != "" && !withheld:
+	case s.Reason != "" && !s.Withheld:
 		return "never"
 	case e.Result == probe.Failure:
 		return "failed"
@@ -344,11 +417,35 @@ func (a *attachment) state(s probe.EndpointSpec, e probe.Evidence) string {
 
 // withdrawnAt is when the kernel side last voided what was known of an endpoint, by itself or with its port.
 func (a *attachment) withdrawnAt(e probe.Endpoint) uint64 {
-	key, _ := store.Key(e)
+	key, _ := store.Key(e, a.tracker.Evidence()[e].Question)
 	own, err := a.maps.Tally(key)
 	port, portErr := a.maps.Tally(datapath.PortKey(e.Port))
 	if err != nil || portErr != nil {
 		return datapath.Now() // of what cannot be read nothing is fresh
 	}
 	return max(own.WithdrawnAt, port.WithdrawnAt)
+}
+
+// closedAt is when a listening socket closed, so that what the port was asked before is void.
+func (a *attachment) closedAt(port uint16) uint64 {
+	if a.maps == nil {
+		return 0
+	}
+	at, err := a.maps.ClosedAt(port)
+	if err != nil {
+		return datapath.Now() // of what cannot be read nothing is fresh
+	}
+	return at
+}
+
+// mostAnswered is how many TCP probes of the port may be answered in a row, as far as that is known.
+func (a *attachment) mostAnswered(port uint16) int {
+	if a.maps == nil || a.live == 0 {
+		return a.live
+	}
+	tally, err := a.maps.Tally(datapath.PortKey(port))
+	if err != nil {
+		return a.live
+	}
+	return store.ListenerOf(tally).Most
 }

@@ -8,7 +8,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
@@ -62,9 +61,9 @@ func (d *daemon) invalidate(r api.InvalidateRequest) (api.InvalidateReply, error
 		for _, s := range a.tracker.Endpoints() {
 			asked = append(asked, s.String())
 		}
-		changes := a.tracker.Withdraw(func(e probe.Endpoint) bool {
+		changes := a.withdraw(func(e probe.Endpoint) bool {
 			return (r.Port == 0 || r.Port == e.Port) && (r.Path == "" || r.Path == e.Path)
-		}, datapath.Now())
+		})
 		if len(changes) == 0 {
 			continue
 		}
@@ -116,13 +115,61 @@ func (l *loop) Events(ctx context.Context, namespace, pod string) (reply api.Eve
 	return reply, errors.Join(called, err)
 }
 
+// Endpoints implements api.Node.
+func (l *loop) Endpoints(ctx context.Context) (reply api.EndpointsReply, err error) {
+	reply.Endpoints, reply.Inconclusive = []api.Endpoint{}, []api.Inconclusive{}
+	return reply, l.call(ctx, func() {
+		if l.outdated {
+			l.describe() // whoever asks this reads that next
+		}
+		for _, a := range l.attachments {
+			reply.Endpoints = append(reply.Endpoints, a.known()...)
+			if len(a.inconclusive) == 0 {
+				continue
+			}
+			described := api.Inconclusive{ContainerID: a.record.ContainerID, IfName: a.record.IfName, Reasons: map[string]uint64{}}
+			for doubt, n := range a.inconclusive {
+				described.Reasons[string(doubt)] = n
+			}
+			reply.Inconclusive = append(reply.Inconclusive, described)
+		}
+	})
+}
+
+// Source implements api.Node.
+func (l *loop) Source() api.SourceReply {
+	d := l.delivery()
+	return api.SourceReply{Pushed: d.Pushed, Why: d.Why}
+}
+
+// known is what is known of the attachment's endpoints that are observed.
+func (a *attachment) known() []api.Endpoint {
+	var all []api.Endpoint
+	var estimates map[probe.Endpoint]probe.Estimate // none in other modes than observe
+	if a.estimator != nil {
+		estimates = a.estimator.Estimates()
+	}
+	for e, known := range a.tracker.Evidence() {
+		described := api.Endpoint{
+			ContainerID: a.record.ContainerID, IfName: a.record.IfName,
+			Kind: e.Kind, Port: e.Port, Path: e.Path, HeadersID: e.Headers,
+			Result: known.Result.String(), Status: known.Status, ObservedAt: known.ObservedAt,
+		}
+		if estimate, ok := estimates[e]; ok {
+			described.Estimate = &api.Estimate{Answered: estimate.Answered, Hidden: estimate.Hidden, Passed: estimate.Passed}
+		}
+		all = append(all, described)
+	}
+	return all
+}
+
 // eventsKept is how many are kept of each endpoint.
 const eventsKept = 16
 
 // remember keeps the last events of an endpoint; those that only repeat the one before are counted.
 func (a *attachment) remember(c probe.Change, took *time.Duration) {
 	event := api.Event{
-		Time: time.Now(), Count: 1, Kind: c.Endpoint.Kind, Port: c.Endpoint.Port, Path: c.Endpoint.Path,
+		Time: time.Now(), Count: 1, Kind: c.Endpoint.Kind, Port: c.Endpoint.Port, Path: c.Endpoint.Path, HeadersID: c.Endpoint.Headers,
 		Result: c.To.Result.String(), Status: c.To.Status, Cause: c.Cause, Took: took,
 	}
 	events := a.events[c.Endpoint]

@@ -17,21 +17,28 @@ import (
 type dialFunc func(dialer *net.Dialer, ctx context.Context, network, address string) (net.Conn, error)
 
 // asOwn makes connections that are never taken for a probe's, whoever the prober is: the kernel side is told of each
-// socket before it connects. Later packets of a connection that was passed on are passed on too.
+// socket before it connects. Later packets of a connection that was passed on are passed on too. The error is
+// refresh.ErrNotAsked if no socket came as far as to connect.
 func asOwn(d *datapath.Datapath, dial dialFunc) refresh.Dial {
 	return func(ctx context.Context, network, address string) (conn net.Conn, err error) {
-		var cookies []uint64
+		var cookies []uint64 // of sockets that connect
 		dialer := &net.Dialer{Control: func(_, _ string, socket syscall.RawConn) error {
 			cookie, err := cookieOf(socket)
 			if err != nil {
 				return fmt.Errorf("socket cookie: %w", err)
 			}
+			if err := d.ExemptSocket(cookie); err != nil {
+				return fmt.Errorf("exempting the socket: %w", err)
+			}
 			cookies = append(cookies, cookie)
-			return d.ExemptSocket(cookie)
+			return nil
 		}}
 		conn, err = dial(dialer, ctx, network, address)
 		for _, cookie := range cookies {
-			err = errors.Join(err, d.ForgetSocket(cookie))
+			_ = d.ForgetSocket(cookie) // no other socket ever has it, and the least used go first
+		}
+		if err != nil && cookies == nil {
+			err = errors.Join(refresh.ErrNotAsked, err)
 		}
 		return conn, err
 	}

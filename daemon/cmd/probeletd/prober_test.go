@@ -169,7 +169,7 @@ func TestTheProberIsLostForAMoment(t *testing.T) {
 				return !slices.Equal(now, before) && (len(now) > 0) == elsewhere
 			})
 			n.want("/healthz", 200, false)
-			wantAnswer(t, taken, probeRequest, "", true)
+			wantAnswer(t, taken, n.probeRequest("/healthz", ""), "", true)
 			wantAnswer(t, unasked, "GET /other HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", "0", false)
 			wantAnswer(t, handed, strings.Repeat("b", half), fmt.Sprint(2*half), false)
 
@@ -179,8 +179,6 @@ func TestTheProberIsLostForAMoment(t *testing.T) {
 		})
 	}
 }
-
-const probeRequest = "GET /healthz HTTP/1.1\r\nHost: x\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n"
 
 // prober are the cgroups that the kernel side knows it by.
 func (n *node) prober() []uint64 {

@@ -17,13 +17,13 @@ func TestRefresh(t *testing.T) {
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + short)
 	n.attach()
 	n.start()
-	healthz := datapath.HTTPKey(8080, "/healthz")
-	n.eventually("the probe's endpoint is known", n.has(healthz))
+	n.eventually("the probe's port is known", n.has(datapath.PortKey(8080)))
 	if got := n.served.Load(); got != 0 {
 		t.Fatalf("asked %d times before any probe", got)
 	}
 	n.want("/healthz", 200, false)
 	n.eventually("fresh", n.open(8080))
+	healthz := n.key("/healthz")
 	first := n.records()[healthz].ObservedAt
 	n.eventually("renewed, over more than one bound", func() bool {
 		return n.records()[healthz].ObservedAt > first+uint64(5*time.Second)
@@ -66,6 +66,12 @@ func TestRefreshTCP(t *testing.T) {
 	listener := n.pod.Listen(t, 9090)
 	_ = n.pod.Dial(t, n.pod.IPv4.String()+":9090").Close()
 	n.eventually("known", func() bool { return n.records()[key].ObservedAt != 0 })
+	if e := n.endpoint(); e.Live > 0 {
+		if e.Refresh != 0 || e.RefreshOff == "" {
+			t.Errorf("the listening socket is looked at, and it is said: every %g s, off: %q", e.Refresh, e.RefreshOff)
+		}
+		return
+	}
 	first := n.records()[key].ObservedAt
 	n.eventually("renewed", func() bool { return n.records()[key].ObservedAt > first+uint64(3*time.Second) })
 	_ = listener.Close()

@@ -81,7 +81,7 @@ func (l *loop) repair(ctx context.Context) error {
 	if err == nil && (!current || !sameBPFFS(l.bpfDir)) {
 		return errReplaced
 	}
-	err = errors.Join(err, l.datapath.Sweep())
+	err = errors.Join(err, l.sweep())
 	if l.keeper != nil && l.podsKnown {
 		changed, lookErr := l.keeper.look(ctx, l.daemon)
 		if changed {
@@ -242,6 +242,9 @@ func (k *keeper) putRight(d *daemon, r attach.Record, problem error, gone bool) 
 		return k.failed(d, r, err)
 	}
 	delete(k.failures, r.ID())
+	if a := d.attachments[r.ID()]; a != nil {
+		a.maps, a.pending = nil, true // those of what was attached before
+	}
 	return true
 }
 

@@ -21,6 +21,7 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/adopt"
+	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/refresh"
@@ -243,9 +244,9 @@ func (k *kept) arm(p *bpftest.Pod) {
 
 // observeAs has the daemon learn of a probe's success by a device.
 func (k *kept) observeAs(device datapath.DeviceKey) {
-	k.observe([]datapath.Outcome{{
-		ObservedAt: datapath.Now(), Duration: 1, Device: device, Port: 80, Kind: datapath.KindTCP, Event: datapath.EventConnected,
-	}})
+	k.observe([]evidence.Observation{{Device: device, Outcome: probe.Outcome{
+		Port: 80, Kind: probe.TCP, Event: probe.Connected, ObservedAt: datapath.Now(), Duration: 1,
+	}}})
 }
 
 // device is the pod's, as it is attached.
@@ -695,7 +696,7 @@ func (n *node) startKept() {
 	refresher := refresh.New(asOwn(n.d, n.config.dial), datapath.Now, refreshesAtATime)
 	l := &loop{
 		daemon: newDaemon(n.logger(), n.d, n.config, statedir.Endpoints{}, refresher), log: n.logger(), calls: make(chan func()),
-		prober: finder, who: who, set: n.d.SetProber, refresh: specs.Refresh, failing: specs.Failing,
+		prober: finder, who: who, set: n.d.SetProber, refresh: specs.Refresh, failing: specs.Failing, delivery: specs.Delivery,
 		keeper: makeKeeper(adopt.Node{Root: "/", CacheDir: n.t.TempDir()}),
 	}
 	done := make(chan error, 1)

@@ -19,6 +19,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/chain"
+	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/refresh"
@@ -38,8 +39,10 @@ const (
 	proberInterval = 500 * time.Millisecond
 	// recordsSettle is how long after a change of records they are read: a change is several events.
 	recordsSettle = 10 * time.Millisecond
-	// outcomesGather is how long outcomes are left to gather.
-	outcomesGather = 50 * time.Millisecond
+	// recordsGather is how long records are left to gather.
+	recordsGather = 50 * time.Millisecond
+	// describeInterval is the shortest time between two writings of what is probed: that takes as long as there are pods.
+	describeInterval = time.Second
 	// refreshesAtATime keeps the daemon's own requests from coming all at once, however many pods want them. One that
 	// hangs is in the way for no longer than its probe's timeout, and is then not asked any more.
 	refreshesAtATime = 32
@@ -144,7 +147,7 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 	refresher := refresh.New(asOwn(d, c.dial), datapath.Now, refreshesAtATime)
 	defer refresher.Close()
 	l.daemon = newDaemon(l.log, d, c, previous, refresher)
-	l.refresh, l.failing = specs.Refresh, specs.Failing
+	l.refresh, l.failing, l.delivery = specs.Refresh, specs.Failing, specs.Delivery
 	if c.keep {
 		if l.keeper, err = newKeeper(c.cniCacheDir); err != nil {
 			l.log.Warn("attachments are not looked after, and pods that had their network before are not adopted", "reason", err)
@@ -153,6 +156,9 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 		}
 	}
 	if err := l.listen(ctx, c, in); err != nil {
+		return err
+	}
+	if err := l.crosscheck(ctx, c, in); err != nil {
 		return err
 	}
 	if c.netDir != "" {
@@ -209,7 +215,7 @@ func (l *loop) listen(ctx context.Context, c config, in *inputs) error {
 type inputs struct {
 	snapshots chan []probe.Pod
 	records   chan struct{} // they changed
-	outcomes  chan []datapath.Outcome
+	observed  chan observed
 	failed    chan error // the first of those that cannot go on
 	// recordsReplaced is whether their directory is not the one that is watched.
 	recordsReplaced func() bool
@@ -229,9 +235,9 @@ func watch(ctx context.Context, stateDir string, d *datapath.Datapath, specs sou
 	if err != nil {
 		return nil, errors.Join(err, watcher.Close())
 	}
-	reader, err := d.Outcomes()
+	reader, err := d.Records()
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("outcomes: %w", err), watcher.Close())
+		return nil, errors.Join(fmt.Errorf("records of connections: %w", err), watcher.Close())
 	}
 	in := &inputs{
 		recordsReplaced: func() bool {
@@ -240,12 +246,12 @@ func watch(ctx context.Context, stateDir string, d *datapath.Datapath, specs sou
 		},
 		snapshots: make(chan []probe.Pod),
 		records:   make(chan struct{}, 1),
-		outcomes:  make(chan []datapath.Outcome),
+		observed:  make(chan observed),
 		failed:    make(chan error, 1),
 	}
 	in.all.Go(func() { in.fail(specs.Run(ctx, in.snapshots)) })
 	in.all.Go(func() { in.fail(in.watchRecords(ctx, watcher, log)) })
-	in.all.Go(func() { in.fail(in.readOutcomes(ctx, reader)) })
+	in.all.Go(func() { in.fail(in.readProbes(ctx, reader)) })
 	// A reader that waits is woken by closing it.
 	context.AfterFunc(ctx, func() { _ = reader.Close() })
 	return in, nil
@@ -288,28 +294,51 @@ func (in *inputs) watchRecords(ctx context.Context, watcher *fsnotify.Watcher, l
 	}
 }
 
-// readOutcomes reads as many as there are at a time, and then lets some more come: to wake up for each would cost more
-// than all the rest. What must have an effect at once the kernel side does by itself.
-func (in *inputs) readOutcomes(ctx context.Context, reader *datapath.OutcomeReader) error {
+// observed is what became of probes, and how many exchanges there were of which that is not certain.
+type observed struct {
+	probes   []evidence.Observation
+	doubtful map[evidence.Doubtful]uint64
+}
+
+// readProbes reads as many records as there are at a time, and then lets some more come: to wake up for each would cost
+// more than all the rest. What must have an effect at once the kernel side does by itself.
+func (in *inputs) readProbes(ctx context.Context, reader *datapath.RecordReader) error {
+	assembler := evidence.NewAssembler()
 	for {
-		outcomes, err := reader.Read()
+		o, err := readBatch(reader, assembler)
 		switch {
 		case ctx.Err() != nil:
 			return nil
 		case err != nil:
-			return fmt.Errorf("reading outcomes: %w", err)
+			return fmt.Errorf("reading records of connections: %w", err)
 		}
 		select {
 		case <-ctx.Done():
 			return nil
-		case in.outcomes <- outcomes:
+		case in.observed <- o:
 		}
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(outcomesGather):
+		case <-time.After(recordsGather):
 		}
 	}
+}
+
+// readBatch waits for records and returns what became of the probes that end with those there are, at most 1,024.
+func readBatch(reader *datapath.RecordReader, assembler *evidence.Assembler) (o observed, err error) {
+	const most = 1024
+	var record datapath.Record
+	for first := true; (first || reader.Pending()) && len(o.probes) < most; first = false {
+		if err := reader.Next(&record); err != nil {
+			return o, err
+		}
+		if observation, ok := assembler.Add(record); ok {
+			o.probes = append(o.probes, observation)
+		}
+	}
+	o.doubtful = assembler.TakeDoubtful()
+	return o, nil
 }
 
 // loop is the one goroutine in which everything is decided.
@@ -319,26 +348,32 @@ type loop struct {
 	prober prober.Finder
 	who    datapath.Prober
 	set    func(datapath.Prober) error
-	// refresh tells the source of a new attachment; failing is how it fails.
-	refresh func()
-	failing func() string
-	calls   chan func() // of others, to be run between two decisions
-	lost    bool        // the prober's cgroup is not there, and that was logged
-	keeper  *keeper     // nil: attachments are as others leave them
+	// refresh tells the source of a new attachment; failing is how it fails, and delivery how containers' states come in.
+	refresh  func()
+	failing  func() string
+	delivery func() source.Delivery
+	calls    chan func() // of others, to be run between two decisions
+	lost     bool        // the prober's cgroup is not there, and that was logged
+	keeper   *keeper     // nil: attachments are as others leave them
 	// unrepaired is what was logged last of what keeps the keeper from its work.
 	unrepaired string
 }
 
 func (l *loop) run(ctx context.Context, in *inputs) error {
+	defer func() {
+		if l.outdated {
+			l.describe()
+		}
+	}()
 	l.readRecords()
-	// Outcomes mean nothing, and records of endpoints would be taken for superfluous, until it is known what is probed.
-	var outcomes <-chan []datapath.Outcome
+	// Probes mean nothing, and records of endpoints would be taken for superfluous, until it is known what is probed.
+	var probes <-chan observed
 	var retry <-chan time.Time
 	prober := time.NewTicker(proberInterval)
 	defer prober.Stop()
 	resync := time.NewTicker(resyncInterval)
 	defer resync.Stop()
-	var again <-chan time.Time
+	var again, describe <-chan time.Time
 	look := func() error {
 		again = nil
 		err := l.repair(ctx)
@@ -357,7 +392,7 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			return err
 		case pods := <-in.snapshots:
 			first := !l.podsKnown
-			outcomes = in.outcomes
+			probes = in.observed
 			l.setPods(pods)
 			if first {
 				lookErr = look()
@@ -366,8 +401,9 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			if l.readRecords() {
 				l.refresh()
 			}
-		case o := <-outcomes:
-			l.observe(o)
+		case o := <-probes:
+			l.doubt(o.doubtful)
+			l.observe(o.probes)
 		case call := <-l.calls:
 			call()
 		case o := <-l.refresher.C:
@@ -384,9 +420,15 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			lookErr = look()
 		case <-prober.C:
 			l.followProber()
+		case <-describe:
+			describe = nil
+			l.describe()
 		}
 		if lookErr != nil {
 			return lookErr
+		}
+		if l.outdated && describe == nil {
+			describe = time.After(time.Until(l.describedAt.Add(describeInterval)))
 		}
 		if retry == nil && l.pending() {
 			retry = time.After(retryAfter)

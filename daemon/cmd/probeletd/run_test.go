@@ -9,8 +9,10 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -36,7 +38,8 @@ type node struct {
 	via    attach.Via // of what is attached
 	log    io.Writer  // of the daemon
 
-	status atomic.Int32 // that the server answers with
+	server *http.Server
+	status atomic.Int32 // that it answers with
 	served atomic.Int32 // requests that reached it
 }
 
@@ -65,15 +68,19 @@ func newNode(t *testing.T) *node {
 	n.d = d
 	t.Cleanup(func() { _ = d.Close() })
 	n.status.Store(http.StatusOK)
-	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	n.server = &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		n.served.Add(1)
 		received, _ := io.Copy(io.Discard, r.Body)
 		w.Header().Set("X-Received", fmt.Sprint(received))
-		w.WriteHeader(int(n.status.Load()))
+		status := int(n.status.Load())
+		if wanted := r.Header.Get("X-Status"); wanted != "" {
+			status, _ = strconv.Atoi(wanted)
+		}
+		w.WriteHeader(status)
 	})}
 	listener := n.pod.Listen(t, 8080)
-	go func() { _ = server.Serve(listener) }()
-	t.Cleanup(func() { _ = server.Close() })
+	go func() { _ = n.server.Serve(listener) }()
+	t.Cleanup(func() { _ = n.server.Close() })
 	return n
 }
 
@@ -96,7 +103,7 @@ func (n *node) idOf(pod *bpftest.Pod) attach.ID {
 func (n *node) attachPod(pod *bpftest.Pod) {
 	n.t.Helper()
 	record := attach.Record{
-		ContainerID: "of-" + pod.HostIfName, IfName: "eth0", IfIndex: pod.IfIndex, HostIfName: pod.HostIfName,
+		ContainerID: "of-" + pod.HostIfName, IfName: "eth0", IfIndex: pod.IfIndex, HostIfName: pod.HostIfName, PodNetns: pod.Netns,
 		PodIPs: []string{pod.IPv4.String(), pod.IPv6.String()}, CreatedAt: time.Now(),
 	}
 	if err := attach.WriteRecord(n.config.stateDir, record); err != nil {
@@ -261,14 +268,19 @@ func not(f func() bool) func() bool { return func() bool { return !f() } }
 // ask is what the kubelet does. It returns the status, and whether the kernel answered.
 func (n *node) ask(path string) (status int, byKernel bool) {
 	n.t.Helper()
+	return n.send(netip.AddrPortFrom(n.pod.IPv4, 8080), n.probeRequest(path, ""))
+}
+
+// send sends a request to the server. Its header X-Status says which status that is to answer with.
+func (n *node) send(to netip.AddrPort, request string) (status int, byKernel bool) {
+	n.t.Helper()
 	before := n.served.Load()
-	conn := n.pod.Dial(n.t, n.pod.IPv4.String()+":8080")
+	conn := n.pod.Dial(n.t, to.String())
 	defer conn.Close() //nolint:errcheck // read to its end
 	if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
 		n.t.Fatal(err)
 	}
-	_, err := fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: x\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\n"+
-		"Connection: close\r\n\r\n", path)
+	_, err := io.WriteString(conn, request)
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -286,6 +298,12 @@ func (n *node) ask(path string) (status int, byKernel bool) {
 	return response.StatusCode, byKernel
 }
 
+// probeRequest is the kubelet's, with another header line.
+func (n *node) probeRequest(path, line string) string {
+	return fmt.Sprintf("GET %s HTTP/1.1\r\nHost: %s:8080\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\n%sConnection: close\r\n\r\n",
+		path, n.pod.IPv4, line)
+}
+
 // want expects an answer of the kernel or of the pod.
 func (n *node) want(path string, status int, byKernel bool) {
 	n.t.Helper()
@@ -294,19 +312,38 @@ func (n *node) want(path string, status int, byKernel bool) {
 	}
 }
 
+// key names the endpoint of a path that has been asked.
+func (n *node) key(path string) (key datapath.EndpointKey) {
+	n.t.Helper()
+	n.eventually("it is written what "+path+" is asked by", func() bool {
+		described, err := statedir.ReadEndpoints(n.config.stateDir)
+		if err != nil {
+			return false
+		}
+		for _, a := range described.Attachments {
+			for _, e := range a.Endpoints {
+				if e.Path == path && e.Question != (probe.Question{}) {
+					key = datapath.HTTPKey(e.Port, datapath.Question(e.Question))
+				}
+			}
+		}
+		return key != datapath.EndpointKey{}
+	})
+	return key
+}
+
 // makeFresh has the pod itself answer one probe of /healthz, so that the kernel may answer the next.
 func (n *node) makeFresh() datapath.EndpointKey {
 	n.t.Helper()
-	healthz := datapath.HTTPKey(8080, "/healthz")
-	n.eventually("the probe's endpoint is known", n.has(healthz))
+	n.eventually("the probe's port is known", n.has(datapath.PortKey(8080)))
 	n.want("/healthz", 200, false)
 	n.eventually("fresh", n.open(8080))
-	return healthz
+	return n.key("/healthz")
 }
 
 const (
 	long  = "periodSeconds: 300, timeoutSeconds: 30"
-	short = "periodSeconds: 1, timeoutSeconds: 1" // stale after 2 s
+	short = "periodSeconds: 1, timeoutSeconds: 1" // stale after 1.5 s
 )
 
 func TestHTTP(t *testing.T) {
@@ -314,12 +351,12 @@ func TestHTTP(t *testing.T) {
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	n.start()
 	n.attach()
-	healthz := datapath.HTTPKey(8080, "/healthz")
-	n.eventually("the probe's endpoint is known", n.has(healthz))
+	n.eventually("the probe's port is known", n.has(datapath.PortKey(8080)))
 
 	n.status.Store(http.StatusNoContent)
 	n.want("/healthz", 204, false)
 	n.eventually("fresh", n.open(8080))
+	healthz := n.key("/healthz")
 	n.want("/healthz", 204, true)
 	n.want("/other", 204, false) // handed over
 	n.want("/healthz", 204, true)
@@ -344,12 +381,154 @@ func TestHTTP(t *testing.T) {
 	n.want("/healthz", 200, true)
 
 	n.specs("httpGet: {path: /ready, port: 8080}, " + long)
-	n.eventually("the other endpoint is known", n.has(datapath.HTTPKey(8080, "/ready")))
 	n.eventually("the old one is forgotten", not(n.has(healthz)))
 	n.want("/healthz", 200, false)
 	n.want("/ready", 200, false)
 	n.eventually("fresh", n.open(8080))
 	n.want("/ready", 200, true)
+}
+
+// Requests of one path that differ in a header are each answered on their own evidence: be they of two probes, or of
+// another pod's probe with host: set to an address or name of this one.
+func TestEachRequestCountsForItself(t *testing.T) {
+	n := newNode(t)
+	probe := func(status int) string {
+		return fmt.Sprintf("{httpGet: {path: /x, port: 8080, httpHeaders: [{name: X-Status, value: '%d'}]}, %s}", status, long)
+	}
+	n.container("readinessProbe: " + probe(200) + ", livenessProbe: " + probe(403))
+	n.attach()
+	n.start()
+	n.eventually("the probes' port is known", n.has(datapath.PortKey(8080)))
+	own := n.probeRequest("/x", "X-Status: 200\r\n")
+	named := func(host string) string {
+		return strings.Replace(own, "Host: "+n.pod.IPv4.String(), "Host: "+host, 1)
+	}
+	v4, v6 := netip.AddrPortFrom(n.pod.IPv4, 8080), netip.AddrPortFrom(n.pod.IPv6, 8080)
+	strangers := map[string]struct {
+		to      netip.AddrPort
+		request string
+	}{
+		"another header": {v4, n.probeRequest("/x", "X-Status: 200\r\nX-Stranger: yes\r\n")},
+		"no header":      {v4, n.probeRequest("/x", "")},
+		"a name":         {v4, named("web.example.org")},
+		"an address":     {v6, named("[" + n.pod.IPv6.String() + "]")},
+		"another agent":  {v4, strings.Replace(own, "kube-probe/1.37", "kube-probe/1.38+", 1)},
+	}
+	want := func(name string, to netip.AddrPort, request string, status int, byKernel bool) {
+		t.Helper()
+		if s, k := n.send(to, request); s != status || k != byKernel {
+			t.Fatalf("%s: status %d, by the kernel: %v; want %d, %v", name, s, k, status, byKernel)
+		}
+	}
+	want("a stranger", v6, named("["+n.pod.IPv6.String()+"]"), 200, false)
+	want("its own", v4, own, 200, false)
+	n.eventually("fresh", n.open(8080))
+	for name, stranger := range strangers {
+		want("its own", v4, own, 200, true)
+		want("the other", v4, n.probeRequest("/x", "X-Status: 403\r\n"), 403, false)
+		want(name, stranger.to, stranger.request, 200, false)
+		if name == "another agent" { // which is the probe's by now
+			n.eventually("answered to the new one", func() bool { s, k := n.send(stranger.to, stranger.request); return s == 200 && k })
+			want("its own", v4, own, 200, false)
+			n.eventually("answered to the old one", func() bool { s, k := n.send(v4, own); return s == 200 && k })
+		}
+	}
+}
+
+// After a failure, and when the kernel side has withdrawn what was known, as many successes are needed as the prober counts.
+func TestSuccessThreshold(t *testing.T) {
+	n := newNode(t)
+	if !n.d.Watched() {
+		t.Skip("nothing tells that a listening socket closes")
+	}
+	n.specs("httpGet: {path: /healthz, port: 8090}, successThreshold: 2, " + long)
+	n.attach()
+	n.start()
+	n.eventually("the probe's port is known", n.has(datapath.PortKey(8090)))
+	to := netip.AddrPortFrom(n.pod.IPv4, 8090)
+	probe := func(byKernel bool) {
+		t.Helper()
+		request := strings.Replace(n.probeRequest("/healthz", ""), ":8080", ":8090", 1)
+		if status, k := n.send(to, request); status != 200 || k != byKernel {
+			t.Fatalf("status %d, by the kernel: %v; want %v", status, k, byKernel)
+		}
+	}
+	learned := func(n *node, count string) {
+		t.Helper()
+		n.eventually("learned of "+count, func() bool {
+			got, _ := n.metricsOf()
+			return got[`probelet_evidence_total{result="success",source="probe"}`] == count
+		})
+	}
+	for i, counts := range [][2]string{{"1", "2"}, {"3", "4"}} {
+		listener := n.pod.Listen(t, 8090)
+		go func() { _ = n.server.Serve(listener) }()
+		probe(false)
+		learned(n, counts[0])
+		if n.open(8090)() {
+			t.Fatalf("round %d: armed by one success", i)
+		}
+		probe(false)
+		learned(n, counts[1])
+		n.eventually("fresh", n.open(8090))
+		probe(true)
+		_ = listener.Close()
+	}
+}
+
+// A prober that finds no connection sends nothing when it gives up: it has failed all the same. And what an exchange came to that was
+// not seen to succeed may have been a failure.
+func TestWhatIsNoOutcomeBreaksTheRow(t *testing.T) {
+	for name, between := range map[string]func(n *node) error{
+		"no connection": func(n *node) error {
+			dropper := n.pod.NewDropper(t)
+			dropper.At(t, bpftest.PodIn, 8080, bpftest.Drop{Mask: bpftest.SYN, Flags: bpftest.SYN, Percent: 100})
+			defer dropper.Stop(t, 8080)
+			conn, err := net.DialTimeout("tcp", n.pod.IPv4.String()+":8080", 100*time.Millisecond)
+			if err == nil {
+				return errors.Join(errors.New("connected"), conn.Close())
+			}
+			return nil
+		},
+		"inconclusive": func(n *node) error {
+			conn, err := net.Dial("tcp", n.pod.IPv4.String()+":8080")
+			if err != nil {
+				return err
+			}
+			defer conn.Close() //nolint:errcheck // a test's
+			if _, err := io.WriteString(conn, "POST /healthz HTTP/1.1\r\nHost: pod\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"); err != nil {
+				return err
+			}
+			_, err = io.ReadAll(conn)
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			n.specs("httpGet: {path: /healthz, port: 8080}, successThreshold: 2, " + long)
+			n.attach()
+			n.start()
+			n.eventually("the probe's port is known", n.has(datapath.PortKey(8080)))
+			probe := func(count string) {
+				t.Helper()
+				n.want("/healthz", 200, false)
+				n.eventually("learned of "+count, func() bool {
+					got, _ := n.metricsOf()
+					return got[`probelet_evidence_total{result="success",source="probe"}`] == count
+				})
+			}
+			probe("1")
+			bpftest.Do(t, n.pod.Node.NS, func() error { return between(n) })
+			probe("2")
+			if n.open(8080)() {
+				t.Error("armed by two successes that were not in a row")
+			}
+			n.eventually("fresh", func() bool {
+				n.ask("/healthz")
+				return n.open(8080)()
+			})
+		})
+	}
 }
 
 func TestTCP(t *testing.T) {
@@ -423,7 +602,7 @@ func TestRestart(t *testing.T) {
 	n.want("/healthz", 200, true)
 	stop()
 
-	// The same path, but another question.
+	// The same path, but another request.
 	n.specs("httpGet: {path: /healthz, port: 8080, httpHeaders: [{name: X, value: z}]}, " + long)
 	n.start()
 	n.eventually("evidence is void", func() bool { return n.records()[healthz].Result == datapath.ResultUnknown })
@@ -435,8 +614,8 @@ func TestTwoPods(t *testing.T) {
 	n := newNode(t)
 	other := n.pod.Node.AddPod(t)
 	pod := func(name string, p *bpftest.Pod) string {
-		return fmt.Sprintf("{name: %s, ips: [%s], containers: [{name: c, readinessProbe: {httpGet: {port: 8080}, %s}}]}",
-			name, p.IPv6, long)
+		return fmt.Sprintf("{name: %s, ips: [%s, %s], containers: [{name: c, readinessProbe: {httpGet: {port: 8080}, %s}}]}",
+			name, p.IPv4, p.IPv6, long)
 	}
 	text := fmt.Sprintf("pods: [%s, %s]", pod("web", n.pod), pod("other", other))
 	if err := os.WriteFile(n.config.specs, []byte(text), 0o600); err != nil {
@@ -445,10 +624,10 @@ func TestTwoPods(t *testing.T) {
 	n.attachPod(n.pod)
 	n.attachPod(other)
 	n.start()
-	root := datapath.HTTPKey(8080, "/")
-	n.eventually("the endpoints are known", func() bool {
-		_, known := n.recordsOf(other)[root]
-		return known && n.has(root)()
+	port := datapath.PortKey(8080)
+	n.eventually("the ports are known", func() bool {
+		_, known := n.recordsOf(other)[port]
+		return known && n.has(port)()
 	})
 	n.want("/", 200, false)
 	n.eventually("fresh", n.open(8080))
@@ -465,10 +644,9 @@ func TestMapsMadeAnew(t *testing.T) {
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	n.attach()
 	n.start()
-	healthz := datapath.HTTPKey(8080, "/healthz")
-	n.eventually("the probe's endpoint is known", n.has(healthz))
+	n.eventually("the probe's port is known", n.has(datapath.PortKey(8080)))
 	n.attachMaps(n.pod, attach.ID{ContainerID: "of-" + n.pod.HostIfName, IfName: "eth0"})
-	n.eventually("the probe's endpoint is known again", n.has(healthz))
+	n.eventually("the probe's port is known again", n.has(datapath.PortKey(8080)))
 }
 
 func TestTooManyEndpoints(t *testing.T) {

@@ -140,7 +140,7 @@ func TestExpiredFlows(t *testing.T) {
 		got, _ := n.metricsOf()
 		return got["probelet_expired_flows_total"] == "1" && got[`probelet_map_entries{map="flows"}`] == "0"
 	})
-	wantAnswer(t, idle, probeRequest, "0", false)
+	wantAnswer(t, idle, n.probeRequest("/healthz", ""), "0", false)
 }
 
 // expireFlows makes the deadline of all flows pass.

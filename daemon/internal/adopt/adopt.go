@@ -222,6 +222,7 @@ func (n Node) record(r result, pod Pod) (record attach.Record, err error) {
 	}
 	end, err := n.hostEnd(r)
 	record.IfIndex, record.HostIfName, record.PodNetns = end.Index, end.Name, end.PodNetns
+	record.NetnsCookie = end.NetnsCookie
 	return record, err
 }
 

@@ -29,21 +29,83 @@ type InvalidateReply struct {
 // Event is what happened to what is known of an endpoint.
 type Event struct {
 	// Time is of the last of Count events of the same kind in a row.
-	Time   time.Time      `json:"time"`
-	Count  int            `json:"count"`
-	Kind   probe.Kind     `json:"kind"`
-	Port   uint16         `json:"port"`
-	Path   string         `json:"path,omitempty"`
-	Result string         `json:"result"`           // success, failure, or unknown for evidence that was dropped
-	Status int            `json:"status,omitempty"` // HTTP
-	Cause  probe.Cause    `json:"cause"`
-	Took   *time.Duration `json:"tookNanoseconds,omitempty"` // of a probe or a request
+	Time  time.Time  `json:"time"`
+	Count int        `json:"count"`
+	Kind  probe.Kind `json:"kind"`
+	Port  uint16     `json:"port"`
+	Path  string     `json:"path,omitempty"`
+	// HeadersID is a digest of the probe's custom headers, empty if there are none.
+	HeadersID string         `json:"headersID,omitempty"`
+	Result    string         `json:"result"`           // success, failure, or unknown for evidence that was dropped
+	Status    int            `json:"status,omitempty"` // HTTP
+	Cause     probe.Cause    `json:"cause"`
+	Took      *time.Duration `json:"tookNanoseconds,omitempty"` // of a probe or a request
 }
 
 // EventsReply is the answer to GET /v1/pods/{namespace}/{pod}/events: oldest first, the last few of each endpoint.
 type EventsReply struct {
 	Pod    string  `json:"pod"` // namespace/name
 	Events []Event `json:"events"`
+}
+
+// Endpoint is what the daemon knows of an endpoint beside what is in the kernel's maps.
+type Endpoint struct {
+	ContainerID string     `json:"containerID"`
+	IfName      string     `json:"ifName"`
+	Kind        probe.Kind `json:"kind"`
+	Port        uint16     `json:"port,omitempty"`
+	Path        string     `json:"path,omitempty"`
+	HeadersID   string     `json:"headersID,omitempty"`
+	Result      string     `json:"result"` // success, failure or unknown
+	Status      int        `json:"status,omitempty"`
+	ObservedAt  uint64     `json:"observedAt,omitempty"` // in ns of CLOCK_BOOTTIME
+	// Estimate is null in other modes than observe, and if no probe was seen.
+	Estimate *Estimate `json:"estimate,omitempty"`
+}
+
+// Estimate is what mode answer would have made of the probes that were seen in mode observe, since the daemon started or
+// the endpoint came up.
+type Estimate struct {
+	// Answered is how many would have been answered, and Hidden how many of these failed, so that their prober would have
+	// learned of it later.
+	Answered uint64 `json:"answered"`
+	Hidden   uint64 `json:"hidden"`
+	// Passed is how many would have reached the pod, by why: never, unknown, failed, threshold, withdrawn, expired, tcp or
+	// limit.
+	Passed map[probe.Why]uint64 `json:"passed"`
+}
+
+// Probes is how many were seen; none if there is no estimate.
+func (e *Estimate) Probes() uint64 {
+	if e == nil {
+		return 0
+	}
+	n := e.Answered
+	for _, passed := range e.Passed {
+		n += passed
+	}
+	return n
+}
+
+// EndpointsReply is the answer to GET /v1/endpoints. When it arrives, statedir.Endpoints are up to date too.
+type EndpointsReply struct {
+	Endpoints    []Endpoint     `json:"endpoints"`
+	Inconclusive []Inconclusive `json:"inconclusive"`
+}
+
+// Inconclusive is how many of an attachment's observed connections had no certain outcome, by why: the reasons of the metric
+// probelet_inconclusive_probes_total.
+type Inconclusive struct {
+	ContainerID string            `json:"containerID"`
+	IfName      string            `json:"ifName"`
+	Reasons     map[string]uint64 `json:"reasons"`
+}
+
+// SourceReply is the answer to GET /v1/source: whether the daemon hears of each change of a container's state when it happens,
+// and why it does not.
+type SourceReply struct {
+	Pushed bool   `json:"pushed"`
+	Why    string `json:"why,omitempty"`
 }
 
 // ErrNotFound: there is no such pod, or nothing of it is as described.
@@ -61,6 +123,8 @@ func (notFound) Is(target error) bool { return target == ErrNotFound }
 type Node interface {
 	Invalidate(ctx context.Context, r InvalidateRequest) (InvalidateReply, error)
 	Events(ctx context.Context, namespace, pod string) (EventsReply, error)
+	Endpoints(ctx context.Context) (EndpointsReply, error)
+	Source() SourceReply
 	// Alive is nil while the daemon decides.
 	Alive(ctx context.Context) error
 	// Unready says what is missing for probes to be answered; nothing if they may be.

@@ -48,6 +48,16 @@ func (c *Client) Events(ctx context.Context, namespace, pod string) (reply Event
 	return reply, c.do(ctx, http.MethodGet, path, nil, &reply)
 }
 
+// Endpoints is GET /v1/endpoints.
+func (c *Client) Endpoints(ctx context.Context) (reply EndpointsReply, err error) {
+	return reply, c.do(ctx, http.MethodGet, "/v1/endpoints", nil, &reply)
+}
+
+// Source is GET /v1/source.
+func (c *Client) Source(ctx context.Context) (reply SourceReply, err error) {
+	return reply, c.do(ctx, http.MethodGet, "/v1/source", nil, &reply)
+}
+
 // Ready is GET /readyz: what the daemon lacks, a line for each thing.
 func (c *Client) Ready(ctx context.Context) (missing []string, err error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://probeletd/readyz", nil)

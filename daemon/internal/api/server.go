@@ -116,6 +116,13 @@ func Local(n Node, metrics http.Handler) http.Handler {
 		reply, err := n.Events(ctx, r.PathValue("namespace"), r.PathValue("pod"))
 		answer(w, reply, err)
 	})
+	mux.HandleFunc("GET /v1/endpoints", func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), patience)
+		defer cancel()
+		reply, err := n.Endpoints(ctx)
+		answer(w, reply, err)
+	})
+	mux.HandleFunc("GET /v1/source", func(w http.ResponseWriter, _ *http.Request) { answer(w, n.Source(), nil) })
 	return mux
 }
 

@@ -11,6 +11,8 @@ type Delay struct {
 	FailureThreshold int
 	// Plain is that of plain Kubernetes, Probelet the one with probelet. They are equal if the endpoint is not answered.
 	Plain, Probelet time.Duration
+	// Answered is what Probelet is, or in mode observe would be, if the endpoint is answered.
+	Answered time.Duration
 }
 
 // plainDelay is
@@ -34,6 +36,8 @@ func plainDelay(p Spec) time.Duration {
 // beginning on all is as in plain Kubernetes after its last success, because an observed failure re-arms nothing and the
 // probes after it all reach the pod.
 //
+// None of this depends on whose period the staleness is of. So it holds for a startup probe, too, whose own may be shorter.
+//
 // The second for which a taken connection may be answered after the bound (ARCHITECTURE.md) adds nothing: it is about
 // the end of a probe that began before, and the next one is due a period after the beginning.
 func (s EndpointSpec) delay(p Spec) Delay {
@@ -41,9 +45,12 @@ func (s EndpointSpec) delay(p Spec) Delay {
 		Asker: p.Asker(), Period: p.Period, Timeout: p.Timeout, FailureThreshold: p.FailureThreshold,
 		Plain: plainDelay(p),
 	}
-	d.Probelet = d.Plain
+	d.Probelet, d.Answered = d.Plain, d.Plain
+	if s.Reason == "" || s.Withheld {
+		d.Answered += s.Staleness
+	}
 	if s.Reason == "" {
-		d.Probelet += s.Staleness
+		d.Probelet = d.Answered
 	}
 	return d
 }

@@ -17,10 +17,10 @@ func TestDelays(t *testing.T) {
 		plain, probelet time.Duration // of the first one
 	}{
 		"default":          {[]Spec{probe(10, 1, 3)}, nil, 31, 42},
-		"one failure":      {[]Spec{probe(1, 1, 1)}, nil, 2, 4},
-		"half a period":    {[]Spec{probe(10, 1, 3)}, map[string]string{AnnotationStaleness: "0.5"}, 31, 36},
-		"five periods":     {[]Spec{probe(10, 1, 3)}, map[string]string{AnnotationStaleness: "5"}, 31, 81},
-		"long timeout":     {[]Spec{probe(1, 5, 2)}, nil, 15, 21},
+		"one failure":      {[]Spec{probe(2, 1, 1)}, nil, 3, 6},
+		"half a period":    {[]Spec{probe(10, 1, 3)}, map[string]string{AnnotationStaleness: "0.5"}, 31, 37},
+		"five periods":     {[]Spec{probe(10, 1, 3)}, map[string]string{AnnotationStaleness: "5"}, 31, 82},
+		"long timeout":     {[]Spec{probe(2, 5, 2)}, nil, 15, 18},
 		"no threshold":     {[]Spec{probe(10, 1, 0)}, nil, 11, 22},
 		"observed only":    {[]Spec{probe(10, 1, 3)}, map[string]string{AnnotationMode: "observe"}, 31, 31},
 		"off":              {[]Spec{probe(10, 1, 3)}, map[string]string{AnnotationMode: "off"}, 31, 31},
@@ -43,6 +43,9 @@ func TestDelays(t *testing.T) {
 			}
 			if d := delays[0]; d.Plain != test.plain*time.Second || d.Probelet != test.probelet*time.Second {
 				t.Errorf("plain %s, with probelet %s; want %ds, %ds", d.Plain, d.Probelet, test.plain, test.probelet)
+			}
+			if d := delays[0]; (d.Answered != d.Probelet) != (name == "observed only") || d.Answered < d.Probelet {
+				t.Errorf("with probelet %s, where it answers %s", d.Probelet, d.Answered)
 			}
 		})
 	}

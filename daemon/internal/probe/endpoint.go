@@ -11,68 +11,79 @@ import (
 
 // Endpoint is what a probe asks: probes that ask the same share what was observed.
 type Endpoint struct {
-	Port uint16
-	Kind Kind
-	Path string // as in the request line; HTTP only
+	Port    uint16
+	Kind    Kind
+	Path    string // as in the request line; HTTP only
+	Host    string // dialled instead of the pod, as the spec spells it; empty: the pod
+	Headers string // digest of the headers that are not those of a probe without custom ones; empty: none
 }
 
 func (e Endpoint) String() string {
-	switch {
-	case e.Port == 0:
-		return string(e.Kind)
-	case e.Path == "":
-		return fmt.Sprintf("%s :%d", e.Kind, e.Port)
+	text := string(e.Kind)
+	if e.Port != 0 {
+		text += fmt.Sprintf(" :%d%s", e.Port, e.Path)
 	}
-	return fmt.Sprintf("%s :%d%s", e.Kind, e.Port, e.Path)
+	if e.Host != "" {
+		text += " at " + e.Host
+	}
+	if e.Headers != "" {
+		text += " with headers " + e.Headers[:4]
+	}
+	return text
 }
 
-// Limits are what the kernel side can hold.
+// Limits are what the kernel side can do.
 type Limits struct {
-	Path    int // longest path and query, in bytes as sent
 	Request int // longest request, in bytes
 	Records int // of one pod: its endpoints and its ports
+	// Live is how many TCP probes in a row are answered at most because the pod's listening socket would accept them;
+	// 0: the kernel side cannot look at listening sockets.
+	Live int
 }
 
 // EndpointSpec says who asks an endpoint, and how what is observed of it may be used.
 type EndpointSpec struct {
 	Endpoint
-	Host   string // dialled instead of the pod; empty: the pod
 	Askers []Asker
-	// Period is the shortest, Timeout the smallest of the probes that ask.
+	// Period is the shortest of the probes that ask; startup probes count only if they are alone. Timeout is the smallest of
+	// all, because what took longer than a probe's own is none of its successes.
 	Period, Timeout time.Duration
 	// Staleness is how long after its observation a success may be answered. Capped: the node's ceiling lowered it.
 	Staleness time.Duration
 	Capped    bool
-	// Headers identifies the custom headers. Evidence of the same endpoint with others is not evidence.
-	Headers string
+	// Live is Limits.Live of a TCP endpoint; 0: its success is answered like an HTTP endpoint's.
+	Live int
+	// SuccessThreshold is how many successes in a row arm the endpoint after a failure, or when nothing is known of it.
+	SuccessThreshold int
 	// Instance identifies the running containers that the probes are of. Evidence of others is not evidence.
 	Instance string
-	// Refresh is how often the daemon is to ask by itself, so that a success is always fresh; 0: never.
-	Refresh time.Duration
-	// Observed: what the pod answers can be told apart by the kernel, so it is recorded, answered or not.
+	// Refresh is how often the daemon is to ask by itself, so that a success is always fresh; 0: never. RefreshOff says
+	// why not where the settings want it.
+	Refresh    time.Duration
+	RefreshOff string
+	// Observed: its probes' outcomes are recorded, answered or not.
 	Observed bool
 	// Startup: asked by startup probes only. They end with their success, so their evidence is never renewed.
 	Startup bool
-	// Reason is why the endpoint is never answered; empty if it may be.
-	Reason string
+	// Reason is why the endpoint is never answered; empty if it may be. Withheld: it would be, but for mode observe.
+	Reason   string
+	Withheld bool
 	// elsewhere: what is dialled is certainly not the pod.
 	elsewhere bool
 
-	probes []Spec // of Askers
+	probes   []Spec   // of Askers
+	question question // HTTP
 }
 
 // onPort reports whether connections of the endpoint's probes may arrive at the pod's port.
 func (s EndpointSpec) onPort() bool { return s.Port != 0 && !s.elsewhere }
 
-// answeredWith reports whether the kernel, where it may answer e, would answer this endpoint's probes too: it does not
-// tell the pod's addresses and names apart, and it answers a TCP probe by taking the connection, whichever endpoint of
-// the port is fresh.
-func (s EndpointSpec) answeredWith(e Endpoint) bool {
-	return s.onPort() && (s.Endpoint == e || s.Kind == TCP && s.Port == e.Port)
+// answeredWith reports whether the kernel, where it may answer e, would answer this endpoint's probes too, which ask
+// another address of the pod: taking a connection answers a TCP probe, and a request says where it was sent only by its
+// header Host.
+func (s EndpointSpec) answeredWith(e EndpointSpec) bool {
+	return s.onPort() && s.Port == e.Port && (s.Kind == TCP || s.Kind == HTTP && e.Asks(s.question.Request))
 }
-
-// CustomHeaders are those of the probes' requests, where all of these have the same.
-func (s EndpointSpec) CustomHeaders() []Header { return s.probes[0].Headers }
 
 const reasonStartup = "startup probe"
 
@@ -97,36 +108,73 @@ func Endpoints(pod Pod, settings Settings, limits Limits) ([]EndpointSpec, error
 			specs[i].Reason = reasonStartup
 		}
 		specs[i].Reason = cmp.Or(specs[i].Reason, pod.NotAnswered)
+		specs[i].Period = shortestPeriod(specs[i].probes)
+		specs[i].SuccessThreshold = successesNeeded(specs[i].probes)
 	}
 	slices.SortStableFunc(specs, compare)
 	closeBeside(specs)
 	settings.apply(specs)
-	return specs, limit(specs, limits.Records)
+	err := limit(specs, limits.Records)
+	for i := range specs {
+		specs[i].setRefresh(settings.Refresh, len(pod.IPs) > 0)
+	}
+	return specs, err
 }
+
+// setRefresh decides whether the daemon asks by itself.
+func (s *EndpointSpec) setRefresh(wanted Refresh, addressed bool) {
+	switch {
+	case !wanted.On:
+	case s.Reason != "":
+		s.RefreshOff = reasonNotAnswered
+	case !addressed:
+		s.RefreshOff = "the specs do not say the pod's address"
+	case s.Live > 0:
+		s.RefreshOff = "the kernel asks the listening socket itself"
+	default:
+		s.Refresh = wanted.Of(s.Staleness - slack(s.Period, s.Timeout))
+	}
+}
+
+// Bar gives the endpoint a reason not to be answered that outweighs others, such as mode observe.
+func (s *EndpointSpec) Bar(reason string) {
+	s.Reason, s.Withheld = reason, false
+	if s.Refresh > 0 {
+		s.Refresh, s.RefreshOff = 0, reasonNotAnswered
+	}
+}
+
+const reasonNotAnswered = "the endpoint is not answered"
 
 func compare(a, b EndpointSpec) int {
 	return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Path, b.Path),
-		cmp.Compare(a.Host, b.Host))
+		cmp.Compare(a.Host, b.Host), cmp.Compare(a.Headers, b.Headers))
 }
 
 // endpointOf is the endpoint as one probe alone asks it.
 func endpointOf(p Spec, ips []netip.Addr, limits Limits) EndpointSpec {
 	s := EndpointSpec{
-		Endpoint: Endpoint{p.Port, p.Kind, p.Path},
-		Host:     p.Host,
+		Endpoint: Endpoint{Port: p.Port, Kind: p.Kind, Path: p.Path, Host: p.Host},
 		Askers:   []Asker{p.Asker()},
 		probes:   []Spec{p},
-		Period:   p.Period,
 		Timeout:  p.Timeout,
-		Headers:  headersID(p.Headers),
 		Instance: p.instanceID(),
 		Startup:  p.Type == Startup,
-		Reason:   unanswerable(p, ips, limits),
 
 		elsewhere: elsewhere(p.Host, ips),
 	}
-	s.Observed = p.Problem == "" && p.Host == "" && s.onPort() &&
-		(p.Kind == TCP || p.Kind == HTTP && len(p.Path) <= limits.Path)
+	if p.Kind == HTTP && p.Problem == "" {
+		var err error
+		if s.question, err = questionOf(p, ips); err != nil {
+			p.Problem = "its request cannot be sent: " + err.Error()
+		}
+		s.Headers = s.question.headers
+	}
+	s.Reason = s.unanswerable(p, len(ips), limits)
+	s.Observed = p.Problem == "" && p.Host == "" && s.Port != 0 && (p.Kind == TCP || p.Kind == HTTP)
+	if p.Kind == TCP {
+		s.Live = limits.Live
+	}
 	return s
 }
 
@@ -138,7 +186,7 @@ func elsewhere(host string, ips []netip.Addr) bool {
 }
 
 // unanswerable is why a probe can never be answered, whatever else the pod is asked.
-func unanswerable(p Spec, ips []netip.Addr, limits Limits) string {
+func (s EndpointSpec) unanswerable(p Spec, addresses int, limits Limits) string {
 	switch {
 	case p.Problem != "":
 		return p.Problem
@@ -146,50 +194,72 @@ func unanswerable(p Spec, ips []netip.Addr, limits Limits) string {
 		return string(p.Kind) + " is never answered"
 	case p.Host != "":
 		return fmt.Sprintf("host %q is probed, not the pod", p.Host)
-	case p.Kind == TCP:
-		return ""
-	case len(p.Path) > limits.Path:
-		return fmt.Sprintf("path of %d bytes, at most %d are answered", len(p.Path), limits.Path)
-	case slices.ContainsFunc(p.Headers, isConnection):
-		return "header Connection is set by httpHeaders"
-	}
-	if size := requestSize(p, ips); size > limits.Request {
-		return fmt.Sprintf("request of about %d bytes, at most %d are answered", size, limits.Request)
+	case p.Kind == HTTP && addresses != 1 && s.question.setsHost: // other pods' probes may ask the same at another one
+		return "its header Host does not tell which of the pod's addresses is asked"
+	case s.question.size > limits.Request:
+		return fmt.Sprintf("request of about %d bytes, at most %d are answered", s.question.size, limits.Request)
 	}
 	return ""
 }
 
-func isConnection(h Header) bool { return strings.EqualFold(h.Name, "Connection") }
+// successesNeeded is how many successes in a row make sure that each of the probes has had as many as its own
+// successThreshold, because it is not known which of them a request was of: as many as all others may have ended
+// meanwhile are added. A startup probe ends with its first success, until there is another container.
+func successesNeeded(probes []Spec) int {
+	most := 1
+	for i, p := range probes {
+		if p.SuccessThreshold <= 1 {
+			continue
+		}
+		needed := p.SuccessThreshold
+		meanwhile := time.Duration(p.SuccessThreshold)*max(p.Period, p.Timeout) + p.Timeout
+		for j, other := range probes {
+			switch {
+			case j == i:
+			case other.Type == Startup:
+				needed++
+			default:
+				needed += 1 + int((meanwhile+other.Timeout)/other.Period)
+			}
+		}
+		most = max(most, needed)
+	}
+	return most
+}
 
-// requestSize is the size of the kubelet's request, in bytes; approximate, as its User-Agent holds its version.
-func requestSize(p Spec, ips []netip.Addr) int {
-	const fixed = "GET  HTTP/1.1\r\nHost: []:65535\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n"
-	size := len(fixed) + len(p.Path)
-	longest := 0
-	for _, ip := range ips {
-		longest = max(longest, len(ip.String()))
+// shortestPeriod is that of the probes that go on for as long as their container runs, if there are any: a startup probe has
+// ended by the time that its success could be answered to itself.
+func shortestPeriod(probes []Spec) time.Duration {
+	var all, lasting []time.Duration
+	for _, p := range probes {
+		if all = append(all, p.Period); p.Type != Startup {
+			lasting = append(lasting, p.Period)
+		}
 	}
-	for _, h := range p.Headers {
-		size += len(h.Name) + len(": \r\n") + len(h.Value)
+	if len(lasting) == 0 {
+		return slices.Min(all)
 	}
-	return size + longest
+	return slices.Min(lasting)
+}
+
+// longestTimeout is that of all probes that ask.
+func (s EndpointSpec) longestTimeout() (longest time.Duration) {
+	for _, p := range s.probes {
+		longest = max(longest, p.Timeout)
+	}
+	return longest
 }
 
 // merge makes one endpoint of two that ask the same.
 func merge(a, b EndpointSpec) EndpointSpec {
 	a.Askers = append(a.Askers, b.Askers...)
 	a.probes = append(a.probes, b.probes...)
-	a.Period = min(a.Period, b.Period)
 	a.Timeout = min(a.Timeout, b.Timeout)
 	a.Startup = a.Startup && b.Startup
 	if !strings.Contains(a.Instance, b.Instance) {
 		a.Instance += " " + b.Instance
 	}
 	a.Reason = cmp.Or(a.Reason, b.Reason)
-	if a.Headers != b.Headers {
-		a.Headers = "differ"
-		a.Reason = cmp.Or(a.Reason, "probes of this path differ in httpHeaders")
-	}
 	return a
 }
 
@@ -200,7 +270,7 @@ func closeBeside(specs []EndpointSpec) {
 			continue
 		}
 		for i, s := range specs {
-			if s.Reason == "" && never.answeredWith(s.Endpoint) {
+			if s.Reason == "" && never.answeredWith(s) {
 				specs[i].Reason = fmt.Sprintf("answering it would also answer %s of %s, which is never answered: %s",
 					never.Endpoint, never.Askers[0], never.Reason)
 			}
@@ -223,8 +293,10 @@ func limit(specs []EndpointSpec, records int) error {
 	err := fmt.Errorf("%d endpoints on %d ports need %d records, a pod has room for %d",
 		endpoints, len(ports), endpoints+len(ports), records)
 	for i := range specs {
-		specs[i].Observed, specs[i].Refresh = false, 0
-		specs[i].Reason = cmp.Or(specs[i].Reason, err.Error())
+		if specs[i].Reason == "" || specs[i].Withheld {
+			specs[i].Reason = err.Error()
+		}
+		specs[i].Observed, specs[i].Withheld = false, false
 	}
 	return err
 }

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-var limits = Limits{Path: 255, Request: 1024, Records: 64}
+var limits = Limits{Request: 1024, Records: 64}
 
 // httpProbe is an ordinary HTTP probe of port 80.
 func httpProbe(probeType Type, path string) Spec {
@@ -90,42 +90,44 @@ func TestReasons(t *testing.T) {
 		"problem":      {with(get, func(s *Spec) { s.Problem = "odd" }), "odd", false, false},
 		"unknown port": {with(get, func(s *Spec) { s.Problem, s.Port = "which port?", 0 }),
 			"which port?", false, false},
-		"longest path":     {with(get, func(s *Spec) { s.Path = "/" + strings.Repeat("x", 254) }), "", true, false},
-		"too long a path":  {with(get, func(s *Spec) { s.Path = "/" + strings.Repeat("x", 255) }), "256", false, false},
+		"long path":        {with(get, func(s *Spec) { s.Path = "/" + strings.Repeat("x", 900) }), "", true, false},
 		"headers":          {with(get, header("X-A", "1")), "", true, false},
-		"Connection":       {with(get, header("connection", "upgrade")), "Connection", true, false},
+		"Connection":       {with(get, header("connection", "upgrade")), "", true, false},
 		"long request":     {with(get, header("X-A", strings.Repeat("x", 1000))), "at most 1024", true, false},
+		"too long a path":  {with(get, func(s *Spec) { s.Path = "/" + strings.Repeat("x", 1000) }), "at most 1024", true, false},
+		"never sent":       {with(get, func(s *Spec) { s.Path = "/\x7f" }), "cannot be sent", false, false},
 		"startup":          {with(get, func(s *Spec) { s.Type = Startup }), "startup probe", true, false},
 		"startup by HTTPS": {with(get, func(s *Spec) { s.Type, s.Kind = Startup, HTTPS }), "HTTPS", false, false},
 		"another port":     {with(get, func(s *Spec) { s.Kind, s.Port = HTTPS, 443 }), "HTTPS", false, false},
 		"other headers on the same path": {with(get, func(s *Spec) {
 			s.Path = "/ordinary"
 			header("X-A", "1")(s)
-		}), "differ in httpHeaders", true, true},
-		"the same path at a name":          {with(same, at("h.example")), "h.example", false, true},
-		"the same path elsewhere":          {with(same, at("10.9.9.9")), "10.9.9.9", false, false},
-		"the same path at another port":    {with(same, at("h.example"), func(s *Spec) { s.Port = 81 }), "h.example", false, false},
-		"the same path and something more": {with(same, func(s *Spec) { s.Problem = "odd" }), "odd", false, true},
-		"the same path by HTTPS":           {with(same, func(s *Spec) { s.Kind = HTTPS }), "HTTPS", false, false},
-		"TCP at a name":                    {with(tcpProbe(Liveness), at("h.example")), "h.example", false, true},
-		"TCP at the pod's other address":   {with(tcpProbe(Liveness), at("fd00::7")), "fd00::7", false, true},
-		"TCP elsewhere":                    {with(tcpProbe(Liveness), at("10.9.9.9")), "10.9.9.9", false, false},
-		"TCP at a name, another port":      {with(tcpProbe(Liveness), at("h.example"), func(s *Spec) { s.Port = 81 }), "h.example", false, false},
-		"TCP at a name, startup":           {with(tcpProbe(Startup), at("h.example")), "h.example", false, true},
-		"TCP, startup beside an ordinary":  {tcpProbe(Startup), "", true, false},
-		"HTTP, startup beside an ordinary": {with(same, func(s *Spec) { s.Type = Startup }), "", true, false},
+		}), "", true, false},
+		"the same path at a name":                {with(same, at("h.example")), "h.example", false, false},
+		"the same path, the pod's other address": {with(same, at("fd00::7")), "fd00::7", false, false},
+		"the same path elsewhere":                {with(same, at("10.9.9.9")), "10.9.9.9", false, false},
+		"the same path at another port":          {with(same, at("h.example"), func(s *Spec) { s.Port = 81 }), "h.example", false, false},
+		"the same path and something more":       {with(same, func(s *Spec) { s.Problem = "odd" }), "odd", false, false},
+		"the same path by HTTPS":                 {with(same, func(s *Spec) { s.Kind = HTTPS }), "HTTPS", false, false},
+		"TCP at a name":                          {with(tcpProbe(Liveness), at("h.example")), "h.example", false, true},
+		"TCP at the pod's other address":         {with(tcpProbe(Liveness), at("fd00::7")), "fd00::7", false, true},
+		"TCP elsewhere":                          {with(tcpProbe(Liveness), at("10.9.9.9")), "10.9.9.9", false, false},
+		"TCP at a name, another port":            {with(tcpProbe(Liveness), at("h.example"), func(s *Spec) { s.Port = 81 }), "h.example", false, false},
+		"TCP at a name, startup":                 {with(tcpProbe(Startup), at("h.example")), "h.example", false, true},
+		"TCP, startup beside an ordinary":        {tcpProbe(Startup), "", true, false},
+		"HTTP, startup beside an ordinary":       {with(same, func(s *Spec) { s.Type = Startup }), "", true, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			specs := endpoints(t, ordinary, tcpProbe(Readiness), test.probe)
-			want := Endpoint{test.probe.Port, test.probe.Kind, test.probe.Path}
 			for _, s := range specs {
-				if s.Endpoint == want && slices.Contains(s.Askers, test.probe.Asker()) {
+				if slices.Contains(s.Askers, test.probe.Asker()) {
 					if test.reason == "" && s.Reason != "" || !strings.Contains(s.Reason, test.reason) {
 						t.Errorf("reason %q, want %q", s.Reason, test.reason)
 					}
 					if s.Observed != test.observed {
 						t.Errorf("observed: %v, want %v", s.Observed, test.observed)
 					}
+					continue
 				}
 				if s.Kind == HTTP && s.Path == "/ordinary" && s.Host == "" && s.Observed && (s.Reason != "") != test.closes {
 					t.Errorf("the ordinary HTTP probe beside it: %q, want a reason: %v", s.Reason, test.closes)
@@ -168,23 +170,62 @@ func TestReasonNamesTheOther(t *testing.T) {
 	}
 }
 
-func TestHeadersID(t *testing.T) {
-	id := func(headers ...Header) string { return headersID(headers) }
-	if id() != "" {
-		t.Errorf("no headers: %q", id())
+// Startup probes end with their success: their period says nothing of the probes that go on, nor do they add more than one
+// success to a row. Their timeout counts, as long as it is not known whose a success is.
+func TestStartupBesideOthers(t *testing.T) {
+	every := func(probeType Type, period, timeout time.Duration, successes int) Spec {
+		return with(httpProbe(probeType, "/x"), func(s *Spec) {
+			s.Period, s.Timeout, s.SuccessThreshold = period*time.Second, timeout*time.Second, successes
+		})
 	}
-	if id(Header{"a", "1"}, Header{"B", "2"}) != id(Header{"b", "2"}, Header{"A", "1"}) {
-		t.Error("order and case of names are not sent, and must not matter")
-	}
-	for name, other := range map[string]string{
-		"value":           id(Header{"A", "2"}),
-		"name":            id(Header{"B", "1"}),
-		"one more":        id(Header{"A", "1"}, Header{"A", "1"}),
-		"order of values": id(Header{"A", "2"}, Header{"A", "1"}),
+	startup := every(Startup, 1, 1, 1)
+	for name, test := range map[string]struct {
+		probes                     []Spec
+		period, timeout, staleness time.Duration // in seconds
+		needed                     int
+	}{
+		"liveness":              {[]Spec{startup, every(Liveness, 10, 1, 1)}, 10, 1, 11, 1},
+		"liveness, first":       {[]Spec{every(Liveness, 10, 1, 1), startup}, 10, 1, 11, 1},
+		"liveness, more often":  {[]Spec{every(Startup, 30, 1, 1), every(Liveness, 10, 1, 1)}, 10, 1, 11, 1},
+		"a short timeout":       {[]Spec{startup, every(Liveness, 10, 5, 1)}, 10, 1, 11, 1},
+		"a long timeout":        {[]Spec{every(Startup, 1, 9, 1), every(Liveness, 10, 5, 1)}, 10, 5, 15, 1},
+		"readiness":             {[]Spec{startup, every(Readiness, 10, 1, 3)}, 10, 1, 11, 4},
+		"readiness, two others": {[]Spec{startup, startup, every(Readiness, 10, 1, 3)}, 10, 1, 11, 5},
+		"readiness and liveness": {
+			[]Spec{startup, every(Readiness, 10, 1, 3), every(Liveness, 5, 1, 1)}, 5, 1, 6, 3 + 1 + 1 + (3*10+1+1)/5,
+		},
+		"startup only": {[]Spec{every(Startup, 5, 1, 1), startup}, 1, 1, 0, 1},
 	} {
-		if other == id(Header{"A", "1"}) || other == id(Header{"A", "1"}, Header{"A", "2"}) {
-			t.Errorf("%s does not matter, and should", name)
+		specs := endpoints(t, test.probes...)
+		if len(specs) != 1 {
+			t.Fatalf("%s: %d endpoints", name, len(specs))
 		}
+		s := specs[0]
+		if s.Period != test.period*time.Second || s.Timeout != test.timeout*time.Second || s.SuccessThreshold != test.needed {
+			t.Errorf("%s: period %s, timeout %s, %d successes needed; want %d s, %d s, %d",
+				name, s.Period, s.Timeout, s.SuccessThreshold, test.period, test.timeout, test.needed)
+		}
+		if test.staleness != 0 && s.Staleness != test.staleness*time.Second {
+			t.Errorf("%s: staleness %s, want %d s", name, s.Staleness, test.staleness)
+		}
+		// What is stated of a startup probe allows for the staleness of the others.
+		for _, d := range s.Delays() {
+			if test.staleness != 0 && d.Probelet != d.Plain+s.Staleness {
+				t.Errorf("%s: %s is detected within %s, plain %s, staleness %s", name, d.Asker, d.Probelet, d.Plain, s.Staleness)
+			}
+		}
+	}
+}
+
+func TestStartupDoesNotHastenRefresh(t *testing.T) {
+	settings := NewDefaults().Settings(nil)
+	settings.Refresh.On = true
+	pod := Pod{IPs: []netip.Addr{netip.MustParseAddr("10.0.0.7")}, Probes: []Spec{
+		with(httpProbe(Startup, "/x"), func(s *Spec) { s.Period = time.Second }), httpProbe(Liveness, "/x"),
+	}}
+	specs, err := Endpoints(pod, settings, limits)
+	if err != nil || specs[0].Refresh != 10*time.Second {
+		t.Errorf("asked every %s, %v", specs[0].Refresh, err)
 	}
 }
 

@@ -9,20 +9,26 @@ type Event uint8
 const (
 	// Connected: the connection came about, and the prober closed it without a request.
 	Connected Event = iota + 1
-	// Answered: an HTTP status was seen. A 2xx counts when the prober has closed, so that its duration covers all.
+	// Answered: the prober had a whole and valid HTTP response, up to where it stops reading.
 	Answered
 	// Reset: the pod refused or reset the connection. Whatever was asked, this concerns every endpoint of the port.
 	Reset
 	// NoAnswer: the prober closed before the pod had answered.
 	NoAnswer
-	// Failed: what was asked failed in another way, such as an answer that is cut short or is not HTTP.
+	// Failed: the prober fails in another way, such as by an answer that is cut short or is not HTTP.
 	Failed
 )
 
 // Outcome is the report of one probe.
 type Outcome struct {
-	// Endpoint is what was asked. Kind empty: not known, so the outcome concerns every endpoint of the port.
-	Endpoint   Endpoint
+	Port uint16
+	// Kind is TCP or HTTP; empty: what was asked is not known, so the outcome concerns every endpoint of the port.
+	Kind Kind
+	// Request is what was asked, Question its identity, and Text its bytes; HTTP only.
+	Request  Request
+	Question Question
+	Text     []byte
+
 	Event      Event
 	Status     int // of Answered
 	ObservedAt uint64
@@ -30,26 +36,29 @@ type Outcome struct {
 	Duration time.Duration
 	// Refresh: it is of the daemon's own request, not of a probe.
 	Refresh bool
-	// ConnectedAt is when the connection was asked for, if that was before the request; otherwise 0.
-	ConnectedAt uint64
 }
 
-// askedAt is when all was asked for that the outcome says something of. A probe asks for a connection too, so an answer
-// on one that was kept is no newer than that: a pod that accepts none any more may go on answering on those it has.
-func (o Outcome) askedAt() uint64 {
-	asked := o.ObservedAt - min(o.ObservedAt, uint64(o.Duration))
-	if o.ConnectedAt != 0 {
-		asked = min(asked, o.ConnectedAt)
-	}
-	return asked
+// askedAt is when the prober asked for the connection.
+func (o Outcome) askedAt() uint64 { return o.ObservedAt - min(o.ObservedAt, uint64(o.Duration)) }
+
+// wholePort reports whether the outcome says something about every endpoint of its port. A status, or an answer that does
+// not come, is about the one that was asked: readiness and liveness on two paths each count for themselves.
+func (o Outcome) wholePort() bool { return o.Kind == "" || o.Event == Reset }
+
+// of reports whether the outcome is that of a probe of the endpoint.
+func (o Outcome) of(s EndpointSpec) bool {
+	return o.Port == s.Port && o.Kind == s.Kind && (o.Kind == TCP || o.Kind == HTTP && s.Asks(o.Request))
 }
 
-// concerns reports whether the outcome says something about the endpoint. A status, or an answer that does not come, is
-// about the one that was asked: readiness and liveness on two paths each count for themselves.
-func (o Outcome) concerns(e Endpoint) bool {
-	wholePort := o.Endpoint.Kind == "" || o.Event == Reset
-	return o.Endpoint == e || wholePort && o.Endpoint.Port == e.Port
+// connects reports whether the outcome shows that a probe of the endpoint would have succeeded, though it was of another
+// one. Only where the kernel looks at the listening socket as well, so that it does not matter which of the pod's addresses
+// was asked.
+func (o Outcome) connects(s EndpointSpec) bool {
+	return s.Kind == TCP && s.Live > 0 && o.Port == s.Port && o.Kind == HTTP && o.Event == Answered
 }
+
+// concerns reports whether the outcome says something about the endpoint.
+func (o Outcome) concerns(s EndpointSpec) bool { return o.Port == s.Port && (o.wholePort() || o.of(s)) }
 
 // Result is what the last conclusive outcome says.
 type Result uint8
@@ -68,7 +77,8 @@ func (r Result) String() string { return [...]string{"unknown", "success", "fail
 // of the timeout is not trusted.
 func (s EndpointSpec) late(o Outcome) bool { return o.Duration >= s.Timeout-s.Timeout/10 }
 
-// judge is the kubelet's verdict on an outcome, where it can be known. Not conclusive: as if it had not been seen.
+// judge is the kubelet's verdict on an outcome that concerns the endpoint, where it can be known. Not conclusive: as if it
+// had not been seen.
 func (s EndpointSpec) judge(o Outcome) (result Result, conclusive bool) {
 	switch o.Event {
 	case Reset, Failed:
@@ -77,10 +87,10 @@ func (s EndpointSpec) judge(o Outcome) (result Result, conclusive bool) {
 		// Before its timeout the prober left by itself: it was stopped, or is not the kubelet.
 		return Failure, s.late(o)
 	case Connected:
-		return successUnless(s.late(o)), s.Kind == TCP && o.Endpoint == s.Endpoint
+		return successUnless(s.late(o)), s.Kind == TCP && o.Kind == TCP
 	case Answered:
 		result, conclusive = s.judgeStatus(o)
-		return result, conclusive && s.Kind == HTTP && o.Endpoint == s.Endpoint
+		return result, conclusive && s.Kind == HTTP && o.Kind == HTTP
 	}
 	return Unknown, false
 }

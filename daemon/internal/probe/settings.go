@@ -1,6 +1,7 @@
 package probe
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -56,65 +57,50 @@ func (m *Mode) UnmarshalText(text []byte) error {
 // MarshalText implements encoding.TextMarshaler.
 func (m Mode) MarshalText() ([]byte, error) { return []byte(m), nil }
 
-// Staleness is how long a success may be answered, as a person says it: in periods of the shortest probe of its
-// endpoint, and with PlusTimeout the smallest timeout of those probes besides.
-type Staleness struct {
-	Periods     float64
-	PlusTimeout bool
-}
+// Staleness is how long a success may be answered, in periods of the shortest probe of its endpoint. To each of these
+// times a slack is added.
+type Staleness float64
 
-// Periods of a Staleness.
+// Bounds of a Staleness, and its default: of a lone prober's probes every second one reaches the pod.
 const (
-	minPeriods = 0.5
-	maxPeriods = 5
+	MinStaleness     Staleness = 0.5
+	DefaultStaleness Staleness = 1
+	MaxStaleness     Staleness = 5
 )
 
-// DefaultStaleness reaches to the end of the next probe. So of a lone prober's probes every second one reaches the pod.
-// Without the timeout it would end when the next probe is due, and chance would say which of them comes first.
-var DefaultStaleness = Staleness{1, true}
-
-// MaxStaleness is the longest that can be said.
-var MaxStaleness = Staleness{maxPeriods, true}
-
-const plusTimeout = "+timeout"
-
-// UnmarshalText implements encoding.TextUnmarshaler: "0.5" to "5", and "0.5+timeout" to "5+timeout".
+// UnmarshalText implements encoding.TextUnmarshaler: "0.5" to "5".
 func (s *Staleness) UnmarshalText(text []byte) error {
-	number, plus := strings.CutSuffix(string(text), plusTimeout)
-	periods, err := strconv.ParseFloat(number, 64)
+	periods, err := strconv.ParseFloat(string(text), 64)
 	// Written so that NaN is refused.
-	if err != nil || !(periods >= minPeriods && periods <= maxPeriods) || strings.ContainsAny(number, "_xX+") {
-		return fmt.Errorf("%q: must be a number of periods from %v to %v, with or without %s after it",
-			shorten(string(text)), minPeriods, float64(maxPeriods), plusTimeout)
+	if parsed := Staleness(periods); err == nil && parsed >= MinStaleness && parsed <= MaxStaleness && !bytes.ContainsAny(text, "_xX+") {
+		*s = parsed
+		return nil
 	}
-	*s = Staleness{periods, plus}
-	return nil
+	err = fmt.Errorf("%q: must be a number of periods from %s to %s", shorten(string(text)), MinStaleness, MaxStaleness)
+	if bytes.HasSuffix(text, []byte("+timeout")) {
+		err = fmt.Errorf("%w, without +timeout, which is no longer understood: a slack is always added", err)
+	}
+	return err
 }
 
 // MarshalText implements encoding.TextMarshaler.
 func (s Staleness) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
-func (s Staleness) String() string {
-	text := strconv.FormatFloat(s.Periods, 'f', -1, 64)
-	if s.PlusTimeout {
-		text += plusTimeout
-	}
-	return text
-}
+func (s Staleness) String() string { return strconv.FormatFloat(float64(s), 'f', -1, 64) }
 
 // Of is the staleness of an endpoint with these shortest times.
 func (s Staleness) Of(period, timeout time.Duration) time.Duration {
-	d := time.Duration(s.Periods * float64(period))
-	if s.PlusTimeout {
-		d += timeout
-	}
-	return d
+	return time.Duration(float64(s)*float64(period)) + slack(period, timeout)
 }
+
+// slack makes a success outlast the beginning of the next probe, which chance would otherwise bring before or after. Half
+// a period keeps the probe after that one out, however long the timeout.
+func slack(period, timeout time.Duration) time.Duration { return min(timeout, period/2) }
 
 // Refresh is whether the daemon asks by itself, and how often, as a person says it.
 type Refresh struct {
 	On bool
-	// Interval is 0 for half of the endpoint's shortest period.
+	// Interval is 0 for as seldom as keeps a success fresh.
 	Interval time.Duration
 }
 
@@ -149,13 +135,13 @@ func (r Refresh) String() string {
 	return strconv.FormatBool(r.On)
 }
 
-// Of is how often an endpoint with this shortest period is asked; 0: never. It is half of the period at the most, and of
-// the staleness, so that a success is renewed before it expires.
-func (r Refresh) Of(period, staleness time.Duration) time.Duration {
+// Of is how often an endpoint is asked; 0: never. It is no longer than the staleness, given without the slack, so that a
+// success is renewed before it expires.
+func (r Refresh) Of(staleness time.Duration) time.Duration {
 	if !r.On {
 		return 0
 	}
-	interval := min(period, staleness) / 2
+	interval := staleness
 	if r.Interval > 0 {
 		interval = min(interval, r.Interval)
 	}
@@ -188,10 +174,14 @@ type Defaults struct {
 	// Ceiling is what no pod exceeds, whoever asks for it.
 	Ceiling Staleness
 	Refresh Refresh
+	// StalenessSet and CeilingSet: somebody chose these, even if they chose the built-in ones.
+	StalenessSet, CeilingSet bool
 }
 
-// NewDefaults returns those of a node of which nobody has said anything.
-func NewDefaults() Defaults { return Defaults{Answer, DefaultStaleness, MaxStaleness, Refresh{}} }
+// NewDefaults returns the built-in defaults.
+func NewDefaults() Defaults {
+	return Defaults{Mode: Answer, Staleness: DefaultStaleness, Ceiling: MaxStaleness}
+}
 
 // Settings are what holds for a pod.
 type Settings struct {
@@ -200,6 +190,7 @@ type Settings struct {
 	Staleness     Staleness
 	StalenessFrom Origin
 	Ceiling       Staleness
+	CeilingSet    bool
 	Refresh       Refresh
 	RefreshFrom   Origin
 	// Problem names an annotation that cannot be used, its value, and what it should be; empty if there is none.
@@ -212,13 +203,13 @@ type Settings struct {
 func (d Defaults) Settings(annotations map[string]string) Settings {
 	s := Settings{
 		Mode: d.Mode, ModeFrom: FromDefault,
-		Staleness: d.Staleness, StalenessFrom: FromDefault, Ceiling: d.Ceiling,
+		Staleness: d.Staleness, StalenessFrom: FromDefault, Ceiling: d.Ceiling, CeilingSet: d.CeilingSet,
 		Refresh: d.Refresh, RefreshFrom: FromDefault,
 	}
 	if d.Mode != Answer {
 		s.ModeFrom = FromNode
 	}
-	if d.Staleness != DefaultStaleness {
+	if d.StalenessSet {
 		s.StalenessFrom = FromNode
 	}
 	if d.Refresh.On {
@@ -226,36 +217,46 @@ func (d Defaults) Settings(annotations map[string]string) Settings {
 	}
 	var problems []error
 	if text, ok := annotations[AnnotationMode]; ok {
-		s.ModeFrom = FromAnnotation
 		if err := s.Mode.UnmarshalText([]byte(shorten(text))); err != nil {
 			problems = append(problems, fmt.Errorf("annotation %s: %w", AnnotationMode, err))
+		} else {
+			s.ModeFrom = FromAnnotation
 		}
 	}
 	if text, ok := annotations[AnnotationStaleness]; ok {
-		s.StalenessFrom = FromAnnotation
 		if err := s.Staleness.UnmarshalText([]byte(text)); err != nil {
 			problems = append(problems, fmt.Errorf("annotation %s: %w", AnnotationStaleness, err))
+		} else {
+			s.StalenessFrom = FromAnnotation
 		}
 	}
 	if text, ok := annotations[AnnotationRefresh]; ok {
-		s.RefreshFrom = FromAnnotation
 		if err := s.Refresh.UnmarshalText([]byte(text)); err != nil {
 			problems = append(problems, fmt.Errorf("annotation %s: %w", AnnotationRefresh, err))
+		} else {
+			s.RefreshFrom = FromAnnotation
 		}
 	}
 	if len(problems) > 0 {
 		s.Problem = strings.ReplaceAll(errors.Join(problems...).Error(), "\n", "; ")
 		if s.Mode == Answer {
-			s.Mode = Observe
+			s.Mode, s.ModeFrom = Observe, FromAnnotation
 		}
 	}
 	return s
 }
 
-// staleness of an endpoint with these shortest times, and whether the ceiling lowered it.
-func (s Settings) staleness(period, timeout time.Duration) (time.Duration, bool) {
-	asked, most := s.Staleness.Of(period, timeout), s.Ceiling.Of(period, timeout)
-	return min(asked, most), asked > most
+// staleness of an endpoint, and whether the ceiling lowered it. One that the kernel side asks the listening socket of has
+// its success believed for as long as that may go on, if nothing less was asked for.
+func (s Settings) staleness(e EndpointSpec) (time.Duration, bool) {
+	asked, most := s.Staleness, s.Ceiling
+	if e.Live > 0 && s.StalenessFrom == FromDefault {
+		asked = Staleness(e.Live + 1)
+		if !s.CeilingSet {
+			most = asked
+		}
+	}
+	return min(asked, most).Of(e.Period, e.Timeout), asked > most
 }
 
 // reason is why nothing of the pod is answered; empty if something may be.
@@ -266,21 +267,15 @@ func (s Settings) reason() string {
 	return cmp.Or(s.Problem, "mode "+string(s.Mode))
 }
 
-// Withheld is whether the reason why an endpoint is not answered is the mode alone: what would be answered is to be seen
-// before anything is.
-func Withheld(reason string) bool { return reason == "mode "+string(Observe) }
-
 // apply puts the settings into endpoints that are otherwise complete. What could never be answered anyway says so
 // still, because in mode observe it is to be seen what answering would bring.
 func (s Settings) apply(specs []EndpointSpec) {
 	for i := range specs {
-		specs[i].Staleness, specs[i].Capped = s.staleness(specs[i].Period, specs[i].Timeout)
+		specs[i].Staleness, specs[i].Capped = s.staleness(specs[i])
+		specs[i].Withheld = specs[i].Reason == "" && s.Mode == Observe && s.Problem == ""
 		specs[i].Reason = cmp.Or(specs[i].Reason, s.reason())
 		if s.Mode == Off {
 			specs[i].Observed, specs[i].Reason = false, s.reason()
-		}
-		if specs[i].Reason == "" {
-			specs[i].Refresh = s.Refresh.Of(specs[i].Period, specs[i].Staleness)
 		}
 	}
 }

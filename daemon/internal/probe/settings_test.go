@@ -1,29 +1,32 @@
 package probe
 
 import (
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
 )
 
 func TestStalenessText(t *testing.T) {
-	for text, want := range map[string]Staleness{
-		"0.5": {0.5, false}, "1": {1, false}, "2.25": {2.25, false}, "5": {5, false},
-		"1+timeout": {1, true}, "0.5+timeout": {0.5, true},
-	} {
+	for text, want := range map[string]Staleness{"0.5": 0.5, "1": 1, "2.25": 2.25, "5": 5} {
 		var got Staleness
 		if err := got.UnmarshalText([]byte(text)); err != nil || got != want || got.String() != text {
-			t.Errorf("%q: %+v (%s), %v", text, got, got, err)
+			t.Errorf("%q: %s, %v", text, got, err)
 		}
 	}
-	for _, text := range []string{"", "0", "0.49", "5.01", "-1", "NaN", "Inf", "1s", "1 + timeout", "+timeout", "0x1p0", "+1", "1_0",
-		strings.Repeat("9", 1<<20)} {
+	for _, text := range []string{"", "0", "0.49", "5.01", "-1", "NaN", "Inf", "1s", "1 + timeout", "+timeout", "1+timeout", "0x1p0", "+1",
+		"1_0", strings.Repeat("9", 1<<20)} {
 		got := DefaultStaleness
 		err := got.UnmarshalText([]byte(text))
 		if err == nil || got != DefaultStaleness {
 			t.Errorf("%.20q: accepted as %s", text, got)
-		} else if len(err.Error()) > 200 {
+			continue
+		}
+		if len(err.Error()) > 200 {
 			t.Errorf("an error of %d bytes", len(err.Error()))
+		}
+		if old := strings.HasSuffix(text, "+timeout"); old != strings.Contains(err.Error(), "no longer") {
+			t.Errorf("%.20q: %v", text, err)
 		}
 	}
 }
@@ -31,23 +34,20 @@ func TestStalenessText(t *testing.T) {
 func TestRefresh(t *testing.T) {
 	for text, want := range map[string]struct {
 		refresh  Refresh
-		interval time.Duration // of an endpoint that is asked every 10 s
+		interval time.Duration // with a staleness of 10 s
 	}{
-		"true": {Refresh{true, 0}, 5 * time.Second}, "false": {Refresh{}, 0},
+		"true": {Refresh{true, 0}, 10 * time.Second}, "false": {Refresh{}, 0},
 		"100ms": {Refresh{true, 100 * time.Millisecond}, 100 * time.Millisecond},
 		"2s":    {Refresh{true, 2 * time.Second}, 2 * time.Second},
-		"1m0s":  {Refresh{true, time.Minute}, 5 * time.Second},
+		"1m0s":  {Refresh{true, time.Minute}, 10 * time.Second},
 	} {
 		var got Refresh
 		if err := got.UnmarshalText([]byte(text)); err != nil || got != want.refresh || got.String() != text {
 			t.Errorf("%q: %+v (%s), %v", text, got, got, err)
 		}
-		if interval := got.Of(10*time.Second, time.Minute); interval != want.interval {
+		if interval := got.Of(10 * time.Second); interval != want.interval {
 			t.Errorf("%q: every %s, want %s", text, interval, want.interval)
 		}
-	}
-	if interval := (Refresh{On: true}).Of(10*time.Second, 5*time.Second); interval != 2500*time.Millisecond {
-		t.Errorf("with a staleness of half a period: every %s", interval)
 	}
 	for _, text := range []string{"", "yes", "True", "1", "99ms", "-1s", "NaN", strings.Repeat("9", 1<<20)} {
 		got := Refresh{On: true}
@@ -61,15 +61,62 @@ func TestRefresh(t *testing.T) {
 }
 
 func TestStalenessOf(t *testing.T) {
-	for text, want := range map[string]time.Duration{
-		"0.5": 5 * time.Second, "1": 10 * time.Second, "1+timeout": 11 * time.Second, "5": 50 * time.Second,
+	for text, want := range map[string]struct{ usual, longTimeout time.Duration }{
+		"0.5": {6 * time.Second, 10 * time.Second}, "1": {11 * time.Second, 15 * time.Second}, "5": {51 * time.Second, 55 * time.Second},
 	} {
 		var s Staleness
 		if err := s.UnmarshalText([]byte(text)); err != nil {
 			t.Fatal(err)
 		}
-		if got := s.Of(10*time.Second, time.Second); got != want {
-			t.Errorf("%s: %s, want %s", text, got, want)
+		if got := s.Of(10*time.Second, time.Second); got != want.usual {
+			t.Errorf("%s: %s, want %s", text, got, want.usual)
+		}
+		if got := s.Of(10*time.Second, time.Minute); got != want.longTimeout {
+			t.Errorf("%s, a long timeout: %s, want %s", text, got, want.longTimeout)
+		}
+	}
+}
+
+// set are defaults of a node that says something; 0: nothing.
+func set(staleness, ceiling Staleness) Defaults {
+	d := NewDefaults()
+	if d.StalenessSet = staleness != 0; d.StalenessSet {
+		d.Staleness = staleness
+	}
+	if d.CeilingSet = ceiling != 0; d.CeilingSet {
+		d.Ceiling = ceiling
+	}
+	return d
+}
+
+// A TCP probe's success is believed for as long as the listening socket may be asked instead, unless less is wanted.
+func TestLiveStaleness(t *testing.T) {
+	live := limits
+	live.Live = 9
+	for name, test := range map[string]struct {
+		defaults    Defaults
+		annotations map[string]string
+		want        time.Duration
+	}{
+		"by default":                {NewDefaults(), nil, 101 * time.Second},
+		"annotation":                {NewDefaults(), map[string]string{AnnotationStaleness: "1"}, 11 * time.Second},
+		"node":                      {set(5, 0), nil, 51 * time.Second},
+		"node, as built in":         {set(DefaultStaleness, 0), nil, 11 * time.Second},
+		"node ceiling":              {set(0, 2), nil, 21 * time.Second},
+		"node ceiling, as built in": {set(0, MaxStaleness), nil, 51 * time.Second},
+	} {
+		for _, p := range []Spec{tcpProbe(Liveness), httpProbe(Liveness, "/x")} {
+			specs, err := Endpoints(Pod{Probes: []Spec{p}}, test.defaults.Settings(test.annotations), live)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := test.want
+			if p.Kind == HTTP && name != "node" {
+				want = 11 * time.Second
+			}
+			if specs[0].Staleness != want {
+				t.Errorf("%s, %s: %s, want %s", name, p.Kind, specs[0].Staleness, want)
+			}
 		}
 	}
 }
@@ -77,27 +124,29 @@ func TestStalenessOf(t *testing.T) {
 func TestSettings(t *testing.T) {
 	type texts = map[string]string
 	const staleness, mode = AnnotationStaleness, AnnotationMode
-	cautious := Defaults{Observe, Staleness{0.5, false}, Staleness{2, false}, Refresh{}}
+	cautious := set(0.5, 2)
+	cautious.Mode = Observe
 	for name, test := range map[string]struct {
 		node        Defaults
 		annotations texts
 		want        string // mode, its origin, staleness, its origin
 		problem     []string
 	}{
-		"nothing said":         {NewDefaults(), nil, "answer default 1+timeout default", nil},
-		"of others":            {NewDefaults(), texts{"other/mode": "off"}, "answer default 1+timeout default", nil},
+		"nothing said":         {NewDefaults(), nil, "answer default 1 default", nil},
+		"of others":            {NewDefaults(), texts{"other/mode": "off"}, "answer default 1 default", nil},
 		"annotations":          {NewDefaults(), texts{staleness: "0.5", mode: "off"}, "off annotation 0.5 annotation", nil},
 		"node":                 {cautious, nil, "observe node 0.5 node", nil},
+		"node, as built in":    {set(DefaultStaleness, 0), nil, "answer default 1 node", nil},
 		"annotations go ahead": {cautious, texts{staleness: "5", mode: "answer"}, "answer annotation 5 annotation", nil},
-		"bad staleness": {NewDefaults(), texts{staleness: "9"}, "observe default 1+timeout annotation",
+		"bad staleness": {NewDefaults(), texts{staleness: "9"}, "observe annotation 1 default",
 			[]string{staleness, `"9"`, "0.5 to 5"}},
-		"empty staleness": {NewDefaults(), texts{staleness: ""}, "observe default 1+timeout annotation", []string{staleness, `""`}},
-		"bad mode":        {NewDefaults(), texts{mode: "Off"}, "observe annotation 1+timeout default", []string{mode, `"Off"`, "observe"}},
-		"bad refresh": {NewDefaults(), texts{AnnotationRefresh: "1ms"}, "observe default 1+timeout default",
+		"empty staleness": {NewDefaults(), texts{staleness: ""}, "observe annotation 1 default", []string{staleness, `""`}},
+		"bad mode":        {NewDefaults(), texts{mode: "Off"}, "observe annotation 1 default", []string{mode, `"Off"`, "observe"}},
+		"bad refresh": {NewDefaults(), texts{AnnotationRefresh: "1ms"}, "observe annotation 1 default",
 			[]string{AnnotationRefresh, `"1ms"`, "100ms"}},
-		"both bad": {NewDefaults(), texts{mode: "x", staleness: "y"}, "observe annotation 1+timeout annotation",
+		"both bad": {NewDefaults(), texts{mode: "x", staleness: "y"}, "observe annotation 1 default",
 			[]string{mode, staleness, `"x"`, `"y"`}},
-		"off and bad": {NewDefaults(), texts{mode: "off", staleness: "y"}, "off annotation 1+timeout annotation",
+		"off and bad": {NewDefaults(), texts{mode: "off", staleness: "y"}, "off annotation 1 default",
 			[]string{staleness}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -126,15 +175,15 @@ func TestSettingsApply(t *testing.T) {
 		capped      bool
 	}{
 		"default":  {nil, MaxStaleness, "", 11 * time.Second, true, false},
-		"longer":   {map[string]string{AnnotationStaleness: "3"}, MaxStaleness, "", 30 * time.Second, true, false},
-		"capped":   {map[string]string{AnnotationStaleness: "3"}, Staleness{2, false}, "", 20 * time.Second, true, true},
+		"longer":   {map[string]string{AnnotationStaleness: "3"}, MaxStaleness, "", 31 * time.Second, true, false},
+		"capped":   {map[string]string{AnnotationStaleness: "3"}, 2, "", 21 * time.Second, true, true},
 		"observe":  {map[string]string{AnnotationMode: "observe"}, MaxStaleness, "mode observe", 11 * time.Second, true, false},
 		"off":      {map[string]string{AnnotationMode: "off"}, MaxStaleness, "mode off", 11 * time.Second, false, false},
 		"unusable": {map[string]string{AnnotationStaleness: "x"}, MaxStaleness, AnnotationStaleness, 11 * time.Second, true, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			https := with(httpProbe(Liveness, "/y"), func(s *Spec) { s.Kind, s.Port = HTTPS, 443 })
-			settings := Defaults{Answer, DefaultStaleness, test.ceiling, Refresh{}}.Settings(test.annotations)
+			settings := set(0, test.ceiling).Settings(test.annotations)
 			specs, err := Endpoints(Pod{Probes: []Spec{httpProbe(Readiness, "/x"), https}}, settings, limits)
 			if err != nil {
 				t.Fatal(err)
@@ -142,6 +191,9 @@ func TestSettingsApply(t *testing.T) {
 			x, y := specs[0], specs[1]
 			if !strings.Contains(x.Reason, test.reason) || test.reason == "" && x.Reason != "" {
 				t.Errorf("reason %q, want %q", x.Reason, test.reason)
+			}
+			if x.Withheld != (name == "observe") || y.Withheld {
+				t.Errorf("withheld: %v, %v", x.Withheld, y.Withheld)
 			}
 			if x.Staleness != test.staleness || x.Observed != test.observed || x.Capped != test.capped {
 				t.Errorf("got %+v", x)
@@ -167,7 +219,7 @@ func TestSettingsChange(t *testing.T) {
 		fresh, back uint64 // until when, with the annotations, and without them again
 	}{
 		"longer":  {map[string]string{AnnotationStaleness: "5"}, 1021 * second, 1021 * second},
-		"shorter": {map[string]string{AnnotationStaleness: "0.5"}, 1015 * second, 1015 * second},
+		"shorter": {map[string]string{AnnotationStaleness: "0.5"}, 1016 * second, 1016 * second},
 		"observe": {map[string]string{AnnotationMode: "observe"}, 0, 0},
 		"off":     {map[string]string{AnnotationMode: "off"}, 0, 0},
 	} {
@@ -185,6 +237,43 @@ func TestSettingsChange(t *testing.T) {
 			tracker.Observe(after(20, x, Answered, 200))
 			if got := tracker.Evidence()[x].FreshUntil; got != 1031*second {
 				t.Errorf("after the next success fresh until %d", got)
+			}
+		})
+	}
+}
+
+// Refresh that cannot work is said to be off, and why.
+func TestRefreshOff(t *testing.T) {
+	live := limits
+	live.Live = 9
+	known := []netip.Addr{netip.MustParseAddr("10.0.0.7")}
+	for name, test := range map[string]struct {
+		ips         []netip.Addr
+		probe       Spec
+		limits      Limits
+		annotations map[string]string
+		off         string // empty: it is on
+	}{
+		"on":               {known, httpProbe(Readiness, "/x"), live, nil, ""},
+		"TCP":              {known, tcpProbe(Readiness), limits, nil, ""},
+		"TCP, looked at":   {known, tcpProbe(Readiness), live, nil, "the listening socket itself"},
+		"no address":       {nil, httpProbe(Readiness, "/x"), live, nil, "do not say the pod's address"},
+		"never answered":   {known, httpProbe(Startup, "/x"), live, nil, "not answered"},
+		"not observed":     {known, with(httpProbe(Liveness, "/x"), func(s *Spec) { s.Kind = HTTPS }), live, nil, "not answered"},
+		"observed only":    {known, httpProbe(Readiness, "/x"), live, map[string]string{AnnotationMode: "observe"}, "not answered"},
+		"off, not wanted":  {nil, httpProbe(Readiness, "/x"), live, map[string]string{AnnotationRefresh: "false"}, ""},
+		"and not answered": {known, httpProbe(Startup, "/x"), live, map[string]string{AnnotationRefresh: "false"}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			defaults := NewDefaults()
+			defaults.Refresh.On = true
+			specs, err := Endpoints(Pod{IPs: test.ips, Probes: []Spec{test.probe}}, defaults.Settings(test.annotations), test.limits)
+			if err != nil {
+				t.Fatal(err)
+			}
+			on := test.off == "" && test.annotations == nil
+			if s := specs[0]; (s.Refresh > 0) != on || !strings.Contains(s.RefreshOff, test.off) || test.off == "" && s.RefreshOff != "" {
+				t.Errorf("every %s, off: %q; want %q", s.Refresh, s.RefreshOff, test.off)
 			}
 		})
 	}

@@ -5,13 +5,7 @@
 package probe
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
-	"fmt"
 	"net/netip"
-	"net/textproto"
-	"slices"
-	"strings"
 	"time"
 )
 
@@ -38,6 +32,12 @@ const (
 	Liveness  Type = "liveness"
 )
 
+// Types of a container's hooks.
+const (
+	PostStart Type = "postStart"
+	PreStop   Type = "preStop"
+)
+
 // Header is one custom header of an HTTP probe.
 type Header struct{ Name, Value string }
 
@@ -57,8 +57,8 @@ type Spec struct {
 	Headers []Header
 	Period  time.Duration
 	Timeout time.Duration
-	// FailureThreshold is how many failures in a row make the prober's verdict.
-	FailureThreshold int
+	// FailureThreshold and SuccessThreshold are how many failures and successes in a row make the prober's verdict; 0 is 1.
+	FailureThreshold, SuccessThreshold int
 	// Problem is why it is not known what the prober will send; empty if it is.
 	Problem string
 }
@@ -89,26 +89,13 @@ type Pod struct {
 	// Annotations are those for probelet (AnnotationPrefix); what a source has besides is not kept.
 	Annotations map[string]string
 	Probes      []Spec
+	// Hooks are the requests of lifecycle hooks, with all that the kubelet adds to their headers. HTTP only.
+	Hooks []Spec
+	// LeftAlone is why there is nothing to attach to; empty if there is. Of such a pod only those probes and hooks are here
+	// that dial another host.
+	LeftAlone string
 	// NotAnswered is why nothing that the pod is asked is answered; empty if that depends on the probes.
 	NotAnswered string
 }
 
 func (p Pod) String() string { return p.Namespace + "/" + p.Name }
-
-// headersID identifies a set of custom headers: empty if there are none. A digest, because values may be secret.
-func headersID(headers []Header) string {
-	if len(headers) == 0 {
-		return ""
-	}
-	canonical := slices.Clone(headers)
-	for i := range canonical {
-		canonical[i].Name = textproto.CanonicalMIMEHeaderKey(canonical[i].Name)
-	}
-	// Sorted as Go's client sends them; values of one name keep their order.
-	slices.SortStableFunc(canonical, func(a, b Header) int { return strings.Compare(a.Name, b.Name) })
-	digest := sha256.New()
-	for _, h := range canonical {
-		_, _ = fmt.Fprintf(digest, "%q:%q\n", h.Name, h.Value)
-	}
-	return hex.EncodeToString(digest.Sum(nil)[:8])
-}

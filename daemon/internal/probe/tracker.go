@@ -1,7 +1,14 @@
 package probe
 
+import (
+	"cmp"
+	"slices"
+)
+
 // Evidence is what was last observed of an endpoint, and until when it may be answered.
 type Evidence struct {
+	// Question identifies the bytes of the request that the endpoint was last asked; HTTP only.
+	Question   Question
 	Result     Result
 	Status     int // HTTP, 0 if none was seen
 	ObservedAt uint64
@@ -31,20 +38,21 @@ const (
 	BySpec    Cause = "spec"    // other probes, or other settings
 	ByRequest Cause = "request" // somebody asked for it
 	ByRepair  Cause = "repair"  // the attachment was not whole, so what happened meanwhile is not known
+	ByVerdict Cause = "verdict" // the kubelet's own verdict on its probes is another one
 )
 
-// Change is of what is known of an endpoint.
+// Change is a change of what is known of an endpoint.
 type Change struct {
 	Endpoint Endpoint
 	Cause    Cause
 	From, To Evidence
 }
 
-// Withdrawn is whether a success that might still have been answered no longer is.
+// Withdrawn reports whether a success that might still have been answered no longer is.
 func (c Change) Withdrawn(now uint64) bool { return c.From.FreshUntil > now && c.To.FreshUntil <= now }
 
 // Tracker is the freshness policy for one pod: outcomes in, evidence and gates out. Only an observed success arms an
-// endpoint, and nothing else ever prolongs it.
+// endpoint; only another one, or of a TCP endpoint an answer on its port, prolongs it.
 type Tracker struct {
 	specs   []EndpointSpec
 	entries map[Endpoint]*entry
@@ -53,23 +61,37 @@ type Tracker struct {
 type entry struct {
 	spec     EndpointSpec
 	evidence Evidence
-	// since is when this question came up. What was observed before was asked differently.
+	// text is the request of the evidence's question, if it is known.
+	text []byte
+	// since is when the endpoint came up, or was withdrawn. What was asked for before says nothing of it.
 	since uint64
+	// successes is how many probes in a row succeeded.
+	successes int
 }
 
 // bound is the latest time until which a success may be answered.
 func (e *entry) bound() uint64 {
-	if e.evidence.Result != Success || e.spec.Reason != "" {
+	if e.spec.Reason != "" || e.evidence.Result != Success {
 		return 0
 	}
 	return e.evidence.ObservedAt + uint64(e.spec.Staleness)
+}
+
+// armed reports whether a success arms the endpoint, as far as its past goes.
+func (e *entry) armed() bool {
+	return e.evidence.Result == Success && e.successes >= e.spec.SuccessThreshold
+}
+
+// forget keeps the question only.
+func (e *entry) forget(now uint64) {
+	e.evidence, e.successes, e.since = Evidence{Question: e.evidence.Question}, 0, now
 }
 
 // NewTracker returns a tracker that knows no endpoint.
 func NewTracker() *Tracker { return &Tracker{entries: map[Endpoint]*entry{}} }
 
 // SetEndpoints replaces the endpoints, as Endpoints returns them. What is known of those that stay is kept, within their
-// new bounds; nothing is, where it is about other containers or another request.
+// new bounds; nothing is, where it is about other containers.
 func (t *Tracker) SetEndpoints(specs []EndpointSpec, now uint64) []Change {
 	var changes []Change
 	entries := map[Endpoint]*entry{}
@@ -77,20 +99,20 @@ func (t *Tracker) SetEndpoints(specs []EndpointSpec, now uint64) []Change {
 		if !s.Observed {
 			continue
 		}
-		e := &entry{spec: s, since: now}
-		entries[s.Endpoint] = e
 		old := t.entries[s.Endpoint]
 		if old == nil {
+			entries[s.Endpoint] = &entry{spec: s, since: now}
 			continue
 		}
+		e := *old
+		e.spec = s
+		entries[s.Endpoint] = &e
 		change := Change{Endpoint: s.Endpoint, Cause: BySpec, From: old.evidence}
-		switch {
-		case old.spec.Instance != s.Instance:
+		if old.spec.Instance != s.Instance {
 			change.Cause = ByRestart
-		case old.spec.Headers == s.Headers:
-			e.evidence, e.since = old.evidence, old.since
-			e.evidence.FreshUntil = min(e.evidence.FreshUntil, e.bound())
+			e.forget(now)
 		}
+		e.evidence.FreshUntil = min(e.evidence.FreshUntil, e.bound())
 		if change.To = e.evidence; change.To != change.From {
 			changes = append(changes, change)
 		}
@@ -106,23 +128,68 @@ func (t *Tracker) Endpoints() []EndpointSpec { return t.specs }
 // It is never prolonged. Evidence from the future is none.
 func (t *Tracker) Restore(endpoint Endpoint, evidence Evidence, now uint64) {
 	e := t.entries[endpoint]
-	if e == nil || evidence.ObservedAt > now || evidence.ObservedAt <= e.evidence.ObservedAt {
+	if e == nil {
+		return
+	}
+	e.evidence.Question = cmp.Or(e.evidence.Question, evidence.Question)
+	if evidence.ObservedAt > now || evidence.ObservedAt <= e.evidence.ObservedAt {
 		return
 	}
 	e.evidence, e.since = evidence, 0
+	if evidence.FreshUntil != 0 && e.spec.SuccessThreshold == 1 {
+		e.successes = 1 // where more are needed, what happened meanwhile may have gone unseen
+	}
 	e.evidence.FreshUntil = min(evidence.FreshUntil, e.bound())
+}
+
+// Void tells that the endpoints that are meant may have failed then, of which there is no outcome: they are not answered until
+// their successes have been counted again.
+func (t *Tracker) Void(meant func(Endpoint) bool, at uint64) []Change {
+	return t.change(func(s EndpointSpec, e *entry) {
+		if e.evidence.ObservedAt <= at && meant(s.Endpoint) {
+			e.successes, e.evidence.FreshUntil = 0, 0
+		}
+	})
+}
+
+// Unanswered tells that a connection to a port that began then has not been answered until now. If that has taken as long as
+// the timeout of a probe, it failed.
+func (t *Tracker) Unanswered(port uint16, began, now uint64) []Change {
+	return t.change(func(s EndpointSpec, e *entry) {
+		failed := min(now, began+uint64(s.longestTimeout()))
+		if s.Port == port && now >= began+uint64(s.Timeout) && e.evidence.ObservedAt <= failed {
+			e.successes = 0
+			e.evidence = Evidence{Question: e.evidence.Question, Result: Failure, ObservedAt: failed}
+		}
+	})
+}
+
+// change applies a function to what is known of the endpoints, and returns what it changed.
+func (t *Tracker) change(f func(EndpointSpec, *entry)) []Change {
+	var changes []Change
+	for _, s := range t.specs {
+		if !s.Observed {
+			continue
+		}
+		e := t.entries[s.Endpoint]
+		before := e.evidence
+		if f(s, e); e.evidence != before {
+			changes = append(changes, Change{s.Endpoint, ByProbe, before, e.evidence})
+		}
+	}
+	return changes
 }
 
 // Observe learns from an outcome. What is older than the last one of its endpoint is ignored.
 func (t *Tracker) Observe(o Outcome) []Change {
 	var changes []Change
 	for _, s := range t.specs {
-		e := t.entries[s.Endpoint]
-		if !s.Observed || !o.concerns(s.Endpoint) {
+		if !s.Observed {
 			continue
 		}
+		e := t.entries[s.Endpoint]
 		before := e.evidence
-		if e.observe(o) {
+		if o.concerns(s) && e.observe(o) || o.connects(s) && e.renew(o) {
 			changes = append(changes, Change{s.Endpoint, o.cause(), before, e.evidence})
 		}
 	}
@@ -147,9 +214,38 @@ func (e *entry) observe(o Outcome) bool {
 	if !conclusive || observedAt <= e.evidence.ObservedAt || o.askedAt() < e.since {
 		return false
 	}
-	e.evidence = Evidence{Result: result, Status: o.Status, ObservedAt: observedAt}
+	e.count(result, o.Refresh)
+	known := e.evidence.Question
+	e.evidence = Evidence{Question: known, Result: result, Status: o.Status, ObservedAt: observedAt}
+	if o.Question != (Question{}) && o.of(e.spec) {
+		e.evidence.Question, e.text = o.Question, o.Text
+	}
+	if e.armed() {
+		e.evidence.FreshUntil = e.bound()
+	}
+	return true
+}
+
+// renew prolongs the success of a TCP endpoint: a request was answered, so its connection was accepted. The prober of the
+// endpoint knows nothing of that, so it is no success of its own.
+func (e *entry) renew(o Outcome) bool {
+	asked := o.askedAt()
+	if !e.armed() || e.spec.late(o) || asked <= e.evidence.ObservedAt || asked < e.since {
+		return false
+	}
+	e.evidence.ObservedAt = asked
 	e.evidence.FreshUntil = e.bound()
 	return true
+}
+
+// count counts what the prober counts.
+func (e *entry) count(result Result, refresh bool) {
+	switch {
+	case result != Success:
+		e.successes = 0
+	case !refresh:
+		e.successes++
+	}
 }
 
 // Withdraw forgets what is known of the endpoints that are meant, and does not believe answers that were asked for
@@ -161,19 +257,27 @@ func (t *Tracker) Withdraw(meant func(Endpoint) bool, now uint64) []Change {
 		if !s.Observed || !meant(s.Endpoint) {
 			continue
 		}
-		changes = append(changes, Change{s.Endpoint, ByRequest, e.evidence, Evidence{}})
-		e.evidence, e.since = Evidence{}, now
+		before := e.evidence
+		e.forget(now)
+		changes = append(changes, Change{s.Endpoint, ByRequest, before, e.evidence})
 	}
 	return changes
 }
 
-// Refreshing are the endpoints that the daemon is to ask by itself now: those that are known to succeed. After a failure
-// it is for the prober to find out that the pod has recovered.
-func (t *Tracker) Refreshing() []EndpointSpec {
-	var all []EndpointSpec
+// Ask is an endpoint with the request of a probe that succeeded; HTTP only.
+type Ask struct {
+	EndpointSpec
+	Question Question
+	Text     []byte
+}
+
+// Refreshing returns what the daemon is to ask by itself now: what is known to succeed, and with which bytes. After a
+// failure it is for the prober to find out that the pod has recovered.
+func (t *Tracker) Refreshing() []Ask {
+	var all []Ask
 	for _, s := range t.specs {
-		if s.Observed && s.Refresh > 0 && t.entries[s.Endpoint].evidence.Result == Success {
-			all = append(all, s)
+		if e := t.entries[s.Endpoint]; s.Observed && s.Refresh > 0 && e.armed() && (s.Kind == TCP || e.text != nil) {
+			all = append(all, Ask{s, e.evidence.Question, e.text})
 		}
 	}
 	return all
@@ -201,20 +305,29 @@ func (t *Tracker) Gates() map[uint16]Gate {
 
 // gate is open while at least one endpoint of the port is fresh. A SYN does not say what will be asked; a request that
 // cannot be answered after all is handed over to the pod and observed there. Taking the connection does answer a TCP
-// probe, though, so where there is one, its evidence alone decides. A TCP endpoint that only startup probes ask would
-// close the port for good once they have ended, so it has no say: fresh HTTP evidence implies that connections are
-// accepted.
+// probe, though, so where there is one, its evidence alone decides.
 func (t *Tracker) gate(port uint16) Gate {
+	if tcp, ok := t.decider(port); ok {
+		return t.entries[tcp.Endpoint].evidence.gate()
+	}
 	var widest Gate
 	for _, s := range t.specs {
-		if !s.Observed || s.Port != port {
-			continue
+		if s.Observed && s.Port == port {
+			own := t.entries[s.Endpoint].evidence.gate()
+			widest = Gate{max(widest.ObservedAt, own.ObservedAt), max(widest.FreshUntil, own.FreshUntil)}
 		}
-		own := t.entries[s.Endpoint].evidence.gate()
-		if s.Kind == TCP && !s.Startup {
-			return own
-		}
-		widest = Gate{max(widest.ObservedAt, own.ObservedAt), max(widest.FreshUntil, own.FreshUntil)}
 	}
 	return widest
+}
+
+// decider returns the port's TCP endpoint. One that only startup probes ask would close the port for good once they have
+// ended, so it has no say: fresh HTTP evidence implies that connections are accepted.
+func (t *Tracker) decider(port uint16) (EndpointSpec, bool) {
+	i := slices.IndexFunc(t.specs, func(s EndpointSpec) bool {
+		return s.Observed && s.Port == port && s.Kind == TCP && !s.Startup
+	})
+	if i < 0 {
+		return EndpointSpec{}, false
+	}
+	return t.specs[i], true
 }

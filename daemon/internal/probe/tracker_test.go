@@ -2,6 +2,8 @@ package probe
 
 import (
 	"maps"
+	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -12,7 +14,7 @@ import (
 
 const second = uint64(time.Second)
 
-var x = Endpoint{80, HTTP, "/x"}
+var x = Endpoint{Port: 80, Kind: HTTP, Path: "/x"}
 
 // track returns a tracker of the probes, at 1000 s.
 func track(t testing.TB, probes ...Spec) *Tracker {
@@ -23,7 +25,27 @@ func track(t testing.TB, probes ...Spec) *Tracker {
 
 // after is an outcome, seen that many seconds later, which took no time.
 func after(seconds uint64, e Endpoint, event Event, status int) Outcome {
-	return Outcome{Endpoint: e, Event: event, Status: status, ObservedAt: (1000 + seconds) * second}
+	return about(e, Outcome{Event: event, Status: status, ObservedAt: (1000 + seconds) * second})
+}
+
+// about makes an outcome one of the endpoint's, or of the port's if that has no kind.
+func about(e Endpoint, o Outcome) Outcome {
+	o.Port, o.Kind = e.Port, e.Kind
+	if e.Kind == HTTP {
+		o.Request = asked(e.Path)
+	}
+	return o
+}
+
+// asked is the kubelet's request of a path.
+func asked(path string) Request {
+	return Request{Path: path, Host: "10.0.0.7:80", Header: http.Header{
+		"User-Agent": {"kube-probe/1.37"}, "Accept": {"*/*"}, "Connection": {"close"},
+	}}
+}
+
+func known(result Result, status int, observedAt, freshUntil uint64) Evidence {
+	return Evidence{Result: result, Status: status, ObservedAt: observedAt, FreshUntil: freshUntil}
 }
 
 func took(d time.Duration, o Outcome) Outcome {
@@ -34,7 +56,7 @@ func took(d time.Duration, o Outcome) Outcome {
 func TestJudgement(t *testing.T) {
 	tcp, anyOf80 := Endpoint{Port: 80, Kind: TCP}, Endpoint{Port: 80}
 	good := after(10, x, Answered, 200)
-	unchanged := Evidence{Success, 200, 1010 * second, 1021 * second}
+	unchanged := known(Success, 200, 1010*second, 1021*second)
 	at := func(seconds uint64, r Result, status int) Evidence {
 		e := Evidence{Result: r, Status: status, ObservedAt: (1000 + seconds) * second}
 		if r == Success {
@@ -43,7 +65,7 @@ func TestJudgement(t *testing.T) {
 		return e
 	}
 	askedFor := func(d time.Duration) Evidence { // a success dates from when it was asked for
-		return Evidence{Success, 200, 1010*second - uint64(d), 1021*second - uint64(d)}
+		return known(Success, 200, 1010*second-uint64(d), 1021*second-uint64(d))
 	}
 	for name, test := range map[string]struct {
 		endpoint Endpoint
@@ -54,10 +76,7 @@ func TestJudgement(t *testing.T) {
 		"200":                  {x, []Outcome{good}, unchanged},
 		"299":                  {x, []Outcome{after(10, x, Answered, 299)}, at(10, Success, 299)},
 		"just in time":         {x, []Outcome{took(899*time.Millisecond, good)}, askedFor(899 * time.Millisecond)},
-		"kept connection":      {x, []Outcome{{Endpoint: x, Event: Answered, Status: 200, ObservedAt: 1020 * second, ConnectedAt: 1010 * second}}, unchanged},
-		"kept, then refused":   {x, []Outcome{after(15, x, Reset, 0), {Endpoint: x, Event: Answered, Status: 200, ObservedAt: 1020 * second, ConnectedAt: 1010 * second}}, at(15, Failure, 0)},
-		"kept, from before it": {x, []Outcome{{Endpoint: x, Event: Answered, Status: 200, ObservedAt: 1020 * second, ConnectedAt: 999 * second}}, Evidence{}},
-		"failed meanwhile":     {x, []Outcome{after(15, x, Reset, 0), took(500*time.Millisecond, Outcome{Endpoint: x, Event: Answered, Status: 200, ObservedAt: 1015*second + second/4})}, at(15, Failure, 0)},
+		"failed meanwhile":     {x, []Outcome{after(15, x, Reset, 0), took(500*time.Millisecond, about(x, Outcome{Event: Answered, Status: 200, ObservedAt: 1015*second + second/4}))}, at(15, Failure, 0)},
 		"too near":             {x, []Outcome{took(900*time.Millisecond, good)}, at(10, Failure, 200)},
 		"too late":             {x, []Outcome{took(time.Minute, after(100, x, Answered, 200))}, at(100, Failure, 200)},
 		"redirect":             {x, []Outcome{good, after(20, x, Answered, 302)}, at(20, Unknown, 302)},
@@ -68,8 +87,8 @@ func TestJudgement(t *testing.T) {
 		"port refused":         {x, []Outcome{good, after(20, anyOf80, Reset, 0)}, at(20, Failure, 0)},
 		"gave up":              {x, []Outcome{good, took(time.Second, after(20, x, NoAnswer, 0))}, at(20, Failure, 0)},
 		"broken":               {x, []Outcome{good, after(20, x, Failed, 0)}, at(20, Failure, 0)},
-		"another path broken":  {x, []Outcome{good, after(20, Endpoint{80, HTTP, "/y"}, Failed, 0)}, unchanged},
-		"another path reset":   {x, []Outcome{good, after(20, Endpoint{80, HTTP, "/y"}, Reset, 0)}, at(20, Failure, 0)},
+		"another path broken":  {x, []Outcome{good, after(20, Endpoint{Port: 80, Kind: HTTP, Path: "/y"}, Failed, 0)}, unchanged},
+		"another path reset":   {x, []Outcome{good, after(20, Endpoint{Port: 80, Kind: HTTP, Path: "/y"}, Reset, 0)}, at(20, Failure, 0)},
 		"TCP beside it reset":  {tcp, []Outcome{after(10, tcp, Connected, 0), after(20, x, Reset, 0)}, at(20, Failure, 0)},
 		"TCP, an error status": {tcp, []Outcome{after(10, tcp, Connected, 0), after(20, x, Answered, 503)}, at(10, Success, 0)},
 		"left early":           {x, []Outcome{good, took(time.Second/2, after(20, x, NoAnswer, 0))}, unchanged},
@@ -77,15 +96,15 @@ func TestJudgement(t *testing.T) {
 		"recovered":            {x, []Outcome{after(5, x, Reset, 0), good}, unchanged},
 		"older":                {x, []Outcome{good, after(9, x, Answered, 500)}, unchanged},
 		"as old":               {x, []Outcome{good, after(10, x, Answered, 500)}, unchanged},
-		"another path":         {x, []Outcome{good, after(20, Endpoint{80, HTTP, "/y"}, Answered, 500)}, unchanged},
-		"another port":         {x, []Outcome{good, after(20, Endpoint{81, HTTP, "/x"}, Reset, 0)}, unchanged},
+		"another path":         {x, []Outcome{good, after(20, Endpoint{Port: 80, Kind: HTTP, Path: "/y"}, Answered, 500)}, unchanged},
+		"another port":         {x, []Outcome{good, after(20, Endpoint{Port: 81, Kind: HTTP, Path: "/x"}, Reset, 0)}, unchanged},
 		"other port":           {x, []Outcome{good, after(20, Endpoint{Port: 81}, Reset, 0)}, unchanged},
 		"another kind":         {x, []Outcome{after(10, tcp, Connected, 0)}, Evidence{}},
 		"connected":            {tcp, []Outcome{after(10, tcp, Connected, 0)}, at(10, Success, 0)},
 		"connected late":       {tcp, []Outcome{took(time.Second, after(10, tcp, Connected, 0))}, at(10, Failure, 0)},
 		"TCP refused":          {tcp, []Outcome{after(10, anyOf80, Reset, 0)}, at(10, Failure, 0)},
-		"asked before it was known": {x, []Outcome{took(500*time.Millisecond, Outcome{
-			Endpoint: x, Event: Answered, Status: 200, ObservedAt: 1000*second + 1})}, Evidence{}},
+		"asked before it was known": {x, []Outcome{took(500*time.Millisecond, about(x, Outcome{
+			Event: Answered, Status: 200, ObservedAt: 1000*second + 1}))}, Evidence{}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tracker := track(t, httpProbe(Readiness, "/x"), tcpProbe(Liveness))
@@ -93,6 +112,52 @@ func TestJudgement(t *testing.T) {
 				tracker.Observe(o)
 			}
 			if got := tracker.Evidence()[test.endpoint]; got != test.want {
+				t.Errorf("got %+v, want %+v", got, test.want)
+			}
+		})
+	}
+}
+
+// An answer of any status shows that a connection to the port was accepted, and so prolongs what a TCP probe found, where the
+// listening socket is looked at as well. It arms nothing, and nothing else prolongs.
+func TestAnswersProlongTCP(t *testing.T) {
+	tcp := Endpoint{Port: 80, Kind: TCP}
+	connected := after(5, tcp, Connected, 0)
+	of := func(seconds, live uint64) Evidence {
+		bound := (live+1)*10*second + second // periods and the slack
+		return known(Success, 0, (1000+seconds)*second, (1000+seconds)*second+bound)
+	}
+	for name, test := range map[string]struct {
+		live      int
+		threshold int
+		outcomes  []Outcome
+		want      Evidence
+	}{
+		"a success":             {9, 1, []Outcome{connected, after(10, x, Answered, 200)}, of(10, 9)},
+		"an error":              {9, 1, []Outcome{connected, after(10, x, Answered, 503)}, of(10, 9)},
+		"without a look":        {0, 1, []Outcome{connected, after(10, x, Answered, 200)}, of(5, 0)},
+		"nothing known":         {9, 1, []Outcome{after(10, x, Answered, 200)}, Evidence{}},
+		"after a failure":       {9, 1, []Outcome{connected, after(7, tcp, Reset, 0), after(10, x, Answered, 200)}, known(Failure, 0, 1007*second, 0)},
+		"no success of its own": {9, 2, []Outcome{connected, after(10, x, Answered, 200)}, known(Success, 0, 1005*second, 0)},
+		"no answer":             {9, 1, []Outcome{connected, after(10, x, NoAnswer, 0)}, of(5, 9)},
+		"cut":                   {9, 1, []Outcome{connected, after(10, x, Failed, 200)}, of(5, 9)},
+		"late":                  {9, 1, []Outcome{connected, took(time.Second, after(10, x, Answered, 200))}, of(5, 9)},
+		"older":                 {9, 1, []Outcome{connected, after(4, x, Answered, 200)}, of(5, 9)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			limits := limits
+			limits.Live = test.live
+			probes := []Spec{httpProbe(Liveness, "/x"), with(tcpProbe(Readiness), func(s *Spec) { s.SuccessThreshold = test.threshold })}
+			specs, err := Endpoints(Pod{IPs: []netip.Addr{netip.MustParseAddr("10.0.0.7")}, Probes: probes}, NewDefaults().Settings(nil), limits)
+			if err != nil {
+				t.Fatal(err)
+			}
+			tracker := NewTracker()
+			tracker.SetEndpoints(specs, 1000*second)
+			for _, o := range test.outcomes {
+				tracker.Observe(o)
+			}
+			if got := tracker.Evidence()[tcp]; got != test.want {
 				t.Errorf("got %+v, want %+v", got, test.want)
 			}
 		})
@@ -109,7 +174,7 @@ func TestSharedTimeout(t *testing.T) {
 }
 
 func TestGate(t *testing.T) {
-	y := Endpoint{80, HTTP, "/y"}
+	y := Endpoint{Port: 80, Kind: HTTP, Path: "/y"}
 	both := []Spec{httpProbe(Readiness, "/x"), with(httpProbe(Liveness, "/y"), func(s *Spec) { s.Period = 2 * time.Second })}
 	tcp := Endpoint{Port: 80, Kind: TCP}
 	startup, startupTCP := httpProbe(Startup, "/y"), tcpProbe(Startup)
@@ -170,18 +235,18 @@ func TestGatesOfEachPort(t *testing.T) {
 
 func TestSetEndpoints(t *testing.T) {
 	probe := httpProbe(Readiness, "/x")
-	fresh := Evidence{Success, 200, 1010 * second, 1021 * second}
+	fresh := known(Success, 200, 1010*second, 1021*second)
 	for name, test := range map[string]struct {
 		probes []Spec
 		want   Evidence
 	}{
 		"the same":        {[]Spec{probe}, fresh},
-		"shorter period":  {[]Spec{with(probe, func(s *Spec) { s.Period = 3 * time.Second })}, Evidence{Success, 200, 1010 * second, 1014 * second}},
+		"shorter period":  {[]Spec{with(probe, func(s *Spec) { s.Period = 3 * time.Second })}, known(Success, 200, 1010*second, 1014*second)},
 		"longer period":   {[]Spec{with(probe, func(s *Spec) { s.Period = time.Minute })}, fresh},
 		"other headers":   {[]Spec{with(probe, func(s *Spec) { s.Headers = []Header{{"A", "1"}} })}, Evidence{}},
-		"startup only":    {[]Spec{with(probe, func(s *Spec) { s.Type = Startup })}, Evidence{Success, 200, 1010 * second, 0}},
+		"startup only":    {[]Spec{with(probe, func(s *Spec) { s.Type = Startup })}, known(Success, 200, 1010*second, 0)},
 		"HTTPS beside it": {[]Spec{probe, with(probe, func(s *Spec) { s.Kind = HTTPS })}, fresh},
-		"also at a name":  {[]Spec{probe, with(probe, func(s *Spec) { s.Host = "h" })}, Evidence{Success, 200, 1010 * second, 0}},
+		"also at a name":  {[]Spec{probe, with(probe, func(s *Spec) { s.Host = "h" })}, fresh},
 		"a new container": {[]Spec{with(probe, func(s *Spec) { s.Instance = "b" })}, Evidence{}},
 		"gone":            {nil, Evidence{}},
 	} {
@@ -196,18 +261,123 @@ func TestSetEndpoints(t *testing.T) {
 	}
 }
 
-// A probe that was under way when its question changed was asked the old one.
-func TestSetEndpointsIgnoresAnswersToTheOldQuestion(t *testing.T) {
-	tracker := track(t, httpProbe(Readiness, "/x"))
-	changed := with(httpProbe(Readiness, "/x"), func(s *Spec) { s.Headers = []Header{{"A", "1"}} })
-	tracker.SetEndpoints(endpoints(t, changed), 1010*second)
-	tracker.Observe(took(500*time.Millisecond, Outcome{Endpoint: x, Event: Answered, Status: 200, ObservedAt: 1010*second + 1}))
-	if got := tracker.Evidence()[x]; got != (Evidence{}) {
-		t.Errorf("learned %+v from it", got)
+// Probes of one path that differ in their headers each count for themselves.
+func TestHeadersAreAnotherEndpoint(t *testing.T) {
+	header := []Header{{"A", "1"}}
+	tracker := track(t, httpProbe(Readiness, "/x"), with(httpProbe(Liveness, "/x"), func(s *Spec) { s.Headers = header }))
+	with := endpoints(t, with(httpProbe(Liveness, "/x"), func(s *Spec) { s.Headers = header }))[0].Endpoint
+	o := after(10, x, Answered, 200)
+	o.Request.Header.Set("A", "1")
+	tracker.Observe(o)
+	if got := tracker.Evidence(); got[x] != (Evidence{}) || got[with].Result != Success {
+		t.Fatalf("after the one with the header: %+v", got)
 	}
-	tracker.Observe(after(11, x, Answered, 200))
-	if got := tracker.Evidence()[x].Result; got != Success {
-		t.Errorf("%s, want success", got)
+	tracker.Observe(after(11, x, Answered, 403))
+	if got := tracker.Evidence(); got[x].Result != Failure || got[with].Result != Success {
+		t.Fatalf("after the one without: %+v", got)
+	}
+}
+
+// Evidence is about the bytes that were last asked.
+func TestQuestion(t *testing.T) {
+	a, b := Question{1, 2}, Question{3, 4}
+	tracker := track(t, httpProbe(Readiness, "/x"), httpProbe(Liveness, "/y"))
+	for i, step := range []struct {
+		question Question
+		event    Event
+		status   int
+		path     string
+		want     Question
+	}{
+		{a, Answered, 200, "/x", a},
+		{b, Answered, 200, "/x", b}, // such as of a kubelet that was updated
+		{a, Answered, 503, "/x", a},
+		{Question{}, Reset, 0, "/x", a},
+		{b, Reset, 0, "/y", a}, // about all of the port, but not what is asked here
+	} {
+		e := x
+		e.Path = step.path
+		o := after(uint64(10+i), e, step.event, step.status)
+		o.Question = step.question
+		tracker.Observe(o)
+		if got := tracker.Evidence()[x].Question; got != step.want {
+			t.Fatalf("step %d: %v, want %v", i, got, step.want)
+		}
+	}
+	tracker.Withdraw(func(Endpoint) bool { return true }, 1020*second)
+	if got := tracker.Evidence()[x]; got != (Evidence{Question: a}) {
+		t.Errorf("after it was withdrawn: %+v", got)
+	}
+}
+
+// After a failure, or when nothing is known, as many successes are needed as the prober counts.
+func TestSuccessThreshold(t *testing.T) {
+	ok, bad := after(0, x, Answered, 200), after(0, x, Answered, 503)
+	redirect, refused, refresh := after(0, x, Answered, 302), after(0, Endpoint{Port: 80}, Reset, 0), ok
+	refresh.Refresh = true
+	three := with(httpProbe(Readiness, "/x"), func(s *Spec) { s.SuccessThreshold = 3 })
+	for name, test := range map[string]struct {
+		probes   []Spec
+		outcomes []Outcome
+		armed    bool
+	}{
+		"one":                  {[]Spec{three}, []Outcome{ok}, false},
+		"two":                  {[]Spec{three}, []Outcome{ok, ok}, false},
+		"three":                {[]Spec{three}, []Outcome{ok, ok, ok}, true},
+		"after a failure":      {[]Spec{three}, []Outcome{ok, ok, ok, bad, ok, ok}, false},
+		"three after it":       {[]Spec{three}, []Outcome{ok, ok, ok, bad, ok, ok, ok}, true},
+		"refused in between":   {[]Spec{three}, []Outcome{ok, ok, refused, ok}, false},
+		"redirect in between":  {[]Spec{three}, []Outcome{ok, ok, redirect, ok}, false},
+		"by the daemon itself": {[]Spec{three}, []Outcome{ok, ok, refresh}, false},
+		"usual":                {[]Spec{httpProbe(Readiness, "/x")}, []Outcome{bad, ok}, true},
+		// In the 31 s that the readiness probe's third may take, four of the liveness probe's may come.
+		"shared, six":   {[]Spec{three, httpProbe(Liveness, "/x")}, []Outcome{ok, ok, ok, ok, ok, ok}, false},
+		"shared, seven": {[]Spec{three, httpProbe(Liveness, "/x")}, []Outcome{ok, ok, ok, ok, ok, ok, ok}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tracker := track(t, test.probes...)
+			for i, o := range test.outcomes {
+				o.ObservedAt = (1010 + uint64(i)) * second
+				tracker.Observe(o)
+			}
+			if got := tracker.Evidence()[x]; (got.FreshUntil != 0) != test.armed {
+				t.Errorf("got %+v, want armed: %v", got, test.armed)
+			}
+		})
+	}
+}
+
+func TestSuccessThresholdAfterWithdrawal(t *testing.T) {
+	tracker := track(t, with(httpProbe(Readiness, "/x"), func(s *Spec) { s.SuccessThreshold = 2 }))
+	see := func(seconds uint64) bool {
+		tracker.Observe(after(seconds, x, Answered, 200))
+		return tracker.Evidence()[x].FreshUntil != 0
+	}
+	if see(10) || !see(11) {
+		t.Fatal("not armed by the second success")
+	}
+	tracker.Void(func(Endpoint) bool { return true }, 1005*second)
+	if !see(12) {
+		t.Fatal("what came after the withdrawal was counted again")
+	}
+	tracker.Void(func(e Endpoint) bool { return e != x }, 1012*second)
+	if !see(13) {
+		t.Fatal("another endpoint's withdrawal was counted")
+	}
+	tracker.Void(func(Endpoint) bool { return true }, 1013*second)
+	if see(14) || !see(15) {
+		t.Fatal("not armed by the second success after the withdrawal")
+	}
+	fresh := tracker.Evidence()[x]
+	restarted := track(t, with(httpProbe(Readiness, "/x"), func(s *Spec) { s.SuccessThreshold = 2 }))
+	if restarted.Restore(x, fresh, 1016*second); restarted.Evidence()[x] != fresh {
+		t.Fatalf("restored %+v", restarted.Evidence()[x])
+	}
+	for seconds, armed := range []bool{false, true} { // what happened meanwhile is not known
+		restarted.Observe(after(17+uint64(seconds), x, Answered, 200))
+		if got := restarted.Evidence()[x]; (got.FreshUntil != 0) != armed {
+			t.Fatalf("after it was restored, and success %d: %+v", seconds+1, got)
+		}
 	}
 }
 
@@ -249,7 +419,7 @@ func TestNewContainer(t *testing.T) {
 			if len(changes) != 1 || changes[0] != want || !want.Withdrawn(1015*second) || want.Withdrawn(1021*second) {
 				t.Fatalf("changes %+v, want %+v", changes, want)
 			}
-			tracker.Observe(took(500*time.Millisecond, Outcome{Endpoint: x, Event: Answered, Status: 200, ObservedAt: 1015*second + 1}))
+			tracker.Observe(took(500*time.Millisecond, about(x, Outcome{Event: Answered, Status: 200, ObservedAt: 1015*second + 1})))
 			if got := tracker.Evidence()[x]; got != (Evidence{}) {
 				t.Fatalf("what the old container was asked made %+v", got)
 			}
@@ -258,7 +428,7 @@ func TestNewContainer(t *testing.T) {
 }
 
 func TestWithdraw(t *testing.T) {
-	y := Endpoint{80, HTTP, "/y"}
+	y := Endpoint{Port: 80, Kind: HTTP, Path: "/y"}
 	tracker := track(t, httpProbe(Readiness, "/x"), httpProbe(Liveness, "/y"))
 	tracker.Observe(after(10, x, Answered, 200))
 	tracker.Observe(after(10, y, Answered, 200))
@@ -273,7 +443,7 @@ func TestWithdraw(t *testing.T) {
 	if got, want := tracker.Gates()[80], (Gate{fresh.ObservedAt, fresh.FreshUntil}); got != want {
 		t.Fatalf("gate %+v, want that of the other path, %+v", got, want)
 	}
-	tracker.Observe(took(time.Second/2, Outcome{Endpoint: x, Event: Answered, Status: 200, ObservedAt: 1012*second + second/4}))
+	tracker.Observe(took(time.Second/2, about(x, Outcome{Event: Answered, Status: 200, ObservedAt: 1012*second + second/4})))
 	if got := tracker.Evidence()[x]; got != (Evidence{}) {
 		t.Fatalf("what was asked before made %+v", got)
 	}
@@ -289,7 +459,7 @@ func TestWithdraw(t *testing.T) {
 // The daemon asks by itself only what is known to succeed.
 func TestRefreshing(t *testing.T) {
 	tracker := NewTracker()
-	pod := Pod{Probes: []Spec{
+	pod := Pod{IPs: []netip.Addr{netip.MustParseAddr("10.0.0.7")}, Probes: []Spec{
 		httpProbe(Readiness, "/x"),
 		with(httpProbe(Startup, "/startup"), func(*Spec) {}),
 		with(tcpProbe(Liveness), func(s *Spec) { s.Port = 81 }),
@@ -317,10 +487,19 @@ func TestRefreshing(t *testing.T) {
 	tcp := Endpoint{Port: 81, Kind: TCP}
 	set(on)
 	expect()
+	recorded := func(o Outcome) Outcome {
+		o.Question, o.Text = Question{1, 2}, []byte("GET /x")
+		return o
+	}
 	tracker.Observe(after(10, x, Answered, 200))
-	tracker.Observe(after(10, Endpoint{80, HTTP, "/startup"}, Answered, 200))
+	expect() // with which bytes, is not known
+	tracker.Observe(recorded(after(11, x, Answered, 200)))
+	tracker.Observe(recorded(after(11, Endpoint{Port: 80, Kind: HTTP, Path: "/startup"}, Answered, 200)))
 	tracker.Observe(after(10, tcp, Connected, 0))
 	expect(x, tcp)
+	if a := tracker.Refreshing()[0]; a.Question != (Question{1, 2}) || string(a.Text) != "GET /x" {
+		t.Fatalf("asks %+v", a)
+	}
 
 	refused := after(15, x, Answered, 503)
 	refused.Refresh = true
@@ -341,10 +520,10 @@ func TestRefreshing(t *testing.T) {
 func TestRestore(t *testing.T) {
 	now := 1010 * second
 	for name, test := range map[string]struct{ evidence, want Evidence }{
-		"within the bound": {Evidence{Success, 200, 1005 * second, 1008 * second}, Evidence{Success, 200, 1005 * second, 1008 * second}},
-		"beyond the bound": {Evidence{Success, 200, 1005 * second, 9999 * second}, Evidence{Success, 200, 1005 * second, 1016 * second}},
-		"failure":          {Evidence{Failure, 500, 1005 * second, 9999 * second}, Evidence{Failure, 500, 1005 * second, 0}},
-		"from the future":  {Evidence{Success, 200, 1011 * second, 1012 * second}, Evidence{}},
+		"within the bound": {known(Success, 200, 1005*second, 1008*second), known(Success, 200, 1005*second, 1008*second)},
+		"beyond the bound": {known(Success, 200, 1005*second, 9999*second), known(Success, 200, 1005*second, 1016*second)},
+		"failure":          {known(Failure, 500, 1005*second, 9999*second), known(Failure, 500, 1005*second, 0)},
+		"from the future":  {known(Success, 200, 1011*second, 1012*second), Evidence{}},
 		"empty":            {Evidence{}, Evidence{}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -358,23 +537,25 @@ func TestRestore(t *testing.T) {
 }
 
 var (
-	modelEndpoints = []Endpoint{x, {80, HTTP, "/y"}, {80, TCP, ""}, {81, TCP, ""}}
+	modelEndpoints = []Endpoint{x, {Port: 80, Kind: HTTP, Path: "/y"}, {Port: 80, Kind: TCP}, {Port: 81, Kind: TCP}}
 	wholePorts     = []Endpoint{{Port: 80}, {Port: 81}}
 )
 
 func drawOutcome(t *rapid.T) Outcome {
-	return Outcome{
-		Endpoint:   rapid.SampledFrom(slices.Concat(modelEndpoints, wholePorts)).Draw(t, "endpoint"),
+	return about(rapid.SampledFrom(slices.Concat(modelEndpoints, wholePorts)).Draw(t, "endpoint"), Outcome{
 		Event:      rapid.SampledFrom([]Event{Connected, Answered, Reset, NoAnswer, Failed}).Draw(t, "event"),
 		Status:     rapid.SampledFrom([]int{0, 101, 200, 204, 302, 404, 503}).Draw(t, "status"),
 		ObservedAt: (2000 + rapid.Uint64Range(0, 60).Draw(t, "observed at")) * second,
 		Duration:   time.Duration(rapid.IntRange(0, 1500).Draw(t, "duration")) * time.Millisecond,
 		Refresh:    rapid.Bool().Draw(t, "refresh"),
-	}
+	})
 }
 
+// asks is what an outcome is of.
+func (o Outcome) asks() Endpoint { return Endpoint{Port: o.Port, Kind: o.Kind, Path: o.Request.Path} }
+
 func drawSettings(t *rapid.T) Settings {
-	stalenesses := []Staleness{{0.5, false}, {1, true}, {2.5, false}, {5, true}}
+	stalenesses := []Staleness{0.5, 1, 2.5, 5}
 	defaults := Defaults{
 		Mode:      rapid.SampledFrom([]Mode{Answer, Answer, Observe, Off}).Draw(t, "mode of the node"),
 		Staleness: rapid.SampledFrom(stalenesses).Draw(t, "staleness of the node"),
@@ -384,7 +565,7 @@ func drawSettings(t *rapid.T) Settings {
 	if text := rapid.SampledFrom([]string{"", "answer", "observe", "off", "of"}).Draw(t, "mode"); text != "" {
 		annotations[AnnotationMode] = text
 	}
-	if text := rapid.SampledFrom([]string{"", "0.5", "1+timeout", "5", "6"}).Draw(t, "staleness"); text != "" {
+	if text := rapid.SampledFrom([]string{"", "0.5", "1", "5", "6"}).Draw(t, "staleness"); text != "" {
 		annotations[AnnotationStaleness] = text
 	}
 	if text := rapid.SampledFrom([]string{"", "true", "1s", "x"}).Draw(t, "refresh"); text != "" {
@@ -395,7 +576,7 @@ func drawSettings(t *rapid.T) Settings {
 
 // success is what nobody would dispute: of the very endpoint, in its way, well in time.
 func success(o Outcome, e Endpoint) bool {
-	if o.Endpoint != e || o.Duration >= 900*time.Millisecond {
+	if o.asks() != e || o.Duration >= 900*time.Millisecond {
 		return false
 	}
 	return e.Kind == TCP && o.Event == Connected || e.Kind == HTTP && o.Event == Answered && o.Status/100 == 2
@@ -403,10 +584,10 @@ func success(o Outcome, e Endpoint) bool {
 
 // failure is what nobody would overlook.
 func failure(o Outcome, e Endpoint) bool {
-	if o.Event == Reset && o.Endpoint.Port == e.Port {
+	if o.Event == Reset && o.Port == e.Port {
 		return true
 	}
-	return o.Endpoint == e && (o.Event == Failed || e.Kind == HTTP && o.Event == Answered && o.Status >= 400)
+	return o.asks() == e && (o.Event == Failed || e.Kind == HTTP && o.Event == Answered && o.Status >= 400)
 }
 
 func TestInvariants(t *testing.T) {
@@ -481,7 +662,7 @@ func TestInvariants(t *testing.T) {
 					if now.FreshUntil > before[e].FreshUntil && !success(o, e) {
 						t.Fatalf("%s: prolonged to %+v by %+v", e, now, o)
 					}
-					if e != o.Endpoint && o.Endpoint.Kind != "" && o.Event != Reset && now != before[e] {
+					if e != o.asks() && o.Kind != "" && o.Event != Reset && now != before[e] {
 						t.Fatalf("%s: changed to %+v by %+v, which is about another endpoint", e, now, o)
 					}
 				}
@@ -550,7 +731,7 @@ func drawProbes(t *rapid.T) []Spec {
 	return probes
 }
 
-var longPath = strings.Repeat("x", limits.Path)
+var longPath = strings.Repeat("x", limits.Request)
 
 // TestGateInvariants: at any moment a port is open if and only if one of its endpoints can be answered, and with a TCP
 // probe if and only if that one can be, because taking the connection answers it.
@@ -599,11 +780,11 @@ func checkGate(t *rapid.T, tracker *Tracker, probes []Spec, now uint64) {
 	}
 }
 
-// checkAddresses: what would answer a probe of another address of the pod, of which nothing is known, is not fresh.
+// checkAddresses: what would answer a TCP probe of another address of the pod, of which nothing is known, is not fresh.
 func checkAddresses(t *rapid.T, tracker *Tracker, probes []Spec) {
 	for _, s := range probes {
-		known := tracker.Evidence()[Endpoint{s.Port, s.Kind, s.Path}]
-		if (s.Host == "h.example" || s.Host == "fd00::7") && known.FreshUntil != 0 {
+		known := tracker.Evidence()[Endpoint{Port: s.Port, Kind: TCP}]
+		if s.Kind == TCP && (s.Host == "h.example" || s.Host == "fd00::7") && known.FreshUntil != 0 {
 			t.Fatalf("%+v would be answered with %+v", s, known)
 		}
 	}

@@ -35,6 +35,9 @@ func Parse(value string) (Finder, error) {
 	if value == "kubelet" {
 		return Finder{Kubelet: true}, nil
 	}
+	if value == "" {
+		return Finder{}, errors.New("--prober: needed where specs are from a file: kubelet, host, or cgroup: and the absolute path of a cgroup v2 directory")
+	}
 	path, ok := strings.CutPrefix(value, "cgroup:")
 	if !ok || !filepath.IsAbs(path) {
 		return Finder{}, fmt.Errorf("--prober %q: must be kubelet, host, or cgroup: and the absolute path of a cgroup v2 directory", value)

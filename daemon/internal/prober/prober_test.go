@@ -33,6 +33,9 @@ func TestParseProber(t *testing.T) {
 			t.Errorf("%q: %+v, error %v does not name it", value, got, err)
 		}
 	}
+	if _, err := Parse(""); err == nil || !strings.Contains(err.Error(), "needed") {
+		t.Errorf("no value: %v", err)
+	}
 }
 
 func TestProberMustBeACgroup(t *testing.T) {

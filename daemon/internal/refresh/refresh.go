@@ -7,55 +7,42 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
-	"net/http"
-	"net/http/httptrace"
 	"net/netip"
-	"net/url"
 	"reflect"
-	"strconv"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
 
 	"github.com/probelet/probelet/bpf/attach"
+	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-const (
-	// userAgent begins as the kubelet's does (pkg/probe/http/request.go): applications know their probes by it.
-	userAgent = "kube-probe/probelet"
-	// maxBody is how much of a body the kubelet reads (pkg/probe/http/http.go). A connection with more to come is closed.
-	maxBody = 10 << 10
-)
+// maxResponse is how much of a response is read, in bytes: what the kernel side records of one, so that both know the same.
+const maxResponse = datapath.MaxRecorded
 
 // Target is an endpoint to be asked, and how.
 type Target struct {
 	Endpoint probe.Endpoint // of kind HTTP or TCP
 	Address  netip.Addr
-	Headers  []probe.Header
+	// Request is sent as it is: the recorded request of a probe that succeeded. HTTP only.
+	Request  []byte
+	Question probe.Question // of Request
 	Timeout  time.Duration
 	// Interval is the longest time between two requests.
 	Interval time.Duration
-	// Keep is for how long a connection is used. What it answers is no newer than itself, because a probe asks for a
-	// connection too: it serves to see failures early, and another one to keep a success fresh.
-	Keep time.Duration
 }
 
-// TargetOf is the target that keeps the endpoint of a pod fresh.
-func TargetOf(s probe.EndpointSpec, address netip.Addr) Target {
-	return Target{
-		Endpoint: s.Endpoint, Address: address, Headers: s.CustomHeaders(), Timeout: s.Timeout,
-		Interval: s.Refresh,
-		// The request after this one must have renewed the success in time.
-		Keep: max(0, s.Staleness-s.Refresh-s.Timeout),
-	}
-}
-
-// Outcome is that of a request to a pod.
+// Outcome is the outcome of a request to a pod.
 type Outcome struct {
 	Attachment attach.ID
 	probe.Outcome
 }
+
+// ErrNotAsked is of a Dial that failed before anything was sent, which says nothing of the pod.
+var ErrNotAsked = errors.New("the pod was not asked")
 
 // Dial connects, as net.Dialer does.
 type Dial func(ctx context.Context, network, address string) (net.Conn, error)
@@ -124,8 +111,6 @@ func (r *Refresher) Set(id attach.ID, targets []Target) {
 }
 
 func (r *Refresher) run(ctx context.Context, id attach.ID, t Target) {
-	a := asker{Target: t, now: r.now, dial: r.dial}
-	defer a.close()
 	// Those that begin together, as at the daemon's start, are not to stay together.
 	next := time.NewTimer(rand.N(t.Interval))
 	defer next.Stop()
@@ -141,8 +126,11 @@ func (r *Refresher) run(ctx context.Context, id attach.ID, t Target) {
 			return
 		case r.slots <- struct{}{}:
 		}
-		outcome := a.ask(ctx)
+		outcome, known := r.ask(ctx, t)
 		<-r.slots
+		if !known {
+			continue
+		}
 		select {
 		case <-ctx.Done():
 			return
@@ -151,145 +139,78 @@ func (r *Refresher) run(ctx context.Context, id attach.ID, t Target) {
 	}
 }
 
-// asker asks one target.
-type asker struct {
-	Target
-	now    func() uint64
-	dial   Dial
-	client *http.Client // whose connection is kept; nil: none yet
-	conn   *keptConn    // that was used last
-}
-
-// keptConn is a connection with the time at which it was asked for.
-type keptConn struct {
-	net.Conn
-	at uint64
-}
-
-func (a *asker) close() {
-	if a.client != nil {
-		a.client.CloseIdleConnections()
-	}
-}
-
-// ask reports as the kernel does of a probe.
-func (a *asker) ask(ctx context.Context) probe.Outcome {
-	ctx, cancel := context.WithTimeout(ctx, a.Timeout)
-	defer cancel()
-	o := probe.Outcome{Endpoint: a.Endpoint, Refresh: true}
-	start := a.now()
-	var err error
-	if a.Endpoint.Kind == probe.TCP {
-		o.Event, err = probe.Connected, a.connect(ctx)
-	} else {
-		o.Event = probe.Answered
-		o.Status, err = a.get(ctx, start)
-	}
-	o.ObservedAt = a.now()
-	o.Duration = time.Duration(o.ObservedAt - start)
-	var timeout net.Error
-	switch {
-	case err == nil:
-		if a.conn != nil {
-			o.ConnectedAt = a.conn.at
+// ask asks as a probe does, and judges as the kubelet does. It returns false if nothing follows from it.
+func (r *Refresher) ask(ctx context.Context, t Target) (o probe.Outcome, known bool) {
+	o = probe.Outcome{Port: t.Endpoint.Port, Kind: t.Endpoint.Kind, Refresh: true}
+	if o.Kind == probe.HTTP {
+		var err error
+		if o.Request, err = probe.ParseRequest(t.Request); err != nil {
+			return o, false
 		}
-	case errors.As(err, &timeout) && timeout.Timeout():
-		o.Event, o.Status = probe.NoAnswer, 0
-		o.Duration = max(o.Duration, a.Timeout)
-	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
-		o.Event, o.Status = probe.Reset, 0
-	default:
-		o.Event, o.Status = probe.Failed, 0
+		o.Text, o.Question = t.Request, t.Question
 	}
-	return o
+	start := r.now()
+	limited, cancel := context.WithTimeout(ctx, t.Timeout)
+	defer cancel()
+	o.Event, o.Status, known = r.exchange(limited, t)
+	o.ObservedAt = r.now()
+	o.Duration = time.Duration(o.ObservedAt - start)
+	if o.Event == probe.NoAnswer {
+		o.Duration = max(o.Duration, t.Timeout)
+	}
+	return o, known && ctx.Err() == nil
 }
 
-// connect tells whether connections are accepted.
-func (a *asker) connect(ctx context.Context) error {
-	conn, err := a.open(ctx, "tcp", a.address())
+// exchange opens a connection and asks. It is reset at its end, as load balancers do: none leaves a TIME_WAIT.
+func (r *Refresher) exchange(ctx context.Context, t Target) (event probe.Event, status int, known bool) {
+	conn, err := r.dial(ctx, "tcp", netip.AddrPortFrom(t.Address, t.Endpoint.Port).String())
 	if err != nil {
-		return err
+		return eventOf(err), 0, !errors.Is(err, ErrNotAsked)
 	}
-	_ = conn.Close()
-	return nil
-}
-
-// open opens a connection that will be reset at its end, as load balancers do: none leaves a TIME_WAIT.
-func (a *asker) open(ctx context.Context, network, address string) (net.Conn, error) {
-	at := a.now()
-	conn, err := a.dial(ctx, network, address)
-	if err != nil {
-		return nil, err
-	}
+	defer conn.Close() //nolint:errcheck // nothing of it is wanted any more
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		_ = tcp.SetLinger(0)
 	}
-	return &keptConn{conn, at}, nil
+	if t.Endpoint.Kind == probe.TCP {
+		return probe.Connected, 0, true
+	}
+	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
+	if _, err := conn.Write(t.Request); err != nil {
+		return eventOf(err), 0, true
+	}
+	return read(conn)
 }
 
-func (a *asker) get(ctx context.Context, now uint64) (status int, err error) {
+// read reads until the verdict is certain.
+func read(conn net.Conn) (event probe.Event, status int, known bool) {
+	response := evidence.Response{Bytes: make([]byte, 0, 1<<10)}
+	for {
+		text := slices.Grow(response.Bytes, 512)
+		n, err := conn.Read(text[len(text):min(cap(text), maxResponse)])
+		response.Bytes = text[:len(text)+n]
+		switch {
+		case err == io.EOF:
+			response.End = evidence.Closed
+		case err != nil:
+			return eventOf(err), 0, true
+		case len(response.Bytes) == maxResponse:
+			response.End = evidence.Unseen
+		}
+		event, status, doubt := response.Judge()
+		if event != probe.NoAnswer || response.End != evidence.Open {
+			return event, status, doubt == ""
+		}
+	}
+}
+
+// eventOf says what the prober would make of an error.
+func eventOf(err error) probe.Event {
+	var timeout net.Error
 	switch {
-	case a.client == nil:
-		a.client = a.newClient()
-	case a.conn != nil && time.Duration(now-a.conn.at) > a.Keep:
-		a.client.CloseIdleConnections()
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return probe.NoAnswer
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		return probe.Reset
 	}
-	request, err := a.newRequest(ctx)
-	if err != nil {
-		return 0, err
-	}
-	response, err := a.client.Do(request)
-	if err != nil {
-		return 0, err
-	}
-	defer response.Body.Close() //nolint:errcheck // read only
-	_, err = io.Copy(io.Discard, io.LimitReader(response.Body, maxBody))
-	return response.StatusCode, err
-}
-
-// newClient is as the kubelet's (pkg/probe/http/http.go), but for the connection, which is kept, and for redirects, which
-// are no answer that could be repeated.
-func (a *asker) newClient() *http.Client {
-	return &http.Client{
-		Transport: &http.Transport{
-			DialContext: a.open, DisableCompression: true,
-			// One whose request was given up may come to be idle after close.
-			IdleConnTimeout: a.Interval + a.Timeout,
-		},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
-}
-
-// newRequest is what the kubelet asks (newProbeRequest in its pkg/probe/http/request.go), but for Connection: close.
-func (a *asker) newRequest(ctx context.Context) (*http.Request, error) {
-	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GotConn: func(info httptrace.GotConnInfo) { a.conn, _ = info.Conn.(*keptConn) },
-	})
-	at, err := url.ParseRequestURI(a.Endpoint.Path)
-	if err != nil {
-		return nil, err
-	}
-	at.Scheme, at.Host = "http", a.address()
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
-	if err != nil {
-		return nil, err
-	}
-	header := request.Header
-	for _, h := range a.Headers {
-		header.Add(h.Name, h.Value)
-	}
-	if _, set := header["User-Agent"]; !set {
-		header.Set("User-Agent", userAgent)
-	}
-	if _, set := header["Accept"]; !set {
-		header.Set("Accept", "*/*")
-	} else if header.Get("Accept") == "" {
-		header.Del("Accept")
-	}
-	request.Host = header.Get("Host") // empty: the address
-	return request, nil
-}
-
-func (a *asker) address() string {
-	return net.JoinHostPort(a.Address.String(), strconv.Itoa(int(a.Endpoint.Port)))
+	return probe.Failed
 }

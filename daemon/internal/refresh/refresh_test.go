@@ -2,7 +2,9 @@ package refresh
 
 import (
 	"bufio"
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -10,6 +12,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -46,19 +49,21 @@ func listen(t *testing.T, serve func(net.Conn)) netip.AddrPort {
 func target(at netip.AddrPort, path string) Target {
 	t := Target{
 		Endpoint: probe.Endpoint{Port: at.Port(), Kind: probe.HTTP, Path: path}, Address: at.Addr(),
-		Timeout: 30 * time.Second, Interval: 10 * time.Millisecond, Keep: time.Hour,
+		Request:  []byte("GET " + path + " HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"),
+		Question: probe.Question{Hash: 7, Check: 8},
+		Timeout:  30 * time.Second, Interval: 10 * time.Millisecond,
 	}
 	if path == "" {
-		t.Endpoint.Kind = probe.TCP
+		t.Endpoint.Kind, t.Request, t.Question = probe.TCP, nil, probe.Question{}
 	}
 	return t
 }
 
-func askOnce(t *testing.T, target Target) probe.Outcome {
+func askOnce(t *testing.T, target Target) (o probe.Outcome, known bool) {
 	t.Helper()
-	a := asker{Target: target, now: now, dial: (&net.Dialer{}).DialContext}
-	defer a.close()
-	return a.ask(t.Context())
+	r := New((&net.Dialer{}).DialContext, now, 1)
+	defer r.Close()
+	return r.ask(t.Context(), target)
 }
 
 func serveHTTP(handler http.HandlerFunc) func(net.Conn) {
@@ -111,18 +116,31 @@ func TestOutcome(t *testing.T) {
 	for name, test := range map[string]struct {
 		serve   func(net.Conn)
 		timeout time.Duration // 0: ample
-		event   probe.Event
+		event   probe.Event   // 0: no observation
 		status  int
 	}{
 		"200":            {says("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"), 0, probe.Answered, 200},
 		"HTTP/1.0":       {says("HTTP/1.0 204\r\n\r\n"), 0, probe.Answered, 204},
+		"until it ends":  {says("HTTP/1.1 200 OK\r\n\r\nok"), 0, probe.Answered, 200},
 		"interim":        {says("HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"), 0, probe.Answered, 200},
 		"redirect":       {says("HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n"), 0, probe.Answered, 302},
 		"error":          {says("HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"), 0, probe.Answered, 503},
 		"long body":      {says(fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)), 0, probe.Answered, 200},
+		"long headers":   {says("HTTP/1.1 200 OK\r\nX: " + body + "\r\nContent-Length: 0\r\n\r\n"), 0, 0, 0},
+		"one of ours":    {says("HTTP/1.1 200 OK\r\nContent-Length: 0\r\nCache-Status: probelet; hit\r\n\r\n"), 0, 0, 0},
 		"too short body": {says("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok"), 0, probe.Failed, 0},
 		"no HTTP":        {says("220 mail.example ESMTP\r\n"), 0, probe.Failed, 0},
 		"closed":         {says(""), 0, probe.Failed, 0},
+		"stays open": {func(conn net.Conn) {
+			says("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")(conn)
+			<-released
+		}, 0, probe.Answered, 200},
+		"piecemeal": {func(conn net.Conn) {
+			for _, b := range []byte("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok") {
+				_, _ = conn.Write([]byte{b})
+			}
+			<-released
+		}, 0, probe.Answered, 200},
 		"reset": {func(conn net.Conn) {
 			says("")(conn)
 			_ = conn.(*net.TCPConn).SetLinger(0)
@@ -138,9 +156,19 @@ func TestOutcome(t *testing.T) {
 			if test.timeout != 0 {
 				asked.Timeout = test.timeout
 			}
-			got := askOnce(t, asked)
-			if got.Event != test.event || got.Status != test.status || got.Endpoint != asked.Endpoint || !got.Refresh {
+			got, known := askOnce(t, asked)
+			if known != (test.event != 0) {
+				t.Fatalf("got %+v, known: %t", got, known)
+			}
+			if !known {
+				return
+			}
+			if got.Event != test.event || got.Status != test.status {
 				t.Errorf("got %+v, want event %d, status %d", got, test.event, test.status)
+			}
+			if got.Kind != probe.HTTP || got.Port != asked.Endpoint.Port || got.Request.Path != "/x" || got.Question != asked.Question ||
+				!bytes.Equal(got.Text, asked.Request) || !got.Refresh {
+				t.Errorf("got %+v, which is not about what was asked", got)
 			}
 			if test.event == probe.NoAnswer && got.Duration < test.timeout {
 				t.Errorf("no answer after %s, before the timeout", got.Duration)
@@ -155,11 +183,24 @@ func TestOutcomeOfTCP(t *testing.T) {
 		_, err := conn.Read(make([]byte, 1))
 		closed <- err
 	})
-	if got := askOnce(t, target(at, "")); got.Event != probe.Connected || got.Endpoint != (probe.Endpoint{Port: at.Port(), Kind: probe.TCP}) {
+	if got, known := askOnce(t, target(at, "")); !known || got.Event != probe.Connected || got.Port != at.Port() || got.Kind != probe.TCP {
 		t.Errorf("got %+v, want connected", got)
 	}
 	if err := <-closed; err == nil {
 		t.Error("something was sent")
+	}
+}
+
+// What kept the daemon from asking says nothing of the pod.
+func TestNotAsked(t *testing.T) {
+	for _, path := range []string{"", "/x"} {
+		r := New(func(context.Context, string, string) (net.Conn, error) {
+			return nil, fmt.Errorf("no more files: %w", ErrNotAsked)
+		}, now, 1)
+		if got, known := r.ask(t.Context(), target(netip.MustParseAddrPort("127.0.0.1:9"), path)); known {
+			t.Errorf("%q: got %+v", path, got)
+		}
+		r.Close()
 	}
 }
 
@@ -171,95 +212,62 @@ func TestRefused(t *testing.T) {
 	at := netip.MustParseAddrPort(listener.Addr().String())
 	_ = listener.Close()
 	for _, path := range []string{"", "/x"} {
-		asked := target(at, path)
-		if got := askOnce(t, asked); got.Event != probe.Reset || got.Endpoint != asked.Endpoint {
+		if got, known := askOnce(t, target(at, path)); !known || got.Event != probe.Reset || got.Port != at.Port() {
 			t.Errorf("%q: got %+v, want a reset", path, got)
 		}
 	}
 }
 
-func TestRequestIsTheKubelets(t *testing.T) {
-	for name, test := range map[string]struct {
-		path    string
-		headers []probe.Header
-		want    string // HOST stands for address and port
-	}{
-		"plain": {"/a%20b?x=1", nil, "GET /a%20b?x=1 HTTP/1.1|Host: HOST|User-Agent: kube-probe/probelet|Accept: */*"},
-		"own": {"/", []probe.Header{{Name: "x-a", Value: "1"}, {Name: "Host", Value: "web.example"}, {Name: "X-A", Value: "2"}},
-			"GET / HTTP/1.1|Host: web.example|User-Agent: kube-probe/probelet|Accept: */*|X-A: 1|X-A: 2"},
-		"left out": {"/", []probe.Header{{Name: "Accept", Value: ""}, {Name: "User-Agent", Value: ""}}, "GET / HTTP/1.1|Host: HOST"},
-		"replaced": {"/", []probe.Header{{Name: "accept", Value: "text/plain"}, {Name: "user-agent", Value: "me"}},
-			"GET / HTTP/1.1|Host: HOST|User-Agent: me|Accept: text/plain"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			got := make(chan string, 1)
-			at := listen(t, func(conn net.Conn) {
-				var lines []string
-				for r := bufio.NewScanner(conn); r.Scan() && r.Text() != ""; {
-					lines = append(lines, r.Text())
-				}
-				got <- strings.Join(lines, "|")
-			})
-			asked := target(at, test.path)
-			asked.Headers = test.headers
-			askOnce(t, asked)
-			if want := strings.ReplaceAll(test.want, "HOST", at.String()); <-got != want {
-				t.Errorf("asked other than %s", want)
+// Each request goes over a connection of its own: a pod that accepts none any more may go on answering on those it has.
+func TestRequestIsSentAsItIs(t *testing.T) {
+	received, ended := make(chan string, 2), make(chan error, 2)
+	at := listen(t, func(conn net.Conn) {
+		var text []byte
+		for b := make([]byte, 1); !bytes.HasSuffix(text, []byte("\r\n\r\n")); text = append(text, b...) {
+			if _, err := conn.Read(b); err != nil {
+				break
 			}
-		})
+		}
+		_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+		received <- string(text)
+		_, err := io.Copy(io.Discard, conn)
+		ended <- err
+	})
+	asked := target(at, "/x")
+	asked.Request = []byte("GET /x HTTP/1.1\r\nhost:h\r\nX-a: 1\r\nx-A:  2\r\nConnection: close\r\n\r\n")
+	for range 2 {
+		if got, known := askOnce(t, asked); !known || got.Event != probe.Answered {
+			t.Fatalf("got %+v", got)
+		}
+		if text := <-received; text != string(asked.Request) {
+			t.Errorf("sent %q", text)
+		}
+		if err := <-ended; !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("the connection ended with %v, and left a TIME_WAIT", err)
+		}
 	}
 }
 
-// A pod that accepts no connection any more may go on answering on those it has. That is nothing new, and in time the
-// connection is renewed, and the truth comes out.
-func TestKeptConnectionProvesNothingNew(t *testing.T) {
-	released := make(chan struct{})
-	defer close(released)
-	var connections, requests atomic.Int32
-	at := listen(t, func(conn net.Conn) {
-		if connections.Add(1) > 1 {
-			<-released
-			return
-		}
-		serveHTTP(func(http.ResponseWriter, *http.Request) { requests.Add(1) })(conn)
-	})
-	a := asker{Target: target(at, "/x"), now: now, dial: (&net.Dialer{}).DialContext}
-	defer a.close()
-	first := a.ask(t.Context())
-	second := a.ask(t.Context())
-	if first.Event != probe.Answered || second.Event != probe.Answered || connections.Load() != 1 || requests.Load() != 2 {
-		t.Fatalf("%+v and %+v by %d connections", first, second, connections.Load())
-	}
-	if second.ConnectedAt != first.ConnectedAt || first.ConnectedAt == 0 || second.ConnectedAt > second.ObservedAt-uint64(second.Duration) {
-		t.Fatalf("connected at %d, then %d", first.ConnectedAt, second.ConnectedAt)
-	}
-	a.Keep, a.Timeout = 0, 50*time.Millisecond
-	if third := a.ask(t.Context()); third.Event != probe.NoAnswer || third.ConnectedAt != 0 {
-		t.Fatalf("the new connection: %+v", third)
+func TestWithoutRequestNothingIsAsked(t *testing.T) {
+	at := listen(t, func(net.Conn) { t.Error("connected") })
+	asked := target(at, "/x")
+	asked.Request = nil
+	if got, known := askOnce(t, asked); known {
+		t.Errorf("got %+v", got)
 	}
 }
 
-// The server may close what was kept, at any moment: then another connection is opened.
-func TestClosedConnectionIsNoFailure(t *testing.T) {
-	var connections atomic.Int32
+// What fails because it is given up says nothing of the pod.
+func TestGivenUpIsNoFailure(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
 	at := listen(t, func(conn net.Conn) {
-		connections.Add(1)
-		if _, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
-			_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-		}
+		cancel()
+		_, _ = io.Copy(io.Discard, conn)
 	})
-	a := asker{Target: target(at, "/x"), now: now, dial: (&net.Dialer{}).DialContext}
-	defer a.close()
-	var last uint64
-	for range 50 {
-		o := a.ask(t.Context())
-		if o.Event != probe.Answered || o.ConnectedAt <= last {
-			t.Fatalf("got %+v; the last connection was of %d", o, last)
-		}
-		last = o.ConnectedAt
-	}
-	if connections.Load() != 50 {
-		t.Fatalf("%d connections", connections.Load())
+	r := New((&net.Dialer{}).DialContext, now, 1)
+	defer r.Close()
+	if got, known := r.ask(ctx, target(at, "/x")); known {
+		t.Errorf("got %+v", got)
 	}
 }
 
@@ -282,13 +290,13 @@ func TestOnlySoManyAtATime(t *testing.T) {
 		targets = append(targets, target(at, fmt.Sprintf("/%d", i)))
 	}
 	r.Set(pod, targets)
-	asked := map[probe.Endpoint]bool{}
+	asked := map[string]bool{}
 	for len(asked) < len(targets) {
 		o := <-r.C
 		if o.Attachment != pod || o.Event != probe.Answered {
 			t.Fatalf("got %+v", o)
 		}
-		asked[o.Endpoint] = true
+		asked[o.Request.Path] = true
 	}
 	if highest.Load() > most {
 		t.Errorf("%d at a time, want at most %d", highest.Load(), most)
@@ -311,13 +319,13 @@ func TestSet(t *testing.T) {
 	r.Set(pod, []Target{changed})
 	// One that was just being asked may still tell.
 	for seen := 0; seen < 5; {
-		if o := <-r.C; o.Endpoint == changed.Endpoint {
+		if o := <-r.C; o.Request.Path == "/y" {
 			seen++
 		}
 	}
 	for range 5 {
-		if o := <-r.C; o.Endpoint != changed.Endpoint {
-			t.Fatalf("asked %s, which it was told not to", o.Endpoint)
+		if o := <-r.C; o.Request.Path != "/y" {
+			t.Fatalf("asked %s, which it was told not to", o.Request.Path)
 		}
 	}
 	r.Set(pod, nil)
@@ -326,32 +334,47 @@ func TestSet(t *testing.T) {
 	}
 }
 
-// With whatever staleness, a pod that is well is fresh at every moment, and a connection is opened no more often than
-// that takes.
+// What says nothing is not told, and asked again.
+func TestNothingIsNotTold(t *testing.T) {
+	var asked atomic.Int32
+	at := listen(t, serveHTTP(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/ours" {
+			asked.Add(1)
+			w.Header().Set("Cache-Status", "probelet; hit")
+		}
+	}))
+	r := New((&net.Dialer{}).DialContext, now, 4)
+	defer r.Close()
+	r.Set(pod, []Target{target(at, "/ours"), target(at, "/x")})
+	for asked.Load() < 3 {
+		if o := <-r.C; o.Request.Path != "/x" {
+			t.Fatalf("got %+v", o)
+		}
+	}
+}
+
+// A pod that is well is fresh at every moment, whatever the staleness.
 func TestAlwaysFresh(t *testing.T) {
-	for text, connections := range map[string]int{"0.5": 300, "1": 300, "1+timeout": 150, "2+timeout": 60, "5+timeout": 25} {
-		t.Run(text, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) { alwaysFresh(t, text, connections) })
+	for _, staleness := range []string{"0.5", "1", "2", "5"} {
+		t.Run(staleness, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) { alwaysFresh(t, staleness) })
 		})
 	}
 }
 
-func alwaysFresh(t *testing.T, staleness string, mostConnections int) {
+func alwaysFresh(t *testing.T, staleness string) {
 	const period, timeout, tookToAnswer = 10 * time.Second, time.Second, 300 * time.Millisecond
 	defaults := probe.NewDefaults()
 	defaults.Refresh.On = true
 	settings := defaults.Settings(map[string]string{probe.AnnotationStaleness: staleness})
-	specs, err := probe.Endpoints(probe.Pod{Probes: []probe.Spec{{
+	specs, err := probe.Endpoints(probe.Pod{IPs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, Probes: []probe.Spec{{
 		Container: "c", Type: probe.Readiness, Kind: probe.HTTP, Port: 80, Path: "/x", Period: period, Timeout: timeout,
-	}}}, settings, probe.Limits{Path: 255, Request: 1024, Records: 64})
+	}}}, settings, probe.Limits{Request: 1024, Records: 64})
 	if err != nil || settings.Problem != "" {
 		t.Fatal(err, settings.Problem)
 	}
-	tracker := probe.NewTracker()
-	tracker.SetEndpoints(specs, now()-1)
-	endpoint := specs[0].Endpoint
-	tracker.Observe(probe.Outcome{Endpoint: endpoint, Event: probe.Answered, Status: 200, ObservedAt: now()})
-
+	spec := specs[0]
+	began := now()
 	opened := 0
 	r := New(func(context.Context, string, string) (net.Conn, error) {
 		opened++
@@ -363,20 +386,18 @@ func alwaysFresh(t *testing.T, staleness string, mostConnections int) {
 		r.Close()
 		time.Sleep(time.Minute) // for what was under way to end
 	}()
-	r.Set(pod, []Target{TargetOf(specs[0], netip.MustParseAddr("192.0.2.1"))})
-	for end := time.After(10 * time.Minute); ; {
-		var o Outcome
-		select {
-		case <-end:
-			if opened > mostConnections {
-				t.Fatalf("%d connections, want at most %d", opened, mostConnections)
-			}
-			return
-		case o = <-r.C:
+	asked := target(netip.MustParseAddrPort("192.0.2.1:80"), "/x")
+	asked.Timeout, asked.Interval = spec.Timeout, spec.Refresh
+	r.Set(pod, []Target{asked})
+	const length = 10 * time.Minute
+	for freshUntil := began + uint64(spec.Staleness); now()-began < uint64(length); {
+		o := <-r.C
+		if freshUntil <= now() {
+			t.Fatalf("expired %s ago", time.Duration(now()-freshUntil))
 		}
-		if known := tracker.Evidence()[endpoint]; known.FreshUntil <= now() {
-			t.Fatalf("expired %s ago", time.Duration(now()-known.FreshUntil))
-		}
-		tracker.Observe(o.Outcome)
+		freshUntil = o.ObservedAt - uint64(o.Duration) + uint64(spec.Staleness)
+	}
+	if most := int(length/(spec.Refresh*4/5)) + 2; opened > most {
+		t.Errorf("%d connections, want at most %d", opened, most)
 	}
 }

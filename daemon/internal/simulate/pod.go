@@ -4,20 +4,25 @@
 package simulate
 
 import (
-	"cmp"
 	"container/heap"
 	"fmt"
 	"math/rand/v2"
-	"net/netip"
+	"net/http"
 	"strconv"
 	"time"
 
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// Config is of a pod and its time.
+// Config describes a pod and its time.
 type Config struct {
-	Probes   []probe.Spec
+	Probes []probe.Spec
+	// Strangers are another pod's probes, with host: set to this one.
+	Strangers []probe.Spec
+	// Sidecar: another container, which never ends, owns the probed listening sockets and passes requests on.
+	Sidecar bool
+	// Live is probe.Limits.Live.
+	Live     int
 	Defaults probe.Defaults
 	Duration time.Duration
 	Seed     uint64 // of everything that is drawn; the same seed, the same pod
@@ -39,17 +44,26 @@ const (
 	Status          // an error status voids the evidence of all of its port
 	Handover        // what is handed over is not observed
 	Instance        // another container is not noticed, nor its listener's closing
-	Connection      // a connection is kept for ever, and an answer on it taken for one on a new connection
+	Malformed       // a response with status 200 is a success, whatever else it is
+	Question        // requests of one path are the same, whatever their headers
+	Threshold       // one success arms an endpoint, whatever its successThreshold
+	WholePod        // a listening socket that closes voids the evidence of its own port only
+	Queue           // a TCP probe is answered whatever waits in the listening socket's queue
+	Unanswered      // a prober that finds no connection has not failed
+	Limit           // any number of TCP probes is answered without one that reaches the pod
 )
 
 // Result is what was counted of a pod.
 type Result struct {
 	Probes, Answered                 int // all of them
 	HealthyProbes, HealthyAnswered   int // of servers that were well
+	Estimated                        int // would have been answered, as mode observe says
 	HandedOver                       int
-	Refreshes, Connections           int // of the daemon's own: requests, and connections opened for them
+	Refreshes                        int // the daemon's own requests
 	Verdicts, PlainVerdicts          int // failures in a row up to the threshold
+	Readied                          int // successes in a row up to a threshold of more than one
 	Detected                         int // failures that lasted for longer than the bound
+	Stopped                          int // failures of TCP probes because a stopped server's queue was full
 	WorstDelay, WorstPlain, MaxBound time.Duration
 	WorstShare                       float64 // the longest delay, as a share of its bound
 	// Violations are promises that were broken, the first few of them.
@@ -59,9 +73,10 @@ type Result struct {
 func (r *Result) add(o Result) {
 	r.Probes, r.Answered = r.Probes+o.Probes, r.Answered+o.Answered
 	r.HealthyProbes, r.HealthyAnswered = r.HealthyProbes+o.HealthyProbes, r.HealthyAnswered+o.HealthyAnswered
-	r.HandedOver += o.HandedOver
-	r.Refreshes, r.Connections = r.Refreshes+o.Refreshes, r.Connections+o.Connections
+	r.Estimated, r.HandedOver = r.Estimated+o.Estimated, r.HandedOver+o.HandedOver
+	r.Refreshes += o.Refreshes
 	r.Verdicts, r.PlainVerdicts, r.Detected = r.Verdicts+o.Verdicts, r.PlainVerdicts+o.PlainVerdicts, r.Detected+o.Detected
+	r.Readied, r.Stopped = r.Readied+o.Readied, r.Stopped+o.Stopped
 	r.WorstDelay, r.WorstPlain = max(r.WorstDelay, o.WorstDelay), max(r.WorstPlain, o.WorstPlain)
 	r.MaxBound, r.WorstShare = max(r.MaxBound, o.MaxBound), max(r.WorstShare, o.WorstShare)
 	if len(r.Violations) < violationsKept {
@@ -82,9 +97,6 @@ func (r Result) TotalHitRate() float64 { return float64(r.Answered) / float64(ma
 // The simulated clock begins here: 0 means never.
 const epoch = uint64(1000 * time.Hour)
 
-// limits are the kernel side's.
-var limits = probe.Limits{Path: 255, Request: 1024, Records: 64}
-
 // pod is one pod with all that concerns it.
 type pod struct {
 	Config
@@ -94,39 +106,38 @@ type pod struct {
 	events queue
 
 	servers   map[uint16]*server
-	instances map[uint16]int      // of the container behind a port
-	startup   map[string]*startup // by container
+	instances map[uint16]int                   // of the container behind a port
+	startup   map[string]*startup              // by container
+	requests  map[probe.Endpoint]probe.Request // of HTTP endpoints, as they are sent
+	asked     []probe.Endpoint                 // by Probes
 
-	// The daemon. While it is down the tracker is nil.
-	tracker    *probe.Tracker
-	known      map[uint16]int // instances that its source has told of
-	refreshing map[probe.Endpoint]*asker
-	staleness  map[probe.Endpoint]time.Duration
-
-	// The kernel side: what the daemon wrote, and when the evidence of an endpoint was voided, or of a whole port (no
-	// kind).
-	evidence  map[probe.Endpoint]probe.Evidence
-	gates     map[uint16]probe.Gate
-	withdrawn map[probe.Endpoint]uint64
-
-	// The truth.
-	successes map[probe.Endpoint]map[uint64]bool // when each was asked that succeeded
-	failed    map[probe.Endpoint]uint64          // the last failure that the daemon has read
-	voided    map[probe.Endpoint]uint64          // the last error status; of a port, the last reset, refusal or closing
-	ended     map[uint16]uint64                  // when the last listener closed
-
+	daemon
+	kernel
+	truth
 	result Result
+}
+
+// truth is what there is to be known, for the promises to be held against.
+type truth struct {
+	successes  map[probe.Endpoint]map[uint64]bool // when each was asked that succeeded
+	failed     map[probe.Endpoint]uint64          // the last failure that the daemon has read
+	voided     map[probe.Endpoint]uint64          // the last error status; of a port, the last reset or refusal
+	lastClosed uint64                             // when a listener last closed, of any port
+	ended      map[uint16]uint64                  // when what is behind the port last closed its listener
 }
 
 // Run simulates one pod.
 func Run(c Config) Result {
 	p := &pod{
 		Config: c, rng: rand.New(rand.NewPCG(c.Seed, 1)), now: epoch, end: epoch + uint64(c.Duration),
-		servers: map[uint16]*server{}, instances: map[uint16]int{}, startup: map[string]*startup{}, known: map[uint16]int{},
-		refreshing: map[probe.Endpoint]*asker{}, staleness: map[probe.Endpoint]time.Duration{},
-		withdrawn: map[probe.Endpoint]uint64{}, failed: map[probe.Endpoint]uint64{},
-		voided: map[probe.Endpoint]uint64{}, ended: map[uint16]uint64{},
-		successes: map[probe.Endpoint]map[uint64]bool{},
+		servers: map[uint16]*server{}, instances: map[uint16]int{}, startup: map[string]*startup{},
+		requests: map[probe.Endpoint]probe.Request{},
+		daemon:   newDaemon(),
+		kernel:   kernel{withdrawn: map[probe.Endpoint]uint64{}, answered: map[uint16]int{}, unanswered: map[uint16][]uint64{}, ignored: map[uint16]bool{}, connectedAt: map[uint16]uint64{}},
+		truth: truth{
+			successes: map[probe.Endpoint]map[uint64]bool{}, failed: map[probe.Endpoint]uint64{},
+			voided: map[probe.Endpoint]uint64{}, ended: map[uint16]uint64{},
+		},
 	}
 	p.prepare()
 	for p.events.Len() > 0 && p.now < p.end {
@@ -143,27 +154,45 @@ func (p *pod) prepare() {
 	for _, s := range p.Probes {
 		paths[s.Port] = append(paths[s.Port], s.Path)
 		timeouts[s.Port] = max(timeouts[s.Port], s.Timeout)
-		p.successes[endpointOf(s)] = map[uint64]bool{}
+		p.successes[p.endpointOf(s)] = map[uint64]bool{}
 		if p.startup[s.Container] == nil {
 			p.startup[s.Container] = &startup{succeeded: -1}
 		}
 		p.startup[s.Container].probed = p.startup[s.Container].probed || s.Type == probe.Startup
 	}
 	for _, s := range p.Probes { // in their order, so that a seed gives the same
+		e := p.endpointOf(s)
+		p.asked, p.requests[e] = append(p.asked, e), request(s)
 		if p.servers[s.Port] == nil {
-			p.servers[s.Port] = newServer(p.rng, epoch, p.end, paths[s.Port], timeouts[s.Port])
+			p.servers[s.Port] = newServer(p.rng, epoch, p.end, paths[s.Port], timeouts[s.Port], p.Sidecar)
 			p.scheduleWorld(s.Port)
 		}
 	}
 	p.startDaemon()
 	p.after(p.mean(8*time.Hour), p.killDaemon)
-	for i := range p.Probes {
-		p.newWorker(p.Probes[i])
+	for _, s := range p.Probes {
+		p.newWorker(s)
+	}
+	for _, s := range p.Strangers {
+		e := p.endpointOf(s)
+		p.requests[e] = request(s)
+		if p.successes[e] == nil {
+			p.successes[e] = map[uint64]bool{}
+		}
+		p.after(p.upTo(s.Period), func() { p.visit(s, e) })
 	}
 }
 
-func endpointOf(s probe.Spec) probe.Endpoint {
-	return probe.Endpoint{Port: s.Port, Kind: s.Kind, Path: s.Path}
+// address is the pod's.
+const address = "192.0.2.1"
+
+// request is what the kubelet sends.
+func request(s probe.Spec) probe.Request {
+	header := http.Header{"User-Agent": {"kube-probe/1.37"}, "Accept": {"*/*"}, "Connection": {"close"}}
+	for _, h := range s.Headers {
+		header.Add(h.Name, h.Value)
+	}
+	return probe.Request{Path: s.Path, Host: address + ":" + strconv.Itoa(int(s.Port)), Header: header}
 }
 
 // portOf stands for all endpoints of a port.
@@ -186,200 +215,33 @@ func (p *pod) scheduleWorld(port uint16) {
 	}
 }
 
+// close closes the listening socket of what is behind a port. With a sidecar that is another port's.
 func (p *pod) close(port uint16) {
-	p.ended[port] = p.now
-	p.voided[portOf(port)] = p.now
-	if p.Broken != Withdrawal && p.Broken != Instance {
-		p.withdrawn[portOf(port)] = p.now
+	p.ended[port], p.lastClosed = p.now, p.now
+	switch p.Broken {
+	case Withdrawal, Instance:
+	case WholePod:
+		if !p.Sidecar {
+			p.withdrawn[portOf(port)] = p.now
+		}
+	default:
+		p.podWithdrawn = p.now
 	}
 }
 
-// The daemon.
-
-func (p *pod) startDaemon() {
-	p.tracker = probe.NewTracker()
-	p.setEndpoints()
-	// Evidence outlives a daemon in the maps.
-	for endpoint, evidence := range p.evidence {
-		p.tracker.Restore(endpoint, evidence, p.now)
+// visit is a stranger's probe.
+func (p *pod) visit(s probe.Spec, e probe.Endpoint) {
+	began, known := p.now, p.evidence[e]
+	answered, x := p.connect(e, s.Timeout, p.usual())
+	if answered {
+		p.checkAnswer(e, known)
 	}
-	p.publish()
-}
-
-func (p *pod) setEndpoints() {
-	specs := make([]probe.Spec, len(p.Probes))
-	for i, s := range p.Probes {
-		s.Instance = strconv.Itoa(p.known[s.Port] + 1)
-		specs[i] = s
-	}
-	settings := p.Defaults.Settings(nil)
-	pod := probe.Pod{Namespace: "n", Name: "p", IPs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, Probes: specs}
-	endpoints, err := probe.Endpoints(pod, settings, limits)
-	if err != nil {
-		panic(err) // scenarios have few endpoints
-	}
-	for _, e := range endpoints {
-		p.staleness[e.Endpoint] = e.Staleness
-	}
-	p.tracker.SetEndpoints(endpoints, p.now)
-}
-
-func (p *pod) learnInstance(port uint16, n int) {
-	if p.Broken == Instance {
-		return
-	}
-	p.known[port] = n
-	if p.tracker != nil {
-		p.setEndpoints()
-		p.publish()
-	}
-}
-
-func (p *pod) killDaemon() {
-	p.tracker = nil
-	clear(p.refreshing)
-	p.after(p.upTo(time.Minute), func() {
-		p.startDaemon()
-		p.after(p.mean(8*time.Hour), p.killDaemon)
+	p.at(max(x.end, p.now), func() {
+		if !answered {
+			p.learn(e, began, x)
+		}
+		p.at(max(began+uint64(s.Period), p.now), func() { p.visit(s, e) })
 	})
-}
-
-// observe is the daemon's reading of an outcome.
-func (p *pod) observe(o probe.Outcome) {
-	if p.tracker == nil {
-		return
-	}
-	failure := o.Event == probe.Reset || o.Event == probe.NoAnswer || o.Status >= 400
-	if failure {
-		for endpoint := range p.successes {
-			wholePort := o.Endpoint.Kind == "" || o.Event == probe.Reset
-			if o.Endpoint == endpoint || wholePort && o.Endpoint.Port == endpoint.Port {
-				p.failed[endpoint] = max(p.failed[endpoint], o.ObservedAt)
-			}
-		}
-	}
-	if failure && p.Broken == Failures {
-		return
-	}
-	p.tracker.Observe(o)
-	p.publish()
-}
-
-// publish writes what is known into the maps, and asks what is to be refreshed.
-func (p *pod) publish() {
-	p.evidence, p.gates = p.tracker.Evidence(), p.tracker.Gates()
-	wanted := map[probe.Endpoint]bool{}
-	for _, s := range p.tracker.Refreshing() {
-		wanted[s.Endpoint] = true
-		if p.refreshing[s.Endpoint] == nil {
-			a := &asker{spec: s}
-			p.refreshing[s.Endpoint] = a
-			p.after(p.upTo(s.Refresh), func() { p.refresh(a) })
-		}
-	}
-	for endpoint := range p.refreshing {
-		if !wanted[endpoint] {
-			delete(p.refreshing, endpoint)
-		}
-	}
-}
-
-// asker is the daemon's own request of an endpoint, again and again.
-type asker struct {
-	spec        probe.EndpointSpec
-	connectedAt uint64 // 0: there is no connection
-	instance    int    // that it is with
-}
-
-// refresh is as package refresh does it.
-func (p *pod) refresh(a *asker) {
-	if p.refreshing[a.spec.Endpoint] != a {
-		return
-	}
-	s := a.spec
-	began := p.now
-	keep := max(0, s.Staleness-s.Refresh-s.Timeout)
-	if p.Broken == Connection {
-		keep = time.Duration(p.end)
-	}
-	lost := a.instance != p.instances[s.Port]
-	if a.connectedAt == 0 || lost || s.Kind == probe.TCP || time.Duration(began-a.connectedAt) > keep {
-		a.connectedAt = 0
-	}
-	kept := a.connectedAt != 0
-	if !kept {
-		a.connectedAt, a.instance = began, p.instances[s.Port]
-		p.result.Connections++
-	}
-	p.result.Refreshes++
-	x := p.servers[s.Port].ask(began, s.Endpoint, s.Timeout, kept, p.usual())
-	p.at(x.end, func() {
-		if p.refreshing[s.Endpoint] != a {
-			return
-		}
-		o := probe.Outcome{
-			Endpoint: s.Endpoint, Event: x.event, Status: x.status, ObservedAt: p.now, Refresh: true,
-			Duration: time.Duration(p.now - began),
-		}
-		if x.succeeded() {
-			if o.ConnectedAt = a.connectedAt; p.Broken == Connection {
-				o.ConnectedAt = 0
-			}
-			p.succeeded(s.Endpoint, cmp.Or(o.ConnectedAt, began))
-		} else {
-			a.connectedAt = 0
-		}
-		next := began + uint64(s.Refresh-p.upTo(s.Refresh/5))
-		p.at(max(next, p.now), func() { p.refresh(a) })
-		p.observe(o)
-	})
-}
-
-// The kernel side.
-
-// taken reports whether a connection that comes now is taken.
-func (p *pod) taken(port uint16) bool {
-	g := p.gates[port]
-	if p.Broken == Gate {
-		for e, known := range p.evidence {
-			if e.Port == port {
-				g = probe.Gate{ObservedAt: max(g.ObservedAt, known.ObservedAt), FreshUntil: max(g.FreshUntil, known.FreshUntil)}
-			}
-		}
-	}
-	fresh := g.FreshUntil > p.now || p.Broken == Bound && g.FreshUntil != 0
-	return fresh && g.ObservedAt > p.withdrawn[portOf(port)]
-}
-
-// answerable reports whether a request on a connection that was taken just now is answered.
-func (p *pod) answerable(e probe.Endpoint) bool {
-	known := p.evidence[e]
-	fresh := known.FreshUntil > p.now || p.Broken == Bound && known.FreshUntil != 0
-	return known.Result == probe.Success && fresh && known.ObservedAt > max(p.withdrawn[e], p.withdrawn[portOf(e.Port)])
-}
-
-// report tells the daemon what became of a probe that reached the pod. An error status is about what was asked, a reset or
-// refusal about the whole port.
-func (p *pod) report(e probe.Endpoint, began uint64, x exchange) {
-	o := probe.Outcome{Endpoint: e, Event: x.event, Status: x.status, ObservedAt: p.now, Duration: time.Duration(p.now - began)}
-	if x.event == probe.Reset && x.end-began <= uint64(refusal) {
-		o.Endpoint = portOf(e.Port)
-	}
-	if x.event == probe.Reset || x.event == probe.Answered && x.status >= 300 {
-		about := e
-		if x.event == probe.Reset {
-			about = portOf(e.Port)
-		}
-		p.voided[about] = p.now
-		if p.Broken == Status {
-			about = portOf(e.Port)
-		}
-		if p.Broken != Withdrawal {
-			p.withdrawn[about] = p.now
-		}
-	}
-	const gather = uint64(50 * time.Millisecond) // the daemon reads them in their order, but not at once
-	p.at((p.now/gather+1)*gather, func() { p.observe(o) })
 }
 
 // What is promised.
@@ -388,6 +250,23 @@ func (p *pod) violate(format string, a ...any) {
 	if len(p.result.Violations) < violationsKept {
 		at := time.Duration(p.now - epoch)
 		p.result.Violations = append(p.result.Violations, fmt.Sprintf("seed %d, %s: ", p.Seed, at)+fmt.Sprintf(format, a...))
+	}
+}
+
+// learn takes note of a probe that reached the pod.
+func (p *pod) learn(e probe.Endpoint, began uint64, x exchange) {
+	p.noteSuccess(e, began, x)
+	p.report(e, began, x)
+}
+
+// noteSuccess notes what an exchange shows to succeed. An answer of any kind shows that a connection came about.
+func (p *pod) noteSuccess(e probe.Endpoint, began uint64, x exchange) {
+	if x.succeeded() {
+		p.succeeded(e, began)
+	}
+	tcp := probe.Endpoint{Port: e.Port, Kind: probe.TCP}
+	if p.successes[tcp] != nil && x.event == probe.Answered {
+		p.succeeded(tcp, began)
 	}
 }
 
@@ -404,9 +283,8 @@ func (p *pod) succeeded(e probe.Endpoint, asked uint64) {
 	p.successes[e][asked] = true
 }
 
-// checkAnswer holds an answer against the truth.
-func (p *pod) checkAnswer(e probe.Endpoint) {
-	known := p.evidence[e]
+// checkAnswer holds an answer, and the evidence for it, against the truth.
+func (p *pod) checkAnswer(e probe.Endpoint, known probe.Evidence) {
 	switch {
 	case !p.successes[e][known.ObservedAt]:
 		p.violate("%s answered with what was not observed", e)
@@ -419,19 +297,18 @@ func (p *pod) checkAnswer(e probe.Endpoint) {
 	}
 }
 
-// checkReached holds a probe that reached the pod against the truth: whatever else its port is asked, it need not have, if
-// its own last success was still to be believed. For a request on a port that has a TCP probe, so must be that one's.
-func (p *pod) checkReached(e probe.Endpoint) {
+// mayBeAnswered reports whether a probe that begins now need not reach the pod, whatever else its port is asked: its own
+// last success is still to be believed, and the listening socket bears it out. For a request on a port that has a TCP probe
+// that one's must be believable, too.
+func (p *pod) mayBeAnswered(e probe.Endpoint) bool {
 	tcp := probe.Endpoint{Port: e.Port, Kind: probe.TCP}
 	_, asked := p.successes[tcp]
-	if p.believable(e) && (!asked || p.believable(tcp)) {
-		p.violate("%s reached the pod though it could have been answered", e)
-	}
+	return p.believable(e) && (!asked || p.believable(tcp)) && !p.ignored[e.Port] && p.listening(e.Port)
 }
 
 func (p *pod) believable(e probe.Endpoint) bool {
 	known := p.evidence[e]
-	return known.FreshUntil > p.now && known.ObservedAt > max(p.voided[e], p.voided[portOf(e.Port)])
+	return known.FreshUntil > p.now && known.ObservedAt > max(p.voided[e], p.voided[portOf(e.Port)], p.lastClosed)
 }
 
 // Time.

@@ -58,7 +58,7 @@ func (s Scenario) Run(pods int, d time.Duration, seed uint64, done func()) Resul
 	return all
 }
 
-func http(container string, t probe.Type, port uint16, path string, period time.Duration) probe.Spec {
+func get(container string, t probe.Type, port uint16, path string, period time.Duration) probe.Spec {
 	return probe.Spec{
 		Container: container, Type: t, Kind: probe.HTTP, Port: port, Path: path,
 		Period: period, Timeout: time.Second, FailureThreshold: 3,
@@ -66,7 +66,7 @@ func http(container string, t probe.Type, port uint16, path string, period time.
 }
 
 func tcp(container string, t probe.Type, port uint16, period time.Duration) probe.Spec {
-	s := http(container, t, port, "", period)
+	s := get(container, t, port, "", period)
 	s.Kind = probe.TCP
 	return s
 }
@@ -78,52 +78,92 @@ func with(staleness string, refresh bool) probe.Defaults {
 	if err := d.Staleness.UnmarshalText([]byte(staleness)); err != nil {
 		panic(err)
 	}
+	d.StalenessSet = d.Staleness != probe.DefaultStaleness
 	d.Refresh.On = refresh
 	return d
 }
 
+// live is the most TCP probes that the kernel side answers in a row (datapath.MaxAnswers).
+const live = 9
+
 var (
-	lone = []probe.Spec{http("c", probe.Readiness, 80, "/x", usually)}
-	pair = []probe.Spec{http("c", probe.Readiness, 80, "/x", usually), http("c", probe.Liveness, 80, "/x", usually)}
-	own  = []probe.Spec{http("c", probe.Readiness, 80, "/x", usually), http("c", probe.Liveness, 80, "/y", usually)}
-	both = []probe.Spec{http("c", probe.Readiness, 80, "/x", usually), tcp("c", probe.Liveness, 80, usually)}
+	lone = []probe.Spec{get("c", probe.Readiness, 80, "/x", usually)}
+	pair = []probe.Spec{get("c", probe.Readiness, 80, "/x", usually), get("c", probe.Liveness, 80, "/x", usually)}
+	own  = []probe.Spec{get("c", probe.Readiness, 80, "/x", usually), get("c", probe.Liveness, 80, "/y", usually)}
+	both = []probe.Spec{get("c", probe.Readiness, 80, "/x", usually), tcp("c", probe.Liveness, 80, usually)}
 )
 
 // Of two probes with a period of 10 s and a timeout of 1 s a fifth begin within a second of each other.
 const twoOfThree = 0.8*2/3 + 0.2*3/4
 
+// oneTCP is the mean of what limits allow.
+const oneTCP = (0. + 1./2 + 1./2 + 2./3 + 9./10) / 5
+
 // Scenarios are the kinds of pods that the table has.
 func Scenarios() []Scenario {
+	const usual = "1"
 	scenario := func(name string, expected, demanded float64, why, staleness string, refresh bool, probes ...probe.Spec) Scenario {
 		return Scenario{
 			Name: name, Expected: expected, Demanded: demanded, Why: why,
-			config: Config{Probes: probes, Defaults: with(staleness, refresh)},
+			config: Config{Probes: probes, Live: live, Defaults: with(staleness, refresh)},
 		}
 	}
-	const usual = "1+timeout"
+	changed := func(s Scenario, change func(*Config)) Scenario {
+		change(&s.config)
+		return s
+	}
+	threeSuccesses := get("c", probe.Readiness, 80, "/x", usually)
+	threeSuccesses.SuccessThreshold = 3
+	patient := get("c", probe.Liveness, 80, "/x", time.Second)
+	patient.Timeout = 30 * time.Second
+	authorized := get("c", probe.Liveness, 80, "/x", usually)
+	authorized.Headers = []probe.Header{{Name: "X-Auth", Value: "yes"}}
+	starting := get("c", probe.Startup, 80, "/x", time.Second)
+	strangers := func(s Scenario, asks probe.Spec) Scenario {
+		asks.Period = 3 * time.Second
+		return changed(s, func(c *Config) { c.Strangers = []probe.Spec{asks} })
+	}
 	return []Scenario{
 		scenario("one probe", 1./2, .49, "one observed, the next one answered", usual, false, lone...),
-		scenario("one TCP probe", 1./2, .49, "likewise", usual, false, tcp("c", probe.Liveness, 80, usually)),
+		scenario("one TCP probe", oneTCP, .45, "K answered between two that are observed: 0, 1, 1, 2 or 9, by the length of the queue", usual, false,
+			tcp("c", probe.Liveness, 80, usually)),
+		changed(scenario("one TCP probe, listening sockets not looked at", 1./2, .49, "as by HTTP", usual, false,
+			tcp("c", probe.Liveness, 80, usually)), func(c *Config) { c.Live = 0 }),
 		scenario("readiness + liveness, one path", twoOfThree, .66,
 			"two of three answered; three of four for the fifth of pods whose two probes come within a timeout of each other", usual, false, pair...),
 		scenario("readiness + liveness, two paths", 1./2, .49, "each as if alone", usual, false, own...),
-		scenario("readiness by HTTP, liveness by TCP, one port", 1./2, .49,
-			"each as if alone: every second HTTP probe comes while TCP's success has connections taken", usual, false, both...),
+		scenario("readiness + liveness, one path, other headers", 1./2, .49, "likewise", usual, false, lone[0], authorized),
+		strangers(scenario("one probe, and another pod's with host: and headers", 1./2, .49, "likewise", usual, false, lone...), authorized),
+		strangers(scenario("one probe with headers, and another pod's with host: alone", 1./2, .49, "likewise", usual, false, authorized), lone[0]),
+		strangers(scenario("one probe, and another pod's with host: that asks the same", 0, .88,
+			"not computed: whichever comes first once 11 s are over is observed, and the other's are a third as far apart", usual, false, lone...), lone[0]),
+		changed(scenario("one probe, listened for by a sidecar", 1./2, .49, "likewise", usual, false, lone...),
+			func(c *Config) { c.Sidecar = true }),
+		scenario("one probe, successThreshold 3", 1./2, .48, "likewise, once three in a row were observed", usual, false, threeSuccesses),
+		scenario("one probe each second, timeout 30", 1./2, .49, "the slack is half a second", usual, false, patient),
+		scenario("readiness by HTTP, liveness by TCP, one port", 0, .35,
+			"not computed: K counts both, so a short queue holds back HTTP too", usual, false, both...),
 		scenario("startup, readiness, liveness, one path", twoOfThree, .66, "startup probes end", usual, false,
-			append([]probe.Spec{http("c", probe.Startup, 80, "/x", usually)}, pair...)...),
+			append([]probe.Spec{get("c", probe.Startup, 80, "/x", usually)}, pair...)...),
+		scenario("startup each second, liveness, one path", 1./2, .49, "startup probes end, and their period with them", usual, false,
+			starting, get("c", probe.Liveness, 80, "/x", usually)),
+		scenario("startup each second, readiness with successThreshold 3, one path", 1./2, .48, "likewise", usual, false,
+			starting, threeSuccesses),
+		scenario("startup each second, liveness, one path, refresh", 1, .99, "likewise", usual, true,
+			starting, get("c", probe.Liveness, 80, "/x", usually)),
 		scenario("two containers", twoOfThree, .66, "each as one", usual, false,
-			http("c", probe.Readiness, 80, "/x", usually), http("c", probe.Liveness, 80, "/x", usually),
-			http("d", probe.Readiness, 81, "/x", usually), http("d", probe.Liveness, 81, "/x", usually)),
+			get("c", probe.Readiness, 80, "/x", usually), get("c", probe.Liveness, 80, "/x", usually),
+			get("d", probe.Readiness, 81, "/x", usually), get("d", probe.Liveness, 81, "/x", usually)),
 		{
-			Name: "one to four probes of 1 to 30 s", config: Config{Defaults: with(usual, false)}, draw: drawProbes,
+			Name: "one to six probes of 1 to 30 s", config: Config{Live: live, Defaults: with(usual, false)}, draw: drawProbes,
 			Why: "drawn: kinds, paths, periods, timeouts, thresholds",
 		},
-		scenario("one probe, staleness 5", 5./6, .82, "one observed, five answered", "5+timeout", false, lone...),
+		scenario("one probe, staleness 5", 5./6, .82, "one observed, five answered", "5", false, lone...),
 		scenario("one probe, refresh", 1, .99, "all but the first after a failure", usual, true, lone...),
-		scenario("one probe, refresh, staleness 5", 1, .99, "likewise", "5+timeout", true, lone...),
+		scenario("one probe, refresh, staleness 5", 1, .99, "likewise", "5", true, lone...),
 		scenario("readiness + liveness, two paths, refresh", 1, .99, "likewise", usual, true, own...),
 		{
-			Name: "one to four probes, refresh", config: Config{Defaults: with(usual, true)}, draw: drawProbes,
+			Name: "one to six probes, refresh", config: Config{Live: live, Defaults: with(usual, true)}, draw: drawProbes,
 			Why: "drawn as above",
 		},
 	}
@@ -138,9 +178,9 @@ func Sweep() []Scenario {
 		refresh bool
 	}{{"one probe", lone, false}, {"readiness + liveness, one path", pair, false}, {"one probe, refresh", lone, true}} {
 		for half := 1; half <= 10; half++ {
-			staleness := fmt.Sprintf("%g+timeout", float64(half)/2)
+			staleness := fmt.Sprintf("%g", float64(half)/2)
 			all = append(all, Scenario{
-				Name: kind.name, Why: staleness, config: Config{Probes: kind.probes, Defaults: with(staleness, kind.refresh)},
+				Name: kind.name, Why: staleness, config: Config{Probes: kind.probes, Live: live, Defaults: with(staleness, kind.refresh)},
 			})
 		}
 	}
@@ -150,20 +190,23 @@ func Sweep() []Scenario {
 // drawProbes draws a pod's probes: of one container, on one or two ports.
 func drawProbes(seed uint64) []probe.Spec {
 	rng := rand.New(rand.NewPCG(seed, 2))
-	types := []probe.Type{probe.Readiness, probe.Liveness}
+	types := []probe.Type{probe.Readiness, probe.Liveness, probe.Startup}
 	var specs []probe.Spec
 	for _, container := range []string{"c", "d"}[:1+rng.IntN(2)] {
 		port := uint16(80)
 		if container == "d" {
 			port = 81
 		}
-		for _, t := range types[:1+rng.IntN(2)] {
-			s := http(container, t, port, []string{"/x", "/y"}[rng.IntN(2)], time.Duration(1+rng.IntN(30))*time.Second)
+		for _, t := range types[:1+rng.IntN(3)] {
+			s := get(container, t, port, []string{"/x", "/y"}[rng.IntN(2)], time.Duration(1+rng.IntN(30))*time.Second)
 			if rng.IntN(4) == 0 {
 				s = tcp(container, t, port, s.Period)
 			}
 			s.Timeout = time.Duration(1+rng.IntN(5)) * time.Second
 			s.FailureThreshold = 1 + rng.IntN(4)
+			if t == probe.Readiness {
+				s.SuccessThreshold = 1 + rng.IntN(3)
+			}
 			specs = append(specs, s)
 		}
 	}

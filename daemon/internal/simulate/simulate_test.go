@@ -1,6 +1,7 @@
 package simulate
 
 import (
+	"math"
 	"strings"
 	"testing"
 	"time"
@@ -19,6 +20,11 @@ func TestNothingIsViolated(t *testing.T) {
 			if r.Detected == 0 || r.Verdicts == 0 || r.Answered == 0 {
 				t.Errorf("nothing happened: %+v", r)
 			}
+			// Mode observe says what mode answer does. It leaves out refresh and strangers.
+			estimated, answered := float64(r.Estimated)/float64(r.Probes), r.TotalHitRate()
+			if !s.config.Defaults.Refresh.On && s.config.Strangers == nil && math.Abs(estimated-answered) > .01 {
+				t.Errorf("estimated %.3f, answered %.3f", estimated, answered)
+			}
 		})
 	}
 }
@@ -36,23 +42,45 @@ func TestTheSameSeedIsTheSamePod(t *testing.T) {
 
 // A rule that is broken is noticed. So that nothing is noticed means that none is.
 func TestBrokenRulesAreNoticed(t *testing.T) {
-	byName := map[string]Scenario{}
+	byName, unbroken := map[string]Scenario{}, map[string]Result{}
 	for _, s := range Scenarios() {
 		byName[s.Name] = s
 	}
-	for rule, test := range map[Rule]struct{ scenario, want string }{
-		Bound:      {"one probe", "after its bound"},
-		Withdrawal: {"one probe", "after its listener had closed"},
-		Failures:   {"one probe, refresh", "after a failure that the daemon knew"},
-		Gate:       {"readiness by HTTP, liveness by TCP, one port", "TCP :80 answered"},
-		Status:     {"readiness + liveness, two paths", "though it could have been answered"},
-		Instance:   {"one probe, staleness 5", "after its listener had closed"},
-		Connection: {"one probe, refresh, staleness 5", "not detected within"},
+	run := func(name string, rule Rule) Result {
+		s, ok := byName[name]
+		if !ok {
+			t.Fatalf("no scenario %q", name)
+		}
+		s.config.Broken = rule
+		return s.Run(4, 48*time.Hour, 1, nil)
+	}
+	for _, test := range []struct {
+		rule           Rule
+		scenario, want string
+	}{
+		{Bound, "one probe", "after its bound"},
+		{Withdrawal, "one probe", "after its listener had closed"},
+		{Failures, "one probe, refresh", "after a failure that the daemon knew"},
+		{Gate, "readiness by HTTP, liveness by TCP, one port", "TCP :80 answered"},
+		{Status, "readiness + liveness, two paths", "though it could have been answered"},
+		{Instance, "one probe, staleness 5", "after its listener had closed"},
+		{Malformed, "one probe", "not detected within"},
+		{Question, "one probe, and another pod's with host: and headers", "not observed"},
+		{Question, "one probe with headers, and another pod's with host: alone", "not observed"},
+		{Threshold, "one probe, successThreshold 3", "of 3 successes"},
+		{Unanswered, "one probe, successThreshold 3", "of 3 successes"},
+		{WholePod, "one probe, listened for by a sidecar", "after its listener had closed"},
+		{Queue, "one TCP probe", "of a stopped server"},
+		{Limit, "one TCP probe", "of a stopped server"},
 	} {
-		good, broken := runBoth(t, byName, test.scenario, rule)
-		if len(good.Violations) > 0 {
+		rule := test.rule
+		if _, ran := unbroken[test.scenario]; !ran {
+			unbroken[test.scenario] = run(test.scenario, None)
+		}
+		if good := unbroken[test.scenario]; len(good.Violations) > 0 {
 			t.Errorf("rule %d: violated though it holds: %s", rule, good.Violations[0])
 		}
+		broken := run(test.scenario, rule)
 		if !strings.Contains(strings.Join(broken.Violations, "\n"), test.want) {
 			t.Errorf("rule %d is broken, and nothing is %q: %+v", rule, test.want, broken)
 		}
@@ -60,29 +88,17 @@ func TestBrokenRulesAreNoticed(t *testing.T) {
 
 	// This one breaks no promise but that of the share that is answered.
 	const paths = "readiness + liveness, two paths"
-	good, broken := runBoth(t, byName, paths, Handover)
+	good, broken := unbroken[paths], run(paths, Handover)
 	if least := byName[paths].Demanded; good.HandedOver == 0 || good.HitRate() < least || broken.HitRate() >= least {
 		t.Errorf("%d handed over; %.3f answered, %.3f if these are not observed; demanded are %.2f",
 			good.HandedOver, good.HitRate(), broken.HitRate(), least)
 	}
 }
 
-// runBoth runs a scenario with the rule, and with the rule broken.
-func runBoth(t *testing.T, byName map[string]Scenario, name string, rule Rule) (good, broken Result) {
-	t.Helper()
-	s, ok := byName[name]
-	if !ok {
-		t.Fatalf("no scenario %q", name)
-	}
-	good = s.Run(4, 48*time.Hour, 1, nil)
-	s.config.Broken = rule
-	return good, s.Run(4, 48*time.Hour, 1, nil)
-}
-
 // The world by itself: a request that comes to a server in some condition.
 func TestServer(t *testing.T) {
 	const second = uint64(time.Second)
-	s := &server{phases: []phase{
+	s := &server{limit: 1, phases: []phase{
 		{condition: healthy, from: 0, to: 10 * second},
 		{condition: hanging, from: 10 * second, to: 20 * second},
 		{condition: healthy, from: 20 * second, to: 30 * second},
@@ -91,34 +107,70 @@ func TestServer(t *testing.T) {
 		{condition: erringOn, from: 50 * second, to: 60 * second, status: 503, path: "/x"},
 		{condition: slow, from: 60 * second, to: 70 * second, latency: 2 * time.Second},
 		{condition: down, from: 70 * second, to: 80 * second},
+		{condition: filtered, from: 80 * second, to: 90 * second},
+		{condition: unauthorized, from: 90 * second, to: 100 * second, status: 403},
+		{condition: malformed, from: 100 * second, to: 110 * second},
 	}}
 	x, y, tcp := probe.Endpoint{Kind: probe.HTTP, Path: "/x"}, probe.Endpoint{Kind: probe.HTTP, Path: "/y"}, probe.Endpoint{Kind: probe.TCP}
+	authorized := probe.Endpoint{Kind: probe.HTTP, Path: "/x", Headers: "some"}
 	for name, test := range map[string]struct {
 		at   float64
 		e    probe.Endpoint
-		kept bool
 		want probe.Event
 		ok   bool
 	}{
-		"healthy":             {1, x, false, probe.Answered, true},
-		"overtaken by a hang": {9.999, x, false, probe.NoAnswer, false},
-		"hanging":             {15, x, false, probe.NoAnswer, false},
-		"hanging, TCP":        {15, tcp, false, probe.Connected, true},
-		"to the hang's end":   {19.5, x, false, probe.Answered, true},
-		"stuck":               {35, x, false, probe.NoAnswer, false},
-		"stuck, TCP":          {35, tcp, false, probe.NoAnswer, false},
-		"stuck, but kept":     {35, x, true, probe.Answered, true},
-		"closed":              {45, x, false, probe.Reset, false},
-		"closed, but kept":    {45, x, true, probe.Answered, true},
-		"erring":              {55, x, false, probe.Answered, false},
-		"the other path":      {55, y, false, probe.Answered, true},
-		"slow":                {65, x, false, probe.NoAnswer, false},
-		"down":                {75, x, false, probe.Reset, false},
-		"down, kept":          {75, x, true, probe.Reset, false},
+		"healthy":             {1, x, probe.Answered, true},
+		"overtaken by a hang": {9.999, x, probe.NoAnswer, false},
+		"hanging":             {15, x, probe.NoAnswer, false},
+		"hanging, TCP":        {15, tcp, probe.Connected, true},
+		"to the hang's end":   {19.5, x, probe.Answered, true},
+		"stuck":               {35, x, probe.NoAnswer, false},
+		"stuck, TCP":          {35, tcp, probe.NoAnswer, false},
+		"closed":              {45, x, probe.Reset, false},
+		"erring":              {55, x, probe.Answered, false},
+		"the other path":      {55, y, probe.Answered, true},
+		"slow":                {65, x, probe.NoAnswer, false},
+		"down":                {75, x, probe.Reset, false},
+		"filtered, TCP":       {85, tcp, probe.NoAnswer, false},
+		"unauthorized":        {95, x, probe.Answered, false},
+		"authorized":          {95, authorized, probe.Answered, true},
+		"malformed":           {105, x, probe.Failed, false},
+		"malformed, TCP":      {105, tcp, probe.Connected, true},
 	} {
-		got := s.ask(uint64(test.at*float64(second)), test.e, time.Second, test.kept, 10*time.Millisecond)
+		q := inquiry{uint64(test.at * float64(second)), test.e, time.Second, 10 * time.Millisecond}
+		got := s.ask(q, &backlog{})
 		if got.event != test.want || got.succeeded() != test.ok {
 			t.Errorf("%s: %+v", name, got)
+		}
+	}
+	s.sidecar = true
+	for at, want := range map[float64]int{45: 503, 75: 503, 5: 200} {
+		if got := s.ask(inquiry{uint64(at * float64(second)), x, time.Second, time.Millisecond}, &backlog{}); got.status != want {
+			t.Errorf("at %gs a sidecar responds with %d, want %d", at, got.status, want)
+		}
+	}
+}
+
+// A stopped server's queue takes one connection more than its limit (tcp_v4_conn_request in net/ipv4/tcp_ipv4.c drops the
+// SYN of what is over it), and a look at it allows answers while at most half of it is used and nobody has waited for long.
+func TestStopped(t *testing.T) {
+	for limit, want := range map[int]struct{ accepted, most int }{0: {1, 0}, 1: {2, 1}, 5: {6, 1}, 16: {17, 2}, 128: {129, 9}, 4096: {4097, 9}} {
+		const begun = uint64(time.Hour)
+		s := &server{limit: limit, phases: []phase{{condition: healthy, to: begun}, {condition: stopped, from: begun, to: 9 * begun}}}
+		var b backlog
+		accepted := 0
+		for at := begun; ; at += uint64(time.Second) {
+			if looks := s.accepting(at, &b); looks != (accepted == 0) {
+				t.Fatalf("limit %d: after %d, a look allows an answer: %v", limit, accepted, looks)
+			}
+			q := inquiry{at, probe.Endpoint{Kind: probe.TCP}, time.Second, time.Millisecond}
+			if !s.ask(q, &b).succeeded() {
+				break
+			}
+			accepted++
+		}
+		if accepted != want.accepted || s.mostAnswered(live) != want.most {
+			t.Errorf("limit %d: %d accepted, %d answered at most; want %+v", limit, accepted, s.mostAnswered(live), want)
 		}
 	}
 }

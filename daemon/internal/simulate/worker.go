@@ -17,6 +17,14 @@ type worker struct {
 
 	with, plain verdict
 	bound       probe.Delay
+	row         row
+	halt        halt
+}
+
+// row is successes in a row, since a failure.
+type row struct {
+	successes, answered int
+	since               uint64
 }
 
 // verdict is a count of failures, and of each long failure when it was found out.
@@ -27,9 +35,15 @@ type verdict struct {
 	since, until uint64
 }
 
+// halt is a phase in which the server is stopped, as TCP probes find it.
+type halt struct {
+	phase, probes int
+	plainFailed   int // number of the first probe that fails without probelet, from 1; 0: none did yet
+}
+
 // newWorker starts a probe's worker.
 func (p *pod) newWorker(s probe.Spec) {
-	w := &worker{pod: p, spec: s, endpoint: endpointOf(s)}
+	w := &worker{pod: p, spec: s, endpoint: p.endpointOf(s)}
 	w.bound = p.delayOf(s)
 	p.result.MaxBound = max(p.result.MaxBound, w.bound.Probelet)
 	for _, interval := range p.servers[s.Port].failing(w.endpoint, s.Timeout) {
@@ -43,7 +57,7 @@ func (p *pod) newWorker(s probe.Spec) {
 func (p *pod) delayOf(s probe.Spec) probe.Delay {
 	for _, e := range p.tracker.Endpoints() {
 		for _, d := range e.Delays() {
-			if e.Endpoint == endpointOf(s) && d.Asker == s.Asker() {
+			if d.Asker == s.Asker() {
 				return d
 			}
 		}
@@ -71,44 +85,39 @@ func (w *worker) tick() {
 	began := w.now
 	server := w.servers[w.spec.Port]
 	if w.instance != w.instances[w.spec.Port] { // a new container is judged anew
-		w.instance, w.with, w.plain = w.instances[w.spec.Port], verdict{}, verdict{}
+		w.instance, w.with, w.plain, w.row = w.instances[w.spec.Port], verdict{}, verdict{}, row{since: w.now}
 	}
 	if server.phases[server.at(began)].condition == down || !w.due() {
 		w.plan(w.next(began))
 		return
 	}
-	healthy := server.phases[server.at(began)].condition == healthy
-	twin := server.ask(began, w.endpoint, w.spec.Timeout, false, w.usual())
-	x, answered := twin, false
+	condition := server.phases[server.at(began)].condition
+	usual := w.usual()
+	twin := server.ask(inquiry{began, w.endpoint, w.spec.Timeout, usual}, &server.plain)
+	known, may := w.evidence[w.endpoint], w.mayBeAnswered(w.endpoint)
+	answered, x := w.connect(w.endpoint, w.spec.Timeout, usual)
 	w.result.Probes++
-	taken := w.taken(w.endpoint.Port)
+	w.at(max(twin.end, w.now), func() { w.estimate(began, twin) })
 	switch {
-	case taken && (w.spec.Kind == probe.TCP || w.answerable(w.endpoint)):
-		answered = true
-		w.checkAnswer(w.endpoint)
-		x = exchange{event: probe.Answered, status: 200, end: began + uint64(refusal)}
+	case answered:
+		w.checkAnswer(w.endpoint, known)
 		w.result.Answered++
-	case taken: // and handed over, which takes no time to speak of
-		w.result.HandedOver++
-		fallthrough
-	default:
-		w.checkReached(w.endpoint)
+	case may:
+		w.violate("%s reached the pod though it could have been answered", w.endpoint)
 	}
-	if healthy {
+	w.checkHalt(server, x, twin)
+	if condition == healthy {
 		w.result.HealthyProbes++
 		if answered {
 			w.result.HealthyAnswered++
 		}
 	}
-	observed := !answered && (!taken || w.Broken != Handover)
 	w.at(max(x.end, w.now), func() {
-		if observed {
-			if x.succeeded() {
-				w.succeeded(w.endpoint, began)
-			}
-			w.report(w.endpoint, began, x)
+		if !answered {
+			w.learn(w.endpoint, began, x)
 		}
-		w.judge(x, twin)
+		w.checkRow(x, answered, began)
+		w.judge(x, twin, condition == stopped)
 		w.plan(w.next(began))
 		// A container that is not ready is probed at once when its status changes, and the ticker begins anew.
 		change := w.now + uint64(w.upTo(5*w.spec.Period))
@@ -117,6 +126,56 @@ func (w *worker) tick() {
 			w.plan(change)
 		}
 	})
+}
+
+// estimate has the daemon estimate what it would do with the twin.
+func (w *worker) estimate(began uint64, twin exchange) {
+	if !twin.seen() {
+		return
+	}
+	o := w.outcome(w.endpoint, began, twin)
+	judged, ok := w.estimator.Observe(o, w.lastClosed, w.servers[w.spec.Port].mostAnswered(w.Live))
+	if ok && judged.Answered {
+		w.result.Estimated++
+	}
+}
+
+// checkRow holds a success verdict against the successes that the pod itself had. A probe that begins as soon as one has
+// failed may be answered before the daemon knows of that.
+func (w *worker) checkRow(x exchange, answered bool, began uint64) {
+	if !x.succeeded() {
+		w.row = row{since: w.now}
+		return
+	}
+	if w.row.successes++; answered && began > w.row.since+2*gather {
+		w.row.answered++
+	}
+	if need := w.spec.SuccessThreshold; need > 1 && w.row.successes == need {
+		w.result.Readied++
+		if w.row.answered > 0 {
+			w.violate("%s of %s: a success verdict after %d of %d successes", w.endpoint, w.spec.Asker(), need-w.row.answered, need)
+		}
+	}
+}
+
+// checkHalt compares with plain Kubernetes how many probes succeed before a stopped server's queue is full.
+func (w *worker) checkHalt(s *server, x, twin exchange) {
+	i := s.at(w.now)
+	if w.spec.Kind != probe.TCP || w.Live == 0 || s.phases[i].condition != stopped {
+		return
+	}
+	if w.halt.phase != i {
+		w.halt = halt{phase: i}
+	}
+	w.halt.probes++
+	if !twin.connected && w.halt.plainFailed == 0 {
+		w.halt.plainFailed = w.halt.probes
+		w.result.Stopped++
+	}
+	if x.connected && w.halt.plainFailed != 0 && w.halt.probes >= w.halt.plainFailed+s.mostAnswered(w.Live) {
+		w.violate("%s of %s: probe %d of a stopped server succeeded, without probelet probe %d failed",
+			w.endpoint, w.spec.Asker(), w.halt.probes, w.halt.plainFailed)
+	}
 }
 
 // due is whether the kubelet probes now: startup first and until it has succeeded, the others after it.
@@ -135,8 +194,9 @@ func (s *startup) due(t probe.Type, instance int) bool {
 	return over != (t == probe.Startup)
 }
 
-// judge counts a probe, and its twin.
-func (w *worker) judge(x, twin exchange) {
+// judge counts a probe, and its twin. halted: it came to a stopped server, whose queue may be full for the one and not for
+// the other, because the daemon's own connections are in it, too.
+func (w *worker) judge(x, twin exchange, halted bool) {
 	if w.instance != w.instances[w.spec.Port] {
 		return
 	}
@@ -150,7 +210,7 @@ func (w *worker) judge(x, twin exchange) {
 	}
 	if w.with.count(x.succeeded(), w.spec.FailureThreshold) {
 		w.result.Verdicts++
-		if !w.plain.failing {
+		if !w.plain.failing && !halted {
 			w.violate("%s of %s: a failure verdict that plain Kubernetes does not give", w.endpoint, w.spec.Asker())
 		}
 		w.found(&w.with, &w.result.WorstDelay, w.now, w.bound.Probelet, "probelet")

@@ -12,19 +12,27 @@ import (
 type condition uint8
 
 const (
-	healthy  condition = iota
-	hanging            // accepts, and answers nothing until it is over
-	stuck              // accepts nothing new, and goes on answering on the connections that it has
-	slow               // takes phase.latency
-	erring             // answers with phase.status
-	erringOn           // likewise, on phase.path only
-	closed             // does not listen, and runs on
-	down               // the container has ended; another one runs afterwards
+	healthy      condition = iota
+	hanging                // accepts, and answers nothing until it is over
+	stuck                  // its queue is full of others' connections
+	stopped                // accepts nothing; the kernel does, until the queue is full
+	filtered               // what is sent to it gets lost on the way inside the pod
+	slow                   // takes phase.latency
+	erring                 // answers with phase.status
+	erringOn               // likewise, on phase.path only
+	unauthorized           // likewise, where the request has no custom header
+	flapping               // likewise, now and then
+	malformed              // answers with status 200 and what is no HTTP
+	closed                 // does not listen, and runs on
+	down                   // the container has ended; another one runs afterwards
 	conditions
 )
 
 func (c condition) String() string {
-	return [...]string{"healthy", "hanging", "stuck", "slow", "erring", "erring on one path", "not listening", "restarting"}[c]
+	return [...]string{
+		"healthy", "hanging", "stuck", "stopped", "filtered", "slow", "erring", "erring on one path", "unauthorized", "flapping",
+		"malformed", "not listening", "restarting",
+	}[c]
 }
 
 // phase is a time for which a server's condition stays the same.
@@ -38,11 +46,27 @@ type phase struct {
 
 // server is what listens on a port, for all of the simulated time. It takes no notice of verdicts: with and without
 // probelet the same happens to it.
-type server struct{ phases []phase }
+type server struct {
+	phases  []phase
+	limit   int  // of the listening socket's queue
+	sidecar bool // listens for it, and goes on when it does not
+	// queue holds what is not accepted, and plain what would be without probelet.
+	queue, plain backlog
+}
+
+// backlog is a listening socket's queue while its server is stopped.
+type backlog struct {
+	phase  int // that it is of
+	queued int
+	since  uint64 // the first of them
+}
+
+// limits are those of servers' queues: of careless programs, and enough for one to be full within a phase.
+var limits = []int{0, 1, 5, 16, 128}
 
 // newServer draws a server's fate until the end. paths are those that may fail alone.
-func newServer(rng *rand.Rand, start, end uint64, paths []string, timeout time.Duration) *server {
-	s := &server{}
+func newServer(rng *rand.Rand, start, end uint64, paths []string, timeout time.Duration, sidecar bool) *server {
+	s := &server{sidecar: sidecar, limit: limits[rng.IntN(len(limits))]}
 	for t := start; t < end; {
 		well := phase{condition: healthy, from: t, to: t + uint64(rng.ExpFloat64()*float64(40*time.Minute)) + uint64(time.Second)}
 		ill := phase{condition: condition(1 + rng.IntN(int(conditions)-1)), from: well.to}
@@ -55,7 +79,7 @@ func newServer(rng *rand.Rand, start, end uint64, paths []string, timeout time.D
 		switch ill.condition {
 		case slow:
 			ill.latency = timeout/4 + time.Duration(rng.Int64N(int64(2*timeout)))
-		case erring, erringOn:
+		case erring, erringOn, unauthorized, flapping:
 			ill.status = []int{404, 500, 503}[rng.IntN(3)]
 			ill.path = paths[rng.IntN(len(paths))]
 		}
@@ -70,11 +94,21 @@ func (s *server) at(t uint64) int {
 	return min(sort.Search(len(s.phases), func(i int) bool { return s.phases[i].to > t }), len(s.phases)-1)
 }
 
-// exchange is what comes of a request.
+// inquiry is a request, or a connection without one.
+type inquiry struct {
+	at       uint64
+	endpoint probe.Endpoint
+	timeout  time.Duration // after which the client gives up
+	usual    time.Duration // that a server takes that is well
+}
+
+// exchange is what comes of an inquiry.
 type exchange struct {
-	event  probe.Event
-	status int
-	end    uint64
+	event      probe.Event
+	status     int
+	connected  bool
+	handedOver bool
+	end        uint64
 }
 
 // succeeded is the kubelet's verdict.
@@ -82,86 +116,152 @@ func (x exchange) succeeded() bool {
 	return x.event == probe.Connected || x.event == probe.Answered && x.status >= 200 && x.status < 400
 }
 
+// seen reports whether the kernel side sees it end. A client that gives up connecting sends nothing, unless its connection
+// was taken before.
+func (x exchange) seen() bool { return x.event != probe.NoAnswer || x.connected || x.handedOver }
+
 const refusal = 100 * time.Microsecond
 
-// ask is what comes of a request at a time that the client gives up after its timeout. kept: on a connection that is
-// there already. usual is how long a server that is well takes.
-func (s *server) ask(t uint64, e probe.Endpoint, timeout time.Duration, kept bool, usual time.Duration) exchange {
-	i := s.at(t)
+// ask is what comes of an inquiry, which may have to wait in a queue.
+func (s *server) ask(q inquiry, b *backlog) exchange {
+	i := s.at(q.at)
 	p := s.phases[i]
-	gaveUp := exchange{event: probe.NoAnswer, end: t + uint64(timeout)}
-	switch {
-	case p.condition == closed && !kept, p.condition == down:
-		return exchange{event: probe.Reset, end: t + uint64(refusal)}
-	case e.Kind == probe.TCP:
-		if p.condition == stuck {
-			return gaveUp
-		}
-		return exchange{event: probe.Connected, end: t + uint64(refusal)} // by the pod's kernel, whatever the server does
+	if (p.condition == closed || p.condition == down) && !s.sidecar {
+		return exchange{event: probe.Reset, end: q.at + uint64(refusal)}
 	}
-	status, done := 200, t+uint64(usual)
-	switch p.condition {
-	case hanging:
-		done = p.to + uint64(usual)
+	if p.condition == stuck || p.condition == filtered || p.condition == stopped && !s.enqueue(q.at, b) {
+		return exchange{event: probe.NoAnswer, end: q.at + uint64(q.timeout)}
+	}
+	if q.endpoint.Kind == probe.TCP {
+		return exchange{event: probe.Connected, connected: true, end: q.at + uint64(refusal)} // by the pod's kernel, whatever the server does
+	}
+	return s.respond(q, i)
+}
+
+// enqueue reports whether the kernel takes another connection, as sk_acceptq_is_full in its include/net/sock.h has it.
+func (s *server) enqueue(t uint64, b *backlog) bool {
+	s.drain(t, b)
+	if b.queued > s.limit {
+		return false
+	}
+	if b.queued++; b.queued == 1 {
+		b.since = t
+	}
+	return true
+}
+
+// drain empties the queue of an earlier phase.
+func (s *server) drain(t uint64, b *backlog) {
+	if i := s.at(t); b.phase != i {
+		*b = backlog{phase: i}
+	}
+}
+
+// headAge is how long the first connection in a queue may have waited for others to be answered.
+const headAge = uint64(50 * time.Millisecond)
+
+// accepting is what a look at the listening socket says.
+func (s *server) accepting(t uint64, b *backlog) bool {
+	s.drain(t, b)
+	switch s.phases[s.at(t)].condition {
+	case closed, down:
+		return s.sidecar
 	case stuck:
-		if !kept {
-			done = p.to + uint64(usual)
-		}
+		return false
+	case stopped:
+		return b.queued == 0 || 2*b.queued <= s.limit && t-b.since < headAge
+	}
+	return true
+}
+
+// mostAnswered is how many probes may be answered on a look at the listening socket alone.
+func (s *server) mostAnswered(live int) int {
+	if s.limit == 0 {
+		return 0
+	}
+	return min(max(s.limit/8, 1), live)
+}
+
+// respond is what comes of a request on a connection, in a phase.
+func (s *server) respond(q inquiry, i int) exchange {
+	p := s.phases[i]
+	x := exchange{event: probe.Answered, status: 200, connected: true, end: q.at + uint64(q.usual)}
+	switch p.condition {
+	case hanging, stopped:
+		x.end = p.to + uint64(q.usual)
 	case slow:
-		done = t + uint64(p.latency)
-	case erring:
-		status = p.status
-	case erringOn:
-		if e.Path == p.path {
-			status = p.status
+		x.end = q.at + uint64(p.latency)
+	case malformed:
+		x.event, x.status = probe.Failed, 0
+	case closed, down:
+		if s.sidecar {
+			x.status = 503
+		}
+	default:
+		if p.refuses(q) {
+			x.status = p.status
 		}
 	}
-	// What comes over the server before it has answered.
-	for i++; i < len(s.phases) && s.phases[i].from < done; i++ {
+	return s.overtake(x, q, i)
+}
+
+// refuses reports whether the phase's error status is the response.
+func (p phase) refuses(q inquiry) bool {
+	const slot = uint64(7 * time.Second)
+	switch p.condition {
+	case erring:
+		return true
+	case erringOn:
+		return q.endpoint.Path == p.path
+	case unauthorized:
+		return q.endpoint.Headers == ""
+	case flapping:
+		return (q.at/slot*0x9e3779b97f4a7c15)>>62 != 0 // three of four
+	}
+	return false
+}
+
+// overtake changes what comes of a request by what comes over the server before it has answered.
+func (s *server) overtake(x exchange, q inquiry, i int) exchange {
+	gaveUp := exchange{event: probe.NoAnswer, connected: true, end: q.at + uint64(q.timeout)}
+	for i++; i < len(s.phases) && s.phases[i].from < x.end; i++ {
 		switch s.phases[i].condition {
 		case down:
-			if s.phases[i].from < gaveUp.end {
-				return exchange{event: probe.Reset, end: s.phases[i].from}
+			if s.phases[i].from < gaveUp.end && !s.sidecar {
+				return exchange{event: probe.Reset, connected: true, end: s.phases[i].from}
 			}
-		case hanging:
-			done = s.phases[i].to + uint64(usual)
+		case hanging, stopped, filtered:
+			x.end = s.phases[i].to + uint64(q.usual)
 		}
 	}
-	if done >= gaveUp.end {
+	if x.end >= gaveUp.end {
 		return gaveUp
 	}
-	return exchange{event: probe.Answered, status: status, end: done}
+	return x
 }
 
 // failing returns, for each phase in which every probe of the endpoint fails that begins in it, when the first and the
 // last such probe may begin.
 func (s *server) failing(e probe.Endpoint, timeout time.Duration) (intervals [][2]uint64) {
 	for _, p := range s.phases {
-		to := p.to
+		to, fails := p.to, e.Kind != probe.TCP
 		switch p.condition {
-		case healthy, down: // what has ended is not probed
-			continue
-		case stuck:
-			to -= min(to, uint64(timeout))
-		case hanging:
-			if e.Kind == probe.TCP {
-				continue
-			}
+		case healthy, down, flapping: // what has ended is not probed
+			fails = false
+		case stuck, filtered:
+			to, fails = to-min(to, uint64(timeout)), true
+		case hanging, stopped:
 			to -= min(to, uint64(timeout))
 		case slow:
-			if e.Kind == probe.TCP || p.latency < timeout {
-				continue
-			}
-		case erring:
-			if e.Kind == probe.TCP {
-				continue
-			}
+			fails = fails && p.latency >= timeout
 		case erringOn:
-			if e.Kind == probe.TCP || e.Path != p.path {
-				continue
-			}
+			fails = fails && e.Path == p.path
+		case unauthorized:
+			fails = fails && e.Headers == ""
+		case closed:
+			fails = fails || !s.sidecar
 		}
-		if to > p.from {
+		if fails && to > p.from {
 			intervals = append(intervals, [2]uint64{p.from, to})
 		}
 	}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -19,9 +18,6 @@ import (
 
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
-
-// changesSettle is how long after a change a snapshot is made: one change of a pod is several of its object.
-const changesSettle = 20 * time.Millisecond
 
 // APIServer watches the node's pods at the API server.
 type APIServer struct {
@@ -75,6 +71,9 @@ func podClient(config *rest.Config) (rest.Interface, error) {
 	return rest.RESTClientFor(config)
 }
 
+// Delivery implements Source.
+func (*APIServer) Delivery() Delivery { return Delivery{Pushed: true} }
+
 // Refresh implements Source: the API server is watched.
 func (*APIServer) Refresh() {}
 
@@ -112,11 +111,7 @@ func (a *APIServer) Run(ctx context.Context, snapshots chan<- []probe.Pod) error
 			return nil
 		case <-a.changed:
 		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(changesSettle):
-		}
+		gather(ctx)
 		if !a.last.send(ctx, snapshots, a.pods(informer.GetStore())) {
 			return nil
 		}
@@ -134,7 +129,7 @@ func (*APIServer) pods(store cache.Store) []probe.Pod {
 	var pods []probe.Pod
 	for _, object := range store.List() {
 		if p, ok := object.(*corev1.Pod); ok {
-			if pod, skipped := onNode(p); skipped == "" {
+			if pod, matters := onNode(p); matters {
 				pods = append(pods, pod)
 			}
 		}

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -19,6 +21,7 @@ const (
 	defaultPeriodSeconds    = 10
 	defaultTimeoutSeconds   = 1
 	defaultFailureThreshold = 3
+	defaultSuccessThreshold = 1
 )
 
 // probes converts the probes of containers, written as in a pod spec.
@@ -85,6 +88,10 @@ func convert(c *corev1.Container, probeType probe.Type, p *corev1.Probe) (probe.
 		return spec, fmt.Errorf("failureThreshold: %d: must not be negative", p.FailureThreshold)
 	}
 	spec.FailureThreshold = int(cmp.Or(p.FailureThreshold, defaultFailureThreshold))
+	if p.SuccessThreshold < 0 {
+		return spec, fmt.Errorf("successThreshold: %d: must not be negative", p.SuccessThreshold)
+	}
+	spec.SuccessThreshold = int(cmp.Or(p.SuccessThreshold, defaultSuccessThreshold))
 	if n := handlers(p); n != 1 {
 		return spec, fmt.Errorf("httpGet, tcpSocket, grpc, exec: %d of them are set, one is needed", n)
 	}
@@ -192,4 +199,44 @@ func setPort(spec *probe.Spec, c *corev1.Container, field string, port intstr.In
 	}
 	spec.Port = uint16(number)
 	return nil
+}
+
+// hooks are the requests of lifecycle hooks, as the kubelet sends them (runHTTPHandler in its pkg/kubelet/lifecycle/handlers.go).
+// One over HTTPS is sent again in the clear where that is what the server speaks.
+func hooks(containers, initContainers []corev1.Container) []probe.Spec {
+	var specs []probe.Spec
+	for _, c := range slices.Concat(containers, initContainers) {
+		if c.Lifecycle == nil {
+			continue
+		}
+		for _, h := range []struct {
+			hookType probe.Type
+			handler  *corev1.LifecycleHandler
+		}{{probe.PostStart, c.Lifecycle.PostStart}, {probe.PreStop, c.Lifecycle.PreStop}} {
+			if h.handler == nil || h.handler.HTTPGet == nil {
+				continue
+			}
+			spec := probe.Spec{Container: c.Name, Type: h.hookType}
+			if err := convertHTTP(&spec, &c, h.handler.HTTPGet); err != nil {
+				continue // it cannot be sent
+			}
+			spec.Kind, spec.Headers = probe.HTTP, hookHeaders(spec.Headers)
+			specs = append(specs, spec)
+		}
+	}
+	return specs
+}
+
+// hookHeaders adds what the kubelet adds, and its client's net/http.
+func hookHeaders(headers []probe.Header) []probe.Header {
+	sets := func(name string) bool {
+		return slices.ContainsFunc(headers, func(h probe.Header) bool { return strings.EqualFold(h.Name, name) })
+	}
+	if !sets("Accept-Encoding") && !sets("Range") {
+		headers = append(headers, probe.Header{Name: "Accept-Encoding", Value: "gzip"})
+	}
+	if !sets("User-Agent") {
+		headers = append(headers, probe.Header{Name: "User-Agent", Value: "kube-lifecycle/1.37"})
+	}
+	return headers
 }

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -75,6 +76,9 @@ func NewFile(path string, log *slog.Logger) (*File, error) {
 
 // Refresh implements Source: the file is watched.
 func (f *File) Refresh() {}
+
+// Delivery implements Source.
+func (*File) Delivery() Delivery { return Delivery{Why: "a file of specs does not tell of containers"} }
 
 // Failing implements Source.
 func (f *File) Failing() string {
@@ -205,7 +209,11 @@ func decodeStrict(raw []byte, into any) error {
 	var mismatch *json.UnmarshalTypeError
 	if errors.As(err, &mismatch) {
 		field := strings.ReplaceAll(mismatch.Field, "ProbeHandler.", "") // embedded: nobody writes it
-		return fmt.Errorf("%s: %s: must be of type %s", field, valueBefore(raw, mismatch), mismatch.Type)
+		quoted := ""
+		if mismatch.Type.Kind() == reflect.String && (mismatch.Value == "bool" || strings.HasPrefix(mismatch.Value, "number")) {
+			quoted = ", so in quotes"
+		}
+		return fmt.Errorf("%s: %s: must be of type %s%s", field, valueBefore(raw, mismatch), mismatch.Type, quoted)
 	}
 	return errors.Join(append(strict, err)...)
 }

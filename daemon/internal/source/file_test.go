@@ -26,6 +26,7 @@ pods:
       httpGet: {path: "/ready?x=1", port: "8080", httpHeaders: [{name: X-Probe, value: "1"}]}
       periodSeconds: 5
       timeoutSeconds: 2
+      successThreshold: 2
     livenessProbe: {tcpSocket: {port: 8080}}
   initContainers:
   - name: once
@@ -43,12 +44,12 @@ pods:
 		IPs: []netip.Addr{netip.MustParseAddr("10.0.0.7"), netip.MustParseAddr("fd00::7")},
 		Probes: []probe.Spec{
 			{Container: "server", Type: probe.Startup, Kind: probe.HTTP, Port: 8080, Path: "/",
-				Period: 10 * time.Second, Timeout: time.Second, FailureThreshold: 30},
+				Period: 10 * time.Second, Timeout: time.Second, FailureThreshold: 30, SuccessThreshold: 1},
 			{Container: "server", Type: probe.Readiness, Kind: probe.HTTP, Port: 8080, Path: "/ready?x=1",
-				Headers: []probe.Header{{Name: "X-Probe", Value: "1"}}, Period: 5 * time.Second, Timeout: 2 * time.Second, FailureThreshold: 3},
+				Headers: []probe.Header{{Name: "X-Probe", Value: "1"}}, Period: 5 * time.Second, Timeout: 2 * time.Second, FailureThreshold: 3, SuccessThreshold: 2},
 			{Container: "server", Type: probe.Liveness, Kind: probe.TCP, Port: 8080,
-				Period: 10 * time.Second, Timeout: time.Second, FailureThreshold: 3},
-			{Container: "sidecar", Type: probe.Readiness, Kind: probe.Exec, Period: 10 * time.Second, Timeout: time.Second, FailureThreshold: 3},
+				Period: 10 * time.Second, Timeout: time.Second, FailureThreshold: 3, SuccessThreshold: 1},
+			{Container: "sidecar", Type: probe.Readiness, Kind: probe.Exec, Period: 10 * time.Second, Timeout: time.Second, FailureThreshold: 3, SuccessThreshold: 1},
 		},
 	}, {Namespace: "default", Name: "plain"}}
 	if !reflect.DeepEqual(pods, want) {
@@ -72,6 +73,7 @@ func TestParseErrors(t *testing.T) {
 		"no name":           {"pods: [{containers: []}]", []string{"pods[0]", "name"}},
 		"unknown pod field": {"pods: [{name: web, ip: 10.0.0.7}]", []string{"default/web", `"ip"`}},
 		"bad IP":            {"pods: [{name: web, ips: [10.0.0.300]}]", []string{"default/web", "ips[0]", "10.0.0.300"}},
+		"bare off":          {"pods: [{name: web, annotations: {probelet.dev/mode: off}}]", []string{"default/web", "annotations", "false", "quotes"}},
 		"same name":         {"pods: [{name: web}, {name: web, namespace: default}]", []string{"default/web", "name"}},
 		"same IP": {"pods: [{name: a, ips: [10.0.0.7]}, {name: b, ips: ['::ffff:10.0.0.7']}]",
 			[]string{"default/a", "default/b", "ips", "10.0.0.7"}},
@@ -93,6 +95,8 @@ func TestParseErrors(t *testing.T) {
 			[]string{"shop/web", "livenessProbe.timeoutSeconds", "-2"}},
 		"negative threshold": {container("livenessProbe: {tcpSocket: {port: 1}, failureThreshold: -1}"),
 			[]string{"shop/web", "livenessProbe.failureThreshold", "-1"}},
+		"negative successThreshold": {container("readinessProbe: {tcpSocket: {port: 1}, successThreshold: -1}"),
+			[]string{"shop/web", "readinessProbe.successThreshold", "-1"}},
 		"port too large": {container("livenessProbe: {httpGet: {port: 70000}}"),
 			[]string{"shop/web", "livenessProbe.httpGet.port", "70000"}},
 		"port zero": {container("livenessProbe: {tcpSocket: {port: 0}}"),

@@ -1,82 +1,71 @@
 package source
 
 import (
-	"bytes"
-	"cmp"
 	"context"
-	"crypto/tls"
-	"crypto/x509"
-	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"net/http"
-	"net/url"
-	"os"
+	"sync/atomic"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	kubejson "sigs.k8s.io/json"
 
+	"github.com/probelet/probelet/daemon/internal/kubelet"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
 const (
-	// refreshAfter is the first wait after a pod was announced: the kubelet learns its address a moment after the plugin.
-	// Later ones double, up to the poll interval.
-	refreshAfter = 500 * time.Millisecond
+	// shortestPoll is the shortest time from one question for all pods to the next. It is also the first wait after a pod
+	// was announced, since the kubelet learns its address a moment after the plugin; later waits double, up to the poll
+	// interval.
+	shortestPoll = time.Second
+	// pollShare is the part of the time, 1 in so many, that asking for all pods may take.
+	pollShare = 10
 	// kubeletTimeout is for one answer, from its request to its last byte.
 	kubeletTimeout = 10 * time.Second
-	// maxPodList is how long an answer may be. It is read pod by pod, so this is time more than memory.
-	maxPodList = 256 << 20
+	// podsAPIGrace is how long after the pods API went away it is waited for, before the list is polled instead: a kubelet
+	// that has just started lists only some of its pods, and its pods API says so.
+	podsAPIGrace = 10 * time.Second
 )
 
-// KubeletConfig is how the kubelet is asked.
+// PodsAPISocket is where the kubelet serves its pods API unless it was given another --root-dir (Kubernetes 1.37,
+// pkg/kubelet/kubeletconfig/defaults.go, pkg/kubelet/apis/pods/constants.go).
+const PodsAPISocket = "/var/lib/kubelet/pods-api/pods-api.sock"
+
+// KubeletConfig says how to ask the kubelet.
 type KubeletConfig struct {
-	URL string // of its pods
-	// TokenFile and CAFile are read for each request, as both are renewed. They are for https only; empty: no token, and
-	// the system's authorities.
-	TokenFile, CAFile string
-	// ServerName is the name in the kubelet's certificate; empty: the host of the URL.
-	ServerName string
-	// SelfSigned returns the certificate, in PEM, that the kubelet made for itself if it was given none, as it does unless
-	// told otherwise (cmd/kubelet/app/server.go, initializeTLS). It is good besides what CAFile is good for. May be nil.
-	SelfSigned func() ([]byte, error)
-	Poll       time.Duration
+	kubelet.Config // URL: of its pods
+	// Socket is that of its pods API; empty: not used.
+	Socket string
+	// Poll is the longest time from one question for all pods to the next.
+	Poll time.Duration
 }
 
-// Kubelet asks the kubelet of this node.
+// Kubelet asks the kubelet of this node. Where it serves the pods API, which Kubernetes 1.37 does by default, the kubelet
+// pushes each change of a container's state. Otherwise its list of pods is polled, and the API used once it is there.
 type Kubelet struct {
-	config  KubeletConfig
-	timeout time.Duration
-	refresh chan struct{}
+	config                     KubeletConfig
+	client                     *kubelet.Client
+	timeout, shortest, patient time.Duration
+	refresh                    chan struct{}
 	health
-	client *http.Client
-	ca     []byte // that client trusts
-	last   publisher
+	last     publisher
+	watched  time.Time // when the pods API was last known to work
+	delivery atomic.Pointer[Delivery]
 }
 
-// NewKubelet checks the configuration. Whether the kubelet answers is Run's concern.
+// NewKubelet checks the configuration; it does not connect.
 func NewKubelet(c KubeletConfig, log *slog.Logger) (*Kubelet, error) {
-	u, err := url.Parse(c.URL)
+	client, err := kubelet.New(c.Config)
 	if err != nil {
 		return nil, err
-	}
-	if u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-		return nil, fmt.Errorf("%q: must be http://HOST:PORT/pods or https://HOST:PORT/pods", c.URL)
 	}
 	if c.Poll <= 0 {
 		return nil, fmt.Errorf("poll interval %s: must be positive", c.Poll)
 	}
-	c.ServerName = cmp.Or(c.ServerName, u.Hostname())
-	if u.Scheme == "http" {
-		c.TokenFile, c.CAFile = "", "" // a token is not for everyone on the way
-	}
 	return &Kubelet{
-		config: c, timeout: kubeletTimeout, refresh: make(chan struct{}, 1),
-		health: health{log: log.With("source", c.URL)},
+		config: c, client: client, timeout: kubeletTimeout, shortest: min(shortestPoll, c.Poll), patient: podsAPIGrace,
+		refresh: make(chan struct{}, 1), health: health{log: log.With("source", c.URL)},
 	}, nil
 }
 
@@ -88,245 +77,102 @@ func (k *Kubelet) Refresh() {
 	}
 }
 
+// Delivery implements Source.
+func (k *Kubelet) Delivery() Delivery {
+	if d := k.delivery.Load(); d != nil {
+		return *d
+	}
+	return Delivery{Why: "the kubelet has not answered yet"}
+}
+
 // Run implements Source.
 func (k *Kubelet) Run(ctx context.Context, snapshots chan<- []probe.Pod) error {
-	wait := refreshAfter
-	for {
-		pods, err := k.fetch(ctx)
-		if ctx.Err() != nil {
-			return nil
-		}
-		var failure *kubeletError
-		if errors.As(err, &failure) {
-			k.set(failure.kind, failure)
+	wait := k.shortest
+	for ctx.Err() == nil {
+		unwatched := k.watch(ctx, snapshots)
+		rest := k.poll(ctx, snapshots, unwatched)
+		if announced := k.wait(ctx, rest, wait); announced {
+			wait = k.shortest
 		} else {
-			k.set("", nil)
-			if !k.last.send(ctx, snapshots, pods) {
-				return nil
-			}
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-k.refresh:
-			wait = refreshAfter
-		case <-time.After(min(wait, k.config.Poll)):
 			wait = min(2*wait, k.config.Poll)
 		}
 	}
+	return nil
 }
 
-// kubeletError is a kind of failure, as it is logged, and what happened this time.
-type kubeletError struct {
-	kind string
-	err  error
+// poll asks once, and returns how long not to ask again: a kubelet that has much to say must not be kept busy with it.
+// unwatched is why pods are not watched.
+func (k *Kubelet) poll(ctx context.Context, snapshots chan<- []probe.Pod, unwatched string) (rest time.Duration) {
+	start := time.Now()
+	pods, err := k.fetch(ctx)
+	took := time.Since(start)
+	switch {
+	case ctx.Err() != nil:
+	case err != nil:
+		k.fail(err)
+	default:
+		k.set("", nil)
+		k.deliver(Delivery{Why: unwatched})
+		k.last.send(ctx, snapshots, pods)
+		return max(k.shortest, pollShare*took-time.Since(start))
+	}
+	return k.shortest
 }
 
-func (e *kubeletError) Error() string { return e.err.Error() }
-func (e *kubeletError) Unwrap() error { return e.err }
+// wait waits for a time, or until a pod is announced, but no shorter than rest.
+func (k *Kubelet) wait(ctx context.Context, rest, longest time.Duration) (announced bool) {
+	rested := time.After(rest)
+	select {
+	case <-ctx.Done():
+	case <-k.refresh:
+		announced = true
+	case <-time.After(longest):
+	}
+	select {
+	case <-ctx.Done():
+	case <-rested:
+	}
+	return announced
+}
 
-// fetch returns the pods; its error is a kubeletError.
+// deliver notes how containers' states come in, and logs a change of that.
+func (k *Kubelet) deliver(d Delivery) {
+	before := k.delivery.Swap(&d)
+	switch {
+	case before != nil && before.Pushed == d.Pushed:
+	case d.Pushed:
+		k.log.Info("pods are watched")
+	default:
+		k.log.Info("pods are polled", "because", d.Why)
+	}
+}
+
+func (k *Kubelet) fail(err error) {
+	kind := "gives no usable answer"
+	var failure *kubelet.Error
+	if errors.As(err, &failure) {
+		kind = failure.Kind
+	}
+	k.set(kind, err)
+}
+
+// fetch returns the pods that the kubelet lists.
 func (k *Kubelet) fetch(ctx context.Context) ([]probe.Pod, error) {
 	ctx, cancel := context.WithTimeout(ctx, k.timeout)
 	defer cancel()
-	request, err := k.request(ctx)
+	response, err := k.client.Get(ctx, "application/json")
 	if err != nil {
-		return nil, &kubeletError{"cannot be asked", err}
-	}
-	response, err := k.client.Do(request)
-	if err != nil {
-		return nil, &kubeletError{"is not reachable", err}
+		return nil, err
 	}
 	defer response.Body.Close() //nolint:errcheck // read only
-	if response.StatusCode != http.StatusOK {
-		return nil, &kubeletError{"refuses: " + response.Status, errors.New(response.Status)}
-	}
 	var pods []probe.Pod
 	err = readPodList(&limitedReader{response.Body, maxPodList}, func(p *corev1.Pod) {
-		if pod, skipped := onNode(p); skipped == "" {
+		if pod, matters := onNode(p); matters {
 			pods = append(pods, pod)
 		}
 	})
 	if ctx.Err() != nil {
-		return nil, &kubeletError{"is not reachable", fmt.Errorf("no whole answer within %s", k.timeout)}
+		return nil, &kubelet.Error{Kind: kubelet.Unreachable, Err: fmt.Errorf("no whole answer within %s", k.timeout)}
 	}
-	if err != nil {
-		return nil, &kubeletError{"gives no usable answer", err}
-	}
-	return pods, nil
-}
-
-func (k *Kubelet) request(ctx context.Context) (*http.Request, error) {
-	if err := k.prepareClient(); err != nil {
-		return nil, err
-	}
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, k.config.URL, nil)
-	if err != nil {
-		return nil, err
-	}
-	request.Header.Set("Accept", "application/json")
-	request.Header.Set("User-Agent", "probeletd")
-	if k.config.TokenFile != "" {
-		token, err := os.ReadFile(k.config.TokenFile)
-		if err != nil {
-			return nil, fmt.Errorf("token: %w", err)
-		}
-		request.Header.Set("Authorization", "Bearer "+string(bytes.TrimSpace(token)))
-	}
-	return request, nil
-}
-
-// prepareClient makes a client, and a new one when the authority is another one.
-func (k *Kubelet) prepareClient() error {
-	var ca []byte
-	var pool *x509.CertPool
-	if k.config.CAFile != "" {
-		var err error
-		if ca, err = os.ReadFile(k.config.CAFile); err != nil {
-			return fmt.Errorf("CA: %w", err)
-		}
-		if pool = x509.NewCertPool(); !pool.AppendCertsFromPEM(ca) {
-			return fmt.Errorf("CA: %s: no certificate in it", k.config.CAFile)
-		}
-	}
-	if k.client != nil && bytes.Equal(ca, k.ca) {
-		return nil
-	}
-	if k.client != nil {
-		k.client.CloseIdleConnections()
-	}
-	k.ca = ca
-	k.client = &http.Client{
-		Transport: &http.Transport{ // no proxy: it is this node
-			TLSClientConfig: &tls.Config{
-				ServerName: k.config.ServerName, MinVersion: tls.VersionTLS12,
-				InsecureSkipVerify: true, // verify does it
-				VerifyConnection:   func(s tls.ConnectionState) error { return k.verify(s, pool) },
-			},
-		},
-		// Elsewhere there is nothing to be asked, least of all with our token.
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
-	return nil
-}
-
-// verify accepts what package tls accepts, and the certificate that the kubelet of this node made for itself: that names
-// neither address nor authority that we know.
-func (k *Kubelet) verify(s tls.ConnectionState, roots *x509.CertPool) error {
-	intermediates := x509.NewCertPool()
-	for _, c := range s.PeerCertificates[1:] {
-		intermediates.AddCert(c)
-	}
-	_, err := s.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: intermediates, DNSName: k.config.ServerName})
-	if err == nil || k.config.SelfSigned == nil {
-		return err
-	}
-	text, readErr := k.config.SelfSigned()
-	if readErr != nil {
-		return fmt.Errorf("%w (and the certificate that the kubelet made for itself is not known: %w)", err, readErr)
-	}
-	for block, rest := pem.Decode(text); block != nil; block, rest = pem.Decode(rest) {
-		if block.Type == "CERTIFICATE" && bytes.Equal(block.Bytes, s.PeerCertificates[0].Raw) {
-			return nil
-		}
-	}
-	return fmt.Errorf("%w (and it is not the certificate that the kubelet made for itself)", err)
-}
-
-// limitedReader fails, rather than ends, where more comes than is allowed.
-type limitedReader struct {
-	from io.Reader
-	left int64
-}
-
-func (r *limitedReader) Read(p []byte) (int, error) {
-	if r.left <= 0 {
-		return 0, fmt.Errorf("answer of more than %d MiB", maxPodList>>20)
-	}
-	n, err := r.from.Read(p[:min(int64(len(p)), r.left)])
-	r.left -= int64(n)
-	return n, err
-}
-
-// readPodList reads a PodList and nothing else, and never has more than one of its pods in memory. Each may have been
-// called for pods of a list that turns out to be no good.
-func readPodList(r io.Reader, each func(*corev1.Pod)) error {
-	d := json.NewDecoder(r)
-	if err := expect(d, json.Delim('{')); err != nil {
-		return err
-	}
-	var kind string
-	items := 0
-	for d.More() {
-		key, err := d.Token()
-		if err != nil {
-			return err
-		}
-		switch key {
-		case "kind":
-			err = d.Decode(&kind)
-		case "items":
-			items, err = readItems(d, each)
-		default:
-			var ignored json.RawMessage
-			err = d.Decode(&ignored)
-		}
-		if err != nil {
-			return fmt.Errorf("%v: %w", key, unexpected(err))
-		}
-	}
-	if err := expect(d, json.Delim('}')); err != nil {
-		return err
-	}
-	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return errors.New("more than one JSON value")
-	}
-	if kind != "PodList" {
-		return fmt.Errorf("kind: %q with %d items: must be PodList", kind, items)
-	}
-	return nil
-}
-
-func expect(d *json.Decoder, want json.Delim) error {
-	got, err := d.Token()
-	if err == nil && got != want {
-		err = fmt.Errorf("%v where %v was expected", got, want)
-	}
-	return unexpected(err)
-}
-
-// unexpected is err, but the end of what is no JSON yet is said to be so.
-func unexpected(err error) error {
-	if errors.Is(err, io.EOF) {
-		return io.ErrUnexpectedEOF
-	}
-	return err
-}
-
-func readItems(d *json.Decoder, each func(*corev1.Pod)) (int, error) {
-	start, err := d.Token()
-	if err != nil || start == nil { // null: no pods
-		return 0, err
-	}
-	if start != json.Delim('[') {
-		return 0, fmt.Errorf("%v where a list was expected", start)
-	}
-	n := 0
-	var raw json.RawMessage
-	for ; d.More(); n++ {
-		if err := d.Decode(&raw); err != nil {
-			return n, err
-		}
-		var pod corev1.Pod
-		// As Kubernetes does it: cases matter, fields of later versions do not.
-		if err := kubejson.UnmarshalCaseSensitivePreserveInts(raw, &pod); err != nil {
-			return n, fmt.Errorf("[%d]: %w", n, err)
-		}
-		if pod.Name == "" || pod.Namespace == "" {
-			return n, fmt.Errorf("[%d]: a pod without name or namespace", n)
-		}
-		each(&pod)
-	}
-	_, err = d.Token()
-	return n, err
+	return pods, err
 }

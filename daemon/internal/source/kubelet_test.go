@@ -24,6 +24,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/client-go/util/cert"
 
+	"github.com/probelet/probelet/daemon/internal/kubelet"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
@@ -136,7 +137,9 @@ func wantNext(t *testing.T, snapshots <-chan []probe.Pod, want ...string) {
 	}
 }
 
-func kubelet(t *testing.T, c KubeletConfig, log *slog.Logger) *Kubelet {
+func at(url string) KubeletConfig { return KubeletConfig{Config: kubelet.Config{URL: url + "/pods"}} }
+
+func openKubelet(t *testing.T, c KubeletConfig, log *slog.Logger) *Kubelet {
 	t.Helper()
 	if c.Poll == 0 {
 		c.Poll = 20 * time.Millisecond
@@ -154,7 +157,7 @@ func TestKubelet(t *testing.T) {
 	hostNetwork.Spec.HostNetwork = true
 	b, a := webPod("b", "10.0.0.8"), webPod("a", "10.0.0.7")
 	f.says(podList(t, b, hostNetwork, a, webPod("starting", "")))
-	snapshots := running(t, kubelet(t, KubeletConfig{URL: f.URL + "/pods"}, slog.New(slog.DiscardHandler)))
+	snapshots := running(t, openKubelet(t, at(f.URL), slog.New(slog.DiscardHandler)))
 	wantNext(t, snapshots, "a[10.0.0.7]", "b[10.0.0.8]")
 
 	f.says(podList(t, a, hostNetwork, b)) // the kubelet's order is none
@@ -170,23 +173,53 @@ func TestKubelet(t *testing.T) {
 	wantNext(t, snapshots)
 }
 
-// A new pod is learned of at once, and its address when the kubelet knows it, though the poll interval is long.
+// A new pod is learned of before the poll interval is over, and its address when the kubelet knows it: the list is asked for
+// at once, and then more and more rarely.
 func TestKubeletRefresh(t *testing.T) {
 	f := newFakeKubelet(t, (*httptest.Server).Start)
 	f.says(podList(t))
-	k := kubelet(t, KubeletConfig{URL: f.URL + "/pods", Poll: time.Hour}, slog.New(slog.DiscardHandler))
-	snapshots := running(t, k)
-	wantNext(t, snapshots)
-	f.says(podList(t, webPod("a", "10.0.0.7")))
-	start := time.Now()
-	k.Refresh()
-	wantNext(t, snapshots, "a[10.0.0.7]")
-	if took := time.Since(start); took > refreshAfter/2 {
-		t.Errorf("learned of after %s", took)
+	k := openKubelet(t, KubeletConfig{Config: at(f.URL).Config, Poll: time.Hour}, slog.New(slog.DiscardHandler))
+	k.shortest = 5 * time.Millisecond
+	wantNext(t, running(t, k))
+	rare := func() {
+		t.Helper()
+		eventually(t, "polls are rare", func() bool {
+			before := f.requests.Load()
+			time.Sleep(64 * k.shortest)
+			return f.requests.Load() == before
+		})
 	}
-	k.Refresh()
-	f.says(podList(t))
-	wantNext(t, snapshots)
+	rare()
+	for range 3 {
+		before := f.requests.Load()
+		k.Refresh()
+		rare()
+		if asked := f.requests.Load() - before; asked < 3 {
+			t.Errorf("asked %d times", asked)
+		}
+	}
+}
+
+// However many pods are announced, the kubelet spends no more than a tenth of its time on lists of them.
+func TestKubeletIsAskedRarely(t *testing.T) {
+	const took = 50 * time.Millisecond
+	f := newFakeKubelet(t, (*httptest.Server).Start)
+	good := podList(t)
+	f.does(func(w http.ResponseWriter, _ *http.Request) {
+		time.Sleep(took)
+		_, _ = io.WriteString(w, good)
+	})
+	k := openKubelet(t, at(f.URL), slog.New(slog.DiscardHandler))
+	k.shortest = time.Millisecond
+	start := time.Now()
+	wantNext(t, running(t, k))
+	for f.requests.Load() < 4 {
+		k.Refresh()
+		time.Sleep(time.Millisecond)
+	}
+	if asked, most := f.requests.Load(), 1+int32(time.Since(start)/(10*took)); asked > most {
+		t.Errorf("asked %d times, at most %d in that time", asked, most)
+	}
 }
 
 // Whatever is wrong is said once, and what was last known stays in force.
@@ -227,7 +260,7 @@ func TestKubeletFailures(t *testing.T) {
 			f := newFakeKubelet(t, (*httptest.Server).Start)
 			f.says(good)
 			var log logged
-			k := kubelet(t, KubeletConfig{URL: f.URL + "/pods"}, log.logger())
+			k := openKubelet(t, at(f.URL), log.logger())
 			k.timeout = 300 * time.Millisecond
 			snapshots := running(t, k)
 			wantNext(t, snapshots, "a[10.0.0.7]")
@@ -251,7 +284,7 @@ func TestKubeletNotThere(t *testing.T) {
 	f := newFakeKubelet(t, (*httptest.Server).Start)
 	f.Close()
 	var log logged
-	running(t, kubelet(t, KubeletConfig{URL: f.URL + "/pods", Poll: time.Millisecond}, log.logger()))
+	running(t, openKubelet(t, KubeletConfig{Config: at(f.URL).Config, Poll: time.Millisecond}, log.logger()))
 	eventually(t, "said", func() bool { return log.count("refused") > 0 })
 	time.Sleep(50 * time.Millisecond)
 	if log.count("level=ERROR") != 1 {
@@ -271,7 +304,8 @@ func TestKubeletTLS(t *testing.T) {
 		_, _ = io.WriteString(w, good)
 	})
 	dir := t.TempDir()
-	c := KubeletConfig{URL: f.URL + "/pods", TokenFile: filepath.Join(dir, "token"), CAFile: filepath.Join(dir, "ca.crt")}
+	c := at(f.URL)
+	c.TokenFile, c.CAFile = filepath.Join(dir, "token"), filepath.Join(dir, "ca.crt")
 	write := func(path, text string) {
 		t.Helper()
 		if err := os.WriteFile(path+".new", []byte(text), 0o600); err != nil {
@@ -284,7 +318,7 @@ func TestKubeletTLS(t *testing.T) {
 	ca := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: f.Certificate().Raw}))
 	var log logged
 	says := func(part string) { t.Helper(); eventually(t, part, func() bool { return log.count(part) > 0 }) }
-	snapshots := running(t, kubelet(t, c, log.logger()))
+	snapshots := running(t, openKubelet(t, c, log.logger()))
 	says("ca.crt")
 	write(c.CAFile, "nonsense")
 	write(c.TokenFile, "first\n")
@@ -311,22 +345,22 @@ func TestKubeletCertificate(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, test := range map[string]struct {
-		config KubeletConfig
+		config kubelet.Config
 		want   string // error; empty: none
 	}{
-		"unknown authority": {KubeletConfig{}, "unknown authority"},
-		"another name":      {KubeletConfig{CAFile: ca, ServerName: "node.example.org"}, "node.example.org"},
-		"its name":          {KubeletConfig{CAFile: ca, ServerName: "example.com"}, ""},
-		"its address":       {KubeletConfig{CAFile: ca}, ""},
-		"another host":      {KubeletConfig{CAFile: ca, URL: strings.Replace(f.URL, "127.0.0.1", "localhost", 1)}, "localhost"},
-		"another address":   {KubeletConfig{CAFile: ca, ServerName: "127.0.0.2"}, "127.0.0.2"},
-		"self-signed":       {KubeletConfig{SelfSigned: own(text, nil), ServerName: "node"}, ""},
-		"another's":         {KubeletConfig{SelfSigned: own(another, nil)}, "not the certificate that the kubelet made"},
-		"none of its own":   {KubeletConfig{SelfSigned: own(nil, os.ErrNotExist)}, "not exist"},
+		"unknown authority": {kubelet.Config{}, "unknown authority"},
+		"another name":      {kubelet.Config{CAFile: ca, ServerName: "node.example.org"}, "node.example.org"},
+		"its name":          {kubelet.Config{CAFile: ca, ServerName: "example.com"}, ""},
+		"its address":       {kubelet.Config{CAFile: ca}, ""},
+		"another host":      {kubelet.Config{CAFile: ca, URL: strings.Replace(f.URL, "127.0.0.1", "localhost", 1)}, "localhost"},
+		"another address":   {kubelet.Config{CAFile: ca, ServerName: "127.0.0.2"}, "127.0.0.2"},
+		"self-signed":       {kubelet.Config{SelfSigned: own(text, nil), ServerName: "node"}, ""},
+		"another's":         {kubelet.Config{SelfSigned: own(another, nil)}, "not the certificate that the kubelet made"},
+		"none of its own":   {kubelet.Config{SelfSigned: own(nil, os.ErrNotExist)}, "not exist"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			test.config.URL = cmp.Or(test.config.URL, f.URL) + "/pods"
-			_, err := kubelet(t, test.config, slog.New(slog.DiscardHandler)).fetch(t.Context())
+			_, err := openKubelet(t, KubeletConfig{Config: test.config}, slog.New(slog.DiscardHandler)).fetch(t.Context())
 			if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
 				t.Errorf("%v, want %q", err, test.want)
 			}
@@ -347,7 +381,7 @@ func TestKubeletPlainHasNoToken(t *testing.T) {
 	if err := os.WriteFile(token, []byte("secret"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	k := kubelet(t, KubeletConfig{URL: f.URL, TokenFile: token, CAFile: "/nowhere"}, slog.New(slog.DiscardHandler))
+	k := openKubelet(t, KubeletConfig{Config: kubelet.Config{URL: f.URL, TokenFile: token, CAFile: "/nowhere"}}, slog.New(slog.DiscardHandler))
 	if _, err := k.fetch(t.Context()); err != nil || authorized.Load() {
 		t.Errorf("error %v, token sent: %v", err, authorized.Load())
 	}
@@ -357,7 +391,7 @@ func TestKubeletConfigErrors(t *testing.T) {
 	for url, poll := range map[string]time.Duration{
 		"10.0.0.7:10250": 1, "unix:///run/x": 1, "https://": 1, "http://[::1/pods": 1, "http://localhost/pods": 0,
 	} {
-		if _, err := NewKubelet(KubeletConfig{URL: url, Poll: poll}, slog.New(slog.DiscardHandler)); err == nil {
+		if _, err := NewKubelet(KubeletConfig{Config: kubelet.Config{URL: url}, Poll: poll}, slog.New(slog.DiscardHandler)); err == nil {
 			t.Errorf("%s, every %s: accepted", url, poll)
 		}
 	}
@@ -385,7 +419,7 @@ func TestKubeletManyPodsAndLongAnnotations(t *testing.T) {
 	text := podList(t, pods...)
 	f := newFakeKubelet(t, (*httptest.Server).Start)
 	f.says(text)
-	k := kubelet(t, KubeletConfig{URL: f.URL + "/pods"}, slog.New(slog.DiscardHandler))
+	k := openKubelet(t, at(f.URL), slog.New(slog.DiscardHandler))
 	start := time.Now()
 	got, err := k.fetch(t.Context())
 	if err != nil || len(got) != len(pods) {

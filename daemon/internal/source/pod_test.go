@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -50,11 +51,18 @@ func readFile(t *testing.T, path string) string {
 // described is what becomes of a pod, a line for each endpoint.
 func described(t *testing.T, p *corev1.Pod) string {
 	t.Helper()
-	pod, skipped := onNode(p)
-	if skipped != "" {
-		return "skipped: " + skipped + "\n"
+	pod, matters := onNode(p)
+	if pod.LeftAlone != "" {
+		text := "skipped: " + pod.LeftAlone + "\n"
+		for _, s := range slices.Concat(pod.Probes, pod.Hooks) {
+			text += fmt.Sprintf("asks others: %s %s\n", s.Asker(), probe.Endpoint{Port: s.Port, Kind: s.Kind, Path: s.Path, Host: s.Host})
+		}
+		if matters != strings.Contains(text, "asks others") {
+			t.Errorf("matters: %v\n%s", matters, text)
+		}
+		return text
 	}
-	endpoints, err := probe.Endpoints(pod, probe.NewDefaults().Settings(pod.Annotations), probe.Limits{Path: 255, Request: 1024, Records: 64})
+	endpoints, err := probe.Endpoints(pod, probe.NewDefaults().Settings(pod.Annotations), probe.Limits{Request: 1024, Records: 64})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -65,17 +73,17 @@ func described(t *testing.T, p *corev1.Pod) string {
 	}
 	for _, e := range endpoints {
 		fmt.Fprintf(&lines, "\n%s", e.Endpoint)
-		if e.Host != "" {
-			fmt.Fprintf(&lines, " at %s", e.Host)
-		}
-		if e.Headers != "" {
-			lines.WriteString(" with headers")
-		}
 		verdict := "may be answered"
 		if e.Reason != "" {
 			verdict = "never: " + e.Reason
 		}
 		fmt.Fprintf(&lines, " %v every %s, timeout %s: %s", e.Askers, e.Period, e.Timeout, verdict)
+	}
+	for _, h := range pod.Hooks {
+		fmt.Fprintf(&lines, "\n%s %s :%d%s at %q with", h.Asker(), h.Kind, h.Port, h.Path, h.Host)
+		for _, header := range h.Headers {
+			fmt.Fprintf(&lines, " %s=%s", header.Name, header.Value)
+		}
 	}
 	lines.WriteString("\n")
 	return lines.String()
@@ -105,9 +113,9 @@ func TestIdentity(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, p := range []*corev1.Pod{pod, stripped.(*corev1.Pod)} {
-			got, skipped := onNode(p)
-			if skipped != "" || len(got.Probes) == 0 {
-				t.Fatalf("%s, %d probes", skipped, len(got.Probes))
+			got, matters := onNode(p)
+			if !matters || len(got.Probes) == 0 {
+				t.Fatalf("%s, %d probes", got.LeftAlone, len(got.Probes))
 			}
 			if got.UID != test.uid || got.Probes[0].Instance != test.running {
 				t.Errorf("uid %q, instance %q; want %q, %q", got.UID, got.Probes[0].Instance, test.uid, test.running)

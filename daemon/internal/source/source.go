@@ -8,6 +8,7 @@ import (
 	"reflect"
 	"slices"
 	"sync/atomic"
+	"time"
 
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
@@ -19,9 +20,29 @@ type Source interface {
 	Run(ctx context.Context, snapshots chan<- []probe.Pod) error
 	// Failing is how the source fails at present; empty if it does not. It may be called at any time.
 	Failing() string
+	// Delivery is how containers' states come in at present. It may be called at any time.
+	Delivery() Delivery
 	// Refresh says that there is a pod that the last snapshot may not have had. It does not wait, and may do nothing
 	// where changes come by themselves.
 	Refresh()
+}
+
+// Delivery is how containers' states come in.
+type Delivery struct {
+	// Pushed: the source hears of each change when it happens. Otherwise Why says why not.
+	Pushed bool
+	Why    string
+}
+
+// changesSettle is how long after a change a snapshot is made: one change of a pod is several of its object.
+const changesSettle = 20 * time.Millisecond
+
+// gather lets further changes come.
+func gather(ctx context.Context) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(changesSettle):
+	}
 }
 
 func send(ctx context.Context, snapshots chan<- []probe.Pod, pods []probe.Pod) bool {
@@ -46,8 +67,11 @@ func (p *publisher) send(ctx context.Context, snapshots chan<- []probe.Pod, pods
 	if p.known && reflect.DeepEqual(p.last, pods) {
 		return true
 	}
+	if !send(ctx, snapshots, slices.Clone(pods)) { // what was sent is the receiver's
+		return false
+	}
 	p.last, p.known = pods, true
-	return send(ctx, snapshots, slices.Clone(pods)) // what was sent is the receiver's
+	return true
 }
 
 // health logs when a source fails and when it is well again, not each time in between.

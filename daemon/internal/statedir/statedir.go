@@ -69,10 +69,11 @@ type Probe struct {
 	Period           float64 `json:"periodSeconds"`
 	Timeout          float64 `json:"timeoutSeconds"`
 	FailureThreshold int     `json:"failureThreshold"`
-	// Detection is the longest time from the beginning of a failure to the prober's verdict, and DetectionPlain what it
-	// would be without probelet.
-	Detection      float64 `json:"worstDetectionSeconds"`
-	DetectionPlain float64 `json:"worstDetectionPlainSeconds"`
+	// Detection is the longest time from the beginning of a failure to the prober's verdict, DetectionPlain what it would
+	// be without probelet, and DetectionAnswered what it is if the endpoint is answered, or in mode observe would be.
+	Detection         float64 `json:"worstDetectionSeconds"`
+	DetectionPlain    float64 `json:"worstDetectionPlainSeconds"`
+	DetectionAnswered float64 `json:"worstDetectionAnsweredSeconds"`
 }
 
 func probesOf(s probe.EndpointSpec) []Probe {
@@ -81,7 +82,7 @@ func probesOf(s probe.EndpointSpec) []Probe {
 		probes = append(probes, Probe{
 			Asker: d.Asker, Period: d.Period.Seconds(), Timeout: d.Timeout.Seconds(),
 			FailureThreshold: d.FailureThreshold,
-			Detection:        d.Probelet.Seconds(), DetectionPlain: d.Plain.Seconds(),
+			Detection:        d.Probelet.Seconds(), DetectionPlain: d.Plain.Seconds(), DetectionAnswered: d.Answered.Seconds(),
 		})
 	}
 	return probes
@@ -94,28 +95,45 @@ type Endpoint struct {
 	Path   string     `json:"path,omitempty"` // path and query as in the request line
 	Host   string     `json:"host,omitempty"` // dialled instead of the pod
 	Probes []Probe    `json:"probes"`
-	// Period is the shortest, Timeout the smallest of the probes, and StalenessBound how long a success is answered.
+	// Period is the shortest of the probes (of startup probes only if there are no others), Timeout the smallest, and
+	// StalenessBound how long a success is answered.
 	Period         float64 `json:"periodSeconds"`
 	Timeout        float64 `json:"timeoutSeconds"`
 	StalenessBound float64 `json:"stalenessBoundSeconds"`
 	// StalenessCapped: the node's ceiling lowered the bound.
 	StalenessCapped bool `json:"stalenessCapped,omitempty"`
-	// HeadersID is a digest of the custom headers, empty if there are none.
+	// HeadersID is a digest of the headers that a probe without custom ones does not have, empty if there are none.
 	HeadersID string `json:"headersID,omitempty"`
 	// InstanceID tells the containers of the probes from those before and after them; empty if they are not known.
 	InstanceID string `json:"instanceID,omitempty"`
-	// Refresh is how often the daemon asks by itself while the endpoint succeeds; 0: never.
-	Refresh float64 `json:"refreshSeconds,omitempty"`
-	// Observed: the kernel's maps hold a record of it.
+	// Live is how many TCP probes in a row are answered at most on a look at the pod's listening socket; 0: HTTP, or this
+	// kernel does not allow such a look.
+	Live int `json:"live,omitempty"`
+	// Successes is how many probes in a row must succeed before one is answered, after a failure or if nothing is known.
+	Successes int `json:"successesNeeded"`
+	// Refresh is how often the daemon asks by itself while the endpoint succeeds; 0: never. RefreshOff is why not, where the
+	// settings want it.
+	Refresh    float64 `json:"refreshSeconds,omitempty"`
+	RefreshOff string  `json:"refreshOff,omitempty"`
+	// Observed: its probes are observed.
 	Observed bool `json:"observed"`
 	// StartupOnly: only startup probes ask it. If it is TCP, it does not keep its port from being answered.
 	StartupOnly bool `json:"startupOnly,omitempty"`
-	// NotAnswered is why it is never answered; empty if it may be.
+	// NotAnswered is why it is never answered; empty if it may be. Withheld: only because of mode observe.
 	NotAnswered string `json:"notAnswered,omitempty"`
+	Withheld    bool   `json:"withheld,omitempty"`
+	// Question is the one by which it was asked last, as the kernel's maps name it; zero if that is not known.
+	Question probe.Question `json:"question,omitzero"`
+	// Disagreement is how the kubelet's own verdict on its probes differed from what was observed, since when it is not
+	// answered: failed or discarded; empty: it did not.
+	Disagreement string `json:"disagreement,omitempty"`
+	// NotCompared is why the kubelet's verdict on its probes is not compared with what was observed: somebody else may ask the
+	// same. Empty: it is, where the daemon can have it.
+	NotCompared string `json:"notCompared,omitempty"`
 }
 
-// EndpointOf describes an endpoint.
-func EndpointOf(s probe.EndpointSpec) Endpoint {
+// EndpointOf describes an endpoint with the question that it is asked, which is zero if that is not known.
+func EndpointOf(s probe.EndpointSpec, question probe.Question) Endpoint {
 	return Endpoint{
 		Kind: s.Kind, Port: s.Port, Path: s.Path, Host: s.Host,
 		Probes:         probesOf(s),
@@ -125,17 +143,22 @@ func EndpointOf(s probe.EndpointSpec) Endpoint {
 
 		StalenessCapped: s.Capped,
 		HeadersID:       s.Headers,
+		Live:            s.Live,
+		Successes:       s.SuccessThreshold,
 		InstanceID:      s.Instance,
 		Refresh:         s.Refresh.Seconds(),
+		RefreshOff:      s.RefreshOff,
 		Observed:        s.Observed,
 		StartupOnly:     s.Startup,
 		NotAnswered:     s.Reason,
+		Withheld:        s.Withheld,
+		Question:        question,
 	}
 }
 
 // Endpoint is what is asked.
 func (e Endpoint) Endpoint() probe.Endpoint {
-	return probe.Endpoint{Port: e.Port, Kind: e.Kind, Path: e.Path}
+	return probe.Endpoint{Port: e.Port, Kind: e.Kind, Path: e.Path, Host: e.Host, Headers: e.HeadersID}
 }
 
 // SocketPath is where the daemon listens (package api).

@@ -51,13 +51,13 @@ func TestEndpoints(t *testing.T) {
 	want := Endpoints{
 		Attachments: []Attachment{{ContainerID: "c", IfName: "eth0", Pod: "shop/web", Endpoints: []Endpoint{
 			EndpointOf(probe.EndpointSpec{
-				Endpoint:  probe.Endpoint{Port: 80, Kind: probe.HTTP, Path: "/x"},
+				Endpoint:  probe.Endpoint{Port: 80, Kind: probe.HTTP, Path: "/x", Headers: "abc"},
 				Askers:    []probe.Asker{{Container: "c", Type: probe.Liveness}},
 				Period:    10 * time.Second,
 				Timeout:   time.Second,
 				Staleness: 11 * time.Second,
-				Headers:   "abc", Observed: true, Startup: true, Reason: "because",
-			}),
+				Observed:  true, Startup: true, Reason: "because",
+			}, probe.Question{Hash: 1<<64 - 1, Check: 2}),
 		}}},
 		Unattached: []string{"shop/api"},
 	}
@@ -78,10 +78,10 @@ func TestEndpointOf(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err := json.Marshal(EndpointOf(specs[0]))
+	got, err := json.Marshal(EndpointOf(specs[0], probe.Question{}))
 	want := `{"kind":"TCP","port":80,"probes":[{"container":"c","type":"liveness","periodSeconds":10,"timeoutSeconds":1,` +
-		`"failureThreshold":3,"worstDetectionSeconds":42,"worstDetectionPlainSeconds":31}],` +
-		`"periodSeconds":10,"timeoutSeconds":1,"stalenessBoundSeconds":11,"observed":true}`
+		`"failureThreshold":3,"worstDetectionSeconds":42,"worstDetectionPlainSeconds":31,"worstDetectionAnsweredSeconds":42}],` +
+		`"periodSeconds":10,"timeoutSeconds":1,"stalenessBoundSeconds":11,"successesNeeded":1,"observed":true}`
 	if err != nil || string(got) != want {
 		t.Errorf("got  %s, %v\nwant %s", got, err, want)
 	}

@@ -18,6 +18,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
@@ -98,6 +99,9 @@ func attachPod(t *testing.T, d *datapath.Datapath, bpfDir string, node *bpftest.
 	if err != nil {
 		t.Fatal(err)
 	}
+	if err := d.LookInto(key, -1, 0); err != nil { // nobody listens on some of the ports
+		t.Fatal(err)
+	}
 	maps, err := opened(d, key)
 	now := datapath.Now()
 	if err == nil {
@@ -146,10 +150,10 @@ type history struct {
 	withdrawn map[probe.Endpoint]uint64 // when it must have voided an endpoint's own
 	tracker   *probe.Tracker            // the daemon's
 	maps      *Pod
-	outcomes  *datapath.OutcomeReader
+	records   *datapath.RecordReader
+	assembler *evidence.Assembler
 
 	specs    []probe.EndpointSpec
-	since    uint64 // the last change of what is asked, or believed
 	verdicts map[verdict]int
 	// lost: this machine was so slow once that times are not what they were meant to be. Nothing more is done then.
 	lost bool
@@ -158,11 +162,11 @@ type history struct {
 func newHistory(t *testing.T, rt *rapid.T, d *datapath.Datapath, pod attached) *history {
 	h := &history{
 		attached: pod, t: t, d: d, closed: map[uint16]uint64{}, withdrawn: map[probe.Endpoint]uint64{}, verdicts: map[verdict]int{},
-		policy: probe.NewTracker(), tracker: probe.NewTracker(),
+		policy: probe.NewTracker(), tracker: probe.NewTracker(), assembler: evidence.NewAssembler(),
 	}
 	var err error
 	if h.maps, err = opened(d, pod.key); err == nil {
-		h.outcomes, err = d.Outcomes()
+		h.records, err = d.Records()
 	}
 	if err == nil {
 		err = h.maps.Sync(Records{})
@@ -170,13 +174,30 @@ func newHistory(t *testing.T, rt *rapid.T, d *datapath.Datapath, pod attached) *
 	if err != nil {
 		t.Fatal(err)
 	}
-	h.outcomes.SetDeadline(time.Unix(1, 0))
-	_, _ = h.outcomes.Read() // of the history before
+	h.records.SetDeadline(time.Unix(1, 0))
+	h.observations() // of the history before
 	h.setSpecs(rt)
 	return h
 }
 
-func (h *history) end() { _ = h.outcomes.Close() }
+func (h *history) end() { _ = h.records.Close() }
+
+// observations returns what the records say that there are.
+func (h *history) observations() (observed []evidence.Observation) {
+	for {
+		var r datapath.Record
+		err := h.records.Next(&r)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return observed
+		}
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		if o, ok := h.assembler.Add(r); ok {
+			observed = append(observed, o)
+		}
+	}
+}
 
 func (h *history) setSpecs(rt *rapid.T) {
 	var probes []probe.Spec
@@ -197,15 +218,14 @@ func (h *history) setSpecs(rt *rapid.T) {
 	}
 	settings := probe.NewDefaults().Settings(map[string]string{
 		probe.AnnotationMode:      rapid.SampledFrom([]string{"answer", "answer", "answer", "answer", "observe", "off"}).Draw(rt, "mode"),
-		probe.AnnotationStaleness: rapid.SampledFrom([]string{"1+timeout", "5", "5", "0.5"}).Draw(rt, "staleness"),
+		probe.AnnotationStaleness: rapid.SampledFrom([]string{"1", "5", "5", "0.5"}).Draw(rt, "staleness"),
 	})
-	specs, err := probe.Endpoints(probe.Pod{Probes: probes}, settings, Limits)
+	specs, err := probe.Endpoints(probe.Pod{IPs: []netip.Addr{h.IPv4}, Probes: probes}, settings, Limits)
 	if err != nil {
 		rt.Fatal(err)
 	}
 	h.specs = specs
 	now := datapath.Now()
-	h.since = now
 	h.policy.SetEndpoints(specs, now)
 	h.tracker.SetEndpoints(specs, now)
 	h.sync(rt)
@@ -229,17 +249,20 @@ func (h *history) withdraw(rt *rapid.T) {
 	e := rapid.SampledFrom(asked).Draw(rt, "withdrawn")
 	now := datapath.Now()
 	meant := func(other probe.Endpoint) bool { return other == e }
-	h.since = now
 	h.policy.Withdraw(meant, now)
 	h.tracker.Withdraw(meant, now)
 	h.sync(rt)
 }
 
-// restartDaemon loses all but the maps, and takes over what is in them.
+// restartDaemon loses all but the questions and the maps, and takes over what is in them.
 func (h *history) restartDaemon(rt *rapid.T) {
+	before := h.tracker.Evidence()
+	// What is known of an endpoint whose question is not is in no map.
+	h.policy.Withdraw(func(e probe.Endpoint) bool { return e.Kind == probe.HTTP && before[e].Question == probe.Question{} }, datapath.Now())
 	h.tracker = probe.NewTracker()
 	now := datapath.Now()
-	h.since = now
+	// Nor is it in a map how many successes have been counted of those that it takes.
+	h.policy.Void(func(e probe.Endpoint) bool { return before[e].FreshUntil == 0 }, now)
 	h.tracker.SetEndpoints(h.specs, now)
 	maps, err := opened(h.d, h.key)
 	if err != nil {
@@ -247,8 +270,9 @@ func (h *history) restartDaemon(rt *rapid.T) {
 	}
 	h.maps = maps
 	for _, s := range h.specs {
-		if key, ok := Key(s.Endpoint); ok && s.Observed {
-			h.tracker.Restore(s.Endpoint, Evidence(maps.Records()[key]), now)
+		question := before[s.Endpoint].Question
+		if key, ok := Key(s.Endpoint, question); ok && s.Observed {
+			h.tracker.Restore(s.Endpoint, Evidence(question, maps.Records()[key]), now)
 		}
 	}
 	h.sync(rt)
@@ -259,7 +283,8 @@ func (h *history) closeListener(rt *rapid.T) {
 	if !h.d.Watched() {
 		return
 	}
-	port := rapid.SampledFrom([]uint16{80, 81, 82}).Draw(rt, "closed")
+	ports := []uint16{80, 81, 82}
+	port := rapid.SampledFrom(append(ports, 83)).Draw(rt, "closed")
 	// In a goroutine, because this one is in the node's namespace.
 	closed := make(chan error)
 	go func() {
@@ -274,22 +299,44 @@ func (h *history) closeListener(rt *rapid.T) {
 	if err := <-closed; err != nil {
 		h.t.Fatal(err)
 	}
-	h.closed[port] = datapath.Now()
+	for _, port := range ports { // all that is known of the pod
+		h.closed[port] = datapath.Now()
+	}
 }
 
 // refresh is an outcome that the daemon itself has come by.
 func (h *history) refresh(rt *rapid.T) {
+	e := rapid.SampledFrom(asked).Draw(rt, "refreshed")
+	event := rapid.SampledFrom([]probe.Event{probe.Answered, probe.Answered, probe.Reset, probe.Connected}).Draw(rt, "refresh")
+	if o, ok := h.refreshed(e, event, rapid.SampledFrom([]int{200, 200, 500, 302}).Draw(rt, "status of the refresh")); ok {
+		h.learn(rt, o)
+	}
+}
+
+// refreshed is an outcome of the daemon's own request, which it can make only if it has seen a probe's.
+func (h *history) refreshed(e probe.Endpoint, event probe.Event, status int) (o probe.Outcome, ok bool) {
+	question := h.tracker.Evidence()[e].Question
+	if e.Kind == probe.HTTP && question == (probe.Question{}) {
+		return o, false
+	}
+	o = h.outcome(e, datapath.Now()-1, event, status)
+	o.Question, o.Refresh = question, true
+	return o, true
+}
+
+// outcome is that of a probe that has just ended.
+func (h *history) outcome(e probe.Endpoint, began uint64, event probe.Event, status int) probe.Outcome {
 	now := datapath.Now()
 	o := probe.Outcome{
-		Endpoint: rapid.SampledFrom(asked).Draw(rt, "refreshed"), ObservedAt: now, Duration: 1, Refresh: true,
-		Event:  rapid.SampledFrom([]probe.Event{probe.Answered, probe.Answered, probe.Reset, probe.Connected}).Draw(rt, "refresh"),
-		Status: rapid.SampledFrom([]int{200, 200, 500, 302}).Draw(rt, "status of the refresh"),
+		Port: e.Port, Kind: e.Kind, Event: event, Status: status, ObservedAt: now, Duration: time.Duration(now - began),
 	}
-	if kept := uint64(rapid.IntRange(0, 60).Draw(rt, "kept for")) * uint64(time.Millisecond); o.Event == probe.Answered {
-		// Not from before the question: of that a daemon knows nothing that was restarted since.
-		o.ConnectedAt = max(now-kept, h.since)
+	if e.Kind == probe.HTTP {
+		var err error
+		if o.Request, err = probe.ParseRequest([]byte(h.request(e))); err != nil {
+			h.t.Fatal(err)
+		}
 	}
-	h.learn(rt, o)
+	return o
 }
 
 func (h *history) learn(rt *rapid.T, o probe.Outcome) {
@@ -319,13 +366,9 @@ func (h *history) expect(e probe.Endpoint, now uint64) (v verdict, certain bool)
 	return handedOver, certain
 }
 
-// observed is whether the kernel has a record of the endpoint's port, and of itself.
-func (h *history) observed(e probe.Endpoint) (port, endpoint bool) {
-	for _, s := range h.specs {
-		port = port || s.Observed && s.Port == e.Port
-		endpoint = endpoint || s.Observed && s.Endpoint == e
-	}
-	return port, endpoint
+// observed reports whether the port of the endpoint is observed, be it for others.
+func (h *history) observed(e probe.Endpoint) bool {
+	return slices.ContainsFunc(h.specs, func(s probe.EndpointSpec) bool { return s.Observed && s.Port == e.Port })
 }
 
 // behaviours of a pod whose probe reaches it.
@@ -348,8 +391,11 @@ func (h *history) probe(rt *rapid.T) {
 	want, certain := h.expect(e, began)
 	c := h.dial(e)
 	got := c.probe()
-	h.lost = datapath.Now()-began > near/2
-	if certain && !h.lost && got != want {
+	if h.lost = datapath.Now()-began > near/2; h.lost {
+		c.forget()
+		return
+	}
+	if certain && got != want {
 		rt.Fatalf("%s was %s, want %s; gate %+v, evidence %+v, withdrawn %d and %d, now %d",
 			e, got, want, h.policy.Gates()[e.Port], h.policy.Evidence()[e], h.closed[e.Port], h.withdrawn[e], began)
 	}
@@ -358,22 +404,24 @@ func (h *history) probe(rt *rapid.T) {
 		c.forget()
 		return
 	}
-	// One that was handed over is observed like one that was passed on, but for what its request has shown not to be known.
-	if port, endpoint := h.observed(e); !port || !endpoint && e.Kind == probe.HTTP && (behaviour != refuses || got == handedOver) {
-		c.forget() // nothing is reported of what is not known
-		_, _ = h.outcomes.Read()
+	if !h.observed(e) {
+		c.forget()
+		if reported := h.observations(); len(reported) > 0 {
+			rt.Fatalf("%s is not observed, and %+v reported", e, reported)
+		}
 		return
 	}
 	if e.Kind == probe.HTTP && rapid.Bool().Draw(rt, "refreshed meanwhile") {
-		now := datapath.Now()
-		h.learn(rt, probe.Outcome{Endpoint: e, Event: probe.Answered, Status: 200, ObservedAt: now, ConnectedAt: now, Duration: 1, Refresh: true})
+		if o, ok := h.refreshed(e, probe.Answered, 200); ok {
+			h.learn(rt, o)
+		}
 	}
 	o := c.exchange(behaviour, status)
 	h.lost = o.Duration > quick
 	if behaviour == slowReply || behaviour == silent {
 		h.lost = o.Duration > slowly+quick
 	}
-	if h.lost {
+	if h.lost = h.lost || datapath.Now() > o.ObservedAt+near/2; h.lost { // what came after the outcome took too long
 		return
 	}
 	h.policy.Observe(o)
@@ -383,20 +431,15 @@ func (h *history) probe(rt *rapid.T) {
 	case o.Status >= 300:
 		h.withdrawn[e] = o.ObservedAt
 	}
-	reported, err := h.outcomes.Read()
-	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-		h.t.Fatal(err)
-	}
+	reported := h.observations()
 	if len(reported) != 1 || reported[0].Device != h.key {
 		rt.Fatalf("%s, %s: %s, %d: outcomes %+v are reported, began %d", e, got, behaviour, status, reported, c.began)
 	}
 	if o.Event == probe.Reset || o.Status >= 300 {
 		h.wantVoid(rt, e)
 	}
-	if outcome, ok := Outcome(reported[0], h.tracker.Endpoints()); ok {
-		h.tracker.Observe(outcome)
-		h.sync(rt)
-	}
+	h.tracker.Observe(reported[0].Outcome)
+	h.sync(rt)
 	h.compare(rt)
 }
 
@@ -407,7 +450,7 @@ func (h *history) wantVoid(rt *rapid.T, e probe.Endpoint) {
 		rt.Fatalf("%s was answered after it had failed", e)
 	}
 	c.forget()
-	_, _ = h.outcomes.Read()
+	h.observations()
 }
 
 // compare holds what the daemon has learned from the kernel against what the policy has from the truth.
@@ -447,9 +490,12 @@ func (h *history) dial(e probe.Endpoint) *connection {
 	}
 }
 
-func (c *connection) request() string {
-	return "GET " + c.e.Path + " HTTP/1.1\r\nHost: pod\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n"
+// request is what a probe of the endpoint sends.
+func (h *history) request(e probe.Endpoint) string {
+	return fmt.Sprintf("GET %s HTTP/1.1\r\nHost: %s:%d\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n", e.Path, h.IPv4, e.Port)
 }
+
+func (c *connection) request() string { return c.history.request(c.e) }
 
 // fate is what becomes of a packet.
 type fate string
@@ -559,15 +605,12 @@ func (c *connection) open() {
 // exchange is what comes of a probe that reached the pod, as the prober sees it.
 func (c *connection) exchange(behaviour string, status int) (o probe.Outcome) {
 	defer c.forget()
-	end := func(event probe.Event, status int) probe.Outcome {
-		now := datapath.Now()
-		return probe.Outcome{Endpoint: c.e, Event: event, Status: status, ObservedAt: now, Duration: time.Duration(now - c.began)}
-	}
+	end := func(event probe.Event, status int) probe.Outcome { return c.outcome(c.e, c.began, event, status) }
 	if behaviour == refuses {
 		c.podSends("RA", 0, clientISN+1, "")
 		o = end(probe.Reset, 0)
 		if !c.handed { // otherwise it is known what was asked for
-			o.Endpoint = probe.Endpoint{Port: c.e.Port}
+			o.Kind = ""
 		}
 		return o
 	}

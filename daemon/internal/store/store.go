@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -18,7 +17,6 @@ import (
 
 // Limits are those of the kernel side.
 var Limits = probe.Limits{
-	Path:    datapath.MaxPath,
 	Request: datapath.MaxRequest,
 	Records: datapath.MaxEndpoints,
 }
@@ -26,31 +24,35 @@ var Limits = probe.Limits{
 // Records are the contents of a pod's evidence map.
 type Records map[datapath.EndpointKey]datapath.Evidence
 
-// Key is the record of an endpoint; ok is false for kinds that have none.
-func Key(e probe.Endpoint) (key datapath.EndpointKey, ok bool) {
+// Key is the record of an endpoint that is asked by the question, which is zero if it is not known. ok is false for kinds
+// that have none, and until the question is known.
+func Key(e probe.Endpoint, q probe.Question) (key datapath.EndpointKey, ok bool) {
 	switch e.Kind {
 	case probe.HTTP:
-		return datapath.HTTPKey(e.Port, e.Path), true
+		return datapath.HTTPKey(e.Port, datapath.Question(q)), q != probe.Question{}
 	case probe.TCP:
 		return datapath.TCPKey(e.Port), true
 	}
 	return datapath.EndpointKey{}, false
 }
 
-// Desired are the records that say what the policy says. Every endpoint has one, known or not: the kernel observes only
-// what it has a record of.
+// Desired are the records that say what the policy says. Every port has one, known or not: the kernel observes only ports
+// that it has a record of.
 func Desired(t *probe.Tracker) (Records, error) {
 	records := Records{}
 	for endpoint, evidence := range t.Evidence() {
-		key, ok := Key(endpoint)
+		key, ok := Key(endpoint, evidence.Question)
 		if !ok {
-			return nil, fmt.Errorf("%s: no record for this kind", endpoint)
+			continue
 		}
 		record, err := record(endpoint, evidence)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", endpoint, err)
 		}
-		records[key] = record
+		// Two endpoints may have the same question, if the one was asked it at another address of the pod.
+		if other, shared := records[key]; !shared || record.FreshUntil < other.FreshUntil {
+			records[key] = record
+		}
 	}
 	for port, gate := range t.Gates() {
 		records[datapath.PortKey(port)] = datapath.Evidence{ObservedAt: gate.ObservedAt, FreshUntil: gate.FreshUntil}
@@ -62,6 +64,7 @@ func record(endpoint probe.Endpoint, evidence probe.Evidence) (datapath.Evidence
 	record := datapath.Evidence{
 		ObservedAt: evidence.ObservedAt,
 		FreshUntil: evidence.FreshUntil,
+		Check:      evidence.Question.Check,
 		Status:     uint16(evidence.Status),
 		Result:     results[evidence.Result],
 	}
@@ -77,9 +80,10 @@ var results = [...]uint8{
 	probe.Failure: datapath.ResultFailure,
 }
 
-// Evidence is what a record says.
-func Evidence(record datapath.Evidence) probe.Evidence {
+// Evidence is what a record says of a question.
+func Evidence(q probe.Question, record datapath.Evidence) probe.Evidence {
 	return probe.Evidence{
+		Question:   q,
 		Result:     probe.Result(max(slices.Index(results[:], record.Result), 0)),
 		Status:     int(record.Status),
 		ObservedAt: record.ObservedAt,
@@ -143,7 +147,7 @@ func union(a, b Records) Records {
 }
 
 func compareKeys(a, b datapath.EndpointKey) int {
-	return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.PathHash, b.PathHash))
+	return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Hash, b.Hash))
 }
 
 // Pod is what the kernel's maps hold of the pod behind a device. This process is the only one that writes evidence there.
@@ -209,35 +213,4 @@ func read(pod *datapath.Pod) (Records, error) {
 		records[key] = record
 	}
 	return records, nil
-}
-
-var events = map[uint8]probe.Event{
-	datapath.EventConnected: probe.Connected,
-	datapath.EventStatus:    probe.Answered,
-	datapath.EventReset:     probe.Reset,
-	datapath.EventNoAnswer:  probe.NoAnswer,
-}
-
-// Outcome is what the kernel reports of a pod with these endpoints; ok is false if it concerns none of them.
-func Outcome(o datapath.Outcome, endpoints []probe.EndpointSpec) (outcome probe.Outcome, ok bool) {
-	outcome = probe.Outcome{
-		Event:      events[o.Event],
-		Status:     int(o.Status),
-		ObservedAt: o.ObservedAt,
-		Duration:   time.Duration(o.Duration),
-	}
-	reported := datapath.EndpointKey{Port: o.Port, Kind: o.Kind, PathHash: o.PathHash}
-	for _, s := range endpoints {
-		key, hasRecord := Key(s.Endpoint)
-		switch {
-		case !hasRecord || !s.Observed:
-		case key == reported:
-			outcome.Endpoint = s.Endpoint
-			return outcome, true
-		case reported == datapath.PortKey(s.Port):
-			outcome.Endpoint = probe.Endpoint{Port: s.Port}
-			return outcome, true
-		}
-	}
-	return outcome, false
 }

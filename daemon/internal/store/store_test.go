@@ -2,8 +2,8 @@ package store
 
 import (
 	"errors"
-	"fmt"
 	"maps"
+	"net/netip"
 	"os"
 	"testing"
 	"time"
@@ -40,57 +40,25 @@ func tracker(t testing.TB) *probe.Tracker {
 	return tracker
 }
 
-func observe(t testing.TB, tracker *probe.Tracker, key datapath.EndpointKey, event uint8, status uint16, at uint64) {
-	t.Helper()
-	o, ok := Outcome(datapath.Outcome{
-		Port: key.Port, Kind: key.Kind, PathHash: key.PathHash, Event: event, Status: status, ObservedAt: at,
-	}, tracker.Endpoints())
-	if !ok {
-		t.Fatalf("%+v is taken for no endpoint's", key)
-	}
-	tracker.Observe(o)
-}
+var x = probe.Question{Hash: 7, Check: 8}
 
-func TestOutcome(t *testing.T) {
-	endpoints := tracker(t).Endpoints()
-	for name, test := range map[string]struct {
-		outcome datapath.Outcome
-		want    probe.Outcome
-		ok      bool
-	}{
-		"status": {
-			datapath.Outcome{ObservedAt: 5, Duration: 7, PathHash: datapath.PathHash("/x"), Port: 80, Status: 204,
-				Kind: datapath.KindHTTP, Event: datapath.EventStatus},
-			probe.Outcome{Endpoint: probe.Endpoint{Port: 80, Kind: probe.HTTP, Path: "/x"}, Event: probe.Answered,
-				Status: 204, ObservedAt: 5, Duration: 7}, true},
-		"connected": {
-			datapath.Outcome{Port: 81, Kind: datapath.KindTCP, Event: datapath.EventConnected},
-			probe.Outcome{Endpoint: probe.Endpoint{Port: 81, Kind: probe.TCP}, Event: probe.Connected}, true},
-		"whole port": {
-			datapath.Outcome{Port: 80, Kind: datapath.KindPort, Event: datapath.EventReset},
-			probe.Outcome{Endpoint: probe.Endpoint{Port: 80}, Event: probe.Reset}, true},
-		"no answer": {
-			datapath.Outcome{Port: 81, Kind: datapath.KindPort, Event: datapath.EventNoAnswer},
-			probe.Outcome{Endpoint: probe.Endpoint{Port: 81}, Event: probe.NoAnswer}, true},
-		"another path": {outcome: datapath.Outcome{PathHash: datapath.PathHash("/y"), Port: 80, Kind: datapath.KindHTTP}},
-		"another port": {outcome: datapath.Outcome{Port: 82, Kind: datapath.KindTCP}},
-		"not observed": {outcome: datapath.Outcome{Port: 443, Kind: datapath.KindPort, Event: datapath.EventReset}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			got, ok := Outcome(test.outcome, endpoints)
-			if ok != test.ok || ok && got != test.want {
-				t.Errorf("got %+v, %v; want %+v, %v", got, ok, test.want, test.ok)
-			}
-		})
+// observe has the tracker see a probe of HTTP :80/x answered.
+func observe(t testing.TB, tracker *probe.Tracker, status int, at uint64) {
+	t.Helper()
+	request, err := probe.ParseRequest([]byte("GET /x HTTP/1.1\r\nHost: 10.0.0.7:80\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := probe.Outcome{Port: 80, Kind: probe.HTTP, Request: request, Question: x, Event: probe.Answered, Status: status, ObservedAt: at}
+	if changes := tracker.Observe(o); len(changes) != 1 {
+		t.Fatalf("changes %+v", changes)
 	}
 }
 
 func TestDesired(t *testing.T) {
 	tracker := tracker(t)
-	x := datapath.HTTPKey(80, "/x")
-	want := Records{
-		x: {}, datapath.TCPKey(80): {}, datapath.TCPKey(81): {}, datapath.PortKey(80): {}, datapath.PortKey(81): {},
-	}
+	keyX := datapath.HTTPKey(80, datapath.Question(x))
+	want := Records{datapath.TCPKey(80): {}, datapath.TCPKey(81): {}, datapath.PortKey(80): {}, datapath.PortKey(81): {}}
 	check := func() {
 		t.Helper()
 		got, err := Desired(tracker)
@@ -98,42 +66,75 @@ func TestDesired(t *testing.T) {
 			t.Errorf("got %+v, %v; want %+v", got, err, want)
 		}
 	}
-	check() // unknown, but there: the kernel does not observe what it has no record of
+	check() // unknown, but there: the kernel does not observe ports that it has no record of
 
-	observe(t, tracker, x, datapath.EventStatus, 204, 100*second)
-	http := datapath.Evidence{Result: datapath.ResultSuccess, ObservedAt: 100 * second, FreshUntil: 111 * second}
+	observe(t, tracker, 204, 100*second)
+	http := datapath.Evidence{Check: x.Check, Result: datapath.ResultSuccess, ObservedAt: 100 * second, FreshUntil: 111 * second}
 	if err := http.SetReply(204); err != nil {
 		t.Fatal(err)
 	}
-	want[x] = http
+	want[keyX] = http
 	check() // the port stays closed while its TCP endpoint is unknown
 
-	observe(t, tracker, datapath.TCPKey(80), datapath.EventConnected, 0, 101*second)
+	tracker.Observe(probe.Outcome{Port: 80, Kind: probe.TCP, Event: probe.Connected, ObservedAt: 101 * second})
 	want[datapath.TCPKey(80)] = datapath.Evidence{Result: datapath.ResultSuccess, ObservedAt: 101 * second, FreshUntil: 112 * second}
 	want[datapath.PortKey(80)] = datapath.Evidence{ObservedAt: 101 * second, FreshUntil: 112 * second}
 	check()
 
-	observe(t, tracker, x, datapath.EventStatus, 500, 102*second)
-	want[x] = datapath.Evidence{Result: datapath.ResultFailure, Status: 500, ObservedAt: 102 * second}
+	observe(t, tracker, 500, 102*second)
+	want[keyX] = datapath.Evidence{Check: x.Check, Result: datapath.ResultFailure, Status: 500, ObservedAt: 102 * second}
 	check() // TCP is still answered
 
-	observe(t, tracker, datapath.PortKey(80), datapath.EventReset, 0, 103*second)
-	want[x] = datapath.Evidence{Result: datapath.ResultFailure, ObservedAt: 103 * second}
-	want[datapath.TCPKey(80)] = want[x]
+	tracker.Observe(probe.Outcome{Port: 80, Event: probe.Reset, ObservedAt: 103 * second})
+	want[keyX] = datapath.Evidence{Check: x.Check, Result: datapath.ResultFailure, ObservedAt: 103 * second}
+	want[datapath.TCPKey(80)] = datapath.Evidence{Result: datapath.ResultFailure, ObservedAt: 103 * second}
 	want[datapath.PortKey(80)] = datapath.Evidence{}
 	check()
 }
 
+// What was asked at the pod's earlier address may be what another probe says outright. Endpoints with one question have one
+// record, which answers for no longer than either would.
+func TestDesiredOfTheSameQuestion(t *testing.T) {
+	seldom := spec(probe.HTTP, 80, "/x")
+	seldom.Type, seldom.Period = probe.Readiness, time.Minute
+	seldom.Headers = []probe.Header{{Name: "Host", Value: "10.0.0.7:80"}}
+	at := func(ip string) []probe.EndpointSpec {
+		pod := probe.Pod{IPs: []netip.Addr{netip.MustParseAddr(ip)}, Probes: []probe.Spec{spec(probe.HTTP, 80, "/x"), seldom}}
+		specs, err := probe.Endpoints(pod, probe.NewDefaults().Settings(nil), Limits)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return specs
+	}
+	request, err := probe.ParseRequest([]byte("GET /x HTTP/1.1\r\nHost: 10.0.0.7:80\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 20 { // in whichever order
+		tracker := probe.NewTracker()
+		tracker.SetEndpoints(at("10.0.0.7"), 0)
+		o := probe.Outcome{Port: 80, Kind: probe.HTTP, Request: request, Question: x, Event: probe.Answered, Status: 200, ObservedAt: second}
+		tracker.Observe(o)
+		tracker.SetEndpoints(at("10.0.0.8"), 0)
+		o.ObservedAt = 2 * second
+		tracker.Observe(o)
+		records, err := Desired(tracker)
+		if got := records[datapath.HTTPKey(80, datapath.Question(x))]; err != nil || got.FreshUntil != 12*second || len(tracker.Evidence()) != 2 {
+			t.Fatalf("got %+v, %v", got, err)
+		}
+	}
+}
+
 // Whatever success a pod answers with must fit a reply.
 func TestEverySuccessHasAReply(t *testing.T) {
-	for status := uint16(200); status < 300; status++ {
+	for status := 200; status < 300; status++ {
 		tracker := tracker(t)
-		observe(t, tracker, datapath.HTTPKey(80, "/x"), datapath.EventStatus, status, second)
+		observe(t, tracker, status, second)
 		records, err := Desired(tracker)
 		if err != nil {
 			t.Errorf("status %d: %v", status, err)
 		}
-		if got := records[datapath.HTTPKey(80, "/x")]; got.Status != status {
+		if got := records[datapath.HTTPKey(80, datapath.Question(x))]; int(got.Status) != status {
 			t.Errorf("status %d: the reply has that of %+v", status, got)
 		}
 	}
@@ -143,13 +144,14 @@ func TestEvidence(t *testing.T) {
 	for _, want := range []probe.Evidence{
 		{}, {Result: probe.Unknown, Status: 302, ObservedAt: 1}, {Result: probe.Failure, Status: 500, ObservedAt: 1},
 		{Result: probe.Success, Status: 200, ObservedAt: 1, FreshUntil: 2},
+		{Question: x, Result: probe.Success, Status: 200, ObservedAt: 1, FreshUntil: 2},
 	} {
 		r, err := record(probe.Endpoint{Kind: probe.HTTP}, want)
-		if got := Evidence(r); got != want || err != nil {
+		if got := Evidence(want.Question, r); got != want || err != nil {
 			t.Errorf("got %+v, %v; want %+v", got, err, want)
 		}
 	}
-	if got := Evidence(datapath.Evidence{Result: 99}); got.Result != probe.Unknown {
+	if got := Evidence(x, datapath.Evidence{Result: 99}); got.Result != probe.Unknown {
 		t.Errorf("a result that nobody writes is %s", got.Result)
 	}
 }
@@ -172,7 +174,7 @@ func drawRecords(t *rapid.T) Records {
 				records[datapath.TCPKey(port)], gate = e, own
 				continue
 			}
-			records[datapath.HTTPKey(port, fmt.Sprint(i))] = e
+			records[datapath.HTTPKey(port, datapath.Question{Hash: uint64(i)})] = e
 			gate.ObservedAt, gate.FreshUntil = max(gate.ObservedAt, own.ObservedAt), max(gate.FreshUntil, own.FreshUntil)
 		}
 		if endpoints > 0 {
@@ -256,14 +258,14 @@ func TestSync(t *testing.T) {
 		t.Fatal(err)
 	}
 	first := Records{
-		datapath.HTTPKey(80, "/x"): http,
-		datapath.PortKey(80):       {ObservedAt: 5, FreshUntil: 9},
+		datapath.HTTPKey(80, datapath.Question{Hash: 1}): http,
+		datapath.PortKey(80):                             {ObservedAt: 5, FreshUntil: 9},
 	}
 	second := Records{
-		datapath.HTTPKey(80, "/y"): {},
-		datapath.PortKey(80):       {},
-		datapath.TCPKey(81):        {Result: datapath.ResultFailure, ObservedAt: 7},
-		datapath.PortKey(81):       {},
+		datapath.HTTPKey(80, datapath.Question{Hash: 2}): {},
+		datapath.PortKey(80):                             {},
+		datapath.TCPKey(81):                              {Result: datapath.ResultFailure, ObservedAt: 7},
+		datapath.PortKey(81):                             {},
 	}
 	pod := open(t, d)
 	for _, want := range []Records{first, first, second, {}, first} {
@@ -279,15 +281,15 @@ func TestSync(t *testing.T) {
 
 func TestSyncAsMuchAsFits(t *testing.T) {
 	d := withMaps(t)
-	full := func(prefix string) Records {
+	full := func(first uint64) Records {
 		records := Records{datapath.PortKey(80): {}}
 		for i := range Limits.Records - 1 {
-			records[datapath.HTTPKey(80, fmt.Sprint(prefix, i))] = datapath.Evidence{}
+			records[datapath.HTTPKey(80, datapath.Question{Hash: first + uint64(i)})] = datapath.Evidence{}
 		}
 		return records
 	}
 	pod := open(t, d)
-	for _, want := range []Records{full("/a"), full("/b")} {
+	for _, want := range []Records{full(0), full(1000)} {
 		if err := pod.Sync(want); err != nil {
 			t.Fatal(err)
 		}

@@ -1,0 +1,392 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT */
+/*
+ * The listening socket that a SYN would meet in its pod: finding it, and judging whether an answer in its name would be
+ * true. A TCP probe asks whether the kernel would accept a connection, so the kernel's own socket is the evidence. A
+ * process that accepts nothing any more fills its queue with the probes that reach it, until the kernel refuses them.
+ * Answers would keep the queue from filling, so they end while it shows that somebody waits in it, and a few may be
+ * given (answers_max) before one must reach the pod and wait there.
+ */
+#ifndef PROBELET_LISTENER_H
+#define PROBELET_LISTENER_H
+
+#include <bpf/bpf_core_read.h>
+
+#include "evidence.h"
+#include "maps.h"
+#include "parse.h"
+
+/* Set by the loader: 1 where the kernel describes its types (BTF) and lets this program follow them (CAP_PERFMON). */
+const volatile __u8 sees_listeners = 0;
+
+/* A connection that waits longer to be accepted tells of a process that is stuck, not of one that is busy. */
+#define LISTENER_WAIT_US 50000
+#define ANSWERS_MAX 9
+
+#define STATE_CLOSE 7	/* TCP_CLOSE in include/net/tcp_states.h */
+#define STATE_LISTEN 10 /* TCP_LISTEN */
+#define STATE_NEW_SYN_RECV 12
+
+/* The fields that are read of the kernel's types. CO-RE relocates their offsets to the running kernel's. */
+#define KERNEL_TYPE __attribute__((preserve_access_index))
+struct ns_common {
+	unsigned int inum;
+} KERNEL_TYPE;
+struct net {
+	struct ns_common ns;
+	__u64 net_cookie;
+} KERNEL_TYPE;
+typedef struct {
+	struct net *net;
+} KERNEL_TYPE possible_net_t;
+struct sock;
+struct sock_common {
+	struct sock *skc_listener; /* of a request_sock */
+	volatile unsigned char skc_state;
+	unsigned char skc_reuseport : 1;
+	int skc_bound_dev_if;
+	__u16 skc_num;
+	possible_net_t skc_net;
+} KERNEL_TYPE;
+struct sk_filter;
+struct sock {
+	struct sock_common __sk_common;
+	struct sk_filter *sk_filter;
+	__u32 sk_ack_backlog;
+	__u32 sk_max_ack_backlog;
+} KERNEL_TYPE;
+struct ipv6_pinfo {
+	__u8 min_hopcount;
+} KERNEL_TYPE;
+struct inet_sock {
+	struct sock sk;
+	struct ipv6_pinfo *pinet6;
+	__u8 min_ttl;
+} KERNEL_TYPE;
+typedef struct {
+	int counter;
+} KERNEL_TYPE atomic_t;
+struct request_sock {
+	struct sock_common __req_common;
+	struct request_sock *dl_next;
+} KERNEL_TYPE;
+struct request_sock_queue {
+	atomic_t qlen;
+	struct request_sock *rskq_accept_head;
+} KERNEL_TYPE;
+struct inet_connection_sock {
+	struct inet_sock icsk_inet;
+	struct request_sock_queue icsk_accept_queue;
+} KERNEL_TYPE;
+struct tcp_md5sig_info;
+struct tcp_ao_info;
+struct tcp_sock {
+	struct inet_connection_sock inet_conn;
+	struct tcp_md5sig_info *md5sig_info; /* CONFIG_TCP_MD5SIG */
+	struct tcp_ao_info *ao_info;	     /* CONFIG_TCP_AO, since 6.7 */
+} KERNEL_TYPE;
+struct tcp_request_sock {
+	__u64 snt_synack;
+} KERNEL_TYPE;
+
+static __always_inline __u64 now_us(void)
+{
+	return bpf_ktime_get_ns() / 1000; /* tcp_clock_us in include/net/tcp.h */
+}
+
+/* Reports whether a listening socket refuses packets that others would take. */
+static __always_inline bool is_special(const struct tcp_sock *tcp)
+{
+	const struct inet_sock *inet = &tcp->inet_conn.icsk_inet;
+
+	if (inet->sk.__sk_common.skc_bound_dev_if || inet->sk.sk_filter || inet->min_ttl)
+		return true;
+	if (bpf_core_field_exists(inet->pinet6) && inet->pinet6 && inet->pinet6->min_hopcount)
+		return true;
+	if (bpf_core_field_exists(tcp->md5sig_info) && tcp->md5sig_info)
+		return true;
+	return bpf_core_field_exists(tcp->ao_info) && tcp->ao_info;
+}
+
+/*
+ * Looks at a listening socket, which is released afterwards. Returns 0, or -1 unless it is one. The queues are read
+ * without their locks: a connection that comes or goes just now may be counted or not.
+ */
+static __always_inline int examine(const struct tcp_sock *tcp, struct listener *l)
+{
+	const struct sock *sk = &tcp->inet_conn.icsk_inet.sk;
+	const struct request_sock *head;
+	const struct net *net;
+
+	if (sk->__sk_common.skc_state != STATE_LISTEN)
+		return -1;
+	l->id = (__u64)(long)sk;
+	net = sk->__sk_common.skc_net.net;
+	l->netns_cookie = net->net_cookie;
+	l->netns = net->ns.inum;
+	l->limit = sk->sk_max_ack_backlog;
+	l->waiting = sk->sk_ack_backlog;
+	l->requests = tcp->inet_conn.icsk_accept_queue.qlen.counter;
+	l->special = is_special(tcp);
+	l->shared = BPF_CORE_READ_BITFIELD(&sk->__sk_common, skc_reuseport);
+	head = tcp->inet_conn.icsk_accept_queue.rskq_accept_head;
+	l->waits = head != NULL;
+	l->head_at = 0;
+	if (head)
+		bpf_probe_read_kernel(&l->head_at, sizeof(l->head_at),
+				      &((const struct tcp_request_sock *)head)->snt_synack);
+	return 0;
+}
+
+enum found {
+	FOUND_NONE,
+	FOUND_LISTENER, /* and s->listener is filled in */
+	FOUND_OTHER,
+};
+
+/* Finds the socket to which the pod's kernel would give the SYN in s->tuple. */
+static __always_inline enum found look_up(struct __sk_buff *skb, struct scratch *s, int nsid)
+{
+	enum found result = FOUND_OTHER;
+	const struct tcp_sock *tcp;
+	struct bpf_sock *found;
+
+	if (s->is_ipv4)
+		found = bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv4), nsid, 0);
+	else
+		found = bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv6), nsid, 0);
+	if (!found)
+		return FOUND_NONE;
+	tcp = bpf_skc_to_tcp_sock(found);
+	if (tcp && !examine(tcp, &s->listener))
+		result = FOUND_LISTENER;
+	bpf_sk_release(found);
+	return result;
+}
+
+/*
+ * Finds the listening socket that the SYN in s->tuple would meet. Returns 0, or -1 if there is none. A global function,
+ * so that the verifier checks it once.
+ */
+__noinline int find_listener(struct __sk_buff *skb, struct scratch *s, int nsid)
+{
+	enum found found;
+
+	if (!s || !sees_listeners || nsid < 0)
+		return -1;
+	found = look_up(skb, s, nsid);
+	if (found == FOUND_OTHER) {
+		/* The pod still has an earlier connection on these ports; a listener may be behind it. */
+		if (s->is_ipv4)
+			s->tuple.ipv4.sport = 0;
+		else
+			s->tuple.ipv6.sport = 0;
+		found = look_up(skb, s, nsid);
+	}
+	return found == FOUND_LISTENER ? 0 : -1;
+}
+
+/*
+ * Finds the listening socket that has answered the SYN in s->tuple, while the connection is being made: its id, or 0. A
+ * global function, as above.
+ */
+__noinline __u64 find_answering(struct __sk_buff *skb, struct scratch *s, int nsid)
+{
+	const struct request_sock *request;
+	struct bpf_sock *found;
+	__u64 id = 0;
+
+	if (!s || !sees_listeners || nsid < 0)
+		return 0;
+	if (s->is_ipv4)
+		found = bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv4), nsid, 0);
+	else
+		found = bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv6), nsid, 0);
+	if (!found)
+		return 0;
+	if (found->state == STATE_NEW_SYN_RECV) {
+		/*
+		 * bpf_skc_to_tcp_request_sock does not know those of MPTCP's listeners. Read like this, the verifier
+		 * takes the address for a number, on which a field's offset can be added.
+		 */
+		bpf_probe_read_kernel(&request, sizeof(request), &found);
+		id = (__u64)(long)BPF_CORE_READ(request, __req_common.skc_listener);
+	}
+	bpf_sk_release(found);
+	return id;
+}
+
+static __always_inline void set_tuple(const struct segment *seg, struct scratch *s)
+{
+	__be16 client_port = bpf_htons(seg->flow.client_port), pod_port = bpf_htons(seg->flow.pod_port);
+
+	s->is_ipv4 = seg->l3_len == sizeof(struct iphdr);
+	if (s->is_ipv4) {
+		__builtin_memcpy(&s->tuple.ipv4.saddr, seg->flow.client_addr + 12, 4);
+		__builtin_memcpy(&s->tuple.ipv4.daddr, seg->flow.pod_addr + 12, 4);
+		s->tuple.ipv4.sport = client_port;
+		s->tuple.ipv4.dport = pod_port;
+	} else {
+		__builtin_memcpy(s->tuple.ipv6.saddr, seg->flow.client_addr, 16);
+		__builtin_memcpy(s->tuple.ipv6.daddr, seg->flow.pod_addr, 16);
+		s->tuple.ipv6.sport = client_port;
+		s->tuple.ipv6.dport = pod_port;
+	}
+}
+
+/*
+ * Reports whether a socket is the pod's: another pod's namespace may have got the id that the device's had. The inode
+ * number is reused as well, though not while a device of its namespace exists, which this one's peer is.
+ */
+static __always_inline bool is_in_pod(const struct listener *l, struct device *device)
+{
+	if (!device->netns_cookie && l->netns == device->netns)
+		device->netns_cookie = l->netns_cookie;
+	return device->netns_cookie == l->netns_cookie;
+}
+
+/*
+ * Returns how many probes in a row may be answered in a socket's name. Without answers, a process that accepts nothing
+ * is found out after limit + 2 probes; this is how many more it may take. In a group that shares the port, only the
+ * socket that this SYN would meet was looked at.
+ */
+static __always_inline __u32 answers_max(const struct listener *l)
+{
+	if (!l->limit || l->special)
+		return 0;
+	if (l->shared || l->limit < 2 * 8)
+		return 1;
+	return l->limit < ANSWERS_MAX * 8 ? l->limit / 8 : ANSWERS_MAX;
+}
+
+/*
+ * Returns what keeps a probe from being answered, 0 if nothing does. A TCP probe that may be answered is counted.
+ *
+ * The count restarts once a prober's connection is known to have been accepted. Its SYN-ACK alone tells nothing of the
+ * process, since the kernel sends it. But if both queues of the socket that sent it are empty, the connection has left
+ * them; and so it has if the SYN-ACK is LISTENER_WAIT_US ago, and nothing in the queue is that old: connections are
+ * accepted in the order in which they came. connected_at is the port's, as of before the look at the queues.
+ */
+static __always_inline enum obstacle judge(const struct listener *l, struct tally *port, __u64 connected_at,
+					   bool is_tcp)
+{
+	__u64 now = now_us();
+
+	if (l->waits && (__s64)(now - l->head_at) >= LISTENER_WAIT_US)
+		return OBSTACLE_HEAD_OLD;
+	if (!is_tcp)
+		return 0;
+	if (l->special)
+		return OBSTACLE_SPECIAL;
+	if (2 * (__u64)l->waiting > l->limit || 2 * (__u64)l->requests > l->limit)
+		return OBSTACLE_QUEUE_LONG;
+	if (connected_at && port->connected_to == l->id &&
+	    ((!l->waits && !l->requests) || (__s64)(now - connected_at) >= LISTENER_WAIT_US)) {
+		port->connected_at = 0;
+		__sync_lock_test_and_set(&port->answered, 0);
+	}
+	if (port->answered >= port->answered_max ||
+	    __sync_fetch_and_add(&port->answered, 1) >= port->answered_max) /* another CPU was first */
+		return OBSTACLE_REAL_DUE;
+	return 0;
+}
+
+/* Looks at the listening socket that a SYN would meet. Returns false if there is none, or it is not the pod's. */
+static __always_inline bool look(struct __sk_buff *skb, const struct segment *seg, struct device *device,
+				 struct tally *port, struct scratch *s)
+{
+	bool found;
+
+	set_tuple(seg, s);
+	found = !find_listener(skb, s, device->nsid) && is_in_pod(&s->listener, device);
+	port->answered_max = found ? answers_max(&s->listener) : 0;
+	return found;
+}
+
+static __always_inline void note_obstacle(struct tally *port, enum obstacle obstacle)
+{
+	port->obstacle = obstacle;
+	count(COUNT_PASSED_NO_LISTENER - OBSTACLE_NO_LISTENER + obstacle);
+}
+
+/*
+ * Reports whether the pod's listening socket lets a port be answered, if it is fresh. For a port with a TCP probe that
+ * is the answer; for others it is a veto. Where nothing can be looked at, it does. The socket is looked at in any case,
+ * to tell how many probes could be answered.
+ */
+static __always_inline bool is_listening(struct __sk_buff *skb, const struct segment *seg, struct device *device,
+					 struct tally *port, bool fresh)
+{
+	struct endpoint_key key = endpoint(seg->flow.ifindex, device->generation, seg->flow.pod_port, KIND_TCP, 0);
+	enum obstacle obstacle = OBSTACLE_NO_LISTENER;
+	struct scratch *s = get_scratch();
+	__u64 connected_at;
+	bool found;
+
+	if (!sees_listeners || device->nsid < 0)
+		return true;
+	if (!s)
+		return false;
+	connected_at = *(volatile __u64 *)&port->connected_at;
+	found = look(skb, seg, device, port, s);
+	if (!fresh)
+		return false;
+	if (found)
+		obstacle = judge(&s->listener, port, connected_at, bpf_map_lookup_elem(&endpoint_evidence, &key));
+	if (!obstacle)
+		return true;
+	note_obstacle(port, obstacle);
+	return false;
+}
+
+/* Notes that the pod has answered a SYN, be it by a refusal. Returns the tally of the port, if there is one. */
+static __always_inline struct tally *note_answered(const struct segment *seg, const struct flow *flow)
+{
+	struct endpoint_key key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_PORT, 0);
+	struct tally *port = bpf_map_lookup_elem(&endpoint_tallies, &key);
+
+	if (port && port->asked_at == flow->started_at)
+		port->asked_at = 0;
+	return port;
+}
+
+/*
+ * Notes that the pod's kernel has answered a prober's SYN, for judge to see what becomes of the connection. A rule of
+ * netfilter, a program or a bound socket may have brought it to another socket than the one that steer finds.
+ */
+static __always_inline void note_connected(struct __sk_buff *skb, const struct segment *seg, const struct flow *flow)
+{
+	struct tally *port = note_answered(seg, flow);
+	struct scratch *s = get_scratch();
+	struct device *device;
+	__u64 id;
+
+	device = bpf_map_lookup_elem(&devices, &seg->flow.ifindex);
+	if (!port || !sees_listeners || !s || !device || device->nsid < 0)
+		return;
+	set_tuple(seg, s);
+	id = find_answering(skb, s, device->nsid);
+	if (!id || (port->connected_at && port->connected_to == id))
+		return;
+	port->connected_at = 0;
+	__sync_lock_test_and_set(&port->connected_to, id); /* a barrier: judge takes the time for this socket's */
+	port->connected_at = now_us();
+}
+
+/* Voids all evidence of the pod in whose network namespace a listening socket closed. */
+static __always_inline void note_closed(const struct sock *sk)
+{
+	__u32 netns = sk->__sk_common.skc_net.net->ns.inum, ifindex;
+	struct netns_devices *devices_of = bpf_map_lookup_elem(&pod_netns, &netns);
+	struct device *device;
+
+	if (!devices_of)
+		return;
+	for (__u32 i = 0; i < DEVICES_PER_NETNS; i++) {
+		ifindex = devices_of->ifindex[i];
+		device = bpf_map_lookup_elem(&devices, &ifindex);
+		if (ifindex && device && advance(&device->withdrawn_at, bpf_ktime_get_boot_ns()))
+			count(COUNT_WITHDRAWN_LISTENER_CLOSED);
+	}
+}
+
+#endif

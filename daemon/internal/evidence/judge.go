@@ -1,0 +1,128 @@
+package evidence
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+
+	"github.com/probelet/probelet/daemon/internal/probe"
+)
+
+const (
+	// maxBody is how much of a body the kubelet reads; a longer one is a success too (maxRespBodyLength in its
+	// pkg/probe/http/http.go).
+	maxBody = 10 << 10
+	// readBuffer is http.Transport's, in bytes. It limits the length of trailers and of chunk headers.
+	readBuffer = 4 << 10
+	// maxInterim is how many interim responses net/http accepted before Go 1.24. Newer versions limit only their bytes.
+	maxInterim = 5
+)
+
+// End says what follows the bytes of a response.
+type End uint8
+
+// Ends.
+const (
+	Open   End = iota // nothing that was seen before the client closed
+	Closed            // the pod closed its side
+	Broken            // the pod reset the connection; what came before can still be read
+	Unseen            // more, of which nothing is known
+)
+
+// Response is what a pod sent on a connection, in order and from the first byte on, until the client closed it.
+type Response struct {
+	Bytes []byte
+	End   End
+}
+
+type verdict struct {
+	event  probe.Event
+	status int
+	doubt  Doubt
+}
+
+// Judge returns what the kubelet's HTTP prober makes of the response to a GET request, apart from its timeout: Answered
+// with the final status, NoAnswer or Failed. Only of a 2xx is the body read. The doubt, if there is one, is DoubtUnseen,
+// DoubtTiming or DoubtOurs.
+func (r Response) Judge() (event probe.Event, status int, doubt Doubt) {
+	buffered := pool.Get().(*bufio.Reader)
+	defer pool.Put(buffered)
+	v, chunked := r.read(buffered)
+	if chunked {
+		// net/http looks ahead at chunk headers and trailers that have arrived already. So a flaw right behind the last byte
+		// that the kubelet reads may or may not be found: read once more with everything buffered.
+		all, _ := r.read(bufio.NewReaderSize(nil, len(r.Bytes)+readBuffer))
+		if v.doubt == "" && v != all {
+			v.doubt = DoubtTiming
+		}
+	}
+	return v.event, v.status, v.doubt
+}
+
+var pool = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, readBuffer) }}
+
+// read reads the response as DoHTTPProbe does (pkg/probe/http/http.go), using http.Transport.
+func (r Response) read(buffered *bufio.Reader) (v verdict, chunked bool) {
+	source := &source{Reader: bytes.NewReader(r.Bytes), end: r.End}
+	buffered.Reset(source)
+	response, err := readFinal(buffered)
+	if err == nil && response.StatusCode/100 == 2 {
+		_, err = io.Copy(io.Discard, io.LimitReader(response.Body, maxBody))
+		chunked = response.TransferEncoding != nil
+	}
+	switch {
+	case source.starved && r.End != Open:
+		return verdict{doubt: DoubtUnseen}, chunked
+	case source.starved:
+		return verdict{event: probe.NoAnswer}, chunked
+	case err == errManyInterim:
+		return verdict{doubt: DoubtTiming}, chunked
+	case err != nil || response.StatusCode < 200:
+		return verdict{event: probe.Failed}, chunked
+	case isOurs(response.Header):
+		return verdict{probe.Answered, response.StatusCode, DoubtOurs}, chunked
+	}
+	return verdict{event: probe.Answered, status: response.StatusCode}, chunked
+}
+
+var errManyInterim = errors.New("more interim responses than some versions of net/http accept")
+
+// readFinal reads the first response that is not an interim one, as http.Transport does (readResponse).
+func readFinal(r *bufio.Reader) (*http.Response, error) {
+	for range maxInterim + 1 {
+		response, err := http.ReadResponse(r, nil)
+		if err != nil || response.StatusCode/100 != 1 || response.StatusCode == http.StatusSwitchingProtocols {
+			return response, err
+		}
+	}
+	return nil, errManyInterim
+}
+
+// isOurs reports whether the response was made from evidence, so that it is none.
+func isOurs(header http.Header) bool {
+	return slices.ContainsFunc(header["Cache-Status"], func(value string) bool { return strings.HasPrefix(value, "probelet") })
+}
+
+// source is what a client could read.
+type source struct {
+	*bytes.Reader
+	end     End
+	starved bool // a client would wait for more, or nobody knows what it would read
+}
+
+func (s *source) Read(p []byte) (int, error) {
+	switch {
+	case s.Len() > 0 || s.end == Closed:
+		return s.Reader.Read(p)
+	case s.end == Broken:
+		return 0, syscall.ECONNRESET
+	}
+	s.starved = true
+	return 0, io.ErrNoProgress
+}

@@ -1,0 +1,20 @@
+package probe
+
+import "net/netip"
+
+// MayBeAskedBy reports whether another probe, or a hook, may ask the endpoint what its own probes ask. ips are the addresses of
+// the pod whose probe it is. Where Host is dialled, that may be any pod, also behind a Service's address and port.
+func (s EndpointSpec) MayBeAskedBy(p Spec, ips []netip.Addr) bool {
+	switch {
+	case s.Kind != p.Kind:
+		return false
+	case s.Kind == TCP:
+		return p.Host != ""
+	case s.Path != p.Path:
+		return false
+	case p.Problem != "":
+		return true
+	}
+	q, err := questionOf(p, ips)
+	return err == nil && s.Asks(q.Request)
+}

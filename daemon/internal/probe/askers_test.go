@@ -1,0 +1,89 @@
+package probe
+
+import (
+	"net"
+	"net/netip"
+	"strconv"
+	"testing"
+
+	"pgregory.net/rapid"
+)
+
+// Whatever a probe that dials another host sends, it may ask the endpoint if, and only if, that is the endpoint's request.
+func TestMayBeAskedBy(t *testing.T) {
+	ips := []netip.Addr{netip.MustParseAddr("10.0.0.7"), netip.MustParseAddr("fd00::7")}
+	headers := rapid.SliceOfNDistinct(rapid.SampledFrom([]Header{
+		{"Host", "h.example"}, {"host", "10.0.0.7:80"}, {"User-Agent", "me"}, {"Accept", ""}, {"accept", "*/*"}, {"X-Auth", "a"},
+	}), 0, 2, func(h Header) string { return h.Name[1:] })
+	paths := rapid.SampledFrom([]string{"/", "/ready?a=b"})
+	asked := 0
+	rapid.Check(t, func(rt *rapid.T) {
+		own := Spec{Container: "c", Type: Readiness, Kind: HTTP, Port: 80, Path: paths.Draw(rt, "path"), Headers: headers.Draw(rt, "headers")}
+		other := Spec{
+			Kind: HTTP, Path: paths.Draw(rt, "other's path"), Headers: headers.Draw(rt, "other's headers"),
+			Host: rapid.SampledFrom([]string{"", "10.0.0.7", "fd00::7", "10.96.0.1", "h.example"}).Draw(rt, "host"),
+			Port: rapid.SampledFrom([]uint16{80, 8080}).Draw(rt, "port"),
+		}
+		all, err := Endpoints(Pod{IPs: ips, Probes: []Spec{own}}, Settings{}, Limits{Request: 1024, Records: 64})
+		if err != nil {
+			rt.Fatal(err)
+		}
+		host := other.Host
+		if host == "" {
+			host = ips[0].String()
+		}
+		sent := kubelet{
+			host: net.JoinHostPort(host, strconv.Itoa(int(other.Port))), path: other.Path, agent: "kube-probe/1.38", headers: other.Headers,
+		}.asks(t)
+		want := all[0].Asks(sent)
+		if got := all[0].MayBeAskedBy(other, ips); got != want {
+			rt.Errorf("%v, want %v", got, want)
+		}
+		if want {
+			asked++
+		}
+	})
+	if asked == 0 {
+		t.Error("none asked the same")
+	}
+}
+
+// A connection says nothing of where it was sent.
+func TestMayBeAskedByTCP(t *testing.T) {
+	ips := []netip.Addr{netip.MustParseAddr("10.0.0.7")}
+	own := Spec{Container: "c", Type: Readiness, Kind: TCP, Port: 80}
+	all, err := Endpoints(Pod{IPs: ips, Probes: []Spec{own}}, Settings{}, Limits{Request: 1024, Records: 64})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct {
+		other Spec
+		want  bool
+	}{
+		"at its address":    {Spec{Kind: TCP, Port: 80, Host: "10.0.0.7"}, true},
+		"at a Service":      {Spec{Kind: TCP, Port: 8080, Host: "10.96.0.1"}, true},
+		"at a name":         {Spec{Kind: TCP, Port: 8080, Host: "web.example"}, true},
+		"of the pod's own":  {Spec{Kind: TCP, Port: 8080}, false},
+		"with a request":    {Spec{Kind: HTTP, Port: 80, Path: "/", Host: "10.0.0.7"}, false},
+		"with another kind": {Spec{Kind: GRPC, Port: 80}, false},
+	} {
+		if got := all[0].MayBeAskedBy(test.other, ips); got != test.want {
+			t.Errorf("%s: %v, want %v", name, got, test.want)
+		}
+	}
+}
+
+// What is not known of a request may make it any.
+func TestMayBeAskedByTheUnknown(t *testing.T) {
+	own := Spec{Container: "c", Type: Readiness, Kind: HTTP, Port: 80, Path: "/"}
+	all, err := Endpoints(Pod{Probes: []Spec{own}}, Settings{}, Limits{Request: 1024, Records: 64})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !all[0].MayBeAskedBy(Spec{Kind: HTTP, Port: 80, Path: "/", Host: "web.example", Problem: "path holds credentials"}, nil) {
+		t.Error("the same path")
+	}
+	if all[0].MayBeAskedBy(Spec{Kind: HTTP, Port: 80, Path: "/x", Host: "web.example", Problem: "path holds credentials"}, nil) {
+		t.Error("another path")
+	}
+}

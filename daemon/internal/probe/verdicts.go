@@ -1,0 +1,22 @@
+package probe
+
+import "iter"
+
+// Verdicts yields what an outcome says of each endpoint that it concerns, whether or not it is news; Unknown if that is not
+// certain.
+func (t *Tracker) Verdicts(o Outcome) iter.Seq2[Endpoint, Result] {
+	return func(yield func(Endpoint, Result) bool) {
+		for _, s := range t.specs {
+			if !s.Observed || !o.concerns(s) {
+				continue
+			}
+			result, conclusive := s.judge(o)
+			if !conclusive {
+				result = Unknown
+			}
+			if !yield(s.Endpoint, result) {
+				return
+			}
+		}
+	}
+}

@@ -1,0 +1,215 @@
+package simulate
+
+import (
+	"net/netip"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/probelet/probelet/daemon/internal/probe"
+)
+
+// daemon is the model of probeletd. While it is down the tracker is nil.
+type daemon struct {
+	tracker    *probe.Tracker
+	estimator  *probe.Estimator // sees only the twins, as all probes reach the pod in mode observe
+	known      map[uint16]int   // instances that its source has told of
+	refreshing map[probe.Endpoint]*asker
+	staleness  map[probe.Endpoint]time.Duration
+}
+
+func newDaemon() daemon {
+	return daemon{
+		estimator: probe.NewEstimator(), known: map[uint16]int{}, refreshing: map[probe.Endpoint]*asker{},
+		staleness: map[probe.Endpoint]time.Duration{},
+	}
+}
+
+func (p *pod) startDaemon() {
+	p.tracker = probe.NewTracker()
+	p.setEndpoints()
+	// Evidence outlives a daemon in the maps.
+	for endpoint, evidence := range p.evidence {
+		p.tracker.Restore(endpoint, evidence, p.now)
+	}
+	p.publish()
+}
+
+func (p *pod) setEndpoints() {
+	specs := make([]probe.Spec, len(p.Probes))
+	for i, s := range p.Probes {
+		s.Instance = strconv.Itoa(p.known[s.Port] + 1)
+		if p.Broken == Threshold {
+			s.SuccessThreshold = 1
+		}
+		specs[i] = s
+	}
+	endpoints := p.endpoints(specs)
+	for _, e := range endpoints {
+		p.staleness[e.Endpoint] = e.Staleness
+	}
+	p.tracker.SetEndpoints(endpoints, p.now)
+	p.estimator.SetEndpoints(endpoints, p.now)
+}
+
+func (p *pod) endpoints(specs []probe.Spec) []probe.EndpointSpec {
+	pod := probe.Pod{Namespace: "n", Name: "p", IPs: []netip.Addr{netip.MustParseAddr(address)}, Probes: specs}
+	limits := probe.Limits{Request: 1024, Records: 64, Live: p.Live}
+	endpoints, err := probe.Endpoints(pod, p.Defaults.Settings(nil), limits)
+	if err != nil {
+		panic(err) // scenarios have few endpoints
+	}
+	return endpoints
+}
+
+// endpointOf is what a probe asks.
+func (p *pod) endpointOf(s probe.Spec) probe.Endpoint {
+	return p.endpoints([]probe.Spec{s})[0].Endpoint
+}
+
+func (p *pod) learnInstance(port uint16, n int) {
+	if p.Broken == Instance {
+		return
+	}
+	p.known[port] = n
+	if p.tracker != nil {
+		p.setEndpoints()
+		p.publish()
+	}
+}
+
+func (p *pod) killDaemon() {
+	p.tracker = nil
+	clear(p.refreshing)
+	p.after(p.upTo(time.Minute), func() {
+		p.startDaemon()
+		p.after(p.mean(8*time.Hour), p.killDaemon)
+	})
+}
+
+// question stands for all: requests of the simulated pods are told apart by their endpoints.
+var question = probe.Question{Hash: 1, Check: 1}
+
+// meant is the endpoint that something asked is taken for.
+func (p *pod) meant(e probe.Endpoint) probe.Endpoint {
+	if p.Broken != Question {
+		return e
+	}
+	for _, own := range p.asked {
+		if own.Port == e.Port && own.Kind == e.Kind && own.Path == e.Path {
+			return own
+		}
+	}
+	return e
+}
+
+// outcome is the report of a probe that has just ended.
+func (p *pod) outcome(e probe.Endpoint, began uint64, x exchange) probe.Outcome {
+	e = p.meant(e)
+	o := probe.Outcome{
+		Port: e.Port, Kind: e.Kind, Request: p.requests[e],
+		Question: question, Text: []byte(e.Path), // the tracker wants some
+		Event: x.event, Status: x.status, ObservedAt: p.now, Duration: time.Duration(p.now - began),
+	}
+	if o.Kind != probe.HTTP {
+		o.Question, o.Text = probe.Question{}, nil
+	}
+	if x.event == probe.Failed && p.Broken == Malformed {
+		o.Event, o.Status = probe.Answered, 200
+	}
+	if !x.connected {
+		o.Kind = "" // what would have been asked is not seen
+	}
+	return o
+}
+
+// observe is the daemon's reading of an outcome.
+func (p *pod) observe(e probe.Endpoint, o probe.Outcome) {
+	if p.tracker == nil {
+		return
+	}
+	failure := o.Event == probe.Reset || o.Event == probe.NoAnswer || o.Event == probe.Failed || o.Status >= 400
+	if failure {
+		for endpoint := range p.successes {
+			if e == endpoint || o.Event == probe.Reset && e.Port == endpoint.Port {
+				p.failed[endpoint] = max(p.failed[endpoint], o.ObservedAt)
+			}
+		}
+	}
+	if failure && p.Broken == Failures {
+		return
+	}
+	p.tracker.Void(func(probe.Endpoint) bool { return true }, p.podWithdrawn)
+	if slices.ContainsFunc(p.tracker.Endpoints(), func(s probe.EndpointSpec) bool { return s.SuccessThreshold > 1 }) {
+		p.learnUnanswered()
+	}
+	p.tracker.Observe(o)
+	p.publish()
+}
+
+// learnUnanswered has the tracker learn of connections that the pod did not answer.
+func (p *pod) learnUnanswered() {
+	for port, all := range p.unanswered {
+		for _, began := range all {
+			p.tracker.Unanswered(port, began, p.now)
+		}
+	}
+}
+
+func (p *pod) sweep() {
+	if p.tracker != nil {
+		p.learnUnanswered()
+		for endpoint := range p.successes {
+			for _, began := range p.unanswered[endpoint.Port] {
+				p.failed[endpoint] = max(p.failed[endpoint], began)
+			}
+		}
+		p.publish()
+	}
+	clear(p.unanswered)
+}
+
+// publish writes what is known into the maps, and asks what is to be refreshed.
+func (p *pod) publish() {
+	p.evidence, p.gates = p.tracker.Evidence(), p.tracker.Gates()
+	wanted := map[probe.Endpoint]bool{}
+	for _, s := range p.tracker.Refreshing() {
+		wanted[s.Endpoint] = true
+		if p.refreshing[s.Endpoint] == nil {
+			a := &asker{spec: s.EndpointSpec}
+			p.refreshing[s.Endpoint] = a
+			p.after(p.upTo(s.Refresh), func() { p.refresh(a) })
+		}
+	}
+	for endpoint := range p.refreshing {
+		if !wanted[endpoint] {
+			delete(p.refreshing, endpoint)
+		}
+	}
+}
+
+// asker is the daemon's own request of an endpoint, again and again.
+type asker struct{ spec probe.EndpointSpec }
+
+// refresh is as package refresh does it.
+func (p *pod) refresh(a *asker) {
+	if p.refreshing[a.spec.Endpoint] != a {
+		return
+	}
+	s := a.spec
+	began := p.now
+	p.result.Refreshes++
+	server := p.servers[s.Port]
+	x := server.ask(inquiry{began, s.Endpoint, s.Timeout, p.usual()}, &server.queue)
+	p.at(x.end, func() {
+		if p.refreshing[s.Endpoint] != a {
+			return
+		}
+		o := p.outcome(s.Endpoint, began, x)
+		o.Refresh = true
+		p.noteSuccess(s.Endpoint, began, x)
+		next := began + uint64(s.Refresh-p.upTo(s.Refresh/5))
+		p.at(max(next, p.now), func() { p.refresh(a) })
+		p.observe(s.Endpoint, o)
+	})
+}

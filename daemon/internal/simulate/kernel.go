@@ -1,0 +1,121 @@
+package simulate
+
+import (
+	"time"
+
+	"github.com/probelet/probelet/daemon/internal/probe"
+)
+
+// kernel is the model of the kernel side: what the daemon wrote, and what it notes itself.
+type kernel struct {
+	evidence map[probe.Endpoint]probe.Evidence
+	gates    map[uint16]probe.Gate
+	// withdrawn is when the evidence of an endpoint was voided, or of a whole port (no kind), and podWithdrawn when all of
+	// the pod's was, because a listening socket of it closed.
+	withdrawn    map[probe.Endpoint]uint64
+	podWithdrawn uint64
+	answered     map[uint16]int      // by port: since a connection of a prober was last known to be accepted
+	unanswered   map[uint16][]uint64 // by port: when connections began that it did not answer, until they are swept
+	ignored      map[uint16]bool     // by port: whether it did not answer the connection that was passed on last
+	connectedAt  map[uint16]uint64   // when the last one came about with the pod, if it is not known yet to be accepted
+}
+
+// connect is a probe that begins now.
+func (p *pod) connect(e probe.Endpoint, timeout, usual time.Duration) (answered bool, x exchange) {
+	taken := p.taken(e.Port)
+	if taken {
+		p.answered[e.Port]++
+	}
+	if taken && (e.Kind == probe.TCP || p.answerable(e)) {
+		return true, exchange{event: probe.Answered, status: 200, connected: true, end: p.now + uint64(refusal)}
+	}
+	server := p.servers[e.Port]
+	x = server.ask(inquiry{p.now, e, timeout, usual}, &server.queue)
+	if x.connected {
+		p.connectedAt[e.Port] = p.now
+	}
+	if !taken {
+		p.ignored[e.Port] = !x.seen() && p.Broken != Unanswered
+	}
+	if x.handedOver = taken; taken { // which takes no time to speak of
+		p.result.HandedOver++
+	}
+	return false, x
+}
+
+// taken reports whether a connection that comes now is taken.
+func (p *pod) taken(port uint16) bool {
+	g := p.gates[port]
+	if p.Broken == Gate {
+		for e, known := range p.evidence {
+			if e.Port == port {
+				g = probe.Gate{ObservedAt: max(g.ObservedAt, known.ObservedAt), FreshUntil: max(g.FreshUntil, known.FreshUntil)}
+			}
+		}
+	}
+	fresh := g.FreshUntil > p.now || p.Broken == Bound && g.FreshUntil != 0
+	return fresh && g.ObservedAt > max(p.withdrawn[portOf(port)], p.podWithdrawn) && !p.ignored[port] && p.listening(port)
+}
+
+// listening reports whether a look at the port's listening socket says that a connection would be accepted now, and not
+// too many were answered on that alone.
+func (p *pod) listening(port uint16) bool {
+	if p.Live == 0 {
+		return true
+	}
+	s := p.servers[port]
+	if p.Broken != Queue && !s.accepting(p.now, &s.queue) {
+		return false
+	}
+	if at := p.connectedAt[port]; at != 0 && p.now-at >= headAge { // and nobody has waited for as long
+		p.connectedAt[port], p.answered[port] = 0, 0
+	}
+	_, asked := p.successes[probe.Endpoint{Port: port, Kind: probe.TCP}]
+	return !asked || p.Broken == Limit || p.answered[port] < s.mostAnswered(p.Live)
+}
+
+// answerable reports whether a request on a connection that was taken just now is answered.
+func (p *pod) answerable(e probe.Endpoint) bool {
+	e = p.meant(e)
+	known := p.evidence[e]
+	fresh := known.FreshUntil > p.now || p.Broken == Bound && known.FreshUntil != 0
+	return known.Result == probe.Success && fresh &&
+		known.ObservedAt > max(p.withdrawn[e], p.withdrawn[portOf(e.Port)], p.podWithdrawn)
+}
+
+// sweepEvery is how often the daemon looks at connections that were not answered, and forgets them.
+const sweepEvery = uint64(5 * time.Second)
+
+// gather is how long outcomes wait until the daemon reads them, in their order.
+const gather = uint64(50 * time.Millisecond)
+
+// report tells the daemon what became of a probe that reached the pod. An error status is about what was asked, a reset or
+// refusal about the whole port.
+func (p *pod) report(e probe.Endpoint, began uint64, x exchange) {
+	if x.handedOver && p.Broken == Handover {
+		return
+	}
+	if !x.seen() {
+		if p.Broken != Unanswered {
+			p.unanswered[e.Port] = append(p.unanswered[e.Port], began)
+			p.at((p.now/sweepEvery+1)*sweepEvery, p.sweep)
+		}
+		return
+	}
+	if x.event == probe.Reset || x.event == probe.Answered && x.status >= 300 {
+		about := e
+		if x.event == probe.Reset {
+			about = portOf(e.Port)
+		}
+		p.voided[about] = p.now
+		about = p.meant(about)
+		if p.Broken == Status {
+			about = portOf(e.Port)
+		}
+		if p.Broken != Withdrawal {
+			p.withdrawn[about] = p.now
+		}
+	}
+	o := p.outcome(e, began, x)
+	p.at((p.now/gather+1)*gather, func() { p.observe(e, o) })
+}

@@ -1,0 +1,112 @@
+package source
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+
+	corev1 "k8s.io/api/core/v1"
+	kubejson "sigs.k8s.io/json"
+)
+
+// maxPodList is how many bytes an answer may have. It is read pod by pod, so this bounds time more than memory.
+const maxPodList = 256 << 20
+
+// limitedReader fails, rather than ends, where more comes than is allowed.
+type limitedReader struct {
+	from io.Reader
+	left int64
+}
+
+func (r *limitedReader) Read(p []byte) (int, error) {
+	if r.left <= 0 {
+		return 0, fmt.Errorf("answer of more than %d MiB", maxPodList>>20)
+	}
+	n, err := r.from.Read(p[:min(int64(len(p)), r.left)])
+	r.left -= int64(n)
+	return n, err
+}
+
+// readPodList reads a PodList and nothing else, and never has more than one of its pods in memory. Each may have been
+// called for pods of a list that turns out to be no good.
+func readPodList(r io.Reader, each func(*corev1.Pod)) error {
+	d := json.NewDecoder(r)
+	if err := expect(d, json.Delim('{')); err != nil {
+		return err
+	}
+	var kind string
+	items := 0
+	for d.More() {
+		key, err := d.Token()
+		if err != nil {
+			return err
+		}
+		switch key {
+		case "kind":
+			err = d.Decode(&kind)
+		case "items":
+			items, err = readItems(d, each)
+		default:
+			var ignored json.RawMessage
+			err = d.Decode(&ignored)
+		}
+		if err != nil {
+			return fmt.Errorf("%v: %w", key, unexpected(err))
+		}
+	}
+	if err := expect(d, json.Delim('}')); err != nil {
+		return err
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return errors.New("more than one JSON value")
+	}
+	if kind != "PodList" {
+		return fmt.Errorf("kind: %q with %d items: must be PodList", kind, items)
+	}
+	return nil
+}
+
+func expect(d *json.Decoder, want json.Delim) error {
+	got, err := d.Token()
+	if err == nil && got != want {
+		err = fmt.Errorf("%v where %v was expected", got, want)
+	}
+	return unexpected(err)
+}
+
+// unexpected is err, but the end of what is no JSON yet is said to be so.
+func unexpected(err error) error {
+	if errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+func readItems(d *json.Decoder, each func(*corev1.Pod)) (int, error) {
+	start, err := d.Token()
+	if err != nil || start == nil { // null: no pods
+		return 0, err
+	}
+	if start != json.Delim('[') {
+		return 0, fmt.Errorf("%v where a list was expected", start)
+	}
+	n := 0
+	var raw json.RawMessage
+	for ; d.More(); n++ {
+		if err := d.Decode(&raw); err != nil {
+			return n, err
+		}
+		var pod corev1.Pod
+		// As Kubernetes does it: cases matter, fields of later versions do not.
+		if err := kubejson.UnmarshalCaseSensitivePreserveInts(raw, &pod); err != nil {
+			return n, fmt.Errorf("[%d]: %w", n, err)
+		}
+		if pod.Name == "" || pod.Namespace == "" {
+			return n, fmt.Errorf("[%d]: a pod without name or namespace", n)
+		}
+		each(&pod)
+	}
+	_, err = d.Token()
+	return n, err
+}
