@@ -12,6 +12,9 @@ GO_BUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w'
 # The kubelet's prober tells Kubernetes' version in its User-Agent, which the kubelet's own build sets.
 KUBE_VERSION := -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=37
 
+# $(call need,COMMANDS,PACKAGES): stops unless all the commands are there.
+need = @for command in $(1); do command -v "$$command" >/dev/null || { echo "$$command is missing: apt-get install $(2)"; exit 1; }; done
+
 .PHONY: help
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,11 +38,17 @@ test: build ## Run all tests; the privileged ones need root
 	go test -count=1 -timeout 20m ./...
 	cd e2e && PROBELET_BIN=$(BIN) CGO_ENABLED=0 go test -count=1 -timeout 20m -ldflags '$(KUBE_VERSION)' ./...
 	cd e2e/kind && go test -count=1 ./...
+	cd daemon/differential && CGO_ENABLED=0 go test -count=1 ./...
 	cd bench && PROBELET_BIN=$(BIN) CGO_ENABLED=0 go test -count=1 -timeout 10m -ldflags '$(KUBE_VERSION)' -measure -short
 
+FUZZTIME ?= 10m
+.PHONY: fuzz
+fuzz: ## Look for replies that are taken for a success, but not by the kubelet's prober (root; FUZZTIME=10m)
+	cd daemon/differential && CGO_ENABLED=0 go test -run - -fuzz FuzzReply -fuzztime $(FUZZTIME)
+
 .PHONY: e2e
-e2e: build ## Test on a real kubelet, API server and containerd (root; etcd-server runc; the first build takes 15 minutes; HOOK=xdp)
-	@command -v etcd runc >/dev/null || { echo "etcd or runc is missing: apt-get install etcd-server runc"; exit 1; }
+e2e: build ## Test on a real kubelet, API server and containerd (root; etcd-server runc python3; the first build takes 15 minutes; HOOK=xdp)
+	$(call need,etcd runc /usr/bin/python3,etcd-server runc python3)
 	e2e/cluster/build.sh $(BIN)/cluster cluster
 	cd e2e && PROBELET_BIN=$(BIN) PROBELET_CLUSTER=$(BIN)/cluster CGO_ENABLED=0 go test -count=1 -timeout 40m -v ./cluster $(if $(HOOK),-hook $(HOOK))
 
@@ -47,7 +56,7 @@ e2e: build ## Test on a real kubelet, API server and containerd (root; etcd-serv
 CONFORMANCE ?= none,default,stale5,refresh,xdp
 .PHONY: conformance
 conformance: build ## Run Kubernetes' own probe specs without probelet and with it (root; etcd-server runc busybox-static; CONFORMANCE=none,default)
-	@command -v etcd runc busybox >/dev/null || { echo "etcd, runc or busybox is missing: apt-get install etcd-server runc busybox-static"; exit 1; }
+	$(call need,etcd runc busybox,etcd-server runc busybox-static)
 	e2e/cluster/build.sh $(BIN)/cluster cluster
 	e2e/cluster/build.sh $(BIN)/cluster conformance
 	cd e2e && CGO_ENABLED=0 go build -trimpath -o $(BIN)/conformance ./conformance
@@ -71,7 +80,7 @@ simulate: ## Hold the freshness policy against plain Kubernetes, over simulated 
 	go run ./daemon/simulate -docs docs
 
 # An emulator takes ten seconds to verify the programs, and each test loads them: these pass every program and hook.
-OLDKERNEL_TESTS ?= Hooks|EnsureLoads|ProbeIsAnswered|Handover
+OLDKERNEL_TESTS ?= Hooks|EnsureLoads|ProbeIsAnswered|Handover|WhatListens
 .PHONY: oldkernel
 oldkernel: ## Run BPF tests on Debian's Linux 6.1 and 6.12, in an emulator (qemu-system-x86 busybox-static cpio kmod)
 	bpf/bpftest/oldkernel.sh linux-image-cloud-amd64 '$(OLDKERNEL_TESTS)'
@@ -90,12 +99,14 @@ tidy:
 	go mod tidy -diff
 	cd e2e && go mod tidy -diff
 	cd e2e/kind && go mod tidy -diff
+	cd daemon/differential && go mod tidy -diff
 	cd bench && go mod tidy -diff
 
 .PHONY: vet
 vet:
 	go vet ./...
 	cd e2e && go vet ./...
+	cd daemon/differential && go vet ./...
 	cd bench && go vet ./...
 
 .PHONY: lint
@@ -103,6 +114,7 @@ lint:
 	cd e2e/lint && go build -o $(BIN)/ tool
 	$(BIN)/golangci-lint run
 	cd e2e && $(BIN)/golangci-lint run --config ../.golangci.yml
+	cd daemon/differential && $(BIN)/golangci-lint run --config ../../.golangci.yml
 	cd bench && $(BIN)/golangci-lint run --config ../.golangci.yml
 
 # Generates in a copy, so that the work tree stays as it is.
@@ -119,8 +131,8 @@ generate: clang ## Compile the BPF programs anew (after a change in bpf/)
 
 .PHONY: clang
 clang:
-	@command -v clang-19 clang-format-19 llvm-strip-19 >/dev/null && [ -e /usr/include/bpf/bpf_helpers.h ] || \
-		{ echo "clang 19 or its libraries are missing: apt-get install $(CLANG_PACKAGES)"; exit 1; }
+	$(call need,clang-19 clang-format-19 llvm-strip-19,$(CLANG_PACKAGES))
+	@[ -e /usr/include/bpf/bpf_helpers.h ] || { echo "bpf_helpers.h is missing: apt-get install $(CLANG_PACKAGES)"; exit 1; }
 
 .PHONY: clean
 clean: ## Remove what was built
