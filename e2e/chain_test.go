@@ -58,6 +58,9 @@ func expectAGoodLife(t *testing.T, s *scene, egressLimit bool) {
 	}
 	for _, probe := range []node.Probe{longHTTP, longTCP} {
 		expectAnswered(t, p, probe, p.IPv4, 20)
+	}
+	p.probeByIPv6(longHTTP, longTCP)
+	for _, probe := range []node.Probe{longHTTP, longTCP} {
 		expectAnswered(t, p, probe, p.IPv6, 20)
 	}
 	must(t, p.Check())

@@ -32,17 +32,25 @@ func TestExplainAndInvalidate(t *testing.T) {
 	p := s.newFreshPod(longHTTP, longTCP)
 	name := node.Namespace + "/" + p.Name
 	p.probe(longHTTP, p.IPv4, 3)
+	p.probe(longTCP, p.IPv4, 3)
 	expectText(t, s.ctl(t, "explain", name),
 		`probeletd: running`,
 		`default/pod1  device \w+, container `,
-		`mode answer \(default\), staleness 1\+timeout \(default\), refresh false \(default\)`,
+		`mode answer \(default\), staleness 1 \(default\), refresh false \(default\)`,
 		`(?s)HTTP :8080/healthz\n +state +fresh, status 200, observed .* ago\n +next probe +answered in the kernel, for another 10m`,
 		`bound +a success is answered for 10m1s`,
 		`container0/readiness +every 10m0s, timeout 1s, threshold 3: a failure is detected within 40m2s \(30m1s without probelet\)`,
 		`ago +observed by probe: success 200, took `,
 		`ago +answered in the kernel \(3 times so far\)`,
 		`(?s)TCP :9090\n +state +fresh, observed`,
+		`listening socket +3 of at most 9 probes were answered since one was accepted\n`,
 	)
+	expectText(t, s.ctl(t, "status", "-o", "wide"), `TCP :9090 +fresh .* proven +3/9 `)
+	p.probe(longTCP, p.IPv4, 6)
+	expectText(t, s.ctl(t, "explain", name), `reaches the pod: as many probes as may be were answered in a row \(9\), so the pod must accept one`)
+	p.probe(longTCP, p.IPv4, 1)
+	expectText(t, s.ctl(t, "explain", name),
+		`9 of at most 9 probes were answered since one was accepted, and another has reached it since; the last one that was not: as many as may be had been answered`)
 	schema, err := jsonschema.NewCompiler().Compile("../docs/status.schema.json")
 	must(t, err)
 	status, err := jsonschema.UnmarshalJSON(strings.NewReader(s.ctl(t, "status", "-o", "json")))
@@ -66,9 +74,11 @@ func TestExplainAndInvalidate(t *testing.T) {
 		t.Fatal(err)
 	}
 	expectText(t, s.ctl(t, "explain", name),
-		`(?s)TCP :9090\n +state +stale, observed .*reaches the pod: withdrawn: the port's listening socket was closed`,
-		`ago +withdrawn by the kernel: the port's listening socket was closed`)
+		`(?s)TCP :9090\n +state +stale, observed .*reaches the pod: withdrawn: a listening socket of the pod was closed`,
+		`ago +withdrawn by the kernel: a listening socket of the pod was closed`)
 
+	p.probe(longHTTP, p.IPv4, 1) // what is known of it was void, too
+	must(t, s.AwaitState(p.Pod, longHTTP.Port, longHTTP.Path, node.Fresh))
 	s.daemon.Kill()
 	text := s.ctl(t, "explain", name)
 	expectText(t, text, `probeletd: not running`, `next probe +answered in the kernel`, `answered in the kernel \(3 times so far\)`)

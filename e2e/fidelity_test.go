@@ -73,8 +73,8 @@ func (w *worker) healthy(probes int) {
 
 const (
 	threshold = 3
-	// answeredAtMost is how many probes that are a second apart the default staleness covers: one period, and the timeout
-	// of a second.
+	// answeredAtMost is how many probes that are a second apart the default staleness covers: one and a half of these periods,
+	// from a success on that the daemon's own request may have had after the last probe.
 	answeredAtMost = 2
 )
 

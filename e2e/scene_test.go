@@ -113,6 +113,21 @@ func (s *scene) newFreshPod(probes ...node.Probe) *pod {
 	return p
 }
 
+// probeByIPv6 makes the pod's endpoints those of its IPv6 address, and fresh.
+func (p *pod) probeByIPv6(probes ...node.Probe) {
+	p.s.t.Helper()
+	must(p.s.t, p.s.WriteSpecs(node.Probed{Pod: p.Pod, Readiness: probes, IPv6: true}))
+	for _, probe := range probes {
+		before := p.hits(probe)
+		for end := time.Now().Add(deadline); p.hits(probe) == before; time.Sleep(20 * time.Millisecond) {
+			if time.Now().After(end) {
+				p.s.t.Fatalf("port %d is not answered by its IPv6 address", probe.Port)
+			}
+			p.probe(probe, p.IPv6, 1)
+		}
+	}
+}
+
 // makeFresh sends one probe of each that the pod itself answers.
 func (p *pod) makeFresh(probes ...node.Probe) {
 	p.s.t.Helper()

@@ -123,7 +123,7 @@ func testComingAndGoing(t *testing.T, way string) {
 
 // Where an attachment leaves something.
 const (
-	pinsDir    = BPFFS + "/probelet/v4/attachments"
+	pinsDir    = BPFFS + "/probelet/v5/attachments"
 	recordsDir = stateDir + "/attachments"
 )
 

@@ -156,7 +156,7 @@ type attachment struct {
 }
 
 type endpoint struct {
-	Kind, Path, State string
+	Kind, Path, State, InstanceID, Disagreement string
 
 	Port, Hits int
 	Probes     []struct {
@@ -184,9 +184,12 @@ func (s status) hits(pod string) (n int) {
 
 func ctl(t *testing.T, args ...string) string {
 	t.Helper()
-	out, err := exec.Command(filepath.Join(cluster.Bin, "probeletctl"), args...).CombinedOutput()
+	cmd := exec.Command(filepath.Join(cluster.Bin, "probeletctl"), args...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr // it warns of pods that go while it looks
+	out, err := cmd.Output()
 	if err != nil {
-		t.Fatalf("probeletctl %s: %v: %s", strings.Join(args, " "), err, out)
+		t.Fatalf("probeletctl %s: %v: %s%s", strings.Join(args, " "), err, out, stderr.String())
 	}
 	return string(out)
 }

@@ -74,5 +74,13 @@ func (s *steady) end() {
 		if now.ready.IsZero() || !now.ready.Equal(then.ready) || now.restarts != then.restarts || now.failed != then.failed {
 			s.t.Errorf("%s was %+v, is %+v\n%s\n%s", pod.Name, then, now, events(s.t, pod), daemonLog())
 		}
+		if !installed() {
+			continue
+		}
+		for _, e := range readStatus(s.t).of(pod.Name).Endpoints {
+			if e.Disagreement != "" {
+				s.t.Errorf("%s: the kubelet's verdict on %s %d%s is another one", pod.Name, e.Kind, e.Port, e.Path)
+			}
+		}
 	}
 }

@@ -80,15 +80,25 @@ func verdict(results []result) error {
 			}
 			continue
 		}
-		if r.Answered != r.N {
+		passed := r.N - r.Answered
+		if most := mayPass(r); passed > most {
 			wrong("the kernel answered %d of %d probes", r.Answered, r.N)
 		}
-		if r.segments > 0 || r.ServerRequests > 0 {
-			wrong("%d TCP segments and %d requests reached the pod", r.segments, r.ServerRequests)
+		if r.segments > node.SegmentsOfTCPProbe*passed || r.ServerRequests > passed {
+			wrong("%d TCP segments and %d requests reached the pod, and %d probes were passed on", r.segments, r.ServerRequests, passed)
 		}
-		if r.TimeWaitHost > 0 || r.TimeWaitPod > 0 {
+		if r.TimeWaitHost > passed || r.TimeWaitPod > passed {
 			wrong("%d sockets were left in TIME_WAIT on the host, %d in the pod", r.TimeWaitHost, r.TimeWaitPod)
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// mayPass returns how many probes of a fresh endpoint may reach the pod. Of TCP probes at most nine in a row are answered, and
+// none while the pod still has to accept a connection, as it often has when they come back to back.
+func mayPass(r result) int {
+	if r.Probe == "tcp" {
+		return r.N / 2
+	}
+	return 0
 }

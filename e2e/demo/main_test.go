@@ -11,12 +11,16 @@ func TestVerdict(t *testing.T) {
 		change func(*result)
 		bad    bool
 	}{
-		"as it must be":           {func(*result) {}, false},
-		"absent":                  {func(r *result) { *r = result{Entry: absent, N: 10, TimeWaitHost: 9, segments: 90} }, false},
-		"a failure":               {func(r *result) { r.Failures = 1 }, true},
-		"a failure, absent":       {func(r *result) { *r = result{Entry: absent, N: 10, Failures: 1} }, true},
-		"not a hit":               {func(r *result) { r.Answered = 9 }, true},
-		"a hit out of nothing":    {func(r *result) { *r = result{Entry: absent, N: 10, Answered: 1} }, true},
+		"as it must be":        {func(*result) {}, false},
+		"absent":               {func(r *result) { *r = result{Entry: absent, N: 10, TimeWaitHost: 9, segments: 90} }, false},
+		"a failure":            {func(r *result) { r.Failures = 1 }, true},
+		"a failure, absent":    {func(r *result) { *r = result{Entry: absent, N: 10, Failures: 1} }, true},
+		"not a hit":            {func(r *result) { r.Answered = 9 }, true},
+		"a hit out of nothing": {func(r *result) { *r = result{Entry: absent, N: 10, Answered: 1} }, true},
+		"most of TCP": {func(r *result) {
+			*r = result{Probe: "tcp", Entry: fresh, N: 10, Answered: 5, ServerRequests: 5, segments: 20}
+		}, false},
+		"less than half of TCP":   {func(r *result) { *r = result{Probe: "tcp", Entry: fresh, N: 10, Answered: 4} }, true},
 		"a segment to the pod":    {func(r *result) { r.segments = 1 }, true},
 		"TIME_WAIT on the host":   {func(r *result) { r.TimeWaitHost = 1 }, true},
 		"TIME_WAIT in the pod":    {func(r *result) { r.TimeWaitPod = 1 }, true},

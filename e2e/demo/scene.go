@@ -175,8 +175,8 @@ func (s *scene) runAbsent(q question, n int) (result, error) {
 // makeFresh lets the kernel see one probe of each endpoint of the pods.
 func (s *scene) makeFresh(q question) error {
 	var pods []node.Probed
-	for _, p := range s.pods {
-		pods = append(pods, node.Probed{Pod: p, Readiness: []node.Probe{
+	for i, p := range s.pods {
+		pods = append(pods, node.Probed{Pod: p, IPv6: i == 1, Readiness: []node.Probe{
 			{Port: httpPort, Path: httpPath, PeriodSeconds: longPeriod, TimeoutSeconds: 1},
 			{Port: tcpPort, PeriodSeconds: longPeriod, TimeoutSeconds: 1},
 		}})

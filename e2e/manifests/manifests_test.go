@@ -94,6 +94,7 @@ var variants = map[string]string{
 		cni: {netDir: /net, binDir: /bin, chain: copy}, stateDir: /state, bpffs: /bpf, nodeSelector: {a: b}, priorityClassName: "",
 		updateStrategy: {rollingUpdate: {maxUnavailable: 1}}}`,
 	"PodMonitor": `{podMonitor: {enabled: true, labels: {release: x}}, metrics: {listen: ":9553"}}`,
+	"root-dir":   "{kubeletDir: /var/lib/k0s/kubelet, config: {crosscheck: 30s}}",
 	"reachable":  `{metrics: {listen: "[::]:1234"}}`,
 }
 
@@ -236,17 +237,38 @@ func expectContainer(t *testing.T, c corev1.Container) {
 	}
 }
 
+// The socket that the daemon is told of is in a directory that it is given, where the daemon runs and asks the kubelet.
+func TestPodsAPISocket(t *testing.T) {
+	for name, want := range map[string]string{
+		"defaults": "/var/lib/kubelet/pods-api", "root-dir": "/var/lib/k0s/kubelet/pods-api", "API server": "", "uninstall": "",
+	} {
+		objects := render(t, with(t, variants[name]))
+		spec := one[*appsv1.DaemonSet](t, objects).Spec.Template.Spec
+		mounted := ""
+		for _, m := range spec.Containers[0].VolumeMounts {
+			if m.Name == "pods-api" && m.ReadOnly {
+				mounted = m.MountPath
+			}
+		}
+		socket := one[*corev1.ConfigMap](t, objects).Data["PROBELET_KUBELET_PODS_SOCKET"]
+		if mounted != want || want != "" && socket != want+"/pods-api.sock" {
+			t.Errorf("%s: mounts %q, told of %q; want %q", name, mounted, socket, want)
+		}
+	}
+}
+
 func TestPermissions(t *testing.T) {
 	ofKubelet := rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"nodes/pods"}, Verbs: []string{"get"}}
 	ofOld := rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"nodes/proxy"}, Verbs: []string{"get"}}
 	ofServer := rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"list", "watch"}}
+	verdicts := rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"nodes/metrics"}, Verbs: []string{"get"}}
 	for name, values := range variants {
-		want := []rbacv1.PolicyRule{ofKubelet}
+		want := []rbacv1.PolicyRule{ofKubelet, verdicts}
 		switch name {
 		case "API server":
-			want = []rbacv1.PolicyRule{ofServer}
+			want = []rbacv1.PolicyRule{ofServer, verdicts}
 		case "old kubelets":
-			want = []rbacv1.PolicyRule{ofKubelet, ofOld}
+			want = []rbacv1.PolicyRule{ofKubelet, ofOld, verdicts}
 		}
 		objects := render(t, with(t, values))
 		if rules := one[*rbacv1.ClusterRole](t, objects).Rules; !reflect.DeepEqual(rules, want) {

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+	v1 "k8s.io/api/core/v1"
 )
 
 // Daemon is a running probeletd.
@@ -57,14 +58,25 @@ func (n *Node) specsFile() string { return filepath.Join(n.dir, "specs.yaml") }
 type Probed struct {
 	Pod       *Pod
 	Readiness []Probe
+	IPv6      bool // it is probed by its IPv6 address
 }
 
 // Probe is a readiness probe: HTTP if it has a path, TCP otherwise.
 type Probe struct {
 	Path           string
+	Host           string // is dialled; empty: the pod
+	Headers        []v1.HTTPHeader
 	Port           int
 	PeriodSeconds  int
 	TimeoutSeconds int
+}
+
+// addresses begins with the one that is probed.
+func (p Probed) addresses() []string {
+	if p.IPv6 {
+		return []string{p.Pod.IPv6.String(), p.Pod.IPv4.String()}
+	}
+	return []string{p.Pod.IPv4.String(), p.Pod.IPv6.String()}
 }
 
 // WriteSpecs replaces the node's specs. A running daemon notices.
@@ -79,7 +91,7 @@ func (n *Node) WriteSpecs(pods ...Probed) error {
 		}
 		list = append(list, map[string]any{
 			"name": p.Pod.Name, "namespace": Namespace,
-			"ips":        []string{p.Pod.IPv4.String(), p.Pod.IPv6.String()},
+			"ips":        p.addresses(),
 			"containers": containers,
 		})
 	}
@@ -97,9 +109,9 @@ func (n *Node) WriteSpecs(pods ...Probed) error {
 func (p Probe) spec() map[string]any {
 	spec := map[string]any{"periodSeconds": p.PeriodSeconds, "timeoutSeconds": p.TimeoutSeconds}
 	if p.Path == "" {
-		spec["tcpSocket"] = map[string]any{"port": p.Port}
+		spec["tcpSocket"] = map[string]any{"port": p.Port, "host": p.Host}
 	} else {
-		spec["httpGet"] = map[string]any{"port": p.Port, "path": p.Path}
+		spec["httpGet"] = map[string]any{"port": p.Port, "path": p.Path, "host": p.Host, "httpHeaders": p.Headers}
 	}
 	return spec
 }

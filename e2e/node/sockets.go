@@ -62,6 +62,10 @@ func parseSocket(text string) (netip.AddrPort, error) {
 	return netip.AddrPortFrom(ip.Unmap(), uint16(number)), nil
 }
 
+// SegmentsOfTCPProbe is how many segments of a TCP probe reach the pod at most: SYN, ACK, FIN, the last ACK, and one of them that
+// Linux sends twice now and then.
+const SegmentsOfTCPProbe = 5
+
 // SegmentsIn is how many TCP segments have been received in the network namespace of a process.
 func SegmentsIn(pid int) (int, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/snmp", pid))

@@ -80,7 +80,8 @@ func (c *Client) Dial(address string) (net.Conn, error) {
 // Probes is a number of probes, one after the other.
 type Probes struct {
 	Path    string // empty for a TCP probe
-	Address string
+	Headers []v1.HTTPHeader
+	Address string // or a name
 	Port    int
 	Count   int
 	Timeout time.Duration
@@ -145,7 +146,7 @@ func prober(p Probes) func() (probe.Result, string, error) {
 		return func() (probe.Result, string, error) { return tcp.Probe(p.Address, p.Port, p.Timeout) }
 	}
 	http := httpprobe.New(false)
-	action := &v1.HTTPGetAction{Path: p.Path, Port: intstr.FromInt32(int32(p.Port))}
+	action := &v1.HTTPGetAction{Path: p.Path, HTTPHeaders: p.Headers, Port: intstr.FromInt32(int32(p.Port))}
 	return func() (probe.Result, string, error) {
 		request, err := httpprobe.NewRequestForHTTPGetAction(action, nil, p.Address, "probe")
 		if err != nil {

@@ -12,10 +12,13 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"net/url"
 	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/probelet/probelet/e2e/replies"
 )
 
 const serverRole = "server"
@@ -44,6 +47,9 @@ func (s *Server) Listen(ports ...int) error { return s.Call("Listen", ports, &st
 // ListenTLS makes the server speak HTTP over TLS on a port, with a certificate that nobody signed.
 func (s *Server) ListenTLS(port int) error { return s.Call("ListenTLS", port, &struct{}{}) }
 
+// ListenReplies makes the server reply to GET /SEED as replies.Generate(SEED) says, on a port.
+func (s *Server) ListenReplies(port int) error { return s.Call("ListenReplies", port, &struct{}{}) }
+
 // Close makes the server no longer listen on a port. Connections that it has there live on.
 func (s *Server) Close(port int) error { return s.Call("Close", port, &struct{}{}) }
 
@@ -55,6 +61,15 @@ func (s *Server) Seen(port int) (seen Seen, err error) {
 // SetStatus makes the server answer /healthz on all ports with that status.
 func (s *Server) SetStatus(status int) error {
 	return s.Call("SetStatus", status, &struct{}{})
+}
+
+// OnlyHeader is looked at by what is at OnlyPath.
+const OnlyHeader = "X-Auth"
+
+// OnlyPath is where the server answers only requests that came to an address of its pod's with these headers, Host and
+// OnlyHeader; others get 403.
+func OnlyPath(host, header, address string) string {
+	return "/only?" + url.Values{"host": {host}, "header": {header}, "address": {address}}.Encode()
 }
 
 // server is what runs in the pod.
@@ -132,6 +147,12 @@ func (s *server) handler(p *port) http.Handler {
 		w.WriteHeader(max(int(s.status.Load()), http.StatusOK))
 		_, _ = io.WriteString(w, "healthy\n")
 	})
+	mux.HandleFunc("/only", func(w http.ResponseWriter, r *http.Request) {
+		local, _, _ := net.SplitHostPort(r.Context().Value(http.LocalAddrContextKey).(net.Addr).String())
+		if r.URL.RequestURI() != OnlyPath(r.Host, r.Header.Get(OnlyHeader), local) {
+			w.WriteHeader(http.StatusForbidden)
+		}
+	})
 	mux.HandleFunc("/echo", func(w http.ResponseWriter, r *http.Request) {
 		body, err := io.ReadAll(r.Body)
 		if err != nil {
@@ -153,6 +174,36 @@ func (s *server) port(number int) (*port, error) {
 		return p, nil
 	}
 	return nil, fmt.Errorf("not listening on port %d", number)
+}
+
+func (*server) ListenReplies(port int, _ *struct{}) error {
+	listener, err := net.Listen("tcp", ":"+strconv.Itoa(port))
+	if err != nil {
+		return err
+	}
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go reply(conn.(*net.TCPConn))
+		}
+	}()
+	return nil
+}
+
+func reply(conn *net.TCPConn) {
+	request, err := replies.ReadRequest(conn)
+	var seed uint64
+	if err == nil {
+		_, err = fmt.Sscanf(string(request), "GET /%d ", &seed)
+	}
+	if err != nil {
+		_ = conn.Close()
+		return
+	}
+	replies.Generate(seed).Serve(conn)
 }
 
 func (s *server) Close(number int, _ *struct{}) error {

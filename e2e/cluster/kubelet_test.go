@@ -1,0 +1,100 @@
+package cluster
+
+import (
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+)
+
+// The kubelet pushes that a container was restarted: here of a pod in which another container, which goes on, has the port
+// that is probed.
+func TestRestartsArePushed(t *testing.T) {
+	if _, err := os.Stat("/var/lib/kubelet/pods-api/pods-api.sock"); err != nil {
+		t.Skip("this kubelet has no pods API: ", err)
+	}
+	deploy(t, map[string]any{"config": map[string]any{"kubelet-poll": "1h"}})
+	if !strings.Contains(daemonLog(), "pods are watched") {
+		t.Fatal(daemonLog())
+	}
+	app, proxy := App("app", 8081), App("proxy", 8080)
+	app.ReadinessProbe = HTTP("/healthz", intstr.FromInt32(8080))
+	pod := run(t, Pod("behind-proxy", app, proxy))
+	awaitHits(t, pod.Name, 2)
+	instance := func() string { return readStatus(t).of(pod.Name).Endpoints[0].InstanceID }
+	before := instance()
+	signal(unix.SIGKILL)(t, pod)
+	eventually(t, "the container that was restarted is known", time.Minute, func() bool {
+		now := instance()
+		return now != before && now != ""
+	})
+	awaitHits(t, pod.Name, 2)
+}
+
+// A firewall on the node has every reply to probes of a pod say 500, behind where they are observed and answered. Only the
+// kubelet sees that, and it is right.
+func TestTheKubeletIsRight(t *testing.T) {
+	deploy(t, map[string]any{"config": map[string]any{"crosscheck": "5s"}})
+	other := run(t, web("unspoilt"))
+	c := App("app", 8080)
+	c.ReadinessProbe = HTTP("/healthz", intstr.FromInt32(8080))
+	pod := run(t, Pod("spoilt", c))
+	awaitHits(t, pod.Name, 2)
+	watch := watchSteady(t, other)
+	spoil(t, pod)
+	disagreement := func() string { return readStatus(t).of(pod.Name).Endpoints[0].Disagreement }
+	eventually(t, "the kubelet's verdict is known", time.Minute, func() bool { return disagreement() == "failed" })
+	before := readStatus(t).hits(pod.Name)
+	eventually(t, "the pod is not ready", time.Minute, func() bool {
+		now, err := cluster.Get(t.Context(), pod)
+		return err == nil && notReady(now)
+	})
+	if explained := ctl(t, "explain", Namespace+"/"+pod.Name); !strings.Contains(explained, "the kubelet's verdict differs") {
+		t.Error(explained)
+	}
+	if after := readStatus(t).hits(pod.Name); after != before {
+		t.Errorf("%d probes answered all the same", after-before)
+	}
+	awaitHits(t, other.Name, 5)
+	watch.end()
+}
+
+// spoil has replies of a pod say 500 where they say 200, until the end of the test.
+func spoil(t *testing.T, pod *corev1.Pod) {
+	t.Helper()
+	c, err := nftables.New()
+	must(t, err)
+	table := c.AddTable(&nftables.Table{Name: "spoil", Family: nftables.TableFamilyIPv4})
+	t.Cleanup(func() {
+		c.DelTable(table)
+		must(t, c.Flush())
+	})
+	chain := c.AddChain(&nftables.Chain{
+		Name: "prerouting", Table: table, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityFilter,
+	})
+	now, err := cluster.Get(t.Context(), pod)
+	must(t, err)
+	const status, inner = "HTTP/1.1 200", expr.PayloadBase(unix.NFT_PAYLOAD_INNER_HEADER) // behind TCP's
+	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: netip.MustParseAddr(now.Status.PodIP).AsSlice()},
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_TCP}},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Len: 2},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(8080)},
+		&expr.Payload{DestRegister: 1, Base: inner, Len: uint32(len(status))},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte(status)},
+		&expr.Immediate{Register: 1, Data: []byte("500")},
+		&expr.Payload{OperationType: expr.PayloadWrite, SourceRegister: 1, Base: inner, Offset: 9, Len: 3},
+	}})
+	must(t, c.Flush())
+}
