@@ -62,7 +62,7 @@ func measureCost(t *testing.T, s *suite) {
 		c.k.put(t, c.pod, v)
 		c.egress, c.ingress = []*ebpf.Program{c.k.out}, []*ebpf.Program{c.k.in}
 		if v != empty {
-			c.k.arm(t, idOf(c.pod))
+			c.k.armPod(t, c.pod)
 			c.egress, c.ingress = c.k.egress(), c.k.ingress()
 		}
 		pods[v] = c
@@ -125,7 +125,7 @@ func (s *suite) measureProbes(t *testing.T, n *bpftest.Node, pods map[variant]co
 				c := pods[v]
 				before := c.k.counters(t)
 				used := use(t, c.programs(), func() {
-					ask(t, prober, kind.kind, healthPath, Plan{Rounds: 1, Burst: count}, map[variant]netip.AddrPort{v: netip.AddrPortFrom(c.pod.IPv4, podPort)})
+					ask(t, prober, kind.kind, healthPath, Plan{Rounds: 1, Burst: count}, map[variant]netip.AddrPort{v: netip.AddrPortFrom(c.pod.IPv4, portFor(kind.kind))})
 					time.Sleep(settle) // a connection's last packets come after its probe
 				})
 				all := usage{}
@@ -137,9 +137,7 @@ func (s *suite) measureProbes(t *testing.T, n *bpftest.Node, pods map[variant]co
 					perRun = all.perRun()
 					continue
 				}
-				if got := c.k.counters(t).answered - before.answered; got != count {
-					t.Fatalf("%s: %d of %d were answered", kind.measure, got, count)
-				}
+				checkAnswered(t, kind.measure, kind.kind, c.k.counters(t).answered-before.answered, count)
 				took[v] = append(took[v], (all.ns-perRun*all.runs)/float64(count))
 			}
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -195,10 +196,42 @@ func (k *kernel) pluginConf(stateDir string, v variant) map[string]any {
 	return map[string]any{"type": "probelet", "bpfDir": k.dir, "stateDir": stateDir, "onError": "fail", "hook": attachHooks[v]}
 }
 
-const podPort = 8080
+// The pod's ports: one is asked by HTTP, the other by TCP. Where a port is asked by TCP, every tenth probe reaches the pod.
+const (
+	podPort = 8080
+	tcpPort = 8081
+)
 
-// arm gives the pod four endpoints that are answered for an hour: HTTP ones and a TCP one, of its port.
-func (k *kernel) arm(t testing.TB, id attach.ID) {
+// portFor returns the pod's port that is asked by a kind of request (Target).
+func portFor(kind string) uint16 {
+	if kind == "tcp" {
+		return tcpPort
+	}
+	return podPort
+}
+
+// checkAnswered fails unless all of so many requests were answered in the kernel, or nine of ten by TCP, less one in a series
+// that had begun before.
+func checkAnswered(t *testing.T, measure, kind string, got, want int) {
+	t.Helper()
+	least := want
+	if kind == "tcp" {
+		least = want * 4 / 5
+	}
+	if got < least || got > want {
+		t.Fatalf("%s: %d of %d were answered", measure, got, want)
+	}
+}
+
+// armPod is arm for a pod that is asked at its IPv4 address.
+func (k *kernel) armPod(t testing.TB, pod *bpftest.Pod) {
+	t.Helper()
+	k.arm(t, idOf(pod), netip.AddrPortFrom(pod.IPv4, podPort).String(), tcpPort)
+}
+
+// arm gives the pod four endpoints that are answered for an hour: three of HTTP, and one of TCP on a port of its own or on theirs.
+// host is as probes name it.
+func (k *kernel) arm(t testing.TB, id attach.ID, host string, tcp uint16) {
 	t.Helper()
 	pod, err := attach.OpenPod(k.d, k.dir, id)
 	if err != nil {
@@ -209,14 +242,22 @@ func (k *kernel) arm(t testing.TB, id attach.ID) {
 	if err := e.SetReply(200); err != nil {
 		t.Fatal(err)
 	}
-	for _, key := range []datapath.EndpointKey{
-		datapath.HTTPKey(podPort, healthPath), datapath.HTTPKey(podPort, "/readyz"), datapath.HTTPKey(podPort, "/startup"),
-		datapath.TCPKey(podPort), datapath.PortKey(podPort),
-	} {
+	put := func(key datapath.EndpointKey, e datapath.Evidence) {
 		if err := pod.Put(key, e); err != nil {
 			t.Fatal(err)
 		}
 	}
+	keys := bpftest.KeysOf(t, k.d.Steer())
+	for _, request := range []string{proberRequest(host, healthPath), proberRequest(bareHost, healthPath), proberRequest(host, "/startup")} {
+		var q datapath.Question
+		q.Hash, q.Check = keys.Question(request)
+		asked := e
+		asked.Check = q.Check
+		put(datapath.HTTPKey(podPort, q), asked)
+	}
+	put(datapath.PortKey(podPort), e)
+	put(datapath.TCPKey(tcp), e)
+	put(datapath.PortKey(tcp), e)
 }
 
 // counters are what became of probes.

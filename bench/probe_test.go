@@ -43,7 +43,7 @@ func probed(t *testing.T, n *bpftest.Node, k *kernel) map[variant]*bpftest.Pod {
 		serveHTTP(t, pods[v])
 		k.put(t, pods[v], v)
 		if v != none {
-			k.arm(t, idOf(pods[v]))
+			k.armPod(t, pods[v])
 		}
 	}
 	return pods
@@ -68,11 +68,9 @@ func ask(t *testing.T, prober *worker, kind, path string, p Plan, hosts map[vari
 func measureLatency(t *testing.T, s *suite) {
 	n := bpftest.NewNode(t)
 	k := newKernel(t)
-	hosts := map[variant]netip.AddrPort{loopback: netip.MustParseAddrPort(fmt.Sprintf("127.0.0.1:%d", loopbackPort))}
-	startWorker(t, n.NS, node.OtherCgroup).serve(t, Server{Protocol: "canned", Address: hosts[loopback].String()})
-	for v, pod := range probed(t, n, k) {
-		hosts[v] = netip.AddrPortFrom(pod.IPv4, podPort)
-	}
+	local := netip.MustParseAddrPort(fmt.Sprintf("127.0.0.1:%d", loopbackPort))
+	startWorker(t, n.NS, node.OtherCgroup).serve(t, Server{Protocol: "canned", Address: local.String()})
+	pods := probed(t, n, k)
 	prober := startWorker(t, n.NS, node.ProberCgroup)
 
 	for _, kind := range []struct {
@@ -84,11 +82,13 @@ func measureLatency(t *testing.T, s *suite) {
 		{"answered HTTP request on a bare socket", "socket", atMost(0.28), nil},
 	} {
 		p := Plan{Rounds: rounds(200), Burst: 15}
+		hosts := map[variant]netip.AddrPort{loopback: local}
+		for v, pod := range pods {
+			hosts[v] = netip.AddrPortFrom(pod.IPv4, portFor(kind.kind))
+		}
 		before := k.counters(t)
 		took := ask(t, prober, kind.kind, healthPath, p, hosts)
-		if got, want := k.counters(t).answered-before.answered, p.Rounds*p.Burst*len(hooks); got != want {
-			t.Fatalf("%s: %d of %d were answered", kind.measure, got, want)
-		}
+		checkAnswered(t, kind.measure, kind.kind, k.counters(t).answered-before.answered, p.Rounds*p.Burst*len(hooks))
 		s.compareTimes(kind.measure, took, none, kind.pod)
 		s.compareTimes(kind.measure, took, loopback, kind.loopbackServer)
 		s.add(kind.measure, hookTC, hookXDP, medianOf(quotients(took[hookTC], took[hookXDP])), ratio, below(1))
@@ -142,7 +142,7 @@ func (s *suite) measureFirst(t *testing.T, n *bpftest.Node, k *kernel, prober *w
 			server.serve(t, Server{Protocol: "http", Address: fmt.Sprintf(":%d", podPort), Netns: pods[v].NS.Path()})
 			k.put(t, pods[v], v)
 			if v != none {
-				k.arm(t, idOf(pods[v]))
+				k.armPod(t, pods[v])
 			}
 		}
 		order := noneAndHooks()

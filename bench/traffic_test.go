@@ -137,7 +137,9 @@ func measureHTTP(t *testing.T, s *suite) {
 func serveHTTP(t testing.TB, pod *bpftest.Pod) *worker {
 	t.Helper()
 	w := startWorker(t, pod.NS, node.OtherCgroup)
-	w.serve(t, Server{Protocol: "http", Address: fmt.Sprintf(":%d", podPort)})
+	for _, port := range []int{podPort, tcpPort} {
+		w.serve(t, Server{Protocol: "http", Address: fmt.Sprintf(":%d", port)})
+	}
 	return w
 }
 

@@ -180,6 +180,7 @@ func accept(l net.Listener, serve func(net.Conn)) {
 
 const (
 	healthPath, otherPath = "/healthz", "/other"
+	bareHost              = "pod" // in requests on a bare socket
 	smallPath, largePath  = "/small", "/large"
 	largeBytes, postBytes = 100_000, 300_000
 )
@@ -443,7 +444,12 @@ func (t Target) asker() func() error {
 		body := strings.Repeat("x", postBytes)
 		return t.exchange(fmt.Sprintf("POST %s HTTP/1.1\r\nHost: pod\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", t.Path, len(body), body))
 	}
-	return t.exchange(fmt.Sprintf("GET %s HTTP/1.1\r\nHost: pod\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n", t.Path))
+	return t.exchange(proberRequest(bareHost, t.Path))
+}
+
+// proberRequest is what Kubernetes' prober sends (pkg/probe/http).
+func proberRequest(host, path string) string {
+	return fmt.Sprintf("GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n", path, host)
 }
 
 func success(result probe.Result, message string, err error) error {
