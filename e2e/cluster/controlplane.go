@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -134,6 +135,20 @@ func (c *Cluster) startControllers(ctx context.Context) error {
 		return errors.Join(err, c.Log("kube-controller-manager"))
 	}
 	return nil
+}
+
+// RestartControllers restarts the controller manager and the scheduler. Of an API server that was away they try again more and more
+// rarely, up to a minute apart, and schedule no pod meanwhile.
+func (c *Cluster) RestartControllers(ctx context.Context) error {
+	if c.Kind {
+		return nil
+	}
+	for _, name := range []string{"kube-controller-manager", "kube-scheduler"} {
+		if err := c.Stop(name, syscall.SIGKILL); err != nil {
+			return err
+		}
+	}
+	return c.startControllers(ctx)
 }
 
 // AwaitAPIServer waits until the API server answers.

@@ -89,6 +89,7 @@ func stopAPIServer(t *testing.T) (start func()) {
 	start = sync.OnceFunc(func() {
 		must(t, cluster.StartAPIServer())
 		must(t, cluster.AwaitAPIServer(context.Background()))
+		must(t, cluster.RestartControllers(context.Background()))
 	})
 	t.Cleanup(start)
 	return start
