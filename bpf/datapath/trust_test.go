@@ -15,7 +15,7 @@ const answerLost = 550 * time.Millisecond
 
 // By a new device one connection is taken, to see whether answers arrive. Once they do, all are.
 func TestTrustIsEarnedByOneConnection(t *testing.T) {
-	onBench(t, func(t *testing.T, b *bench) {
+	onBench(t, func(_ *testing.T, b *bench) {
 		b.arm()
 		b.trust(TrustUnproven)
 		first := b.client
