@@ -77,19 +77,6 @@ func (o socket) with(set func(fd int) error) socket {
 	return o
 }
 
-// accepting has every connection of a listener accepted and closed.
-func accepting(l net.Listener) {
-	go func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			_ = conn.Close()
-		}
-	}()
-}
-
 // option sets a socket option of 4 bytes.
 func option(level, name, value int) func(fd int) error {
 	return func(fd int) error { return unix.SetsockoptInt(fd, level, name, value) }
@@ -201,8 +188,8 @@ func TestWhatListens(t *testing.T) {
 		"loopback":                     {s.listens(at(netip.MustParseAddr("127.0.0.1")), at(netip.IPv6Loopback())), none},
 		"other addresses":              {s.listens(at(addresses[0]), at(addresses[1])), none},
 		"bound to the loopback device": {s.listens(anyIP.with(boundTo("lo"))), none},
-		"another pod":                  {func(t *testing.T) { accepting(anyIP.listen(t, other.NS)) }, none},
-		"the node":                     {func(t *testing.T) { accepting(anyIP.listen(t, s.Node.NS)) }, none},
+		"another pod":                  {func(t *testing.T) { bpftest.AcceptAll(anyIP.listen(t, other.NS)) }, none},
+		"the node":                     {func(t *testing.T) { bpftest.AcceptAll(anyIP.listen(t, s.Node.NS)) }, none},
 		"a filter":                     {s.listens(anyIP.with(filtered)), []string{"special", "special"}},
 		"a least TTL":                  {s.listens(anyIPv4.with(option(unix.IPPROTO_IP, unix.IP_MINTTL, 5))), []string{"special", "no_listener"}},
 		"a least hop limit":            {s.listens(anyIP.with(option(unix.IPPROTO_IPV6, unix.IPV6_MINHOPCOUNT, 5))), []string{"special", "special"}},
@@ -249,7 +236,7 @@ const accepted = 60 * time.Millisecond
 func (s *served) listens(sockets ...socket) func(t *testing.T) {
 	return func(t *testing.T) {
 		for _, o := range sockets {
-			accepting(o.listen(t, s.NS))
+			bpftest.AcceptAll(o.listen(t, s.NS))
 		}
 	}
 }
@@ -419,7 +406,7 @@ func TestStoppedServerElsewhere(t *testing.T) {
 			}
 			c.stopped.backlog, c.found.backlog = backlog, backlog
 			c.stopped.listen(t, s.NS)
-			accepting(c.found.listen(t, s.NS))
+			bpftest.AcceptAll(c.found.listen(t, s.NS))
 			s.armTCP(t, knockPort)
 			if n := untilFailure(t, s.Node, netip.AddrPortFrom(s.IPv4, knockPort), accepted); n != backlog+2+c.most {
 				t.Errorf("probe %d failed first, want %d", n, backlog+2+c.most)
@@ -658,7 +645,7 @@ func TestListenersVeto(t *testing.T) {
 		wantPassed(to, "")
 		time.Sleep(accepted)
 		wantPassed(to, "head_old")
-		accepting(listener)
+		bpftest.AcceptAll(listener)
 		waitFor(t, "the queue to be empty", func() bool {
 			before := s.counters(t)["answered_tcp"]
 			connects(t, s.Node, to)
@@ -738,7 +725,7 @@ func TestReusedNamespaceID(t *testing.T) {
 	waitFor(t, "the id to be free", func() bool {
 		return w.inNode(func() error { return netlink.SetNetNsIdByFd(int(next.Fd()), id) }) == nil
 	})
-	accepting(socket{backlog: 128}.listen(t, next))
+	bpftest.AcceptAll(socket{backlog: 128}.listen(t, next))
 
 	w.must(w.d.SetProber(datapath.Prober{AnyLocal: true}))
 	s.armTCP(t, knockPort)

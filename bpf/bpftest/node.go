@@ -256,3 +256,16 @@ func (p *Pod) Listen(t testing.TB, port int) net.Listener {
 	t.Cleanup(func() { _ = l.Close() })
 	return l
 }
+
+// AcceptAll accepts each connection of a listener and closes it at once, until the listener is closed.
+func AcceptAll(l net.Listener) {
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_ = conn.Close()
+		}
+	}()
+}

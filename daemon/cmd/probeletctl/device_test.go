@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"net"
 	"strings"
 	"testing"
 	"time"
@@ -58,7 +57,7 @@ func TestTrustOfARealDevice(t *testing.T) {
 		t.Errorf("said %q", said)
 	}
 
-	accept(pod.Listen(t, 8080))
+	bpftest.AcceptAll(pod.Listen(t, 8080))
 	pod.NewDropper(t).At(t, bpftest.HostIn, 8080, bpftest.Drop{Mask: bpftest.SYN, Flags: bpftest.SYN, First: 1})
 	_ = pod.Dial(t, fmt.Sprintf("%s:8080", pod.IPv4)).Close() // held up until its SYN comes again
 	for _, args := range [][]string{{"status"}, {"explain", "shop/web"}} {
@@ -82,17 +81,4 @@ func TestTrustOfARealDevice(t *testing.T) {
 		time.Sleep(100 * time.Millisecond)
 	}
 	t.Errorf("%s", said)
-}
-
-// accept closes each connection of a listener at once, until that is closed.
-func accept(l net.Listener) {
-	go func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			_ = conn.Close()
-		}
-	}()
 }
