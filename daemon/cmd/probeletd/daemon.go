@@ -541,7 +541,7 @@ func (d *daemon) learn(a *attachment, o probe.Outcome, unanswered func() (map[da
 	if a.unwhole {
 		return false
 	}
-	changed := len(a.counted()) > 0 && d.learnUnseen(a, unanswered)
+	changed := len(a.needSeveral()) > 0 && d.learnUnseen(a, unanswered)
 	a.tally(o)
 	changes := a.tracker.Observe(o)
 	for _, c := range changes {
@@ -567,8 +567,8 @@ func (d *daemon) unanswered() (map[datapath.PodPort][]uint64, error) {
 	return d.datapath.Unanswered()
 }
 
-// counted returns the endpoints of which one success is not enough.
-func (a *attachment) counted() (more []probe.EndpointSpec) {
+// needSeveral returns the endpoints of which one success is not enough.
+func (a *attachment) needSeveral() (more []probe.EndpointSpec) {
 	for _, s := range a.tracker.Endpoints() {
 		if s.Observed && s.SuccessThreshold > 1 {
 			more = append(more, s)
@@ -596,7 +596,7 @@ func (d *daemon) learnUnseen(a *attachment, unanswered func() (map[datapath.PodP
 	}
 	var changes []probe.Change
 	began, err := unanswered()
-	for _, s := range a.counted() {
+	for _, s := range a.needSeveral() {
 		at := max(a.withdrawnAt(s.Endpoint), a.doubtedAt)
 		for _, began := range began[datapath.PodPort{Device: a.maps.Device(), Port: s.Port}] {
 			at = max(at, began) // whether it has failed yet or not

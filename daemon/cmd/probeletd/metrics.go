@@ -167,7 +167,7 @@ var (
 	refreshedDesc   = describe("refreshed_endpoints", "Endpoints that the daemon asks by itself at present.")
 	entriesDesc     = describe("map_entries", "Entries of a BPF map: pods, and flows (connections).", "map")
 	capacityDesc    = describe("map_capacity_entries", "Entries that a BPF map can hold.", "map")
-	watchedDesc     = describe("listeners_watched", "1 if listening sockets of pods are watched, so that a port's evidence ends when its server does; 0 where the kernel does not describe its types (BTF): then the next probe that reaches the pod tells.")
+	watchedDesc     = describe("listeners_watched", "1 if listening sockets of pods are watched, so that all evidence of a pod ends when one of them closes; 0 where the kernel does not describe its types (BTF): then the next probe that reaches the pod tells.")
 	detectionDesc   = describe("worst_detection_seconds", "The longest time that a failure can go unnoticed by one of the probes, by its pod's mode: with probelet answering (of mode observe: as it would be) and without, as computed.", "mode", "probelet")
 	proberDesc      = describe("prober_found", "1 if it is known whose connections are probes, otherwise 0: nothing is answered then.")
 	sourceDesc      = describe("source_up", "1 if the source of specs can be read, otherwise 0: what it last said stays in force.")
