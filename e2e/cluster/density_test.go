@@ -174,19 +174,7 @@ func checkDensity(t *testing.T, off, on load) {
 // trackConnections makes the kernel track the node's connections, as it does where there are Services.
 func trackConnections(t *testing.T) {
 	t.Helper()
-	c, err := nftables.New()
-	must(t, err)
-	table := c.AddTable(&nftables.Table{Name: "tracking", Family: nftables.TableFamilyINet})
-	t.Cleanup(func() {
-		c.DelTable(table)
-		must(t, c.Flush())
-	})
-	chain := c.AddChain(&nftables.Chain{
-		Name: "output", Table: table, Type: nftables.ChainTypeFilter,
-		Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter,
-	})
-	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: 1}}})
-	must(t, c.Flush())
+	filter(t, nftables.TableFamilyINet, nftables.ChainHookOutput, &expr.Ct{Key: expr.CtKeySTATE, Register: 1})
 	// So that at the end of a measurement those of before are gone.
 	must(t, os.WriteFile("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_time_wait", []byte(strconv.Itoa(int(measured.Seconds()))), 0o644))
 }

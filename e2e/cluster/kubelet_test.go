@@ -70,21 +70,10 @@ func TestTheKubeletIsRight(t *testing.T) {
 // spoil has replies of a pod say 500 where they say 200, until the end of the test.
 func spoil(t *testing.T, pod *corev1.Pod) {
 	t.Helper()
-	c, err := nftables.New()
-	must(t, err)
-	table := c.AddTable(&nftables.Table{Name: "spoil", Family: nftables.TableFamilyIPv4})
-	t.Cleanup(func() {
-		c.DelTable(table)
-		must(t, c.Flush())
-	})
-	chain := c.AddChain(&nftables.Chain{
-		Name: "prerouting", Table: table, Type: nftables.ChainTypeFilter,
-		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityFilter,
-	})
 	now, err := cluster.Get(t.Context(), pod)
 	must(t, err)
 	const status, inner = "HTTP/1.1 200", expr.PayloadBase(unix.NFT_PAYLOAD_INNER_HEADER) // behind TCP's
-	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{
+	filter(t, nftables.TableFamilyIPv4, nftables.ChainHookPrerouting,
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: netip.MustParseAddr(now.Status.PodIP).AsSlice()},
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
@@ -95,6 +84,5 @@ func spoil(t *testing.T, pod *corev1.Pod) {
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte(status)},
 		&expr.Immediate{Register: 1, Data: []byte("500")},
 		&expr.Payload{OperationType: expr.PayloadWrite, SourceRegister: 1, Base: inner, Offset: 9, Len: 3},
-	}})
-	must(t, c.Flush())
+	)
 }

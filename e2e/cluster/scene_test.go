@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -234,4 +236,21 @@ func process(t *testing.T, pod *corev1.Pod) (pid int) {
 		t.Fatalf("no process of container %s", id)
 	}
 	return pids[0]
+}
+
+// filter adds a rule to a hook of the node's netfilter, until the end of the test.
+func filter(t *testing.T, family nftables.TableFamily, hook *nftables.ChainHook, rule ...expr.Any) {
+	t.Helper()
+	c, err := nftables.New()
+	must(t, err)
+	table := c.AddTable(&nftables.Table{Name: t.Name(), Family: family})
+	t.Cleanup(func() {
+		c.DelTable(table)
+		must(t, c.Flush())
+	})
+	chain := c.AddChain(&nftables.Chain{
+		Name: "filter", Table: table, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityFilter,
+	})
+	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: rule})
+	must(t, c.Flush())
 }
