@@ -39,6 +39,7 @@ func newTwins(t *testing.T, way way) *twins {
 	t.Helper()
 	node := bpftest.NewNode(t)
 	handed, plain := node.AddPod(t), node.AddPod(t)
+	grantMSSOnly(t, plain)
 	tw := &twins{served: serve(t, handed, way), plain: plain, droppers: map[*bpftest.Pod]*bpftest.Dropper{}}
 	for _, pod := range []*bpftest.Pod{handed, plain} {
 		tw.droppers[pod] = pod.NewDropper(t)
@@ -46,6 +47,18 @@ func newTwins(t *testing.T, way way) *twins {
 	tw.prove(t)
 	tw.lookAway(t) // or a busy server keeps connections from being taken
 	return tw
+}
+
+// grantMSSOnly makes a pod grant its clients no option but the MSS, which is all that a connection that is handed over
+// has. With SACK and timestamps the plain pod's connections would recover from loss many times faster.
+func grantMSSOnly(t *testing.T, pod *bpftest.Pod) {
+	t.Helper()
+	bpftest.Do(t, pod.NS, func() (err error) {
+		for _, option := range []string{"tcp_sack", "tcp_timestamps", "tcp_window_scaling"} {
+			err = errors.Join(err, os.WriteFile("/proc/sys/net/ipv4/"+option, []byte("0"), 0))
+		}
+		return err
+	})
 }
 
 // prove has one connection answered by the device, so that it is trusted.
