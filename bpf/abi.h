@@ -290,7 +290,7 @@ enum counter {
 	COUNT_HANDED_OVER,	   /* connections */
 	COUNT_PASSED_NOT_FRESH,	   /* a prober's connections to a probed port without fresh evidence */
 	COUNT_PASSED_NOT_PROBED,   /* a prober's connections to ports that have no probe */
-	COUNT_PASSED_NOT_PARSABLE, /* a prober's connections and requests that cannot be answered */
+	COUNT_PASSED_NOT_PARSABLE, /* a prober's connections with SYNs that only the pod can answer */
 	COUNT_PASSED_NOT_PROBER,   /* connections of anyone else */
 	COUNT_PASSED_OWN,	   /* the daemon's connections */
 	COUNT_PASSED_UNTRUSTED,	   /* a prober's connections by a device that is not trusted (yet) */

@@ -397,10 +397,8 @@ static __always_inline int steer_syn_again(struct __sk_buff *skb, const struct s
 /* Notes what a client asks the pod. Returns false if it is not a question: nothing is learned from the connection. */
 static __always_inline bool note_request(struct flow *flow, const struct question *question)
 {
-	if (!question) {
-		count(COUNT_PASSED_NOT_PARSABLE);
+	if (!question)
 		return false;
-	}
 	flow->question = *question;
 	set_flags(flow, FLOW_REQUESTED);
 	return true;

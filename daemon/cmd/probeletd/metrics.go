@@ -151,7 +151,7 @@ func describe(name, help string, labels ...string) *prometheus.Desc {
 }
 
 var (
-	probesDesc      = describe("probes_total", "Connections of a prober to attached pods, by verdict (answered in the kernel, passed to the pod) and reason.", "verdict", "reason")
+	probesDesc      = describe("probes_total", "Connections of a prober to attached pods, each counted once, by verdict (answered in the kernel, passed to the pod) and reason.", "verdict", "reason")
 	handedOverDesc  = describe("handed_over_connections_total", "Connections that were taken and then handed over to the pod, because what was asked could not be answered.")
 	observedDesc    = describe("observed_probes_total", "Probes that reached the pod, passed on or handed over, and were recorded to their end.")
 	lostDesc        = describe("lost_records_total", "Connections of which a record did not fit into the ring.")
@@ -248,6 +248,7 @@ func collectCounters(d *datapath.Datapath, to sink) error {
 			to.counter(probesDesc, n, "passed", reason)
 		}
 	}
+	to.counter(probesDesc, counters["handed_over"], "passed", "handed_over")
 	for _, cause := range datapath.WithdrawalCauses {
 		to.counter(portsDesc, counters["withdrawn_"+cause], cause)
 	}
