@@ -40,9 +40,6 @@ const (
 
 	// daemonDeadline bounds the wait for the daemon's lock. It is far longer than the daemon takes to attach a pod.
 	daemonDeadline = 2 * time.Second
-
-	// addUnfinished is the record's error while ADD attaches. Readers wait, and know what happened should ADD be killed.
-	addUnfinished = "ADD has not finished"
 )
 
 // fault returns an error in the form that runtimes print.
@@ -194,7 +191,7 @@ func (p *plugin) attachPod(conf *netConf, args *skel.CmdArgs, record *attach.Rec
 	record.NetnsCookie = device.NetnsCookie
 	record.Hook = conf.hook
 
-	record.Error = addUnfinished
+	record.Error = attach.Unfinished
 	if err := attach.WriteRecord(conf.stateDir, *record); err != nil {
 		return fault(types.ErrIOFailure, "writing the record: %v", err)
 	}

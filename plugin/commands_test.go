@@ -131,7 +131,7 @@ func TestDelWithWhatIsLeft(t *testing.T) {
 		"everything there":            {},
 		"veth gone":                   {veth: true},
 		"record gone":                 {lose: removeRecord},
-		"record of an unfinished ADD": {lose: editRecord(func(r *attach.Record) { r.Error = addUnfinished })},
+		"record of an unfinished ADD": {lose: editRecord(func(r *attach.Record) { r.Error = attach.Unfinished })},
 		"record unreadable":           {lose: truncateRecord},
 		"links unpinned":              {lose: unpin("steer", "observe", "respond")},
 		"device unnamed":              {lose: unpinDevice},
@@ -617,7 +617,7 @@ func TestCheckFinds(t *testing.T) {
 		"another device name": {editRecord(func(r *attach.Record) { r.HostIfName = "vethX" }), "vethX"},
 		"another namespace":   {editRecord(func(r *attach.Record) { r.NetnsCookie++ }), "cookie"},
 		"namespace not known": {lookElsewhere, "looks into"},
-		"ADD did not finish":  {editRecord(func(r *attach.Record) { r.Error = addUnfinished }), addUnfinished},
+		"ADD did not finish":  {editRecord(func(r *attach.Record) { r.Error = attach.Unfinished }), attach.Unfinished},
 	}
 	byVia := map[attach.Via]map[string]test{
 		attach.ViaClsact: {

@@ -51,6 +51,9 @@ type Record struct {
 	Passing bool `json:"passing,omitempty"`
 }
 
+// Unfinished is the Error of a record while ADD attaches. It stays if ADD is killed.
+const Unfinished = "ADD has not finished"
+
 // maxName is the longest name of an attachment, in bytes. Its longest file name must fit into NAME_MAX, 255 bytes: that of a record
 // being written, for which renameio puts a dot before the name, and up to 19 digits after ".json".
 const maxName = unix.NAME_MAX - len("..json") - 19

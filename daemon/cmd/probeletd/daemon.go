@@ -67,9 +67,9 @@ type attachment struct {
 	// inconclusive are how many of its exchanges had no outcome.
 	inconclusive map[evidence.Doubt]uint64
 	doubtedAt    uint64 // when the last of them was
-	// What was logged last: why the pod is not answered at all, by its specs, by their number or by its annotations, and
-	// why its maps could not be written.
-	notAnswered, refused, misset, problem string
+	// What was logged last: why the pod is not answered at all, by its specs, by their number or by its annotations, why
+	// its maps could not be written, and why it is not attached.
+	notAnswered, refused, misset, problem, unattached string
 
 	crosschecked
 }
@@ -169,15 +169,29 @@ func (d *daemon) renew(r attach.Record, pod *probe.Pod) *attachment {
 		a.crosschecked = d.crosscheckedBefore(r.ID())
 		d.log.Info("attachment", "id", r.ID(), "device", r.HostIfName, "ifindex", r.IfIndex)
 	}
-	if r.Error != "" && r.Error != a.record.Error {
-		d.log.Warn("not attached", "id", r.ID(), "error", r.Error)
-	}
 	a.record, a.pod = r, pod
+	d.noteUnattached(a, time.Now())
 	d.ask(a)
 	maps.DeleteFunc(a.events, func(e probe.Endpoint, _ []api.Event) bool {
 		return !slices.ContainsFunc(a.tracker.Endpoints(), func(s probe.EndpointSpec) bool { return s.Endpoint == e })
 	})
 	return a
+}
+
+// unfinishedLimit is how long an ADD may take before the daemon says that the pod is not attached. It writes its record
+// before it attaches, so nearly every pod is unattached for a moment.
+const unfinishedLimit = time.Minute
+
+// noteUnattached logs why an attachment on record was not made, once.
+func (d *daemon) noteUnattached(a *attachment, now time.Time) {
+	reason := a.record.Error
+	if reason == a.unattached || reason == attach.Unfinished && now.Sub(a.record.CreatedAt) < unfinishedLimit {
+		return
+	}
+	a.unattached = reason
+	if reason != "" {
+		d.log.Warn("not attached", "id", a.record.ID(), "pod", a.podName(), "error", reason)
+	}
 }
 
 // ask tells the policy what the attachment's pod is asked.
@@ -401,6 +415,7 @@ func (d *daemon) checkDevices() {
 		return
 	}
 	for _, a := range d.attachments {
+		d.noteUnattached(a, time.Now())
 		device, known := devices[uint32(a.record.IfIndex)]
 		if a.maps != nil && a.maps.Device() != device.Key {
 			a.maps = nil

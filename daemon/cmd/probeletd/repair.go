@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -32,7 +33,14 @@ type keeper struct {
 	failures map[attach.ID]*failure
 	again    bool // there is more to be done, soon
 	promoter *promoter
-	said     string // of pods that cannot be adopted
+	// unadopted are the pods that cannot be adopted, by namespace/name.
+	unadopted map[string]unadopted
+}
+
+// unadopted is a pod that runs, is not attached, and cannot be.
+type unadopted struct {
+	since time.Time
+	said  string // the reason that was logged last
 }
 
 // failure tracks an attachment that could not be repaired.
@@ -72,7 +80,7 @@ func newKeeper(cacheDir string) (*keeper, error) {
 }
 
 func makeKeeper(node adopt.Node) *keeper {
-	return &keeper{adopt: node, suspects: map[attach.ID]bool{}, failures: map[attach.ID]*failure{}, promoter: newPromoter()}
+	return &keeper{adopt: node, suspects: map[attach.ID]bool{}, failures: map[attach.ID]*failure{}, unadopted: map[string]unadopted{}, promoter: newPromoter()}
 }
 
 // repair looks at all attachments. The error is errReplaced, or nothing that ends the daemon.
@@ -360,16 +368,14 @@ func (k *keeper) adoptAll(ctx context.Context, d *daemon) (changed bool, err err
 		pods = append(pods, adopt.Pod{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID, IPs: pod.IPs})
 	}
 	if len(pods) == 0 {
-		k.said = ""
+		clear(k.unadopted)
 		return false, nil
 	}
-	records, err := k.adopt.Find(pods)
-	if word := fmt.Sprint(err); err != nil && word != k.said {
-		k.said = word
-		d.log.Warn("pods that are not attached", "reason", err)
-	}
-	pinned, err := attach.List(d.bpfDir)
+	records, unknown, err := k.adopt.Find(pods)
+	k.noteUnadopted(d, unknown, time.Now())
 	errs := []error{err}
+	pinned, err := attach.List(d.bpfDir)
+	errs = append(errs, err)
 	for _, r := range records {
 		// A record that is lost leaves the pins; DEL does not.
 		if d.wasDeleted(r.ContainerID) && !slices.Contains(pinned, r.ID()) || !k.isDue(ctx, r.ID()) {
@@ -380,6 +386,23 @@ func (k *keeper) adoptAll(ctx context.Context, d *daemon) (changed bool, err err
 		errs = append(errs, err)
 	}
 	return changed, errors.Join(errs...)
+}
+
+// noteUnadopted logs the pods that could not be adopted for longer than an ADD or a DEL takes: a source that is polled
+// tells of pods that are gone already, and of some before their record is written.
+func (k *keeper) noteUnadopted(d *daemon, unknown map[string]error, now time.Time) {
+	maps.DeleteFunc(k.unadopted, func(pod string, _ unadopted) bool { return unknown[pod] == nil })
+	for pod, reason := range unknown {
+		u, ok := k.unadopted[pod]
+		if !ok {
+			u.since = now
+		}
+		if now.Sub(u.since) >= beingDeleted && u.said != reason.Error() {
+			u.said = reason.Error()
+			d.log.Warn("a pod that ran before cannot be attached", "pod", pod, "reason", reason)
+		}
+		k.unadopted[pod] = u
+	}
 }
 
 // recorded is whether somebody has attached, or tried to attach, a pod.

@@ -81,22 +81,22 @@ type Node struct {
 }
 
 // Find returns the attachments that pods would have if probelet had been in the chain at their ADD, one for each interface.
-// It must be called in the host's network namespace. The error names the pods that are not certain, and why; the others are
-// returned beside it.
-func (n Node) Find(pods []Pod) (records []attach.Record, err error) {
+// It must be called in the host's network namespace. unknown has the pods whose attachments are not certain, by
+// namespace/name, with the reason.
+func (n Node) Find(pods []Pod) (records []attach.Record, unknown map[string]error, err error) {
 	results, err := n.results()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var errs []error
+	unknown = map[string]error{}
 	for _, pod := range pods {
 		found, err := n.find(pod, results)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("%s/%s: %w", pod.Namespace, pod.Name, err))
+			unknown[pod.Namespace+"/"+pod.Name] = err
 		}
 		records = append(records, found...)
 	}
-	return records, errors.Join(errs...)
+	return records, unknown, nil
 }
 
 // find returns an error, or at least one.

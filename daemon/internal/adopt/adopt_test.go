@@ -66,7 +66,11 @@ func nodeWith(t *testing.T, results ...any) Node {
 func find(t *testing.T, on *bpftest.Node, n Node, pods ...Pod) (records []attach.Record, err error) {
 	t.Helper()
 	bpftest.Do(t, on.NS, func() error {
-		records, err = n.Find(pods)
+		var unknown map[string]error
+		records, unknown, err = n.Find(pods)
+		for pod, reason := range unknown {
+			err = errors.Join(err, fmt.Errorf("%s: %w", pod, reason))
+		}
 		return nil
 	})
 	return records, err
