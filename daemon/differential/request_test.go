@@ -166,8 +166,8 @@ func (r *recorder) check(rt *rapid.T, specs []probe.EndpointSpec, p probe.Spec, 
 	}
 	for _, s := range specs {
 		asks := slices.Contains(s.Askers, p.Asker())
-		if sent == nil && asks && (s.Observed || !strings.Contains(s.Reason, "cannot be sent")) {
-			rt.Fatalf("%v is not sent, %s: %q", p.Headers, s.Endpoint, s.Reason)
+		if sent == nil && asks && (s.Observed || !strings.Contains(s.Reason.Text, "cannot be sent")) {
+			rt.Fatalf("%v is not sent, %s: %q", p.Headers, s.Endpoint, s.Reason.Text)
 		}
 		if sent != nil && s.Asks(request) != asks {
 			rt.Fatalf("%s, asked by %v, is asked %q: %v", s.Endpoint, s.Askers, sent, !asks)

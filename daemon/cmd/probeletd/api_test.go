@@ -384,6 +384,7 @@ func TestObserveShowsWhatWouldBeAnswered(t *testing.T) {
 func TestMetricsAreDocumented(t *testing.T) {
 	n := newNode(t)
 	n.config.metricsPerPod = true
+	n.config.netDir, n.config.chain = t.TempDir(), "dropin"
 	n.config.defaults.Refresh = probe.Refresh{On: true, Interval: 100 * time.Millisecond}
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	n.attach()
@@ -394,6 +395,9 @@ func TestMetricsAreDocumented(t *testing.T) {
 		got, _ := n.metricsOf()
 		return got[`probelet_evidence_total{result="success",source="refresh"}`] != ""
 	})
+	if got, _ := n.metricsOf(); got["probelet_own_connections_total"] == "0" {
+		t.Error("the daemon's own connections are not counted")
+	}
 	n.status.Store(500)
 	n.eventually("withdrawn", func() bool {
 		got, _ := n.metricsOf()

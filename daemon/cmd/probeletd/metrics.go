@@ -4,7 +4,9 @@ import (
 	"context"
 	"net/http"
 	"runtime/debug"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -27,6 +29,7 @@ type metrics struct {
 	estimates       *prometheus.CounterVec
 	reconcileErrors prometheus.Counter
 	repairs         *prometheus.CounterVec
+	own             prometheus.Counter
 	disagreements   *prometheus.CounterVec
 	snapshots       prometheus.Counter
 	lastSnapshot    prometheus.Gauge
@@ -61,6 +64,10 @@ func newMetrics() *metrics {
 			Name: "probelet_repairs_total",
 			Help: "Attachments that the daemon saw to: reattached (something of it was lost), removed (its device is gone), adopted (the pod had its network before).",
 		}, []string{"what"}),
+		own: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "probelet_own_connections_total",
+			Help: "Connections of the daemon itself (refresh).",
+		}),
 		disagreements: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "probelet_disagreements_total",
 			Help: "Endpoints that are no longer answered because the kubelet's own counts say of probes that were taken for successes that they failed, or do not have them at all (discarded).",
@@ -127,7 +134,7 @@ func (m *metrics) changed(c probe.Change, outcome *probe.Outcome) {
 func (l *loop) handler(perPod bool) http.Handler {
 	registry := prometheus.NewRegistry()
 	m := l.metrics
-	registry.MustRegister(m.evidence, m.withdrawals, m.inconclusive, m.estimates, m.reconcileErrors, m.repairs, m.disagreements, m.snapshots, m.lastSnapshot,
+	registry.MustRegister(m.evidence, m.withdrawals, m.inconclusive, m.estimates, m.reconcileErrors, m.repairs, m.own, m.disagreements, m.snapshots, m.lastSnapshot,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		&collector{loop: l, perPod: perPod}, buildInfo())
 	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{})
@@ -155,7 +162,6 @@ var (
 	handedOverDesc  = describe("handed_over_connections_total", "Connections that were taken and then handed over to the pod, because what was asked could not be answered.")
 	observedDesc    = describe("observed_probes_total", "Probes that reached the pod, passed on or handed over, and were recorded to their end.")
 	lostDesc        = describe("lost_records_total", "Connections of which a record did not fit into the ring.")
-	ownDesc         = describe("own_connections_total", "Connections of the daemon itself (refresh).")
 	foreignDesc     = describe("foreign_connections_total", "Connections to attached pods that were not a prober's.")
 	expiredDesc     = describe("expired_flows_total", "Connections of a prober whose end was not seen, or whose pod went first.")
 	untrustedDesc   = describe("untrusted_devices", "Devices of pods by which an answer did not arrive, so that nothing is answered by them any more, by how that was noticed.", "noticed")
@@ -164,6 +170,9 @@ var (
 	agesDesc        = describe("answer_age_seconds", "Age of the evidence that probes were answered with.")
 	endpointsDesc   = describe("endpoints", "Endpoints that are probed, by their pod's mode, and by state: fresh (answered; in mode observe: would be), stale, failed, unknown, never (not answerable, or told not to).", "mode", "state")
 	attachmentsDesc = describe("attachments", "Attached interfaces, by whether it is known what their pods are probed for.", "known")
+	neverDesc       = describe("ineligible_endpoints", "Endpoints that are never answered, by reason: kind (HTTPS, gRPC, exec), host (another host is probed), too_long, request (it cannot be sent, or is not understood), startup (only startup probes ask), beside (answering it would answer another one of these), pod (it ends, or is not understood), mode (observe or off), annotation (one that cannot be used), room (too many endpoints), disagreement (with the kubelet's verdict).", "reason")
+	unattachedDesc  = describe("unattached_pods", "Pods with an interface of their own and probes that could be answered that are not attached, so that all of their probes reach them.")
+	chainDesc       = describe("chain_joined", "1 if the plugin is in the chain of the node's primary network, so that new pods are attached; otherwise 0. Absent where the daemon does not look after the chain.")
 	refreshedDesc   = describe("refreshed_endpoints", "Endpoints that the daemon asks by itself at present.")
 	entriesDesc     = describe("map_entries", "Entries of a BPF map: pods, and flows (connections).", "map")
 	capacityDesc    = describe("map_capacity_entries", "Entries that a BPF map can hold.", "map")
@@ -184,8 +193,8 @@ type collector struct {
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(descs chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		probesDesc, handedOverDesc, observedDesc, lostDesc, ownDesc, foreignDesc, expiredDesc, untrustedDesc, droppedDesc, portsDesc,
-		agesDesc, endpointsDesc, attachmentsDesc, detectionDesc, refreshedDesc, entriesDesc, capacityDesc, watchedDesc, proberDesc, sourceDesc,
+		probesDesc, handedOverDesc, observedDesc, lostDesc, foreignDesc, expiredDesc, untrustedDesc, droppedDesc, portsDesc,
+		agesDesc, endpointsDesc, neverDesc, unattachedDesc, chainDesc, attachmentsDesc, detectionDesc, refreshedDesc, entriesDesc, capacityDesc, watchedDesc, proberDesc, sourceDesc,
 		pushedDesc,
 	} {
 		descs <- d
@@ -255,7 +264,6 @@ func collectCounters(d *datapath.Datapath, to sink) error {
 	to.counter(handedOverDesc, counters["handed_over"])
 	to.counter(observedDesc, counters["observed"])
 	to.counter(lostDesc, counters["records_lost"])
-	to.counter(ownDesc, counters["passed_own"])
 	to.counter(foreignDesc, counters["passed_not_prober"])
 	to.counter(expiredDesc, counters["flows_expired"])
 	to.counter(droppedDesc, counters["dropped"])
@@ -312,6 +320,13 @@ func (m moment) collect(to sink, perPod bool) {
 			to.gauge(endpointsDesc, m.endpoints[modeState{mode, state}], string(mode), state)
 		}
 	}
+	for _, code := range probe.ReasonCodes() {
+		to.gauge(neverDesc, m.never[code], string(code))
+	}
+	to.gauge(unattachedDesc, m.unattached)
+	if m.chain != nil {
+		to.gauge(chainDesc, btoi(m.chain.Load()))
+	}
 	for mode, worst := range m.detection {
 		to.seconds(detectionDesc, worst.Answered, string(mode), "answering")
 		to.seconds(detectionDesc, worst.Plain, string(mode), "without")
@@ -352,7 +367,10 @@ type modeState struct {
 type moment struct {
 	endpoints                 map[modeState]int
 	detection                 map[probe.Mode]probe.Delay // the longest, of the modes that there are
+	never                     map[probe.ReasonCode]int
 	known, unknown, refreshed int
+	unattached                int
+	chain                     *atomic.Bool // nil: not looked after
 	hits                      map[podName]uint64
 	proberFound               bool
 	sourceUp, sourcePushed    bool
@@ -360,7 +378,7 @@ type moment struct {
 
 func (l *loop) moment() moment {
 	m := moment{
-		endpoints: map[modeState]int{}, detection: map[probe.Mode]probe.Delay{}, hits: map[podName]uint64{},
+		endpoints: map[modeState]int{}, never: map[probe.ReasonCode]int{}, unattached: l.unattached(), chain: l.inChain, detection: map[probe.Mode]probe.Delay{}, hits: map[podName]uint64{},
 		proberFound: !l.lost, sourceUp: l.failing() == "", sourcePushed: l.delivery().Pushed,
 	}
 	for _, a := range l.attachments {
@@ -374,6 +392,9 @@ func (l *loop) moment() moment {
 		var hits uint64
 		for _, s := range a.tracker.Endpoints() {
 			m.endpoints[modeState{a.settings.Mode, a.state(s, evidence[s.Endpoint])}]++
+			if s.Reason.Code != "" {
+				m.never[s.Reason.Code]++
+			}
 			m.worsen(a.settings.Mode, s)
 			if key, ok := store.Key(s.Endpoint, evidence[s.Endpoint].Question); ok && s.Observed && a.maps != nil {
 				tally, _ := a.maps.Tally(key) // an unreadable one is told of when it is written
@@ -383,6 +404,31 @@ func (l *loop) moment() moment {
 		m.hits[podName{a.pod.Namespace, a.pod.Name}] += hits
 	}
 	return m
+}
+
+// unattached counts the pods whose probes could be answered, were they attached.
+func (d *daemon) unattached() (n int) {
+	attached := map[string]bool{}
+	for _, a := range d.attachments {
+		if a.record.Error == "" {
+			attached[a.podName()] = true
+		}
+	}
+	for _, pod := range d.pods {
+		if !attached[pod.String()] && d.eligible(pod) {
+			n++
+		}
+	}
+	return n
+}
+
+// eligible reports whether probes of a pod would be answered, or in mode observe could be, were it attached.
+func (d *daemon) eligible(pod probe.Pod) bool {
+	if len(pod.IPs) == 0 {
+		return false
+	}
+	endpoints, err := probe.Endpoints(pod, d.defaults.Settings(pod.Annotations), store.Limits)
+	return err == nil && slices.ContainsFunc(endpoints, func(s probe.EndpointSpec) bool { return s.Reason.Code == "" || s.Withheld })
 }
 
 // worsen takes the endpoint's delays into account.
@@ -401,7 +447,7 @@ func (a *attachment) state(s probe.EndpointSpec, e probe.Evidence) string {
 		e.FreshUntil = e.ObservedAt + uint64(s.Staleness)
 	}
 	switch {
-	case s.Reason != "" && !s.Withheld:
+	case s.Reason.Code != "" && !s.Withheld:
 		return "never"
 	case e.Result == probe.Failure:
 		return "failed"

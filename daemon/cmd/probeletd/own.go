@@ -18,8 +18,8 @@ type dialFunc func(dialer *net.Dialer, ctx context.Context, network, address str
 
 // asOwn makes connections that are never taken for a probe's, whoever the prober is: the kernel side is told of each
 // socket before it connects. Later packets of a connection that was passed on are passed on too. The error is
-// refresh.ErrNotAsked if no socket came as far as to connect.
-func asOwn(d *datapath.Datapath, dial dialFunc) refresh.Dial {
+// refresh.ErrNotAsked if no socket came as far as to connect. connects is called for each that does.
+func asOwn(d *datapath.Datapath, dial dialFunc, connects func()) refresh.Dial {
 	return func(ctx context.Context, network, address string) (conn net.Conn, err error) {
 		var cookies []uint64 // of sockets that connect
 		dialer := &net.Dialer{Control: func(_, _ string, socket syscall.RawConn) error {
@@ -31,6 +31,7 @@ func asOwn(d *datapath.Datapath, dial dialFunc) refresh.Dial {
 				return fmt.Errorf("exempting the socket: %w", err)
 			}
 			cookies = append(cookies, cookie)
+			connects()
 			return nil
 		}}
 		conn, err = dial(dialer, ctx, network, address)

@@ -25,7 +25,7 @@ func asOwnOn(t *testing.T, dial func(maps *datapath.Datapath) dialFunc) (refresh
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = listener.Close() })
-	return asOwn(maps, dial(maps)), maps, listener.Addr().String()
+	return asOwn(maps, dial(maps), func() {}), maps, listener.Addr().String()
 }
 
 func plain(*datapath.Datapath) dialFunc { return (*net.Dialer).DialContext }

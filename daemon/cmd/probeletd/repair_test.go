@@ -693,7 +693,7 @@ func (n *node) startKept() {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	refresher := refresh.New(asOwn(n.d, n.config.dial), datapath.Now, refreshesAtATime)
+	refresher := refresh.New(asOwn(n.d, n.config.dial, func() {}), datapath.Now, refreshesAtATime)
 	l := &loop{
 		daemon: newDaemon(n.logger(), n.d, n.config, statedir.Endpoints{}, refresher), log: n.logger(), calls: make(chan func()),
 		prober: finder, who: who, set: n.d.SetProber, refresh: specs.Refresh, failing: specs.Failing, delivery: specs.Delivery,

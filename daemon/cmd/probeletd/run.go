@@ -11,6 +11,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
@@ -144,9 +145,9 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 	}
 	defer in.all.Wait()
 	defer cancel()
-	refresher := refresh.New(asOwn(d, c.dial), datapath.Now, refreshesAtATime)
-	defer refresher.Close()
-	l.daemon = newDaemon(l.log, d, c, previous, refresher)
+	l.daemon = newDaemon(l.log, d, c, previous, nil)
+	l.refresher = refresh.New(asOwn(d, c.dial, l.metrics.own.Inc), datapath.Now, refreshesAtATime)
+	defer l.refresher.Close()
 	l.refresh, l.failing, l.delivery = specs.Refresh, specs.Failing, specs.Delivery
 	if c.keep {
 		if l.keeper, err = newKeeper(c.cniCacheDir); err != nil {
@@ -166,7 +167,8 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 		if err != nil {
 			return err
 		}
-		network := chain.Node{NetDir: c.netDir, Conf: pluginConf(c.bpfDir, c.stateDir, c.hook), Log: l.log}
+		l.inChain = &atomic.Bool{}
+		network := chain.Node{NetDir: c.netDir, Conf: pluginConf(c.bpfDir, c.stateDir, c.hook), Log: l.log, Joined: l.inChain.Store}
 		in.all.Go(func() { in.fail(network.Follow(ctx, way, false)) })
 	}
 	l.log.Info("running", "source", c.sourceName(), "prober", c.prober, "bpf", d.Dir(), "state", c.stateDir)
@@ -355,6 +357,8 @@ type loop struct {
 	calls    chan func() // of others, to be run between two decisions
 	lost     bool        // the prober's cgroup is not there, and that was logged
 	keeper   *keeper     // nil: attachments are as others leave them
+	// inChain is whether the plugin is in the chain; nil: the daemon does not look after it.
+	inChain *atomic.Bool
 	// unrepaired is what was logged last of what keeps the keeper from its work.
 	unrepaired string
 }

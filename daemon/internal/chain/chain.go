@@ -41,6 +41,8 @@ type Node struct {
 	// Conf are the plugin's own fields in the configuration, beside its type.
 	Conf map[string]string
 	Log  *slog.Logger
+	// Joined, if set, is told by Follow after each look whether the plugin is in the chain.
+	Joined func(bool)
 }
 
 // What may be otherwise in a moment.

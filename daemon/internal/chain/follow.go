@@ -108,6 +108,9 @@ func (f *follower) join() error {
 		// Whoever joined before us may have been killed before the runtime was told.
 		f.joined, err = true, f.Wake()
 	}
+	if f.Joined != nil {
+		f.Joined(err == nil)
+	}
 	word := joined.String()
 	if err != nil {
 		word = err.Error()

@@ -133,7 +133,7 @@ func TestAsksWithoutAddress(t *testing.T) {
 			t.Errorf("%s: %v, want %v", host, got, want)
 		}
 	}
-	if specs[0].Reason != "" || !specs[0].Observed {
+	if specs[0].Reason.Text != "" || !specs[0].Observed {
 		t.Errorf("not an ordinary endpoint: %+v", specs[0])
 	}
 }
@@ -157,13 +157,13 @@ func TestHostHeader(t *testing.T) {
 		},
 	} {
 		specs, err := Endpoints(Pod{IPs: test.ips, Probes: []Spec{test.probe}}, NewDefaults().Settings(nil), limits)
-		if err != nil || (specs[0].Reason == "") != test.answered || !specs[0].Observed {
+		if err != nil || (specs[0].Reason.Text == "") != test.answered || !specs[0].Observed {
 			t.Errorf("%s: %+v, %v", name, specs, err)
 		}
 	}
 	likeOwn := with(httpProbe(Liveness, "/x"), func(s *Spec) { s.Host, s.Headers = "fd00::7", []Header{{"Host", "10.0.0.7:80"}} })
 	for _, s := range endpoints(t, httpProbe(Readiness, "/x"), likeOwn) {
-		if s.Host == "" && s.Reason == "" {
+		if s.Host == "" && s.Reason.Text == "" {
 			t.Errorf("answered, and so is %s, which is said not to be", likeOwn.Asker())
 		}
 	}
@@ -263,8 +263,8 @@ func TestNotSent(t *testing.T) {
 		"line": {"A", "1\n2"}, "control character": {"A", "\x01"},
 	} {
 		s := endpoints(t, with(httpProbe(Liveness, "/x"), func(s *Spec) { s.Headers = []Header{header} }))[0]
-		if s.Observed || !strings.Contains(s.Reason, "cannot be sent") {
-			t.Errorf("%s: %q", name, s.Reason)
+		if s.Observed || !strings.Contains(s.Reason.Text, "cannot be sent") {
+			t.Errorf("%s: %q", name, s.Reason.Text)
 		}
 	}
 }

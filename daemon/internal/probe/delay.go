@@ -46,10 +46,10 @@ func (s EndpointSpec) delay(p Spec) Delay {
 		Plain: plainDelay(p),
 	}
 	d.Probelet, d.Answered = d.Plain, d.Plain
-	if s.Reason == "" || s.Withheld {
+	if s.Reason == (Reason{}) || s.Withheld {
 		d.Answered += s.Staleness
 	}
-	if s.Reason == "" {
+	if s.Reason == (Reason{}) {
 		d.Probelet = d.Answered
 	}
 	return d

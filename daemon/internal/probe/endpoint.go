@@ -66,7 +66,7 @@ type EndpointSpec struct {
 	// Startup: asked by startup probes only. They end with their success, so their evidence is never renewed.
 	Startup bool
 	// Reason is why the endpoint is never answered; empty if it may be. Withheld: it would be, but for mode observe.
-	Reason   string
+	Reason   Reason
 	Withheld bool
 	// elsewhere: what is dialled is certainly not the pod.
 	elsewhere bool
@@ -85,8 +85,6 @@ func (s EndpointSpec) answeredWith(e EndpointSpec) bool {
 	return s.onPort() && s.Port == e.Port && (s.Kind == TCP || s.Kind == HTTP && e.Asks(s.question.Request))
 }
 
-const reasonStartup = "startup probe"
-
 // Endpoints returns the endpoints that the pod's probes ask, sorted. The error says that the pod has too many of them
 // for the kernel side; none is answered then, and the specs say so too.
 func Endpoints(pod Pod, settings Settings, limits Limits) ([]EndpointSpec, error) {
@@ -104,10 +102,12 @@ func Endpoints(pod Pod, settings Settings, limits Limits) ([]EndpointSpec, error
 		specs = append(specs, one)
 	}
 	for i := range specs {
-		if specs[i].Startup && specs[i].Reason == "" {
-			specs[i].Reason = reasonStartup
+		if specs[i].Startup && specs[i].Reason == (Reason{}) {
+			specs[i].Reason = Reason{ReasonStartup, "startup probe"}
 		}
-		specs[i].Reason = cmp.Or(specs[i].Reason, pod.NotAnswered)
+		if pod.NotAnswered != "" {
+			specs[i].Reason = cmp.Or(specs[i].Reason, Reason{ReasonPod, pod.NotAnswered})
+		}
 		specs[i].Period = shortestPeriod(specs[i].probes)
 		specs[i].SuccessThreshold = successesNeeded(specs[i].probes)
 	}
@@ -125,7 +125,7 @@ func Endpoints(pod Pod, settings Settings, limits Limits) ([]EndpointSpec, error
 func (s *EndpointSpec) setRefresh(wanted Refresh, addressed bool) {
 	switch {
 	case !wanted.On:
-	case s.Reason != "":
+	case s.Reason != (Reason{}):
 		s.RefreshOff = reasonNotAnswered
 	case !addressed:
 		s.RefreshOff = "the specs do not say the pod's address"
@@ -137,7 +137,7 @@ func (s *EndpointSpec) setRefresh(wanted Refresh, addressed bool) {
 }
 
 // Bar gives the endpoint a reason not to be answered that outweighs others, such as mode observe.
-func (s *EndpointSpec) Bar(reason string) {
+func (s *EndpointSpec) Bar(reason Reason) {
 	s.Reason, s.Withheld = reason, false
 	if s.Refresh > 0 {
 		s.Refresh, s.RefreshOff = 0, reasonNotAnswered
@@ -186,20 +186,20 @@ func elsewhere(host string, ips []netip.Addr) bool {
 }
 
 // unanswerable is why a probe can never be answered, whatever else the pod is asked.
-func (s EndpointSpec) unanswerable(p Spec, addresses int, limits Limits) string {
+func (s EndpointSpec) unanswerable(p Spec, addresses int, limits Limits) Reason {
 	switch {
 	case p.Problem != "":
-		return p.Problem
+		return Reason{ReasonRequest, p.Problem}
 	case p.Kind != HTTP && p.Kind != TCP:
-		return string(p.Kind) + " is never answered"
+		return Reason{ReasonKind, string(p.Kind) + " is never answered"}
 	case p.Host != "":
-		return fmt.Sprintf("host %q is probed, not the pod", p.Host)
+		return Reason{ReasonHost, fmt.Sprintf("host %q is probed, not the pod", p.Host)}
 	case p.Kind == HTTP && addresses != 1 && s.question.setsHost: // other pods' probes may ask the same at another one
-		return "its header Host does not tell which of the pod's addresses is asked"
+		return Reason{ReasonHost, "its header Host does not tell which of the pod's addresses is asked"}
 	case s.question.size > limits.Request:
-		return fmt.Sprintf("request of about %d bytes, at most %d are answered", s.question.size, limits.Request)
+		return Reason{ReasonTooLong, fmt.Sprintf("request of about %d bytes, at most %d are answered", s.question.size, limits.Request)}
 	}
-	return ""
+	return Reason{}
 }
 
 // successesNeeded is how many successes in a row make sure that each of the probes has had as many as its own
@@ -270,9 +270,9 @@ func closeBeside(specs []EndpointSpec) {
 			continue
 		}
 		for i, s := range specs {
-			if s.Reason == "" && never.answeredWith(s) {
-				specs[i].Reason = fmt.Sprintf("answering it would also answer %s of %s, which is never answered: %s",
-					never.Endpoint, never.Askers[0], never.Reason)
+			if s.Reason == (Reason{}) && never.answeredWith(s) {
+				specs[i].Reason = Reason{ReasonBeside, fmt.Sprintf("answering it would also answer %s of %s, which is never answered: %s",
+					never.Endpoint, never.Askers[0], never.Reason.Text)}
 			}
 		}
 	}
@@ -293,8 +293,8 @@ func limit(specs []EndpointSpec, records int) error {
 	err := fmt.Errorf("%d endpoints on %d ports need %d records, a pod has room for %d",
 		endpoints, len(ports), endpoints+len(ports), records)
 	for i := range specs {
-		if specs[i].Reason == "" || specs[i].Withheld {
-			specs[i].Reason = err.Error()
+		if specs[i].Reason == (Reason{}) || specs[i].Withheld {
+			specs[i].Reason = Reason{ReasonRoom, err.Error()}
 		}
 		specs[i].Observed, specs[i].Withheld = false, false
 	}

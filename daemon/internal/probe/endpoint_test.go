@@ -57,7 +57,7 @@ func TestSharedEndpoint(t *testing.T) {
 	if s.Period != 5*time.Second || s.Timeout != time.Second || s.Staleness != 6*time.Second {
 		t.Errorf("period %s, timeout %s, staleness %s; want 5s, 1s, 6s", s.Period, s.Timeout, s.Staleness)
 	}
-	if s.Reason != "" || !s.Observed || s.Startup {
+	if s.Reason.Text != "" || !s.Observed || s.Startup {
 		t.Errorf("want an ordinary endpoint: %+v", s)
 	}
 	if len(s.Askers) != 3 || s.Askers[2].String() != "d/startup" {
@@ -121,19 +121,19 @@ func TestReasons(t *testing.T) {
 			specs := endpoints(t, ordinary, tcpProbe(Readiness), test.probe)
 			for _, s := range specs {
 				if slices.Contains(s.Askers, test.probe.Asker()) {
-					if test.reason == "" && s.Reason != "" || !strings.Contains(s.Reason, test.reason) {
-						t.Errorf("reason %q, want %q", s.Reason, test.reason)
+					if test.reason == "" && s.Reason.Text != "" || !strings.Contains(s.Reason.Text, test.reason) {
+						t.Errorf("reason %q, want %q", s.Reason.Text, test.reason)
 					}
 					if s.Observed != test.observed {
 						t.Errorf("observed: %v, want %v", s.Observed, test.observed)
 					}
 					continue
 				}
-				if s.Kind == HTTP && s.Path == "/ordinary" && s.Host == "" && s.Observed && (s.Reason != "") != test.closes {
-					t.Errorf("the ordinary HTTP probe beside it: %q, want a reason: %v", s.Reason, test.closes)
+				if s.Kind == HTTP && s.Path == "/ordinary" && s.Host == "" && s.Observed && (s.Reason.Text != "") != test.closes {
+					t.Errorf("the ordinary HTTP probe beside it: %q, want a reason: %v", s.Reason.Text, test.closes)
 				}
-				if want := test.closes && test.probe.Kind == TCP; s.Kind == TCP && s.Observed && (s.Reason != "") != want {
-					t.Errorf("the ordinary TCP probe beside it: %q, want a reason: %v", s.Reason, want)
+				if want := test.closes && test.probe.Kind == TCP; s.Kind == TCP && s.Observed && (s.Reason.Text != "") != want {
+					t.Errorf("the ordinary TCP probe beside it: %q, want a reason: %v", s.Reason.Text, want)
 				}
 			}
 		})
@@ -149,8 +149,8 @@ func TestPodNotAnswered(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, s := range specs {
-		if want := map[Kind]string{HTTP: "the end", GRPC: "gRPC is never answered"}[s.Kind]; s.Reason != want {
-			t.Errorf("%s: reason %q, want %q", s.Endpoint, s.Reason, want)
+		if want := map[Kind]string{HTTP: "the end", GRPC: "gRPC is never answered"}[s.Kind]; s.Reason.Text != want {
+			t.Errorf("%s: reason %q, want %q", s.Endpoint, s.Reason.Text, want)
 		}
 	}
 }
@@ -163,8 +163,8 @@ func TestReasonNamesTheOther(t *testing.T) {
 			continue
 		}
 		for _, part := range []string{"TCP :80", "sidecar/liveness", `host "fd00::7" is probed`} {
-			if !strings.Contains(s.Reason, part) {
-				t.Errorf("reason %q does not say %q", s.Reason, part)
+			if !strings.Contains(s.Reason.Text, part) {
+				t.Errorf("reason %q does not say %q", s.Reason.Text, part)
 			}
 		}
 	}
@@ -243,7 +243,7 @@ func TestTooManyEndpoints(t *testing.T) {
 		t.Errorf("error %v does not name the numbers", err)
 	}
 	for _, s := range specs {
-		if s.Observed || s.Reason == "" {
+		if s.Observed || s.Reason.Text == "" {
 			t.Errorf("answered all the same: %+v", s)
 		}
 	}

@@ -51,7 +51,7 @@ func (m *Estimator) SetEndpoints(specs []EndpointSpec, now uint64) {
 	answering := make([]EndpointSpec, len(specs))
 	for i, s := range specs {
 		if s.Withheld {
-			s.Reason = ""
+			s.Reason = Reason{}
 		}
 		answering[i] = s
 	}
@@ -118,7 +118,7 @@ func (m *Estimator) judge(s EndpointSpec, o Outcome, withdrawnAt uint64, limit i
 func (m *Estimator) why(s EndpointSpec, at, withdrawnAt uint64) Why {
 	e := m.tracker.entries[s.Endpoint]
 	switch known := e.evidence; {
-	case s.Reason != "":
+	case s.Reason != (Reason{}):
 		return WhyNever
 	case known.Result == Failure:
 		return WhyFailed

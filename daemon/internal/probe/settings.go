@@ -5,6 +5,8 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -215,7 +217,7 @@ func (d Defaults) Settings(annotations map[string]string) Settings {
 	if d.Refresh.On {
 		s.RefreshFrom = FromNode
 	}
-	var problems []error
+	problems := misspelt(annotations)
 	if text, ok := annotations[AnnotationMode]; ok {
 		if err := s.Mode.UnmarshalText([]byte(shorten(text))); err != nil {
 			problems = append(problems, fmt.Errorf("annotation %s: %w", AnnotationMode, err))
@@ -246,6 +248,17 @@ func (d Defaults) Settings(annotations map[string]string) Settings {
 	return s
 }
 
+// misspelt returns an error for each annotation that has our prefix and is not one of ours.
+func misspelt(annotations map[string]string) (errs []error) {
+	known := []string{AnnotationMode, AnnotationStaleness, AnnotationRefresh}
+	for _, name := range slices.Sorted(maps.Keys(annotations)) {
+		if strings.HasPrefix(name, AnnotationPrefix) && !slices.Contains(known, name) {
+			errs = append(errs, fmt.Errorf("annotation %s: there is no such one; there are %s", shorten(name), strings.Join(known, ", ")))
+		}
+	}
+	return errs
+}
+
 // staleness of an endpoint, and whether the ceiling lowered it. One that the kernel side asks the listening socket of has
 // its success believed for as long as that may go on, if nothing less was asked for.
 func (s Settings) staleness(e EndpointSpec) (time.Duration, bool) {
@@ -260,11 +273,14 @@ func (s Settings) staleness(e EndpointSpec) (time.Duration, bool) {
 }
 
 // reason is why nothing of the pod is answered; empty if something may be.
-func (s Settings) reason() string {
-	if s.Mode == Answer {
-		return ""
+func (s Settings) reason() Reason {
+	switch {
+	case s.Mode == Answer:
+		return Reason{}
+	case s.Problem != "":
+		return Reason{ReasonAnnotation, s.Problem}
 	}
-	return cmp.Or(s.Problem, "mode "+string(s.Mode))
+	return Reason{ReasonMode, "mode " + string(s.Mode)}
 }
 
 // apply puts the settings into endpoints that are otherwise complete. What could never be answered anyway says so
@@ -272,7 +288,7 @@ func (s Settings) reason() string {
 func (s Settings) apply(specs []EndpointSpec) {
 	for i := range specs {
 		specs[i].Staleness, specs[i].Capped = s.staleness(specs[i])
-		specs[i].Withheld = specs[i].Reason == "" && s.Mode == Observe && s.Problem == ""
+		specs[i].Withheld = specs[i].Reason == (Reason{}) && s.Mode == Observe && s.Problem == ""
 		specs[i].Reason = cmp.Or(specs[i].Reason, s.reason())
 		if s.Mode == Off {
 			specs[i].Observed, specs[i].Reason = false, s.reason()

@@ -146,6 +146,10 @@ func TestSettings(t *testing.T) {
 			[]string{AnnotationRefresh, `"1ms"`, "100ms"}},
 		"both bad": {NewDefaults(), texts{mode: "x", staleness: "y"}, "observe annotation 1 default",
 			[]string{mode, staleness, `"x"`, `"y"`}},
+		"misspelt": {NewDefaults(), texts{"probelet.dev/stalenes": "2"}, "observe annotation 1 default",
+			[]string{"probelet.dev/stalenes:", staleness}},
+		"misspelt, and off": {NewDefaults(), texts{"probelet.dev/Mode": "answer", mode: "off"}, "off annotation 1 default",
+			[]string{"probelet.dev/Mode:"}},
 		"off and bad": {NewDefaults(), texts{mode: "off", staleness: "y"}, "off annotation 1 default",
 			[]string{staleness}},
 	} {
@@ -189,8 +193,8 @@ func TestSettingsApply(t *testing.T) {
 				t.Fatal(err)
 			}
 			x, y := specs[0], specs[1]
-			if !strings.Contains(x.Reason, test.reason) || test.reason == "" && x.Reason != "" {
-				t.Errorf("reason %q, want %q", x.Reason, test.reason)
+			if !strings.Contains(x.Reason.Text, test.reason) || test.reason == "" && x.Reason.Text != "" {
+				t.Errorf("reason %q, want %q", x.Reason.Text, test.reason)
 			}
 			if x.Withheld != (name == "observe") || y.Withheld {
 				t.Errorf("withheld: %v, %v", x.Withheld, y.Withheld)
@@ -198,8 +202,8 @@ func TestSettingsApply(t *testing.T) {
 			if x.Staleness != test.staleness || x.Observed != test.observed || x.Capped != test.capped {
 				t.Errorf("got %+v", x)
 			}
-			if own := strings.Contains(y.Reason, "HTTPS"); own != (settings.Mode != Off) {
-				t.Errorf("the other's reason is %q", y.Reason)
+			if own := strings.Contains(y.Reason.Text, "HTTPS"); own != (settings.Mode != Off) {
+				t.Errorf("the other's reason is %q", y.Reason.Text)
 			}
 		})
 	}

@@ -71,7 +71,7 @@ type entry struct {
 
 // bound is the latest time until which a success may be answered.
 func (e *entry) bound() uint64 {
-	if e.spec.Reason != "" || e.evidence.Result != Success {
+	if e.spec.Reason != (Reason{}) || e.evidence.Result != Success {
 		return 0
 	}
 	return e.evidence.ObservedAt + uint64(e.spec.Staleness)

@@ -757,7 +757,7 @@ func checkGate(t *rapid.T, tracker *Tracker, probes []Spec, now uint64) {
 	answerable := false
 	for _, s := range tracker.Endpoints() {
 		e := evidence[s.Endpoint]
-		if s.Observed && s.Reason == "" && e.Result == Success && e.FreshUntil != 0 {
+		if s.Observed && s.Reason.Text == "" && e.Result == Success && e.FreshUntil != 0 {
 			answerable = answerable || now < e.FreshUntil
 			newest = max(newest, e.ObservedAt)
 		}

@@ -74,8 +74,8 @@ func described(t *testing.T, p *corev1.Pod) string {
 	for _, e := range endpoints {
 		fmt.Fprintf(&lines, "\n%s", e.Endpoint)
 		verdict := "may be answered"
-		if e.Reason != "" {
-			verdict = "never: " + e.Reason
+		if e.Reason.Text != "" {
+			verdict = "never: " + e.Reason.Text
 		}
 		fmt.Fprintf(&lines, " %v every %s, timeout %s: %s", e.Askers, e.Period, e.Timeout, verdict)
 	}

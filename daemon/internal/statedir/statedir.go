@@ -150,7 +150,7 @@ func EndpointOf(s probe.EndpointSpec, question probe.Question) Endpoint {
 		RefreshOff:      s.RefreshOff,
 		Observed:        s.Observed,
 		StartupOnly:     s.Startup,
-		NotAnswered:     s.Reason,
+		NotAnswered:     s.Reason.Text,
 		Withheld:        s.Withheld,
 		Question:        question,
 	}

@@ -56,7 +56,7 @@ func TestEndpoints(t *testing.T) {
 				Period:    10 * time.Second,
 				Timeout:   time.Second,
 				Staleness: 11 * time.Second,
-				Observed:  true, Startup: true, Reason: "because",
+				Observed:  true, Startup: true, Reason: probe.Reason{Text: "because"},
 			}, probe.Question{Hash: 1<<64 - 1, Check: 2}),
 		}}},
 		Unattached: []string{"shop/api"},
