@@ -180,6 +180,9 @@ func Open(bpfDir string) (*Datapath, error) {
 	if _, err := os.Stat(d.dir); Absent(err) {
 		return nil, fmt.Errorf("%s: %w", d.dir, ErrNotLoaded)
 	}
+	if err := checkPrivate(bpfDir); err != nil {
+		return nil, err
+	}
 	for name, m := range d.maps() {
 		loaded, err := ebpf.LoadPinnedMap(filepath.Join(d.dir, name), nil)
 		if err != nil {
@@ -707,30 +710,5 @@ func makeBPFDir(dir string) error {
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}
-	return nil
-}
-
-// Lock locks dir, exclusively (unix.LOCK_EX) or shared (unix.LOCK_SH). It tries at least once, and until ctx ends; the error is
-// then ErrLocked. The returned function releases the lock, and so does the kernel if the process dies.
-func Lock(ctx context.Context, dir string, how int) (func(), error) {
-	f, err := os.Open(dir)
-	if err != nil {
-		return nil, err
-	}
-	for wait := 50 * time.Microsecond; ; wait = min(2*wait, 5*time.Millisecond) { // it is mostly held for less
-		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
-		if err == nil {
-			return func() { _ = f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			_ = f.Close()
-			return nil, fmt.Errorf("locking %s: %w", dir, err)
-		}
-		select {
-		case <-ctx.Done():
-			_ = f.Close()
-			return nil, fmt.Errorf("%s: %w", dir, ErrLocked)
-		case <-time.After(wait):
-		}
-	}
+	return checkPrivate(dir) // anybody may have made it: the root of a BPF file system is like /tmp
 }

@@ -165,6 +165,7 @@ func (i *installation) install(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	i.node.StateDir = i.stateDir
 	if i.plugin == "" {
 		self, err := os.Executable()
 		if err != nil {
@@ -173,33 +174,36 @@ func (i *installation) install(ctx context.Context) error {
 		i.plugin = filepath.Join(filepath.Dir(self), chain.PluginType)
 	}
 	i.node.Conf = pluginConf(i.bpfDir, i.stateDir, i.hook)
+	i.node.Runtimes = chain.CachedRuntimes("/proc")
+	if err := i.node.CanJoin(); err != nil {
+		return fmt.Errorf("nothing has been changed: %w", err)
+	}
 	// First: a chain that names a plugin that is not there would keep pods from starting.
-	changed, err := i.node.PutPlugin(i.plugin)
+	changed, err := i.node.PutPlugin(ctx, i.plugin)
 	if err != nil {
 		return fmt.Errorf("plugin: %w", err)
 	}
 	i.node.Log.Info("plugin", "dir", i.node.BinDir, "new", changed)
-	if err := os.MkdirAll(i.node.NetDir, 0o755); err != nil {
-		return err
-	}
 	return i.node.Follow(ctx, way, true)
 }
 
 func (i *installation) uninstall(ctx context.Context) error {
 	log := i.node.Log
+	i.node.StateDir = i.stateDir
 	unlock, err := i.lock()
 	if err != nil {
 		return err
 	}
 	defer func() { _ = unlock() }()
-	naming, err := i.node.Naming()
+	references, err := i.node.References()
 	if err != nil {
 		return err
 	}
-	if len(naming) > 0 {
-		return fmt.Errorf("somebody else has put the plugin into %s: take it out there, and run uninstall again; nothing has been changed", strings.Join(naming, ", "))
+	if len(references) > 0 {
+		return fmt.Errorf("files that are not ours name the plugin, and without it no pod could start: %s: take it out there, and run uninstall again; nothing has been changed",
+			join(references))
 	}
-	changed, err := i.node.Leave()
+	changed, err := i.node.Leave(ctx)
 	if err != nil {
 		return fmt.Errorf("leaving the chain: %w", err)
 	}
@@ -226,6 +230,14 @@ func (i *installation) uninstall(ctx context.Context) error {
 	}
 	log.Info("nothing of probelet is left on the node")
 	return nil
+}
+
+func join(references []chain.Reference) string {
+	var words []string
+	for _, r := range references {
+		words = append(words, r.String())
+	}
+	return strings.Join(words, ", ")
 }
 
 // A chain is run by one process after the other. One that is not seen at so many looks, this far apart, has ended.

@@ -126,6 +126,7 @@ type config struct {
 	crosscheck       time.Duration // between looks at the kubelet's verdicts; 0: none
 	cniCacheDir      string
 	netDir, chain    string // of network configurations; empty: somebody else sees to the chain
+	binDir           string // of plugins
 	metricsListen    string
 	metricsPerPod    bool
 	api              apiConfig
@@ -182,7 +183,7 @@ func variable(flag string) string {
 // misspelt are the variables that look like a flag's and are none's. They are no error: Kubernetes sets such ones by itself, for
 // a Service of that name.
 func misspelt(flags *pflag.FlagSet, environ []string) (names []string) {
-	known := map[string]bool{variable("cni-bin-dir"): true} // probeletctl's
+	known := map[string]bool{}
 	flags.VisitAll(func(f *pflag.Flag) { known[variable(f.Name)] = true })
 	for _, one := range environ {
 		if name, _, _ := strings.Cut(one, "="); strings.HasPrefix(name, variablePrefix) && !known[name] {
@@ -256,6 +257,7 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags.BoolVar(&c.keep, "repair", true, "attach pods that had their network before probelet, and put right what was lost")
 	flags.StringVar(&c.cniCacheDir, "cni-cache-dir", adopt.DefaultCacheDir, "`directory` of the host where the runtime's CNI library keeps results, for that")
 	flags.StringVar(&c.netDir, "cni-net-dir", "", "`directory` of network configurations, to keep the plugin in the chain of (default: somebody else does)")
+	flags.StringVar(&c.binDir, "cni-bin-dir", "/opt/cni/bin", "`directory` of CNI plugins; while the runtime would not find the plugin there, it is kept out of the chain")
 	flags.StringVar(&c.chain, "chain", "auto", "how the plugin is in the chain: `auto|dropin|copy`, as with install")
 	flags.StringVar(&c.metricsListen, "metrics-listen", "127.0.0.1:9553", "`ADDRESS` of /metrics, /healthz and /readyz, in plain HTTP; empty: none")
 	flags.BoolVar(&c.metricsPerPod, "metrics-per-pod", false, "one metric of each pod besides: as many time series as there are pods")

@@ -6,7 +6,6 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -325,7 +324,7 @@ func (m moment) collect(to sink, perPod bool) {
 	}
 	to.gauge(unattachedDesc, m.unattached)
 	if m.chain != nil {
-		to.gauge(chainDesc, btoi(m.chain.Load()))
+		to.gauge(chainDesc, btoi(*m.chain))
 	}
 	for mode, worst := range m.detection {
 		to.seconds(detectionDesc, worst.Answered, string(mode), "answering")
@@ -370,7 +369,7 @@ type moment struct {
 	never                     map[probe.ReasonCode]int
 	known, unknown, refreshed int
 	unattached                int
-	chain                     *atomic.Bool // nil: not looked after
+	chain                     *bool // the plugin is in it; nil: not looked after
 	hits                      map[podName]uint64
 	proberFound               bool
 	sourceUp, sourcePushed    bool
@@ -378,8 +377,13 @@ type moment struct {
 
 func (l *loop) moment() moment {
 	m := moment{
-		endpoints: map[modeState]int{}, never: map[probe.ReasonCode]int{}, unattached: l.unattached(), chain: l.inChain, detection: map[probe.Mode]probe.Delay{}, hits: map[podName]uint64{},
+		endpoints: map[modeState]int{}, never: map[probe.ReasonCode]int{}, unattached: l.unattached(), detection: map[probe.Mode]probe.Delay{}, hits: map[podName]uint64{},
 		proberFound: !l.lost, sourceUp: l.failing() == "", sourcePushed: l.delivery().Pushed,
+	}
+	if l.chain != nil {
+		state := l.chain.Load()
+		joined := state != nil && state.err == nil
+		m.chain = &joined
 	}
 	for _, a := range l.attachments {
 		if a.pod == nil {

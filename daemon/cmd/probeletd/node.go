@@ -36,6 +36,9 @@ func (l *loop) Unready(ctx context.Context) (missing []string, err error) {
 		if l.lost {
 			missing = append(missing, "no prober was found, so nothing is answered")
 		}
+		if err := l.misplaced(); err != nil {
+			missing = append(missing, "new pods are not attached: "+err.Error())
+		}
 		if l.unreadable != "" {
 			missing = append(missing, "records of attachments cannot be read: "+l.unreadable)
 		}

@@ -167,8 +167,12 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 		if err != nil {
 			return err
 		}
-		l.inChain = &atomic.Bool{}
-		network := chain.Node{NetDir: c.netDir, Conf: pluginConf(c.bpfDir, c.stateDir, c.hook), Log: l.log, Joined: l.inChain.Store}
+		l.chain = &atomic.Pointer[chainState]{}
+		network := chain.Node{
+			NetDir: c.netDir, BinDir: c.binDir, StateDir: c.stateDir, Conf: pluginConf(c.bpfDir, c.stateDir, c.hook), Log: l.log,
+			Runtimes: chain.CachedRuntimes("/proc"),
+			Looked:   func(_ chain.Joined, err error) { l.chain.Store(&chainState{err}) },
+		}
 		in.all.Go(func() { in.fail(network.Follow(ctx, way, false)) })
 	}
 	l.log.Info("running", "source", c.sourceName(), "prober", c.prober, "bpf", d.Dir(), "state", c.stateDir)
@@ -357,10 +361,24 @@ type loop struct {
 	calls    chan func() // of others, to be run between two decisions
 	lost     bool        // the prober's cgroup is not there, and that was logged
 	keeper   *keeper     // nil: attachments are as others leave them
-	// inChain is whether the plugin is in the chain; nil: the daemon does not look after it.
-	inChain *atomic.Bool
+	// chain is how the plugin is in the chain, as of the last look; nil: the daemon does not look after it.
+	chain *atomic.Pointer[chainState]
 	// unrepaired is what was logged last of what keeps the keeper from its work.
 	unrepaired string
+}
+
+// chainState is what a look at the chain found: nil if the plugin is in it.
+type chainState struct{ err error }
+
+// misplaced is why the daemon keeps the plugin out of the chain; nil if it does not.
+func (l *loop) misplaced() error {
+	if l.chain == nil {
+		return nil
+	}
+	if state := l.chain.Load(); state != nil && errors.Is(state.err, chain.ErrMisplaced) {
+		return state.err
+	}
+	return nil
 }
 
 func (l *loop) run(ctx context.Context, in *inputs) error {

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -15,10 +14,9 @@ import (
 	"slices"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/veth"
+	"github.com/probelet/probelet/daemon/internal/hostfs"
 )
 
 // DefaultCacheDir is where libcni keeps the results of ADD (CacheDir in its api.go), in all runtimes that are known.
@@ -151,8 +149,10 @@ func (n Node) Naming(plugin string) (count int, err error) {
 	return count, err
 }
 
+func (n Node) fs() hostfs.FS { return hostfs.FS{Root: n.Root} }
+
 func (n Node) results() ([]result, error) {
-	dir, err := n.open(filepath.Join(n.CacheDir, "results"))
+	dir, err := n.fs().Open(filepath.Join(n.CacheDir, "results"))
 	if err != nil {
 		return nil, fmt.Errorf("what the runtime recorded: %w", err)
 	}
@@ -163,7 +163,7 @@ func (n Node) results() ([]result, error) {
 	}
 	var results []result
 	for _, name := range names {
-		text, err := n.read(filepath.Join(n.CacheDir, "results", name))
+		text, err := n.fs().ReadFile(filepath.Join(n.CacheDir, "results", name))
 		if errors.Is(err, os.ErrNotExist) {
 			continue // removed meanwhile
 		}
@@ -177,29 +177,6 @@ func (n Node) results() ([]result, error) {
 		}
 	}
 	return results, nil
-}
-
-// open opens a file of the host. Links in its path are the host's too: /var/run is one.
-func (n Node) open(path string) (*os.File, error) {
-	root, err := os.Open(n.Root)
-	if err != nil {
-		return nil, err
-	}
-	defer root.Close() //nolint:errcheck // read only
-	fd, err := unix.Openat2(int(root.Fd()), path, &unix.OpenHow{Flags: unix.O_RDONLY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT})
-	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: path, Err: err}
-	}
-	return os.NewFile(uintptr(fd), path), nil
-}
-
-func (n Node) read(path string) ([]byte, error) {
-	file, err := n.open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer file.Close() //nolint:errcheck // read only
-	return io.ReadAll(file)
 }
 
 // record returns what Attach needs for the interface, or why it cannot be known.
@@ -254,5 +231,5 @@ func (n Node) openNetns(path string) (*os.File, error) {
 	if ofProcess.MatchString(path) {
 		return os.Open(filepath.Join(n.Root, path)) // a link that cannot lead out of the host
 	}
-	return n.open(path)
+	return n.fs().Open(path)
 }

@@ -29,7 +29,7 @@ const (
 // Listen listens on the socket of a state directory, in place of one that a daemon before left: the caller has the state
 // directory to itself. Only the owner may connect, from the first moment on.
 func Listen(stateDir string) (net.Listener, error) {
-	private, err := os.MkdirTemp(stateDir, "api")
+	private, err := statedir.ListeningDir(stateDir)
 	if err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@ package chain
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,10 +15,15 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
+	"time"
 
+	"github.com/containernetworking/cni/libcni"
 	"github.com/google/renameio/v2"
 	"golang.org/x/mod/semver"
 	"golang.org/x/sys/unix"
+
+	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
 // PluginType is the plugin's type in a network configuration, and the name of its binary.
@@ -38,11 +44,15 @@ const (
 type Node struct {
 	NetDir string // of network configurations
 	BinDir string // of plugins
+	// StateDir is where whoever changes the two directories takes a lock.
+	StateDir string
 	// Conf are the plugin's own fields in the configuration, beside its type.
 	Conf map[string]string
 	Log  *slog.Logger
-	// Joined, if set, is told by Follow after each look whether the plugin is in the chain.
-	Joined func(bool)
+	// Looked, if set, is told by Follow after each look how the plugin is in the chain, or why it is not.
+	Looked func(Joined, error)
+	// Runtimes finds the node's runtimes, whose configuration says where they look for plugins. nil: none is asked.
+	Runtimes func() Runtimes
 }
 
 // What may be otherwise in a moment.
@@ -93,7 +103,7 @@ func (n Node) primary() (*network, error) {
 		if err != nil { // such as: a link that leads nowhere from here; the runtime may see more
 			return nil, fmt.Errorf("%w: %w", ErrUnusable, err)
 		}
-		found, err := parse(text)
+		found, err := parse(e.Name(), text)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w: %w", filepath.Join(n.NetDir, e.Name()), ErrUnusable, err)
 		}
@@ -106,43 +116,51 @@ func (n Node) primary() (*network, error) {
 	return nil, fmt.Errorf("%w in %s", ErrNoNetwork, n.NetDir)
 }
 
-// parse reads a list of plugins, or a single one's configuration, which becomes a list.
-func parse(text []byte) (*network, error) {
-	n := &network{}
+// parse reads a configuration as libcni does, for whom the file's name decides: a .conflist is a list of plugins, any other
+// a single plugin's configuration, which becomes a list. What libcni refuses is refused.
+func parse(file string, text []byte) (*network, error) {
+	n := &network{file: file}
 	if err := json.Unmarshal(text, &n.members); err != nil {
 		return nil, err
 	}
 	if err := json.Unmarshal(n.members["name"], &n.name); err != nil || n.name == "" {
 		return nil, errors.New("name: must be set")
 	}
-	if list, ok := n.members["plugins"]; ok {
-		if err := json.Unmarshal(list, &n.plugins); err != nil || len(n.plugins) == 0 {
-			return nil, errors.New("plugins: must be a list of at least one")
-		}
-	} else if pluginType(text) == "" {
-		n.unsupported = errors.New("plugins: there are none in its own file, so nothing is certain to come before the plugin")
+	var err error
+	if filepath.Ext(file) == ".conflist" {
+		err = n.parseList(text)
 	} else {
-		single := map[string]json.RawMessage{"name": n.members["name"]}
-		if version, ok := n.members["cniVersion"]; ok {
-			single["cniVersion"] = version
-		}
-		n.plugins, n.members = []json.RawMessage{bytes.TrimSpace(text)}, single
+		err = n.parseSingle(text)
 	}
-	for i, p := range n.plugins {
-		if pluginType(p) == "" {
-			return nil, fmt.Errorf("plugins[%d].type: must be set", i)
-		}
-	}
-	if text, ok := n.members["loadOnlyInlinedPlugins"]; ok {
-		// libcni takes it as a string, too.
-		if err := json.Unmarshal(bytes.ToLower(bytes.Trim(text, `"`)), &n.inlinedOnly); err != nil {
-			return nil, fmt.Errorf("loadOnlyInlinedPlugins: %s: must be true or false", text)
-		}
-	}
-	if n.unsupported == nil {
+	if err == nil && n.unsupported == nil {
 		n.unsupported = n.tooOld()
 	}
-	return n, nil
+	return n, err
+}
+
+func (w *network) parseSingle(text []byte) error {
+	if _, err := libcni.NetworkPluginConfFromBytes(text); err != nil {
+		return err
+	}
+	single := map[string]json.RawMessage{"name": w.members["name"]}
+	if version, ok := w.members["cniVersion"]; ok {
+		single["cniVersion"] = version
+	}
+	w.plugins, w.members = []json.RawMessage{bytes.TrimSpace(text)}, single
+	return nil
+}
+
+func (w *network) parseList(text []byte) error {
+	list, err := libcni.NetworkConfFromBytes(text)
+	if err != nil {
+		return err
+	}
+	w.inlinedOnly = list.LoadOnlyInlinedPlugins
+	if len(list.Plugins) == 0 {
+		w.unsupported = errors.New("plugins: there are none in its own file, so nothing is certain to come before the plugin")
+		return nil
+	}
+	return json.Unmarshal(w.members["plugins"], &w.plugins)
 }
 
 // oldestCNI is the oldest version of the CNI specification whose results the plugin reads; before it there was no prevResult.
@@ -171,30 +189,6 @@ func pluginType(conf json.RawMessage) string {
 func (w *network) has() bool { return slices.ContainsFunc(w.plugins, isPlugin) }
 
 func isPlugin(conf json.RawMessage) bool { return pluginType(conf) == PluginType }
-
-// Naming are the files that name the plugin by somebody else's hand, of all networks that there are.
-func (n Node) Naming() ([]string, error) {
-	var files []string
-	for _, pattern := range []string{"*.conflist", "*.conf", "*.json", filepath.Join("*", "*.conf")} {
-		found, err := filepath.Glob(filepath.Join(n.NetDir, pattern))
-		if err != nil {
-			return nil, err
-		}
-		files = append(files, found...)
-	}
-	ours := n.ours()
-	var naming []string
-	for _, file := range files {
-		text, err := os.ReadFile(file)
-		if err != nil || slices.Contains(ours, file) {
-			continue
-		}
-		if w, err := parse(text); isPlugin(text) || err == nil && w.has() {
-			naming = append(naming, file)
-		}
-	}
-	return naming, nil
-}
 
 // plugin is our entry.
 func (n Node) plugin() (json.RawMessage, error) {
@@ -240,10 +234,10 @@ type Joined struct {
 }
 
 // Join puts the plugin into the chain of the primary network, or adapts what is there to how that is now. The error is
-// ErrNoNetwork if there is none, and ErrUnsupported if the plugin cannot be in it; then nothing of ours is left either, lest a
-// network outlive its configuration. It is ErrUnusable if that cannot be read; then everything stays as it is.
-func (n Node) Join(way Way) (Joined, error) {
-	unlock, err := lock(n.NetDir)
+// ErrNoNetwork if there is none, ErrUnsupported if the plugin cannot be in it, and ErrMisplaced if the runtime would not find the
+// plugin; then nothing of ours is left either, lest a network outlive its configuration or its pods do not start. It is ErrUnusable if that cannot be read; then everything stays as it is.
+func (n Node) Join(ctx context.Context, way Way) (Joined, error) {
+	unlock, err := n.lock(ctx)
 	if err != nil {
 		return Joined{}, err
 	}
@@ -252,8 +246,11 @@ func (n Node) Join(way Way) (Joined, error) {
 	if err == nil && w.unsupported != nil {
 		err = fmt.Errorf("%s: %w: %w", filepath.Join(n.NetDir, w.file), ErrUnsupported, w.unsupported)
 	}
+	if err == nil {
+		err = n.findable(w)
+	}
 	if err != nil {
-		if errors.Is(err, ErrNoNetwork) || errors.Is(err, ErrUnsupported) {
+		if errors.Is(err, ErrNoNetwork) || errors.Is(err, ErrUnsupported) || errors.Is(err, ErrMisplaced) {
 			_, left := n.leaveBut("")
 			err = errors.Join(err, left)
 		}
@@ -266,6 +263,7 @@ func (n Node) Join(way Way) (Joined, error) {
 		return j, err
 	}
 	var text []byte
+	var like fs.FileInfo // nil: readable for all, as there is nothing secret in it
 	if way == DropIn && w.readsDropIns() {
 		j.File = filepath.Join(n.NetDir, w.name, dropInName)
 		if text, err = n.plugin(); err == nil {
@@ -276,6 +274,9 @@ func (n Node) Join(way Way) (Joined, error) {
 		var name string
 		name, text, err = n.copyOf(w)
 		j.File = filepath.Join(n.NetDir, name)
+		if err == nil {
+			like, err = os.Stat(j.Primary) // a key may be in it
+		}
 	}
 	if err != nil {
 		return j, err
@@ -283,7 +284,7 @@ func (n Node) Join(way Way) (Joined, error) {
 	if filepath.Base(w.name) != w.name || w.name == "." || w.name == ".." {
 		return j, fmt.Errorf("%s: name: %q: is no file's name", j.Primary, w.name)
 	}
-	if j.Changed, err = n.put(j.File, text); err != nil {
+	if j.Changed, err = n.put(j.File, text, like); err != nil {
 		return j, err
 	}
 	left, err := n.leaveBut(j.File)
@@ -291,11 +292,13 @@ func (n Node) Join(way Way) (Joined, error) {
 	return j, err
 }
 
-// hasDropIn is whether the plugin is in a drop-in of the network by somebody's hand.
+// hasDropIn reports whether the plugin is in a drop-in of the network by somebody's hand.
 func (n Node) hasDropIn(w *network) bool {
-	files, err := n.Naming()
-	return err == nil && w.readsDropIns() && slices.ContainsFunc(files, func(file string) bool {
-		return filepath.Dir(file) == filepath.Join(n.NetDir, w.name)
+	files, _ := filepath.Glob(filepath.Join(n.NetDir, w.name, "*.conf"))
+	ours := n.ours()
+	return w.readsDropIns() && slices.ContainsFunc(files, func(file string) bool {
+		text, err := os.ReadFile(file)
+		return err == nil && isPlugin(text) && !slices.Contains(ours, file)
 	})
 }
 
@@ -312,6 +315,9 @@ func (n Node) Look() (j Joined, in bool, err error) {
 	j = Joined{Network: w.name, Primary: filepath.Join(n.NetDir, w.file)}
 	if w.unsupported != nil {
 		return j, false, fmt.Errorf("%s: %w: %w", j.Primary, ErrUnsupported, w.unsupported)
+	}
+	if err := n.findable(w); err != nil {
+		return j, false, err
 	}
 	if w.has() || n.hasDropIn(w) {
 		return j, true, nil
@@ -335,7 +341,7 @@ func (n Node) isCopy(file string, w *network) bool {
 	if err != nil || filepath.Base(file) >= w.file {
 		return false
 	}
-	found, err := parse(text)
+	found, err := parse(file, text)
 	if err != nil || len(found.plugins) != len(w.plugins)+1 {
 		return false
 	}
@@ -349,28 +355,19 @@ func (n Node) isCopy(file string, w *network) bool {
 		maps.EqualFunc(found.members, w.members, func(a, b json.RawMessage) bool { return a == nil && b == nil || same(a, b) })
 }
 
-// lock keeps other processes from changing a directory, until unlock. Each has it for a moment only.
-func lock(dir string) (unlock func(), err error) {
-	f, err := os.Open(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return func() {}, nil // nor is there anything to be changed
-	}
-	if err != nil {
-		return nil, err
-	}
-	for {
-		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX); !errors.Is(err, unix.EINTR) {
-			break
-		}
-	}
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("locking %s: %w", dir, err), f.Close())
-	}
-	return func() { _ = f.Close() }, nil
+// lockDeadline bounds the wait for another process that changes the chain, which takes a moment.
+const lockDeadline = 10 * time.Second
+
+// lock keeps other processes from changing the chain or the plugin's binary, until unlock.
+func (n Node) lock(ctx context.Context) (unlock func(), err error) {
+	ctx, cancel := context.WithTimeout(ctx, lockDeadline)
+	defer cancel()
+	return statedir.LockChain(ctx, n.StateDir)
 }
 
-// writeFile replaces a file, whole and for good: also should the machine lose its power now.
-func writeFile(file string, text []byte, mode fs.FileMode) error {
+// writeFile replaces a file, whole and for good: also should the machine lose its power now. owner, if not nil, is a file
+// whose owner it has.
+func writeFile(file string, text []byte, mode fs.FileMode, owner fs.FileInfo) error {
 	dir := filepath.Dir(file)
 	// Beside the file: a runtime sees a file that is renamed within the directory, not one that comes from elsewhere.
 	f, err := renameio.NewPendingFile(file, renameio.WithTempDir(dir), renameio.WithStaticPermissions(mode))
@@ -378,6 +375,11 @@ func writeFile(file string, text []byte, mode fs.FileMode) error {
 		return err
 	}
 	defer f.Cleanup() //nolint:errcheck // nothing is left but after an error
+	if owner != nil {
+		if err := f.Chown(ownerOf(owner)); err != nil {
+			return err
+		}
+	}
 	if _, err := f.Write(text); err != nil {
 		return err
 	}
@@ -385,6 +387,11 @@ func writeFile(file string, text []byte, mode fs.FileMode) error {
 		return err
 	}
 	return syncDir(dir)
+}
+
+func ownerOf(info fs.FileInfo) (uid, gid int) {
+	stat := info.Sys().(*syscall.Stat_t)
+	return int(stat.Uid), int(stat.Gid)
 }
 
 func syncDir(dir string) error {
@@ -399,9 +406,9 @@ func syncDir(dir string) error {
 	return errors.Join(err, f.Close())
 }
 
-// put writes a file if it does not have that text, and has the runtime read it.
-func (n Node) put(file string, text []byte) (changed bool, err error) {
-	if old, err := os.ReadFile(file); err == nil && bytes.Equal(old, text) {
+// put writes a file if it does not have that text, and has the runtime read it. It gets the mode and the owner of like.
+func (n Node) put(file string, text []byte, like fs.FileInfo) (changed bool, err error) {
+	if isAs(file, text, like) {
 		return false, nil
 	}
 	if dir := filepath.Dir(file); dir != n.NetDir {
@@ -412,10 +419,32 @@ func (n Node) put(file string, text []byte) (changed bool, err error) {
 			return false, err
 		}
 	}
-	if err := writeFile(file, text, 0o644); err != nil {
+	mode := fs.FileMode(0o644)
+	if like != nil {
+		mode = like.Mode().Perm()
+	}
+	if err := writeFile(file, text, mode, like); err != nil {
 		return false, err
 	}
 	return true, n.Wake()
+}
+
+// isAs reports whether a file has that text, and the mode and the owner of like.
+func isAs(file string, text []byte, like fs.FileInfo) bool {
+	old, err := os.ReadFile(file)
+	if err != nil || !bytes.Equal(old, text) {
+		return false
+	}
+	if like == nil {
+		return true
+	}
+	info, err := os.Stat(file)
+	if err != nil || info.Mode().Perm() != like.Mode().Perm() {
+		return false
+	}
+	uid, gid := ownerOf(info)
+	wantUID, wantGID := ownerOf(like)
+	return uid == wantUID && gid == wantGID
 }
 
 // bell begins the name of the file that comes and goes to wake the runtime.
@@ -438,8 +467,8 @@ func (n Node) Wake() error {
 }
 
 // Leave takes the plugin out of the chain. changed is whether it was in there.
-func (n Node) Leave() (changed bool, err error) {
-	unlock, err := lock(n.NetDir)
+func (n Node) Leave(ctx context.Context) (changed bool, err error) {
+	unlock, err := n.lock(ctx)
 	if err != nil {
 		return false, err
 	}
@@ -466,17 +495,24 @@ func (n Node) leaveBut(keep string) (changed bool, err error) {
 		changed = true
 		n.removeEmpty(filepath.Dir(file))
 	}
-	patterns := []string{bell + "[0-9]*", filepath.Join("*", "."+dropInName+"[0-9]*")}
-	for _, name := range copyNames {
-		patterns = append(patterns, "."+name+"[0-9]*")
-	}
-	for _, pattern := range patterns {
-		errs = append(errs, removeAll(filepath.Join(n.NetDir, pattern)))
+	for _, pattern := range n.interrupted() {
+		errs = append(errs, removeAll(pattern))
 	}
 	if changed {
 		errs = append(errs, syncDir(n.NetDir), n.Wake())
 	}
 	return changed, errors.Join(errs...)
+}
+
+// interrupted are patterns of the files that writing in NetDir leaves when it is interrupted.
+func (n Node) interrupted() []string {
+	patterns := []string{
+		filepath.Join(n.NetDir, bell+"[0-9]*"), filepath.Join(n.NetDir, "*", "."+dropInName+"[0-9]*"),
+	}
+	for _, name := range copyNames {
+		patterns = append(patterns, filepath.Join(n.NetDir, "."+name+"[0-9]*"))
+	}
+	return patterns
 }
 
 // removeAll removes the files that a pattern matches.
@@ -508,7 +544,7 @@ func (n Node) ours() []string {
 			continue
 		}
 		// One that is not whole was not written by us, who never leave one.
-		if found, err := parse(text); err == nil && found.members[derivedFrom] != nil {
+		if found, err := parse(name, text); err == nil && found.members[derivedFrom] != nil {
 			files = append(files, file)
 		}
 	}
@@ -522,15 +558,12 @@ func (n Node) ours() []string {
 }
 
 // PutPlugin puts the plugin's binary where the runtime finds it. changed is whether it was not there, or another one.
-func (n Node) PutPlugin(source string) (changed bool, err error) {
+func (n Node) PutPlugin(ctx context.Context, source string) (changed bool, err error) {
 	program, err := os.ReadFile(source)
 	if err != nil {
 		return false, err
 	}
-	if err := os.MkdirAll(n.BinDir, 0o755); err != nil {
-		return false, err
-	}
-	unlock, err := lock(n.BinDir)
+	unlock, err := n.lock(ctx)
 	if err != nil {
 		return false, err
 	}
@@ -542,7 +575,7 @@ func (n Node) PutPlugin(source string) (changed bool, err error) {
 	if old, err := os.ReadFile(target); err == nil && bytes.Equal(old, program) {
 		return false, os.Chmod(target, 0o755)
 	}
-	return true, writeFile(target, program, 0o755)
+	return true, writeFile(target, program, 0o755, nil)
 }
 
 // removeInterrupted removes what writing the binary left when it was interrupted.
@@ -556,13 +589,8 @@ func (n Node) HasPlugin() bool {
 	return err == nil
 }
 
-// RemovePlugin removes the binary.
+// RemovePlugin removes the binary. It takes no lock, because the state directory is gone by then.
 func (n Node) RemovePlugin() error {
-	unlock, err := lock(n.BinDir)
-	if err != nil {
-		return err
-	}
-	defer unlock()
 	if err := os.Remove(n.pluginFile()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}

@@ -31,16 +31,27 @@ type files = map[string]string
 
 func newNode(t *testing.T, network files) Node {
 	t.Helper()
-	n := Node{NetDir: filepath.Join(t.TempDir(), "net.d"), BinDir: filepath.Join(t.TempDir(), "bin"), Log: slog.New(slog.NewTextHandler(t.Output(), nil))}
+	n := Node{NetDir: filepath.Join(t.TempDir(), "net.d"), BinDir: filepath.Join(t.TempDir(), "bin"), StateDir: t.TempDir(), Log: slog.New(slog.NewTextHandler(t.Output(), nil))}
 	for _, dir := range []string{n.NetDir, n.BinDir} {
 		if err := os.Mkdir(dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
+	for _, plugin := range []string{"ptp", "portmap", "bridge", "firewall", "bandwidth", "a", PluginType} {
+		n.addProgram(t, plugin)
+	}
 	for name, text := range network {
 		n.write(t, name, text)
 	}
 	return n
+}
+
+// addProgram puts a program into BinDir.
+func (n Node) addProgram(t *testing.T, name string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(n.BinDir, name), []byte("#!"), 0o755); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func (n Node) write(t *testing.T, name, text string) {
@@ -92,11 +103,10 @@ func (n Node) chainIn(t *testing.T) string {
 		if err != nil {
 			continue // gone meanwhile
 		}
-		w, err := parse(text)
+		w, err := parse(e.Name(), text)
 		if err != nil {
 			continue
 		}
-		w.file = e.Name()
 		var types []string
 		for _, p := range w.plugins {
 			types = append(types, pluginType(p))
@@ -130,7 +140,7 @@ func TestJoinAndLeave(t *testing.T) {
 			"pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
 		"the first of two":         {Copy, files{"10-pods.conflist": list, "20-more.conf": single}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
 		"there by hand":            {Copy, files{"10-pods.conflist": strings.Replace(list, `"portmap"`, `"probelet"`, 1)}, "pods: ptp probelet", "", ""},
-		"somebody's of a name":     {Copy, files{"00-probelet.conflist": single}, "pods: bridge probelet", Copy, "00-0-probelet.conflist"},
+		"somebody's of a name":     {Copy, files{"00-probelet.conflist": list}, "pods: ptp portmap probelet", Copy, "00-0-probelet.conflist"},
 		"a single one, no drop-in": {DropIn, files{"10-pods.conf": single}, "pods: bridge probelet", Copy, "00-probelet.conflist"},
 		"a drop-in by hand":        {DropIn, files{"10-pods.conflist": list, "pods/50-mine.conf": `{"type":"probelet"}`}, "pods: ptp portmap probelet", "", ""},
 		"a drop-in by hand, unread": {Copy, files{"10-pods.conflist": strings.Replace(list, `"x":`, `"loadOnlyInlinedPlugins":"True","x":`, 1),
@@ -142,7 +152,7 @@ func TestJoinAndLeave(t *testing.T) {
 			n := newNode(t, test.network)
 			before, plain := contents(t, n.NetDir), n.chainIn(t)
 			for _, changed := range []bool{test.file != "", false} {
-				j, err := n.Join(test.way)
+				j, err := n.Join(t.Context(), test.way)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -162,7 +172,7 @@ func TestJoinAndLeave(t *testing.T) {
 					t.Errorf("%s was changed: %s", file, got)
 				}
 			}
-			if _, err := n.Leave(); err != nil {
+			if _, err := n.Leave(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			if got := n.chainIn(t); got != plain {
@@ -179,7 +189,7 @@ func TestJoinAndLeave(t *testing.T) {
 func TestCopyIsFaithful(t *testing.T) {
 	n := newNode(t, files{"10-pods.conflist": list})
 	n.Conf = map[string]string{"bpfDir": "/sys/fs/bpf/other"}
-	j, err := n.Join(Copy)
+	j, err := n.Join(t.Context(), Copy)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,23 +220,26 @@ func TestJoinErrors(t *testing.T) {
 		network files
 		want    []string
 	}{
-		"nothing":           {nil, []string{"no network configuration"}},
-		"no plugins":        {files{"10-x.conflist": `{"name":"x","plugins":[]}`}, []string{"10-x.conflist", "not a network configuration", "plugins: must be"}},
-		"the next is none":  {files{"10-x.conflist": "", "20-y.conflist": list}, []string{"10-x.conflist", "not a network configuration"}},
-		"of our name":       {files{"00-probelet.conflist": "{", "10-x.conflist": list}, []string{"00-probelet.conflist", "not a network configuration"}},
-		"no name":           {files{"10-x.conflist": `{"plugins":[{"type":"a"}]}`}, []string{"10-x.conflist", "name: must be set"}},
-		"no type":           {files{"10-x.conflist": `{"name":"x","plugins":[{"type":"a"},{}]}`}, []string{"plugins[1].type"}},
-		"a name with a way": {files{"10-x.conflist": `{"cniVersion":"1.0.0","name":"../x","plugins":[{"type":"a"}]}`}, []string{`"../x"`, "no file's name"}},
-		"no name is left":   {files{"!00-a.conf": single}, []string{"!00-a.conf", "no free name sorts before"}},
-		"too old":           {files{"10-x.conflist": strings.Replace(list, "1.0.0", "0.2.0", 1)}, []string{"10-x.conflist", `cniVersion: "0.2.0"`, "0.3.0 or newer"}},
-		"of no version":     {files{"10-x.conf": `{"name":"x","type":"bridge"}`}, []string{"10-x.conf", `cniVersion: ""`}},
-		"drop-ins only":     {files{"10-x.conflist": `{"cniVersion":"1.1.0","name":"x"}`, "x/1-a.conf": `{"type":"a"}`}, []string{"10-x.conflist", "plugins: there are none"}},
-		"another's boolean": {files{"10-x.conflist": strings.Replace(list, `"x":`, `"loadOnlyInlinedPlugins":"perhaps","x":`, 1)}, []string{`loadOnlyInlinedPlugins: "perhaps"`}},
+		"nothing":                     {nil, []string{"no network configuration"}},
+		"no plugins":                  {files{"10-x.conflist": `{"name":"x","plugins":[]}`}, []string{"10-x.conflist", "not a network configuration", "no plugins in list"}},
+		"a list that is a single one": {files{"10-x.conflist": single}, []string{"10-x.conflist", "plugins: there are none"}},
+		"a single one that is a list": {files{"10-x.conf": list}, []string{"10-x.conf", "not a network configuration", "missing 'type'"}},
+		"a list in .json":             {files{"10-x.json": list}, []string{"10-x.json", "not a network configuration", "missing 'type'"}},
+		"the next is none":            {files{"10-x.conflist": "", "20-y.conflist": list}, []string{"10-x.conflist", "not a network configuration"}},
+		"of our name":                 {files{"00-probelet.conflist": "{", "10-x.conflist": list}, []string{"00-probelet.conflist", "not a network configuration"}},
+		"no name":                     {files{"10-x.conflist": `{"plugins":[{"type":"a"}]}`}, []string{"10-x.conflist", "name: must be set"}},
+		"no type":                     {files{"10-x.conflist": `{"name":"x","plugins":[{"type":"a"},{}]}`}, []string{"plugin config 1", "missing 'type'"}},
+		"a name with a way":           {files{"10-x.conflist": `{"cniVersion":"1.0.0","name":"../x","plugins":[{"type":"a"}]}`}, []string{`"../x"`, "no file's name"}},
+		"no name is left":             {files{"!00-a.conf": single}, []string{"!00-a.conf", "no free name sorts before"}},
+		"too old":                     {files{"10-x.conflist": strings.Replace(list, "1.0.0", "0.2.0", 1)}, []string{"10-x.conflist", `cniVersion: "0.2.0"`, "0.3.0 or newer"}},
+		"of no version":               {files{"10-x.conf": `{"name":"x","type":"bridge"}`}, []string{"10-x.conf", `cniVersion: ""`}},
+		"drop-ins only":               {files{"10-x.conflist": `{"cniVersion":"1.1.0","name":"x"}`, "x/1-a.conf": `{"type":"a"}`}, []string{"10-x.conflist", "plugins: there are none"}},
+		"another's boolean":           {files{"10-x.conflist": strings.Replace(list, `"x":`, `"loadOnlyInlinedPlugins":"perhaps","x":`, 1)}, []string{"loadOnlyInlinedPlugins", `"perhaps"`}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t, test.network)
 			before := contents(t, n.NetDir)
-			_, err := n.Join(Copy)
+			_, err := n.Join(t.Context(), Copy)
 			for _, part := range test.want {
 				if err == nil || !strings.Contains(err.Error(), part) {
 					t.Errorf("%v does not say %q", err, part)
@@ -237,7 +250,7 @@ func TestJoinErrors(t *testing.T) {
 			}
 		})
 	}
-	if _, err := newNode(t, nil).Join(DropIn); !errors.Is(err, ErrNoNetwork) {
+	if _, err := newNode(t, nil).Join(t.Context(), DropIn); !errors.Is(err, ErrNoNetwork) {
 		t.Errorf("not ErrNoNetwork: %v", err)
 	}
 }
@@ -248,7 +261,7 @@ func TestLinkThatLeadsNowhere(t *testing.T) {
 	if err := os.Symlink("/nowhere/10-pods.conflist", filepath.Join(n.NetDir, "10-pods.conflist")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := n.Join(Copy); !errors.Is(err, ErrUnusable) {
+	if _, err := n.Join(t.Context(), Copy); !errors.Is(err, ErrUnusable) {
 		t.Errorf("not ErrUnusable: %v", err)
 	}
 	if got := n.ours(); len(got) > 0 {
@@ -259,11 +272,11 @@ func TestLinkThatLeadsNowhere(t *testing.T) {
 // A network that becomes one that the plugin cannot be in is left.
 func TestLeftWhenUnsupported(t *testing.T) {
 	n := newNode(t, files{"10-pods.conflist": list})
-	if _, err := n.Join(Copy); err != nil {
+	if _, err := n.Join(t.Context(), Copy); err != nil {
 		t.Fatal(err)
 	}
 	n.write(t, "10-pods.conflist", strings.Replace(list, "1.0.0", "0.1.0", 1))
-	if _, err := n.Join(Copy); !errors.Is(err, ErrUnsupported) {
+	if _, err := n.Join(t.Context(), Copy); !errors.Is(err, ErrUnsupported) {
 		t.Errorf("not ErrUnsupported: %v", err)
 	}
 	if got := n.chainIn(t); got != "pods: ptp portmap" {
@@ -282,7 +295,7 @@ func TestLook(t *testing.T) {
 	}
 	join := func(way Way) {
 		t.Helper()
-		if _, err := n.Join(way); err != nil {
+		if _, err := n.Join(t.Context(), way); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -301,20 +314,47 @@ func TestLook(t *testing.T) {
 	expect("a list is not first any more", false)
 }
 
-// naming are the files that Naming finds.
-func TestNaming(t *testing.T) {
+// Whatever runs the plugin, or reads a file of ours, is found, and nothing else.
+func TestReferences(t *testing.T) {
 	byHand := strings.Replace(list, `"portmap"`, `"probelet"`, 1)
-	n := newNode(t, files{"10-pods.conflist": list, "20-a.conflist": byHand, "30-b.conf": `{"name":"b","type":"probelet"}`,
-		"pods/50-c.conf": `{"type":"probelet"}`, "40-d.bak": byHand, "50-e.conf": single})
-	for _, way := range []Way{Copy, DropIn} {
-		if _, err := n.Join(way); err != nil {
-			t.Fatal(err)
-		}
-		got, err := n.Naming()
-		want := []string{filepath.Join(n.NetDir, "20-a.conflist"), filepath.Join(n.NetDir, "30-b.conf"), filepath.Join(n.NetDir, "pods/50-c.conf")}
-		if err != nil || !reflect.DeepEqual(got, want) {
-			t.Errorf("%v, %v; want %v", got, err, want)
-		}
+	const multus = `{"cniVersion":"0.3.1","name":"multus-cni-network","type":"multus","delegates":[%s]}`
+	for name, test := range map[string]struct {
+		file, text, place string // place: of the reference; empty: there is none
+	}{
+		"a list":                     {"20-a.conflist", byHand, "plugins[1].type"},
+		"a single plugin":            {"30-b.conf", `{"name":"b","type":"probelet"}`, "type"},
+		"a drop-in by hand":          {"pods/50-c.conf", `{"type":"probelet"}`, "type"},
+		"renamed":                    {"05-x.conflist.cilium_bak", byHand, "plugins[1].type"},
+		"renamed, of ours":           {"00-probelet.conflist.cilium_bak", strings.Replace(byHand, `"x"`, `"probelet.dev/derivedFrom":"x","x"`, 1), "plugins[1].type"},
+		"Multus: a delegate":         {"00-multus.conf", fmt.Sprintf(multus, byHand), "delegates[0].plugins[1].type"},
+		"Multus: a path":             {"00-multus.conf", `{"name":"m","type":"multus","clusterNetwork":"/host/etc/cni/net.d/00-probelet.conflist"}`, "clusterNetwork"},
+		"Multus: several paths":      {"00-multus.conf", `{"name":"m","type":"multus","defaultNetworks":["x","/etc/cni/net.d/00-0-probelet.conflist"]}`, "defaultNetworks[1]"},
+		"in a directory of another":  {"multus/net.d/10-m.conf", byHand, "plugins[1].type"},
+		"half-written":               {"20-a.conflist", byHand[:len(byHand)-3], "?"},
+		"a network of another type":  {"50-e.conf", single, ""},
+		"of that name":               {"60-f.conflist", strings.Replace(list, `"pods"`, `"probelet"`, 1), ""},
+		"no configuration":           {"kubeconfig", "kind: Config # probelet", ""},
+		"a copy with another's name": {"70-g.conf", `{"name":"m","type":"bridge","of":"00-probelet.conflist"}`, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t, files{"10-pods.conflist": list})
+			for _, way := range []Way{Copy, DropIn} {
+				if _, err := n.Join(t.Context(), way); err != nil {
+					t.Fatal(err)
+				}
+				if got, err := n.References(); err != nil || len(got) > 0 {
+					t.Fatalf("before: %v, %v", got, err)
+				}
+			}
+			n.write(t, test.file, test.text)
+			want := []Reference{{filepath.Join(n.NetDir, test.file), strings.Trim(test.place, "?")}}
+			if test.place == "" {
+				want = nil
+			}
+			if got, err := n.References(); err != nil || !reflect.DeepEqual(got, want) {
+				t.Errorf("%v, %v; want %v", got, err, want)
+			}
+		})
 	}
 }
 
@@ -328,7 +368,7 @@ func TestPluginMode(t *testing.T) {
 		}
 	}
 	for range 2 {
-		if _, err := n.PutPlugin(source); err != nil {
+		if _, err := n.PutPlugin(t.Context(), source); err != nil {
 			t.Fatal(err)
 		}
 		if info, err := os.Stat(n.pluginFile()); err != nil || info.Mode() != 0o755 {
@@ -383,12 +423,12 @@ func TestRuntimeNotices(t *testing.T) {
 				t.Helper()
 				eventually(t, what+": the runtime's chain is another than "+want, func() bool { return chain() == want })
 			}
-			if _, err := n.Join(way); err != nil {
+			if _, err := n.Join(t.Context(), way); err != nil {
 				t.Fatal(err)
 			}
 			with := map[Way]string{Copy: "pods: ptp portmap probelet other", DropIn: "pods: ptp portmap probelet other"}[way]
 			expect("joined", with)
-			if _, err := n.Leave(); err != nil {
+			if _, err := n.Leave(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			expect("left", "pods: ptp portmap other")
@@ -541,7 +581,7 @@ func TestWaitingIsNoContest(t *testing.T) {
 	n := newNode(t, nil)
 	f := follower{Node: n, way: Copy, pause: settle}
 	for i := range 20 {
-		if err := f.join(); !passes(err) || f.pause != settle {
+		if err := f.join(t.Context()); !passes(err) || f.pause != settle {
 			t.Fatalf("look %d: the next one is after %s: %v", i, f.pause, err)
 		}
 		n.write(t, "10-pods.conflist", list[:10+i])
@@ -567,7 +607,7 @@ func TestJoinConcurrently(t *testing.T) {
 			mine := n
 			for i := range 50 {
 				mine.Conf = map[string]string{"logFile": fmt.Sprintf("/%d-%d", worker, i)} // so that each writes anew
-				if _, err := mine.Join(Copy); err != nil {
+				if _, err := mine.Join(t.Context(), Copy); err != nil {
 					t.Error(err)
 				}
 			}
@@ -587,12 +627,12 @@ const victim = "PROBELET_TEST_INSTALL"
 // TestMain plays the process that is killed in TestKilledAtAnyMoment.
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(victim); dir != "" {
-		n := Node{NetDir: filepath.Join(dir, "net.d"), BinDir: filepath.Join(dir, "bin"), Log: slog.New(slog.DiscardHandler)}
+		n := Node{NetDir: filepath.Join(dir, "net.d"), BinDir: filepath.Join(dir, "bin"), StateDir: filepath.Join(dir, "state"), Log: slog.New(slog.DiscardHandler)}
 		for i := 0; ; i++ {
 			n.Conf = map[string]string{"logFile": fmt.Sprintf("/%d", i)} // so that each writes anew
-			_, err := n.PutPlugin(filepath.Join(dir, fmt.Sprintf("program%d", i%2)))
+			_, err := n.PutPlugin(context.Background(), filepath.Join(dir, fmt.Sprintf("program%d", i%2)))
 			if err == nil {
-				_, err = n.Join([]Way{Copy, DropIn}[i/2%2])
+				_, err = n.Join(context.Background(), []Way{Copy, DropIn}[i/2%2])
 			}
 			if err != nil {
 				fmt.Fprintln(os.Stderr, err)
@@ -606,9 +646,12 @@ func TestMain(m *testing.M) {
 func TestKilledAtAnyMoment(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	n := Node{NetDir: filepath.Join(dir, "net.d"), BinDir: filepath.Join(dir, "bin"), Log: slog.New(slog.DiscardHandler)}
-	if err := os.Mkdir(n.NetDir, 0o755); err != nil {
+	n := Node{NetDir: filepath.Join(dir, "net.d"), BinDir: filepath.Join(dir, "bin"), StateDir: filepath.Join(dir, "state"), Log: slog.New(slog.DiscardHandler)}
+	if err := errors.Join(os.Mkdir(n.NetDir, 0o755), os.Mkdir(n.BinDir, 0o755)); err != nil {
 		t.Fatal(err)
+	}
+	for _, plugin := range []string{"ptp", "portmap"} {
+		n.addProgram(t, plugin)
 	}
 	n.write(t, "10-pods.conflist", list)
 	before := contents(t, n.NetDir)
@@ -648,19 +691,19 @@ func TestKilledAtAnyMoment(t *testing.T) {
 	if got := n.chainIn(t); !strings.Contains(got, "probelet") {
 		t.Errorf("it never came to join: %q", got)
 	}
-	if _, err := n.Join(Copy); err != nil {
+	if _, err := n.Join(t.Context(), Copy); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := n.Leave(); err != nil {
+	if _, err := n.Leave(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if got := contents(t, n.NetDir); !reflect.DeepEqual(got, before) {
 		t.Errorf("left %v", got)
 	}
-	if _, err := n.PutPlugin(filepath.Join(dir, "program0")); err != nil {
+	if _, err := n.PutPlugin(t.Context(), filepath.Join(dir, "program0")); err != nil {
 		t.Fatal(err)
 	}
-	if got := contents(t, n.BinDir); len(got) != 1 {
+	if got := contents(t, n.BinDir); len(got) != 3 {
 		t.Errorf("in the plugins' directory: %d files", len(got))
 	}
 	if err := n.RemovePlugin(); err != nil {

@@ -63,7 +63,7 @@ func (n Node) Follow(ctx context.Context, way Way, once bool) error {
 			}
 		case <-due:
 			due = nil
-			if err := f.join(); once && !passes(err) {
+			if err := f.join(ctx); once && !passes(err) {
 				return err
 			}
 		}
@@ -74,6 +74,9 @@ func (n Node) Follow(ctx context.Context, way Way, once bool) error {
 func passes(err error) bool {
 	return errors.Is(err, ErrNoNetwork) || errors.Is(err, ErrUnusable) || errors.Is(err, ErrUnsupported)
 }
+
+// quiet is of errors that do not mean that somebody undoes what we do.
+func quiet(err error) bool { return err == nil || passes(err) || errors.Is(err, ErrMisplaced) }
 
 // follower is what Follow remembers.
 type follower struct {
@@ -98,18 +101,19 @@ func (f *follower) watch() error {
 		return fmt.Errorf("watching %s: %w", f.NetDir, err)
 	}
 	f.watched = now
+	_ = f.watcher.Add(f.BinDir) // of programs that go, Follow hears at its next look otherwise
 	return nil
 }
 
 // join joins, says what is new, and decides how soon the next change is followed.
-func (f *follower) join() error {
-	joined, err := f.Join(f.way)
+func (f *follower) join(ctx context.Context) error {
+	joined, err := f.Join(ctx, f.way)
 	if err == nil && !f.joined {
 		// Whoever joined before us may have been killed before the runtime was told.
 		f.joined, err = true, f.Wake()
 	}
-	if f.Joined != nil {
-		f.Joined(err == nil)
+	if f.Looked != nil {
+		f.Looked(joined, err)
 	}
 	word := joined.String()
 	if err != nil {
@@ -124,7 +128,7 @@ func (f *follower) join() error {
 		f.Log.Error("not in the chain", "error", err)
 	}
 	f.said = word
-	if !joined.Changed && (err == nil || passes(err)) {
+	if !joined.Changed && quiet(err) {
 		return err
 	}
 	if time.Since(f.changed) > f.pause+contested {

@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/mod/semver"
 )
@@ -16,6 +17,8 @@ import (
 type Runtime struct {
 	Name string // of its process
 	PID  string
+	// process is its directory in proc.
+	process string
 	// Version is its own, and Libcni that of libcni in it; empty: its build does not tell.
 	Version, Libcni string
 }
@@ -26,7 +29,7 @@ type Runtimes []Runtime
 // runtimes are the names of processes that run pods.
 var runtimes = []string{"containerd", "crio", "cri-dockerd"}
 
-const libcni = "github.com/containernetworking/cni"
+const libcniPath = "github.com/containernetworking/cni"
 
 // FindRuntimes looks for them among the processes in proc. Those that run in containers are no concern of the node.
 func FindRuntimes(proc string) Runtimes {
@@ -42,7 +45,7 @@ func FindRuntimes(proc string) Runtimes {
 		if err != nil || !slices.Contains(runtimes, strings.TrimSpace(string(name))) {
 			continue
 		}
-		r := Runtime{Name: strings.TrimSpace(string(name)), PID: filepath.Base(process)}
+		r := Runtime{Name: strings.TrimSpace(string(name)), PID: filepath.Base(process), process: process}
 		r.Version, r.Libcni = versionsOf(filepath.Join(process, "exe"))
 		all = append(all, r)
 		if host != "" && mounts(process) == host {
@@ -53,6 +56,22 @@ func FindRuntimes(proc string) Runtimes {
 		return ofHost
 	}
 	return all
+}
+
+// CachedRuntimes returns a FindRuntimes that looks again only when one of those found has ended, and at most every lookAgain.
+func CachedRuntimes(proc string) func() Runtimes {
+	var found Runtimes
+	var looked time.Time
+	return func() Runtimes {
+		ended := func(r Runtime) bool {
+			name, err := os.ReadFile(filepath.Join(r.process, "comm"))
+			return err != nil || strings.TrimSpace(string(name)) != r.Name
+		}
+		if (len(found) == 0 || slices.ContainsFunc(found, ended)) && time.Since(looked) > lookAgain {
+			found, looked = FindRuntimes(proc), time.Now()
+		}
+		return found
+	}
 }
 
 // KeepConfiguration is whether one deletes a pod with the network configuration of that pod's ADD. CRI-O does so
@@ -79,7 +98,7 @@ func versionsOf(program string) (own, ofLibcni string) {
 		}
 	}
 	for _, module := range info.Deps {
-		if module.Path == libcni {
+		if module.Path == libcniPath {
 			if module.Replace != nil {
 				module = module.Replace
 			}

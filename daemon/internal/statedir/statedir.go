@@ -3,6 +3,7 @@
 package statedir
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
+	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
@@ -172,7 +174,7 @@ func WriteEndpoints(stateDir string, e Endpoints) error {
 	if err != nil {
 		return err
 	}
-	return renameio.WriteFile(endpointsPath(stateDir), append(text, '\n'), 0o600)
+	return renameio.WriteFile(endpointsPath(stateDir), append(text, '\n'), 0o600, renameio.WithTempDir(stateDir))
 }
 
 // ReadEndpoints reads the file. The error is os.ErrNotExist if no daemon has ever written it.
@@ -264,9 +266,39 @@ func readPID(f *os.File) (int, error) {
 	return strconv.Atoi(strings.TrimSpace(string(text[:n])))
 }
 
-// Remove removes the daemon's files, and the directory if nothing else is in it. To be called under Lock.
+func chainLockPath(stateDir string) string { return filepath.Join(stateDir, "chain.lock") }
+
+// LockChain keeps other processes from changing the chain or the plugin's binary, until unlock. The error is
+// datapath.ErrLocked when ctx ends before.
+func LockChain(ctx context.Context, stateDir string) (unlock func(), err error) {
+	if err := os.MkdirAll(stateDir, 0o700); err != nil {
+		return nil, err
+	}
+	for {
+		f, err := os.OpenFile(chainLockPath(stateDir), os.O_RDWR|os.O_CREATE, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		_ = f.Close()
+		unlock, err := datapath.Lock(ctx, chainLockPath(stateDir), unix.LOCK_EX)
+		if !errors.Is(err, os.ErrNotExist) { // removed meanwhile (Remove)
+			return unlock, err
+		}
+	}
+}
+
+// Remove removes the daemon's files, those that a killed one left half-written included, and the directory if nothing else is
+// in it. To be called under Lock.
 func Remove(stateDir string) error {
-	for _, file := range []string{endpointsPath(stateDir), SocketPath(stateDir), lockPath(stateDir)} {
+	files := []string{endpointsPath(stateDir), SocketPath(stateDir), lockPath(stateDir), chainLockPath(stateDir)}
+	for _, pattern := range []string{".endpoints.json[0-9]*", filepath.Join(listening+"[0-9]*", "s"), listening + "[0-9]*"} {
+		found, err := filepath.Glob(filepath.Join(stateDir, pattern))
+		if err != nil {
+			return err
+		}
+		files = append(files, found...)
+	}
+	for _, file := range files {
 		if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
@@ -278,3 +310,9 @@ func Remove(stateDir string) error {
 	}
 	return err
 }
+
+// listening begins the name of the directory in which the daemon makes its socket.
+const listening = "api"
+
+// ListeningDir makes a directory for a socket that is to be renamed to SocketPath.
+func ListeningDir(stateDir string) (string, error) { return os.MkdirTemp(stateDir, listening) }

@@ -1,0 +1,235 @@
+package chain
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// process makes a directory as a runtime's in proc, with files below its root.
+func process(t *testing.T, name string, args []string, root files) Runtime {
+	t.Helper()
+	r := Runtime{Name: name, PID: "17", process: t.TempDir()}
+	write := func(file, text string) {
+		t.Helper()
+		file = filepath.Join(r.process, file)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(text), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("cmdline", strings.Join(append([]string{name}, args...), "\x00")+"\x00")
+	write("root/etc/hostname", "node")
+	for file, text := range root {
+		write(filepath.Join("root", file), text)
+	}
+	return r
+}
+
+func TestBinDirs(t *testing.T) {
+	const (
+		v1 = "[plugins.cri.cni]\n bin_dir = '/v1'\n"
+		v2 = "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".cni]\n bin_dir = \"/v2\"\n conf_dir = \"/conf\"\n"
+		v3 = "version = 3\n[plugins.'io.containerd.cri.v1.runtime'.cni]\n bin_dirs = ['/v3', '/more']\n"
+	)
+	const file = "etc/containerd/config.toml"
+	for name, test := range map[string]struct {
+		runtime string
+		args    []string
+		root    files
+		want    []string
+		err     string
+	}{
+		"containerd: no file":         {"containerd", nil, nil, nil, ""},
+		"containerd: nothing said":    {"containerd", nil, files{file: "version = 2\n"}, nil, ""},
+		"containerd: empty":           {"containerd", nil, files{file: strings.Replace(v2, "/v2", "", 1)}, nil, ""},
+		"containerd: version 1":       {"containerd", nil, files{file: v1}, []string{"/v1"}, ""},
+		"containerd: version 2":       {"containerd", nil, files{file: v2}, []string{"/v2"}, ""},
+		"containerd: version 3":       {"containerd", nil, files{file: v3}, []string{"/v3", "/more"}, ""},
+		"containerd: bin_dir, new":    {"containerd", nil, files{file: strings.Replace(v3, "bin_dirs = ['/v3', '/more']", "bin_dir = '/v3'", 1)}, []string{"/v3"}, ""},
+		"containerd: flag":            {"containerd", []string{"--config", "/k3s/config.toml"}, files{file: v1, "k3s/config.toml": v2}, []string{"/v2"}, ""},
+		"containerd: flag with =":     {"containerd", []string{"-c=/k3s/config.toml"}, files{file: v1, "k3s/config.toml": v2}, []string{"/v2"}, ""},
+		"containerd: imported":        {"containerd", nil, files{file: "imports = ['/etc/containerd/conf.d/*.toml']\n" + v1, "etc/containerd/conf.d/a.toml": v2, "etc/containerd/conf.d/b.toml": v3, "etc/containerd/conf.d/c.bak": v1}, []string{"/v3", "/more"}, ""},
+		"containerd: imported nearby": {"containerd", nil, files{file: "imports = ['more.toml', 'none.toml']\n", "etc/containerd/more.toml": "imports = ['config.toml']\n" + v2}, []string{"/v2"}, ""},
+		"containerd: no TOML":         {"containerd", nil, files{file: "{"}, nil, "config.toml"},
+		"CRI-O: no file":              {"crio", nil, nil, nil, ""},
+		"CRI-O":                       {"crio", nil, files{"etc/crio/crio.conf": "[crio.network]\nplugin_dirs = ['/a', '/b']\n"}, []string{"/a", "/b"}, ""},
+		"CRI-O: the old key":          {"crio", nil, files{"etc/crio/crio.conf": "[crio.network]\nplugin_dir = '/a'\n"}, []string{"/a"}, ""},
+		"CRI-O: drop-in": {"crio", nil, files{"etc/crio/crio.conf": "[crio.network]\nplugin_dirs = ['/a']\n",
+			"etc/crio/crio.conf.d/10-x.conf": "[crio.network]\nplugin_dirs = ['/b']\n"}, []string{"/b"}, ""},
+		"CRI-O: flags":       {"crio", []string{"--cni-plugin-dir", "/x,/y", "--cni-plugin-dir=/z"}, nil, []string{"/x", "/y", "/z"}, ""},
+		"CRI-O: other files": {"crio", []string{"--config=/o.conf", "-d", "/o.d"}, files{"o.conf": "", "o.d/1": "[crio.network]\nplugin_dirs = ['/o']\n"}, []string{"/o"}, ""},
+		"cri-dockerd":        {"cri-dockerd", []string{"--cni-bin-dir=/d"}, nil, []string{"/d"}, ""},
+		"cri-dockerd, plain": {"cri-dockerd", nil, nil, nil, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := process(t, test.runtime, test.args, test.root).binDirs()
+			if !slices.Equal(got, test.want) || (err != nil) != (test.err != "") || err != nil && !strings.Contains(err.Error(), test.err) {
+				t.Errorf("%q, %v; want %q, %q", got, err, test.want, test.err)
+			}
+		})
+	}
+}
+
+// The chain is joined only where the runtime finds the plugin, and left, in whichever way it was joined, when it does not any
+// more.
+func TestMisplaced(t *testing.T) {
+	naming := func(dir string) func(*testing.T, *Node) {
+		return func(t *testing.T, n *Node) {
+			r := process(t, "containerd", nil, files{
+				"etc/containerd/config.toml": "[plugins.cri.cni]\nbin_dir = '" + strings.Replace(dir, "BIN", n.BinDir, 1) + "'\n",
+			})
+			if err := os.Symlink(n.BinDir, filepath.Join(n.BinDir, "link")); err != nil {
+				t.Fatal(err)
+			}
+			n.Runtimes = func() Runtimes { return Runtimes{r} }
+		}
+	}
+	removed := func(name string) func(*testing.T, *Node) {
+		return func(t *testing.T, n *Node) {
+			if err := os.Remove(filepath.Join(n.BinDir, name)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for name, test := range map[string]struct {
+		change func(*testing.T, *Node)
+		want   string // in the error; empty: it is joined
+	}{
+		"as it should be":               {func(*testing.T, *Node) {}, ""},
+		"the plugin is not there":       {removed(PluginType), "there is no program"},
+		"one of the network's is not":   {removed("portmap"), "portmap of network pods"},
+		"one cannot be run":             {func(t *testing.T, n *Node) { _ = os.Chmod(filepath.Join(n.BinDir, "ptp"), 0o644) }, "ptp of network pods"},
+		"the runtime names it":          {func(t *testing.T, n *Node) { removed("portmap")(t, n); naming("BIN/")(t, n) }, ""},
+		"the runtime names another one": {naming("/usr/lib/cni"), "/usr/lib/cni, not in"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, way := range []Way{Copy, DropIn} {
+				n := newNode(t, files{"10-pods.conflist": list})
+				test.change(t, &n)
+				before := contents(t, n.NetDir)
+				_, err := n.Join(t.Context(), way)
+				if got := errors.Is(err, ErrMisplaced); got != (test.want != "") || !got && err != nil || got && !strings.Contains(err.Error(), test.want) {
+					t.Fatalf("%v, want %q", err, test.want)
+				}
+				if got := contents(t, n.NetDir); (len(got) > len(before)) != (test.want == "") {
+					t.Errorf("left %v", got)
+				}
+				if _, _, err := n.Look(); errors.Is(err, ErrMisplaced) != (test.want != "") {
+					t.Errorf("Look: %v", err)
+				}
+
+				n = newNode(t, files{"10-pods.conflist": list})
+				if _, err := n.Join(t.Context(), way); err != nil {
+					t.Fatal(err)
+				}
+				test.change(t, &n)
+				_, err = n.Join(t.Context(), way)
+				if got := n.chainIn(t); errors.Is(err, ErrMisplaced) != (test.want != "") || strings.Contains(got, PluginType) != (test.want == "") {
+					t.Errorf("afterwards the chain is %q, %v", got, err)
+				}
+			}
+		})
+	}
+}
+
+// Follow leaves the chain when the programs go, and joins again when they are back: nobody waits for its next look.
+func TestFollowProgramsThatGo(t *testing.T) {
+	n := newNode(t, files{"10-pods.conflist": list})
+	n.follow(t, Copy)
+	eventually(t, "joined", func() bool { return n.chainIn(t) == "pods: ptp portmap probelet" })
+	for range 2 {
+		if err := os.Remove(n.pluginFile()); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "left", func() bool { return n.chainIn(t) == "pods: ptp portmap" })
+		n.addProgram(t, PluginType)
+		eventually(t, "joined again", func() bool { return n.chainIn(t) == "pods: ptp portmap probelet" })
+	}
+}
+
+func TestCanJoin(t *testing.T) {
+	n := newNode(t, nil)
+	if err := n.CanJoin(); err != nil {
+		t.Errorf("there is no network yet: %v", err)
+	}
+	n.write(t, "10-pods.conflist", list)
+	if err := os.Remove(n.pluginFile()); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.CanJoin(); err != nil {
+		t.Errorf("the plugin is yet to come: %v", err)
+	}
+	if err := os.Remove(filepath.Join(n.BinDir, "ptp")); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.CanJoin(); !errors.Is(err, ErrMisplaced) {
+		t.Errorf("not ErrMisplaced: %v", err)
+	}
+	for _, flag := range []string{"--cni-net-dir", "--cni-bin-dir"} {
+		missing := n
+		*map[string]*string{"--cni-net-dir": &missing.NetDir, "--cni-bin-dir": &missing.BinDir}[flag] = filepath.Join(t.TempDir(), "none")
+		if err := missing.CanJoin(); err == nil || !strings.Contains(err.Error(), flag) || !strings.Contains(err.Error(), "none") {
+			t.Errorf("%s: %v", flag, err)
+		}
+	}
+}
+
+// A copy has the mode and the owner of its original, which may have a key in it, and follows them.
+func TestCopyIsAsPrivateAsItsOriginal(t *testing.T) {
+	n := newNode(t, files{"10-pods.conflist": list})
+	original := filepath.Join(n.NetDir, "10-pods.conflist")
+	for _, want := range []struct {
+		mode os.FileMode
+		uid  int
+	}{{0o600, 0}, {0o640, 1234}, {0o644, 0}} {
+		if err := errors.Join(os.Chmod(original, want.mode), os.Chown(original, want.uid, want.uid)); err != nil {
+			t.Skip(err) // not root
+		}
+		j, err := n.Join(t.Context(), Copy)
+		if err != nil {
+			t.Fatal(err)
+		}
+		info, err := os.Stat(j.File)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if stat := info.Sys().(*syscall.Stat_t); info.Mode() != want.mode || int(stat.Uid) != want.uid || int(stat.Gid) != want.uid || !j.Changed {
+			t.Errorf("mode %v, owner %d, group %d; want %v", info.Mode(), stat.Uid, stat.Gid, want)
+		}
+	}
+}
+
+// Locks that anybody on the machine can take are in nobody's way.
+func TestOthersLocks(t *testing.T) {
+	n := newNode(t, files{"10-pods.conflist": list})
+	for _, dir := range []string{n.NetDir, n.BinDir, n.StateDir} {
+		f, err := os.Open(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close() //nolint:errcheck // read only
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+			t.Fatal(err)
+		}
+	}
+	source := filepath.Join(n.BinDir, "ptp")
+	if _, err := n.PutPlugin(t.Context(), source); err != nil {
+		t.Error(err)
+	}
+	if _, err := n.Join(t.Context(), Copy); err != nil {
+		t.Error(err)
+	}
+	if _, err := n.Leave(t.Context()); err != nil {
+		t.Error(err)
+	}
+	lock, err := os.Stat(filepath.Join(n.StateDir, "chain.lock"))
+	if err != nil || lock.Mode() != 0o600 {
+		t.Errorf("the lock is for all: %v, %v", lock, err)
+	}
+}

@@ -1,0 +1,65 @@
+// Package hostfs reads files below another root directory, such as /proc/1/root, as a process with that root would.
+package hostfs
+
+import (
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+// FS is a file system below Root.
+type FS struct{ Root string }
+
+// Open opens a file or directory. Links in its path lead to where they do below Root.
+func (f FS) Open(path string) (*os.File, error) {
+	root, err := os.Open(f.Root)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close() //nolint:errcheck // read only
+	fd, err := unix.Openat2(int(root.Fd()), path, &unix.OpenHow{Flags: unix.O_RDONLY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT})
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+// ReadFile reads a file.
+func (f FS) ReadFile(path string) ([]byte, error) {
+	file, err := f.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close() //nolint:errcheck // read only
+	return io.ReadAll(file)
+}
+
+// Glob returns the paths in a directory whose last element matches, sorted. A directory that is not there has none.
+func (f FS) Glob(pattern string) ([]string, error) {
+	dir, last := filepath.Split(pattern)
+	file, err := f.Open(filepath.Clean(dir))
+	if os.IsNotExist(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close() //nolint:errcheck // read only
+	names, err := file.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	var paths []string
+	for _, name := range names {
+		if ok, err := filepath.Match(last, name); err != nil {
+			return nil, err
+		} else if ok {
+			paths = append(paths, filepath.Join(dir, name))
+		}
+	}
+	slices.Sort(paths)
+	return paths, nil
+}
