@@ -25,12 +25,13 @@ import (
 // kubernetes is the version that the tests have (go.mod).
 const kubernetes = "v1.37.2"
 
-// Render is what "helm template NAME CHART --namespace NAMESPACE" prints, without the notes.
+// Render is what "helm template NAME CHART --namespace NAMESPACE --no-hooks" prints, without the notes.
 func Render(chartDir, name, namespace string, values map[string]any) (string, error) {
 	files, err := files(chartDir, name, namespace, values, kubernetes)
 	if err != nil {
 		return "", err
 	}
+	delete(files, filepath.Join("probelet", "templates", hooks))
 	var text strings.Builder
 	for _, file := range slices.Sorted(maps.Keys(files)) {
 		if filepath.Ext(file) == ".yaml" && strings.TrimSpace(files[file]) != "" {
@@ -38,6 +39,15 @@ func Render(chartDir, name, namespace string, values map[string]any) (string, er
 		}
 	}
 	return text.String(), nil
+}
+
+// hooks is the template of what only Helm makes, when a release is uninstalled.
+const hooks = "hooks.yaml"
+
+// RenderHooks is what Helm makes when the release is uninstalled.
+func RenderHooks(chartDir, name, namespace string, values map[string]any) (string, error) {
+	files, err := files(chartDir, name, namespace, values, kubernetes)
+	return files[filepath.Join("probelet", "templates", hooks)], err
 }
 
 // files are the chart's templates, rendered for a cluster of this version.

@@ -17,8 +17,10 @@ import (
 	"helm.sh/helm/v4/pkg/chart/v2/lint"
 	"helm.sh/helm/v4/pkg/chart/v2/lint/support"
 	appsv1 "k8s.io/api/apps/v1"
+	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"sigs.k8s.io/kustomize/api/krusty"
 	"sigs.k8s.io/kustomize/kyaml/filesys"
@@ -192,6 +194,10 @@ func expectPod(t *testing.T, spec corev1.PodSpec) {
 	}
 	containers := slices.Concat(spec.InitContainers, spec.Containers)
 	for _, v := range spec.Volumes {
+		// Where the CNI's directories are not, they must not be made: the runtime has others.
+		if made := v.HostPath != nil && *v.HostPath.Type == corev1.HostPathDirectoryOrCreate; made && strings.HasPrefix(v.Name, "cni-") {
+			t.Errorf("volume %s: would be made", v.Name)
+		}
 		if v.HostPath == nil || *v.HostPath.Type == corev1.HostPathUnset {
 			t.Errorf("volume %s: %+v", v.Name, v)
 		}
@@ -280,6 +286,59 @@ func TestPermissions(t *testing.T) {
 		if !reflect.DeepEqual(binding.Subjects, subjects) || binding.RoleRef.Name != one[*rbacv1.ClusterRole](t, objects).Name {
 			t.Errorf("%s: %+v", name, binding)
 		}
+	}
+}
+
+// "helm uninstall" alone takes probelet off the nodes: with what the chart's uninstall does, after the daemon is gone.
+func TestUninstallHooks(t *testing.T) {
+	for name, values := range variants {
+		t.Run(name, func(t *testing.T) {
+			text, err := RenderHooks(chart, "probelet", "probelet", with(t, values))
+			if err != nil {
+				t.Fatal(err)
+			}
+			objects, err := Decode(text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var weights []int
+			for _, o := range objects {
+				annotations := o.(metav1.Object).GetAnnotations()
+				weight, err := strconv.Atoi(annotations["helm.sh/hook-weight"])
+				if annotations["helm.sh/hook"] != "post-delete" || err != nil {
+					t.Errorf("%T: %s", o, annotations)
+				}
+				weights = append(weights, weight)
+			}
+			if !slices.IsSorted(weights) || len(weights) != 5 {
+				t.Errorf("weights %d", weights)
+			}
+			set, job := one[*appsv1.DaemonSet](t, objects), one[*batchv1.Job](t, objects)
+			expectPod(t, set.Spec.Template.Spec)
+			for _, c := range slices.Concat(set.Spec.Template.Spec.InitContainers, set.Spec.Template.Spec.Containers) {
+				expectContainer(t, c)
+			}
+			want := one[*appsv1.DaemonSet](t, render(t, with(t, variants["uninstall"]))).Spec.Template.Spec
+			if name == "defaults" && !reflect.DeepEqual(set.Spec.Template.Spec, want) {
+				t.Errorf("the pods are\n%+v, with uninstall=true they are\n%+v", set.Spec.Template.Spec, want)
+			}
+			if !maps.Equal(set.Spec.Selector.MatchLabels, set.Spec.Template.Labels) {
+				t.Errorf("it selects %s of %s", set.Spec.Selector.MatchLabels, set.Spec.Template.Labels)
+			}
+			if maps.Equal(set.Spec.Selector.MatchLabels, one[*appsv1.DaemonSet](t, render(t, with(t, values))).Spec.Selector.MatchLabels) {
+				t.Error("it selects the daemon's pods")
+			}
+			if args := job.Spec.Template.Spec.Containers[0].Args; !slices.Equal(args, []string{"wait", "--daemonset", set.Namespace + "/" + set.Name}) {
+				t.Errorf("waits by %q", args)
+			}
+			role := one[*rbacv1.Role](t, objects)
+			if len(role.Rules) != 1 || !slices.Equal(role.Rules[0].ResourceNames, []string{set.Name}) || !slices.Equal(role.Rules[0].Verbs, []string{"get"}) {
+				t.Errorf("permissions %+v", role.Rules)
+			}
+			if account := job.Spec.Template.Spec.ServiceAccountName; account != one[*corev1.ServiceAccount](t, objects).Name || account != one[*rbacv1.RoleBinding](t, objects).Subjects[0].Name {
+				t.Errorf("account %s", account)
+			}
+		})
 	}
 }
 

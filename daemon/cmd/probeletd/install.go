@@ -53,8 +53,9 @@ type installation struct {
 	plugin           string
 	bpfDir, stateDir string
 	hook             attach.Hook
-	// How long is waited: for the runtime to notice, for plugins that it runs, for connections.
+	// How long is waited: for the runtime to notice, for plugins that it runs, for connections, for the daemon.
 	settle, inFlight, drain time.Duration
+	forDaemon               time.Duration // to end
 }
 
 func (i *installation) flags(cmd *cobra.Command) {
@@ -99,6 +100,7 @@ func uninstallCommand(stderr io.Writer) *cobra.Command {
 	i.flags(cmd)
 	cmd.Flags().DurationVar(&i.settle, "settle", 5*time.Second, "how long the runtime may take to notice a change of its configuration")
 	cmd.Flags().DurationVar(&i.inFlight, "in-flight", 4*time.Minute, "how long plugins are waited for that the runtime ran by the configuration of before")
+	cmd.Flags().DurationVar(&i.forDaemon, "wait-for-daemon", 0, "how long the daemon may take to end; 0: it must have ended")
 	cmd.Flags().DurationVar(&i.drain, "drain", 10*time.Second, "how long connections that were handed over are waited for")
 	return cmd
 }
@@ -190,7 +192,7 @@ func (i *installation) install(ctx context.Context) error {
 func (i *installation) uninstall(ctx context.Context) error {
 	log := i.node.Log
 	i.node.StateDir = i.stateDir
-	unlock, err := i.lock()
+	unlock, err := i.lock(ctx)
 	if err != nil {
 		return err
 	}
@@ -299,8 +301,12 @@ func (i *installation) pluginIsNeeded() bool {
 }
 
 // lock keeps a daemon from attaching what is being detached.
-func (i *installation) lock() (unlock func() error, err error) {
+func (i *installation) lock(ctx context.Context) (unlock func() error, err error) {
+	deadline := time.Now().Add(i.forDaemon)
 	unlock, err = statedir.Lock(i.stateDir)
+	for errors.Is(err, statedir.ErrRunning) && time.Now().Before(deadline) && wait(ctx, lookForDaemon) {
+		unlock, err = statedir.Lock(i.stateDir)
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return func() error { return nil }, nil
 	}
@@ -309,6 +315,9 @@ func (i *installation) lock() (unlock func() error, err error) {
 	}
 	return unlock, err
 }
+
+// lookForDaemon is how often it is looked whether the daemon has ended.
+const lookForDaemon = 200 * time.Millisecond
 
 // wait is false if ctx ended before.
 func wait(ctx context.Context, d time.Duration) bool {

@@ -152,25 +152,11 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(runCommand(stderr), installCommand(stderr), uninstallCommand(stderr), waitCommand())
+	root.AddCommand(runCommand(stderr), installCommand(stderr), uninstallCommand(stderr), waitCommand(stderr))
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	return root.ExecuteContext(ctx)
-}
-
-// waitCommand is what the pods of a DaemonSet run that have nothing to do any more, but must not end.
-func waitCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:    "wait",
-		Short:  "Do nothing until SIGTERM",
-		Args:   cobra.NoArgs,
-		Hidden: true,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			<-cmd.Context().Done()
-			return nil
-		},
-	}
 }
 
 const variablePrefix = "PROBELET_"

@@ -44,3 +44,10 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
 - --bpf-dir={{ .Values.bpffs }}/probelet
 - --state-dir={{ .Values.stateDir }}
 {{- end }}
+
+{{/* The annotations of what "helm uninstall" makes after it has deleted the rest, in the order of their weights. */}}
+{{- define "probelet.hook" -}}
+helm.sh/hook: post-delete
+helm.sh/hook-weight: {{ . | quote }}
+helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- end }}

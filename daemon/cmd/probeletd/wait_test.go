@@ -1,0 +1,48 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"testing"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes/fake"
+)
+
+func TestWaitForDaemonSet(t *testing.T) {
+	set := func(generation, observed int64, desired, updated, ready int32) *appsv1.DaemonSet {
+		return &appsv1.DaemonSet{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "probelet", Name: "x", Generation: generation},
+			Status: appsv1.DaemonSetStatus{
+				ObservedGeneration: observed, DesiredNumberScheduled: desired, UpdatedNumberScheduled: updated, NumberReady: ready,
+			},
+		}
+	}
+	for name, test := range map[string]struct {
+		set  *appsv1.DaemonSet
+		done bool
+	}{
+		"nobody has looked at it": {set(1, 0, 0, 0, 0), false},
+		"one node is left":        {set(1, 1, 3, 3, 2), false},
+		"old pods are ready":      {set(2, 2, 3, 2, 3), false},
+		"all":                     {set(2, 2, 3, 3, 3), true},
+		"no nodes":                {set(1, 1, 0, 0, 0), true},
+		"it is not there":         {nil, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			client := fake.NewClientset()
+			if test.set != nil {
+				client = fake.NewClientset(test.set)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+			defer cancel()
+			err := waitForDaemonSet(ctx, client, "probelet", "x", slog.New(slog.NewTextHandler(t.Output(), nil)))
+			if test.done != (err == nil) || err != nil && !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("%v, want done: %v", err, test.done)
+			}
+		})
+	}
+}
