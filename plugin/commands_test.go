@@ -25,6 +25,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/bpf/lock"
 )
 
 func TestAddAttachesRecordsAndReturnsPrevResult(t *testing.T) {
@@ -564,11 +565,11 @@ func TestAddWaitsForTheLockInVain(t *testing.T) {
 	if err := os.Mkdir(w.bpfDir(), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	unlock, err := datapath.Lock(t.Context(), w.bpfDir(), unix.LOCK_EX)
+	held, err := lock.Dir(t.Context(), w.bpfDir(), unix.LOCK_EX)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unlock()
+	defer held.Release()
 	wantFault(t, w.add(pod).err, types.ErrTryAgainLater, "locked")
 }
 

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/bpf/lock"
 )
 
 // DefaultStateDir is where records are kept by default. Like bpffs it does not survive a reboot.
@@ -76,9 +77,13 @@ func (r Record) Target() Target {
 func (r Record) ID() ID { return ID{r.ContainerID, r.IfName} }
 
 // LockRecords keeps DEL and the daemon from changing the same attachment at once. DELs share the lock (unix.LOCK_SH), because they
-// are independent of each other; the daemon takes it exclusively (unix.LOCK_EX). The error is datapath.ErrLocked when ctx ends.
+// are independent of each other; the daemon takes it exclusively (unix.LOCK_EX). The error is lock.ErrHeld when ctx ends.
 func LockRecords(ctx context.Context, stateDir string, how int) (unlock func(), err error) {
-	return datapath.Lock(ctx, RecordsDir(stateDir), how)
+	locked, err := lock.Dir(ctx, RecordsDir(stateDir), how)
+	if err != nil {
+		return nil, err
+	}
+	return locked.Release, nil
 }
 
 // RecordsDir is the directory with the records in a state directory.

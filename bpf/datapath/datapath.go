@@ -21,6 +21,8 @@ import (
 	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
+
+	"github.com/probelet/probelet/bpf/lock"
 )
 
 const (
@@ -39,7 +41,7 @@ var (
 	// ErrNoBPFFS: the directory is not on a BPF file system.
 	ErrNoBPFFS = errors.New("not on a BPF file system (mount -t bpf bpf /sys/fs/bpf)")
 	// ErrLocked: another process kept the lock on the directory until the deadline.
-	ErrLocked = errors.New("locked by another process")
+	ErrLocked = lock.ErrHeld
 )
 
 // Datapath is the set of loaded objects.
@@ -254,11 +256,11 @@ func Ensure(ctx context.Context, bpfDir string) (*Datapath, error) {
 	if err := makeBPFDir(bpfDir); err != nil {
 		return nil, err
 	}
-	unlock, err := Lock(ctx, bpfDir, unix.LOCK_EX)
+	locked, err := lock.Dir(ctx, bpfDir, unix.LOCK_EX)
 	if err != nil {
 		return nil, err
 	}
-	defer unlock()
+	defer locked.Release()
 	d, err := openWhole(bpfDir)
 	if !missing(err) {
 		return d, err

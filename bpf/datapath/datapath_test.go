@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/bpftest"
+	"github.com/probelet/probelet/bpf/lock"
 )
 
 // ownCgroup is the id of the cgroup v2 that the test runs in.
@@ -272,7 +273,7 @@ func TestEnsureDoesNotWaitForever(t *testing.T) {
 	bpftest.RequireRoot(t)
 	dir := bpftest.BPFDir(t)
 	must(t, os.Mkdir(dir, 0o700))
-	unlock, err := Lock(context.Background(), dir, unix.LOCK_EX)
+	held, err := lock.Dir(context.Background(), dir, unix.LOCK_EX)
 	must(t, err)
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()
@@ -282,7 +283,7 @@ func TestEnsureDoesNotWaitForever(t *testing.T) {
 	if got := pinned(t, dir); len(got) != 1 {
 		t.Fatalf("pinned without the lock: %v", got)
 	}
-	unlock()
+	held.Release()
 	d, err := Ensure(context.Background(), dir)
 	must(t, err)
 	must(t, d.Close())

@@ -13,6 +13,8 @@ import (
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
+
+	"github.com/probelet/probelet/bpf/lock"
 )
 
 // DeviceKey names one attachment of a host-side veth. A device that gets the same index later has another generation, and so
@@ -317,11 +319,14 @@ func (d *Datapath) lock() (unlock func(), err error) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), lockDeadline)
 	defer cancel()
-	unlock, err = Lock(ctx, d.dir, unix.LOCK_EX)
+	locked, err := lock.Dir(ctx, d.dir, unix.LOCK_EX)
 	if Absent(err) { // removed with all that was pinned
 		return func() {}, nil
 	}
-	return unlock, err
+	if err != nil {
+		return nil, err
+	}
+	return locked.Release, nil
 }
 
 func (d *Datapath) addToNetns(ifindex, netns uint32) error {

@@ -22,6 +22,8 @@ import (
 const (
 	// maxBody is more than any request needs.
 	maxBody = 64 << 10
+	// maxHeader is more than a request's line and headers need; net/http adds 4 KiB to it.
+	maxHeader = 8 << 10
 	// patience is how long the daemon may take to answer: it decides one thing after the other.
 	patience = 5 * time.Second
 )
@@ -77,12 +79,15 @@ func TLSConfig(certFile, keyFile, clientCAFile string) (*tls.Config, error) {
 	return config, nil
 }
 
-// Serve answers on a listener until ctx ends. The error is one of the listener's.
+// Serve answers on a listener until ctx ends. The error is one of the listener's. What clients can make it hold is bounded, by the
+// number of connections and by what is read of each; see connections.
 func Serve(ctx context.Context, l net.Listener, handler http.Handler, log *slog.Logger) error {
 	server := &http.Server{
 		Handler: handler, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		ReadHeaderTimeout: patience, ReadTimeout: patience, WriteTimeout: 4 * patience, MaxHeaderBytes: maxBody,
+		ReadHeaderTimeout: patience, ReadTimeout: patience, WriteTimeout: 4 * patience, IdleTimeout: time.Minute,
+		MaxHeaderBytes: maxHeader,
 	}
+	limit(server)
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stop()
 	if err := server.Serve(l); ctx.Err() == nil {
@@ -141,7 +146,7 @@ func addControls(mux *http.ServeMux, n Node) {
 }
 
 func addHealth(mux *http.ServeMux, n Node, metrics http.Handler) {
-	mux.Handle("GET /metrics", metrics)
+	mux.Handle("GET /metrics", oneAtATime(metrics))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), patience)
 		defer cancel()

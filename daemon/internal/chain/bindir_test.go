@@ -8,8 +8,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-
-	"golang.org/x/sys/unix"
 )
 
 // process makes a directory as a runtime's in proc, with files below its root.
@@ -202,34 +200,5 @@ func TestCopyIsAsPrivateAsItsOriginal(t *testing.T) {
 		if stat := info.Sys().(*syscall.Stat_t); info.Mode() != want.mode || int(stat.Uid) != want.uid || int(stat.Gid) != want.uid || !j.Changed {
 			t.Errorf("mode %v, owner %d, group %d; want %v", info.Mode(), stat.Uid, stat.Gid, want)
 		}
-	}
-}
-
-// Locks that anybody on the machine can take are in nobody's way.
-func TestOthersLocks(t *testing.T) {
-	n := newNode(t, files{"10-pods.conflist": list})
-	for _, dir := range []string{n.NetDir, n.BinDir, n.StateDir} {
-		f, err := os.Open(dir)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close() //nolint:errcheck // read only
-		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
-			t.Fatal(err)
-		}
-	}
-	source := filepath.Join(n.BinDir, "ptp")
-	if _, err := n.PutPlugin(t.Context(), source); err != nil {
-		t.Error(err)
-	}
-	if _, err := n.Join(t.Context(), Copy); err != nil {
-		t.Error(err)
-	}
-	if _, err := n.Leave(t.Context()); err != nil {
-		t.Error(err)
-	}
-	lock, err := os.Stat(filepath.Join(n.StateDir, "chain.lock"))
-	if err != nil || lock.Mode() != 0o600 {
-		t.Errorf("the lock is for all: %v, %v", lock, err)
 	}
 }

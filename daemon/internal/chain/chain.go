@@ -23,6 +23,7 @@ import (
 	"golang.org/x/mod/semver"
 	"golang.org/x/sys/unix"
 
+	"github.com/probelet/probelet/bpf/lock"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
@@ -237,11 +238,11 @@ type Joined struct {
 // ErrNoNetwork if there is none, ErrUnsupported if the plugin cannot be in it, and ErrMisplaced if the runtime would not find the
 // plugin; then nothing of ours is left either, lest a network outlive its configuration or its pods do not start. It is ErrUnusable if that cannot be read; then everything stays as it is.
 func (n Node) Join(ctx context.Context, way Way) (Joined, error) {
-	unlock, err := n.lock(ctx)
+	locked, err := n.lock(ctx)
 	if err != nil {
 		return Joined{}, err
 	}
-	defer unlock()
+	defer locked.Release()
 	w, err := n.primary()
 	if err == nil && w.unsupported != nil {
 		err = fmt.Errorf("%s: %w: %w", filepath.Join(n.NetDir, w.file), ErrUnsupported, w.unsupported)
@@ -358,8 +359,8 @@ func (n Node) isCopy(file string, w *network) bool {
 // lockDeadline bounds the wait for another process that changes the chain, which takes a moment.
 const lockDeadline = 10 * time.Second
 
-// lock keeps other processes from changing the chain or the plugin's binary, until unlock.
-func (n Node) lock(ctx context.Context) (unlock func(), err error) {
+// lock keeps other processes from changing the chain or the plugin's binary, until it is released.
+func (n Node) lock(ctx context.Context) (*lock.Lock, error) {
 	ctx, cancel := context.WithTimeout(ctx, lockDeadline)
 	defer cancel()
 	return statedir.LockChain(ctx, n.StateDir)
@@ -468,11 +469,11 @@ func (n Node) Wake() error {
 
 // Leave takes the plugin out of the chain. changed is whether it was in there.
 func (n Node) Leave(ctx context.Context) (changed bool, err error) {
-	unlock, err := n.lock(ctx)
+	locked, err := n.lock(ctx)
 	if err != nil {
 		return false, err
 	}
-	defer unlock()
+	defer locked.Release()
 	changed, err = n.leaveBut("")
 	// The directory for a drop-in, if making or removing that was interrupted.
 	if w, err := n.primary(); err == nil && filepath.Base(w.name) == w.name {
@@ -563,11 +564,11 @@ func (n Node) PutPlugin(ctx context.Context, source string) (changed bool, err e
 	if err != nil {
 		return false, err
 	}
-	unlock, err := n.lock(ctx)
+	locked, err := n.lock(ctx)
 	if err != nil {
 		return false, err
 	}
-	defer unlock()
+	defer locked.Release()
 	if err := n.removeInterrupted(); err != nil {
 		return false, err
 	}

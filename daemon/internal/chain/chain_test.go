@@ -13,13 +13,18 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+	"golang.org/x/sys/unix"
+
+	"github.com/probelet/probelet/bpf/bpftest"
 )
 
 const (
@@ -773,24 +778,93 @@ func TestRuntimes(t *testing.T) {
 	}
 }
 
+// Only what root's runtime runs is a plugin at work. Processes are real; whoever has the variables in its environment besides, in
+// a runtime's name or below one that is not root's, keeps nobody from anything.
 func TestUnderWay(t *testing.T) {
-	sleep := exec.Command("sleep", "infinity")
-	sleep.Env = []string{"CNI_COMMAND=ADD", "CNI_CONTAINERID=abc"}
-	if err := sleep.Start(); err != nil {
+	bpftest.RequireRoot(t)
+	if all := FindRuntimes("/proc"); len(all) > 0 {
+		t.Skipf("there is a container runtime on this machine: %s", all)
+	}
+	start := func(name string, attributes *syscall.SysProcAttr, script string) {
+		t.Helper()
+		cmd := exec.Command("/bin/sh", "-c", "echo -n $0 > /proc/self/comm; "+script, name)
+		cmd.SysProcAttr = attributes
+		in, err := cmd.StdinPipe()
+		if err == nil {
+			err = cmd.Start()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = in.Close(); _ = cmd.Wait() }) // cat ends, and with it the rest
+	}
+	plugin := func(container string) string {
+		return "CNI_COMMAND=ADD CNI_CONTAINERID=" + container + " cat"
+	}
+	user := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	expect := func(running int, want ...string) {
+		t.Helper()
+		for range 500 { // until all have been started
+			processes, _ := filepath.Glob("/proc/[0-9]*")
+			processes = slices.DeleteFunc(processes, func(p string) bool { return containerOf(p) == "" })
+			if len(processes) == running {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		if got := slices.Sorted(maps.Keys(UnderWay("/proc"))); !slices.Equal(got, want) {
+			t.Fatalf("under way: %v, want %v", got, want)
+		}
+	}
+
+	start("sh", nil, plugin("of-root"))
+	start("sh", user, plugin("of-a-user"))
+	expect(2, "of-root") // as no runtime was found
+
+	start("containerd", user, plugin("of-a-false-runtime")+"; :")
+	expect(3, "of-root")
+	start("containerd", nil, plugin("direct")+"; :")
+	start("containerd", nil, "sh -c '"+plugin("delegated")+"; :'; :")
+	start("containerd", nil, "unshare --mount sh -c '"+plugin("of-a-pod")+"; :'; :")
+	expect(6, "delegated", "direct")
+}
+
+// Any user can lock the directories, which everybody can read. That keeps nobody from joining, leaving or removing the plugin, and
+// of our own locks nothing is left.
+func TestLockedByAnybody(t *testing.T) {
+	n := newNode(t, files{"10-net.conflist": list})
+	for _, dir := range []string{n.NetDir, n.BinDir} {
+		f, err := os.Open(dir)
+		if err == nil {
+			err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close() //nolint:errcheck // a test's
+	}
+	program := filepath.Join(t.TempDir(), PluginType)
+	if err := os.WriteFile(program, []byte("program"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	for range 1000 { // until it is that program
-		if UnderWay("/proc")["abc"] {
-			break
+	done := make(chan error, 1)
+	go func() {
+		_, putErr := n.PutPlugin(t.Context(), program)
+		_, joinErr := n.Join(t.Context(), Copy)
+		_, leaveErr := n.Leave(t.Context())
+		done <- errors.Join(putErr, joinErr, leaveErr, n.RemovePlugin())
+	}()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Error(err)
 		}
-		time.Sleep(10 * time.Millisecond)
+	case <-time.After(10 * time.Second):
+		t.Fatal("waits for the lock of another user")
 	}
-	if got := UnderWay("/proc"); !got["abc"] {
-		t.Errorf("of a plugin that runs: %v", got)
-	}
-	_ = sleep.Process.Kill()
-	_ = sleep.Wait()
-	if got := UnderWay("/proc"); got["abc"] {
-		t.Errorf("of one that has ended: %v", got)
+	for _, dir := range []string{n.NetDir, n.BinDir} {
+		if left, err := filepath.Glob(filepath.Join(dir, ".*")); err != nil || len(left) > 0 {
+			t.Errorf("left: %v, %v", left, err)
+		}
 	}
 }

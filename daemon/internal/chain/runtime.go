@@ -1,6 +1,7 @@
 package chain
 
 import (
+	"bytes"
 	"debug/buildinfo"
 	"fmt"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"golang.org/x/mod/semver"
+	"golang.org/x/sys/unix"
 )
 
 // Runtime is a container runtime, as far as its configuration of networks goes.
@@ -34,15 +36,11 @@ const libcniPath = "github.com/containernetworking/cni"
 // FindRuntimes looks for them among the processes in proc. Those that run in containers are no concern of the node.
 func FindRuntimes(proc string) Runtimes {
 	processes, _ := filepath.Glob(filepath.Join(proc, "[0-9]*"))
-	mounts := func(process string) string {
-		link, _ := os.Readlink(filepath.Join(process, "ns/mnt")) // empty if it cannot be read
-		return link
-	}
 	host := mounts(filepath.Join(proc, "1"))
 	var all, ofHost Runtimes
 	for _, process := range processes {
 		name, err := os.ReadFile(filepath.Join(process, "comm"))
-		if err != nil || !slices.Contains(runtimes, strings.TrimSpace(string(name))) {
+		if err != nil || !slices.Contains(runtimes, strings.TrimSpace(string(name))) || !isRoots(process) {
 			continue
 		}
 		r := Runtime{Name: strings.TrimSpace(string(name)), PID: filepath.Base(process), process: process}
@@ -72,6 +70,18 @@ func CachedRuntimes(proc string) func() Runtimes {
 		}
 		return found
 	}
+}
+
+// mounts names the mount namespace of a process; empty if that cannot be read.
+func mounts(process string) string {
+	link, _ := os.Readlink(filepath.Join(process, "ns/mnt"))
+	return link
+}
+
+// isRoots reports whether a process is root's: any user can give a process any name and environment.
+func isRoots(process string) bool {
+	var stat unix.Stat_t
+	return unix.Stat(process, &stat) == nil && stat.Uid == 0
 }
 
 // KeepConfiguration is whether one deletes a pod with the network configuration of that pod's ADD. CRI-O does so
@@ -144,24 +154,59 @@ func (all Runtimes) String() string {
 }
 
 // UnderWay are the containers that CNI plugins are at work for, by the environments of processes in proc (CNI specification,
-// section 2).
+// section 2). A plugin is root's, runs in the runtime's mount namespace, and below the runtime: nobody else's process and no pod's
+// counts, whatever is in its environment. If no runtime is found, any of root's counts that is not in a pod.
 func UnderWay(proc string) map[string]bool {
 	containers := map[string]bool{}
-	files, _ := filepath.Glob(filepath.Join(proc, "[0-9]*", "environ"))
-	for _, file := range files {
-		text, _ := os.ReadFile(file) // of one that has ended: nothing
-		var command, container string
-		for variable := range strings.SplitSeq(string(text), "\x00") {
-			if value, ok := strings.CutPrefix(variable, "CNI_COMMAND="); ok {
-				command = value
-			}
-			if value, ok := strings.CutPrefix(variable, "CNI_CONTAINERID="); ok {
-				container = value
-			}
-		}
-		if command != "" && container != "" {
+	all := FindRuntimes(proc)
+	processes, _ := filepath.Glob(filepath.Join(proc, "[0-9]*"))
+	for _, process := range processes {
+		if container := containerOf(process); container != "" && isRoots(process) && all.run(proc, process) {
 			containers[container] = true
 		}
 	}
 	return containers
+}
+
+// containerOf returns the container that a process is asked to do something for, if it is a CNI plugin by its environment.
+func containerOf(process string) string {
+	text, _ := os.ReadFile(filepath.Join(process, "environ")) // of one that has ended: nothing
+	var command, container string
+	for variable := range strings.SplitSeq(string(text), "\x00") {
+		if value, ok := strings.CutPrefix(variable, "CNI_COMMAND="); ok {
+			command = value
+		}
+		if value, ok := strings.CutPrefix(variable, "CNI_CONTAINERID="); ok {
+			container = value
+		}
+	}
+	if command == "" {
+		return ""
+	}
+	return container
+}
+
+// run reports whether a process may be one that they run: it is below one of them and in its mount namespace.
+func (all Runtimes) run(proc, process string) bool {
+	if len(all) == 0 {
+		host := mounts(filepath.Join(proc, "1"))
+		return host == "" || mounts(process) == host
+	}
+	for pid := parentOf(process); pid != "" && pid != "0"; pid = parentOf(filepath.Join(proc, pid)) {
+		if slices.ContainsFunc(all, func(r Runtime) bool { return r.PID == pid }) {
+			return mounts(process) == mounts(filepath.Join(proc, pid))
+		}
+	}
+	return false
+}
+
+// parentOf returns the number of a process' parent (proc_pid_stat(5)); empty if it has ended.
+func parentOf(process string) string {
+	text, _ := os.ReadFile(filepath.Join(process, "stat"))
+	// The name, in parentheses, may have anything in it.
+	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+	if len(fields) < 2 {
+		return ""
+	}
+	return fields[1]
 }

@@ -15,7 +15,7 @@ import (
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
-	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/bpf/lock"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
@@ -268,23 +268,13 @@ func readPID(f *os.File) (int, error) {
 
 func chainLockPath(stateDir string) string { return filepath.Join(stateDir, "chain.lock") }
 
-// LockChain keeps other processes from changing the chain or the plugin's binary, until unlock. The error is
-// datapath.ErrLocked when ctx ends before.
-func LockChain(ctx context.Context, stateDir string) (unlock func(), err error) {
+// LockChain keeps other processes from changing the chain or the plugin's binary, until it is released. The error is
+// lock.ErrHeld when ctx ends before.
+func LockChain(ctx context.Context, stateDir string) (*lock.Lock, error) {
 	if err := os.MkdirAll(stateDir, 0o700); err != nil {
 		return nil, err
 	}
-	for {
-		f, err := os.OpenFile(chainLockPath(stateDir), os.O_RDWR|os.O_CREATE, 0o600)
-		if err != nil {
-			return nil, err
-		}
-		_ = f.Close()
-		unlock, err := datapath.Lock(ctx, chainLockPath(stateDir), unix.LOCK_EX)
-		if !errors.Is(err, os.ErrNotExist) { // removed meanwhile (Remove)
-			return unlock, err
-		}
-	}
+	return lock.File(ctx, chainLockPath(stateDir), unix.LOCK_EX)
 }
 
 // Remove removes the daemon's files, those that a killed one left half-written included, and the directory if nothing else is
