@@ -58,7 +58,7 @@ func TestExplainAndInvalidate(t *testing.T) {
 	if err := schema.Validate(status); err != nil {
 		t.Error(err)
 	}
-	expectText(t, s.ctl(t, "top", "-n", "1", "-d", "100ms"),
+	expectText(t, s.ctl(t, "top", "--iterations", "1", "-d", "100ms"),
 		`answered/s: 0.0 HTTP`, `default/pod1 +HTTP :8080/healthz +fresh +\S+ +0\.0 +3\n`)
 
 	expectText(t, s.ctl(t, "invalidate", name, "--path", healthz), `withdrawn of default/pod1:\n  HTTP :8080/healthz\n$`)

@@ -18,6 +18,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/chain"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/daemon/internal/status"
 )
 
 // clinic is a node where all is well, but for the daemon, which does not run.
@@ -144,6 +145,52 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 	}
 }
 
+// Before an install doctor says what that needs, and what it would do; nothing missing is a problem that the install brings.
+func TestPreflight(t *testing.T) {
+	for name, test := range map[string]struct {
+		wrong func(*clinic)
+		want  string // a line
+		clean bool   // nothing keeps from an install
+	}{
+		"said":         {func(*clinic) {}, `note +probelet +is not installed on this node`, true},
+		"kernel":       {func(*clinic) {}, `ok +kernel +Linux 6.1 with BTF`, true},
+		"bpffs":        {func(*clinic) {}, `ok +bpffs +/sys/fs/bpf`, true},
+		"cgroup":       {func(*clinic) {}, `ok +cgroup v2 +/`, true},
+		"capabilities": {func(*clinic) {}, `ok +capabilities +this command's`, true},
+		"kubelet":      {func(*clinic) {}, `ok +prober +the kubelet, cgroup 4711$`, true},
+		"runtime":      {func(*clinic) {}, `ok +runtime +containerd`, true},
+		"directories":  {func(*clinic) {}, `ok +plugins +/`, true},
+		"drop-in":      {func(*clinic) {}, `would +chain +write .*/net/10-probelet.conf, which adds the plugin to network net of .*10-net.conflist`, true},
+		"copy":         {func(c *clinic) { c.found[0].Libcni = "v1.1.2" }, `would +chain +write .*/00-probelet.conflist, `, true},
+		"plugin":       {func(*clinic) {}, `would +plugin +put it at .*/probelet$`, true},
+		"objects":      {func(*clinic) {}, `would +BPF objects +load them, and pin them in /sys/fs/bpf/probelet; records in `, true},
+		"old kernel":   {func(c *clinic) { c.linux = 5 << 16 }, `PROBLEM +kernel +Linux 5.0`, false},
+		"no bpffs":     {func(c *clinic) { c.fileSystems = c.fileSystems[1:] }, `PROBLEM +bpffs `, false},
+		"no kubelet":   {func(c *clinic) { c.kubeletGone = errors.New("no process named kubelet") }, `PROBLEM +prober +no process named kubelet`, false},
+		"no plugins":   {func(c *clinic) { c.binDir = filepath.Join(c.binDir, "gone") }, `PROBLEM +plugins +.*gone: no such file`, false},
+		"no network":   {func(c *clinic) { c.remove("10-net.conflist") }, `PROBLEM +chain +no network configuration`, false},
+		"no networks":  {func(c *clinic) { c.netDir = filepath.Join(c.netDir, "gone") }, `PROBLEM +networks +.*gone: no such file`, false},
+		"few rights":   {func(c *clinic) { c.capabilities = 0 }, `PROBLEM +capabilities +this command's lack CAP_BPF`, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := newClinic(t)
+			c.kernel = nil
+			c.remove("net")
+			if err := os.Remove(filepath.Join(c.binDir, "probelet")); err != nil {
+				t.Fatal(err)
+			}
+			test.wrong(c)
+			text := c.examine()
+			if !regexp.MustCompile(`(?m)^` + test.want).MatchString(text) {
+				t.Errorf("does not say %s:\n%s", test.want, text)
+			}
+			if problem := strings.Contains(text, "PROBLEM"); problem == test.clean {
+				t.Errorf("a problem: %t\n%s", problem, text)
+			}
+		})
+	}
+}
+
 // asCopy has the plugin in the chain by a copy.
 func (c *clinic) asCopy(text string) {
 	c.remove("net")
@@ -179,7 +226,7 @@ func TestDirectoriesFromTheEnvironment(t *testing.T) {
 	if opened != "/bpf/probelet" {
 		t.Errorf("looked into %s", opened)
 	}
-	if err := execute(t.Context(), env, []string{"status", "--bpf-dir", "/given"}); err != nil || opened != "/given" {
+	if err := execute(t.Context(), env, []string{"status", "--bpf-dir", "/given"}); status.Code(err) != status.DaemonDown || opened != "/given" {
 		t.Errorf("looked into %s, %v", opened, err)
 	}
 }

@@ -6,8 +6,12 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
+	"strings"
 	"time"
+
+	"github.com/probelet/probelet/daemon/internal/table"
 )
 
 // Exit codes of probeletctl and kubectl-probelet. 3 and 4 are what systemctl status returns in these cases.
@@ -70,6 +74,16 @@ type Finding struct {
 	What    string  `json:"what"`
 	// Do says what to do about it; empty: nothing.
 	Do string `json:"do,omitempty"`
+}
+
+// Text is a finding in lines of at most width characters; 0: any number.
+func (f Finding) Text(width int) string {
+	var b strings.Builder
+	table.Hang(&b, fmt.Sprintf("%-8s %-13s ", f.Verdict, f.About), f.What, width)
+	if f.Do != "" {
+		table.Hang(&b, fmt.Sprintf("%-8s %-13s -> ", "", ""), f.Do, width)
+	}
+	return b.String()
 }
 
 // Problems counts the findings that need attention.
@@ -149,4 +163,13 @@ func (s Still) Words(now time.Time) string {
 // SortUnattached sorts by name.
 func SortUnattached(all []Unattached) {
 	slices.SortFunc(all, func(a, b Unattached) int { return cmp.Compare(a.Pod, b.Pod) })
+}
+
+// Exit prints an error that has not been shown yet, after the name of the program, and returns the exit code.
+func Exit(stderr io.Writer, program string, err error) int {
+	var coded *Error
+	if err != nil && (!errors.As(err, &coded) || !coded.Shown) {
+		_, _ = fmt.Fprintf(stderr, "%s: %v\n", program, err)
+	}
+	return Code(err)
 }
