@@ -1,4 +1,7 @@
-// Command probeletctl shows what probelet knows and does on this node.
+//go:build linux
+
+// Command probeletctl shows what probelet knows and does on this node. Under the name kubectl-probelet it is a plugin of kubectl,
+// and on other systems than Linux it is nothing else.
 package main
 
 import (

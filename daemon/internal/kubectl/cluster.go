@@ -214,12 +214,12 @@ func (c *cluster) ask(ctx context.Context, daemon *corev1.Pod, stdout, stderr io
 	if err != nil && ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	if err != nil && refused != nil {
-		return failure(refused)
-	}
 	var exit exec.CodeExitError
 	if errors.As(err, &exit) && exit.Code <= status.NotAllowed {
 		return &status.Error{Code: exit.Code, Err: err, Shown: true}
+	}
+	if err != nil && refused != nil {
+		return failure(refused)
 	}
 	return failure(err)
 }
