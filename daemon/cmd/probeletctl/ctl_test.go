@@ -106,7 +106,7 @@ func (m *machine) shop() {
 
 // With the daemon dead, everything says so, and until when the kernel still answers.
 func TestDaemonDown(t *testing.T) {
-	const until = `until \d\d:\d\d:\d\d \(42s from now\) at the latest`
+	const until = `until \d\d:\d\d:\d\d \S+ \(42s from now\) at the latest`
 	for name, test := range map[string]struct {
 		change func(*clinic)
 		still  string

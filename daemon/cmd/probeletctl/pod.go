@@ -173,7 +173,7 @@ func trust(env *environment, where place, name string) error {
 // trustAgain returns in words what it did.
 func trustAgain(k kernel, a Attachment) (done string, err error) {
 	if a.Trust == "" {
-		return "", errors.New(cmp.Or(a.WhyNotAnswered, "not attached any more"))
+		return "", status.Errorf(status.NotFound, "%s", cmp.Or(a.WhyNotAnswered, "not attached any more"))
 	}
 	if a.Trust != trustLost {
 		return "nothing to do: " + a.trust(), nil

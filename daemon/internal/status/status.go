@@ -146,8 +146,11 @@ type Still struct {
 	For float64 `json:"forSeconds"`
 }
 
-// Words says what is answered until when, at a time of this clock.
-func (s Still) Words(now time.Time) string {
+// Words says what is answered until when, by a clock that shows now; of nil, that it is not known.
+func (s *Still) Words(now time.Time) string {
+	if s == nil {
+		return "what the kernel still answers is not known"
+	}
 	if s.Endpoints == 0 {
 		return "nothing is answered, every probe reaches its pod"
 	}
@@ -157,7 +160,7 @@ func (s Still) Words(now time.Time) string {
 		what = fmt.Sprintf("%d endpoints are", s.Endpoints)
 	}
 	return fmt.Sprintf("%s still answered in the kernel, until %s (%s from now) at the latest; nothing renews that",
-		what, now.Add(left).Format("15:04:05"), left.Round(100*time.Millisecond))
+		what, now.Add(left).Format("15:04:05 MST"), left.Round(100*time.Millisecond))
 }
 
 // SortUnattached sorts by name.

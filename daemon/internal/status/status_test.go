@@ -47,12 +47,13 @@ func TestExit(t *testing.T) {
 func TestStill(t *testing.T) {
 	now := time.Date(2026, 11, 27, 12, 0, 0, 0, time.UTC)
 	for _, test := range []struct {
-		still Still
+		still *Still
 		want  string
 	}{
-		{Still{}, "nothing is answered, every probe reaches its pod"},
-		{Still{1, 0.25}, "1 endpoint is still answered in the kernel, until 12:00:00 (300ms from now) at the latest; nothing renews that"},
-		{Still{3, 90}, "3 endpoints are still answered in the kernel, until 12:01:30 (1m30s from now) at the latest; nothing renews that"},
+		{nil, "what the kernel still answers is not known"},
+		{&Still{}, "nothing is answered, every probe reaches its pod"},
+		{&Still{1, 0.25}, "1 endpoint is still answered in the kernel, until 12:00:00 UTC (300ms from now) at the latest; nothing renews that"},
+		{&Still{3, 90}, "3 endpoints are still answered in the kernel, until 12:01:30 UTC (1m30s from now) at the latest; nothing renews that"},
 	} {
 		if got := test.still.Words(now); got != test.want {
 			t.Errorf("%+v: %q, want %q", test.still, got, test.want)
