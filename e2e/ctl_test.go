@@ -58,7 +58,7 @@ func TestExplainAndInvalidate(t *testing.T) {
 	if err := schema.Validate(status); err != nil {
 		t.Error(err)
 	}
-	expectText(t, s.ctl(t, "top", "-n", "1", "-d", "100ms"),
+	expectText(t, s.ctl(t, "top", "--iterations", "1", "-d", "100ms"),
 		`answered/s: 0.0 HTTP`, `default/pod1 +HTTP :8080/healthz +fresh +\S+ +0\.0 +3\n`)
 
 	expectText(t, s.ctl(t, "invalidate", name, "--path", healthz), `withdrawn of default/pod1:\n  HTTP :8080/healthz\n$`)
@@ -81,15 +81,15 @@ func TestExplainAndInvalidate(t *testing.T) {
 	must(t, s.AwaitState(p.Pod, longHTTP.Port, longHTTP.Path, node.Fresh))
 	s.daemon.Kill()
 	text := s.ctl(t, "explain", name)
-	expectText(t, text, `probeletd: not running`, `next probe +answered in the kernel`, `answered in the kernel \(3 times so far\)`)
+	expectText(t, text, `probeletd: NOT RUNNING; [12] endpoints? (is|are) still answered in the kernel, until \d\d:\d\d:\d\d \S+ \(9m.* from now\)`, `next probe +answered in the kernel`, `answered in the kernel \(3 times so far\)`)
 	if strings.Contains(text, "observed by probe") {
 		t.Errorf("remembered what only the daemon knows:\n%s", text)
 	}
 	for want, args := range map[string][]string{
-		`probeletd is not running, and nobody else may withdraw; the last of default/pod1 expires in `: {"invalidate", name},
-		`"pod1": must be NAMESPACE/POD`:              {"invalidate", "pod1"},
-		`pod default/pod7 is not known on this node`: {"explain", "default/pod7"},
-		`--interval 1ms: must be at least 100ms`:     {"top", "-d", "1ms"},
+		`probeletd is not running, and nobody else may withdraw; of default/pod1 1 endpoint is still answered in the kernel, until `: {"invalidate", name},
+		`"pod1": must be NAMESPACE/POD, or POD with --namespace`:                                                                     {"invalidate", "pod1"},
+		`pod default/pod7 is not known on this node`:                                                                                 {"explain", "default/pod7"},
+		`--interval 1ms: must be at least 100ms`:                                                                                     {"top", "-d", "1ms"},
 	} {
 		if _, err := s.Ctl(args...); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v", args, err)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"reflect"
 	"strings"
@@ -19,6 +18,8 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/probelet/probelet/e2e/node"
 )
 
 func must(t *testing.T, err error) {
@@ -186,14 +187,9 @@ func (s status) hits(pod string) (n int) {
 
 func ctl(t *testing.T, args ...string) string {
 	t.Helper()
-	cmd := exec.Command(filepath.Join(cluster.Bin, "probeletctl"), args...)
-	var stderr strings.Builder
-	cmd.Stderr = &stderr // it warns of pods that go while it looks
-	out, err := cmd.Output()
-	if err != nil {
-		t.Fatalf("probeletctl %s: %v: %s%s", strings.Join(args, " "), err, out, stderr.String())
-	}
-	return string(out)
+	out, err := node.RunCtl(filepath.Join(cluster.Bin, "probeletctl"), args...)
+	must(t, err)
+	return out
 }
 
 func readStatus(t *testing.T) (s status) {

@@ -2,10 +2,12 @@ package node
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -46,9 +48,24 @@ const (
 
 // Ctl runs probeletctl and returns what it prints.
 func (n *Node) Ctl(args ...string) (string, error) {
-	out, err := output(exec.Command(filepath.Join(n.Bin, "probeletctl"),
-		append(args, "--bpf-dir", n.BPFDir, "--state-dir", n.StateDir)...))
-	return string(out), err
+	return RunCtl(filepath.Join(n.Bin, "probeletctl"), append(args, "--bpf-dir", n.BPFDir, "--state-dir", n.StateDir)...)
+}
+
+// RunCtl runs probeletctl and returns what it prints. Code 3 is no error here: the daemon is down, and what is known without it was
+// shown; a command that had nothing to show says so on stderr.
+func RunCtl(program string, args ...string) (string, error) {
+	cmd := exec.Command(program, args...)
+	var stdout, stderr strings.Builder
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.ExitCode() == 3 && stderr.Len() == 0 {
+		err = nil
+	}
+	if err != nil {
+		err = fmt.Errorf("probeletctl %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(stdout.String()+stderr.String()))
+	}
+	return stdout.String(), err
 }
 
 // Status asks probeletctl.

@@ -1,3 +1,5 @@
+//go:build linux
+
 package main
 
 import (
@@ -5,11 +7,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/cilium/ebpf/features"
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
@@ -21,86 +26,100 @@ import (
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/chain"
 	"github.com/probelet/probelet/daemon/internal/prober"
+	"github.com/probelet/probelet/daemon/internal/status"
 )
 
 const doctorHelp = `Looks at everything that probelet needs on this node, changes nothing, and says in words what to do about what is not well.
+Before an install it looks at what the install needs, and says what that would do.
 
   ok        as it should be
   note      probelet works, but you may want to know
-  PROBLEM   something is not answered, or not attached; the command then ends with 1
+  would     an install would do this
+  PROBLEM   something is not answered, or not attached, or keeps from an install; the command then ends with 1
 
-It looks as the process that it is: run it as root on the node, or in the daemon's pod.`
-
-// verdict is what doctor thinks of something that it has looked at.
-type verdict string
-
-const (
-	well    verdict = "ok"
-	note    verdict = "note"
-	problem verdict = "PROBLEM"
-)
+It needs root, on the node or in the daemon's pod, and looks as the process that it is.`
 
 // doctor looks at a node.
 type doctor struct {
-	env    environment
+	env    *environment
 	where  place
 	chain  chain.Node
 	status Status
-	// problems is how many have been found.
-	problems int
+	// quiet: findings are only kept.
+	quiet    bool
+	findings []status.Finding
 }
 
-func doctorCommand(env environment) *cobra.Command {
-	d := &doctor{env: env}
+func doctorCommand(env *environment) *cobra.Command {
+	d := &doctor{env: env, chain: chain.Node{Runtimes: env.host.runtimes, Log: slog.New(slog.DiscardHandler)}}
+	var output string
 	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "Look at everything that probelet needs on this node, and say what to do",
 		Long:  doctorHelp,
 		Args:  cobra.NoArgs,
-		RunE:  func(cmd *cobra.Command, _ []string) error { return d.run(cmd.Context()) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if output != "text" && output != "json" {
+				return status.Errorf(status.Usage, "--output %q: must be one of json|text", output)
+			}
+			d.quiet = output == "json"
+			return d.run(cmd.Context())
+		},
 	}
 	d.where.flags(cmd)
+	cmd.Flags().StringVarP(&output, "output", "o", "text", "`format`: json|text")
 	cmd.Flags().StringVar(&d.chain.NetDir, "cni-net-dir", "/etc/cni/net.d", "`directory` of network configurations")
 	cmd.Flags().StringVar(&d.chain.BinDir, "cni-bin-dir", "/opt/cni/bin", "`directory` of CNI plugins")
 	return cmd
 }
 
 func (d *doctor) run(ctx context.Context) error {
+	if d.env.host.uid != 0 {
+		return status.Errorf(status.NotAllowed, "doctor looks at what only root may see, and would take what it cannot see for missing: run it as root, or in the daemon's pod")
+	}
 	d.kernel()
 	d.bpffs()
 	d.cgroup()
 	var err error
 	if d.status, err = collect(d.env, d.where); err != nil {
-		d.says(problem, "state", err.Error(), "run this as root")
+		d.says(status.Problem, "state", err.Error(), "")
 	}
 	d.capabilities()
-	d.objects()
-	d.network()
-	d.plugin()
-	d.daemon(ctx)
-	d.kubelet()
-	d.attachments()
-	d.trust()
+	if err == nil && !d.installed() {
+		d.preflight()
+	} else {
+		d.objects()
+		d.network()
+		d.plugin()
+		d.daemon(ctx)
+		d.kubelet()
+		d.attachments()
+		d.trust()
+	}
 	d.others()
-	if d.problems > 0 {
-		return fmt.Errorf("%d of these need attention", d.problems)
+	if d.quiet {
+		if err := printJSON(d.env.stdout, d.findings); err != nil {
+			return err
+		}
+	}
+	if n := status.Problems(d.findings); n > 0 {
+		return fmt.Errorf("%d of these need attention", n)
 	}
 	return nil
 }
 
-// says prints a line, and below it what to do.
-func (d *doctor) says(v verdict, about, what, do string) {
-	if v == problem {
-		d.problems++
-	}
-	_, _ = fmt.Fprintf(d.env.stdout, "%-8s %-13s %s\n", v, about, what)
-	if do != "" {
-		_, _ = fmt.Fprintf(d.env.stdout, "%-8s %-13s -> %s\n", "", "", do)
+// says notes a finding, and unless quiet prints it, and below it what to do.
+func (d *doctor) says(v status.Verdict, about, what, do string) {
+	f := status.Finding{Verdict: v, About: about, What: what, Do: do}
+	d.findings = append(d.findings, f)
+	if !d.quiet {
+		_, _ = io.WriteString(d.env.stdout, f.Text(d.env.width))
 	}
 }
 
 // host is what doctor asks of the machine itself.
 type host struct {
+	uid       int    // of this process, its effective one
 	proc, sys string // where these file systems are
 	version   func() (uint32, error)
 	isFS      func(dir string, magic int64) bool
@@ -111,7 +130,7 @@ type host struct {
 
 func thisHost() host {
 	return host{
-		proc: "/proc", sys: "/sys", version: features.LinuxVersionCode, isFS: isFS, devices: devices,
+		uid: os.Geteuid(), proc: "/proc", sys: "/sys", version: features.LinuxVersionCode, isFS: isFS, devices: devices,
 		runtimes: func() chain.Runtimes { return chain.FindRuntimes("/proc") },
 		kubelet:  func() (datapath.Prober, error) { return (&prober.Finder{Kubelet: true}).Find() },
 	}
@@ -124,13 +143,13 @@ func (d *doctor) kernel() {
 	btf := filepath.Join(d.env.host.sys, "kernel/btf/vmlinux")
 	switch _, noBTF := os.Stat(btf); {
 	case err != nil:
-		d.says(problem, "kernel", "its version is not known: "+err.Error(), "")
+		d.says(status.Problem, "kernel", "its version is not known: "+err.Error(), "")
 	case v < 5<<16|15<<8:
-		d.says(problem, "kernel", version, "probelet needs 5.15 or newer; pods start as ever, without it")
+		d.says(status.Problem, "kernel", version, "probelet needs 5.15 or newer; pods start as ever, without it")
 	case noBTF != nil:
-		d.says(note, "kernel", version+", without "+btf, "with CONFIG_DEBUG_INFO_BTF a listening socket that is closed is noticed at once; now it is by the next probe that reaches the pod")
+		d.says(status.Note, "kernel", version+", without "+btf, "with CONFIG_DEBUG_INFO_BTF a listening socket that is closed is noticed at once; now it is by the next probe that reaches the pod")
 	default:
-		d.says(well, "kernel", version+" with BTF", "")
+		d.says(status.Well, "kernel", version+" with BTF", "")
 	}
 }
 
@@ -141,9 +160,9 @@ func isFS(dir string, magic int64) bool {
 
 func (d *doctor) bpffs() {
 	if parent := filepath.Dir(d.where.bpfDir); d.env.host.isFS(parent, unix.BPF_FS_MAGIC) {
-		d.says(well, "bpffs", parent, "")
+		d.says(status.Well, "bpffs", parent, "")
 	} else {
-		d.says(problem, "bpffs", parent+" is not a BPF file system", "mount -t bpf bpf "+parent+"; for every start in /etc/fstab")
+		d.says(status.Problem, "bpffs", parent+" is not a BPF file system", "mount -t bpf bpf "+parent+"; for every start in /etc/fstab")
 	}
 }
 
@@ -151,10 +170,10 @@ func (d *doctor) cgroup() {
 	// /host/cgroup is where the chart mounts the host's.
 	dirs := []string{"/host/cgroup", "/host/cgroup/unified", "/sys/fs/cgroup", "/sys/fs/cgroup/unified"}
 	if i := slices.IndexFunc(dirs, func(dir string) bool { return d.env.host.isFS(dir, unix.CGROUP2_SUPER_MAGIC) }); i >= 0 {
-		d.says(well, "cgroup v2", dirs[i], "")
+		d.says(status.Well, "cgroup v2", dirs[i], "")
 		return
 	}
-	d.says(problem, "cgroup v2", "is mounted in none of "+strings.Join(dirs, ", "),
+	d.says(status.Problem, "cgroup v2", "is mounted in none of "+strings.Join(dirs, ", "),
 		"the kubelet's connections are known by its cgroup: mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified")
 }
 
@@ -178,7 +197,7 @@ func (d *doctor) capabilities() {
 	}
 	has, err := capabilitiesOf(d.env.host.proc, process)
 	if err != nil {
-		d.says(note, "capabilities", "cannot be read: "+err.Error(), "")
+		d.says(status.Note, "capabilities", "cannot be read: "+err.Error(), "")
 		return
 	}
 	var missing []string
@@ -192,10 +211,10 @@ func (d *doctor) capabilities() {
 		}
 	}
 	if len(missing) > 0 {
-		d.says(problem, "capabilities", who+" lack "+strings.Join(missing, ", "), "add them to the container's securityContext, or run as root on the node")
+		d.says(status.Problem, "capabilities", who+" lack "+strings.Join(missing, ", "), "add them to the container's securityContext, or run as root on the node")
 		return
 	}
-	d.says(well, "capabilities", who, "")
+	d.says(status.Well, "capabilities", who, "")
 }
 
 // capabilitiesOf are a process's effective ones (CapEff in proc(5)).
@@ -214,82 +233,97 @@ func capabilitiesOf(proc, process string) (uint64, error) {
 
 func (d *doctor) objects() {
 	if d.status.Prober == nil {
-		d.says(note, "BPF objects", "none in "+d.where.bpfDir, "the daemon, or the first pod that is added, loads them")
+		d.says(status.Note, "BPF objects", "none in "+d.where.bpfDir, "the daemon, or the first pod that is added, loads them")
 		return
 	}
 	k, err := d.env.open(d.where.bpfDir)
 	if err != nil || k == nil { // they were there a moment ago
-		d.says(problem, "BPF objects", fmt.Sprintf("%s: cannot be opened any more: %v", d.where.bpfDir, err), "")
+		d.says(status.Problem, "BPF objects", fmt.Sprintf("%s: cannot be opened any more: %v", d.where.bpfDir, err), "")
 		return
 	}
 	defer k.Close() //nolint:errcheck // read only
 	if !k.Watched() {
-		d.says(note, "BPF objects", d.where.bpfDir+"; listening sockets that close are not noticed",
+		d.says(status.Note, "BPF objects", d.where.bpfDir+"; listening sockets that close are not noticed",
 			"the next probe that reaches the pod notices; the kernel needs CONFIG_DEBUG_INFO_BTF, and the BPF objects to be loaded anew")
 		return
 	}
 	if !k.SeesListeners() {
-		d.says(note, "BPF objects", d.where.bpfDir+"; the kernel does not let pods' listening sockets be looked at",
+		d.says(status.Note, "BPF objects", d.where.bpfDir+"; the kernel does not let pods' listening sockets be looked at",
 			"TCP probes are answered for as short a time as HTTP probes")
 		return
 	}
-	d.says(well, "BPF objects", d.where.bpfDir, "")
+	d.says(status.Well, "BPF objects", d.where.bpfDir, "")
+}
+
+// runtime looks at the one that is to read the chain.
+func (d *doctor) runtime(found chain.Runtimes) {
+	switch {
+	case len(found) == 0:
+		d.says(status.Note, "runtime", "no process of containerd, crio or cri-dockerd is to be seen", "")
+	case len(found) > 1:
+		d.says(status.Note, "runtime", found.String()+fmt.Sprintf("; all of them read %s", found.Way()), "one of them runs the pods")
+	case found[0].Libcni == "":
+		d.says(status.Note, "runtime", found.String(), "install with --chain copy, which every runtime reads")
+	default:
+		d.says(status.Well, "runtime", fmt.Sprintf("%s, reads %s", found, found.Way()), "")
+	}
 }
 
 // network looks at the chain, and at the runtime that is to read it.
 func (d *doctor) network() {
 	found := d.env.host.runtimes()
-	switch {
-	case len(found) == 0:
-		d.says(note, "runtime", "no process of containerd, crio or cri-dockerd is to be seen", "")
-	case len(found) > 1:
-		d.says(note, "runtime", found.String()+fmt.Sprintf("; all of them read %s", found.Way()), "one of them runs the pods")
-	case found[0].Libcni == "":
-		d.says(note, "runtime", found.String(), "install with --chain copy, which every runtime reads")
-	default:
-		d.says(well, "runtime", fmt.Sprintf("%s, reads %s", found, found.Way()), "")
-	}
+	d.runtime(found)
 	joined, in, err := d.chain.Look()
 	switch {
+	case errors.Is(err, chain.ErrMisplaced):
+		d.says(status.Problem, "chain", err.Error(), "until then probeletd keeps the plugin out of the chain, and new pods are not attached")
 	case err != nil:
-		d.says(problem, "chain", err.Error(), "install the cluster's network plugin; probeletd joins as soon as there is a network")
+		d.says(status.Problem, "chain", err.Error(), "install the cluster's network plugin; probeletd joins as soon as there is a network")
 	case !in:
 		what := fmt.Sprintf("the plugin is not in network %s, of %s", joined.Network, joined.Primary)
 		if joined.File != "" {
 			what += "; " + joined.File + " is not what would be derived from it now, or is not read"
 		}
-		d.says(problem, "chain", what, "probeletd install --cni-net-dir "+d.chain.NetDir)
+		d.says(status.Problem, "chain", what, "probeletd install --cni-net-dir "+d.chain.NetDir)
 	case joined.Way == chain.DropIn && len(found) > 0 && found.Way() != chain.DropIn:
-		d.says(problem, "chain", joined.File+", which this runtime is not known to read", "probeletd install --chain copy, or a runtime with libcni 1.3 or newer")
+		d.says(status.Problem, "chain", joined.File+", which this runtime is not known to read", "probeletd install --chain copy, or a runtime with libcni 1.3 or newer")
 	case joined.File == "":
-		d.says(well, "chain", fmt.Sprintf("network %s, by its own configuration %s", joined.Network, joined.Primary), "")
+		d.says(status.Well, "chain", fmt.Sprintf("network %s, by its own configuration %s", joined.Network, joined.Primary), "")
 	default:
-		d.says(well, "chain", fmt.Sprintf("network %s of %s, by %s", joined.Network, joined.Primary, joined.File), "")
+		d.says(status.Well, "chain", fmt.Sprintf("network %s of %s, by %s", joined.Network, joined.Primary, joined.File), "")
 	}
+}
+
+// pluginFile looks for the plugin; in a pod that has not mounted its directory, too.
+func (d *doctor) pluginFile() (os.FileInfo, error) {
+	file := filepath.Join(d.chain.BinDir, chain.PluginType)
+	info, err := os.Stat(file)
+	if errors.Is(err, os.ErrNotExist) {
+		if onHost, hostErr := os.Stat(filepath.Join(d.env.host.proc, "1/root", file)); hostErr == nil {
+			return onHost, nil
+		}
+	}
+	return info, err
 }
 
 func (d *doctor) plugin() {
 	file := filepath.Join(d.chain.BinDir, chain.PluginType)
-	info, err := os.Stat(file)
-	if errors.Is(err, os.ErrNotExist) { // or this is a pod, which has not mounted it
-		if onHost, hostErr := os.Stat(filepath.Join(d.env.host.proc, "1/root", file)); hostErr == nil {
-			info, err = onHost, nil
-		}
-	}
+	info, err := d.pluginFile()
 	const do = "probeletd install; until then no pod can start on a network that names the plugin"
 	switch {
 	case err != nil:
-		d.says(problem, "plugin", err.Error(), do)
+		d.says(status.Problem, "plugin", err.Error(), do)
 	case !info.Mode().IsRegular() || info.Mode()&0o111 == 0 || info.Size() == 0:
-		d.says(problem, "plugin", fmt.Sprintf("%s is no program: %s, %d bytes", file, info.Mode(), info.Size()), do)
+		d.says(status.Problem, "plugin", fmt.Sprintf("%s is no program: %s, %d bytes", file, info.Mode(), info.Size()), do)
 	default:
-		d.says(well, "plugin", file, "")
+		d.says(status.Well, "plugin", file, "")
 	}
 }
 
 func (d *doctor) daemon(ctx context.Context) {
 	if !d.status.Daemon.Running {
-		d.says(problem, "daemon", "does not run on "+d.where.stateDir, "probeletd run; see the pod's log if it ends at once. Until then every probe reaches its pod")
+		d.says(status.Problem, "daemon", "does not run on "+d.where.stateDir+"; "+d.status.Daemon.Still.Words(time.Now()),
+			"probeletd run; see the pod's log if it ends at once")
 		return
 	}
 	missing, err := api.NewClient(d.where.stateDir).Ready(ctx)
@@ -297,10 +331,10 @@ func (d *doctor) daemon(ctx context.Context) {
 		missing = []string{err.Error()}
 	}
 	if len(missing) > 0 {
-		d.says(problem, "daemon", fmt.Sprintf("runs, process %d, but: %s", d.status.Daemon.PID, strings.Join(missing, "; ")), "see its log")
+		d.says(status.Problem, "daemon", fmt.Sprintf("runs, process %d, but: %s", d.status.Daemon.PID, strings.Join(missing, "; ")), "see its log")
 		return
 	}
-	d.says(well, "daemon", fmt.Sprintf("process %d, ready", d.status.Daemon.PID), "")
+	d.says(status.Well, "daemon", fmt.Sprintf("process %d, ready", d.status.Daemon.PID), "")
 	d.states(ctx)
 }
 
@@ -309,11 +343,11 @@ func (d *doctor) states(ctx context.Context) {
 	source, err := api.NewClient(d.where.stateDir).Source(ctx)
 	switch {
 	case err != nil:
-		d.says(note, "states", "how the daemon hears of containers' states is not known: "+err.Error(), "")
+		d.says(status.Note, "states", "how the daemon hears of containers' states is not known: "+err.Error(), "")
 	case source.Pushed:
-		d.says(well, "states", "changes of containers are pushed", "")
+		d.says(status.Well, "states", "changes of containers are pushed", "")
 	default:
-		d.says(note, "states", "changes of containers are not pushed: "+source.Why,
+		d.says(status.Note, "states", "changes of containers are not pushed: "+source.Why,
 			"a container that ends without closing a listening socket is noticed late")
 	}
 }
@@ -322,47 +356,49 @@ func (d *doctor) states(ctx context.Context) {
 func (d *doctor) kubelet() {
 	set := d.status.Prober
 	if set != nil && set.Host {
-		d.says(note, "prober", "every process of the node is taken for one (--prober host)", "for a node of a cluster: --prober kubelet")
+		d.says(status.Note, "prober", "every process of the node is taken for one (--prober host)", "for a node of a cluster: --prober kubelet")
 		return
 	}
 	found, err := d.env.host.kubelet()
 	if err == nil {
-		if set != nil && slices.Equal(set.CgroupIDs, found.CgroupIDs) {
-			d.says(well, "prober", fmt.Sprintf("the kubelet, cgroup %d", found.CgroupIDs[0]), "")
+		if set == nil {
+			d.says(status.Note, "prober", fmt.Sprintf("the kubelet, cgroup %d, which nothing is loaded to compare with", found.CgroupIDs[0]), "")
+		} else if slices.Equal(set.CgroupIDs, found.CgroupIDs) {
+			d.says(status.Well, "prober", fmt.Sprintf("the kubelet, cgroup %d", found.CgroupIDs[0]), "")
 		} else {
-			d.says(problem, "prober", fmt.Sprintf("the kubelet's cgroup is %d, but not what is set", found.CgroupIDs[0]), "run the daemon with --prober kubelet")
+			d.says(status.Problem, "prober", fmt.Sprintf("the kubelet's cgroup is %d, but not what is set", found.CgroupIDs[0]), "run the daemon with --prober kubelet")
 		}
 		return
 	}
 	if set != nil && len(set.CgroupIDs) > 0 {
-		d.says(note, "prober", fmt.Sprintf("cgroup %d, which is not a kubelet's", set.CgroupIDs[0]), "")
+		d.says(status.Note, "prober", fmt.Sprintf("cgroup %d, which is not a kubelet's", set.CgroupIDs[0]), "")
 		return
 	}
-	d.says(problem, "prober", err.Error(), "nothing is answered. Is the kubelet running, and are the node's processes to be seen (hostPID)?")
+	d.says(status.Problem, "prober", err.Error(), "nothing is answered. Is the kubelet running, and are the node's processes to be seen (hostPID)?")
 }
 
 // attachments looks at those on record.
 func (d *doctor) attachments() {
 	records, err := attach.ReadRecords(d.where.stateDir)
 	if err != nil {
-		d.says(problem, "attachments", err.Error(), "remove the record; the pod is adopted, or attached when it is made anew")
+		d.says(status.Problem, "attachments", err.Error(), "remove the record; the pod is adopted, or attached when it is made anew")
 	}
 	if unattached := d.status.Unattached; len(unattached) > 0 {
-		d.says(note, "attachments", fmt.Sprintf("%d pods have probes, and are not attached: %s", len(unattached), strings.Join(unattached, ", ")),
+		d.says(status.Note, "attachments", fmt.Sprintf("%d pods have probes, and are not attached: %s", len(unattached), strings.Join(unattached, ", ")),
 			"restart them if they are older than probelet and the daemon does not adopt them; pods with hostNetwork never are")
 	}
 	for _, a := range d.status.Attachments {
 		if a.Settings != nil && a.Settings.Problem != "" {
-			d.says(note, "annotations", a.Pod+": "+a.Settings.Problem, "mend the annotation; until then nothing of the pod is answered")
+			d.says(status.Note, "annotations", a.Pod+": "+a.Settings.Problem, "mend the annotation; until then nothing of the pod is answered")
 		}
 	}
 	if d.status.Prober == nil || len(records) == 0 {
-		d.says(well, "attachments", fmt.Sprintf("%d", len(records)), "")
+		d.says(status.Well, "attachments", fmt.Sprintf("%d", len(records)), "")
 		return
 	}
 	checker, done, err := newChecker(d.where.bpfDir)
 	if err != nil {
-		d.says(problem, "attachments", err.Error(), "")
+		d.says(status.Problem, "attachments", err.Error(), "")
 		return
 	}
 	defer done()
@@ -371,15 +407,15 @@ func (d *doctor) attachments() {
 		err := checker.Check(r.ID(), r.IfIndex)
 		switch {
 		case r.Error != "":
-			d.says(problem, "attachments", nameOf(r)+" was not attached: "+r.Error, "the pod runs without probelet")
+			d.says(status.Problem, "attachments", nameOf(r)+" was not attached: "+r.Error, "the pod runs without probelet")
 		case err != nil:
-			d.says(problem, "attachments", nameOf(r)+": "+err.Error(), "the daemon mends this within 10 s, unless another program keeps the place")
+			d.says(status.Problem, "attachments", nameOf(r)+": "+err.Error(), "the daemon mends this within 10 s, unless another program keeps the place")
 		default:
 			good++
 		}
 	}
 	if good == len(records) {
-		d.says(well, "attachments", fmt.Sprintf("%d, all as they were made", good), "")
+		d.says(status.Well, "attachments", fmt.Sprintf("%d, all as they were made", good), "")
 	}
 }
 
@@ -393,7 +429,7 @@ func (d *doctor) trust() {
 		if a.Pod != "" {
 			again = "run probeletctl trust " + a.Pod
 		}
-		d.says(problem, "trust", fmt.Sprintf("%s is not answered: %s", cmp.Or(a.Pod, a.ContainerID), a.trust()),
+		d.says(status.Problem, "trust", fmt.Sprintf("%s is not answered: %s", cmp.Or(a.Pod, a.ContainerID), a.trust()),
 			fmt.Sprintf("find who drops the answers by %s (others on it are named below; or a firewall), then %s", a.HostIfName, again))
 	}
 }
@@ -462,7 +498,7 @@ func devices(bpfDir string) ([]device, error) {
 func (d *doctor) others() {
 	found, err := d.env.host.devices(d.where.bpfDir)
 	if err != nil {
-		d.says(note, "others", "cannot be looked for: "+err.Error(), "")
+		d.says(status.Note, "others", "cannot be looked for: "+err.Error(), "")
 		return
 	}
 	records, _ := attach.ReadRecords(d.where.stateDir) // attachments has told of errors
@@ -472,7 +508,7 @@ func (d *doctor) others() {
 		i := slices.IndexFunc(records, func(r attach.Record) bool { return r.IfIndex == one.ifindex })
 		switch {
 		case i >= 0:
-			d.says(note, "attachments", fmt.Sprintf("others on %s of %s: %s", one.name, nameOf(records[i]), what),
+			d.says(status.Note, "attachments", fmt.Sprintf("others on %s of %s: %s", one.name, nameOf(records[i]), what),
 				"those before ours may keep probes from being answered, those after ours may drop the answers")
 		case one.veth:
 			veths = append(veths, fmt.Sprintf("%s (%s)", one.name, what))
@@ -481,10 +517,10 @@ func (d *doctor) others() {
 		}
 	}
 	if len(veths) > 0 {
-		d.says(note, "others", "on veths without probelet: "+some(veths), "a pod whose device has an XDP program already starts without probelet")
+		d.says(status.Note, "others", "on veths without probelet: "+some(veths), "a pod whose device has an XDP program already starts without probelet")
 	}
 	if len(rest) > 0 {
-		d.says(note, "others", "on devices of no pod: "+some(rest), "no matter in itself; but whoever it is may want the pods' devices too")
+		d.says(status.Note, "others", "on devices of no pod: "+some(rest), "no matter in itself; but whoever it is may want the pods' devices too")
 	}
 }
 

@@ -1,3 +1,5 @@
+//go:build linux
+
 package main
 
 import (
@@ -18,6 +20,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/chain"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/daemon/internal/status"
 )
 
 // clinic is a node where all is well, but for the daemon, which does not run.
@@ -55,6 +58,7 @@ func newClinic(t *testing.T) *clinic {
 	c.write(filepath.Join(c.host.sys, "kernel/btf/vmlinux"), "")
 	c.write(filepath.Join(c.netDir, "10-net.conflist"), primary)
 	c.write(filepath.Join(c.netDir, "net/10-probelet.conf"), dropIn)
+	c.write(filepath.Join(c.binDir, "ptp"), "a program")
 	c.write(filepath.Join(c.binDir, "probelet"), "a program")
 	return c
 }
@@ -107,6 +111,8 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 		"no network":        {func(c *clinic) { c.remove("10-net.conflist") }, `PROBLEM +chain +no network configuration`},
 		"no plugin":         {func(c *clinic) { c.binDir = c.netDir }, `PROBLEM +plugin +.*no such file`},
 		"empty plugin":      {func(c *clinic) { c.write(filepath.Join(c.binDir, "probelet"), "") }, `PROBLEM +plugin +.* is no program: .*, 0 bytes`},
+		"unreadable":        {func(c *clinic) { c.openErr = errors.New("broken") }, `PROBLEM +state +broken$`},
+		"and down":          {func(c *clinic) { c.openErr = errors.New("broken") }, `PROBLEM +daemon +does not run on \S+; what the kernel still answers is not known`},
 		"no daemon":         {func(*clinic) {}, `PROBLEM +daemon +does not run on `},
 		"daemon, wedged":    {func(c *clinic) { c.daemon() }, `PROBLEM +daemon +runs, process \d+, but: `},
 		"pushed":            {func(c *clinic) { c.serveNode(node{source: api.SourceReply{Pushed: true}}) }, `ok +states +changes of containers are pushed$`},
@@ -139,6 +145,53 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 			test.wrong(c)
 			if text := c.examine(); !regexp.MustCompile(`(?m)^` + test.want).MatchString(text) {
 				t.Errorf("does not say %s:\n%s", test.want, text)
+			}
+		})
+	}
+}
+
+// Before an install doctor says what that needs, and what it would do; nothing missing is a problem that the install brings.
+func TestPreflight(t *testing.T) {
+	for name, test := range map[string]struct {
+		wrong func(*clinic)
+		want  string // a line
+		clean bool   // nothing keeps from an install
+	}{
+		"said":              {func(*clinic) {}, `note +probelet +is not installed on this node`, true},
+		"kernel":            {func(*clinic) {}, `ok +kernel +Linux 6.1 with BTF`, true},
+		"bpffs":             {func(*clinic) {}, `ok +bpffs +/sys/fs/bpf`, true},
+		"cgroup":            {func(*clinic) {}, `ok +cgroup v2 +/`, true},
+		"capabilities":      {func(*clinic) {}, `ok +capabilities +this command's`, true},
+		"kubelet":           {func(*clinic) {}, `ok +prober +the kubelet, cgroup 4711$`, true},
+		"runtime":           {func(*clinic) {}, `ok +runtime +containerd`, true},
+		"directories":       {func(*clinic) {}, `ok +plugins +/`, true},
+		"drop-in":           {func(*clinic) {}, `would +chain +write .*/net/10-probelet.conf, which adds the plugin to network net of .*10-net.conflist`, true},
+		"copy":              {func(c *clinic) { c.found[0].Libcni = "v1.1.2" }, `would +chain +write .*/00-probelet.conflist, `, true},
+		"plugin":            {func(*clinic) {}, `would +plugin +put it at .*/probelet$`, true},
+		"objects":           {func(*clinic) {}, `would +BPF objects +load them, and pin them in /sys/fs/bpf/probelet; records in `, true},
+		"old kernel":        {func(c *clinic) { c.linux = 5 << 16 }, `PROBLEM +kernel +Linux 5.0`, false},
+		"no bpffs":          {func(c *clinic) { c.fileSystems = c.fileSystems[1:] }, `PROBLEM +bpffs `, false},
+		"no kubelet":        {func(c *clinic) { c.kubeletGone = errors.New("no process named kubelet") }, `PROBLEM +prober +no process named kubelet`, false},
+		"no plugins":        {func(c *clinic) { c.binDir = filepath.Join(c.binDir, "gone") }, `PROBLEM +plugins +.*gone: no such file`, false},
+		"plugins elsewhere": {func(c *clinic) { c.binDir = t.TempDir() }, `PROBLEM +chain +the runtime would not find the plugin: ptp `, false},
+		"no network":        {func(c *clinic) { c.remove("10-net.conflist") }, `PROBLEM +chain +no network configuration`, false},
+		"no networks":       {func(c *clinic) { c.netDir = filepath.Join(c.netDir, "gone") }, `PROBLEM +networks +.*gone: no such file`, false},
+		"few rights":        {func(c *clinic) { c.capabilities = 0 }, `PROBLEM +capabilities +this command's lack CAP_BPF`, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := newClinic(t)
+			c.kernel = nil
+			c.remove("net")
+			if err := os.Remove(filepath.Join(c.binDir, "probelet")); err != nil {
+				t.Fatal(err)
+			}
+			test.wrong(c)
+			text := c.examine()
+			if !regexp.MustCompile(`(?m)^` + test.want).MatchString(text) {
+				t.Errorf("does not say %s:\n%s", test.want, text)
+			}
+			if problem := strings.Contains(text, "PROBLEM"); problem == test.clean {
+				t.Errorf("a problem: %t\n%s", problem, text)
 			}
 		})
 	}
@@ -179,7 +232,7 @@ func TestDirectoriesFromTheEnvironment(t *testing.T) {
 	if opened != "/bpf/probelet" {
 		t.Errorf("looked into %s", opened)
 	}
-	if err := execute(t.Context(), env, []string{"status", "--bpf-dir", "/given"}); err != nil || opened != "/given" {
+	if err := execute(t.Context(), env, []string{"status", "--bpf-dir", "/given"}); status.Code(err) != status.DaemonDown || opened != "/given" {
 		t.Errorf("looked into %s, %v", opened, err)
 	}
 }

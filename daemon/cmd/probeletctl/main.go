@@ -1,4 +1,7 @@
-// Command probeletctl shows what probelet knows and does on this node.
+//go:build linux
+
+// Command probeletctl shows what probelet knows and does on this node. Under the name kubectl-probelet it is a plugin of kubectl,
+// and on other systems than Linux it is nothing else.
 package main
 
 import (
@@ -18,6 +21,11 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/api"
+	"github.com/probelet/probelet/daemon/internal/kubectl"
+	"github.com/probelet/probelet/daemon/internal/status"
+	"github.com/probelet/probelet/daemon/internal/table"
+	"github.com/probelet/probelet/internal/version"
 )
 
 const statusHelp = `Shows every attachment on this node and every endpoint that is probed behind it. The daemon need not run.
@@ -30,6 +38,9 @@ const statusHelp = `Shows every attachment on this node and every endpoint that 
   AGE    time since that observation
   BOUND  how long after its observation a success is answered
   HITS   probes answered in the kernel
+
+On a narrow terminal the table leaves out columns; -o wide never does. If the daemon does not run, the last lines say what is still
+answered until when, and the command ends with 3.
 
 Below the table are the pods that are not answered because answers did not arrive by their device, and the programs of others
 on it; and how many connections of the prober reached pods but taught nothing, and why.
@@ -48,45 +59,78 @@ lost), and for each of PROBES:
 
 With -o json, the fields are those of docs/status.schema.json.`
 
+const rootHelp = `Shows what probelet knows and does on this node. Under the name kubectl-probelet it is a plugin of kubectl, which asks the nodes.
+
+Exit codes:
+  0  all is well
+  1  doctor found a problem, or the command failed
+  2  an unknown command or flag, or a value that it does not take
+  3  the daemon does not run; status and explain have shown what is known without it
+  4  the pod is not known on this node, or not attached
+  5  the command needs root`
+
 // environment is what the commands reach of the machine.
 type environment struct {
 	stdout, stderr io.Writer
 	now            func() uint64 // ns of CLOCK_BOOTTIME
 	open           func(bpfDir string) (kernel, error)
 	host           host
+	// width is how many characters a line may have; 0: any number.
+	width int
 }
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer stop()
-	env := environment{stdout: os.Stdout, stderr: os.Stderr, now: datapath.Now, open: openKernel, host: thisHost()}
-	if err := execute(ctx, env, os.Args[1:]); err != nil {
-		fmt.Fprintln(os.Stderr, "probeletctl:", err)
-		os.Exit(1)
+	if kubectl.Named(os.Args[0]) {
+		os.Exit(kubectl.Main(ctx, os.Args))
 	}
+	env := environment{
+		stdout: os.Stdout, stderr: os.Stderr, now: datapath.Now, open: openKernel, host: thisHost(), width: table.WidthOf(os.Stdout),
+	}
+	os.Exit(status.Exit(os.Stderr, "probeletctl", execute(ctx, env, os.Args[1:])))
 }
 
 func execute(ctx context.Context, env environment, args []string) error {
 	root := &cobra.Command{
 		Use:           "probeletctl",
 		Short:         "Shows what probelet knows and does on this node",
+		Long:          rootHelp,
+		Version:       version.String(),
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(statusCommand(env), explainCommand(env), topCommand(env), invalidateCommand(env), trustCommand(env),
-		doctorCommand(env))
-	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return fromEnvironment(cmd.Flags()) }
+	root.AddCommand(statusCommand(&env), explainCommand(&env), topCommand(&env), invalidateCommand(&env), trustCommand(&env),
+		doctorCommand(&env))
+	root.PersistentFlags().IntVar(&env.width, "width", env.width, "longest `LINE` in characters, of tables and text; 0: any (default: the terminal's)")
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
+		if env.width < 0 {
+			return fmt.Errorf("--width %d: must not be negative", env.width)
+		}
+		return fromEnvironment(cmd.Flags())
+	}
 	root.SetArgs(args)
 	root.SetOut(env.stdout)
 	root.SetErr(env.stderr)
-	return root.ExecuteContext(ctx)
+	err := status.Execute(ctx, root)
+	var coded *status.Error
+	switch {
+	case err == nil, errors.As(err, &coded):
+	case errors.Is(err, os.ErrPermission):
+		return &status.Error{Code: status.NotAllowed, Err: fmt.Errorf("%w; run this as root", err)}
+	case errors.Is(err, api.ErrDown):
+		return &status.Error{Code: status.DaemonDown, Err: err}
+	case errors.Is(err, api.ErrNotFound):
+		return &status.Error{Code: status.NotFound, Err: err}
+	}
+	return err
 }
 
 // formats are the values of -o.
-var formats = map[string]func(io.Writer, Status) error{
-	"table": func(w io.Writer, s Status) error { return printTable(w, s, false) },
-	"wide":  func(w io.Writer, s Status) error { return printTable(w, s, true) },
-	"json":  printJSON[Status],
+var formats = map[string]func(*environment, Status) error{
+	"table": func(env *environment, s Status) error { return printTable(env, s, false) },
+	"wide":  func(env *environment, s Status) error { return printTable(env, s, true) },
+	"json":  func(env *environment, s Status) error { return printJSON(env.stdout, s) },
 }
 
 func formatNames() string {
@@ -98,29 +142,69 @@ func formatNames() string {
 	return strings.Join(names, "|")
 }
 
-func statusCommand(env environment) *cobra.Command {
+func statusCommand(env *environment) *cobra.Command {
 	var output string
+	var summary bool
 	var where place
+	var only namespaceFilter
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Show attachments, endpoints, and what is answered",
 		Long:  statusHelp,
 		Args:  cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error {
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			show, ok := formats[output]
 			if !ok {
-				return fmt.Errorf("--output %q: must be one of %s", output, formatNames())
+				return status.Errorf(status.Usage, "--output %q: must be one of %s", output, formatNames())
 			}
-			status, err := survey(env, where)
+			if summary {
+				return summarize(cmd.Context(), env, where, output == "json")
+			}
+			s, err := survey(env, where)
 			if err != nil {
 				return err
 			}
-			return show(env.stdout, status)
+			if err := show(env, only.of(s)); err != nil {
+				return err
+			}
+			return s.daemonDown()
 		},
 	}
 	cmd.Flags().StringVarP(&output, "output", "o", "table", "`format`: "+formatNames())
+	cmd.Flags().BoolVar(&summary, "summary", false, "only numbers of the node, and the pods that are not attached")
+	only.flags(cmd)
 	where.flags(cmd)
 	return cmd
+}
+
+// daemonDown is the error after all has been shown that is known without a daemon; nil if one runs.
+func (s Status) daemonDown() error {
+	if s.Daemon.Running {
+		return nil
+	}
+	return &status.Error{Code: status.DaemonDown, Err: api.ErrDown, Shown: true}
+}
+
+// namespaceFilter chooses pods; empty: all.
+type namespaceFilter struct {
+	namespace string
+	all       bool
+}
+
+func (f *namespaceFilter) flags(cmd *cobra.Command) {
+	cmd.Flags().StringVarP(&f.namespace, "namespace", "n", "", "only pods of this `NAMESPACE`")
+	cmd.Flags().BoolVarP(&f.all, "all-namespaces", "A", false, "pods of all namespaces (the default)")
+	cmd.MarkFlagsMutuallyExclusive("namespace", "all-namespaces")
+}
+
+func (f namespaceFilter) of(s Status) Status {
+	if f.namespace == "" {
+		return s
+	}
+	other := func(pod string) bool { return !strings.HasPrefix(pod, f.namespace+"/") }
+	s.Attachments = slices.DeleteFunc(slices.Clone(s.Attachments), func(a Attachment) bool { return other(a.Pod) })
+	s.Unattached = slices.DeleteFunc(slices.Clone(s.Unattached), other)
+	return s
 }
 
 // place is where probelet is on this machine.

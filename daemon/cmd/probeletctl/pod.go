@@ -1,3 +1,5 @@
+//go:build linux
+
 package main
 
 import (
@@ -5,10 +7,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -16,44 +16,95 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/store"
+	"github.com/probelet/probelet/daemon/internal/table"
 )
 
-// parsePod splits NAMESPACE/POD.
-func parsePod(text string) (namespace, pod string, err error) {
+// podArgument reads the argument of a command: NAMESPACE/POD, or POD with -n.
+type podArgument struct{ namespace string }
+
+func (p *podArgument) flags(cmd *cobra.Command, where *place) {
+	cmd.Flags().StringVarP(&p.namespace, "namespace", "n", "", "`NAMESPACE` of the pod, if its name says none")
+	cmd.Args = func(_ *cobra.Command, args []string) error {
+		if len(args) != 1 {
+			return fmt.Errorf("%d arguments: must be one, NAMESPACE/POD", len(args))
+		}
+		_, _, err := p.parse(args[0])
+		return err
+	}
+	cmd.ValidArgsFunction = func(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+		if len(args) > 0 || fromEnvironment(cmd.Flags()) != nil {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		return p.complete(*where), cobra.ShellCompDirectiveNoFileComp
+	}
+}
+
+// parse splits NAMESPACE/POD.
+func (p *podArgument) parse(text string) (namespace, pod string, err error) {
 	namespace, pod, ok := strings.Cut(text, "/")
-	if !ok || namespace == "" || pod == "" || strings.Contains(pod, "/") {
-		return "", "", fmt.Errorf("%q: must be NAMESPACE/POD", text)
+	if !ok && p.namespace != "" {
+		namespace, pod, ok = p.namespace, text, true
+	}
+	switch {
+	case !ok || namespace == "" || pod == "" || strings.Contains(pod, "/"):
+		return "", "", fmt.Errorf("%q: must be NAMESPACE/POD, or POD with --namespace", text)
+	case p.namespace != "" && p.namespace != namespace:
+		return "", "", fmt.Errorf("%q: is not in --namespace %s", text, p.namespace)
 	}
 	return namespace, pod, nil
 }
 
-// onePod checks that a command has one argument, which parsePod then reads.
-func onePod(_ *cobra.Command, args []string) error {
-	if len(args) != 1 {
-		return fmt.Errorf("%d arguments: must be one, NAMESPACE/POD", len(args))
+// name is NAMESPACE/POD of an argument that flags has checked.
+func (p *podArgument) name(text string) string {
+	namespace, pod, _ := p.parse(text)
+	return namespace + "/" + pod
+}
+
+// complete returns the pods that the records and the daemon's file know.
+func (p *podArgument) complete(where place) []string {
+	var pods []string
+	records, _ := attach.ReadRecords(where.stateDir) // of what cannot be read: nothing
+	for _, r := range records {
+		if r.PodName != "" {
+			pods = append(pods, r.PodNamespace+"/"+r.PodName)
+		}
 	}
-	return nil
+	described, _ := statedir.ReadEndpoints(where.stateDir)
+	for _, a := range described.Attachments {
+		pods = append(pods, a.Pod)
+	}
+	pods = append(pods, described.Unattached...)
+	slices.Sort(pods)
+	pods = slices.DeleteFunc(slices.Compact(pods), func(pod string) bool {
+		return pod == "" || p.namespace != "" && !strings.HasPrefix(pod, p.namespace+"/")
+	})
+	for i := range pods {
+		if p.namespace != "" {
+			pods[i] = strings.TrimPrefix(pods[i], p.namespace+"/")
+		}
+	}
+	return pods
 }
 
 const invalidateHelp = `Has probelet forget what is known of a pod's endpoints: the next probes reach the pod, and an endpoint is answered again
 only after a probe of it has succeeded. When the command returns, that is so. It needs the daemon.`
 
-func invalidateCommand(env environment) *cobra.Command {
+func invalidateCommand(env *environment) *cobra.Command {
 	var where place
+	var pod podArgument
 	var r api.InvalidateRequest
 	cmd := &cobra.Command{
 		Use:   "invalidate NAMESPACE/POD",
 		Short: "Have the next probes of a pod reach it",
 		Long:  invalidateHelp,
-		Args:  onePod,
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
-			if r.Namespace, r.Pod, err = parsePod(args[0]); err != nil {
-				return err
-			}
+			r.Namespace, r.Pod, _ = pod.parse(args[0])
 			reply, err := api.NewClient(where.stateDir).Invalidate(cmd.Context(), r)
 			if errors.Is(err, api.ErrDown) {
-				return fmt.Errorf("%w, and nobody else may withdraw; %s", err, freshUntil(env, where, args[0]))
+				return fmt.Errorf("%w, and nobody else may withdraw; %s", err, stillOf(env, where, pod.name(args[0])))
 			}
 			if err != nil {
 				return err
@@ -67,6 +118,7 @@ func invalidateCommand(env environment) *cobra.Command {
 	}
 	cmd.Flags().Uint16Var(&r.Port, "port", 0, "only endpoints on this `PORT`")
 	cmd.Flags().StringVar(&r.Path, "path", "", "only endpoints of this `PATH` (and query), as probed")
+	pod.flags(cmd, &where)
 	where.flags(cmd)
 	return cmd
 }
@@ -75,23 +127,21 @@ const trustHelp = `When an answer does not arrive by a pod's device, because ano
 connections there: "probeletctl status" and "doctor" say so, and name who else is on the device. Once that is resolved, this
 command has probelet try again, with a single connection at first. It needs root, but not the daemon.`
 
-func trustCommand(env environment) *cobra.Command {
+func trustCommand(env *environment) *cobra.Command {
 	var where place
+	var pod podArgument
 	cmd := &cobra.Command{
 		Use:   "trust NAMESPACE/POD",
 		Short: "Have a pod answered again after answers did not arrive",
 		Long:  trustHelp,
-		Args:  onePod,
-		RunE:  func(_ *cobra.Command, args []string) error { return trust(env, where, args[0]) },
+		RunE:  func(_ *cobra.Command, args []string) error { return trust(env, where, pod.name(args[0])) },
 	}
+	pod.flags(cmd, &where)
 	where.flags(cmd)
 	return cmd
 }
 
-func trust(env environment, where place, name string) error {
-	if _, _, err := parsePod(name); err != nil {
-		return err
-	}
+func trust(env *environment, where place, name string) error {
 	s, err := collect(env, where)
 	if err != nil {
 		return err
@@ -123,7 +173,7 @@ func trust(env environment, where place, name string) error {
 // trustAgain returns in words what it did.
 func trustAgain(k kernel, a Attachment) (done string, err error) {
 	if a.Trust == "" {
-		return "", errors.New(cmp.Or(a.WhyNotAnswered, "not attached any more"))
+		return "", status.Errorf(status.NotFound, "%s", cmp.Or(a.WhyNotAnswered, "not attached any more"))
 	}
 	if a.Trust != trustLost {
 		return "nothing to do: " + a.trust(), nil
@@ -147,29 +197,19 @@ func (s Status) ofPod(name string) ([]Attachment, error) {
 		return found, nil
 	}
 	if slices.Contains(s.Unattached, name) {
-		return nil, fmt.Errorf("pod %s is not attached, so all of its probes reach it", name)
+		return nil, status.Errorf(status.NotFound, "pod %s is not attached, so all of its probes reach it", name)
 	}
-	return nil, fmt.Errorf("pod %s is not known on this node", name)
+	return nil, status.Errorf(status.NotFound, "pod %s is not known on this node", name)
 }
 
-// freshUntil says for how long a pod is still answered if nothing more happens.
-func freshUntil(env environment, where place, pod string) string {
+// stillOf says what is answered of a pod if nothing more happens.
+func stillOf(env *environment, where place, pod string) string {
 	s, err := collect(env, where)
 	if err != nil {
 		return err.Error()
 	}
-	longest := 0.0
-	for _, a := range s.Attachments {
-		for _, e := range a.Endpoints {
-			if a.Pod == pod && e.FreshFor != nil && e.NotAnswered == "" {
-				longest = max(longest, *e.FreshFor)
-			}
-		}
-	}
-	if longest == 0 {
-		return "nothing of " + pod + " is fresh"
-	}
-	return fmt.Sprintf("the last of %s expires in %s", pod, duration(longest))
+	attachments, _ := s.ofPod(pod) // none: nothing is answered
+	return "of " + pod + " " + still(attachments).Words(time.Now())
 }
 
 const explainHelp = `Shows what is known of a pod: each endpoint with the probes that ask it, whether it is answered and why not, for how long at
@@ -188,38 +228,40 @@ type Explanation struct {
 	Events []api.Event `json:"events"`
 }
 
-func explainCommand(env environment) *cobra.Command {
+func explainCommand(env *environment) *cobra.Command {
 	var where place
+	var pod podArgument
 	var output string
 	cmd := &cobra.Command{
 		Use:   "explain NAMESPACE/POD",
 		Short: "Show what is known of a pod, and why it is answered or not",
 		Long:  explainHelp,
-		Args:  onePod,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			x, err := explain(cmd.Context(), env, where, args[0])
+			if output != "text" && output != "json" {
+				return status.Errorf(status.Usage, "--output %q: must be one of json|text", output)
+			}
+			x, err := explain(cmd.Context(), env, where, pod.name(args[0]))
 			if err != nil {
 				return err
 			}
-			switch output {
-			case "text":
-				return x.print(env.stdout)
-			case "json":
-				return printJSON(env.stdout, x)
+			if output == "json" {
+				err = printJSON(env.stdout, x)
+			} else {
+				err = x.print(env)
 			}
-			return fmt.Errorf("--output %q: must be one of json|text", output)
+			if err != nil {
+				return err
+			}
+			return Status{Daemon: x.Daemon}.daemonDown()
 		},
 	}
 	cmd.Flags().StringVarP(&output, "output", "o", "text", "`format`: json|text")
+	pod.flags(cmd, &where)
 	where.flags(cmd)
 	return cmd
 }
 
-func explain(ctx context.Context, env environment, where place, name string) (Explanation, error) {
-	namespace, pod, err := parsePod(name)
-	if err != nil {
-		return Explanation{}, err
-	}
+func explain(ctx context.Context, env *environment, where place, name string) (Explanation, error) {
 	s, err := survey(env, where)
 	if err != nil {
 		return Explanation{}, err
@@ -228,6 +270,10 @@ func explain(ctx context.Context, env environment, where place, name string) (Ex
 	if x.Attachments, err = s.ofPod(name); err != nil {
 		return x, err
 	}
+	if !x.Daemon.Running {
+		x.Daemon.Still = still(x.Attachments)
+	}
+	namespace, pod, _ := strings.Cut(name, "/")
 	reply, err := api.NewClient(where.stateDir).Events(ctx, namespace, pod)
 	switch {
 	case err == nil:
@@ -238,12 +284,12 @@ func explain(ctx context.Context, env environment, where place, name string) (Ex
 	return x, nil
 }
 
-func (x Explanation) print(w io.Writer) error {
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	line := func(columns ...string) { _, _ = fmt.Fprintln(table, strings.Join(columns, "\t")) } // Flush tells of errors
+func (x Explanation) print(env *environment) error {
+	var text table.Text
+	line := text.Line
 	line(x.Daemon.String())
 	for _, a := range x.Attachments {
-		line()
+		line("")
 		line(fmt.Sprintf("%s  device %s, container %s", a.Pod, cmp.Or(a.HostIfName, "-"), a.ContainerID))
 		if a.Adopted {
 			line("attached by the daemon: the pod had its network before probelet")
@@ -261,19 +307,19 @@ func (x Explanation) print(w io.Writer) error {
 		if a.WhyNotAnswered != "" {
 			line("not answered: " + a.WhyNotAnswered)
 		}
-		if text := inconclusive(a.Inconclusive); text != "" {
-			line(text)
+		if doubts := inconclusive(a.Inconclusive); doubts != "" {
+			line(doubts)
 		}
 		for _, e := range a.Endpoints {
-			line()
-			x.printEndpoint(line, e)
+			line("")
+			x.printEndpoint(&text, e)
 		}
 	}
-	return table.Flush()
+	return text.Write(env.stdout, env.width)
 }
 
-func (x Explanation) printEndpoint(line func(...string), e Endpoint) {
-	line(e.Endpoint.Endpoint().String())
+func (x Explanation) printEndpoint(text *table.Text, e Endpoint) {
+	text.Line(e.Endpoint.Endpoint().String())
 	state := string(e.State)
 	if e.Status != 0 {
 		state += fmt.Sprintf(", status %d", e.Status)
@@ -281,37 +327,37 @@ func (x Explanation) printEndpoint(line func(...string), e Endpoint) {
 	if e.Age != nil {
 		state += fmt.Sprintf(", observed %s ago", duration(*e.Age))
 	}
-	line("", "state", state)
+	text.Pair("state", state)
 	if e.WhyNotAnswered == "" {
-		text := fmt.Sprintf("answered in the kernel, for another %s", duration(*e.FreshFor))
+		next := fmt.Sprintf("answered in the kernel, for another %s", duration(*e.FreshFor))
 		if e.Listener != nil {
-			text += ", unless a look at the listening socket speaks against it"
+			next += ", unless a look at the listening socket speaks against it"
 		}
-		line("", "next probe", text)
+		text.Pair("next probe", next)
 	} else {
-		line("", "next probe", "reaches the pod: "+e.WhyNotAnswered)
+		text.Pair("next probe", "reaches the pod: "+e.WhyNotAnswered)
 	}
 	if e.NotAnswered == "" || e.Withheld {
-		line("", "bound", e.bound())
+		text.Pair("bound", e.bound())
 	}
 	if e.Listener != nil {
-		line("", "listening socket", listener(*e.Listener))
+		text.Pair("listening socket", listener(*e.Listener))
 	}
 	if e.RefreshOff != "" {
-		line("", "refresh", "off: "+e.RefreshOff)
+		text.Pair("refresh", "off: "+e.RefreshOff)
 	}
 	if e.NotCompared != "" {
-		line("", "kubelet's verdict", "not compared: "+e.NotCompared)
+		text.Pair("kubelet's verdict", "not compared: "+e.NotCompared)
 	}
 	if n := e.Estimate.Probes(); n > 0 {
-		line("", "mode answer", estimate(*e.Estimate, n))
+		text.Pair("mode answer", estimate(*e.Estimate, n))
 	}
 	for _, p := range e.Probes {
-		line("", p.String(), fmt.Sprintf("every %s, timeout %s, threshold %d: a failure %s detected within %s (%s without probelet)",
+		text.Pair(p.String(), fmt.Sprintf("every %s, timeout %s, threshold %d: a failure %s detected within %s (%s without probelet)",
 			duration(p.Period), duration(p.Timeout), p.FailureThreshold, e.is(), duration(p.DetectionAnswered), duration(p.DetectionPlain)))
 	}
 	for _, event := range x.eventsOf(e) {
-		line("", duration(event.age).String()+" ago", event.text)
+		text.Pair(duration(event.age).String()+" ago", event.text)
 	}
 }
 

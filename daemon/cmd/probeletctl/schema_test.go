@@ -1,3 +1,5 @@
+//go:build linux
+
 package main
 
 import (
@@ -34,7 +36,7 @@ func reflected(t *testing.T) []byte {
 		}
 		return nil
 	}}
-	for _, dir := range []string{"daemon/cmd/probeletctl", "daemon/internal/statedir", "daemon/internal/probe", "daemon/internal/api", "daemon/internal/store"} {
+	for _, dir := range []string{"daemon/cmd/probeletctl", "daemon/internal/statedir", "daemon/internal/probe", "daemon/internal/api", "daemon/internal/status", "daemon/internal/store"} {
 		if err := r.AddGoComments("github.com/probelet/probelet", filepath.Join("../../..", dir)); err != nil {
 			t.Fatal(err)
 		}

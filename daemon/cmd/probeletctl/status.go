@@ -1,3 +1,5 @@
+//go:build linux
+
 package main
 
 import (
@@ -19,6 +21,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/store"
 )
 
@@ -38,6 +41,8 @@ type Status struct {
 type Daemon struct {
 	Running bool `json:"running"`
 	PID     int  `json:"pid,omitempty"`
+	// Still is what the kernel goes on answering while the daemon is down; null while it runs.
+	Still *status.Still `json:"still" jsonschema:"nullable"`
 }
 
 // Prober says whose connections are probes: of every process of the host's network namespace, or of those in cgroups.
@@ -117,9 +122,11 @@ type Endpoint struct {
 	// Estimate is what mode answer would have made of the probes that were seen in mode observe; null in other modes, if none
 	// was seen, and if the daemon does not run.
 	Estimate *api.Estimate `json:"estimate" jsonschema:"nullable"`
+	// due: it is fresh, but as many probes as may be were answered in a row.
+	due bool
 }
 
-func collect(env environment, where place) (s Status, err error) {
+func collect(env *environment, where place) (s Status, err error) {
 	s = Status{Attachments: []Attachment{}, Unattached: []string{}}
 	if s.Daemon.PID, s.Daemon.Running, err = statedir.Running(where.stateDir); err != nil {
 		return s, err
@@ -153,11 +160,14 @@ func collect(env environment, where place) (s Status, err error) {
 	}
 	s.addKnown(known, env.now())
 	slices.SortStableFunc(s.Attachments, func(a, b Attachment) int { return strings.Compare(a.Pod, b.Pod) })
+	if !s.Daemon.Running {
+		s.Daemon.Still = still(s.Attachments)
+	}
 	return s, nil
 }
 
 // ask asks the daemon what only it knows: nothing if it does not run.
-func (s *Status) ask(env environment, where place) (reply api.EndpointsReply) {
+func (s *Status) ask(env *environment, where place) (reply api.EndpointsReply) {
 	if !s.Daemon.Running {
 		return reply
 	}
@@ -212,7 +222,7 @@ func (e *Endpoint) add(k api.Endpoint, now uint64) {
 }
 
 // survey is collect that also looks for others on the devices, which takes a millisecond for each.
-func survey(env environment, where place) (Status, error) {
+func survey(env *environment, where place) (Status, error) {
 	s, err := collect(env, where)
 	if err != nil {
 		return s, err
@@ -239,7 +249,7 @@ func survey(env environment, where place) (Status, error) {
 	return s, nil
 }
 
-func warn(env environment, err error) { _, _ = fmt.Fprintln(env.stderr, "probeletctl: warning:", err) }
+func warn(env *environment, err error) { _, _ = fmt.Fprintln(env.stderr, "probeletctl: warning:", err) }
 
 func (s *Status) readKernel(k kernel) error {
 	prober, err := k.Prober()
@@ -332,15 +342,21 @@ func openPod(k kernel, r attach.Record) (podMaps, error) {
 	return maps, err
 }
 
+// notAttached begins the reason of an attachment that is none.
+const notAttached = "not attached"
+
+// name is the pod's, as namespace/name, or the container's ID where that is not known.
+func (a Attachment) name() string { return cmp.Or(a.Pod, a.ContainerID) }
+
 // whyNone is why nothing of an attachment is answered.
 func (s *Status) whyNone(r attach.Record, hasMaps, described bool, endpoints int) string {
 	switch {
 	case r.Error != "":
-		return "not attached: " + r.Error
+		return notAttached + ": " + r.Error
 	case s.Prober == nil:
-		return "not attached: the BPF objects are not loaded"
+		return notAttached + ": the BPF objects are not loaded"
 	case !hasMaps:
-		return fmt.Sprintf("not attached: the programs do not know device %d", r.IfIndex)
+		return fmt.Sprintf(notAttached+": the programs do not know device %d", r.IfIndex)
 	case !described && s.Daemon.Running:
 		return "the daemon has not seen it yet"
 	case !described:
@@ -405,6 +421,7 @@ func (a *Attachment) readMaps(maps podMaps, now uint64) error {
 			e.WhyNotAnswered = a.heldBack(*e)
 		case a.asksListener(e.Port) && realDue(p.tally):
 			e.WhyNotAnswered = fmt.Sprintf("as many probes as may be were answered in a row (%d), so the pod must accept one", p.tally.Answered)
+			e.due = e.NotAnswered == "" && a.WhyNotAnswered == ""
 		}
 		e.WhyNotAnswered = cmp.Or(e.NotAnswered, e.WhyNotAnswered, a.WhyNotAnswered)
 	}

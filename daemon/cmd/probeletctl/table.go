@@ -1,17 +1,19 @@
+//go:build linux
+
 package main
 
 import (
 	"cmp"
 	"fmt"
-	"io"
 	"strconv"
 	"strings"
-	"text/tabwriter"
+	"time"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/daemon/internal/table"
 )
 
 // row is a line of the table: one endpoint, or what has none.
@@ -41,51 +43,51 @@ func (r row) columns(wide bool) []string {
 	return columns
 }
 
-func printTable(w io.Writer, s Status, wide bool) error {
+// Columns that a narrow terminal does without, in this order.
+var optional = []int{1, 5, 6} // HOST VETH, BOUND, HITS
+
+func printTable(env *environment, s Status, wide bool) error {
+	w := env.stdout
 	rows := s.rows()
 	if len(rows) == 0 {
 		if _, err := fmt.Fprintln(w, "nothing attached"); err != nil {
 			return err
 		}
-		return printSummary(w, s)
+		return printSummary(env, s)
 	}
-	table := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
-	for _, r := range append([]row{header}, rows...) {
-		if _, err := fmt.Fprintln(table, strings.Join(r.columns(wide), "\t")); err != nil {
-			return err
-		}
+	t, width := table.Table{Header: header.columns(wide), Optional: optional}, env.width
+	if wide {
+		width = 0
 	}
-	if err := table.Flush(); err != nil {
+	for _, r := range rows {
+		t.Rows = append(t.Rows, r.columns(wide))
+	}
+	if err := t.Write(w, width); err != nil {
 		return err
 	}
 	if _, err := fmt.Fprintln(w); err != nil {
 		return err
 	}
-	if err := printLost(w, s); err != nil {
+	if err := printLost(env, s); err != nil {
 		return err
 	}
-	return printSummary(w, s)
+	return printSummary(env, s)
 }
 
 // printLost names the pods by whose device answers did not arrive, and who else is there.
-func printLost(w io.Writer, s Status) error {
-	var lines []string
+func printLost(env *environment, s Status) error {
+	var text table.Text
 	for _, a := range s.Attachments {
 		if a.Trust != trustLost {
 			continue
 		}
-		lines = append(lines, fmt.Sprintf("%s is not answered: %s", cmp.Or(a.Pod, a.ContainerID), a.trust()))
+		text.Line(fmt.Sprintf("%s is not answered: %s", a.name(), a.trust()))
 		for _, n := range a.Neighbours {
-			lines = append(lines, "  "+n.String())
+			text.Line("  " + n.String())
 		}
-		lines = append(lines, "")
+		text.Line("")
 	}
-	for _, line := range lines {
-		if _, err := fmt.Fprintln(w, line); err != nil {
-			return err
-		}
-	}
-	return nil
+	return text.Write(env.stdout, env.width)
 }
 
 // trust says whether answers are known to arrive.
@@ -189,13 +191,14 @@ func (r *row) fill(e Endpoint) {
 }
 
 // printSummary says what holds for all of the table.
-func printSummary(w io.Writer, s Status) error {
-	lines := []string{s.Daemon.String()}
+func printSummary(env *environment, s Status) error {
+	var summary table.Text
+	summary.Line(s.Daemon.String())
 	if s.Prober == nil {
-		lines = append(lines, "kernel: the BPF objects are not loaded")
+		summary.Line("kernel: the BPF objects are not loaded")
 	} else {
-		lines = append(lines, "prober: "+s.Prober.String(), fmt.Sprintf(
-			"answered: %d HTTP, %d TCP; observed: %d; handed over: %d", s.Counters["answered_http"],
+		summary.Line("prober: " + s.Prober.String())
+		summary.Line(fmt.Sprintf("answered: %d HTTP, %d TCP; observed: %d; handed over: %d", s.Counters["answered_http"],
 			s.Counters["answered_tcp"], s.Counters["observed"], s.Counters["handed_over"]))
 	}
 	all := map[string]uint64{}
@@ -205,17 +208,16 @@ func printSummary(w io.Writer, s Status) error {
 		}
 	}
 	if text := inconclusive(all); text != "" {
-		lines = append(lines, text)
+		summary.Line(text)
 	}
-	_, err := fmt.Fprintln(w, strings.Join(lines, "\n"))
-	return err
+	return summary.Write(env.stdout, env.width)
 }
 
 func (d Daemon) String() string {
 	if d.Running {
 		return fmt.Sprintf("probeletd: running, pid %d", d.PID)
 	}
-	return "probeletd: not running; what is fresh is answered until it expires"
+	return "probeletd: NOT RUNNING; " + d.Still.Words(time.Now())
 }
 
 func (p Prober) String() string {

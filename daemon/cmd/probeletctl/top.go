@@ -1,3 +1,5 @@
+//go:build linux
+
 package main
 
 import (
@@ -6,21 +8,24 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
+
+	"github.com/probelet/probelet/daemon/internal/status"
+	"github.com/probelet/probelet/daemon/internal/table"
 )
 
 const topHelp = `Shows the endpoints that are answered most, again and again until Ctrl-C. HITS/S are probes answered in the kernel since the
 last time, and OBSERVED/S, in the first line, those that were passed to pods. The daemon need not run.`
 
-func topCommand(env environment) *cobra.Command {
+func topCommand(env *environment) *cobra.Command {
 	var where place
 	var interval time.Duration
 	var times int
+	var only namespaceFilter
 	cmd := &cobra.Command{
 		Use:   "top",
 		Short: "Show what is answered most, live",
@@ -28,21 +33,22 @@ func topCommand(env environment) *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if interval < 100*time.Millisecond {
-				return fmt.Errorf("--interval %s: must be at least 100ms", interval)
+				return status.Errorf(status.Usage, "--interval %s: must be at least 100ms", interval)
 			}
 			if times < 0 {
-				return fmt.Errorf("--iterations %d: must not be negative", times)
+				return status.Errorf(status.Usage, "--iterations %d: must not be negative", times)
 			}
-			return top(cmd.Context(), env, where, interval, times)
+			return top(cmd.Context(), env, where, only, interval, times)
 		},
 	}
 	cmd.Flags().DurationVarP(&interval, "interval", "d", time.Second, "`TIME` from one to the next")
-	cmd.Flags().IntVarP(&times, "iterations", "n", 0, "how many `TIMES`; 0: until Ctrl-C")
+	cmd.Flags().IntVar(&times, "iterations", 0, "how many `TIMES`; 0: until Ctrl-C")
+	only.flags(cmd)
 	where.flags(cmd)
 	return cmd
 }
 
-func top(ctx context.Context, env environment, where place, interval time.Duration, times int) error {
+func top(ctx context.Context, env *environment, where place, only namespaceFilter, interval time.Duration, times int) error {
 	before, err := collect(env, where)
 	if err != nil {
 		return err
@@ -59,8 +65,8 @@ func top(ctx context.Context, env environment, where place, interval time.Durati
 			return err
 		}
 		now := env.now()
-		text := topTable(before, s, *seconds(now, last), rows(env))
-		if isTerminal(env) {
+		text := topTable(env, before, only.of(s), *seconds(now, last))
+		if terminalHeight(env) > 0 {
 			text = "\x1b[H\x1b[2J" + text
 		}
 		if _, err := fmt.Fprint(env.stdout, text); err != nil {
@@ -78,7 +84,7 @@ type usage struct {
 	hits                      uint64
 }
 
-func topTable(before, now Status, elapsed float64, most int) string {
+func topTable(env *environment, before, now Status, elapsed float64) string {
 	elapsed = max(elapsed, 1e-9)
 	hits := map[string]uint64{}
 	for _, a := range before.Attachments {
@@ -109,39 +115,33 @@ func topTable(before, now Status, elapsed float64, most int) string {
 		return rate
 	}
 	var text strings.Builder
-	fmt.Fprintf(&text, "%s\nanswered/s: %.1f HTTP, %.1f TCP; observed/s: %.1f; handed over/s: %.1f; endpoints: %d\n\n",
-		now.Daemon, per("answered_http"), per("answered_tcp"), per("observed"), per("handed_over"), len(all))
-	table := tabwriter.NewWriter(&text, 0, 0, 3, ' ', 0)
-	_, _ = fmt.Fprintln(table, "NAMESPACE/POD\tENDPOINT\tSTATE\tAGE\tHITS/S\tHITS")
-	for _, u := range all[:min(len(all), most)] {
-		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%.1f\t%d\n", u.pod, u.endpoint, u.state, u.age, u.rate, u.hits)
+	var heading table.Text
+	heading.Line(now.Daemon.String())
+	heading.Line(fmt.Sprintf("answered/s: %.1f HTTP, %.1f TCP; observed/s: %.1f; handed over/s: %.1f; endpoints: %d",
+		per("answered_http"), per("answered_tcp"), per("observed"), per("handed_over"), len(all)))
+	heading.Line("")
+	_ = heading.Write(&text, env.width) // into memory
+	t := table.Table{Header: []string{"NAMESPACE/POD", "ENDPOINT", "STATE", "AGE", "HITS/S", "HITS"}, Optional: []int{3, 2}}
+	for _, u := range all[:min(len(all), rows(env, strings.Count(text.String(), "\n")))] {
+		t.Rows = append(t.Rows, []string{u.pod, u.endpoint, u.state, u.age, fmt.Sprintf("%.1f", u.rate), strconv.FormatUint(u.hits, 10)})
 	}
-	_ = table.Flush() // into memory
+	_ = t.Write(&text, env.width)
 	return text.String()
 }
 
-func isTerminal(env environment) bool {
-	_, ok := size(env)
-	return ok
-}
-
-// rows are how many endpoints fit the terminal.
-func rows(env environment) int {
-	const heading = 5
-	if height, ok := size(env); ok {
+// rows are how many endpoints fit the terminal, below a heading of so many lines.
+func rows(env *environment, heading int) int {
+	heading += 2 // the table's own, and where the cursor is
+	if height := terminalHeight(env); height > 0 {
 		return max(1, height-heading)
 	}
 	return 1 << 30
 }
 
-func size(env environment) (height int, terminal bool) {
-	f, ok := env.stdout.(*os.File)
-	if !ok {
-		return 0, false
+// terminalHeight is how many lines the terminal has; 0 if there is none.
+func terminalHeight(env *environment) int {
+	if f, ok := env.stdout.(*os.File); ok {
+		return table.HeightOf(f)
 	}
-	window, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
-	if err != nil {
-		return 0, false
-	}
-	return int(window.Row), true
+	return 0
 }

@@ -1,3 +1,5 @@
+//go:build linux
+
 package main
 
 import (
@@ -121,7 +123,7 @@ func TestNeighboursThatCannotBeFound(t *testing.T) {
 func TestTopLooksForNobody(t *testing.T) {
 	m := freshWeb(t)
 	m.kernel.neighboursErr = errors.New("looked")
-	if _, err := m.run("top", "-n", "1", "-d", "100ms"); err != nil || m.stderr.Len() > 0 {
+	if _, err := m.run("top", "--iterations", "1", "-d", "100ms"); err != nil || m.stderr.Len() > 0 {
 		t.Errorf("%v, %s", err, m.stderr.String())
 	}
 }

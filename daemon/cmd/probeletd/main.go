@@ -26,6 +26,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/source"
+	"github.com/probelet/probelet/internal/version"
 )
 
 const runHelp = `Runs the daemon in the foreground.
@@ -149,6 +150,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	root := &cobra.Command{
 		Use:           "probeletd",
 		Short:         "Decides which probes the kernel may answer",
+		Version:       version.String(),
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}

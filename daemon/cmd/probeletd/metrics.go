@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"net/http"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
@@ -17,6 +16,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/store"
+	"github.com/probelet/probelet/internal/version"
 )
 
 // metrics are what the daemon counts itself. What the kernel side counts, and what is at the moment, is collected when
@@ -140,13 +140,9 @@ func (l *loop) handler(perPod bool) http.Handler {
 }
 
 func buildInfo() prometheus.Collector {
-	version := "unknown"
-	if info, ok := debug.ReadBuildInfo(); ok {
-		version = info.Main.Version
-	}
 	gauge := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "probelet_build_info", Help: "1, labelled with the version of the daemon and of the layout of its maps.",
-		ConstLabels: prometheus.Labels{"version": version, "abi": datapath.ABI},
+		ConstLabels: prometheus.Labels{"version": version.String(), "abi": datapath.ABI},
 	})
 	gauge.Set(1)
 	return gauge

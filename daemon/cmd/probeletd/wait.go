@@ -11,8 +11,8 @@ import (
 
 	"github.com/spf13/cobra"
 	appsv1 "k8s.io/api/apps/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/client-go/rest"
 )
 
@@ -38,7 +38,7 @@ func waitCommand(stderr io.Writer) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			client, err := kubernetes.NewForConfig(config)
+			client, err := appsClient(config)
 			if err != nil {
 				return err
 			}
@@ -49,15 +49,28 @@ func waitCommand(stderr io.Writer) *cobra.Command {
 	return cmd
 }
 
+// appsClient knows apps/v1 only: all of client-go's would make the daemon much larger.
+func appsClient(config *rest.Config) (*rest.RESTClient, error) {
+	scheme := runtime.NewScheme()
+	if err := appsv1.AddToScheme(scheme); err != nil {
+		return nil, err
+	}
+	config = rest.CopyConfig(config)
+	config.APIPath, config.GroupVersion = "/apis", &appsv1.SchemeGroupVersion
+	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
+	return rest.RESTClientFor(config)
+}
+
 // rolloutInterval is how often a DaemonSet is looked at.
 const rolloutInterval = time.Second
 
 // waitForDaemonSet waits until the DaemonSet's pods are ready on all nodes that are to have one. The error is ctx's, or the API
 // server's last one.
-func waitForDaemonSet(ctx context.Context, client kubernetes.Interface, namespace, name string, log *slog.Logger) error {
+func waitForDaemonSet(ctx context.Context, client rest.Interface, namespace, name string, log *slog.Logger) error {
 	said := ""
 	for {
-		set, err := client.AppsV1().DaemonSets(namespace).Get(ctx, name, metav1.GetOptions{})
+		set := &appsv1.DaemonSet{}
+		err := client.Get().Namespace(namespace).Resource("daemonsets").Name(name).Do(ctx).Into(set)
 		word := ""
 		switch {
 		case err != nil:

@@ -2,19 +2,23 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"testing"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes/fake"
+	"k8s.io/client-go/rest"
 )
 
 func TestWaitForDaemonSet(t *testing.T) {
 	set := func(generation, observed int64, desired, updated, ready int32) *appsv1.DaemonSet {
 		return &appsv1.DaemonSet{
+			TypeMeta:   metav1.TypeMeta{APIVersion: "apps/v1", Kind: "DaemonSet"},
 			ObjectMeta: metav1.ObjectMeta{Namespace: "probelet", Name: "x", Generation: generation},
 			Status: appsv1.DaemonSetStatus{
 				ObservedGeneration: observed, DesiredNumberScheduled: desired, UpdatedNumberScheduled: updated, NumberReady: ready,
@@ -33,13 +37,22 @@ func TestWaitForDaemonSet(t *testing.T) {
 		"it is not there":         {nil, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			client := fake.NewClientset()
-			if test.set != nil {
-				client = fake.NewClientset(test.set)
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if test.set == nil || r.URL.Path != "/apis/apps/v1/namespaces/probelet/daemonsets/x" {
+					http.NotFound(w, r)
+					return
+				}
+				w.Header().Set("Content-Type", "application/json")
+				_ = json.NewEncoder(w).Encode(test.set)
+			}))
+			defer server.Close()
+			client, err := appsClient(&rest.Config{Host: server.URL})
+			if err != nil {
+				t.Fatal(err)
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 			defer cancel()
-			err := waitForDaemonSet(ctx, client, "probelet", "x", slog.New(slog.NewTextHandler(t.Output(), nil)))
+			err = waitForDaemonSet(ctx, client, "probelet", "x", slog.New(slog.NewTextHandler(t.Output(), nil)))
 			if test.done != (err == nil) || err != nil && !errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("%v, want done: %v", err, test.done)
 			}

@@ -243,10 +243,7 @@ func (n Node) Join(ctx context.Context, way Way) (Joined, error) {
 		return Joined{}, err
 	}
 	defer locked.Release()
-	w, err := n.primary()
-	if err == nil && w.unsupported != nil {
-		err = fmt.Errorf("%s: %w: %w", filepath.Join(n.NetDir, w.file), ErrUnsupported, w.unsupported)
-	}
+	w, j, err := n.joinable()
 	if err == nil {
 		err = n.findable(w)
 	}
@@ -257,7 +254,7 @@ func (n Node) Join(ctx context.Context, way Way) (Joined, error) {
 		}
 		return Joined{}, err
 	}
-	j := Joined{Way: way, Network: w.name, Primary: filepath.Join(n.NetDir, w.file)}
+	j.Way = way
 	if w.has() || way == DropIn && n.hasDropIn(w) {
 		j.Way = ""
 		j.Changed, err = n.leaveBut("")
@@ -306,18 +303,26 @@ func (n Node) hasDropIn(w *network) bool {
 // readsDropIns is whether a runtime that knows drop-ins looks for those of this network: they are of lists only.
 func (w *network) readsDropIns() bool { return !w.inlinedOnly && filepath.Ext(w.file) == ".conflist" }
 
-// Look finds out how the plugin is in the chain of the primary network, and changes nothing. in is whether it is there as Join
-// would have it. The errors are Join's.
-func (n Node) Look() (j Joined, in bool, err error) {
-	w, err := n.primary()
-	if err != nil {
-		return Joined{}, false, err
+// joinable returns the primary network, if the plugin can be in it.
+func (n Node) joinable() (w *network, j Joined, err error) {
+	if w, err = n.primary(); err != nil {
+		return nil, j, err
 	}
 	j = Joined{Network: w.name, Primary: filepath.Join(n.NetDir, w.file)}
 	if w.unsupported != nil {
-		return j, false, fmt.Errorf("%s: %w: %w", j.Primary, ErrUnsupported, w.unsupported)
+		err = fmt.Errorf("%s: %w: %w", j.Primary, ErrUnsupported, w.unsupported)
 	}
-	if err := n.findable(w); err != nil {
+	return w, j, err
+}
+
+// Look finds out how the plugin is in the chain of the primary network, and changes nothing. in is whether it is there as Join
+// would have it. The errors are Join's.
+func (n Node) Look() (j Joined, in bool, err error) {
+	w, j, err := n.joinable()
+	if err == nil {
+		err = n.findable(w)
+	}
+	if err != nil {
 		return j, false, err
 	}
 	if w.has() || n.hasDropIn(w) {

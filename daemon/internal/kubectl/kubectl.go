@@ -1,0 +1,247 @@
+// Package kubectl is the plugin of kubectl: it asks the nodes' daemons through the API server, with the user's own kubeconfig and
+// rights. It runs on any system.
+package kubectl
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/probelet/probelet/daemon/internal/status"
+	"github.com/probelet/probelet/daemon/internal/table"
+	"github.com/probelet/probelet/internal/version"
+
+	_ "k8s.io/client-go/plugin/pkg/client/auth" // what a kubeconfig may ask for
+)
+
+const (
+	pluginName = "kubectl-probelet"
+	// completeName is the program that kubectl asks for completions of the plugin's arguments.
+	completeName = "kubectl_complete-probelet"
+)
+
+const help = `Asks the nodes' daemons, through the API server and with your own kubeconfig and rights. You need to be allowed to list pods of probelet's
+namespace and to run commands in them (create pods/exec), which is as much as root on the nodes; to get the pod that you ask about,
+and to list nodes, without which those that have no daemon are not named.
+
+Exit codes:
+  0  all is well
+  1  a node is not ready or has a problem, or the command failed
+  2  an unknown command or flag, or a value that it does not take
+  3  no daemon runs there
+  4  there is no such pod or node, or the pod is not attached
+  5  you lack a right at the API server`
+
+// Named reports whether a program was started under a name of the plugin.
+func Named(program string) bool {
+	return name(program) == pluginName || name(program) == completeName
+}
+
+func name(program string) string { return strings.TrimSuffix(filepath.Base(program), ".exe") }
+
+// Main runs the plugin with the arguments of the process, and returns its exit code.
+func Main(ctx context.Context, args []string) int {
+	completing := name(args[0]) == completeName
+	if args = args[1:]; completing {
+		args = append([]string{cobra.ShellCompRequestCmd}, args...)
+	}
+	env := environment{stdout: os.Stdout, stderr: os.Stderr, width: table.WidthOf(os.Stdout)}
+	return status.Exit(os.Stderr, pluginName, execute(ctx, env, args))
+}
+
+type environment struct {
+	stdout, stderr io.Writer
+	width          int // of a line; 0: any
+}
+
+// session is what all commands share.
+type session struct {
+	environment
+	rules           *clientcmd.ClientConfigLoadingRules
+	overrides       *clientcmd.ConfigOverrides
+	daemonNamespace string
+	patience        time.Duration
+	node            string
+}
+
+func execute(ctx context.Context, env environment, args []string) error {
+	s := &session{environment: env, rules: clientcmd.NewDefaultClientConfigLoadingRules(), overrides: &clientcmd.ConfigOverrides{}}
+	root := &cobra.Command{
+		Use:           "probelet",
+		Short:         "Shows what probelet knows and does on a cluster's nodes",
+		Long:          help,
+		Version:       version.String(),
+		Annotations:   map[string]string{cobra.CommandDisplayNameAnnotation: "kubectl probelet"},
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	flags := root.PersistentFlags()
+	flags.StringVar(&s.rules.ExplicitPath, "kubeconfig", "", "`FILE` that says how to reach the API server (default: as kubectl)")
+	clientcmd.BindOverrideFlags(s.overrides, flags, clientcmd.RecommendedConfigOverrideFlags(""))
+	flags.StringVar(&s.daemonNamespace, "daemon-namespace", "", "`NAMESPACE` of probelet's DaemonSet (default: wherever it is)")
+	flags.DurationVar(&s.patience, "node-timeout", 20*time.Second, "longest `TIME` that a node is waited for")
+	flags.IntVar(&s.width, "width", s.width, "longest `LINE` in characters, of tables and text; 0: any (default: the terminal's)")
+	root.AddCommand(s.statusCommand(), s.explainCommand(), s.doctorCommand())
+	root.PersistentPreRunE = func(*cobra.Command, []string) error {
+		if s.width < 0 {
+			return fmt.Errorf("--width %d: must not be negative", s.width)
+		}
+		if s.patience <= 0 {
+			return fmt.Errorf("--node-timeout %s: must be more than 0", s.patience)
+		}
+		return nil
+	}
+	root.SetArgs(args)
+	root.SetOut(env.stdout)
+	root.SetErr(env.stderr)
+	return status.Execute(ctx, root)
+}
+
+func (s *session) config() clientcmd.ClientConfig {
+	return clientcmd.NewNonInteractiveDeferredLoadingClientConfig(s.rules, s.overrides)
+}
+
+func (s *session) connect() (*cluster, error) {
+	config, err := s.config().ClientConfig()
+	if err != nil {
+		return nil, err
+	}
+	return connect(config, s.daemonNamespace)
+}
+
+// outputFlag adds -o.
+func outputFlag(cmd *cobra.Command, values ...string) *string {
+	output := cmd.Flags().StringP("output", "o", values[0], "`format`: "+strings.Join(values, "|"))
+	cmd.PreRunE = func(*cobra.Command, []string) error {
+		if !slices.Contains(values, *output) {
+			return status.Errorf(status.Usage, "--output %q: must be one of %s", *output, strings.Join(values, "|"))
+		}
+		return nil
+	}
+	return output
+}
+
+// nodeFlag adds --node.
+func (s *session) nodeFlag(cmd *cobra.Command, usage string) {
+	cmd.Flags().StringVar(&s.node, "node", "", usage)
+	_ = cmd.RegisterFlagCompletionFunc("node", func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+		return s.complete(cmd, func(ctx context.Context, c *cluster) []string {
+			names, _ := c.nodes(ctx) // of what may not be listed: nothing
+			return names
+		})
+	}) // fails for a flag that does not exist
+}
+
+func (s *session) complete(cmd *cobra.Command, names func(context.Context, *cluster) []string) ([]string, cobra.ShellCompDirective) {
+	c, err := s.connect()
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveError
+	}
+	ctx, cancel := context.WithTimeout(cmd.Context(), 3*time.Second)
+	defer cancel()
+	return names(ctx, c), cobra.ShellCompDirectiveNoFileComp
+}
+
+const explainHelp = `Finds the pod's node, and shows what its daemon knows of the pod: each endpoint with the probes that ask it, whether it is answered
+and why not, for how long at most a failure can go unnoticed by each probe, and the last events.`
+
+func (s *session) explainCommand() *cobra.Command {
+	var output *string
+	cmd := &cobra.Command{
+		Use:   "explain [NAMESPACE/]POD",
+		Short: "Show what is known of a pod, and why it is answered or not",
+		Long:  explainHelp,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return fmt.Errorf("%d arguments: must be one, [NAMESPACE/]POD", len(args))
+			}
+			return nil
+		},
+		ValidArgsFunction: func(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+			namespace, _, err := s.config().Namespace()
+			if len(args) > 0 || err != nil {
+				return nil, cobra.ShellCompDirectiveNoFileComp
+			}
+			return s.complete(cmd, func(ctx context.Context, c *cluster) []string { return c.pods(ctx, namespace) })
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			namespace, pod, err := s.podName(args[0])
+			if err != nil {
+				return err
+			}
+			return s.explain(cmd.Context(), namespace, pod, *output)
+		},
+	}
+	output = outputFlag(cmd, "text", "json")
+	return cmd
+}
+
+// podName reads [NAMESPACE/]POD. Without a namespace it is kubectl's.
+func (s *session) podName(text string) (namespace, pod string, err error) {
+	if namespace, pod, full := strings.Cut(text, "/"); full {
+		given := s.overrides.Context.Namespace
+		if namespace == "" || pod == "" || strings.Contains(pod, "/") || given != "" && given != namespace {
+			return "", "", status.Errorf(status.Usage, "%q: must be POD or NAMESPACE/POD, of --namespace %s if that is given", text, cmp.Or(given, "NAMESPACE"))
+		}
+		return namespace, pod, nil
+	}
+	namespace, _, err = s.config().Namespace()
+	return namespace, text, err
+}
+
+func (s *session) explain(ctx context.Context, namespace, name, output string) error {
+	c, err := s.connect()
+	if err != nil {
+		return err
+	}
+	pod, err := c.pod(ctx, namespace, name)
+	if err != nil {
+		return err
+	}
+	if pod.Spec.HostNetwork {
+		return status.Errorf(status.NotFound, "pod %s/%s has hostNetwork, so it has no device of its own to attach to, and all of its probes reach it", namespace, name)
+	}
+	return s.relay(ctx, c, pod.Spec.NodeName, "explain", namespace+"/"+name, "-o", output)
+}
+
+// patient bounds how long a node is waited for.
+func (s *session) patient(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, s.patience, fmt.Errorf("no answer within %s", s.patience))
+}
+
+// relay shows what probeletctl says on a node, as it says it.
+func (s *session) relay(ctx context.Context, c *cluster, node string, args ...string) error {
+	daemons, err := c.daemons(ctx, node)
+	if err != nil {
+		return err
+	}
+	daemon := daemons[node]
+	if why, asked := trouble(daemon); !asked {
+		return status.Errorf(status.DaemonDown, "node %s: pod %s/%s: %s; what the kernel still answers there, probeletctl shows on the node", node, daemon.Namespace, daemon.Name, why)
+	}
+	ctx, cancel := s.patient(ctx)
+	defer cancel()
+	err = c.ask(ctx, daemon, s.stdout, s.stderr, append(args, fmt.Sprintf("--width=%d", s.width))...)
+	var coded *status.Error
+	if err != nil && !errors.As(err, &coded) {
+		err = fmt.Errorf("node %s: %w", node, err)
+	}
+	return err
+}
+
+func printJSON(w io.Writer, value any) error {
+	encoder := json.NewEncoder(w)
+	encoder.SetIndent("", "  ")
+	return encoder.Encode(value)
+}

@@ -1,0 +1,208 @@
+// Package table prints tables and labelled prose that fit a terminal.
+package table
+
+import (
+	"io"
+	"slices"
+	"strings"
+	"unicode/utf8"
+)
+
+// Table is a table whose last column is prose.
+type Table struct {
+	Header []string
+	Rows   [][]string // cells; none is empty
+	// Optional are the columns that a narrow terminal does without, beginning with the first of these.
+	Optional []int
+}
+
+const (
+	gap = "   " // between columns
+	// leastProse is how many characters of prose a line must hold, else the table goes without another column.
+	leastProse = 30
+	// Blank stands in a cell that has nothing to say.
+	Blank = "-"
+)
+
+// Write prints the table. Where it is wider than width, in characters, the prose is wrapped, then columns are left out, and last
+// each row becomes lines of its own. Width 0: as wide as it is.
+func (t Table) Write(w io.Writer, width int) error {
+	var b strings.Builder
+	if columns, room := t.fit(width); columns == nil {
+		t.stack(&b, width)
+	} else {
+		for _, row := range append([][]string{t.Header}, t.Rows...) {
+			t.writeRow(&b, row, columns, room)
+		}
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// fit chooses columns, and how wide the last one may be (0: as it is). There are none if the table cannot be that narrow.
+func (t Table) fit(width int) (columns []int, room int) {
+	for i := range t.Header {
+		columns = append(columns, i)
+	}
+	if width == 0 {
+		return columns, 0
+	}
+	last := len(t.Header) - 1
+	for left := 0; left <= len(t.Optional); left++ {
+		kept := slices.DeleteFunc(slices.Clone(columns), func(i int) bool { return slices.Contains(t.Optional[:left], i) })
+		room = width
+		for _, i := range kept[:len(kept)-1] {
+			room -= t.width(i) + len(gap)
+		}
+		if room >= min(t.width(last), leastProse) {
+			return kept, room
+		}
+	}
+	return nil, 0
+}
+
+func (t Table) width(column int) int {
+	widest := length(t.Header[column])
+	for _, row := range t.Rows {
+		widest = max(widest, length(row[column]))
+	}
+	return widest
+}
+
+func (t Table) writeRow(b *strings.Builder, row []string, columns []int, room int) {
+	var prefix strings.Builder
+	for _, i := range columns[:len(columns)-1] {
+		prefix.WriteString(pad(row[i], t.width(i)) + gap)
+	}
+	hang(b, prefix.String(), row[columns[len(columns)-1]], room)
+}
+
+// stack prints each row below its first cell, which rows that follow each other may share.
+func (t Table) stack(b *strings.Builder, width int) {
+	before, last := "", len(t.Header)-1
+	for _, row := range t.Rows {
+		if row[0] != before {
+			block(b, "", row[0], width)
+			before = row[0]
+		}
+		var said []string
+		for i := 1; i < last; i++ {
+			if !slices.Contains(t.Optional, i) && row[i] != Blank {
+				said = append(said, strings.ToLower(t.Header[i])+" "+row[i])
+			}
+		}
+		if len(said) > 0 {
+			block(b, "  ", strings.Join(said, ", "), width)
+		}
+		if row[last] != Blank {
+			block(b, "    ", row[last], width)
+		}
+	}
+}
+
+// Text is prose, some of it beside labels.
+type Text struct{ lines []line }
+
+type line struct{ label, text string }
+
+// Line adds a line; an empty one ends a block, in which labels are equally wide.
+func (t *Text) Line(text string) { t.lines = append(t.lines, line{text: text}) }
+
+// Pair adds prose beside a label.
+func (t *Text) Pair(label, text string) { t.lines = append(t.lines, line{label, text}) }
+
+// Write prints the text, wrapped at width characters; 0: as it is.
+func (t *Text) Write(w io.Writer, width int) error {
+	var b strings.Builder
+	labels := 0
+	for i, l := range t.lines {
+		if l.label == "" {
+			labels = 0
+			block(&b, "", l.text, width)
+			continue
+		}
+		if labels == 0 {
+			for _, other := range t.lines[i:] {
+				if other.label == "" {
+					break
+				}
+				labels = max(labels, length(other.label))
+			}
+		}
+		Hang(&b, "  "+pad(l.label, labels)+"  ", l.text, width)
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// Hang prints text to the right of a prefix, or below it where that leaves too little room. Width 0: in one line.
+func Hang(b *strings.Builder, prefix, text string, width int) {
+	room := width - length(prefix)
+	if width > 0 && room < min(leastProse, length(text)) {
+		block(b, "", strings.TrimRight(prefix, " "), width)
+		block(b, "    ", text, width)
+		return
+	}
+	hang(b, prefix, text, max(room, 0))
+}
+
+// hang prints text to the right of a prefix, in lines of room characters; 0: in one.
+func hang(b *strings.Builder, prefix, text string, room int) {
+	for i, l := range Wrap(text, room) {
+		if i > 0 {
+			prefix = strings.Repeat(" ", length(prefix))
+		}
+		b.WriteString(strings.TrimRight(prefix+l, " ") + "\n")
+	}
+}
+
+// block prints text in lines that are all indented.
+func block(b *strings.Builder, indent, text string, width int) {
+	if width > 0 {
+		width = max(1, width-len(indent))
+	}
+	for _, l := range Wrap(text, width) {
+		b.WriteString(strings.TrimRight(indent+l, " ") + "\n")
+	}
+}
+
+// Wrap splits text into lines of at most width characters, at blanks where it can. Width 0: one line.
+func Wrap(text string, width int) []string {
+	if width == 0 || length(text) <= width {
+		return []string{text}
+	}
+	var lines []string
+	current := ""
+	for word := range strings.FieldsSeq(text) {
+		switch {
+		case current == "":
+			current = word
+		case length(current)+1+length(word) <= width:
+			current += " " + word
+		default:
+			lines = append(lines, current)
+			current = word
+		}
+		for length(current) > width {
+			cut := runes(current, width)
+			lines = append(lines, current[:cut])
+			current = current[cut:]
+		}
+	}
+	return append(lines, current)
+}
+
+func length(s string) int { return utf8.RuneCountInString(s) }
+
+// runes is how many bytes the first n characters take.
+func runes(s string, n int) int {
+	for i := range s {
+		if n == 0 {
+			return i
+		}
+		n--
+	}
+	return len(s)
+}
+
+func pad(s string, width int) string { return s + strings.Repeat(" ", max(0, width-length(s))) }
