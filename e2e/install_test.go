@@ -49,7 +49,7 @@ func TestInstallAndUninstall(t *testing.T) {
 
 			s.daemon.Kill()
 			must(t, s.install("--chain", way))
-			s.startDaemon("--cni-net-dir", s.NetDir(), "--chain", way)
+			s.startDaemon("--cni-net-dir", s.NetDir(), "--cni-bin-dir", s.PluginDir(), "--chain", way)
 			p := plain.add(t)
 			must(t, s.WriteSpecs(node.Probed{Pod: p.Pod, Readiness: []node.Probe{longHTTP}}))
 			p.makeFresh(longHTTP)

@@ -55,16 +55,17 @@ func TestPluginConf(t *testing.T) {
 // What install writes into the chain. The default is not written: it is the plugin's.
 func TestInstallWritesTheHook(t *testing.T) {
 	for hook, want := range map[string]string{"": "", "tc": "", "xdp": `"hook": "xdp"`} {
-		netDir, plugin := t.TempDir(), filepath.Join(t.TempDir(), "probelet")
+		netDir, binDir, plugin := t.TempDir(), t.TempDir(), filepath.Join(t.TempDir(), "probelet")
 		for file, text := range map[string]string{
 			filepath.Join(netDir, "10-net.conflist"): `{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "ptp"}]}`,
 			plugin:                                   "#!/bin/sh\n",
+			filepath.Join(binDir, "ptp"):             "#!/bin/sh\n",
 		} {
 			if err := os.WriteFile(file, []byte(text), 0o755); err != nil {
 				t.Fatal(err)
 			}
 		}
-		args := []string{"install", "--chain", "copy", "--cni-net-dir", netDir, "--cni-bin-dir", t.TempDir(), "--plugin", plugin}
+		args := []string{"install", "--chain", "copy", "--cni-net-dir", netDir, "--cni-bin-dir", binDir, "--state-dir", t.TempDir(), "--plugin", plugin}
 		if hook != "" {
 			args = append(args, "--hook", hook)
 		}
