@@ -96,6 +96,7 @@ var variants = map[string]string{
 		cni: {netDir: /net, binDir: /bin, chain: copy}, stateDir: /state, bpffs: /bpf, nodeSelector: {a: b}, priorityClassName: "",
 		updateStrategy: {rollingUpdate: {maxUnavailable: 1}}}`,
 	"PodMonitor": `{podMonitor: {enabled: true, labels: {release: x}}, metrics: {listen: ":9553"}}`,
+	"no events":  "config: {events: false, log-format: json}",
 	"root-dir":   "{kubeletDir: /var/lib/k0s/kubelet, config: {crosscheck: 30s}}",
 	"reachable":  `{metrics: {listen: "[::]:1234"}}`,
 }
@@ -268,13 +269,16 @@ func TestPermissions(t *testing.T) {
 	ofOld := rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"nodes/proxy"}, Verbs: []string{"get"}}
 	ofServer := rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"list", "watch"}}
 	verdicts := rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"nodes/metrics"}, Verbs: []string{"get"}}
+	events := rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"events"}, Verbs: []string{"create"}}
 	for name, values := range variants {
-		want := []rbacv1.PolicyRule{ofKubelet, verdicts}
+		want := []rbacv1.PolicyRule{ofKubelet, verdicts, events}
 		switch name {
 		case "API server":
-			want = []rbacv1.PolicyRule{ofServer, verdicts}
+			want = []rbacv1.PolicyRule{ofServer, verdicts, events}
 		case "old kubelets":
-			want = []rbacv1.PolicyRule{ofKubelet, ofOld, verdicts}
+			want = []rbacv1.PolicyRule{ofKubelet, ofOld, verdicts, events}
+		case "no events":
+			want = []rbacv1.PolicyRule{ofKubelet, verdicts}
 		}
 		objects := render(t, with(t, values))
 		if rules := one[*rbacv1.ClusterRole](t, objects).Rules; !reflect.DeepEqual(rules, want) {

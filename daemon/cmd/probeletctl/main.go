@@ -101,7 +101,7 @@ func execute(ctx context.Context, env environment, args []string) error {
 		SilenceErrors: true,
 	}
 	root.AddCommand(statusCommand(&env), explainCommand(&env), topCommand(&env), invalidateCommand(&env), trustCommand(&env),
-		doctorCommand(&env))
+		doctorCommand(&env), logLevelCommand(&env))
 	root.PersistentFlags().IntVar(&env.width, "width", env.width, "longest `LINE` in characters, of tables and text; 0: any (default: the terminal's)")
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
 		if env.width < 0 {

@@ -404,7 +404,7 @@ func (m *machine) serveNode(n node) {
 	ctx, stop := context.WithCancel(m.t.Context())
 	served := make(chan error)
 	go func() {
-		served <- api.Serve(ctx, listener, api.Local(n, http.NotFoundHandler()), slog.New(slog.DiscardHandler))
+		served <- api.Serve(ctx, listener, api.Local(n, http.NotFoundHandler(), &slog.LevelVar{}), slog.New(slog.DiscardHandler))
 	}()
 	m.t.Cleanup(func() { stop(); <-served })
 }

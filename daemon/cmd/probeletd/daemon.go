@@ -16,6 +16,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/evidence"
+	"github.com/probelet/probelet/daemon/internal/podevents"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/refresh"
 	"github.com/probelet/probelet/daemon/internal/statedir"
@@ -34,6 +35,8 @@ type daemon struct {
 	// refresher asks by itself; nil: nobody does.
 	refresher *refresh.Refresher
 	metrics   *metrics
+	// reporter tells of pods' annotations that cannot be used; nil: nobody does.
+	reporter *podevents.Reporter
 
 	pods        []probe.Pod // that there may be an attachment of
 	podsKnown   bool
@@ -227,6 +230,7 @@ func (d *daemon) endpoints(a *attachment) []probe.EndpointSpec {
 	a.settings = d.defaults.Settings(a.pod.Annotations)
 	if a.settings.Problem != "" && a.settings.Problem != a.misset {
 		d.log.Error("pod is not answered", "pod", a.podName(), "error", a.settings.Problem)
+		d.reporter.BadAnnotation(*a.pod, "probelet answers none of the pod's probes: "+a.settings.Problem)
 	}
 	a.misset = a.settings.Problem
 	limits := store.Limits

@@ -131,7 +131,9 @@ type config struct {
 	metricsListen    string
 	metricsPerPod    bool
 	api              apiConfig
-	logLevel         slog.Level
+	logLevel         *slog.LevelVar
+	logFormat        string
+	events           bool // about pods, at the API server
 }
 
 // apiConfig is for controllers on other machines; empty: they are not served.
@@ -208,8 +210,20 @@ func noteChosen(flags *pflag.FlagSet, d *probe.Defaults) {
 	d.StalenessSet, d.CeilingSet = flags.Changed("staleness"), flags.Changed("staleness-ceiling")
 }
 
+// newLog returns a logger that writes a line for each record.
+func newLog(to io.Writer, format string, level *slog.LevelVar) (*slog.Logger, error) {
+	options := &slog.HandlerOptions{Level: level}
+	switch format {
+	case "text":
+		return slog.New(slog.NewTextHandler(to, options)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(to, options)), nil
+	}
+	return nil, fmt.Errorf("--log-format %q: must be text or json", format)
+}
+
 func runCommand(stderr io.Writer) *cobra.Command {
-	c := config{dial: (*net.Dialer).DialContext}
+	c := config{dial: (*net.Dialer).DialContext, logLevel: &slog.LevelVar{}}
 	c.kubelet.SelfSigned = func() ([]byte, error) { return prober.KubeletCertificate("/proc") }
 	cmd := &cobra.Command{
 		Use:   "run [--source kubelet|apiserver|file] [--prober kubelet|cgroup:PATH|host]",
@@ -217,7 +231,10 @@ func runCommand(stderr io.Writer) *cobra.Command {
 		Long:  runHelp,
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: c.logLevel}))
+			log, err := newLog(stderr, c.logFormat, c.logLevel)
+			if err != nil {
+				return err
+			}
 			if unknown := misspelt(cmd.Flags(), os.Environ()); len(unknown) > 0 {
 				log.Warn("variables of the environment that are no flag's have no effect", "names", unknown)
 			}
@@ -266,6 +283,8 @@ func runCommand(stderr io.Writer) *cobra.Command {
 		}
 		return nil
 	}
-	flags.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "least `level` that is logged: debug, info, warn, error")
+	flags.BoolVar(&c.events, "events", true, "write an Event about a pod whose annotation cannot be used")
+	flags.TextVar(c.logLevel, "log-level", &slog.LevelVar{}, "least `level` that is logged: debug, info, warn, error; probeletctl log-level changes it")
+	flags.StringVar(&c.logFormat, "log-format", "text", "how is logged: `text|json`")
 	return cmd
 }

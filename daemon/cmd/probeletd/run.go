@@ -15,12 +15,15 @@ import (
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+	"k8s.io/client-go/rest"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/chain"
 	"github.com/probelet/probelet/daemon/internal/evidence"
+	"github.com/probelet/probelet/daemon/internal/kubeapi"
+	"github.com/probelet/probelet/daemon/internal/podevents"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/refresh"
@@ -156,6 +159,9 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 			in.all.Go(func() { l.keeper.promoter.run(ctx, l.daemon) })
 		}
 	}
+	if l.reporter = newReporter(c, l.log); l.reporter != nil {
+		in.all.Go(func() { l.reporter.Run(ctx) })
+	}
 	if err := l.listen(ctx, c, in); err != nil {
 		return err
 	}
@@ -181,6 +187,22 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 	return err
 }
 
+// newReporter returns nil where there is no API server to be told, as for a daemon that is not one of a cluster's pods.
+func newReporter(c config, log *slog.Logger) *podevents.Reporter {
+	if !c.events || c.sourceName() == "file" {
+		return nil
+	}
+	config, err := kubeapi.Config(c.kubeconfig)
+	if err == nil {
+		var client rest.Interface
+		if client, err = kubeapi.Core(config); err == nil {
+			return podevents.New(client, c.node, log)
+		}
+	}
+	log.Info("no events are written about pods", "reason", err)
+	return nil
+}
+
 // listen begins to serve those who ask the daemon something.
 func (l *loop) listen(ctx context.Context, c config, in *inputs) error {
 	serve := func(listener net.Listener, handler http.Handler) {
@@ -191,7 +213,7 @@ func (l *loop) listen(ctx context.Context, c config, in *inputs) error {
 	if err != nil {
 		return fmt.Errorf("listening on %s: %w", statedir.SocketPath(c.stateDir), err)
 	}
-	serve(local, api.Local(l, metrics))
+	serve(local, api.Local(l, metrics, c.logLevel))
 	if c.metricsListen != "" {
 		listener, err := net.Listen("tcp", c.metricsListen)
 		if err != nil {

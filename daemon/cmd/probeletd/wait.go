@@ -11,9 +11,9 @@ import (
 
 	"github.com/spf13/cobra"
 	appsv1 "k8s.io/api/apps/v1"
-	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/client-go/rest"
+
+	"github.com/probelet/probelet/daemon/internal/kubeapi"
 )
 
 // waitCommand is what the pods of a DaemonSet run that have nothing to do any more, but must not end, and what the Job runs
@@ -34,11 +34,11 @@ func waitCommand(stderr io.Writer) *cobra.Command {
 			if !ok || namespace == "" || name == "" {
 				return fmt.Errorf("--daemonset %q: must be NAMESPACE/NAME", daemonSet)
 			}
-			config, err := rest.InClusterConfig()
+			config, err := kubeapi.Config("")
 			if err != nil {
 				return err
 			}
-			client, err := appsClient(config)
+			client, err := kubeapi.Apps(config)
 			if err != nil {
 				return err
 			}
@@ -47,18 +47,6 @@ func waitCommand(stderr io.Writer) *cobra.Command {
 	}
 	cmd.Flags().StringVar(&daemonSet, "daemonset", "", "`NAMESPACE/NAME` of a DaemonSet whose pods are waited for")
 	return cmd
-}
-
-// appsClient knows apps/v1 only: all of client-go's would make the daemon much larger.
-func appsClient(config *rest.Config) (*rest.RESTClient, error) {
-	scheme := runtime.NewScheme()
-	if err := appsv1.AddToScheme(scheme); err != nil {
-		return nil, err
-	}
-	config = rest.CopyConfig(config)
-	config.APIPath, config.GroupVersion = "/apis", &appsv1.SchemeGroupVersion
-	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
-	return rest.RESTClientFor(config)
 }
 
 // rolloutInterval is how often a DaemonSet is looked at.

@@ -13,6 +13,8 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
+
+	"github.com/probelet/probelet/daemon/internal/kubeapi"
 )
 
 func TestWaitForDaemonSet(t *testing.T) {
@@ -46,7 +48,7 @@ func TestWaitForDaemonSet(t *testing.T) {
 				_ = json.NewEncoder(w).Encode(test.set)
 			}))
 			defer server.Close()
-			client, err := appsClient(&rest.Config{Host: server.URL})
+			client, err := kubeapi.Apps(&rest.Config{Host: server.URL})
 			if err != nil {
 				t.Fatal(err)
 			}

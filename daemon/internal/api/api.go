@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"github.com/probelet/probelet/daemon/internal/probe"
@@ -24,6 +25,11 @@ type InvalidateRequest struct {
 type InvalidateReply struct {
 	Pod       string   `json:"pod"` // namespace/name
 	Withdrawn []string `json:"withdrawn"`
+}
+
+// LogLevel is the body of PUT /v1/log-level, and its answer: the least level that the daemon logs from now on.
+type LogLevel struct {
+	Level slog.Level `json:"level"`
 }
 
 // Event is what happened to what is known of an endpoint.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
@@ -56,6 +57,12 @@ func (c *Client) Endpoints(ctx context.Context) (reply EndpointsReply, err error
 // Source is GET /v1/source.
 func (c *Client) Source(ctx context.Context) (reply SourceReply, err error) {
 	return reply, c.do(ctx, http.MethodGet, "/v1/source", nil, &reply)
+}
+
+// SetLogLevel is PUT /v1/log-level.
+func (c *Client) SetLogLevel(ctx context.Context, level slog.Level) error {
+	var reply LogLevel
+	return c.do(ctx, http.MethodPut, "/v1/log-level", LogLevel{level}, &reply)
 }
 
 // Ready is GET /readyz: what the daemon lacks, a line for each thing.

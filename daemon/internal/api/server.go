@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"os"
 	"path/filepath"
 	"strings"
@@ -111,8 +112,10 @@ func Health(n Node, metrics http.Handler) http.Handler {
 }
 
 // Local is all of it, and what probeletctl asks besides.
-func Local(n Node, metrics http.Handler) http.Handler {
+// level, if not nil, is that of the daemon's log.
+func Local(n Node, metrics http.Handler, level *slog.LevelVar) http.Handler {
 	mux := http.NewServeMux()
+	addDebugging(mux, level)
 	addControls(mux, n)
 	addHealth(mux, n, metrics)
 	mux.HandleFunc("GET /v1/pods/{namespace}/{pod}/events", func(w http.ResponseWriter, r *http.Request) {
@@ -129,6 +132,27 @@ func Local(n Node, metrics http.Handler) http.Handler {
 	})
 	mux.HandleFunc("GET /v1/source", func(w http.ResponseWriter, _ *http.Request) { answer(w, n.Source(), nil) })
 	return mux
+}
+
+// addDebugging adds profiles (as net/http/pprof has them; none may take longer than the server's WriteTimeout) and the log's level.
+func addDebugging(mux *http.ServeMux, level *slog.LevelVar) {
+	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+	mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
+	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	if level == nil {
+		return
+	}
+	mux.HandleFunc("PUT /v1/log-level", func(w http.ResponseWriter, r *http.Request) {
+		var wanted LogLevel
+		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&wanted); err != nil {
+			answer(w, nil, fmt.Errorf("%w: level: %w", errMalformed, err))
+			return
+		}
+		level.Set(wanted.Level)
+		answer(w, wanted, nil)
+	})
 }
 
 func addControls(mux *http.ServeMux, n Node) {

@@ -10,12 +10,11 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/serializer"
 	apiwatch "k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
-	"k8s.io/client-go/tools/clientcmd"
 
+	"github.com/probelet/probelet/daemon/internal/kubeapi"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
@@ -34,11 +33,11 @@ func NewAPIServer(kubeconfig, node string, log *slog.Logger) (*APIServer, error)
 	if node == "" {
 		return nil, fmt.Errorf("node name %q: must be set", node)
 	}
-	config, err := clientConfig(kubeconfig)
+	config, err := kubeapi.Config(kubeconfig)
 	if err != nil {
 		return nil, err
 	}
-	client, err := podClient(config)
+	client, err := kubeapi.Core(config)
 	if err != nil {
 		return nil, err
 	}
@@ -46,29 +45,6 @@ func NewAPIServer(kubeconfig, node string, log *slog.Logger) (*APIServer, error)
 		client: client, node: node, changed: make(chan struct{}, 1),
 		health: health{log: log.With("source", config.Host)},
 	}, nil
-}
-
-func clientConfig(kubeconfig string) (*rest.Config, error) {
-	if kubeconfig == "" {
-		return rest.InClusterConfig()
-	}
-	return clientcmd.BuildConfigFromFlags("", kubeconfig)
-}
-
-// podClient knows the core API only: all of client-go's would make the daemon much larger.
-func podClient(config *rest.Config) (rest.Interface, error) {
-	scheme := runtime.NewScheme()
-	if err := corev1.AddToScheme(scheme); err != nil {
-		return nil, err
-	}
-	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
-	config.APIPath = "/api"
-	config.GroupVersion = &corev1.SchemeGroupVersion
-	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
-	config.ContentType = runtime.ContentTypeProtobuf
-	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
-	config.UserAgent = "probeletd"
-	return rest.RESTClientFor(config)
 }
 
 // Delivery implements Source.

@@ -1,0 +1,98 @@
+package main
+
+import (
+	"encoding/json"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/probelet/probelet/daemon/internal/api"
+)
+
+// The level of the log is changed while the daemon runs.
+func TestLogLevel(t *testing.T) {
+	n := newNode(t)
+	n.config.logLevel = &slog.LevelVar{}
+	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
+	n.start()
+	n.eventually("listens", func() bool { return api.NewClient(n.config.stateDir).SetLogLevel(t.Context(), slog.LevelDebug) == nil })
+	if got := n.config.logLevel.Level(); got != slog.LevelDebug {
+		t.Errorf("the level is %s", got)
+	}
+}
+
+// Profiles are for who may read the socket: root of the node. On TCP there are none.
+func TestProfilesAreLocal(t *testing.T) {
+	handlers := map[bool]http.Handler{true: api.Local(nil, nil, nil), false: api.Health(nil, nil)}
+	for local, handler := range handlers {
+		for _, path := range []string{"/debug/pprof/", "/debug/pprof/heap", "/debug/pprof/profile?seconds=1"} {
+			reply := httptest.NewRecorder()
+			handler.ServeHTTP(reply, httptest.NewRequest(http.MethodGet, path, nil))
+			if found := reply.Code == http.StatusOK; found != local {
+				t.Errorf("%s is there: %v, on the socket: %v", path, found, local)
+			}
+		}
+	}
+}
+
+func TestLogFormats(t *testing.T) {
+	var text strings.Builder
+	log, err := newLog(&text, "json", &slog.LevelVar{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	log.Info("hello", "pod", "a/b")
+	log.Debug("not this")
+	var line map[string]any
+	if err := json.Unmarshal([]byte(text.String()), &line); err != nil || line["msg"] != "hello" || line["pod"] != "a/b" {
+		t.Errorf("%s: %v", &text, err)
+	}
+	if _, err := newLog(io.Discard, "xml", nil); err == nil || !strings.Contains(err.Error(), `--log-format "xml"`) {
+		t.Errorf("%v", err)
+	}
+}
+
+// Who describes a pod with an annotation that cannot be used is told so, once.
+func TestEventsOfBadAnnotations(t *testing.T) {
+	posted := make(chan string, 10)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		text, _ := io.ReadAll(r.Body)
+		posted <- r.URL.Path + " " + string(text)
+		w.WriteHeader(http.StatusConflict)
+	}))
+	defer server.Close()
+	kubeconfig := filepath.Join(t.TempDir(), "kubeconfig")
+	text := "{apiVersion: v1, kind: Config, current-context: c, contexts: [{name: c, context: {cluster: k}}], clusters: [{name: k, cluster: {server: '" + server.URL + "'}}]}"
+	if err := os.WriteFile(kubeconfig, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	k := newKept(t)
+	k.reporter = newReporter(config{source: "kubelet", kubeconfig: kubeconfig, events: true, node: "node-1"}, k.daemon.log)
+	go k.reporter.Run(t.Context())
+	k.adopted()
+	k.pods = slices.Clone(k.pods)
+	k.pods[0].Annotations = map[string]string{"probelet.dev/stalenes": "2"}
+	for range 2 {
+		k.update(false)
+	}
+	var got string
+	select {
+	case got = <-posted:
+	case <-time.After(10 * time.Second):
+	}
+	if !strings.HasPrefix(got, "/api/v1/namespaces/shop/events ") || !strings.Contains(got, "probelet.dev/stalenes") {
+		t.Errorf("posted %q", got)
+	}
+	select {
+	case again := <-posted:
+		t.Errorf("posted again: %q", again)
+	case <-time.After(50 * time.Millisecond):
+	}
+}

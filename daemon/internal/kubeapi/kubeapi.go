@@ -1,0 +1,47 @@
+// Package kubeapi makes clients of the API server, each of which knows one group only: all of client-go's would make the daemon
+// much larger.
+package kubeapi
+
+import (
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+)
+
+// Config reads a kubeconfig file; empty: as in a pod of the cluster.
+func Config(kubeconfig string) (*rest.Config, error) {
+	if kubeconfig == "" {
+		return rest.InClusterConfig()
+	}
+	return clientcmd.BuildConfigFromFlags("", kubeconfig)
+}
+
+// Core returns a client of the core group.
+func Core(config *rest.Config) (rest.Interface, error) {
+	return client(config, "/api", corev1.SchemeGroupVersion, corev1.AddToScheme)
+}
+
+// Apps returns a client of the group apps.
+func Apps(config *rest.Config) (rest.Interface, error) {
+	return client(config, "/apis", appsv1.SchemeGroupVersion, appsv1.AddToScheme)
+}
+
+func client(config *rest.Config, path string, version schema.GroupVersion, add func(*runtime.Scheme) error) (rest.Interface, error) {
+	scheme := runtime.NewScheme()
+	if err := add(scheme); err != nil {
+		return nil, err
+	}
+	metav1.AddToGroupVersion(scheme, version)
+	config = rest.CopyConfig(config)
+	config.APIPath, config.GroupVersion = path, &version
+	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
+	config.ContentType = runtime.ContentTypeProtobuf
+	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	config.UserAgent = "probeletd"
+	return rest.RESTClientFor(config)
+}
