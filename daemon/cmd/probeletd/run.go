@@ -88,8 +88,9 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	if err := d.SetProber(who); err != nil {
 		return fmt.Errorf("--prober %s: %w", c.prober, err)
 	}
-	l := &loop{log: log, prober: finder, who: who, set: d.SetProber, lost: notFound != nil, calls: make(chan func())}
-	if l.lost {
+	l := &loop{log: log, prober: finder, who: who, set: d.SetProber, calls: make(chan func())}
+	if notFound != nil {
+		l.lost = notFound.Error()
 		log.Warn("no prober yet, so nothing is answered", "error", notFound)
 	}
 	return l.serve(ctx, c, d, specs)
@@ -359,7 +360,7 @@ type loop struct {
 	failing  func() string
 	delivery func() source.Delivery
 	calls    chan func() // of others, to be run between two decisions
-	lost     bool        // the prober's cgroup is not there, and that was logged
+	lost     string      // why nobody is the prober, as it was logged; empty: somebody is
 	keeper   *keeper     // nil: attachments are as others leave them
 	// chain is how the plugin is in the chain, as of the last look; nil: the daemon does not look after it.
 	chain *atomic.Pointer[chainState]
@@ -463,13 +464,13 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 func (l *loop) followProber() {
 	who, err := l.prober.Find()
 	if err != nil {
-		if !l.lost {
-			l.log.Warn("no prober any more, so nothing is answered", "error", err)
+		if l.lost != err.Error() {
+			l.log.Warn("no prober, so nothing is answered", "error", err)
 		}
-		l.lost = true
+		l.lost = err.Error()
 		who = datapath.Prober{}
 	} else {
-		l.lost = false
+		l.lost = ""
 	}
 	if who.AnyLocal == l.who.AnyLocal && slices.Equal(who.CgroupIDs, l.who.CgroupIDs) {
 		return
@@ -479,7 +480,7 @@ func (l *loop) followProber() {
 		return
 	}
 	l.who = who
-	if !l.lost {
+	if l.lost == "" {
 		l.log.Info("the prober's cgroup is another one now", "ids", who.CgroupIDs)
 	}
 }

@@ -2,6 +2,7 @@
 package prober
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -24,7 +25,7 @@ type Finder struct {
 	cgroup   string   // directory; empty without Kubelet: every local process
 	kubelets []string // directories in /proc of those that were found last
 	finds    int
-	dirs     map[string]string // of cgroups, that need not be looked for again
+	dirs     map[string]string // of cgroups that need not be looked for again
 }
 
 // Parse reads the value of --prober: kubelet, host, or cgroup: and a directory.
@@ -69,34 +70,161 @@ func (p *Finder) Find() (datapath.Prober, error) {
 	return datapath.Prober{CgroupIDs: []uint64{id}}, nil
 }
 
-// kubeletCgroup finds the cgroup v2 directory of the kubelet: of the process of that name that is root's and in this
-// network namespace, lest a pod's process of the same name become the prober.
+// kubeletCgroup finds the cgroup v2 directory of the kubelet. It is an error if anything else could be taken for it.
 func (p *Finder) kubeletCgroup(proc string) (string, error) {
-	var cgroups map[string]bool
+	var found []kubelet
 	var err error
 	if p.finds++; p.finds%lookAround != 0 {
-		if cgroups, p.kubelets, err = kubeletsAmong(proc, p.kubelets); err != nil {
+		if found, err = p.kubeletsAmong(proc, p.kubelets); err != nil {
 			return "", err
 		}
 	}
-	if len(cgroups) == 0 {
-		if cgroups, p.kubelets, err = kubelets(proc); err != nil {
+	if len(found) == 0 {
+		if found, err = p.allKubelets(proc); err != nil {
 			return "", err
 		}
+	}
+	p.kubelets = nil
+	for _, k := range found {
+		p.kubelets = append(p.kubelets, k.process)
+	}
+	dirs := map[string]bool{}
+	for _, k := range found {
+		dirs[k.dir] = true
 	}
 	switch {
-	case len(cgroups) == 0:
-		return "", errors.New("no process named kubelet, of root, in this network namespace")
-	case len(cgroups) > 1:
-		return "", fmt.Errorf("processes named kubelet in more than one cgroup: %s", slices.Sorted(maps.Keys(cgroups)))
-	case cgroups["/"]:
-		// Processes that nobody has put anywhere are there too.
-		return "", errors.New("the kubelet is in the root cgroup, where it cannot be told apart; give it a cgroup of its own")
+	case len(dirs) == 0:
+		return "", noKubelet(proc)
+	case len(dirs) > 1:
+		return "", fmt.Errorf("processes named kubelet in more than one cgroup: %s", slices.Sorted(maps.Keys(dirs)))
 	}
-	for cgroup := range cgroups {
-		return p.dirOf(proc, cgroup)
+	return found[0].dir, p.alone(proc, found)
+}
+
+// noKubelet says that there is none, and which programs have it inside them: whatever those ask of pods, such as an API server's
+// webhooks, could not be told from probes.
+func noKubelet(proc string) error {
+	err := errors.New("no process named kubelet, of root, in this network namespace and outside of pods")
+	processes, _ := filepath.Glob(filepath.Join(proc, "[0-9]*"))
+	for _, process := range processes {
+		if name := nameOf(process); slices.Contains([]string{"k3s", "k3s-server", "k3s-agent", "kubelite"}, name) && isRoots(process) {
+			return fmt.Errorf("%w; %s, process %s, has the kubelet inside it, and its connections cannot be told from probes", err, name, filepath.Base(process))
+		}
 	}
-	return "", nil
+	return err
+}
+
+// alone returns an error if a cgroup has processes besides the kubelets, and what they run: their connections would be taken
+// for probes. In RKE2 containerd shares the kubelet's.
+func (p *Finder) alone(proc string, kubelets []kubelet) error {
+	text, err := os.ReadFile(filepath.Join(kubelets[0].dir, "cgroup.procs"))
+	if err != nil {
+		return fmt.Errorf("the processes of the kubelet's cgroup are not known: %w", err)
+	}
+	own := map[string]bool{}
+	for _, k := range kubelets {
+		own[filepath.Base(k.process)] = true
+	}
+	others := map[string]bool{}
+	for pid := range strings.FieldsSeq(string(text)) {
+		if name, isOther := bystander(proc, pid, own); isOther {
+			others[name] = true
+		}
+	}
+	if len(others) == 0 {
+		return nil
+	}
+	return fmt.Errorf("the kubelet shares its cgroup %s with %s, whose connections cannot be told from probes; give it a cgroup of its own",
+		kubelets[0].dir, strings.Join(slices.Sorted(maps.Keys(others)), ", "))
+}
+
+// bystander reports whether a process is none of own, nor below one, and returns its name.
+func bystander(proc, pid string, own map[string]bool) (name string, is bool) {
+	name = nameOf(filepath.Join(proc, pid))
+	for ; pid != "" && pid != "0" && pid != "1"; pid = parentOf(filepath.Join(proc, pid)) {
+		if own[pid] {
+			return name, false
+		}
+	}
+	return name, pid != "" // or it has ended
+}
+
+// parentOf returns the number of a process' parent (proc_pid_stat(5)); empty if it has ended.
+func parentOf(process string) string {
+	text, _ := os.ReadFile(filepath.Join(process, "stat"))
+	// The name, in parentheses, may have anything in it.
+	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+	if len(fields) < 2 || fields[0] == "Z" || fields[0] == "X" {
+		return ""
+	}
+	return fields[1]
+}
+
+// kubelet is a process that may be it.
+type kubelet struct {
+	process string // directory in proc
+	dir     string // of its cgroup
+}
+
+func (p *Finder) allKubelets(proc string) ([]kubelet, error) {
+	processes, err := filepath.Glob(filepath.Join(proc, "[0-9]*"))
+	if err != nil {
+		return nil, err
+	}
+	return p.kubeletsAmong(proc, processes)
+}
+
+// kubeletsAmong returns the processes of that name that are root's, in this network namespace and this pid namespace, and not a
+// pod's. A pod can have such a name, be root's and have the host's network and processes, but it is in the kubelet's kubepods.
+func (p *Finder) kubeletsAmong(proc string, processes []string) (found []kubelet, err error) {
+	netns, err := os.Readlink(filepath.Join(proc, "self/ns/net"))
+	if err != nil {
+		return nil, err
+	}
+	pidns, err := os.Readlink(filepath.Join(proc, "self/ns/pid"))
+	if err != nil {
+		return nil, err
+	}
+	for _, process := range processes {
+		if nameOf(process) != "kubelet" || !isRoots(process) || !isIn(process, "ns/net", netns) || !isIn(process, "ns/pid", pidns) {
+			continue
+		}
+		cgroup, err := cgroupOf(process)
+		if err != nil {
+			continue // it has ended
+		}
+		dir, err := p.dirOf(proc, cgroup)
+		if err != nil {
+			return nil, err
+		}
+		if !isPods(dir) {
+			found = append(found, kubelet{process, dir})
+		}
+	}
+	return found, nil
+}
+
+func nameOf(process string) string {
+	name, _ := os.ReadFile(filepath.Join(process, "comm"))
+	return strings.TrimSpace(string(name))
+}
+
+func isRoots(process string) bool {
+	var stat unix.Stat_t
+	return unix.Stat(process, &stat) == nil && stat.Uid == 0
+}
+
+func isIn(process, namespace, name string) bool {
+	of, err := os.Readlink(filepath.Join(process, namespace))
+	return err == nil && of == name
+}
+
+// isPods reports whether a cgroup is below the one in which the kubelet has all pods: kubepods, or kubepods.slice with systemd,
+// in whose names that of the slice above comes first (pkg/kubelet/cm: defaultNodeAllocatableCgroupName, CgroupName.ToSystemd).
+func isPods(dir string) bool {
+	return slices.ContainsFunc(strings.Split(dir, "/"), func(name string) bool {
+		return name == "kubepods" || name == "kubepods.slice" || strings.HasSuffix(name, "-kubepods.slice")
+	})
 }
 
 // dirOf remembers what it finds: where a cgroup is mounted stays the same while this process is in its own.
@@ -104,39 +232,20 @@ func (p *Finder) dirOf(proc, cgroup string) (string, error) {
 	if dir, known := p.dirs[cgroup]; known {
 		return dir, nil
 	}
+	// Processes that nobody has put anywhere are in the root, too.
+	if cgroup == "/" {
+		return "", errors.New("the kubelet is in the root cgroup, where it cannot be told apart; give it a cgroup of its own")
+	}
 	dir, err := cgroupDir(proc, cgroup)
 	if err != nil {
 		return "", err
 	}
-	p.dirs = map[string]string{cgroup: dir}
+	const most = 16 // pods may come and go that have a process of that name
+	if len(p.dirs) == most || p.dirs == nil {
+		p.dirs = map[string]string{}
+	}
+	p.dirs[cgroup] = dir
 	return dir, nil
-}
-
-// kubelets are those among all processes, as directories in proc, and their cgroups.
-func kubelets(proc string) (cgroups map[string]bool, found []string, err error) {
-	processes, err := filepath.Glob(filepath.Join(proc, "[0-9]*"))
-	if err != nil {
-		return nil, nil, err
-	}
-	return kubeletsAmong(proc, processes)
-}
-
-func kubeletsAmong(proc string, processes []string) (cgroups map[string]bool, found []string, err error) {
-	netns, err := os.Readlink(filepath.Join(proc, "self/ns/net"))
-	if err != nil {
-		return nil, nil, err
-	}
-	cgroups = map[string]bool{}
-	for _, process := range processes {
-		if !isKubelet(process, netns) {
-			continue
-		}
-		if cgroup, err := cgroupOf(process); err == nil { // or it has ended
-			cgroups[cgroup] = true
-			found = append(found, process)
-		}
-	}
-	return cgroups, found, nil
 }
 
 // defaultCertDir is the kubelet's, unless --cert-dir says otherwise (cmd/kubelet/app/options).
@@ -145,14 +254,14 @@ const defaultCertDir = "/var/lib/kubelet/pki"
 // KubeletCertificate is the certificate that the kubelet has made for itself, if it has, as it is in the file system that
 // the kubelet sees.
 func KubeletCertificate(proc string) ([]byte, error) {
-	_, found, err := kubelets(proc)
+	found, err := (&Finder{}).allKubelets(proc)
 	if err != nil {
 		return nil, err
 	}
 	if len(found) != 1 {
-		return nil, fmt.Errorf("there are %d processes named kubelet, of root, in this network namespace", len(found))
+		return nil, fmt.Errorf("there are %d processes named kubelet, of root, in this network namespace and outside of pods", len(found))
 	}
-	text, err := os.ReadFile(filepath.Join(found[0], "cmdline"))
+	text, err := os.ReadFile(filepath.Join(found[0].process, "cmdline"))
 	if err != nil {
 		return nil, err
 	}
@@ -169,20 +278,7 @@ func KubeletCertificate(proc string) ([]byte, error) {
 			dir = args[i+1]
 		}
 	}
-	return os.ReadFile(filepath.Join(found[0], "root", dir, "kubelet.crt"))
-}
-
-func isKubelet(process, netns string) bool {
-	name, err := os.ReadFile(filepath.Join(process, "comm"))
-	if err != nil || strings.TrimSpace(string(name)) != "kubelet" {
-		return false
-	}
-	var stat unix.Stat_t
-	if err := unix.Stat(process, &stat); err != nil || stat.Uid != 0 {
-		return false
-	}
-	of, err := os.Readlink(filepath.Join(process, "ns/net"))
-	return err == nil && of == netns
+	return os.ReadFile(filepath.Join(found[0].process, "root", dir, "kubelet.crt"))
 }
 
 // cgroupOf is the cgroup v2 of a process, as seen from the root of our cgroup namespace (cgroups(7)): in a pod that is the

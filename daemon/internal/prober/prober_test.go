@@ -1,6 +1,7 @@
 package prober
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -12,10 +13,12 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/bpftest"
+	"github.com/probelet/probelet/bpf/datapath"
 )
 
 func TestParseProber(t *testing.T) {
@@ -89,6 +92,7 @@ type stage struct {
 	t       *testing.T
 	mount   string // of the hierarchy
 	kubelet string // a program of that name
+	user    uint32 // whose processes are started
 }
 
 func newStage(t *testing.T) *stage {
@@ -101,7 +105,15 @@ func newStage(t *testing.T) *stage {
 	if who, err := (&Finder{Kubelet: true}).Find(); err == nil {
 		t.Skipf("there is a kubelet on this machine already: %+v", who)
 	}
-	s := &stage{t, filepath.Dir(below), filepath.Join(t.TempDir(), "kubelet")}
+	dir, err := os.MkdirTemp("", "kubelet") // where another user can run it, too
+	if err == nil {
+		err = os.Chmod(dir, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	s := &stage{t: t, mount: filepath.Dir(below), kubelet: filepath.Join(dir, "kubelet")}
 	sleep, err := os.ReadFile("/bin/sleep")
 	if err == nil {
 		err = os.WriteFile(s.kubelet, sleep, 0o755)
@@ -122,7 +134,11 @@ func (s *stage) cgroup(name string) string {
 		switch err := os.Mkdir(made, 0o755); {
 		case err == nil:
 			s.t.Cleanup(func() {
-				if err := os.Remove(made); err != nil {
+				err := os.Remove(made)
+				for end := time.Now().Add(10 * time.Second); errors.Is(err, unix.EBUSY) && time.Now().Before(end); err = os.Remove(made) {
+					time.Sleep(time.Millisecond) // what was killed is not gone yet
+				}
+				if err != nil {
 					s.t.Error(err)
 				}
 			})
@@ -142,7 +158,10 @@ func (s *stage) in(cgroup string, cmd *exec.Cmd, namespaces uintptr) *exec.Cmd {
 	}
 	s.t.Cleanup(func() { _ = dir.Close() })
 	cmd.SysProcAttr = &syscall.SysProcAttr{
-		UseCgroupFD: true, CgroupFD: int(dir.Fd()), Cloneflags: namespaces, Pdeathsig: unix.SIGKILL,
+		UseCgroupFD: true, CgroupFD: int(dir.Fd()), Cloneflags: namespaces, Pdeathsig: unix.SIGKILL, Setpgid: true,
+	}
+	if s.user != 0 {
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: s.user, Gid: s.user}
 	}
 	return cmd
 }
@@ -150,12 +169,17 @@ func (s *stage) in(cgroup string, cmd *exec.Cmd, namespaces uintptr) *exec.Cmd {
 // run runs a kubelet in a cgroup, and returns that one's id and what ends it.
 func (s *stage) run(cgroup string, namespaces uintptr) (id uint64, end func()) {
 	s.t.Helper()
-	cmd := s.in(cgroup, exec.Command(s.kubelet, "300"), namespaces)
+	return s.start(cgroup, namespaces, s.kubelet, "300")
+}
+
+func (s *stage) start(cgroup string, namespaces uintptr, program ...string) (id uint64, end func()) {
+	s.t.Helper()
+	cmd := s.in(cgroup, exec.Command(program[0], program[1:]...), namespaces)
 	if err := cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}
 	end = sync.OnceFunc(func() {
-		_ = cmd.Process.Kill()
+		_ = unix.Kill(-cmd.Process.Pid, unix.SIGKILL) // with what it runs
 		_ = cmd.Wait()
 	})
 	s.t.Cleanup(end)
@@ -173,16 +197,19 @@ func TestKubeletIsFoundFromAPod(t *testing.T) {
 		return
 	}
 	s := newStage(t)
-	pod := s.cgroup("kubelet.slice/kubepods.slice/pod.slice/container.scope")
+	pod := s.cgroup("kubelet.slice/kubelet-kubepods.slice/pod.slice/container.scope")
 	for name, cgroup := range map[string]string{
-		"kubeadm":            "system.slice/kubelet.service",
-		"kind":               "kubelet.slice/kubelet.service",
-		"beside the pod":     "kubelet.slice/kubepods.slice/kubelet.service",
-		"in the pod's slice": "kubelet.slice/kubepods.slice/pod.slice/kubelet.service",
+		"kubeadm": "system.slice/kubelet.service",
+		"kind":    "kubelet.slice/kubelet.service",
+		"Talos":   "podruntime/kubelet",
 	} {
 		t.Run(name, func(t *testing.T) {
 			want, end := s.run(s.cgroup(cgroup), 0)
 			defer end()
+			for _, other := range []string{"pod.slice", "pod.slice/other.scope", "pod2.slice/container.scope"} {
+				_, endOther := s.run(s.cgroup("kubelet.slice/kubelet-kubepods.slice/"+other), 0)
+				defer endOther()
+			}
 			cmd := s.in(pod, exec.Command(os.Args[0], "-test.run=^TestKubeletIsFoundFromAPod$", "-test.v"), 0)
 			cmd.Env = append(os.Environ(), "PROBELET_TEST_POD=1")
 			text, err := cmd.CombinedOutput()
@@ -208,37 +235,105 @@ func findFromPod(t *testing.T) {
 	}
 }
 
-// A process named kubelet, as the daemon sees it: started, restarted in another cgroup, one of several, a pod's.
+// A process named kubelet, as the daemon sees it: started, restarted in another cgroup, one of several.
 func TestKubeletIsFoundByItsProcess(t *testing.T) {
 	s := newStage(t)
 	prober := Finder{Kubelet: true}
-	start := func(name string, namespaces uintptr) (uint64, func()) {
-		t.Helper()
-		return s.run(s.cgroup(name), namespaces)
-	}
-	expect := func(want uint64) {
-		t.Helper()
+	first, endFirst := s.run(s.cgroup("first"), 0)
+	s.expect(&prober, first)
+	second, _ := s.run(s.cgroup("second"), 0)
+	s.refuses(&prober, "more than one cgroup")
+	endFirst()
+	s.expect(&prober, second)
+}
+
+// expect looks around, too.
+func (s *stage) expect(prober *Finder, want uint64) {
+	s.t.Helper()
+	for range lookAround {
 		if who, err := prober.Find(); err != nil || !slices.Equal(who.CgroupIDs, []uint64{want}) || who.AnyLocal {
-			t.Fatalf("%+v, %v; want cgroup %d", who, err, want)
+			s.t.Fatalf("%+v, %v; want cgroup %d", who, err, want)
 		}
 	}
+}
 
-	start("pod", unix.CLONE_NEWNET)
-	if who, err := prober.Find(); err == nil {
-		t.Fatalf("a pod's process is the prober: %+v", who)
-	}
-	first, endFirst := start("first", 0)
-	expect(first)
-	second, _ := start("second", 0)
+// refuses is true of a look around at the latest.
+func (s *stage) refuses(prober *Finder, because string) {
+	s.t.Helper()
 	var err error
+	var who datapath.Prober
 	for range lookAround {
-		if _, err = prober.Find(); err != nil {
+		if who, err = prober.Find(); err != nil {
 			break
 		}
 	}
-	if err == nil || !strings.Contains(err.Error(), "more than one cgroup") {
-		t.Fatalf("with two kubelets: %v", err)
+	if err == nil || !strings.Contains(err.Error(), because) {
+		s.t.Fatalf("%+v, %v; want %q", who, err, because)
 	}
-	endFirst()
-	expect(second)
+}
+
+// Others can have the kubelet's name. They are not taken for it, nor do they keep it from being found.
+func TestFalseKubelets(t *testing.T) {
+	s := newStage(t)
+	for name, test := range map[string]struct {
+		cgroup     string
+		namespaces uintptr
+		user       uint32
+	}{
+		"a pod's":                        {"kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1.slice/cri-containerd-1.scope", unix.CLONE_NEWNET | unix.CLONE_NEWPID, 0},
+		"of the host's network":          {"kubepods.slice/kubepods-pod1.slice/cri-containerd-1.scope", unix.CLONE_NEWPID | unix.CLONE_NEWNS, 0},
+		"and of its processes":           {"kubepods.slice/kubepods-pod2.slice/cri-containerd-2.scope", 0, 0},
+		"in a cgroup by cgroupfs":        {"kubepods/burstable/pod3/3", 0, 0},
+		"below a root of the kubelet's":  {"kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod4.slice/4", 0, 0},
+		"a container's of another kind":  {"docker/5", unix.CLONE_NEWPID, 0},
+		"in a network of its own":        {"machine.slice/6", unix.CLONE_NEWNET, 0},
+		"a user's":                       {"user.slice", 0, 65534},
+		"a user's in the kubelet's name": {"system.slice/kubelet.service.d", 0, 65534},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := *s
+			s.t, s.user = t, test.user
+			prober := Finder{Kubelet: true}
+			s.run(s.cgroup(test.cgroup), test.namespaces)
+			s.refuses(&prober, "no process named kubelet")
+			s.user = 0
+			want, _ := s.run(s.cgroup("real"), 0)
+			s.expect(&prober, want)
+		})
+	}
+}
+
+// Where something else is in the kubelet's cgroup, as in RKE2, nobody is the prober. What the kubelet runs is no such thing.
+func TestSharedCgroup(t *testing.T) {
+	s := newStage(t)
+	prober := Finder{Kubelet: true}
+	shell := filepath.Join(filepath.Dir(s.kubelet), "shell", "kubelet")
+	text, err := os.ReadFile("/bin/sh")
+	if err == nil {
+		err = errors.Join(os.Mkdir(filepath.Dir(shell), 0o755), os.WriteFile(shell, text, 0o755))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	cgroup := s.cgroup("rke2.service")
+	want, _ := s.start(cgroup, 0, shell, "-c", "sleep 300; :")
+	s.expect(&prober, want)
+	_, end := s.start(cgroup, 0, "/bin/sleep", "300")
+	s.refuses(&prober, "shares its cgroup "+cgroup+" with sleep")
+	end()
+	s.expect(&prober, want)
+}
+
+// k3s and MicroK8s have no process of that name. The error says whom it is in.
+func TestKubeletInside(t *testing.T) {
+	s := newStage(t)
+	for _, name := range []string{"k3s-server", "k3s-agent", "kubelite"} {
+		program := filepath.Join(filepath.Dir(s.kubelet), name)
+		if err := os.Link(s.kubelet, program); err != nil {
+			t.Fatal(err)
+		}
+		_, end := s.start(s.cgroup("k3s.service"), 0, program, "300")
+		s.refuses(&Finder{Kubelet: true}, name)
+		end()
+	}
 }
