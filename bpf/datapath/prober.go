@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -26,6 +27,14 @@ type Process struct {
 	PID uint32
 	// Cgroup is the directory of its cgroup.
 	Cgroup string
+}
+
+// String returns the number, or "any" of nil.
+func (p *Process) String() string {
+	if p == nil {
+		return "any"
+	}
+	return strconv.FormatUint(uint64(p.PID), 10)
 }
 
 // SetProber replaces the prober. If it is a process, only the sockets that this one creates from now on are its, for as long as this

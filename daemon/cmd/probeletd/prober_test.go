@@ -97,7 +97,7 @@ func TestStartsWithoutAKubelet(t *testing.T) {
 		who, err := n.d.Prober()
 		return err == nil && !who.AnyLocal && len(who.CgroupIDs) == 0
 	})
-	n.eventually("a word of it", func() bool { return logged("no prober yet") == 1 })
+	n.eventually("a word of it", func() bool { return logged("no prober, so nothing") == 1 })
 }
 
 // ownCgroup is the directory of this process' cgroup.

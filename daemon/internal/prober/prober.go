@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -52,101 +51,103 @@ const lookAround = 20
 
 // Find says what the kernel side is to compare with. A cgroup that is made anew (its service was restarted) has another
 // id.
-func (p *Finder) Find() (datapath.Prober, error) {
-	path := p.cgroup
-	if p.Kubelet {
-		var err error
-		if path, err = p.kubeletCgroup("/proc"); err != nil {
+func (p *Finder) Find() (who datapath.Prober, err error) {
+	switch {
+	case p.Kubelet:
+		if who, err = p.find("/proc"); err != nil {
 			return datapath.Prober{}, fmt.Errorf("--prober kubelet: %w", err)
 		}
-	}
-	if path == "" {
+		return who, nil
+	case p.cgroup == "":
 		return datapath.Prober{AnyLocal: true}, nil
 	}
-	id, err := cgroupID(path)
+	id, err := cgroupID(p.cgroup)
 	if err != nil {
-		return datapath.Prober{}, fmt.Errorf("--prober cgroup:%s: %w", path, err)
+		return datapath.Prober{}, fmt.Errorf("--prober cgroup:%s: %w", p.cgroup, err)
 	}
 	return datapath.Prober{CgroupIDs: []uint64{id}}, nil
 }
 
-// kubeletCgroup finds the cgroup v2 directory of the kubelet. It is an error if anything else could be taken for it.
-func (p *Finder) kubeletCgroup(proc string) (string, error) {
-	var found []kubelet
-	var err error
-	if p.finds++; p.finds%lookAround != 0 {
-		if found, err = p.kubeletsAmong(proc, p.kubelets); err != nil {
-			return "", err
-		}
+// find finds the kubelet: by its cgroup if it has that to itself, otherwise by its process.
+func (p *Finder) find(proc string) (who datapath.Prober, err error) {
+	k, err := p.kubelet(proc)
+	if err != nil {
+		return who, err
 	}
-	if len(found) == 0 {
-		if found, err = p.allKubelets(proc); err != nil {
-			return "", err
-		}
+	id, err := cgroupID(k.dir)
+	if err != nil {
+		return who, err
+	}
+	who.CgroupIDs = []uint64{id}
+	alone, err := k.alone(proc)
+	if err != nil || alone {
+		return who, err
+	}
+	pid, err := strconv.ParseUint(filepath.Base(k.process), 10, 32)
+	who.Process = &datapath.Process{PID: uint32(pid), Cgroup: k.dir}
+	return who, err
+}
+
+// kubelet finds the process. It is an error if another one could be taken for it.
+func (p *Finder) kubelet(proc string) (k kubelet, err error) {
+	var found []kubelet
+	if p.finds++; p.finds%lookAround != 0 {
+		found, err = p.kubeletsAmong(proc, p.kubelets)
+	}
+	if err == nil && len(found) == 0 {
+		found, err = p.allKubelets(proc)
+	}
+	if err != nil {
+		return k, err
 	}
 	p.kubelets = nil
 	for _, k := range found {
 		p.kubelets = append(p.kubelets, k.process)
 	}
-	dirs := map[string]bool{}
+	switch len(found) {
+	case 0:
+		return k, fmt.Errorf("no process of root, in this network namespace and outside of pods, is named %s", strings.Join(names, ", "))
+	case 1:
+		return found[0], nil
+	}
+	var words []string
 	for _, k := range found {
-		dirs[k.dir] = true
+		words = append(words, fmt.Sprintf("process %s in cgroup %s", filepath.Base(k.process), k.dir))
 	}
-	switch {
-	case len(dirs) == 0:
-		return "", noKubelet(proc)
-	case len(dirs) > 1:
-		return "", fmt.Errorf("processes named kubelet in more than one cgroup: %s", slices.Sorted(maps.Keys(dirs)))
-	}
-	return found[0].dir, p.alone(proc, found)
+	return k, fmt.Errorf("there are several kubelets: %s", strings.Join(words, ", "))
 }
 
-// noKubelet says that there is none, and which programs have it inside them: whatever those ask of pods, such as an API server's
-// webhooks, could not be told from probes.
-func noKubelet(proc string) error {
-	err := errors.New("no process named kubelet, of root, in this network namespace and outside of pods")
-	processes, _ := filepath.Glob(filepath.Join(proc, "[0-9]*"))
-	for _, process := range processes {
-		if name := nameOf(process); slices.Contains([]string{"k3s", "k3s-server", "k3s-agent", "kubelite"}, name) && isRoots(process) {
-			return fmt.Errorf("%w; %s, process %s, has the kubelet inside it, and its connections cannot be told from probes", err, name, filepath.Base(process))
-		}
-	}
-	return err
-}
+// names are of programs that probe: the kubelet, and those that have it inside them. In k3s (internalCLIAction in cmd/k3s/main.go) and
+// MicroK8s that is one process with proxies, and with the API server where there is one.
+var names = []string{"kubelet", "k3s-server", "k3s-agent", "kubelite"}
 
-// alone returns an error if a cgroup has processes besides the kubelets, and what they run: their connections would be taken
-// for probes. In RKE2 containerd shares the kubelet's.
-func (p *Finder) alone(proc string, kubelets []kubelet) error {
-	text, err := os.ReadFile(filepath.Join(kubelets[0].dir, "cgroup.procs"))
+// alone reports whether there is nothing in the kubelet's cgroup but itself and what it runs. In RKE2, k0s and k3s
+// containerd shares it.
+func (k kubelet) alone(proc string) (bool, error) {
+	text, err := os.ReadFile(filepath.Join(k.dir, "cgroup.procs"))
 	if err != nil {
-		return fmt.Errorf("the processes of the kubelet's cgroup are not known: %w", err)
+		return false, fmt.Errorf("the processes of the kubelet's cgroup are not known: %w", err)
 	}
-	own := map[string]bool{}
-	for _, k := range kubelets {
-		own[filepath.Base(k.process)] = true
-	}
-	others := map[string]bool{}
 	for pid := range strings.FieldsSeq(string(text)) {
-		if name, isOther := bystander(proc, pid, own); isOther {
-			others[name] = true
+		if !runs(proc, filepath.Base(k.process), pid) {
+			return false, nil
 		}
 	}
-	if len(others) == 0 {
-		return nil
-	}
-	return fmt.Errorf("the kubelet shares its cgroup %s with %s, whose connections cannot be told from probes; give it a cgroup of its own",
-		kubelets[0].dir, strings.Join(slices.Sorted(maps.Keys(others)), ", "))
+	return true, nil
 }
 
-// bystander reports whether a process is none of own, nor below one, and returns its name.
-func bystander(proc, pid string, own map[string]bool) (name string, is bool) {
-	name = nameOf(filepath.Join(proc, pid))
-	for ; pid != "" && pid != "0" && pid != "1"; pid = parentOf(filepath.Join(proc, pid)) {
-		if own[pid] {
-			return name, false
+// runs reports whether a process is another one, or runs it, or that has ended. One of number 0 cannot be seen
+// (pid_namespaces(7)).
+func runs(proc, pid, other string) bool {
+	for ; other != pid; other = parentOf(filepath.Join(proc, other)) {
+		switch other {
+		case "":
+			return true
+		case "0", "1":
+			return false
 		}
 	}
-	return name, pid != "" // or it has ended
+	return true
 }
 
 // parentOf returns the number of a process' parent (proc_pid_stat(5)); empty if it has ended.
@@ -174,7 +175,7 @@ func (p *Finder) allKubelets(proc string) ([]kubelet, error) {
 	return p.kubeletsAmong(proc, processes)
 }
 
-// kubeletsAmong returns the processes of that name that are root's, in this network namespace and this pid namespace, and not a
+// kubeletsAmong returns the processes of such a name that are root's, in this network namespace and this pid namespace, and not a
 // pod's. A pod can have such a name, be root's and have the host's network and processes, but it is in the kubelet's kubepods.
 func (p *Finder) kubeletsAmong(proc string, processes []string) (found []kubelet, err error) {
 	netns, err := os.Readlink(filepath.Join(proc, "self/ns/net"))
@@ -186,7 +187,7 @@ func (p *Finder) kubeletsAmong(proc string, processes []string) (found []kubelet
 		return nil, err
 	}
 	for _, process := range processes {
-		if nameOf(process) != "kubelet" || !isRoots(process) || !isIn(process, "ns/net", netns) || !isIn(process, "ns/pid", pidns) {
+		if !slices.Contains(names, nameOf(process)) || !isRoots(process) || !isIn(process, "ns/net", netns) || !isIn(process, "ns/pid", pidns) {
 			continue
 		}
 		cgroup, err := cgroupOf(process)
@@ -201,7 +202,12 @@ func (p *Finder) kubeletsAmong(proc string, processes []string) (found []kubelet
 			found = append(found, kubelet{process, dir})
 		}
 	}
-	return found, nil
+	// One that the kubelet has just started may have its name still. What k3s runs it may name as it likes.
+	return slices.DeleteFunc(slices.Clone(found), func(k kubelet) bool {
+		return slices.ContainsFunc(found, func(other kubelet) bool {
+			return other != k && runs(proc, filepath.Base(other.process), filepath.Base(k.process))
+		})
+	}), nil
 }
 
 func nameOf(process string) string {
@@ -254,14 +260,11 @@ const defaultCertDir = "/var/lib/kubelet/pki"
 // KubeletCertificate is the certificate that the kubelet has made for itself, if it has, as it is in the file system that
 // the kubelet sees.
 func KubeletCertificate(proc string) ([]byte, error) {
-	found, err := (&Finder{}).allKubelets(proc)
+	k, err := (&Finder{}).kubelet(proc)
 	if err != nil {
 		return nil, err
 	}
-	if len(found) != 1 {
-		return nil, fmt.Errorf("there are %d processes named kubelet, of root, in this network namespace and outside of pods", len(found))
-	}
-	text, err := os.ReadFile(filepath.Join(found[0].process, "cmdline"))
+	text, err := os.ReadFile(filepath.Join(k.process, "cmdline"))
 	if err != nil {
 		return nil, err
 	}
@@ -278,7 +281,7 @@ func KubeletCertificate(proc string) ([]byte, error) {
 			dir = args[i+1]
 		}
 	}
-	return os.ReadFile(filepath.Join(found[0].process, "root", dir, "kubelet.crt"))
+	return os.ReadFile(filepath.Join(k.process, "root", dir, "kubelet.crt"))
 }
 
 // cgroupOf is the cgroup v2 of a process, as seen from the root of our cgroup namespace (cgroups(7)): in a pod that is the

@@ -242,16 +242,16 @@ func TestKubeletIsFoundByItsProcess(t *testing.T) {
 	first, endFirst := s.run(s.cgroup("first"), 0)
 	s.expect(&prober, first)
 	second, _ := s.run(s.cgroup("second"), 0)
-	s.refuses(&prober, "more than one cgroup")
+	s.refuses(&prober, "several kubelets")
 	endFirst()
 	s.expect(&prober, second)
 }
 
-// expect looks around, too.
+// expect looks around, too. The kubelet has its cgroup to itself.
 func (s *stage) expect(prober *Finder, want uint64) {
 	s.t.Helper()
 	for range lookAround {
-		if who, err := prober.Find(); err != nil || !slices.Equal(who.CgroupIDs, []uint64{want}) || who.AnyLocal {
+		if who, err := prober.Find(); err != nil || !slices.Equal(who.CgroupIDs, []uint64{want}) || who.AnyLocal || who.Process != nil {
 			s.t.Fatalf("%+v, %v; want cgroup %d", who, err, want)
 		}
 	}
@@ -295,7 +295,7 @@ func TestFalseKubelets(t *testing.T) {
 			s.t, s.user = t, test.user
 			prober := Finder{Kubelet: true}
 			s.run(s.cgroup(test.cgroup), test.namespaces)
-			s.refuses(&prober, "no process named kubelet")
+			s.refuses(&prober, "is named kubelet")
 			s.user = 0
 			want, _ := s.run(s.cgroup("real"), 0)
 			s.expect(&prober, want)
@@ -303,7 +303,8 @@ func TestFalseKubelets(t *testing.T) {
 	}
 }
 
-// Where something else is in the kubelet's cgroup, as in RKE2, nobody is the prober. What the kubelet runs is no such thing.
+// Where something else is in the kubelet's cgroup, as in RKE2, its process alone is the prober. What the kubelet runs is no such
+// thing, even if it has the kubelet's name still.
 func TestSharedCgroup(t *testing.T) {
 	s := newStage(t)
 	prober := Finder{Kubelet: true}
@@ -316,15 +317,30 @@ func TestSharedCgroup(t *testing.T) {
 		t.Fatal(err)
 	}
 	cgroup := s.cgroup("rke2.service")
-	want, _ := s.start(cgroup, 0, shell, "-c", "sleep 300; :")
+	pidFile := filepath.Join(t.TempDir(), "pid")
+	want, _ := s.start(cgroup, 0, shell, "-c", "echo $$ >"+pidFile+"; "+s.kubelet+" 300; :")
 	s.expect(&prober, want)
-	_, end := s.start(cgroup, 0, "/bin/sleep", "300")
-	s.refuses(&prober, "shares its cgroup "+cgroup+" with sleep")
-	end()
-	s.expect(&prober, want)
+	for range 2 {
+		_, end := s.start(cgroup, 0, "/bin/sleep", "300")
+		pid, err := os.ReadFile(pidFile)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range lookAround {
+			who, err := prober.Find()
+			if err != nil || !slices.Equal(who.CgroupIDs, []uint64{want}) || who.Process == nil ||
+				fmt.Sprintln(who.Process) != string(pid) || who.Process.Cgroup != cgroup {
+				t.Fatalf("%+v, process %s, %v; want %s in cgroup %d", who, who.Process, err, pid, want)
+			}
+		}
+		end()
+		s.expect(&prober, want)
+	}
+	s.run(cgroup, 0)
+	s.refuses(&prober, "several kubelets")
 }
 
-// k3s and MicroK8s have no process of that name. The error says whom it is in.
+// k3s and MicroK8s have the kubelet inside another process.
 func TestKubeletInside(t *testing.T) {
 	s := newStage(t)
 	for _, name := range []string{"k3s-server", "k3s-agent", "kubelite"} {
@@ -332,8 +348,8 @@ func TestKubeletInside(t *testing.T) {
 		if err := os.Link(s.kubelet, program); err != nil {
 			t.Fatal(err)
 		}
-		_, end := s.start(s.cgroup("k3s.service"), 0, program, "300")
-		s.refuses(&Finder{Kubelet: true}, name)
+		want, end := s.start(s.cgroup("k3s.service"), 0, program, "300")
+		s.expect(&Finder{Kubelet: true}, want)
 		end()
 	}
 }
