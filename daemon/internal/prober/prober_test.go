@@ -1,8 +1,11 @@
 package prober
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,8 +18,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containernetworking/plugins/pkg/ns"
 	"golang.org/x/sys/unix"
 
+	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
 )
@@ -352,4 +357,170 @@ func TestKubeletInside(t *testing.T) {
 		s.expect(&Finder{Kubelet: true}, want)
 		end()
 	}
+}
+
+// client is a process that connects to a pod when it is told to.
+type client struct {
+	t     *testing.T
+	ask   io.Writer
+	reply *bufio.Scanner
+}
+
+// client starts one under a name.
+func (s *stage) client(cgroup, name string, namespaces uintptr, pod *bpftest.Pod) *client {
+	s.t.Helper()
+	program := filepath.Join(s.t.TempDir(), name)
+	self, err := os.Executable()
+	if err == nil {
+		err = os.Symlink(self, program)
+	}
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	node, err := os.Open(pod.Node.NS.Path())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer node.Close() //nolint:errcheck // read only
+	cmd := s.in(cgroup, exec.Command(program, "-test.run=^TestClient$", "-test.v"), namespaces)
+	cmd.Env = append(os.Environ(), "PROBELET_TEST_CLIENT="+pod.IPv4.String()+":8080")
+	cmd.ExtraFiles, cmd.Stderr = []*os.File{node}, s.t.Output()
+	in, err := cmd.StdinPipe()
+	out, outErr := cmd.StdoutPipe()
+	if err := errors.Join(err, outErr, cmd.Start()); err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() {
+		_ = in.Close() // which ends it
+		if err := cmd.Wait(); err != nil {
+			s.t.Error(err)
+		}
+	})
+	c := &client{s.t, in, bufio.NewScanner(out)}
+	c.wait("ready")
+	return c
+}
+
+func (c *client) wait(state string) {
+	c.t.Helper()
+	for c.reply.Scan() {
+		if c.reply.Text() == state {
+			return
+		}
+	}
+	c.t.Fatalf("the client has ended before it was %s: %v", state, c.reply.Err())
+}
+
+func (c *client) connect() {
+	c.t.Helper()
+	if _, err := io.WriteString(c.ask, "connect\n"); err != nil {
+		c.t.Fatal(err)
+	}
+	c.wait("connected")
+}
+
+// TestClient is no test, but what a client runs. The thread that connects is in the node's network namespace, where the pod is;
+// the process is in the one in which the daemon looks.
+func TestClient(t *testing.T) {
+	to := os.Getenv("PROBELET_TEST_CLIENT")
+	if to == "" {
+		t.Skip("for other tests")
+	}
+	node, err := ns.GetNS("/proc/self/fd/3")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Println("ready")
+	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
+		err := node.Do(func(ns.NetNS) error {
+			conn, err := net.DialTimeout("tcp", to, 10*time.Second)
+			if err != nil {
+				return err
+			}
+			return conn.Close()
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Println("connected")
+	}
+}
+
+// Real processes connect to a pod. Whoever is not the kubelet is not taken for it: neither what shares its cgroup, nor a pod's process of
+// its name, nor the kubelet itself while it cannot be told apart.
+func TestBystandersAreNotTheKubelet(t *testing.T) {
+	s := newStage(t)
+	pod := bpftest.NewNode(t).AddPod(t)
+	bpftest.AcceptAll(pod.Listen(t, 8080))
+	bpfDir := bpftest.BPFDir(t)
+	d, err := datapath.Ensure(t.Context(), bpfDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = d.Close() })
+	target := attach.Target{IfIndex: pod.IfIndex, PodNetns: pod.Netns, Hook: attach.HookTC}
+	bpftest.Do(t, pod.Node.NS, func() error {
+		return attach.Attach(d, bpfDir, attach.ID{ContainerID: "c", IfName: "eth0"}, target, attach.ViaAuto)
+	})
+
+	shared := s.cgroup("rke2-server.service")
+	kubelet := s.client(shared, "kubelet", 0, pod)
+	inPod := s.client(s.cgroup("kubepods.slice/kubepods-pod1.slice/1.scope"), "kubelet", 0, pod)
+	finder := Finder{Kubelet: true}
+	// isProber reports whether a connection of a client's counts as the prober's.
+	isProber := func(c *client) bool {
+		t.Helper()
+		before, err := d.Counters()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.connect()
+		after, err := d.Counters()
+		if err != nil {
+			t.Fatal(err)
+		}
+		its, others := after["passed_not_probed"]-before["passed_not_probed"], after["passed_not_prober"]-before["passed_not_prober"]
+		if its+others != 1 {
+			t.Fatalf("%d connections of the prober, %d of others", its, others)
+		}
+		return its == 1
+	}
+	set := func() {
+		t.Helper()
+		who, err := finder.Find()
+		if err := errors.Join(err, d.SetProber(who)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := func(when string, c *client, prober bool) {
+		t.Helper()
+		if isProber(c) != prober {
+			t.Errorf("%s: taken for the prober: %v", when, !prober)
+		}
+	}
+	set()
+	want("the kubelet, alone", kubelet, true)
+	want("a pod's", inPod, false)
+	containerd := s.client(shared, "containerd", 0, pod)
+	set()
+	want("the kubelet, with others", kubelet, true)
+	want("what shares its cgroup", containerd, false)
+	want("a pod's", inPod, false)
+	if err := d.SetProber(datapath.Prober{}); err != nil {
+		t.Fatal(err)
+	}
+	want("the kubelet, when nobody is the prober", kubelet, false)
+	set()
+	// Another process of the daemon's has set the prober and ended: what it set says nothing about whose sockets are marked.
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if d, err = datapath.Open(bpfDir); err != nil {
+		t.Fatal(err)
+	}
+	want("the kubelet, without a daemon", kubelet, false)
+	want("what shares its cgroup, without a daemon", containerd, false)
+	set()
+	want("the kubelet, with the next daemon", kubelet, true)
+	want("what shares its cgroup, with the next daemon", containerd, false)
 }
