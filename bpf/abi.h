@@ -198,6 +198,9 @@ struct prober_config {
 	__u64 cgroup_ids[PROBER_CGROUPS_MAX]; /* 0: slot unused */
 	__u32 any_local;		      /* 1: every process of this network namespace is a prober */
 	__u32 own_sockets;		      /* 1: own_sockets has been used, so it must be looked up */
+	/* A process with this number in that namespace (inode number); 0: every process of the cgroups is a prober. */
+	__u32 pid;
+	__u32 pid_namespace;
 };
 
 /*

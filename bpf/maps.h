@@ -22,6 +22,17 @@ struct {
 } prober SEC(".maps");
 
 /*
+ * key: a socket of the prober's process; value: that one's number. Written by mark when the socket is created, read by
+ * steer at a SYN. The kernel removes it with the socket.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, __u32);
+} prober_sockets SEC(".maps");
+
+/*
  * key: cookie of a socket of the daemon; value: unused. Its connection is passed on, whoever the prober is. Added by
  * the daemon before it connects and removed afterwards; read by steer at a SYN. An LRU, so that entries left by a
  * daemon that was killed cannot fill it.

@@ -14,6 +14,8 @@
  *
  *   watch, at the trace point inet_sock_set_state: sees pods' listening sockets close, and voids what is known of them.
  *
+ *   mark, where the prober shares its cgroup: marks the sockets that the prober's process creates there.
+ *
  *   sweep, run by the daemon: removes flows past their deadline, and those of detached devices.
  */
 #include "abi.h"
@@ -22,6 +24,7 @@
 #include "flow.h"
 #include "listener.h"
 #include "maps.h"
+#include "mark.h"
 #include "parse.h"
 
 #define PASS TC_ACT_UNSPEC /* TCX_NEXT: leaves the verdict to the programs after us */
@@ -33,13 +36,15 @@
  */
 #define FIRST_WINDOW STORED_MAX
 
-static __always_inline bool is_prober(const struct prober_config *config, __u64 cgroup_id)
+static __always_inline bool is_prober(const struct prober_config *config, struct __sk_buff *skb)
 {
+	__u64 cgroup_id = bpf_skb_cgroup_id(skb);
+
 	if (!cgroup_id)
 		return false;
 	for (__u32 i = 0; i < PROBER_CGROUPS_MAX; i++)
 		if (config->cgroup_ids[i] == cgroup_id)
-			return true;
+			return !config->pid || is_marked(skb, config->pid);
 	return config->any_local;
 }
 
@@ -363,7 +368,7 @@ static __always_inline int steer_syn(struct __sk_buff *skb, const struct segment
 	__u64 cookie;
 
 	/* A packet with an ingress device was forwarded or bridged: no process of this namespace sent it. */
-	if (!config || skb->ingress_ifindex || !is_prober(config, bpf_skb_cgroup_id(skb))) {
+	if (!config || skb->ingress_ifindex || !is_prober(config, skb)) {
 		count(COUNT_PASSED_NOT_PROBER);
 		return PASS;
 	}
@@ -955,6 +960,21 @@ int BPF_PROG(watch, const struct sock *sk, int oldstate, int newstate)
 	if (oldstate == STATE_LISTEN && newstate == STATE_CLOSE)
 		note_closed(sk);
 	return 0;
+}
+
+/* Marks the sockets of the prober's process. The daemon attaches it to the cgroup that is not the prober's alone. */
+SEC("cgroup/sock_create")
+int mark(struct bpf_sock *sk)
+{
+	__u32 zero = 0, *creator;
+	struct prober_config *config = bpf_map_lookup_elem(&prober, &zero);
+
+	if (!config || !config->pid || sk->type != SOCK_STREAM || current_pid(config->pid_namespace) != config->pid)
+		return 1; /* the socket may be created */
+	creator = bpf_sk_storage_get(&prober_sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (creator)
+		*creator = config->pid;
+	return 1;
 }
 
 char _license[] SEC("license") = "Dual MIT/GPL";

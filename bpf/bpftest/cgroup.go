@@ -73,14 +73,15 @@ func cgroupMount() (string, error) {
 
 // CurrentCgroup returns the id of the cgroup v2 that this process is in.
 func CurrentCgroup() (id uint64, err error) {
-	dir, err := currentCgroup()
+	dir, err := CurrentCgroupDir()
 	if err != nil {
 		return 0, err
 	}
 	return cgroupID(dir)
 }
 
-func currentCgroup() (dir string, err error) {
+// CurrentCgroupDir returns the directory of the cgroup v2 that this process is in.
+func CurrentCgroupDir() (dir string, err error) {
 	mount, err := cgroupMount()
 	if err != nil {
 		return "", err

@@ -63,7 +63,7 @@ func (p *Pod) NewDropper(t testing.TB) *Dropper {
 		}
 		defer programs[place].Close() //nolint:errcheck // held by what it is attached to
 	}
-	cgroup, err := currentCgroup()
+	cgroup, err := CurrentCgroupDir()
 	if err != nil {
 		t.Fatal(err)
 	}

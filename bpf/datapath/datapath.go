@@ -53,7 +53,8 @@ type Datapath struct {
 		Respond *ebpf.Program `ebpf:"respond"`
 		Sweep   *ebpf.Program `ebpf:"sweep"`
 	}
-	prober sync.Mutex // of the one element of that map, parts of which are changed independently
+	prober sync.Mutex // of the one element of that map, parts of which are changed independently, and of marker
+	marker *marker    // nil: sockets are not marked, or by another process' doing
 	watch  link.Link  // nil: listening sockets are not watched, or by another process' doing
 	blind  bool       // steer does not look at listening sockets; false if opened by pins
 	dir    string     // <bpf dir>/<ABI>; empty if nothing is pinned
@@ -433,6 +434,7 @@ func (d *Datapath) maps() map[string]**ebpf.Map {
 		probeletMapEndpointLists:    &m.EndpointLists,
 		probeletMapPodNetns:         &m.PodNetns,
 		probeletMapOwnSockets:       &m.OwnSockets,
+		probeletMapProberSockets:    &m.ProberSockets,
 		probeletMapFlows:            &m.Flows,
 		probeletMapRecords:          &m.Records,
 		probeletMapCounters:         &m.Counters,
@@ -470,53 +472,11 @@ func (d *Datapath) Close() error {
 	if d.watch != nil {
 		errs = append(errs, d.watch.Close())
 	}
+	errs = append(errs, d.stopMarking())
 	for _, m := range []*ebpf.Map{d.objects.Scratch, d.objects.Blank, d.objects.Requests} {
 		errs = append(errs, m.Close()) // nil if opened by pins
 	}
 	return errors.Join(errs...)
-}
-
-// Prober tells whose connections are probes.
-type Prober struct {
-	// CgroupIDs are the cgroup v2 ids of the probers; at most 4.
-	CgroupIDs []uint64
-	// AnyLocal makes every process of the host's network namespace a prober.
-	AnyLocal bool
-}
-
-// SetProber replaces the prober. The kernel may see the new value of one field before that of another.
-func (d *Datapath) SetProber(p Prober) error {
-	var config probeletProberConfig
-	if len(p.CgroupIDs) > len(config.CgroupIds) {
-		return fmt.Errorf("%d prober cgroups, at most %d are possible", len(p.CgroupIDs), len(config.CgroupIds))
-	}
-	d.prober.Lock()
-	defer d.prober.Unlock()
-	if err := d.objects.Prober.Lookup(uint32(0), &config); err != nil {
-		return err
-	}
-	config.CgroupIds = [len(config.CgroupIds)]uint64{}
-	copy(config.CgroupIds[:], p.CgroupIDs)
-	config.AnyLocal = 0
-	if p.AnyLocal {
-		config.AnyLocal = 1
-	}
-	return d.objects.Prober.Put(uint32(0), &config)
-}
-
-// Prober returns what SetProber set.
-func (d *Datapath) Prober() (Prober, error) {
-	var config probeletProberConfig
-	if err := d.objects.Prober.Lookup(uint32(0), &config); err != nil {
-		return Prober{}, err
-	}
-	p := Prober{AnyLocal: config.AnyLocal != 0}
-	for _, id := range config.CgroupIds {
-		if id != 0 {
-			p.CgroupIDs = append(p.CgroupIDs, id)
-		}
-	}
-	return p, nil
 }
 
 // CounterNames are the names of the counters, in the order of enum counter in bpf/abi.h.

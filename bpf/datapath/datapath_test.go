@@ -99,7 +99,7 @@ func TestModelAtTheBorders(t *testing.T) {
 // programsOf has the hash of each ABI's object. What a build with the same ABI has loaded already is not replaced: for a
 // change to take effect before the machine restarts, it needs another ABI.
 var programsOf = map[string]string{
-	"v5": "952589f3aca03bcbd93baf0db318790f2aaaf069bc6e537ebe6c3c5f82afed95",
+	"v5": "d7be837f733a59e5b293753578f290117e3ed8a60d9a540683649f6e184dcfe4",
 }
 
 func TestOtherProgramsHaveAnotherABI(t *testing.T) {
@@ -155,7 +155,7 @@ func TestEnsureLoadsOnce(t *testing.T) {
 	}
 	want := []string{
 		"", "/v5", "/v5/answer_ages", "/v5/attachments", "/v5/counters", "/v5/devices", "/v5/endpoint_evidence", "/v5/endpoint_lists",
-		"/v5/endpoint_tallies", "/v5/flows", "/v5/observe", "/v5/own_sockets", "/v5/pod_netns", "/v5/prober",
+		"/v5/endpoint_tallies", "/v5/flows", "/v5/observe", "/v5/own_sockets", "/v5/pod_netns", "/v5/prober", "/v5/prober_sockets",
 		"/v5/records", "/v5/respond", "/v5/steer", "/v5/sweep", "/v5/watch",
 	}
 	if got := pinned(t, dir); !slices.Equal(got, want) {

@@ -224,10 +224,12 @@ type probeletOrder struct {
 }
 
 type probeletProberConfig struct {
-	_          structs.HostLayout
-	CgroupIds  [4]uint64
-	AnyLocal   uint32
-	OwnSockets uint32
+	_            structs.HostLayout
+	CgroupIds    [4]uint64
+	AnyLocal     uint32
+	OwnSockets   uint32
+	Pid          uint32
+	PidNamespace uint32
 }
 
 type probeletQuestionKey struct {
@@ -369,10 +371,12 @@ const (
 	probeletMapOwnSockets         = "own_sockets"
 	probeletMapPodNetns           = "pod_netns"
 	probeletMapProber             = "prober"
+	probeletMapProberSockets      = "prober_sockets"
 	probeletMapRecording          = "recording"
 	probeletMapRecords            = "records"
 	probeletMapRequests           = "requests"
 	probeletMapScratch            = "scratch"
+	probeletProgMark              = "mark"
 	probeletProgObserve           = "observe"
 	probeletProgRespond           = "respond"
 	probeletProgSteer             = "steer"
@@ -440,6 +444,7 @@ type probeletSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type probeletProgramSpecs struct {
+	Mark    *ebpf.ProgramSpec `ebpf:"mark"`
 	Observe *ebpf.ProgramSpec `ebpf:"observe"`
 	Respond *ebpf.ProgramSpec `ebpf:"respond"`
 	Steer   *ebpf.ProgramSpec `ebpf:"steer"`
@@ -462,6 +467,7 @@ type probeletMapSpecs struct {
 	OwnSockets       *ebpf.MapSpec `ebpf:"own_sockets"`
 	PodNetns         *ebpf.MapSpec `ebpf:"pod_netns"`
 	Prober           *ebpf.MapSpec `ebpf:"prober"`
+	ProberSockets    *ebpf.MapSpec `ebpf:"prober_sockets"`
 	Recording        *ebpf.MapSpec `ebpf:"recording"`
 	Records          *ebpf.MapSpec `ebpf:"records"`
 	Requests         *ebpf.MapSpec `ebpf:"requests"`
@@ -523,6 +529,7 @@ type probeletMaps struct {
 	OwnSockets       *ebpf.Map `ebpf:"own_sockets"`
 	PodNetns         *ebpf.Map `ebpf:"pod_netns"`
 	Prober           *ebpf.Map `ebpf:"prober"`
+	ProberSockets    *ebpf.Map `ebpf:"prober_sockets"`
 	Recording        *ebpf.Map `ebpf:"recording"`
 	Records          *ebpf.Map `ebpf:"records"`
 	Requests         *ebpf.Map `ebpf:"requests"`
@@ -542,6 +549,7 @@ func (m *probeletMaps) Close() error {
 		m.OwnSockets,
 		m.PodNetns,
 		m.Prober,
+		m.ProberSockets,
 		m.Recording,
 		m.Records,
 		m.Requests,
@@ -577,6 +585,7 @@ type probeletVariables struct {
 //
 // It can be passed to loadProbeletObjects or ebpf.CollectionSpec.LoadAndAssign.
 type probeletPrograms struct {
+	Mark    *ebpf.Program `ebpf:"mark"`
 	Observe *ebpf.Program `ebpf:"observe"`
 	Respond *ebpf.Program `ebpf:"respond"`
 	Steer   *ebpf.Program `ebpf:"steer"`
@@ -586,6 +595,7 @@ type probeletPrograms struct {
 
 func (p *probeletPrograms) Close() error {
 	return _ProbeletClose(
+		p.Mark,
 		p.Observe,
 		p.Respond,
 		p.Steer,

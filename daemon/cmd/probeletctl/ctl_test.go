@@ -115,6 +115,7 @@ func TestDaemonDown(t *testing.T) {
 		"expired":     {func(c *clinic) { c.kernel.pods["c0ffee"] = fakeMaps{} }, "nothing is answered, every probe reaches its pod"},
 		"closed":      {func(c *clinic) { delete(c.kernel.pods["c0ffee"], datapath.PortKey(80)) }, "nothing is answered, every probe reaches its pod"},
 		"nobody asks": {func(c *clinic) { c.kernel.prober = datapath.Prober{} }, "nothing is answered, every probe reaches its pod"},
+		"told apart":  {func(c *clinic) { c.kernel.prober.Process = &datapath.Process{PID: 12} }, "nothing is answered, every probe reaches its pod"},
 		"not trusted": {func(c *clinic) { c.lose("unobserved") }, "nothing is answered, every probe reaches its pod"},
 		// The pod's next connection lets the kernel answer again.
 		"a real probe is due": {func(c *clinic) {

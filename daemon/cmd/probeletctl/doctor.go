@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -361,12 +362,14 @@ func (d *doctor) kubelet() {
 	}
 	found, err := d.env.host.kubelet()
 	if err == nil {
-		if set == nil {
-			d.says(status.Note, "prober", fmt.Sprintf("the kubelet, cgroup %d, which nothing is loaded to compare with", found.CgroupIDs[0]), "")
-		} else if slices.Equal(set.CgroupIDs, found.CgroupIDs) {
-			d.says(status.Well, "prober", fmt.Sprintf("the kubelet, cgroup %d", found.CgroupIDs[0]), "")
-		} else {
-			d.says(status.Problem, "prober", fmt.Sprintf("the kubelet's cgroup is %d, but not what is set", found.CgroupIDs[0]), "run the daemon with --prober kubelet")
+		should := proberOf(found)
+		switch {
+		case set == nil:
+			d.says(status.Note, "prober", fmt.Sprintf("the kubelet, %s, which nothing is loaded to compare with", should), "")
+		case reflect.DeepEqual(set, should):
+			d.says(status.Well, "prober", fmt.Sprintf("the kubelet, %s", should), "")
+		default:
+			d.says(status.Problem, "prober", fmt.Sprintf("the kubelet is %s, but what is set is %s", should, set), "run the daemon with --prober kubelet; its log says why, if it is")
 		}
 		return
 	}

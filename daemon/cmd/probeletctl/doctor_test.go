@@ -118,7 +118,8 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 		"pushed":            {func(c *clinic) { c.serveNode(node{source: api.SourceReply{Pushed: true}}) }, `ok +states +changes of containers are pushed$`},
 		"not pushed":        {func(c *clinic) { c.serveNode(node{source: api.SourceReply{Why: "no socket"}}) }, `note +states +changes of containers are not pushed: no socket$`},
 		"kubelet":           {func(*clinic) {}, `ok +prober +the kubelet, cgroup 4711`},
-		"another prober":    {func(c *clinic) { c.kernel.prober.CgroupIDs[0]++ }, `PROBLEM +prober +the kubelet's cgroup is 4711, but not what is set`},
+		"another prober":    {func(c *clinic) { c.kernel.prober.CgroupIDs[0]++ }, `PROBLEM +prober +the kubelet is cgroup 4711, but what is set is cgroup 4712`},
+		"not narrowed down": {func(c *clinic) { c.kernel.prober.Process = &datapath.Process{PID: 12} }, `PROBLEM +prober +the kubelet is cgroup 4711, but what is set is process 12 of`},
 		"anybody":           {func(c *clinic) { c.kernel.prober = datapath.Prober{AnyLocal: true} }, `note +prober +every process`},
 		"no kubelet": {func(c *clinic) {
 			c.kubeletGone, c.kernel.prober = errors.New("no process named kubelet"), datapath.Prober{}

@@ -35,7 +35,7 @@ func (d *doctor) preflight() {
 	if prober, err := d.env.host.kubelet(); err != nil {
 		d.says(status.Problem, "prober", err.Error(), "without it nothing is answered. Is the kubelet running, and are the node's processes visible (hostPID)?")
 	} else {
-		d.says(status.Well, "prober", fmt.Sprintf("the kubelet, cgroup %d", prober.CgroupIDs[0]), "")
+		d.says(status.Well, "prober", fmt.Sprintf("the kubelet, %s", proberOf(prober)), "")
 	}
 	joined, err := d.chain.Plan(found.Way())
 	switch {

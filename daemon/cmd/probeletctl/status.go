@@ -49,6 +49,16 @@ type Daemon struct {
 type Prober struct {
 	Host      bool     `json:"host"`
 	CgroupIDs []uint64 `json:"cgroupIDs,omitempty"`
+	// Process is the number of the only process of the cgroup that is meant; missing: all are.
+	Process uint32 `json:"process,omitempty"`
+}
+
+func proberOf(p datapath.Prober) *Prober {
+	prober := &Prober{Host: p.AnyLocal, CgroupIDs: p.CgroupIDs}
+	if p.Process != nil {
+		prober.Process = p.Process.PID
+	}
+	return prober
 }
 
 // Attachment is the interface of a pod, as recorded by whoever attached it.
@@ -256,7 +266,7 @@ func (s *Status) readKernel(k kernel) error {
 	if err != nil {
 		return fmt.Errorf("prober: %w", err)
 	}
-	s.Prober = &Prober{Host: prober.AnyLocal, CgroupIDs: prober.CgroupIDs}
+	s.Prober = proberOf(prober)
 	s.Counters, err = k.Counters()
 	return err
 }
@@ -365,6 +375,8 @@ func (s *Status) whyNone(r attach.Record, hasMaps, described bool, endpoints int
 		return "the daemon knows no probes of it"
 	case !s.Prober.Host && len(s.Prober.CgroupIDs) == 0:
 		return "nobody is the prober"
+	case s.Prober.Process != 0 && !s.Daemon.Running:
+		return "the prober shares its cgroup with others, and only a daemon that runs tells them apart"
 	}
 	return ""
 }

@@ -231,5 +231,9 @@ func (p Prober) String() string {
 	for _, id := range p.CgroupIDs {
 		ids = append(ids, strconv.FormatUint(id, 10))
 	}
-	return "cgroup " + strings.Join(ids, ", ")
+	cgroups := "cgroup " + strings.Join(ids, ", ")
+	if p.Process != 0 {
+		return fmt.Sprintf("process %d of %s", p.Process, cgroups)
+	}
+	return cgroups
 }

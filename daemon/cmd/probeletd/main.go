@@ -66,9 +66,10 @@ The file is read again when it changes. One that cannot be used is logged, and t
 
 The prober (--prober) is whose connections are probes:
 
-  kubelet      the process of that name, root's and in the daemon's network namespace, with whatever shares its cgroup
-               (default, but for specs from a file). It is followed when it restarts; until it is found nothing is answered.
-               The daemon must see the node's processes and cgroups (hostPID)
+  kubelet      the process of that name, or of k3s or MicroK8s, that is root's, in the daemon's network and PID namespace
+               and in no pod (default, but for specs from a file). It is followed when it restarts. If it has its cgroup to
+               itself, what it runs is a prober too; otherwise its process alone is. Until it is found, and while it cannot
+               be told from others, nothing is answered. The daemon must see the node's processes and cgroups (hostPID)
   cgroup:PATH  the processes of the cgroup v2 directory PATH itself (not of those below it): the kubelet's, for example
                cgroup:/sys/fs/cgroup/system.slice/kubelet.service
   host         every process of the host's network namespace. For trying things by hand, not for production: a

@@ -374,7 +374,7 @@ type moment struct {
 func (l *loop) moment() moment {
 	m := moment{
 		endpoints: map[modeState]int{}, never: map[probe.ReasonCode]int{}, unattached: l.unattached(), detection: map[probe.Mode]probe.Delay{}, hits: map[podName]uint64{},
-		proberFound: !l.lost, sourceUp: l.failing() == "", sourcePushed: l.delivery().Pushed,
+		proberFound: l.lost == "", sourceUp: l.failing() == "", sourcePushed: l.delivery().Pushed,
 	}
 	if l.chain != nil {
 		state := l.chain.Load()

@@ -33,8 +33,8 @@ func (l *loop) Unready(ctx context.Context) (missing []string, err error) {
 		if !l.podsKnown {
 			missing = append(missing, "it is not known yet what is probed")
 		}
-		if l.lost {
-			missing = append(missing, "no prober was found, so nothing is answered")
+		if l.lost != "" {
+			missing = append(missing, "no prober was found, so nothing is answered: "+l.lost)
 		}
 		if err := l.misplaced(); err != nil {
 			missing = append(missing, "new pods are not attached: "+err.Error())

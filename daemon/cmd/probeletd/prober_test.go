@@ -97,7 +97,7 @@ func TestStartsWithoutAKubelet(t *testing.T) {
 		who, err := n.d.Prober()
 		return err == nil && !who.AnyLocal && len(who.CgroupIDs) == 0
 	})
-	n.eventually("a word of it", func() bool { return logged("no prober yet") == 1 })
+	n.eventually("a word of it", func() bool { return logged("no prober, so nothing") == 1 })
 }
 
 // ownCgroup is the directory of this process' cgroup.
@@ -216,5 +216,43 @@ func wantAnswer(t *testing.T, conn net.Conn, rest, received string, byKernel boo
 	}
 	if response.StatusCode != 200 || response.Header.Get("X-Received") != received || (response.Header.Get("Cache-Status") != "") != byKernel {
 		t.Errorf("%.20q: %s, %v", rest, response.Status, response.Header)
+	}
+}
+
+// A prober that the kernel side cannot be told is nobody. It is tried again, but not twice a second: each time costs the loading of a
+// program.
+func TestAProberThatCannotBeSet(t *testing.T) {
+	bpftest.RequireRoot(t)
+	finder, err := prober.Parse("cgroup:" + ownCgroup(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var log strings.Builder
+	var now datapath.Prober
+	tries, broken := 0, errors.New("no BTF")
+	l := &loop{
+		log: slog.New(slog.NewTextHandler(&log, nil)), prober: finder, who: datapath.Prober{AnyLocal: true},
+		set: func(p datapath.Prober) error {
+			if len(p.CgroupIDs) > 0 {
+				if tries++; broken != nil {
+					return broken
+				}
+			}
+			now = p
+			return nil
+		},
+	}
+	for range 5 {
+		l.followProber()
+	}
+	if tries != 1 || now.AnyLocal || len(now.CgroupIDs) > 0 || l.lost != "no BTF" || strings.Count(log.String(), "no BTF") != 1 {
+		t.Errorf("tried %d times; the prober is %+v; lost: %q; log:\n%s", tries, now, l.lost, &log)
+	}
+	l.refused.at = l.refused.at.Add(-setAgain)
+	broken = nil
+	l.followProber()
+	l.followProber()
+	if tries != 2 || len(now.CgroupIDs) != 1 || l.lost != "" {
+		t.Errorf("afterwards: tried %d times; the prober is %+v; lost: %q", tries, now, l.lost)
 	}
 }

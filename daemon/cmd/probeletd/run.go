@@ -9,7 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"slices"
+	"reflect"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -41,6 +41,8 @@ const (
 	resyncInterval = 5 * time.Second
 	// proberInterval is how often a prober's cgroup is looked up, lest it was made anew.
 	proberInterval = 500 * time.Millisecond
+	// setAgain is how long after a prober could not be set it is tried again.
+	setAgain = 30 * time.Second
 	// recordsSettle is how long after a change of records they are read: a change is several events.
 	recordsSettle = 10 * time.Millisecond
 	// recordsGather is how long records are left to gather.
@@ -61,9 +63,8 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
-	who, notFound := finder.Find()
-	if notFound != nil && !finder.Kubelet { // that may start later
-		return notFound
+	if _, err := finder.Find(); err != nil && !finder.Kubelet { // that may start later
+		return err
 	}
 	if err := os.MkdirAll(attach.RecordsDir(c.stateDir), 0o700); err != nil {
 		return err
@@ -88,13 +89,12 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
-	if err := d.SetProber(who); err != nil {
+	// Until it is known who the prober is now, nobody is.
+	if err := d.SetProber(datapath.Prober{}); err != nil {
 		return fmt.Errorf("--prober %s: %w", c.prober, err)
 	}
-	l := &loop{log: log, prober: finder, who: who, set: d.SetProber, lost: notFound != nil, calls: make(chan func())}
-	if l.lost {
-		log.Warn("no prober yet, so nothing is answered", "error", notFound)
-	}
+	l := &loop{log: log, prober: finder, set: d.SetProber, calls: make(chan func())}
+	l.followProber()
 	return l.serve(ctx, c, d, specs)
 }
 
@@ -381,7 +381,8 @@ type loop struct {
 	failing  func() string
 	delivery func() source.Delivery
 	calls    chan func() // of others, to be run between two decisions
-	lost     bool        // the prober's cgroup is not there, and that was logged
+	refused  refusal     // the last one
+	lost     string      // why nobody is the prober, as it was logged; empty: somebody is
 	keeper   *keeper     // nil: attachments are as others leave them
 	// chain is how the plugin is in the chain, as of the last look; nil: the daemon does not look after it.
 	chain *atomic.Pointer[chainState]
@@ -480,28 +481,49 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 	}
 }
 
-// followProber keeps to the prober's cgroup when that is made anew, or the kubelet starts in another. Until it is there
-// nobody is the prober.
+// followProber keeps to the prober when its cgroup is made anew, the kubelet starts in another, or something else comes into it. Until
+// it is known who the prober is, and can be told from others, nobody is.
 func (l *loop) followProber() {
 	who, err := l.prober.Find()
-	if err != nil {
-		if !l.lost {
-			l.log.Warn("no prober any more, so nothing is answered", "error", err)
+	if err == nil && reflect.DeepEqual(who, l.who) {
+		return
+	}
+	if err == nil {
+		err = l.setProber(who)
+	}
+	if err == nil {
+		l.who, l.lost = who, ""
+		l.log.Info("the prober", "host", who.AnyLocal, "cgroups", who.CgroupIDs, "process", who.Process)
+		return
+	}
+	if !reflect.DeepEqual(l.who, datapath.Prober{}) {
+		if err := l.set(datapath.Prober{}); err != nil {
+			l.log.Error("setting the prober", "error", err)
+			return
 		}
-		l.lost = true
-		who = datapath.Prober{}
-	} else {
-		l.lost = false
+		l.who = datapath.Prober{}
 	}
-	if who.AnyLocal == l.who.AnyLocal && slices.Equal(who.CgroupIDs, l.who.CgroupIDs) {
-		return
+	if l.lost != err.Error() {
+		l.log.Warn("no prober, so nothing is answered", "error", err)
 	}
-	if err := l.set(who); err != nil {
-		l.log.Error("setting the prober", "error", err)
-		return
+	l.lost = err.Error()
+}
+
+// refusal is of a prober that the kernel side could not be told.
+type refusal struct {
+	who datapath.Prober
+	err error
+	at  time.Time
+}
+
+// setProber tells the kernel side. What it refused is not tried again at once: loading a program costs more than looking.
+func (l *loop) setProber(who datapath.Prober) error {
+	if r := l.refused; reflect.DeepEqual(who, r.who) && time.Since(r.at) < setAgain {
+		return r.err
 	}
-	l.who = who
-	if !l.lost {
-		l.log.Info("the prober's cgroup is another one now", "ids", who.CgroupIDs)
+	err := l.set(who)
+	if err != nil {
+		l.refused = refusal{who, err, time.Now()}
 	}
+	return err
 }

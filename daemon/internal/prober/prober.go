@@ -2,10 +2,10 @@
 package prober
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -24,7 +24,7 @@ type Finder struct {
 	cgroup   string   // directory; empty without Kubelet: every local process
 	kubelets []string // directories in /proc of those that were found last
 	finds    int
-	dirs     map[string]string // of cgroups, that need not be looked for again
+	dirs     map[string]string // of cgroups that need not be looked for again
 }
 
 // Parse reads the value of --prober: kubelet, host, or cgroup: and a directory.
@@ -51,52 +51,186 @@ const lookAround = 20
 
 // Find says what the kernel side is to compare with. A cgroup that is made anew (its service was restarted) has another
 // id.
-func (p *Finder) Find() (datapath.Prober, error) {
-	path := p.cgroup
-	if p.Kubelet {
-		var err error
-		if path, err = p.kubeletCgroup("/proc"); err != nil {
+func (p *Finder) Find() (who datapath.Prober, err error) {
+	switch {
+	case p.Kubelet:
+		if who, err = p.find("/proc"); err != nil {
 			return datapath.Prober{}, fmt.Errorf("--prober kubelet: %w", err)
 		}
-	}
-	if path == "" {
+		return who, nil
+	case p.cgroup == "":
 		return datapath.Prober{AnyLocal: true}, nil
 	}
-	id, err := cgroupID(path)
+	id, err := cgroupID(p.cgroup)
 	if err != nil {
-		return datapath.Prober{}, fmt.Errorf("--prober cgroup:%s: %w", path, err)
+		return datapath.Prober{}, fmt.Errorf("--prober cgroup:%s: %w", p.cgroup, err)
 	}
 	return datapath.Prober{CgroupIDs: []uint64{id}}, nil
 }
 
-// kubeletCgroup finds the cgroup v2 directory of the kubelet: of the process of that name that is root's and in this
-// network namespace, lest a pod's process of the same name become the prober.
-func (p *Finder) kubeletCgroup(proc string) (string, error) {
-	var cgroups map[string]bool
-	var err error
+// find finds the kubelet: by its cgroup if it has that to itself, otherwise by its process.
+func (p *Finder) find(proc string) (who datapath.Prober, err error) {
+	k, err := p.kubelet(proc)
+	if err != nil {
+		return who, err
+	}
+	id, err := cgroupID(k.dir)
+	if err != nil {
+		return who, err
+	}
+	who.CgroupIDs = []uint64{id}
+	alone, err := k.alone(proc)
+	if err != nil || alone {
+		return who, err
+	}
+	pid, err := strconv.ParseUint(filepath.Base(k.process), 10, 32)
+	who.Process = &datapath.Process{PID: uint32(pid), Cgroup: k.dir}
+	return who, err
+}
+
+// kubelet finds the process. It is an error if another one could be taken for it.
+func (p *Finder) kubelet(proc string) (k kubelet, err error) {
+	var found []kubelet
 	if p.finds++; p.finds%lookAround != 0 {
-		if cgroups, p.kubelets, err = kubeletsAmong(proc, p.kubelets); err != nil {
-			return "", err
+		found, err = p.kubeletsAmong(proc, p.kubelets)
+	}
+	if err == nil && len(found) == 0 {
+		found, err = p.allKubelets(proc)
+	}
+	if err != nil {
+		return k, err
+	}
+	p.kubelets = nil
+	for _, k := range found {
+		p.kubelets = append(p.kubelets, k.process)
+	}
+	switch len(found) {
+	case 0:
+		return k, fmt.Errorf("no process of root, in this network namespace and outside of pods, is named %s", strings.Join(names, ", "))
+	case 1:
+		return found[0], nil
+	}
+	var words []string
+	for _, k := range found {
+		words = append(words, fmt.Sprintf("process %s in cgroup %s", filepath.Base(k.process), k.dir))
+	}
+	return k, fmt.Errorf("there are several kubelets: %s", strings.Join(words, ", "))
+}
+
+// names are of programs that probe: the kubelet, and those that have it inside them. In k3s (internalCLIAction in cmd/k3s/main.go) and
+// MicroK8s that is one process with proxies, and with the API server where there is one.
+var names = []string{"kubelet", "k3s-server", "k3s-agent", "kubelite"}
+
+// alone reports whether there is nothing in the kubelet's cgroup but itself and what it runs. In RKE2, k0s and k3s
+// containerd shares it.
+func (k kubelet) alone(proc string) (bool, error) {
+	text, err := os.ReadFile(filepath.Join(k.dir, "cgroup.procs"))
+	if err != nil {
+		return false, fmt.Errorf("the processes of the kubelet's cgroup are not known: %w", err)
+	}
+	for pid := range strings.FieldsSeq(string(text)) {
+		if !runs(proc, filepath.Base(k.process), pid) {
+			return false, nil
 		}
 	}
-	if len(cgroups) == 0 {
-		if cgroups, p.kubelets, err = kubelets(proc); err != nil {
-			return "", err
+	return true, nil
+}
+
+// runs reports whether a process is another one, or runs it, or that has ended. One of number 0 cannot be seen
+// (pid_namespaces(7)).
+func runs(proc, pid, other string) bool {
+	for ; other != pid; other = parentOf(filepath.Join(proc, other)) {
+		switch other {
+		case "":
+			return true
+		case "0", "1":
+			return false
 		}
 	}
-	switch {
-	case len(cgroups) == 0:
-		return "", errors.New("no process named kubelet, of root, in this network namespace")
-	case len(cgroups) > 1:
-		return "", fmt.Errorf("processes named kubelet in more than one cgroup: %s", slices.Sorted(maps.Keys(cgroups)))
-	case cgroups["/"]:
-		// Processes that nobody has put anywhere are there too.
-		return "", errors.New("the kubelet is in the root cgroup, where it cannot be told apart; give it a cgroup of its own")
+	return true
+}
+
+// parentOf returns the number of a process' parent (proc_pid_stat(5)); empty if it has ended.
+func parentOf(process string) string {
+	text, _ := os.ReadFile(filepath.Join(process, "stat"))
+	// The name, in parentheses, may have anything in it.
+	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+	if len(fields) < 2 || fields[0] == "Z" || fields[0] == "X" {
+		return ""
 	}
-	for cgroup := range cgroups {
-		return p.dirOf(proc, cgroup)
+	return fields[1]
+}
+
+// kubelet is a process that may be it.
+type kubelet struct {
+	process string // directory in proc
+	dir     string // of its cgroup
+}
+
+func (p *Finder) allKubelets(proc string) ([]kubelet, error) {
+	processes, err := filepath.Glob(filepath.Join(proc, "[0-9]*"))
+	if err != nil {
+		return nil, err
 	}
-	return "", nil
+	return p.kubeletsAmong(proc, processes)
+}
+
+// kubeletsAmong returns the processes of such a name that are root's, in this network namespace and this pid namespace, and not a
+// pod's. A pod can have such a name, be root's and have the host's network and processes, but it is in the kubelet's kubepods.
+func (p *Finder) kubeletsAmong(proc string, processes []string) (found []kubelet, err error) {
+	netns, err := os.Readlink(filepath.Join(proc, "self/ns/net"))
+	if err != nil {
+		return nil, err
+	}
+	pidns, err := os.Readlink(filepath.Join(proc, "self/ns/pid"))
+	if err != nil {
+		return nil, err
+	}
+	for _, process := range processes {
+		if !slices.Contains(names, nameOf(process)) || !isRoots(process) || !isIn(process, "ns/net", netns) || !isIn(process, "ns/pid", pidns) {
+			continue
+		}
+		cgroup, err := cgroupOf(process)
+		if err != nil {
+			continue // it has ended
+		}
+		dir, err := p.dirOf(proc, cgroup)
+		if err != nil {
+			return nil, err
+		}
+		if !isPods(dir) {
+			found = append(found, kubelet{process, dir})
+		}
+	}
+	// One that the kubelet has just started may have its name still. What k3s runs it may name as it likes.
+	return slices.DeleteFunc(slices.Clone(found), func(k kubelet) bool {
+		return slices.ContainsFunc(found, func(other kubelet) bool {
+			return other != k && runs(proc, filepath.Base(other.process), filepath.Base(k.process))
+		})
+	}), nil
+}
+
+func nameOf(process string) string {
+	name, _ := os.ReadFile(filepath.Join(process, "comm"))
+	return strings.TrimSpace(string(name))
+}
+
+func isRoots(process string) bool {
+	var stat unix.Stat_t
+	return unix.Stat(process, &stat) == nil && stat.Uid == 0
+}
+
+func isIn(process, namespace, name string) bool {
+	of, err := os.Readlink(filepath.Join(process, namespace))
+	return err == nil && of == name
+}
+
+// isPods reports whether a cgroup is below the one in which the kubelet has all pods: kubepods, or kubepods.slice with systemd,
+// in whose names that of the slice above comes first (pkg/kubelet/cm: defaultNodeAllocatableCgroupName, CgroupName.ToSystemd).
+func isPods(dir string) bool {
+	return slices.ContainsFunc(strings.Split(dir, "/"), func(name string) bool {
+		return name == "kubepods" || name == "kubepods.slice" || strings.HasSuffix(name, "-kubepods.slice")
+	})
 }
 
 // dirOf remembers what it finds: where a cgroup is mounted stays the same while this process is in its own.
@@ -104,39 +238,20 @@ func (p *Finder) dirOf(proc, cgroup string) (string, error) {
 	if dir, known := p.dirs[cgroup]; known {
 		return dir, nil
 	}
+	// Processes that nobody has put anywhere are in the root, too.
+	if cgroup == "/" {
+		return "", errors.New("the kubelet is in the root cgroup, where it cannot be told apart; give it a cgroup of its own")
+	}
 	dir, err := cgroupDir(proc, cgroup)
 	if err != nil {
 		return "", err
 	}
-	p.dirs = map[string]string{cgroup: dir}
+	const most = 16 // pods may come and go that have a process of that name
+	if len(p.dirs) == most || p.dirs == nil {
+		p.dirs = map[string]string{}
+	}
+	p.dirs[cgroup] = dir
 	return dir, nil
-}
-
-// kubelets are those among all processes, as directories in proc, and their cgroups.
-func kubelets(proc string) (cgroups map[string]bool, found []string, err error) {
-	processes, err := filepath.Glob(filepath.Join(proc, "[0-9]*"))
-	if err != nil {
-		return nil, nil, err
-	}
-	return kubeletsAmong(proc, processes)
-}
-
-func kubeletsAmong(proc string, processes []string) (cgroups map[string]bool, found []string, err error) {
-	netns, err := os.Readlink(filepath.Join(proc, "self/ns/net"))
-	if err != nil {
-		return nil, nil, err
-	}
-	cgroups = map[string]bool{}
-	for _, process := range processes {
-		if !isKubelet(process, netns) {
-			continue
-		}
-		if cgroup, err := cgroupOf(process); err == nil { // or it has ended
-			cgroups[cgroup] = true
-			found = append(found, process)
-		}
-	}
-	return cgroups, found, nil
 }
 
 // defaultCertDir is the kubelet's, unless --cert-dir says otherwise (cmd/kubelet/app/options).
@@ -145,14 +260,11 @@ const defaultCertDir = "/var/lib/kubelet/pki"
 // KubeletCertificate is the certificate that the kubelet has made for itself, if it has, as it is in the file system that
 // the kubelet sees.
 func KubeletCertificate(proc string) ([]byte, error) {
-	_, found, err := kubelets(proc)
+	k, err := (&Finder{}).kubelet(proc)
 	if err != nil {
 		return nil, err
 	}
-	if len(found) != 1 {
-		return nil, fmt.Errorf("there are %d processes named kubelet, of root, in this network namespace", len(found))
-	}
-	text, err := os.ReadFile(filepath.Join(found[0], "cmdline"))
+	text, err := os.ReadFile(filepath.Join(k.process, "cmdline"))
 	if err != nil {
 		return nil, err
 	}
@@ -169,20 +281,7 @@ func KubeletCertificate(proc string) ([]byte, error) {
 			dir = args[i+1]
 		}
 	}
-	return os.ReadFile(filepath.Join(found[0], "root", dir, "kubelet.crt"))
-}
-
-func isKubelet(process, netns string) bool {
-	name, err := os.ReadFile(filepath.Join(process, "comm"))
-	if err != nil || strings.TrimSpace(string(name)) != "kubelet" {
-		return false
-	}
-	var stat unix.Stat_t
-	if err := unix.Stat(process, &stat); err != nil || stat.Uid != 0 {
-		return false
-	}
-	of, err := os.Readlink(filepath.Join(process, "ns/net"))
-	return err == nil && of == netns
+	return os.ReadFile(filepath.Join(k.process, "root", dir, "kubelet.crt"))
 }
 
 // cgroupOf is the cgroup v2 of a process, as seen from the root of our cgroup namespace (cgroups(7)): in a pod that is the

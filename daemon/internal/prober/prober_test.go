@@ -1,7 +1,11 @@
 package prober
 
 import (
+	"bufio"
+	"errors"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,10 +16,14 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
+	"github.com/containernetworking/plugins/pkg/ns"
 	"golang.org/x/sys/unix"
 
+	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
+	"github.com/probelet/probelet/bpf/datapath"
 )
 
 func TestParseProber(t *testing.T) {
@@ -89,6 +97,7 @@ type stage struct {
 	t       *testing.T
 	mount   string // of the hierarchy
 	kubelet string // a program of that name
+	user    uint32 // whose processes are started
 }
 
 func newStage(t *testing.T) *stage {
@@ -101,7 +110,15 @@ func newStage(t *testing.T) *stage {
 	if who, err := (&Finder{Kubelet: true}).Find(); err == nil {
 		t.Skipf("there is a kubelet on this machine already: %+v", who)
 	}
-	s := &stage{t, filepath.Dir(below), filepath.Join(t.TempDir(), "kubelet")}
+	dir, err := os.MkdirTemp("", "kubelet") // where another user can run it, too
+	if err == nil {
+		err = os.Chmod(dir, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	s := &stage{t: t, mount: filepath.Dir(below), kubelet: filepath.Join(dir, "kubelet")}
 	sleep, err := os.ReadFile("/bin/sleep")
 	if err == nil {
 		err = os.WriteFile(s.kubelet, sleep, 0o755)
@@ -122,7 +139,11 @@ func (s *stage) cgroup(name string) string {
 		switch err := os.Mkdir(made, 0o755); {
 		case err == nil:
 			s.t.Cleanup(func() {
-				if err := os.Remove(made); err != nil {
+				err := os.Remove(made)
+				for end := time.Now().Add(10 * time.Second); errors.Is(err, unix.EBUSY) && time.Now().Before(end); err = os.Remove(made) {
+					time.Sleep(time.Millisecond) // what was killed is not gone yet
+				}
+				if err != nil {
 					s.t.Error(err)
 				}
 			})
@@ -142,7 +163,10 @@ func (s *stage) in(cgroup string, cmd *exec.Cmd, namespaces uintptr) *exec.Cmd {
 	}
 	s.t.Cleanup(func() { _ = dir.Close() })
 	cmd.SysProcAttr = &syscall.SysProcAttr{
-		UseCgroupFD: true, CgroupFD: int(dir.Fd()), Cloneflags: namespaces, Pdeathsig: unix.SIGKILL,
+		UseCgroupFD: true, CgroupFD: int(dir.Fd()), Cloneflags: namespaces, Pdeathsig: unix.SIGKILL, Setpgid: true,
+	}
+	if s.user != 0 {
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: s.user, Gid: s.user}
 	}
 	return cmd
 }
@@ -150,12 +174,17 @@ func (s *stage) in(cgroup string, cmd *exec.Cmd, namespaces uintptr) *exec.Cmd {
 // run runs a kubelet in a cgroup, and returns that one's id and what ends it.
 func (s *stage) run(cgroup string, namespaces uintptr) (id uint64, end func()) {
 	s.t.Helper()
-	cmd := s.in(cgroup, exec.Command(s.kubelet, "300"), namespaces)
+	return s.start(cgroup, namespaces, s.kubelet, "300")
+}
+
+func (s *stage) start(cgroup string, namespaces uintptr, program ...string) (id uint64, end func()) {
+	s.t.Helper()
+	cmd := s.in(cgroup, exec.Command(program[0], program[1:]...), namespaces)
 	if err := cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}
 	end = sync.OnceFunc(func() {
-		_ = cmd.Process.Kill()
+		_ = unix.Kill(-cmd.Process.Pid, unix.SIGKILL) // with what it runs
 		_ = cmd.Wait()
 	})
 	s.t.Cleanup(end)
@@ -173,16 +202,19 @@ func TestKubeletIsFoundFromAPod(t *testing.T) {
 		return
 	}
 	s := newStage(t)
-	pod := s.cgroup("kubelet.slice/kubepods.slice/pod.slice/container.scope")
+	pod := s.cgroup("kubelet.slice/kubelet-kubepods.slice/pod.slice/container.scope")
 	for name, cgroup := range map[string]string{
-		"kubeadm":            "system.slice/kubelet.service",
-		"kind":               "kubelet.slice/kubelet.service",
-		"beside the pod":     "kubelet.slice/kubepods.slice/kubelet.service",
-		"in the pod's slice": "kubelet.slice/kubepods.slice/pod.slice/kubelet.service",
+		"kubeadm": "system.slice/kubelet.service",
+		"kind":    "kubelet.slice/kubelet.service",
+		"Talos":   "podruntime/kubelet",
 	} {
 		t.Run(name, func(t *testing.T) {
 			want, end := s.run(s.cgroup(cgroup), 0)
 			defer end()
+			for _, other := range []string{"pod.slice", "pod.slice/other.scope", "pod2.slice/container.scope"} {
+				_, endOther := s.run(s.cgroup("kubelet.slice/kubelet-kubepods.slice/"+other), 0)
+				defer endOther()
+			}
 			cmd := s.in(pod, exec.Command(os.Args[0], "-test.run=^TestKubeletIsFoundFromAPod$", "-test.v"), 0)
 			cmd.Env = append(os.Environ(), "PROBELET_TEST_POD=1")
 			text, err := cmd.CombinedOutput()
@@ -208,37 +240,287 @@ func findFromPod(t *testing.T) {
 	}
 }
 
-// A process named kubelet, as the daemon sees it: started, restarted in another cgroup, one of several, a pod's.
+// A process named kubelet, as the daemon sees it: started, restarted in another cgroup, one of several.
 func TestKubeletIsFoundByItsProcess(t *testing.T) {
 	s := newStage(t)
 	prober := Finder{Kubelet: true}
-	start := func(name string, namespaces uintptr) (uint64, func()) {
-		t.Helper()
-		return s.run(s.cgroup(name), namespaces)
-	}
-	expect := func(want uint64) {
-		t.Helper()
-		if who, err := prober.Find(); err != nil || !slices.Equal(who.CgroupIDs, []uint64{want}) || who.AnyLocal {
-			t.Fatalf("%+v, %v; want cgroup %d", who, err, want)
+	first, endFirst := s.run(s.cgroup("first"), 0)
+	s.expect(&prober, first)
+	second, _ := s.run(s.cgroup("second"), 0)
+	s.refuses(&prober, "several kubelets")
+	endFirst()
+	s.expect(&prober, second)
+}
+
+// expect looks around, too. The kubelet has its cgroup to itself.
+func (s *stage) expect(prober *Finder, want uint64) {
+	s.t.Helper()
+	for range lookAround {
+		if who, err := prober.Find(); err != nil || !slices.Equal(who.CgroupIDs, []uint64{want}) || who.AnyLocal || who.Process != nil {
+			s.t.Fatalf("%+v, %v; want cgroup %d", who, err, want)
 		}
 	}
+}
 
-	start("pod", unix.CLONE_NEWNET)
-	if who, err := prober.Find(); err == nil {
-		t.Fatalf("a pod's process is the prober: %+v", who)
-	}
-	first, endFirst := start("first", 0)
-	expect(first)
-	second, _ := start("second", 0)
+// refuses is true of a look around at the latest.
+func (s *stage) refuses(prober *Finder, because string) {
+	s.t.Helper()
 	var err error
+	var who datapath.Prober
 	for range lookAround {
-		if _, err = prober.Find(); err != nil {
+		if who, err = prober.Find(); err != nil {
 			break
 		}
 	}
-	if err == nil || !strings.Contains(err.Error(), "more than one cgroup") {
-		t.Fatalf("with two kubelets: %v", err)
+	if err == nil || !strings.Contains(err.Error(), because) {
+		s.t.Fatalf("%+v, %v; want %q", who, err, because)
 	}
-	endFirst()
-	expect(second)
+}
+
+// Others can have the kubelet's name. They are not taken for it, nor do they keep it from being found.
+func TestFalseKubelets(t *testing.T) {
+	s := newStage(t)
+	for name, test := range map[string]struct {
+		cgroup     string
+		namespaces uintptr
+		user       uint32
+	}{
+		"a pod's":                        {"kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1.slice/cri-containerd-1.scope", unix.CLONE_NEWNET | unix.CLONE_NEWPID, 0},
+		"of the host's network":          {"kubepods.slice/kubepods-pod1.slice/cri-containerd-1.scope", unix.CLONE_NEWPID | unix.CLONE_NEWNS, 0},
+		"and of its processes":           {"kubepods.slice/kubepods-pod2.slice/cri-containerd-2.scope", 0, 0},
+		"in a cgroup by cgroupfs":        {"kubepods/burstable/pod3/3", 0, 0},
+		"below a root of the kubelet's":  {"kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod4.slice/4", 0, 0},
+		"a container's of another kind":  {"docker/5", unix.CLONE_NEWPID, 0},
+		"in a network of its own":        {"machine.slice/6", unix.CLONE_NEWNET, 0},
+		"a user's":                       {"user.slice", 0, 65534},
+		"a user's in the kubelet's name": {"system.slice/kubelet.service.d", 0, 65534},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := *s
+			s.t, s.user = t, test.user
+			prober := Finder{Kubelet: true}
+			s.run(s.cgroup(test.cgroup), test.namespaces)
+			s.refuses(&prober, "is named kubelet")
+			s.user = 0
+			want, _ := s.run(s.cgroup("real"), 0)
+			s.expect(&prober, want)
+		})
+	}
+}
+
+// Where something else is in the kubelet's cgroup, as in RKE2, its process alone is the prober. What the kubelet runs is no such
+// thing, even if it has the kubelet's name still.
+func TestSharedCgroup(t *testing.T) {
+	s := newStage(t)
+	prober := Finder{Kubelet: true}
+	shell := filepath.Join(filepath.Dir(s.kubelet), "shell", "kubelet")
+	text, err := os.ReadFile("/bin/sh")
+	if err == nil {
+		err = errors.Join(os.Mkdir(filepath.Dir(shell), 0o755), os.WriteFile(shell, text, 0o755))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	cgroup := s.cgroup("rke2.service")
+	pidFile := filepath.Join(t.TempDir(), "pid")
+	want, _ := s.start(cgroup, 0, shell, "-c", "echo $$ >"+pidFile+"; "+s.kubelet+" 300; :")
+	s.expect(&prober, want)
+	for range 2 {
+		_, end := s.start(cgroup, 0, "/bin/sleep", "300")
+		pid, err := os.ReadFile(pidFile)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range lookAround {
+			who, err := prober.Find()
+			if err != nil || !slices.Equal(who.CgroupIDs, []uint64{want}) || who.Process == nil ||
+				fmt.Sprintln(who.Process) != string(pid) || who.Process.Cgroup != cgroup {
+				t.Fatalf("%+v, process %s, %v; want %s in cgroup %d", who, who.Process, err, pid, want)
+			}
+		}
+		end()
+		s.expect(&prober, want)
+	}
+	s.run(cgroup, 0)
+	s.refuses(&prober, "several kubelets")
+}
+
+// k3s and MicroK8s have the kubelet inside another process.
+func TestKubeletInside(t *testing.T) {
+	s := newStage(t)
+	for _, name := range []string{"k3s-server", "k3s-agent", "kubelite"} {
+		program := filepath.Join(filepath.Dir(s.kubelet), name)
+		if err := os.Link(s.kubelet, program); err != nil {
+			t.Fatal(err)
+		}
+		want, end := s.start(s.cgroup("k3s.service"), 0, program, "300")
+		s.expect(&Finder{Kubelet: true}, want)
+		end()
+	}
+}
+
+// client is a process that connects to a pod when it is told to.
+type client struct {
+	t     *testing.T
+	ask   io.Writer
+	reply *bufio.Scanner
+}
+
+// client starts one under a name.
+func (s *stage) client(cgroup, name string, namespaces uintptr, pod *bpftest.Pod) *client {
+	s.t.Helper()
+	program := filepath.Join(s.t.TempDir(), name)
+	self, err := os.Executable()
+	if err == nil {
+		err = os.Symlink(self, program)
+	}
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	node, err := os.Open(pod.Node.NS.Path())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer node.Close() //nolint:errcheck // read only
+	cmd := s.in(cgroup, exec.Command(program, "-test.run=^TestClient$", "-test.v"), namespaces)
+	cmd.Env = append(os.Environ(), "PROBELET_TEST_CLIENT="+pod.IPv4.String()+":8080")
+	cmd.ExtraFiles, cmd.Stderr = []*os.File{node}, s.t.Output()
+	in, err := cmd.StdinPipe()
+	out, outErr := cmd.StdoutPipe()
+	if err := errors.Join(err, outErr, cmd.Start()); err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() {
+		_ = in.Close() // which ends it
+		if err := cmd.Wait(); err != nil {
+			s.t.Error(err)
+		}
+	})
+	c := &client{s.t, in, bufio.NewScanner(out)}
+	c.wait("ready")
+	return c
+}
+
+func (c *client) wait(state string) {
+	c.t.Helper()
+	for c.reply.Scan() {
+		if c.reply.Text() == state {
+			return
+		}
+	}
+	c.t.Fatalf("the client has ended before it was %s: %v", state, c.reply.Err())
+}
+
+func (c *client) connect() {
+	c.t.Helper()
+	if _, err := io.WriteString(c.ask, "connect\n"); err != nil {
+		c.t.Fatal(err)
+	}
+	c.wait("connected")
+}
+
+// TestClient is no test, but what a client runs. The thread that connects is in the node's network namespace, where the pod is;
+// the process is in the one in which the daemon looks.
+func TestClient(t *testing.T) {
+	to := os.Getenv("PROBELET_TEST_CLIENT")
+	if to == "" {
+		t.Skip("for other tests")
+	}
+	node, err := ns.GetNS("/proc/self/fd/3")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Println("ready")
+	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
+		err := node.Do(func(ns.NetNS) error {
+			conn, err := net.DialTimeout("tcp", to, 10*time.Second)
+			if err != nil {
+				return err
+			}
+			return conn.Close()
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Println("connected")
+	}
+}
+
+// Real processes connect to a pod. Whoever is not the kubelet is not taken for it: neither what shares its cgroup, nor a pod's process of
+// its name, nor the kubelet itself while it cannot be told apart.
+func TestBystandersAreNotTheKubelet(t *testing.T) {
+	s := newStage(t)
+	pod := bpftest.NewNode(t).AddPod(t)
+	bpftest.AcceptAll(pod.Listen(t, 8080))
+	bpfDir := bpftest.BPFDir(t)
+	d, err := datapath.Ensure(t.Context(), bpfDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = d.Close() })
+	target := attach.Target{IfIndex: pod.IfIndex, PodNetns: pod.Netns, Hook: attach.HookTC}
+	bpftest.Do(t, pod.Node.NS, func() error {
+		return attach.Attach(d, bpfDir, attach.ID{ContainerID: "c", IfName: "eth0"}, target, attach.ViaAuto)
+	})
+
+	shared := s.cgroup("rke2-server.service")
+	kubelet := s.client(shared, "kubelet", 0, pod)
+	inPod := s.client(s.cgroup("kubepods.slice/kubepods-pod1.slice/1.scope"), "kubelet", 0, pod)
+	finder := Finder{Kubelet: true}
+	// isProber reports whether a connection of a client's counts as the prober's.
+	isProber := func(c *client) bool {
+		t.Helper()
+		before, err := d.Counters()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.connect()
+		after, err := d.Counters()
+		if err != nil {
+			t.Fatal(err)
+		}
+		its, others := after["passed_not_probed"]-before["passed_not_probed"], after["passed_not_prober"]-before["passed_not_prober"]
+		if its+others != 1 {
+			t.Fatalf("%d connections of the prober, %d of others", its, others)
+		}
+		return its == 1
+	}
+	set := func() {
+		t.Helper()
+		who, err := finder.Find()
+		if err := errors.Join(err, d.SetProber(who)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := func(when string, c *client, prober bool) {
+		t.Helper()
+		if isProber(c) != prober {
+			t.Errorf("%s: taken for the prober: %v", when, !prober)
+		}
+	}
+	set()
+	want("the kubelet, alone", kubelet, true)
+	want("a pod's", inPod, false)
+	containerd := s.client(shared, "containerd", 0, pod)
+	set()
+	want("the kubelet, with others", kubelet, true)
+	want("what shares its cgroup", containerd, false)
+	want("a pod's", inPod, false)
+	if err := d.SetProber(datapath.Prober{}); err != nil {
+		t.Fatal(err)
+	}
+	want("the kubelet, when nobody is the prober", kubelet, false)
+	set()
+	// Another process of the daemon's has set the prober and ended: what it set says nothing about whose sockets are marked.
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if d, err = datapath.Open(bpfDir); err != nil {
+		t.Fatal(err)
+	}
+	want("the kubelet, without a daemon", kubelet, false)
+	want("what shares its cgroup, without a daemon", containerd, false)
+	set()
+	want("the kubelet, with the next daemon", kubelet, true)
+	want("what shares its cgroup, with the next daemon", containerd, false)
 }

@@ -1,0 +1,65 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT */
+/*
+ * Whose a socket is, where the prober shares its cgroup with other processes. A packet tells the cgroup of its socket,
+ * but not the process. That is known when the socket is created, so mark notes it there, in the socket's own storage.
+ */
+#ifndef PROBELET_MARK_H
+#define PROBELET_MARK_H
+
+#include "listener.h"
+
+#define SOCK_STREAM 1	      /* enum sock_type in include/linux/net.h */
+#define PID_NAMESPACES_MAX 33 /* MAX_PID_NS_LEVEL in include/linux/pid_namespace.h, and the first one */
+
+struct pid_namespace {
+	struct ns_common ns;
+} KERNEL_TYPE;
+struct upid {
+	int nr;
+	struct pid_namespace *ns;
+} KERNEL_TYPE;
+struct pid {
+	unsigned int level;
+	struct upid numbers[1];
+} KERNEL_TYPE;
+struct task_struct {
+	struct task_struct *group_leader;
+	struct pid *thread_pid;
+} KERNEL_TYPE;
+
+/* The current process's number in a namespace, which need not be the first: a node may be a container. 0: it has none.
+ */
+static __always_inline __u32 current_pid(__u32 namespace)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+	struct pid *pid = BPF_CORE_READ(task, group_leader, thread_pid);
+	void *number = __builtin_preserve_access_index(&pid->numbers);
+	__u32 level = BPF_CORE_READ(pid, level);
+
+	for (__u32 i = 0; i < PID_NAMESPACES_MAX; i++) {
+		struct upid *at = number + i * bpf_core_type_size(struct upid);
+
+		if (i > level)
+			break;
+		if (BPF_CORE_READ(at, ns, ns.inum) == namespace)
+			return BPF_CORE_READ(at, nr);
+	}
+	return 0;
+}
+
+/* Whether the socket of a packet was created by that process. */
+static __always_inline bool is_marked(struct __sk_buff *skb, __u32 pid)
+{
+	struct bpf_sock *sk = skb->sk;
+	__u32 *creator;
+
+	if (!sk)
+		return false;
+	sk = bpf_sk_fullsock(sk);
+	if (!sk)
+		return false;
+	creator = bpf_sk_storage_get(&prober_sockets, sk, NULL, 0);
+	return creator && *creator == pid;
+}
+
+#endif
