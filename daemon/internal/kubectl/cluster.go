@@ -199,11 +199,11 @@ func (c *cluster) ask(ctx context.Context, daemon *corev1.Pod, stdout, stderr io
 	if err != nil {
 		return err
 	}
-	var refused error
+	forbidden := false
 	executor, err := remotecommand.NewFallbackExecutor(socket, spdy, func(err error) bool {
 		var upgrade *httpstream.UpgradeFailureError
 		if errors.As(err, &upgrade) && (apierrors.IsForbidden(upgrade.Cause) || apierrors.IsUnauthorized(upgrade.Cause)) {
-			refused = upgrade.Cause // the other way may be allowed; if not, it tells no reason
+			forbidden = true // as "get"; the other way is "create", and its error has no code
 		}
 		return upgrade != nil || httpstream.IsHTTPSProxyError(err)
 	})
@@ -218,8 +218,8 @@ func (c *cluster) ask(ctx context.Context, daemon *corev1.Pod, stdout, stderr io
 	if errors.As(err, &exit) && exit.Code <= status.NotAllowed {
 		return &status.Error{Code: exit.Code, Err: err, Shown: true}
 	}
-	if err != nil && refused != nil {
-		return failure(refused)
+	if err != nil && forbidden {
+		return &status.Error{Code: status.NotAllowed, Err: err}
 	}
 	return failure(err)
 }

@@ -234,8 +234,12 @@ func (c *Cluster) summary() *table.Text {
 		}
 	}
 	text.Line("")
-	text.Line(fmt.Sprintf("%d of %d nodes are ready; %d pods are attached, %d are not; %s of %d probes were answered in the kernel",
-		len(c.Nodes)-c.notReady(), len(c.Nodes), attached, unattached, probes.Share(), probes.Answered+probes.Passed))
+	share := "no probes yet"
+	if all := probes.Answered + probes.Passed; all > 0 {
+		share = fmt.Sprintf("%s of %d probes were answered in the kernel", probes.Share(), all)
+	}
+	text.Line(fmt.Sprintf("%d of %d nodes are ready; %d pods are attached, %d are not; %s",
+		len(c.Nodes)-c.notReady(), len(c.Nodes), attached, unattached, share))
 	if len(versions) > 1 {
 		var each []string
 		for _, v := range slices.Sorted(maps.Keys(versions)) {
