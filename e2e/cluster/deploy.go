@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -11,6 +12,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/probelet/probelet/e2e/image"
 	"github.com/probelet/probelet/e2e/manifests"
 )
 
@@ -23,7 +25,8 @@ const System = "kube-system"
 // Deploy does what helm upgrade --install --wait does: it applies what the chart gives for the values, and returns the
 // daemon's pod once it is Ready.
 func (c *Cluster) Deploy(ctx context.Context, values map[string]any) (*corev1.Pod, error) {
-	all := map[string]any{"image": map[string]any{"pullPolicy": "Never"}}
+	repository, _, _ := strings.Cut(image.Reference, ":")
+	all := map[string]any{"image": map[string]any{"repository": repository, "pullPolicy": "Never"}}
 	for name, value := range values {
 		all[name] = value
 	}
