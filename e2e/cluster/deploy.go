@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"fmt"
+	"maps"
 	"strings"
 	"time"
 
@@ -25,12 +26,7 @@ const System = "kube-system"
 // Deploy does what helm upgrade --install --wait does: it applies what the chart gives for the values, and returns the
 // daemon's pod once it is Ready.
 func (c *Cluster) Deploy(ctx context.Context, values map[string]any) (*corev1.Pod, error) {
-	repository, _, _ := strings.Cut(image.Reference, ":")
-	all := map[string]any{"image": map[string]any{"repository": repository, "pullPolicy": "Never"}}
-	for name, value := range values {
-		all[name] = value
-	}
-	text, err := manifests.Render(Chart, "probelet", System, all)
+	text, err := manifests.Render(Chart, "probelet", System, Values(values))
 	if err != nil {
 		return nil, err
 	}
@@ -65,6 +61,14 @@ func (c *Cluster) Deploy(ctx context.Context, values map[string]any) (*corev1.Po
 		}
 	}
 	return c.awaitRollout(ctx, set)
+}
+
+// Values adds to values of the chart the image that the cluster has.
+func Values(values map[string]any) map[string]any {
+	repository, _, _ := strings.Cut(image.Reference, ":")
+	all := map[string]any{"image": map[string]any{"repository": repository, "pullPolicy": "Never"}}
+	maps.Copy(all, values)
+	return all
 }
 
 // createOrUpdate applies an object.

@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/containernetworking/cni/libcni"
 	"golang.org/x/sys/unix"
 )
 
@@ -180,6 +181,63 @@ func TestMisplaced(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// add makes a pod's network as a runtime does that looks for plugins in binDir.
+func (n Node) add(t *testing.T, binDir string) error {
+	t.Helper()
+	file := ""
+	entries, err := os.ReadDir(n.NetDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if filepath.Ext(e.Name()) == ".conflist" && file == "" {
+			file = filepath.Join(n.NetDir, e.Name())
+		}
+	}
+	list, err := libcni.NetworkConfFromFile(file)
+	if err != nil {
+		return err
+	}
+	runtime := libcni.NewCNIConfigWithCacheDir([]string{binDir}, t.TempDir(), nil)
+	_, err = runtime.AddNetworkList(t.Context(), list, &libcni.RuntimeConf{ContainerID: "c", NetNS: "/proc/self/ns/net", IfName: "eth0"})
+	return err
+}
+
+// Wherever BinDir leads, pods start: the runtime looks elsewhere, and has no plugin of ours there.
+func TestPodsStartAllTheSame(t *testing.T) {
+	for _, way := range []Way{Copy, DropIn} {
+		n := newNode(t, files{"10-pods.conflist": list})
+		succeeding := func(dir string, names ...string) {
+			t.Helper()
+			for _, name := range names {
+				if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\necho '{\"cniVersion\": \"1.0.0\"}'\n"), 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		looks := t.TempDir()
+		succeeding(looks, "ptp", "portmap")
+		succeeding(n.BinDir, "ptp", "portmap", PluginType)
+		if _, err := n.Join(t.Context(), way); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.add(t, n.BinDir); err != nil {
+			t.Fatalf("%s: where the runtime finds it: %v", way, err)
+		}
+		if err := n.add(t, looks); err == nil || !strings.Contains(err.Error(), PluginType) {
+			t.Fatalf("%s: the test does not notice a plugin that is not found: %v", way, err)
+		}
+		r := process(t, "crio", []string{"--cni-plugin-dir=" + looks}, nil)
+		n.Runtimes = func() Runtimes { return Runtimes{r} }
+		if _, err := n.Join(t.Context(), way); !errors.Is(err, ErrMisplaced) {
+			t.Errorf("%s: %v", way, err)
+		}
+		if err := n.add(t, looks); err != nil {
+			t.Errorf("%s: no pod can start: %v", way, err)
+		}
 	}
 }
 
