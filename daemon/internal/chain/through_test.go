@@ -34,6 +34,9 @@ func TestThroughAnother(t *testing.T) {
 		if got := n.chainIn(t); got != "multus: multus" {
 			t.Errorf("%s: the chain is %q", name, got)
 		}
+		if planned, err := n.Plan(DropIn); err != nil || planned.File != j.File {
+			t.Errorf("%s: planned %+v, %v", name, planned, err)
+		}
 		if found, in, err := n.Look(); err != nil || !in || found.File != j.File {
 			t.Errorf("%s: %+v, %v, %v", name, found, in, err)
 		}
@@ -53,6 +56,9 @@ func TestThroughAnother(t *testing.T) {
 	n = newNode(t, files{"00-multus.conf": `{"cniVersion":"1.0.0","name":"m","type":"multus","delegates":[{"name":"n","plugins":[{"type":"probelet"}]}]}`})
 	n.addProgram(t, "multus")
 	for _, way := range []Way{Copy, DropIn} {
+		if j, err := n.Plan(way); err != nil || j.File != "" {
+			t.Errorf("planned: %+v, %v", j, err)
+		}
 		if j, err := n.Join(t.Context(), way); err != nil || j.File != "" || j.Changed {
 			t.Errorf("%+v, %v", j, err)
 		}
