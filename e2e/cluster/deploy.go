@@ -3,6 +3,8 @@ package cluster
 import (
 	"context"
 	"fmt"
+	"maps"
+	"strings"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -11,6 +13,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/probelet/probelet/e2e/image"
 	"github.com/probelet/probelet/e2e/manifests"
 )
 
@@ -23,11 +26,7 @@ const System = "kube-system"
 // Deploy does what helm upgrade --install --wait does: it applies what the chart gives for the values, and returns the
 // daemon's pod once it is Ready.
 func (c *Cluster) Deploy(ctx context.Context, values map[string]any) (*corev1.Pod, error) {
-	all := map[string]any{"image": map[string]any{"pullPolicy": "Never"}}
-	for name, value := range values {
-		all[name] = value
-	}
-	text, err := manifests.Render(Chart, "probelet", System, all)
+	text, err := manifests.Render(Chart, "probelet", System, Values(values))
 	if err != nil {
 		return nil, err
 	}
@@ -62,6 +61,14 @@ func (c *Cluster) Deploy(ctx context.Context, values map[string]any) (*corev1.Po
 		}
 	}
 	return c.awaitRollout(ctx, set)
+}
+
+// Values adds to values of the chart the image that the cluster has.
+func Values(values map[string]any) map[string]any {
+	repository, _, _ := strings.Cut(image.Reference, ":")
+	all := map[string]any{"image": map[string]any{"repository": repository, "pullPolicy": "Never"}}
+	maps.Copy(all, values)
+	return all
 }
 
 // createOrUpdate applies an object.

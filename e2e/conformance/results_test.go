@@ -114,7 +114,7 @@ func TestVariants(t *testing.T) {
 				t.Errorf("%s is without probelet", v.name)
 			}
 		}
-		if _, err := manifests.Render(cluster.Chart, "probelet", cluster.System, v.values); err != nil {
+		if _, err := manifests.Render(cluster.Chart, "probelet", cluster.System, cluster.Values(v.values)); err != nil {
 			t.Errorf("%s: %v", v.name, err)
 		}
 	}

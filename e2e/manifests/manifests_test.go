@@ -1,6 +1,7 @@
 package manifests
 
 import (
+	"cmp"
 	"flag"
 	"maps"
 	"net"
@@ -38,7 +39,7 @@ const (
 
 func render(t *testing.T, values map[string]any) []runtime.Object {
 	t.Helper()
-	text, err := Render(chart, "probelet", "probelet", values)
+	text, err := Render(chart, "probelet", "probelet", withImage(values))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -72,14 +73,22 @@ func TestChartIsClean(t *testing.T) {
 	}
 }
 
-// with is a set of values, written as in values.yaml.
+// with is a set of values, written as in values.yaml, with an image.
 func with(t *testing.T, text string) map[string]any {
 	t.Helper()
 	values := map[string]any{}
 	if err := yaml.Unmarshal([]byte(text), &values); err != nil {
 		t.Fatal(err)
 	}
-	return values
+	return withImage(values)
+}
+
+// withImage adds an image's name where none is given.
+func withImage(values map[string]any) map[string]any {
+	repository, _, _ := strings.Cut(image.Reference, ":")
+	all := map[string]any{"image": map[string]any{"repository": repository}}
+	maps.Copy(all, values)
+	return all
 }
 
 // variants are values that people will set.
@@ -98,6 +107,8 @@ var variants = map[string]string{
 	"PodMonitor": `{podMonitor: {enabled: true, labels: {release: x}}, metrics: {listen: ":9553"}}`,
 	"no events":  "config: {events: false, log-format: json}",
 	"root-dir":   "{kubeletDir: /var/lib/k0s/kubelet, config: {crosscheck: 30s}}",
+	"k3s":        "platform: k3s",
+	"OpenShift":  "platform: openshift",
 	"reachable":  `{metrics: {listen: "[::]:1234"}}`,
 }
 
@@ -110,6 +121,8 @@ func TestVariants(t *testing.T) {
 func TestRefusedValues(t *testing.T) {
 	for values, want := range map[string]string{
 		"podMonitor: {enabled: true}":      `metrics.listen "127.0.0.1:9553" cannot be reached`,
+		`image: {repository: ""}`:          "helm upgrade --reset-then-reuse-values",
+		"platform: eks-anywhere":           "platform",
 		"mode: on":                         "mode",
 		"mode: off":                        `must be quoted where it is "off"`,
 		"moed: answer":                     "moed",
@@ -158,8 +171,8 @@ func TestOldClusters(t *testing.T) {
 
 // capabilities of each container, and no other.
 var capabilities = map[string][]corev1.Capability{
-	"install":     {"DAC_OVERRIDE", "SYS_PTRACE"},
-	"probeletd":   {"BPF", "NET_ADMIN", "PERFMON", "DAC_OVERRIDE", "SYS_PTRACE"},
+	"install":     {"DAC_OVERRIDE", "CHOWN", "SYS_PTRACE"},
+	"probeletd":   {"BPF", "NET_ADMIN", "PERFMON", "DAC_OVERRIDE", "CHOWN", "SYS_PTRACE"},
 	"uninstall":   {"BPF", "NET_ADMIN", "DAC_OVERRIDE", "SYS_PTRACE"},
 	"uninstalled": nil,
 }
@@ -366,6 +379,50 @@ func TestHook(t *testing.T) {
 	}
 }
 
+// A platform has its directories, unless they are given; none that does not exist is made.
+func TestPlatforms(t *testing.T) {
+	text, err := os.ReadFile(chart + "/platforms.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var platforms map[string]struct {
+		NetDir, BinDir string
+		SELinuxOptions corev1.SELinuxOptions
+	}
+	if err := yaml.UnmarshalStrict(text, &platforms); err != nil {
+		t.Fatal(err)
+	}
+	table, err := os.ReadFile("../../docs/platforms.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	expect := func(values, netDir, binDir string) {
+		t.Helper()
+		objects := render(t, with(t, values))
+		data := one[*corev1.ConfigMap](t, objects).Data
+		if data["PROBELET_CNI_NET_DIR"] != netDir || data["PROBELET_CNI_BIN_DIR"] != binDir {
+			t.Errorf("%s: %s", values, data)
+		}
+		types := map[string]corev1.HostPathType{}
+		for _, v := range one[*appsv1.DaemonSet](t, objects).Spec.Template.Spec.Volumes {
+			types[v.HostPath.Path] = *v.HostPath.Type
+		}
+		if types[netDir] != corev1.HostPathDirectory || types[binDir] != corev1.HostPathDirectory {
+			t.Errorf("%s: %s", values, types)
+		}
+	}
+	for name, p := range platforms {
+		netDir, binDir := cmp.Or(p.NetDir, "/etc/cni/net.d"), cmp.Or(p.BinDir, "/opt/cni/bin")
+		expect("platform: "+name, netDir, binDir)
+		expect("{platform: "+name+", cni: {binDir: /mine}}", netDir, "/mine")
+		row := regexp.MustCompile("(?m)^\\| [^|]+ \\| `" + name + "` \\| `" + netDir + "` \\| `" + binDir + "` \\|").Find(table)
+		if row == nil {
+			t.Errorf("docs/platforms.md has no row of %s with %s and %s", name, netDir, binDir)
+		}
+	}
+	expect("", "/etc/cni/net.d", "/opt/cni/bin")
+}
+
 // probeletctl, in the daemon's container, has the directories from its environment.
 func TestDirectories(t *testing.T) {
 	objects := render(t, with(t, variants["all sorts"]))
@@ -443,8 +500,8 @@ func TestDecodeIsStrict(t *testing.T) {
 
 // The kustomize bases are what the chart gives.
 func TestKustomize(t *testing.T) {
-	for dir, values := range map[string]map[string]any{"base": nil, "uninstall": {"uninstall": true}} {
-		text, err := Render(chart, "probelet", "probelet", values)
+	for dir, values := range map[string]map[string]any{"base": nil, "answer": {"mode": "answer"}, "uninstall": {"uninstall": true}} {
+		text, err := Render(chart, "probelet", "probelet", withImage(values))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -508,7 +565,10 @@ func TestCommands(t *testing.T) {
 				t.Errorf("%s: %v", name, err)
 			}
 		}
-		for _, wanted := range []string{"--reuse-values --set uninstall=true\n", "rollout status daemonset/"} {
+		if strings.Contains(string(text), "--reuse-values") || strings.Contains(string(text), "upgrade … --set") {
+			t.Errorf("%s: what it says would reset other values, or lack new ones", name)
+		}
+		for _, wanted := range []string{"--reset-then-reuse-values --set uninstall=true\n", "--reset-then-reuse-values --set mode=answer\n", "rollout status daemonset/"} {
 			if name != "../../README.md" && !strings.Contains(string(text), wanted) {
 				t.Errorf("%s does not say %q", name, wanted)
 			}
@@ -535,7 +595,7 @@ func TestKustomizedImage(t *testing.T) {
 		t.Fatal(err)
 	}
 	for dir, want := range map[string]string{kustomize: image.Reference, copied: "mine.example/p:v7"} {
-		for _, base := range []string{"base", "uninstall"} {
+		for _, base := range []string{"base", "answer", "uninstall"} {
 			spec := one[*appsv1.DaemonSet](t, build(t, filepath.Join(dir, base))).Spec.Template.Spec
 			for _, c := range slices.Concat(spec.InitContainers, spec.Containers) {
 				if c.Image != want {

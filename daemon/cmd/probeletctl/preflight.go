@@ -43,6 +43,8 @@ func (d *doctor) preflight() {
 		d.says(status.Problem, "chain", err.Error(), "install would refuse")
 	case err != nil:
 		d.says(status.Problem, "chain", err.Error(), "install the cluster's network plugin first, or later: the daemon joins as soon as there is a network")
+	case joined.File == "":
+		d.says(status.Would, "chain", "change nothing: "+joined.String(), "")
 	default:
 		d.says(status.Would, "chain", fmt.Sprintf("write %s, which adds the plugin to network %s of %s", joined.File, joined.Network, joined.Primary), "")
 	}

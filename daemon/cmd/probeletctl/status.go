@@ -41,6 +41,8 @@ type Status struct {
 type Daemon struct {
 	Running bool `json:"running"`
 	PID     int  `json:"pid,omitempty"`
+	// NotReady is what keeps probes from being answered, or new pods from being attached.
+	NotReady []string `json:"notReady,omitempty"`
 	// Still is what the kernel goes on answering while the daemon is down; null while it runs.
 	Still *status.Still `json:"still" jsonschema:"nullable"`
 }
@@ -183,7 +185,11 @@ func (s *Status) ask(env *environment, where place) (reply api.EndpointsReply) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), daemonPatience)
 	defer cancel()
-	reply, err := api.NewClient(where.stateDir).Endpoints(ctx)
+	client := api.NewClient(where.stateDir)
+	reply, err := client.Endpoints(ctx)
+	if err == nil {
+		s.Daemon.NotReady, err = client.Ready(ctx)
+	}
 	if err != nil && !errors.Is(err, api.ErrDown) {
 		warn(env, err)
 	}

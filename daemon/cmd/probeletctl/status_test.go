@@ -644,3 +644,13 @@ func TestUnreadableState(t *testing.T) {
 		}
 	}
 }
+
+// A daemon that is not ready, because it keeps the plugin out of the chain for example, says why in the first line.
+func TestStatusSaysWhatIsMissing(t *testing.T) {
+	m := newMachine(t)
+	m.serveNode(node{unready: []string{"the plugin is kept out of the chain", "no prober was found"}})
+	text, err := m.run("status")
+	if want := ", NOT READY: the plugin is kept out of the chain; no prober was found\n"; err != nil || !strings.Contains(text, want) {
+		t.Errorf("does not say %q: %v\n%s", want, err, text)
+	}
+}

@@ -214,6 +214,9 @@ func printSummary(env *environment, s Status) error {
 }
 
 func (d Daemon) String() string {
+	if len(d.NotReady) > 0 {
+		return fmt.Sprintf("probeletd: running, pid %d, NOT READY: %s", d.PID, strings.Join(d.NotReady, "; "))
+	}
 	if d.Running {
 		return fmt.Sprintf("probeletd: running, pid %d", d.PID)
 	}

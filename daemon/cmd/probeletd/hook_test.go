@@ -83,6 +83,33 @@ func TestInstallWritesTheHook(t *testing.T) {
 	}
 }
 
+// Where the runtime would not find the plugin nothing is installed, whatever the daemon's mode, and no directory is made.
+func TestInstallRefusesAWrongDirectory(t *testing.T) {
+	netDir, plugin := t.TempDir(), filepath.Join(t.TempDir(), "probelet")
+	file := filepath.Join(netDir, "10-net.conflist")
+	for name, text := range map[string]string{file: `{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "ptp"}]}`, plugin: "#!/bin/sh\n"} {
+		if err := os.WriteFile(name, []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	empty, none := t.TempDir(), filepath.Join(t.TempDir(), "none")
+	for name, dirs := range map[string]struct{ net, bin, want string }{
+		"others' plugins are not there": {netDir, empty, "would not find the plugin"},
+		"no plugins' directory":         {netDir, none, "--cni-bin-dir"},
+		"no networks' directory":        {none, empty, "--cni-net-dir"},
+	} {
+		args := []string{"install", "--chain", "copy", "--cni-net-dir", dirs.net, "--cni-bin-dir", dirs.bin, "--plugin", plugin, "--state-dir", t.TempDir()}
+		if err := execute(t.Context(), args, io.Discard, io.Discard); err == nil || !strings.Contains(err.Error(), dirs.want) {
+			t.Errorf("%s: %v, want %q", name, err, dirs.want)
+		}
+		left, _ := filepath.Glob(filepath.Join(netDir, "*"))
+		more, _ := filepath.Glob(filepath.Join(empty, "*"))
+		if _, err := os.Stat(none); !os.IsNotExist(err) || len(left) != 1 || len(more) > 0 {
+			t.Errorf("%s: left %s, %s, %v", name, left, more, err)
+		}
+	}
+}
+
 // Pods that the daemon adopts have the node's hook; one that is attached already keeps its own.
 func TestAdoptedPodsHaveTheHook(t *testing.T) {
 	k := newKept(t)

@@ -2,6 +2,7 @@ package chain
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -9,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/pelletier/go-toml/v2"
 
@@ -40,21 +42,25 @@ func (n Node) CanJoin() error {
 
 // findable returns ErrMisplaced unless the runtime finds the plugin.
 func (n Node) findable(w *network) error {
-	if !isExecutable(n.pluginFile()) {
-		return fmt.Errorf("%w: %s: there is no program", ErrMisplaced, n.pluginFile())
+	if err := n.program(PluginType); err != nil {
+		return fmt.Errorf("%w: %w", ErrMisplaced, err)
 	}
 	return n.searched(w)
 }
 
 // searched returns ErrMisplaced unless the runtime looks for plugins in BinDir: its configuration says so, or, where it does
-// not say where it looks, all plugins of the network are there.
+// not say where it looks, all plugins of the network are there. A runtime with other networks than NetDir's does not matter.
 func (n Node) searched(w *network) error {
 	var elsewhere []string
 	for _, r := range n.runtimes() {
-		dirs, err := r.binDirs()
+		said, err := r.configured()
 		if err != nil {
 			n.Log.Debug("the runtime's configuration cannot be read", "runtime", r, "error", err)
 		}
+		if said.netDir != "" && !r.isSame(said.netDir, n.NetDir) {
+			continue
+		}
+		dirs := said.binDirs
 		if slices.ContainsFunc(dirs, func(dir string) bool { return r.isSame(dir, n.BinDir) }) {
 			return nil
 		}
@@ -66,9 +72,12 @@ func (n Node) searched(w *network) error {
 	}
 	for _, p := range w.plugins {
 		name := pluginType(p)
-		if name != PluginType && !isExecutable(filepath.Join(n.BinDir, name)) {
-			return fmt.Errorf("%w: %s of network %s (%s) is not in %s, so its plugins are elsewhere: set --cni-bin-dir (chart: cni.binDir)",
-				ErrMisplaced, name, w.name, filepath.Join(n.NetDir, w.file), n.BinDir)
+		if name == PluginType {
+			continue
+		}
+		if err := n.program(name); err != nil {
+			return fmt.Errorf("%w: %s of network %s (%s) is not in %s, so its plugins are elsewhere: set --cni-bin-dir (chart: cni.binDir): %w",
+				ErrMisplaced, name, w.name, filepath.Join(n.NetDir, w.file), n.BinDir, err)
 		}
 	}
 	return nil
@@ -81,9 +90,40 @@ func (n Node) runtimes() Runtimes {
 	return n.Runtimes()
 }
 
-func isExecutable(file string) bool {
-	info, err := os.Stat(file)
-	return err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o111 != 0
+// program returns an error unless BinDir has a program of that name, put there by root or the directory's owner.
+func (n Node) program(name string) error {
+	file := filepath.Join(n.BinDir, name)
+	fs := n.view()
+	dir, err := fs.Stat(n.BinDir)
+	if err != nil {
+		return err
+	}
+	info, err := fs.Stat(file)
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() || info.Mode().Perm()&0o111 == 0 {
+		return fmt.Errorf("%s: there is no program, but %s", file, info.Mode())
+	}
+	owner := info.Sys().(*syscall.Stat_t).Uid
+	if owner != 0 && owner != dir.Sys().(*syscall.Stat_t).Uid {
+		return fmt.Errorf("%s: belongs to user %d, neither root nor the owner of the directory", file, owner)
+	}
+	return nil
+}
+
+// view is the file system in which programs are looked for: the host's, if NetDir is the same directory there, since a pod's mount of
+// BinDir keeps to the directory that a link led to when the pod started, and the runtime follows the link. Otherwise it is ours.
+func (n Node) view() hostfs.FS {
+	host := hostfs.FS{Root: filepath.Join(cmp.Or(n.proc, "/proc"), "1/root")}
+	ours, err := os.Stat(n.NetDir)
+	if err != nil {
+		return hostfs.FS{Root: "/"}
+	}
+	if theirs, err := host.Stat(n.NetDir); err != nil || !os.SameFile(ours, theirs) {
+		return hostfs.FS{Root: "/"}
+	}
+	return host
 }
 
 // isSame reports whether a directory of the runtime's is one of ours. In a pod they may be different mounts of the same.
@@ -91,38 +131,48 @@ func (r Runtime) isSame(theirs, ours string) bool {
 	if filepath.Clean(theirs) == filepath.Clean(ours) {
 		return true
 	}
-	file, err := r.root().Open(theirs)
-	if err != nil {
-		return false
-	}
-	defer file.Close() //nolint:errcheck // read only
-	a, err := file.Stat()
+	a, err := r.root().Stat(theirs)
 	b, ourErr := os.Stat(ours)
 	return err == nil && ourErr == nil && os.SameFile(a, b)
 }
 
 func (r Runtime) root() hostfs.FS { return hostfs.FS{Root: filepath.Join(r.process, "root")} }
 
-// binDirs returns where a runtime looks for plugins, as its command line or its configuration says; nil if neither does.
-func (r Runtime) binDirs() ([]string, error) {
+// configured is what a runtime's command line and configuration say of CNI. What they do not say is empty: defaults differ from
+// build to build (Debian's containerd looks for plugins in /usr/lib/cni).
+type configured struct {
+	netDir  string
+	binDirs []string
+}
+
+// override takes what is said elsewhere.
+func (c *configured) override(netDir, binDirs []string) {
+	if len(netDir) > 0 {
+		c.netDir = netDir[len(netDir)-1]
+	}
+	if len(binDirs) > 0 {
+		c.binDirs = binDirs
+	}
+}
+
+// configured reads a runtime's command line and configuration.
+func (r Runtime) configured() (c configured, err error) {
 	text, err := os.ReadFile(filepath.Join(r.process, "cmdline"))
 	if err != nil {
-		return nil, err
+		return c, err
 	}
 	args := strings.Split(string(bytes.TrimRight(text, "\x00")), "\x00")
 	switch r.Name {
 	case "containerd": // cmd/containerd/command/main.go, internal/cri/config
-		return r.containerdDirs(last(flagValues(args, "--config", "-c"), "/etc/containerd/config.toml"), map[string]bool{})
+		err = r.readContainerd(last(flagValues(args, "--config", "-c"), "/etc/containerd/config.toml"), map[string]bool{}, &c)
 	case "crio": // pkg/config/config.go, crio(8)
-		if dirs := commas(flagValues(args, "--cni-plugin-dir")); len(dirs) > 0 {
-			return dirs, nil
-		}
-		return r.crioDirs(
-			last(flagValues(args, "--config", "-c"), "/etc/crio/crio.conf"), last(flagValues(args, "--config-dir", "-d"), "/etc/crio/crio.conf.d"))
+		err = r.readCRIO(
+			last(flagValues(args, "--config", "-c"), "/etc/crio/crio.conf"), last(flagValues(args, "--config-dir", "-d"), "/etc/crio/crio.conf.d"), &c)
+		c.override(flagValues(args, "--cni-config-dir"), commas(flagValues(args, "--cni-plugin-dir")))
 	case "cri-dockerd":
-		return commas(flagValues(args, "--cni-bin-dir")), nil
+		c.override(flagValues(args, "--cni-conf-dir"), commas(flagValues(args, "--cni-bin-dir")))
 	}
-	return nil, nil
+	return c, err
 }
 
 // flagValues returns the values of a flag, in any of its spellings.
@@ -154,25 +204,29 @@ func commas(values []string) (all []string) {
 	return all
 }
 
-// containerdDirs reads a file of containerd's and those that it imports, which go before it.
-func (r Runtime) containerdDirs(file string, seen map[string]bool) ([]string, error) {
+// criPlugins are the names of containerd's plugin that runs pods, in versions 1, 2 and 3 of its configuration.
+var criPlugins = []string{"cri", "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"}
+
+// readContainerd reads a file of containerd's and those that it imports, which override it. One whose plugin for pods is disabled,
+// as Docker's, says nothing.
+func (r Runtime) readContainerd(file string, seen map[string]bool, c *configured) error {
 	if seen[file] {
-		return nil, nil
+		return nil
 	}
 	seen[file] = true
 	conf, err := r.readTOML(file)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	var dirs []string
-	for _, plugin := range []string{"cri", "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"} { // versions 1, 2 and 3
+	for _, plugin := range criPlugins {
+		if slices.Contains(stringsOf(lookUp(conf, "disabled_plugins")), plugin) {
+			return nil
+		}
+	}
+	for _, plugin := range criPlugins {
 		cni := []string{"plugins", plugin, "cni"}
-		if one := stringsOf(lookUp(conf, append(cni, "bin_dir")...)); len(one) > 0 {
-			dirs = one
-		}
-		if several := stringsOf(lookUp(conf, append(cni, "bin_dirs")...)); len(several) > 0 {
-			dirs = several
-		}
+		c.override(stringsOf(lookUp(conf, append(cni, "conf_dir")...)), stringsOf(lookUp(conf, append(cni, "bin_dir")...)))
+		c.override(nil, stringsOf(lookUp(conf, append(cni, "bin_dirs")...)))
 	}
 	for _, pattern := range stringsOf(lookUp(conf, "imports")) {
 		if !filepath.IsAbs(pattern) {
@@ -180,36 +234,32 @@ func (r Runtime) containerdDirs(file string, seen map[string]bool) ([]string, er
 		}
 		imported, err := r.root().Glob(pattern)
 		if err != nil {
-			return nil, fmt.Errorf("%s: imports: %w", file, err)
+			return fmt.Errorf("%s: imports: %w", file, err)
 		}
 		for _, one := range imported {
-			if found, err := r.containerdDirs(one, seen); err != nil {
-				return nil, err
-			} else if len(found) > 0 {
-				dirs = found
+			if err := r.readContainerd(one, seen, c); err != nil {
+				return err
 			}
 		}
 	}
-	return dirs, nil
+	return nil
 }
 
-// crioDirs reads CRI-O's file and those in its directory, which go before it.
-func (r Runtime) crioDirs(file, dir string) (dirs []string, err error) {
+// readCRIO reads CRI-O's file and those in its directory, which override it.
+func (r Runtime) readCRIO(file, dir string, c *configured) error {
 	dropIns, err := r.root().Glob(filepath.Join(dir, "*"))
 	if err != nil {
-		return nil, err
+		return err
 	}
 	for _, one := range append([]string{file}, dropIns...) {
 		conf, err := r.readTOML(one)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		network := []string{"crio", "network"}
-		if found := append(stringsOf(lookUp(conf, append(network, "plugin_dirs")...)), stringsOf(lookUp(conf, append(network, "plugin_dir")...))...); len(found) > 0 {
-			dirs = found
-		}
+		network, _ := lookUp(conf, "crio", "network").(map[string]any) // none: nothing
+		c.override(stringsOf(network["network_dir"]), append(stringsOf(network["plugin_dirs"]), stringsOf(network["plugin_dir"])...))
 	}
-	return dirs, nil
+	return nil
 }
 
 // readTOML returns nil of a file that is not there, as runtimes take it.

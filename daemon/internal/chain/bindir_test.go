@@ -8,6 +8,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/containernetworking/cni/libcni"
+	"golang.org/x/sys/unix"
 )
 
 // process makes a directory as a runtime's in proc, with files below its root.
@@ -55,6 +58,7 @@ func TestBinDirs(t *testing.T) {
 		"containerd: imported":        {"containerd", nil, files{file: "imports = ['/etc/containerd/conf.d/*.toml']\n" + v1, "etc/containerd/conf.d/a.toml": v2, "etc/containerd/conf.d/b.toml": v3, "etc/containerd/conf.d/c.bak": v1}, []string{"/v3", "/more"}, ""},
 		"containerd: imported nearby": {"containerd", nil, files{file: "imports = ['more.toml', 'none.toml']\n", "etc/containerd/more.toml": "imports = ['config.toml']\n" + v2}, []string{"/v2"}, ""},
 		"containerd: no TOML":         {"containerd", nil, files{file: "{"}, nil, "config.toml"},
+		"containerd: Docker's":        {"containerd", nil, files{file: "disabled_plugins = ['cri']\n" + v1}, nil, ""},
 		"CRI-O: no file":              {"crio", nil, nil, nil, ""},
 		"CRI-O":                       {"crio", nil, files{"etc/crio/crio.conf": "[crio.network]\nplugin_dirs = ['/a', '/b']\n"}, []string{"/a", "/b"}, ""},
 		"CRI-O: the old key":          {"crio", nil, files{"etc/crio/crio.conf": "[crio.network]\nplugin_dir = '/a'\n"}, []string{"/a"}, ""},
@@ -66,11 +70,28 @@ func TestBinDirs(t *testing.T) {
 		"cri-dockerd, plain": {"cri-dockerd", nil, nil, nil, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got, err := process(t, test.runtime, test.args, test.root).binDirs()
+			said, err := process(t, test.runtime, test.args, test.root).configured()
+			got := said.binDirs
 			if !slices.Equal(got, test.want) || (err != nil) != (test.err != "") || err != nil && !strings.Contains(err.Error(), test.err) {
 				t.Errorf("%q, %v; want %q, %q", got, err, test.want, test.err)
 			}
 		})
+	}
+}
+
+// The directory of networks is read where that of plugins is.
+func TestConfiguredNetDir(t *testing.T) {
+	for name, r := range map[string]Runtime{
+		"containerd": process(t, "containerd", nil, files{"etc/containerd/config.toml": "imports = ['more.toml']\n[plugins.cri.cni]\nconf_dir = '/old'\n",
+			"etc/containerd/more.toml": "version = 3\n[plugins.'io.containerd.cri.v1.runtime'.cni]\nconf_dir = '/net'\n"}),
+		"CRI-O": process(t, "crio", nil, files{"etc/crio/crio.conf": "[crio.network]\nnetwork_dir = '/old'\n",
+			"etc/crio/crio.conf.d/10-x": "[crio.network]\nnetwork_dir = '/net'\n"}),
+		"CRI-O, flag": process(t, "crio", []string{"--cni-config-dir=/net"}, nil),
+		"cri-dockerd": process(t, "cri-dockerd", []string{"--cni-conf-dir", "/net"}, nil),
+	} {
+		if said, err := r.configured(); err != nil || said.netDir != "/net" {
+			t.Errorf("%s: %+v, %v", name, said, err)
+		}
 	}
 }
 
@@ -100,11 +121,38 @@ func TestMisplaced(t *testing.T) {
 		want   string // in the error; empty: it is joined
 	}{
 		"as it should be":               {func(*testing.T, *Node) {}, ""},
-		"the plugin is not there":       {removed(PluginType), "there is no program"},
+		"the plugin is not there":       {removed(PluginType), "no such file"},
 		"one of the network's is not":   {removed("portmap"), "portmap of network pods"},
 		"one cannot be run":             {func(t *testing.T, n *Node) { _ = os.Chmod(filepath.Join(n.BinDir, "ptp"), 0o644) }, "ptp of network pods"},
 		"the runtime names it":          {func(t *testing.T, n *Node) { removed("portmap")(t, n); naming("BIN/")(t, n) }, ""},
 		"the runtime names another one": {naming("/usr/lib/cni"), "/usr/lib/cni, not in"},
+		"one that has another network does": {func(t *testing.T, n *Node) {
+			r := process(t, "crio", []string{"--cni-config-dir=/net", "--cni-plugin-dir=/usr/lib/cni"}, nil)
+			n.Runtimes = func() Runtimes { return Runtimes{r} }
+		}, ""},
+		"one is another user's": {func(t *testing.T, n *Node) {
+			if err := os.Chown(filepath.Join(n.BinDir, "ptp"), 12345, 0); err != nil {
+				t.Skip(err) // not root
+			}
+		}, "belongs to user 12345"},
+		"not to be seen on the host": {func(t *testing.T, n *Node) {
+			host := filepath.Join(t.TempDir(), "1/root")
+			theirs := filepath.Join(host, n.NetDir)
+			if err := errors.Join(os.MkdirAll(theirs, 0o755), os.MkdirAll(filepath.Join(host, n.BinDir), 0o755)); err != nil {
+				t.Fatal(err)
+			}
+			if err := unix.Mount(n.NetDir, theirs, "", unix.MS_BIND, ""); err != nil {
+				t.Skip(err) // not root
+			}
+			t.Cleanup(func() { _ = unix.Unmount(theirs, unix.MNT_DETACH) })
+			n.proc = filepath.Dir(filepath.Dir(host))
+		}, "no such file"},
+		"the host has another network": {func(t *testing.T, n *Node) {
+			n.proc = t.TempDir()
+			if err := os.MkdirAll(filepath.Join(n.proc, "1/root", n.NetDir), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, way := range []Way{Copy, DropIn} {
@@ -133,6 +181,63 @@ func TestMisplaced(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// add makes a pod's network as a runtime does that looks for plugins in binDir.
+func (n Node) add(t *testing.T, binDir string) error {
+	t.Helper()
+	file := ""
+	entries, err := os.ReadDir(n.NetDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if filepath.Ext(e.Name()) == ".conflist" && file == "" {
+			file = filepath.Join(n.NetDir, e.Name())
+		}
+	}
+	list, err := libcni.NetworkConfFromFile(file)
+	if err != nil {
+		return err
+	}
+	runtime := libcni.NewCNIConfigWithCacheDir([]string{binDir}, t.TempDir(), nil)
+	_, err = runtime.AddNetworkList(t.Context(), list, &libcni.RuntimeConf{ContainerID: "c", NetNS: "/proc/self/ns/net", IfName: "eth0"})
+	return err
+}
+
+// Wherever BinDir leads, pods start: the runtime looks elsewhere, and has no plugin of ours there.
+func TestPodsStartAllTheSame(t *testing.T) {
+	for _, way := range []Way{Copy, DropIn} {
+		n := newNode(t, files{"10-pods.conflist": list})
+		succeeding := func(dir string, names ...string) {
+			t.Helper()
+			for _, name := range names {
+				if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\necho '{\"cniVersion\": \"1.0.0\"}'\n"), 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		looks := t.TempDir()
+		succeeding(looks, "ptp", "portmap")
+		succeeding(n.BinDir, "ptp", "portmap", PluginType)
+		if _, err := n.Join(t.Context(), way); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.add(t, n.BinDir); err != nil {
+			t.Fatalf("%s: where the runtime finds it: %v", way, err)
+		}
+		if err := n.add(t, looks); err == nil || !strings.Contains(err.Error(), PluginType) {
+			t.Fatalf("%s: the test does not notice a plugin that is not found: %v", way, err)
+		}
+		r := process(t, "crio", []string{"--cni-plugin-dir=" + looks}, nil)
+		n.Runtimes = func() Runtimes { return Runtimes{r} }
+		if _, err := n.Join(t.Context(), way); !errors.Is(err, ErrMisplaced) {
+			t.Errorf("%s: %v", way, err)
+		}
+		if err := n.add(t, looks); err != nil {
+			t.Errorf("%s: no pod can start: %v", way, err)
+		}
 	}
 }
 

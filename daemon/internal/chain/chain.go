@@ -54,6 +54,8 @@ type Node struct {
 	Looked func(Joined, error)
 	// Runtimes finds the node's runtimes, whose configuration says where they look for plugins. nil: none is asked.
 	Runtimes func() Runtimes
+	// proc is where the host's processes are; empty: /proc.
+	proc string
 }
 
 // What may be otherwise in a moment.
@@ -186,8 +188,10 @@ func pluginType(conf json.RawMessage) string {
 	return plugin.Type
 }
 
-// has is whether the plugin is in the list already, by somebody's hand.
-func (w *network) has() bool { return slices.ContainsFunc(w.plugins, isPlugin) }
+// has reports whether the plugin is in the network already and not by Join: in its list, or in what one of its plugins delegates to.
+func (w *network) has() bool {
+	return slices.ContainsFunc(w.plugins, func(conf json.RawMessage) bool { return len(places(conf)) > 0 })
+}
 
 func isPlugin(conf json.RawMessage) bool { return pluginType(conf) == PluginType }
 
@@ -211,9 +215,15 @@ func (n Node) copyOf(w *network) (name string, text []byte, err error) {
 	if i < 0 {
 		return "", nil, fmt.Errorf("%s: no free name sorts before it", filepath.Join(n.NetDir, w.file))
 	}
+	text, err = n.withPlugin(w)
+	return copyNames[i], text, err
+}
+
+// withPlugin is the text of a copy.
+func (n Node) withPlugin(w *network) ([]byte, error) {
 	entry, err := n.plugin()
 	if err != nil {
-		return "", nil, err
+		return nil, err
 	}
 	members := map[string]any{}
 	for member, value := range w.members {
@@ -221,8 +231,54 @@ func (n Node) copyOf(w *network) (name string, text []byte, err error) {
 	}
 	members["plugins"] = append(slices.Clone(w.plugins), entry)
 	members[derivedFrom] = w.file
-	text, err = json.MarshalIndent(members, "", "  ")
-	return copyNames[i], append(text, '\n'), err
+	text, err := json.MarshalIndent(members, "", "  ")
+	return append(text, '\n'), err
+}
+
+// throughOther returns the network that a copy of ours is of, and that copy, if the primary network, such as Multus', takes its own from
+// it: by its path, or because what was in it has been copied. Then the copy must stay, under its name, and as its original is.
+func (n Node) throughOther(w *network) (original *network, copied string) {
+	if !w.has() || slices.ContainsFunc(w.plugins, isPlugin) {
+		return nil, ""
+	}
+	for _, file := range n.ours() {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			continue
+		}
+		var from string
+		found, err := parse(filepath.Base(file), text)
+		if err != nil || json.Unmarshal(found.members[derivedFrom], &from) != nil || filepath.Base(from) != from || from == w.file {
+			continue // a drop-in, or a copy of this network itself
+		}
+		if text, err = os.ReadFile(filepath.Join(n.NetDir, from)); err != nil {
+			continue
+		}
+		original, err := parse(from, text)
+		if err == nil && original.unsupported == nil && original.members[derivedFrom] == nil && !original.has() {
+			return original, file
+		}
+	}
+	return nil, ""
+}
+
+// keepCopy keeps a copy as its original is.
+func (n Node) keepCopy(original *network, file string, j Joined) (Joined, error) {
+	j.Way, j.File = Copy, file
+	text, err := n.withPlugin(original)
+	if err != nil {
+		return j, err
+	}
+	like, err := os.Stat(filepath.Join(n.NetDir, original.file))
+	if err != nil {
+		return j, err
+	}
+	if j.Changed, err = n.put(file, text, like); err != nil {
+		return j, err
+	}
+	left, err := n.leaveBut(file)
+	j.Changed = j.Changed || left
+	return j, err
 }
 
 // Joined says how the plugin is in the chain.
@@ -253,6 +309,9 @@ func (n Node) Join(ctx context.Context, way Way) (Joined, error) {
 			err = errors.Join(err, left)
 		}
 		return Joined{}, err
+	}
+	if original, file := n.throughOther(w); original != nil {
+		return n.keepCopy(original, file, j)
 	}
 	j.Way = way
 	if w.has() || way == DropIn && n.hasDropIn(w) {
@@ -324,6 +383,10 @@ func (n Node) Look() (j Joined, in bool, err error) {
 	}
 	if err != nil {
 		return j, false, err
+	}
+	if original, file := n.throughOther(w); original != nil {
+		j.Way, j.File = Copy, file
+		return j, n.isCopy(file, original), nil
 	}
 	if w.has() || n.hasDropIn(w) {
 		return j, true, nil

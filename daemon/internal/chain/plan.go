@@ -11,6 +11,13 @@ func (n Node) Plan(way Way) (Joined, error) {
 	if err != nil {
 		return j, err
 	}
+	if original, file := n.throughOther(w); original != nil {
+		j.Way, j.File = Copy, file
+		return j, nil
+	}
+	if w.has() || way == DropIn && n.hasDropIn(w) {
+		return j, nil // nothing is to be done
+	}
 	if j.Way = way; way == DropIn && w.readsDropIns() {
 		j.File = filepath.Join(n.NetDir, w.name, dropInName)
 		return j, nil

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 )
@@ -71,7 +72,7 @@ func skipGone(err error) error {
 func places(text []byte) []string {
 	var value any
 	if json.Unmarshal(text, &value) != nil {
-		if bytes.Contains(text, []byte(`"`+PluginType+`"`)) {
+		if bytes.Contains(text, []byte(`"`+PluginType+`"`)) || namesPlugin.Match(text) {
 			return []string{""}
 		}
 		return nil
@@ -84,7 +85,7 @@ func placesIn(value any, at string) (all []string) {
 	case map[string]any:
 		for _, key := range slices.Sorted(maps.Keys(v)) {
 			place := strings.TrimPrefix(at+"."+key, ".")
-			if text, ok := v[key].(string); ok && (strings.EqualFold(key, "type") && text == PluginType || namesCopy(text)) {
+			if text, ok := v[key].(string); ok && (strings.EqualFold(key, "type") && text == PluginType || namesCopy(text) || namesPlugin.MatchString(text)) {
 				all = append(all, place)
 			}
 			all = append(all, placesIn(v[key], place)...)
@@ -100,6 +101,9 @@ func placesIn(value any, at string) (all []string) {
 	}
 	return all
 }
+
+// namesPlugin finds the plugin's type in YAML, and in JSON within a text.
+var namesPlugin = regexp.MustCompile(`\btype\\?["']?\s*:\s*\\?["']?` + regexp.QuoteMeta(PluginType) + `(?:[\\"'\s,}\]]|$)`)
 
 // namesCopy reports whether a text is the path of a copy that Join makes, as Multus has it (clusterNetwork).
 func namesCopy(text string) bool {

@@ -14,13 +14,25 @@ import (
 type FS struct{ Root string }
 
 // Open opens a file or directory. Links in its path lead to where they do below Root.
-func (f FS) Open(path string) (*os.File, error) {
+func (f FS) Open(path string) (*os.File, error) { return f.open(path, unix.O_RDONLY) }
+
+// Stat describes a file or directory, or what a link leads to.
+func (f FS) Stat(path string) (os.FileInfo, error) {
+	file, err := f.open(path, unix.O_PATH)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close() //nolint:errcheck // nothing is lost
+	return file.Stat()
+}
+
+func (f FS) open(path string, flags uint64) (*os.File, error) {
 	root, err := os.Open(f.Root)
 	if err != nil {
 		return nil, err
 	}
 	defer root.Close() //nolint:errcheck // read only
-	fd, err := unix.Openat2(int(root.Fd()), path, &unix.OpenHow{Flags: unix.O_RDONLY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT})
+	fd, err := unix.Openat2(int(root.Fd()), path, &unix.OpenHow{Flags: flags | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT})
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}

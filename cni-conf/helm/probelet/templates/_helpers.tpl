@@ -18,19 +18,32 @@ appArmorProfile:
   type: Unconfined
 seccompProfile:
   type: RuntimeDefault
-{{- with .Values.seLinuxOptions }}
+{{- with .Values.seLinuxOptions | default (include "probelet.platform" . | fromYaml).seLinuxOptions }}
 seLinuxOptions: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 
+{{/* What is different on the platform. */}}
+{{- define "probelet.platform" -}}
+{{- with .Values.platform }}{{ get ($.Files.Get "platforms.yaml" | fromYaml) . | toYaml }}{{ end }}
+{{- end }}
+
+{{- define "probelet.netDir" -}}
+{{ .Values.cni.netDir | default (include "probelet.platform" . | fromYaml).netDir | default "/etc/cni/net.d" }}
+{{- end }}
+
+{{- define "probelet.binDir" -}}
+{{ .Values.cni.binDir | default (include "probelet.platform" . | fromYaml).binDir | default "/opt/cni/bin" }}
+{{- end }}
+
 {{- define "probelet.image" -}}
-image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
+image: "{{ required "image.repository: must be set, to where your nodes pull from. To change one value of a release and keep all others: helm upgrade --reset-then-reuse-values" .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 {{- end }}
 
 {{- define "probelet.mounts" -}}
 - name: cni-net
-  mountPath: {{ .Values.cni.netDir }}
+  mountPath: {{ include "probelet.netDir" . }}
 - name: state
   mountPath: {{ .Values.stateDir }}
 - name: bpffs
@@ -39,8 +52,8 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
 {{- end }}
 
 {{- define "probelet.dirs" -}}
-- --cni-net-dir={{ .Values.cni.netDir }}
-- --cni-bin-dir={{ .Values.cni.binDir }}
+- --cni-net-dir={{ include "probelet.netDir" . }}
+- --cni-bin-dir={{ include "probelet.binDir" . }}
 - --bpf-dir={{ .Values.bpffs }}/probelet
 - --state-dir={{ .Values.stateDir }}
 {{- end }}

@@ -67,13 +67,15 @@ initContainers:
         add:
           # The directories of the CNI may be another user's (Kubespray's are kube's), and writable by that one only.
           - DAC_OVERRIDE
-          # To read from the runtime's program which libcni it has.
+          # To give a copy of a network's configuration the owner of its original.
+          - CHOWN
+          # To read from the runtime's program which libcni it has, and from its configuration where it looks for plugins.
           - SYS_PTRACE
   {{- end }}
     volumeMounts:
       {{- include "probelet.mounts" . | nindent 6 }}
       - name: cni-bin
-        mountPath: {{ .Values.cni.binDir }}
+        mountPath: {{ include "probelet.binDir" . }}
 containers:
   {{- if .Values.uninstall }}
   # The work is done; a complete rollout says that it is on all nodes.
@@ -139,13 +141,14 @@ containers:
           - PERFMON
           # To keep the chain as it is where the directory is another user's, as with install.
           - DAC_OVERRIDE
+          - CHOWN
           # To find the kubelet, and what the runtime has recorded of pods that run already.
           - SYS_PTRACE
     volumeMounts:
       {{- include "probelet.mounts" . | nindent 6 }}
       # To see that the runtime finds the plugin.
       - name: cni-bin
-        mountPath: {{ .Values.cni.binDir }}
+        mountPath: {{ include "probelet.binDir" . }}
         readOnly: true
       - name: cgroup
         mountPath: /host/cgroup
@@ -161,11 +164,11 @@ containers:
 volumes:
   - name: cni-net
     hostPath:
-      path: {{ .Values.cni.netDir }}
+      path: {{ include "probelet.netDir" . }}
       type: Directory
   - name: cni-bin
     hostPath:
-      path: {{ .Values.cni.binDir }}
+      path: {{ include "probelet.binDir" . }}
       type: Directory
   - name: state
     hostPath:
