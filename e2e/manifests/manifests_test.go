@@ -65,6 +65,23 @@ func one[T runtime.Object](t *testing.T, objects []runtime.Object) T {
 	return found[0]
 }
 
+// daemonSet is the one of the daemon.
+func daemonSet(t *testing.T, objects []runtime.Object) *appsv1.DaemonSet {
+	t.Helper()
+	return named(t, objects, "probelet")
+}
+
+func named(t *testing.T, objects []runtime.Object, name string) *appsv1.DaemonSet {
+	t.Helper()
+	for _, o := range objects {
+		if set, ok := o.(*appsv1.DaemonSet); ok && set.Name == name {
+			return set
+		}
+	}
+	t.Fatalf("no DaemonSet %s", name)
+	return nil
+}
+
 func TestChartIsClean(t *testing.T) {
 	for _, message := range lint.RunAll(chart, nil, "probelet").Messages {
 		if message.Severity > support.InfoSev {
@@ -104,7 +121,7 @@ var variants = map[string]string{
 	"all sorts": `{podLabels: {a: b}, podAnnotations: {a: b}, imagePullSecrets: [{name: x}], affinity: {nodeAffinity: {}},
 		cni: {netDir: /net, binDir: /bin, chain: copy}, stateDir: /state, bpffs: /bpf, nodeSelector: {a: b}, priorityClassName: "",
 		updateStrategy: {rollingUpdate: {maxUnavailable: 1}}}`,
-	"PodMonitor": `{podMonitor: {enabled: true, labels: {release: x}}, metrics: {listen: ":9553"}}`,
+	"PodMonitor": `{podMonitor: {enabled: true, labels: {release: x}}, prometheusRule: {enabled: true, labels: {release: prom}}}`,
 	"no events":  "config: {events: false, log-format: json}",
 	"root-dir":   "{kubeletDir: /var/lib/k0s/kubelet, config: {crosscheck: 30s}}",
 	"k3s":        "platform: k3s",
@@ -120,7 +137,6 @@ func TestVariants(t *testing.T) {
 
 func TestRefusedValues(t *testing.T) {
 	for values, want := range map[string]string{
-		"podMonitor: {enabled: true}":      `metrics.listen "127.0.0.1:9553" cannot be reached`,
 		`image: {repository: ""}`:          "helm upgrade --reset-then-reuse-values",
 		"platform: eks-anywhere":           "platform",
 		"mode: on":                         "mode",
@@ -181,7 +197,7 @@ var capabilities = map[string][]corev1.Capability{
 func TestLeastPrivileges(t *testing.T) {
 	for name, values := range variants {
 		t.Run(name, func(t *testing.T) {
-			set := one[*appsv1.DaemonSet](t, render(t, with(t, values)))
+			set := daemonSet(t, render(t, with(t, values)))
 			if !maps.Equal(set.Spec.Selector.MatchLabels, map[string]string{
 				"app.kubernetes.io/name": "probelet", "app.kubernetes.io/instance": "probelet",
 			}) {
@@ -263,7 +279,7 @@ func TestPodsAPISocket(t *testing.T) {
 		"defaults": "/var/lib/kubelet/pods-api", "root-dir": "/var/lib/k0s/kubelet/pods-api", "API server": "", "uninstall": "",
 	} {
 		objects := render(t, with(t, variants[name]))
-		spec := one[*appsv1.DaemonSet](t, objects).Spec.Template.Spec
+		spec := daemonSet(t, objects).Spec.Template.Spec
 		mounted := ""
 		for _, m := range spec.Containers[0].VolumeMounts {
 			if m.Name == "pods-api" && m.ReadOnly {
@@ -335,14 +351,14 @@ func TestUninstallHooks(t *testing.T) {
 			for _, c := range slices.Concat(set.Spec.Template.Spec.InitContainers, set.Spec.Template.Spec.Containers) {
 				expectContainer(t, c)
 			}
-			want := one[*appsv1.DaemonSet](t, render(t, with(t, variants["uninstall"]))).Spec.Template.Spec
+			want := daemonSet(t, render(t, with(t, variants["uninstall"]))).Spec.Template.Spec
 			if name == "defaults" && !reflect.DeepEqual(set.Spec.Template.Spec, want) {
 				t.Errorf("the pods are\n%+v, with uninstall=true they are\n%+v", set.Spec.Template.Spec, want)
 			}
 			if !maps.Equal(set.Spec.Selector.MatchLabels, set.Spec.Template.Labels) {
 				t.Errorf("it selects %s of %s", set.Spec.Selector.MatchLabels, set.Spec.Template.Labels)
 			}
-			if maps.Equal(set.Spec.Selector.MatchLabels, one[*appsv1.DaemonSet](t, render(t, with(t, values))).Spec.Selector.MatchLabels) {
+			if maps.Equal(set.Spec.Selector.MatchLabels, daemonSet(t, render(t, with(t, values))).Spec.Selector.MatchLabels) {
 				t.Error("it selects the daemon's pods")
 			}
 			if args := job.Spec.Template.Spec.Containers[0].Args; !slices.Equal(args, []string{"wait", "--daemonset", set.Namespace + "/" + set.Name}) {
@@ -372,7 +388,7 @@ func TestHook(t *testing.T) {
 		if got := one[*corev1.ConfigMap](t, objects).Data["PROBELET_HOOK"]; got != want {
 			t.Errorf("the daemon has %q, want %s", got, want)
 		}
-		args := one[*appsv1.DaemonSet](t, objects).Spec.Template.Spec.InitContainers[0].Args
+		args := daemonSet(t, objects).Spec.Template.Spec.InitContainers[0].Args
 		if !slices.Contains(args, "--hook="+want) {
 			t.Errorf("install has %s, want %s", args, want)
 		}
@@ -404,7 +420,7 @@ func TestPlatforms(t *testing.T) {
 			t.Errorf("%s: %s", values, data)
 		}
 		types := map[string]corev1.HostPathType{}
-		for _, v := range one[*appsv1.DaemonSet](t, objects).Spec.Template.Spec.Volumes {
+		for _, v := range daemonSet(t, objects).Spec.Template.Spec.Volumes {
 			types[v.HostPath.Path] = *v.HostPath.Type
 		}
 		if types[netDir] != corev1.HostPathDirectory || types[binDir] != corev1.HostPathDirectory {
@@ -427,7 +443,7 @@ func TestPlatforms(t *testing.T) {
 func TestDirectories(t *testing.T) {
 	objects := render(t, with(t, variants["all sorts"]))
 	variables := maps.Clone(one[*corev1.ConfigMap](t, objects).Data)
-	for _, v := range one[*appsv1.DaemonSet](t, objects).Spec.Template.Spec.Containers[0].Env {
+	for _, v := range daemonSet(t, objects).Spec.Template.Spec.Containers[0].Env {
 		variables[v.Name] = v.Value
 	}
 	for name, want := range map[string]string{
@@ -443,7 +459,7 @@ func TestDirectories(t *testing.T) {
 func TestPorts(t *testing.T) {
 	for name, values := range variants {
 		objects := render(t, with(t, values))
-		daemon := one[*appsv1.DaemonSet](t, objects).Spec.Template.Spec.Containers[0]
+		daemon := daemonSet(t, objects).Spec.Template.Spec.Containers[0]
 		if daemon.Name != "probeletd" {
 			continue
 		}
@@ -471,16 +487,60 @@ func TestPorts(t *testing.T) {
 	}
 }
 
+// Prometheus asks pods with a network of their own, which may do nothing to the node.
 func TestPodMonitor(t *testing.T) {
 	objects := render(t, with(t, variants["PodMonitor"]))
-	m := one[*monitoringv1.PodMonitor](t, objects)
-	set := one[*appsv1.DaemonSet](t, objects)
-	if m.Labels["release"] != "x" || !maps.Equal(m.Spec.Selector.MatchLabels, set.Spec.Selector.MatchLabels) || len(m.Spec.PodMetricsEndpoints) != 1 {
+	m, set := one[*monitoringv1.PodMonitor](t, objects), named(t, objects, "probelet-metrics")
+	if m.Labels["release"] != "x" || !maps.Equal(m.Spec.Selector.MatchLabels, set.Spec.Template.Labels) || len(m.Spec.PodMetricsEndpoints) != 1 {
 		t.Fatalf("%+v", m)
 	}
+	pod := set.Spec.Template.Spec
 	port := m.Spec.PodMetricsEndpoints[0].Port
-	if port == nil || !slices.ContainsFunc(set.Spec.Template.Spec.Containers[0].Ports, func(p corev1.ContainerPort) bool { return p.Name == *port }) {
+	if port == nil || !slices.ContainsFunc(pod.Containers[0].Ports, func(p corev1.ContainerPort) bool { return p.Name == *port && p.HostPort == 0 }) {
 		t.Errorf("nobody has the port of %+v", m.Spec.PodMetricsEndpoints[0])
+	}
+	if pod.HostNetwork || pod.HostPID || *pod.AutomountServiceAccountToken || len(pod.Volumes) != 1 {
+		t.Errorf("%+v", pod)
+	}
+	s := pod.Containers[0].SecurityContext
+	if len(s.Capabilities.Add) > 0 || !*s.ReadOnlyRootFilesystem || *s.AllowPrivilegeEscalation || !pod.Containers[0].VolumeMounts[0].ReadOnly {
+		t.Errorf("%+v", s)
+	}
+	if listen := one[*corev1.ConfigMap](t, objects).Data["PROBELET_METRICS_LISTEN"]; !strings.HasPrefix(listen, "127.0.0.1:") {
+		t.Errorf("the node has an open port: %s", listen)
+	}
+}
+
+// The alerts are PromQL about metrics and labels that there are, and each has its page.
+func TestAlerts(t *testing.T) {
+	rule := one[*monitoringv1.PrometheusRule](t, render(t, with(t, variants["PodMonitor"])))
+	if rule.Labels["release"] != "prom" || len(rule.Spec.Groups) != 1 {
+		t.Fatalf("%+v", rule)
+	}
+	metrics := documented(t)
+	pages, err := filepath.Glob("../../docs/runbooks/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(pages) != len(rule.Spec.Groups[0].Rules) || len(pages) < 9 {
+		t.Errorf("%d pages for %d alerts", len(pages), len(rule.Spec.Groups[0].Rules))
+	}
+	for _, r := range rule.Spec.Groups[0].Rules {
+		expectQuery(t, r.Alert, r.Expr.String(), "", metrics)
+		page := "docs/runbooks/" + r.Alert + ".md"
+		if !strings.HasSuffix(r.Annotations["runbook_url"], page) {
+			t.Errorf("%s: %s", r.Alert, r.Annotations["runbook_url"])
+		}
+		text, err := os.ReadFile("../../" + page)
+		if err != nil || !strings.Contains(string(text), r.Expr.String()) || !strings.HasPrefix(string(text), "# "+r.Alert+"\n") {
+			t.Errorf("%s: its page is about something else: %v", r.Alert, err)
+		}
+		for _, label := range regexp.MustCompile(`\$labels\.(\w+)`).FindAllStringSubmatch(r.Annotations["summary"], -1) {
+			expectQuery(t, r.Alert, r.Expr.String(), "{{"+label[1]+"}}", metrics)
+		}
+		if r.For == nil || r.Labels["severity"] == "" {
+			t.Errorf("%+v", r)
+		}
 	}
 }
 
@@ -520,7 +580,7 @@ func TestKustomize(t *testing.T) {
 		if n := one[*corev1.Namespace](t, objects); n.Labels["pod-security.kubernetes.io/enforce"] != "privileged" {
 			t.Errorf("namespace: %s", n.Labels)
 		}
-		spec := one[*appsv1.DaemonSet](t, objects).Spec.Template.Spec
+		spec := daemonSet(t, objects).Spec.Template.Spec
 		terms := one[*corev1.ResourceQuota](t, objects).Spec.ScopeSelector.MatchExpressions
 		if len(terms) != 1 || !slices.Equal(terms[0].Values, []string{spec.PriorityClassName}) {
 			t.Errorf("the quota is for %+v", terms)
@@ -596,7 +656,7 @@ func TestKustomizedImage(t *testing.T) {
 	}
 	for dir, want := range map[string]string{kustomize: image.Reference, copied: "mine.example/p:v7"} {
 		for _, base := range []string{"base", "answer", "uninstall"} {
-			spec := one[*appsv1.DaemonSet](t, build(t, filepath.Join(dir, base))).Spec.Template.Spec
+			spec := daemonSet(t, build(t, filepath.Join(dir, base))).Spec.Template.Spec
 			for _, c := range slices.Concat(spec.InitContainers, spec.Containers) {
 				if c.Image != want {
 					t.Errorf("%s: %s has image %s, want %s", base, c.Name, c.Image, want)

@@ -96,3 +96,41 @@ func TestEventsOfBadAnnotations(t *testing.T) {
 	case <-time.After(50 * time.Millisecond):
 	}
 }
+
+// The metrics are passed on, and nothing else of what the daemon's socket has.
+func TestMetricsProxy(t *testing.T) {
+	n := newNode(t)
+	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
+	stop := n.start()
+	n.eventually("listens", func() bool { _, err := api.NewClient(n.config.stateDir).Endpoints(t.Context()); return err == nil })
+	proxy := httptest.NewServer(metricsProxy(n.config.stateDir))
+	defer proxy.Close()
+	ask := func(method, path string) (status int, text string) {
+		t.Helper()
+		request, err := http.NewRequestWithContext(t.Context(), method, proxy.URL+path, strings.NewReader(`{}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		response, err := http.DefaultClient.Do(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer response.Body.Close() //nolint:errcheck // read only
+		body, _ := io.ReadAll(response.Body)
+		return response.StatusCode, string(body)
+	}
+	if status, text := ask(http.MethodGet, "/metrics"); status != http.StatusOK || !strings.Contains(text, "probelet_build_info") {
+		t.Errorf("metrics: %d, %.200s", status, text)
+	}
+	for _, path := range []string{"/v1/endpoints", "/v1/invalidate", "/debug/pprof/", "/metrics/../v1/endpoints", "/"} {
+		for _, method := range []string{http.MethodGet, http.MethodPost, http.MethodPut} {
+			if status, text := ask(method, path); status < 400 {
+				t.Errorf("%s %s: %d, %.200s", method, path, status, text)
+			}
+		}
+	}
+	stop()
+	if status, _ := ask(http.MethodGet, "/metrics"); status != http.StatusBadGateway {
+		t.Errorf("without a daemon: %d", status)
+	}
+}

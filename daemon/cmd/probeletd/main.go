@@ -157,7 +157,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(runCommand(stderr), installCommand(stderr), uninstallCommand(stderr), waitCommand(stderr))
+	root.AddCommand(runCommand(stderr), installCommand(stderr), uninstallCommand(stderr), metricsCommand(stderr), waitCommand(stderr))
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)

@@ -3,6 +3,11 @@ app.kubernetes.io/name: probelet
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
+{{- define "probelet.metricsLabels" -}}
+app.kubernetes.io/name: probelet-metrics
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
 {{- define "probelet.labels" -}}
 {{ include "probelet.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
