@@ -545,8 +545,15 @@ func (d *daemon) judge(a *attachment, o probe.Outcome) {
 }
 
 // refreshed learns from what the daemon asked by itself.
-func (d *daemon) refreshed(o refresh.Outcome) {
-	if a := d.attachments[o.Attachment]; a != nil && d.learn(a, o.Outcome, d.unanswered) {
+func (d *daemon) refreshed(outcomes []refresh.Outcome) {
+	changed := map[*attachment]bool{}
+	unanswered := sync.OnceValues(d.unanswered)
+	for _, o := range outcomes {
+		if a := d.attachments[o.Attachment]; a != nil && d.learn(a, o.Outcome, unanswered) {
+			changed[a] = true
+		}
+	}
+	for a := range changed {
 		d.sync(a)
 	}
 }

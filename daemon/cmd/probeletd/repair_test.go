@@ -64,9 +64,7 @@ func newKept(t *testing.T) *kept {
 	if err != nil {
 		t.Fatal(err)
 	}
-	refresher := refresh.New(nil, datapath.Now, 1)
-	t.Cleanup(refresher.Close)
-	k.daemon = newDaemon(slog.New(slog.NewTextHandler(k.log, nil)), nil, c, statedir.Endpoints{}, refresher)
+	k.daemon = newDaemon(slog.New(slog.NewTextHandler(k.log, nil)), nil, c, statedir.Endpoints{}, idleRefresher(t))
 	k.podsKnown = true
 	k.keeper = makeKeeper(adopt.Node{Root: "/", CacheDir: k.cacheDir})
 	k.load()
@@ -693,7 +691,10 @@ func (n *node) startKept() {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	refresher := refresh.New(asOwn(n.d, n.config.dial, func() {}), datapath.Now, refreshesAtATime)
+	refresher, err := refresh.New(ownSockets{n.d, n.config.openSocket, func() {}}, datapath.Now)
+	if err != nil {
+		n.t.Fatal(err)
+	}
 	l := &loop{
 		daemon: newDaemon(n.logger(), n.d, n.config, statedir.Endpoints{}, refresher), log: n.logger(), calls: make(chan func()),
 		prober: finder, who: who, set: n.d.SetProber, refresh: specs.Refresh, failing: specs.Failing, delivery: specs.Delivery,

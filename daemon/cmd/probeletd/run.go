@@ -44,9 +44,6 @@ const (
 	recordsGather = 50 * time.Millisecond
 	// describeInterval is the shortest time between two writings of what is probed: that takes as long as there are pods.
 	describeInterval = time.Second
-	// refreshesAtATime keeps the daemon's own requests from coming all at once, however many pods want them. One that
-	// hangs is in the way for no longer than its probe's timeout, and is then not asked any more.
-	refreshesAtATime = 32
 )
 
 // run runs the daemon until ctx ends, which is no error.
@@ -146,7 +143,9 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 	defer in.all.Wait()
 	defer cancel()
 	l.daemon = newDaemon(l.log, d, c, previous, nil)
-	l.refresher = refresh.New(asOwn(d, c.dial, l.metrics.own.Inc), datapath.Now, refreshesAtATime)
+	if l.refresher, err = refresh.New(ownSockets{d, c.openSocket, l.metrics.own.Inc}, datapath.Now); err != nil {
+		return err
+	}
 	defer l.refresher.Close()
 	l.refresh, l.failing, l.delivery = specs.Refresh, specs.Failing, specs.Delivery
 	if c.keep {
@@ -410,8 +409,8 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			l.observe(o.probes)
 		case call := <-l.calls:
 			call()
-		case o := <-l.refresher.C:
-			l.refreshed(o)
+		case <-l.refresher.C:
+			l.refreshed(l.refresher.Take())
 		case <-retry:
 			retry = nil
 			l.retry()
