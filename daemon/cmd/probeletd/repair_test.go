@@ -25,6 +25,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/refresh"
+	"github.com/probelet/probelet/daemon/internal/repair"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
@@ -81,6 +82,18 @@ func (k *kept) load() {
 	k.t.Cleanup(func() { _ = d.Close() })
 	k.datapath = d
 	k.keeper = makeKeeper(k.keeper.adopt)
+	k.keeper.looker = k.looker()
+}
+
+// looker returns one that looks at the node of the test.
+func (k *kept) looker() (l *repair.Looker) {
+	k.t.Helper()
+	k.inNode(func() (err error) {
+		l, err = repair.New(k.datapath, k.bpfDir)
+		return err
+	})
+	k.t.Cleanup(func() { _ = l.Close() })
+	return l
 }
 
 func idOf(p *bpftest.Pod) attach.ID {
@@ -131,13 +144,18 @@ func (k *kept) look(times int) (changed bool) {
 	for range times {
 		k.readRecords()
 		bpftest.Do(k.t, k.node.NS, func() (err error) {
-			changed, err = k.keeper.look(k.t.Context(), k.daemon)
+			changed, err = k.lookOnce(k.t.Context())
 			return err
 		})
 		k.readRecords()
 		k.checkDevices()
 	}
 	return changed
+}
+
+// lookOnce looks and does what is called for, in the node's network namespace.
+func (k *kept) lookOnce(ctx context.Context) (changed bool, err error) {
+	return k.keeper.apply(ctx, k.daemon, k.keeper.looker.Look(k.records))
 }
 
 func (k *kept) check(p *bpftest.Pod) (err error) {
@@ -608,7 +626,7 @@ func TestDELWithoutLock(t *testing.T) {
 		k.look(1)
 		var both sync.WaitGroup
 		both.Go(func() {
-			_ = k.node.NS.Do(func(ns.NetNS) error { _, err := k.keeper.look(t.Context(), k.daemon); return err })
+			_ = k.node.NS.Do(func(ns.NetNS) error { _, err := k.lookOnce(t.Context()); return err })
 		})
 		time.Sleep(time.Duration(i) * 4 * time.Millisecond)
 		for range 3 { // as the runtime does it
@@ -640,7 +658,7 @@ func TestALookEnds(t *testing.T) {
 	cancel()
 	for range 3 {
 		bpftest.Do(t, k.node.NS, func() error {
-			_, err := k.keeper.look(ended, k.daemon)
+			_, err := k.lookOnce(ended)
 			return err
 		})
 		if k.check(p) == nil || k.check(late) == nil || !k.keeper.again {
@@ -700,6 +718,11 @@ func (n *node) startKept() {
 		prober: finder, who: who, set: n.d.SetProber, refresh: specs.Refresh, failing: specs.Failing, delivery: specs.Delivery,
 		keeper: makeKeeper(adopt.Node{Root: "/", CacheDir: n.t.TempDir()}),
 	}
+	bpftest.Do(n.t, n.pod.Node.NS, func() (err error) {
+		l.keeper.looker, err = repair.New(n.d, n.config.bpfDir)
+		return err
+	})
+	in.all.Go(func() { _ = n.pod.Node.NS.Do(func(ns.NetNS) error { l.keeper.looker.Run(ctx); return nil }) })
 	done := make(chan error, 1)
 	go func() { done <- n.pod.Node.NS.Do(func(ns.NetNS) error { return l.run(ctx, in) }) }()
 	n.t.Cleanup(func() {

@@ -24,6 +24,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/refresh"
+	"github.com/probelet/probelet/daemon/internal/repair"
 	"github.com/probelet/probelet/daemon/internal/source"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
@@ -152,7 +153,14 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 		if l.keeper, err = newKeeper(c.cniCacheDir); err != nil {
 			l.log.Warn("attachments are not looked after, and pods that had their network before are not adopted", "reason", err)
 		} else {
+			if l.keeper.looker, err = repair.New(d, c.bpfDir); err != nil {
+				return err
+			}
 			in.all.Go(func() { l.keeper.promoter.run(ctx, l.daemon) })
+			in.all.Go(func() {
+				l.keeper.looker.Run(ctx)
+				_ = l.keeper.looker.Close() // it only listened
+			})
 		}
 	}
 	if err := l.listen(ctx, c, in); err != nil {
@@ -377,14 +385,9 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 	resync := time.NewTicker(resyncInterval)
 	defer resync.Stop()
 	var again, describe <-chan time.Time
-	look := func() error {
-		again = nil
-		err := l.repair(ctx)
-		l.checkDevices()
-		if l.keeper != nil && l.keeper.again {
-			again = time.After(lookAgain)
-		}
-		return err
+	var reports <-chan repair.Report
+	if l.keeper != nil {
+		reports = l.keeper.looker.Reports()
 	}
 	for {
 		var lookErr error
@@ -398,7 +401,7 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			probes = in.observed
 			l.setPods(pods)
 			if first {
-				lookErr = look()
+				lookErr = l.look()
 			}
 		case <-in.records:
 			if l.readRecords() {
@@ -418,9 +421,15 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			if in.recordsReplaced() || l.unreadable != "" {
 				l.readRecords()
 			}
-			lookErr = look()
+			lookErr = l.look()
+		case report := <-reports:
+			lookErr = l.repair(ctx, report)
+			if l.keeper.again {
+				again = time.After(lookAgain)
+			}
 		case <-again:
-			lookErr = look()
+			again = nil
+			l.keeper.request(l.daemon)
 		case <-prober.C:
 			l.followProber()
 		case <-describe:
