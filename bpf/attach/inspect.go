@@ -95,10 +95,26 @@ type pins struct {
 	stamp  stamp // zero: it is to be read again
 }
 
-// stamp changes when a directory does.
+// stamp changes when a file or directory does, or is replaced.
 type stamp struct {
 	dev, ino     uint64
 	mtime, ctime unix.Timespec
+}
+
+func stampOf(path string) (stamp, error) {
+	var stat unix.Stat_t
+	if err := unix.Stat(path, &stat); err != nil {
+		return stamp{}, fmt.Errorf("%s: %w", path, err)
+	}
+	return stamp{stat.Dev, stat.Ino, stat.Mtim, stat.Ctim}, nil
+}
+
+// settled returns the stamp, or none if it is so young that another change might have the same times.
+func (s stamp) settled() stamp {
+	if time.Since(time.Unix(s.mtime.Unix())) < time.Second {
+		return stamp{}
+	}
+	return s
 }
 
 type filterAt struct {
@@ -122,23 +138,19 @@ func (m *memory) pinsOf(bpfDir string, id ID) (pins, error) {
 	if known.path == "" {
 		known.path = filepath.Join(datapath.AttachmentsDir(bpfDir), id.name())
 	}
-	var stat unix.Stat_t
-	if err := unix.Stat(known.path, &stat); datapath.Absent(err) {
+	now, err := stampOf(known.path)
+	if datapath.Absent(err) {
 		return pins{}, ErrNotAttached
-	} else if err != nil {
-		return pins{}, fmt.Errorf("%s: %w", known.path, err)
 	}
-	now := stamp{stat.Dev, stat.Ino, stat.Mtim, stat.Ctim}
+	if err != nil {
+		return pins{}, err
+	}
 	if known.stamp != now {
-		var err error
 		if known.device, err = deviceIn(known.path); err != nil {
 			return pins{}, err
 		}
 		_, err = os.Stat(filepath.Join(known.path, viaClsact))
-		known.clsact, known.stamp = err == nil, now
-		if time.Since(time.Unix(now.mtime.Unix())) < time.Second {
-			known.stamp = stamp{} // another change might have the same time
-		}
+		known.clsact, known.stamp = err == nil, now.settled()
 	}
 	if m != nil {
 		m.pins[id] = known

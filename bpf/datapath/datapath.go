@@ -545,6 +545,16 @@ func (d *Datapath) counter(index probeletCounter) (uint64, error) {
 	return value, nil
 }
 
+// Unrecorded returns how many connections of probers were not recorded, or not whole, for want of room.
+func (d *Datapath) Unrecorded() (uint64, error) {
+	full, err := d.counter(probeletCounterCOUNT_PASSED_FULL)
+	if err != nil {
+		return 0, err
+	}
+	lost, err := d.counter(probeletCounterCOUNT_RECORDS_LOST)
+	return full + lost, err
+}
+
 // sums returns the first n elements of a per-CPU array, each summed over the CPUs.
 func sums(array *ebpf.Map, n int) (sums []uint64, err error) {
 	sums = make([]uint64, n)
@@ -670,7 +680,7 @@ func (d *Datapath) Unanswered() (map[PodPort][]uint64, error) {
 
 // eachFlow calls f for each connection in the flow table.
 func (d *Datapath) eachFlow(f func(probeletFlowKey, *probeletFlow)) error {
-	const batch = 4096
+	const batch = 512
 	keys, flows := make([]probeletFlowKey, batch), make([]probeletFlow, batch)
 	for cursor := new(ebpf.MapBatchCursor); ; {
 		count, err := d.objects.Flows.BatchLookup(cursor, keys, flows, nil)
