@@ -214,7 +214,8 @@ func (m *memory) hear() {
 			break
 		}
 		for _, message := range messages {
-			if len(message.Data) >= nl.SizeofTcMsg {
+			// A new qdisc takes no filters away, and the kernel tells of one whenever somebody asks for it (ingressQdisc).
+			if message.Header.Type != unix.RTM_NEWQDISC && len(message.Data) >= nl.SizeofTcMsg {
 				changed[int(nl.DeserializeTcMsg(message.Data).Ifindex)] = true
 			}
 		}

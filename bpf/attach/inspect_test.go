@@ -6,6 +6,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
+
 	"github.com/probelet/probelet/bpf/attach"
 )
 
@@ -73,4 +75,31 @@ func TestInspectorFindsWhatIsMissing(t *testing.T) {
 			t.Errorf("%v, want %v", err, attach.ErrNotAttached)
 		}
 	})
+}
+
+// Where news is lost (ENOBUFS), all filters are looked at again.
+func TestInspectorMissesNews(t *testing.T) {
+	w := newWorld(t)
+	i := w.inspector()
+	w.attach(way{attach.HookTC, attach.ViaClsact})
+	w.inspectOften(i)
+	w.must(w.inNode(func() error { // of another device
+		loopback, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		qdisc := &netlink.GenericQdisc{QdiscType: "pfifo", QdiscAttrs: netlink.QdiscAttrs{
+			LinkIndex: loopback.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT,
+		}}
+		for range 500 { // more than the socket can hold
+			if err := errors.Join(netlink.QdiscAdd(qdisc), netlink.QdiscDel(qdisc)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}))
+	w.takeOff("steer", "egress")
+	if err := w.inspect(i); !errors.Is(err, attach.ErrIncomplete) {
+		t.Errorf("%v, want %v", err, attach.ErrIncomplete)
+	}
 }
