@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
-	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
@@ -23,7 +22,7 @@ import (
 // belongs to the network namespace in which it was made.
 type Inspector struct {
 	datapath *datapath.Datapath
-	bpfDir   string
+	checker  Checker // with devices of no time in particular
 	memory   *memory
 }
 
@@ -33,7 +32,12 @@ func NewInspector(d *datapath.Datapath, bpfDir string) (*Inspector, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listening for changes of tc filters: %w", err)
 	}
-	return &Inspector{d, bpfDir, &memory{news: news, filters: map[filterAt]bool{}}}, nil
+	c, err := NewChecker(d, bpfDir)
+	if err != nil {
+		return nil, errors.Join(err, unix.Close(news))
+	}
+	c.memory = &memory{news: news, filters: map[filterAt]bool{}}
+	return &Inspector{d, *c, c.memory}, nil
 }
 
 // Close ends the listening.
@@ -44,12 +48,10 @@ func (i *Inspector) Begin() (*Checker, error) {
 	if err := i.memory.begin(); err != nil {
 		return nil, err
 	}
-	c, err := NewChecker(i.datapath, i.bpfDir)
-	if err != nil {
-		return nil, err
-	}
-	c.memory = i.memory
-	return c, nil
+	c := i.checker
+	var err error
+	c.devices, err = i.datapath.Devices()
+	return &c, err
 }
 
 // Links returns the node's devices, by index, as Begin found them.
@@ -92,29 +94,7 @@ type pins struct {
 	device datapath.DeviceKey
 	clsact bool // the marker viaClsact is there
 	path   string
-	stamp  stamp // zero: it is to be read again
-}
-
-// stamp changes when a file or directory does, or is replaced.
-type stamp struct {
-	dev, ino     uint64
-	mtime, ctime unix.Timespec
-}
-
-func stampOf(path string) (stamp, error) {
-	var stat unix.Stat_t
-	if err := unix.Stat(path, &stat); err != nil {
-		return stamp{}, fmt.Errorf("%s: %w", path, err)
-	}
-	return stamp{stat.Dev, stat.Ino, stat.Mtim, stat.Ctim}, nil
-}
-
-// settled returns the stamp, or none if it is so young that another change might have the same times.
-func (s stamp) settled() stamp {
-	if time.Since(time.Unix(s.mtime.Unix())) < time.Second {
-		return stamp{}
-	}
-	return s
+	stamp  datapath.Stamp // zero: it is to be read again
 }
 
 type filterAt struct {
@@ -138,7 +118,7 @@ func (m *memory) pinsOf(bpfDir string, id ID) (pins, error) {
 	if known.path == "" {
 		known.path = filepath.Join(datapath.AttachmentsDir(bpfDir), id.name())
 	}
-	now, err := stampOf(known.path)
+	now, err := datapath.StampOf(known.path)
 	if datapath.Absent(err) {
 		return pins{}, ErrNotAttached
 	}
@@ -150,7 +130,7 @@ func (m *memory) pinsOf(bpfDir string, id ID) (pins, error) {
 			return pins{}, err
 		}
 		_, err = os.Stat(filepath.Join(known.path, viaClsact))
-		known.clsact, known.stamp = err == nil, now.settled()
+		known.clsact, known.stamp = err == nil, now.Settled()
 	}
 	if m != nil {
 		m.pins[id] = known

@@ -125,7 +125,7 @@ type Reader struct{ known map[string]known }
 // known is a record that was read. Each write makes another file of it.
 type known struct {
 	Record
-	stamp stamp // zero: it is to be read again
+	stamp datapath.Stamp // zero: it is to be read again
 }
 
 // Read is ReadRecords. The records share memory with those of earlier calls.
@@ -160,7 +160,7 @@ func (r *Reader) Read(stateDir string) ([]Record, error) {
 }
 
 func (r *Reader) read(path string) (known, error) {
-	now, err := stampOf(path)
+	now, err := datapath.StampOf(path)
 	if err != nil {
 		return known{}, err
 	}
@@ -168,7 +168,7 @@ func (r *Reader) read(path string) (known, error) {
 		return before, nil
 	}
 	record, err := readRecord(path)
-	return known{record, now.settled()}, err
+	return known{record, now.Settled()}, err
 }
 
 // RemoveRecord removes a record. A missing one is no error.

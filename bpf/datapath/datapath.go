@@ -55,6 +55,7 @@ type Datapath struct {
 	watch  link.Link  // nil: listening sockets are not watched, or by another process' doing
 	blind  bool       // steer does not look at listening sockets; false if opened by pins
 	dir    string     // <bpf dir>/<ABI>; empty if nothing is pinned
+	found  Stamp      // of dir, when the pins in it were found to be of these objects
 }
 
 // Load loads the objects without pinning them. They live until Close and the last attachment.
@@ -368,8 +369,22 @@ const (
 )
 
 // Current reports whether these objects are still what is pinned, and none is missing. They are not if another BPF file system
-// was mounted, or pins were removed.
+// was mounted, or pins were removed. It looks at the pins only if their directory has changed since it last did. It is not safe for
+// concurrent use.
 func (d *Datapath) Current() (bool, error) {
+	stamp, err := StampOf(d.dir)
+	if err == nil && stamp == d.found {
+		return true, nil
+	}
+	d.found = Stamp{}
+	current, err := d.isPinned()
+	if err == nil && current {
+		d.found = stamp.Settled()
+	}
+	return current, err
+}
+
+func (d *Datapath) isPinned() (bool, error) {
 	pinned, err := openWhole(filepath.Dir(d.dir))
 	if errors.Is(err, ErrNotLoaded) || errors.Is(err, ErrIncomplete) {
 		return false, nil
