@@ -52,6 +52,7 @@ type Datapath struct {
 		Sweep   *ebpf.Program `ebpf:"sweep"`
 	}
 	prober sync.Mutex // of the one element of that map, parts of which are changed independently
+	own    bool       // the programs look into own_sockets; guarded by prober
 	watch  link.Link  // nil: listening sockets are not watched, or by another process' doing
 	blind  bool       // steer does not look at listening sockets; false if opened by pins
 	dir    string     // <bpf dir>/<ABI>; empty if nothing is pinned
@@ -625,11 +626,16 @@ func (d *Datapath) lookForOwnSockets() error {
 	d.prober.Lock()
 	defer d.prober.Unlock()
 	var config probeletProberConfig
-	if err := d.objects.Prober.Lookup(uint32(0), &config); err != nil || config.OwnSockets != 0 {
+	if d.own {
+		return nil
+	}
+	if err := d.objects.Prober.Lookup(uint32(0), &config); err != nil {
 		return err
 	}
 	config.OwnSockets = 1
-	return d.objects.Prober.Put(uint32(0), &config)
+	err := d.objects.Prober.Put(uint32(0), &config)
+	d.own = err == nil
+	return err
 }
 
 // ForgetSocket ends what ExemptSocket began, for connections that are yet to be made.

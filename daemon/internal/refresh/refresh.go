@@ -14,9 +14,9 @@ import (
 )
 
 const (
-	// gather is how long replies are left to gather after some have been dealt with: to wake up for each one would cost
-	// more than all the rest. It is little beside a probe's timeout, which is a second at least.
-	gather = 5 * time.Millisecond
+	// gather is how long replies, and requests that are due, are left to gather: to wake up for each one would cost more than all
+	// the rest. It is little beside a probe's timeout, which is a second at least.
+	gather = 10 * time.Millisecond
 	// mostUntaken is how many outcomes may wait to be taken before nothing more is asked.
 	mostUntaken = 4096
 )
@@ -133,28 +133,29 @@ func (r *Refresher) rouse() {
 func (r *Refresher) run() {
 	defer close(r.done)
 	events := make([]unix.EpollEvent, 256)
-	for {
-		wait, ok := r.step()
+	for n := 0; ; {
+		busy, ok := r.step()
 		if !ok {
 			return
 		}
-		n, err := unix.EpollWait(r.epoll, events, wait)
+		if busy || n > 0 {
+			time.Sleep(gather)
+		}
+		var err error
+		n, err = unix.EpollWait(r.epoll, events, r.wait())
 		if err != nil && err != unix.EINTR {
 			panic(fmt.Sprintf("refresh: epoll_wait: %v", err)) // of our own descriptor and memory
 		}
-		if n > 0 {
-			r.handle(events[:n])
-			time.Sleep(gather)
-		}
+		r.handle(events[:max(n, 0)])
 	}
 }
 
-// step deals with what is due, and returns how long to wait for events, in ms (-1: for ever). It returns false when all is to end.
-func (r *Refresher) step() (wait int, ok bool) {
+// step deals with what is due, and reports whether there was anything. ok is false when all is to end.
+func (r *Refresher) step() (busy, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.closed {
-		return 0, false
+		return false, false
 	}
 	now := r.now()
 	for len(r.outcomes) < mostUntaken {
@@ -162,6 +163,7 @@ func (r *Refresher) step() (wait int, ok bool) {
 		if j == nil {
 			break
 		}
+		busy = true
 		r.deal(j, now)
 	}
 	if len(r.outcomes) > 0 {
@@ -170,11 +172,18 @@ func (r *Refresher) step() (wait int, ok bool) {
 		default:
 		}
 	}
+	return busy, true
+}
+
+// wait returns how long there is nothing due, in ms (-1: for ever).
+func (r *Refresher) wait() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if len(r.outcomes) >= mostUntaken || len(r.schedule.due) == 0 {
-		return -1, true
+		return -1
 	}
 	left := time.Duration(r.schedule.due[0].at) - time.Duration(r.now())
-	return int(max(0, left+time.Millisecond-1) / time.Millisecond), true
+	return int(max(0, left+time.Millisecond-1) / time.Millisecond)
 }
 
 // deal begins a request, looks at it again, or gives it up.
