@@ -42,6 +42,10 @@ test: build ## Run all tests; the privileged ones need root
 	cd daemon/differential && CGO_ENABLED=0 go test -count=1 ./...
 	cd bench && PROBELET_BIN=$(BIN) CGO_ENABLED=0 go test -count=1 -timeout 10m -ldflags '$(KUBE_VERSION)' -measure -short
 
+.PHONY: churn
+churn: ## Have 100,000 pods come and go, and see that the daemon stays as large as it is
+	go test -count=1 -timeout 30m -v -run 'TestChurn$$' ./daemon/cmd/probeletd -churn 100000
+
 FUZZTIME ?= 10m
 .PHONY: fuzz
 fuzz: ## Look for replies that are taken for a success, but not by the kubelet's prober (root; FUZZTIME=10m)

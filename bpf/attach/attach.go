@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -317,13 +316,15 @@ func List(bpfDir string) ([]ID, error) {
 		return nil, err
 	}
 	var ids []ID
+	seen := map[ID]bool{}
 	for _, dir := range append(others, filepath.Dir(datapath.AttachmentsDir(bpfDir))) {
 		entries, err := os.ReadDir(datapath.AttachmentsIn(dir))
 		if err != nil && !datapath.Absent(err) {
 			return nil, err
 		}
 		for _, e := range entries {
-			if id, ok := parseName(e.Name()); ok && !slices.Contains(ids, id) {
+			if id, ok := parseName(e.Name()); ok && !seen[id] {
+				seen[id] = true
 				ids = append(ids, id)
 			}
 		}

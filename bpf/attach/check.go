@@ -4,10 +4,10 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
+	"slices"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 
 	"github.com/probelet/probelet/bpf/datapath"
@@ -18,6 +18,7 @@ type Checker struct {
 	bpfDir                  string
 	devices                 map[uint32]datapath.Device
 	steer, observe, respond ebpf.ProgramID
+	memory                  *memory // nil: everything is read anew
 }
 
 // NewChecker reads which devices the programs know now, and the ids of the programs.
@@ -38,42 +39,63 @@ func NewChecker(d *datapath.Datapath, bpfDir string) (*Checker, error) {
 // Check compares the attachment to the device ifindex. The error is ErrNotAttached, or ErrIncomplete with what is wrong; any other
 // error means that the check itself failed.
 func (c *Checker) Check(id ID, ifindex int) error {
-	key, err := Device(c.bpfDir, id)
-	if _, statErr := os.Stat(filepath.Join(datapath.AttachmentsDir(c.bpfDir), id.name())); errors.Is(statErr, os.ErrNotExist) {
-		return fmt.Errorf("%s: %w", id, ErrNotAttached)
-	}
 	wrong := func(format string, args ...any) error {
 		return fmt.Errorf("%s: %w: %s", id, ErrIncomplete, fmt.Sprintf(format, args...))
+	}
+	pins, err := c.memory.pinsOf(c.bpfDir, id)
+	if errors.Is(err, ErrNotAttached) {
+		return fmt.Errorf("%s: %w", id, err)
 	}
 	if err != nil {
 		return wrong("%v", err)
 	}
 	device, known := c.devices[uint32(ifindex)]
-	if !known || device.Key != key {
-		return wrong("the programs know device %d as %+v, not as %+v", ifindex, device.Key, key)
+	if !known || device.Key != pins.device {
+		return wrong("the programs know device %d as %+v, not as %+v", ifindex, device.Key, pins.device)
 	}
-	link, err := linkAt(ifindex)
+	link, err := c.memory.link(ifindex)
 	if err != nil {
 		return err
 	}
-	if nsid := link.Attrs().NetNsID; nsid != device.NSID {
+	if link.NSID != device.NSID {
 		return wrong("device %d leads to the network namespace with id %d (-1: unknown), and steer looks into that with %d",
-			ifindex, nsid, device.NSID)
+			ifindex, link.NSID, device.NSID)
 	}
-	if attached := xdpOn(link); device.Hook == datapath.HookXDP && attached != c.respond {
-		return wrong("XDP program of device %d is %d (0: none), not respond, which is %d", ifindex, attached, c.respond)
+	if device.Hook == datapath.HookXDP && link.XDP != c.respond {
+		return wrong("XDP program of device %d is %d (0: none), not respond, which is %d", ifindex, link.XDP, c.respond)
 	}
 	for _, side := range sides {
 		program := c.programAt(side)
-		line, err := lineAt(link, side)
+		on, err := c.isOn(ifindex, side)
 		if err != nil {
 			return err
 		}
-		if line.index(program) < 0 {
+		if !on {
 			return wrong("%s, program %d, is not at tc %s of device %d", side.pin, program, side.name, ifindex)
 		}
 	}
 	return nil
+}
+
+// isOn reports whether the side's program is there, as a tcx program or as a filter.
+func (c *Checker) isOn(ifindex int, s side) (bool, error) {
+	programs, err := tcxPrograms(ifindex, s.tcx)
+	if err != nil {
+		return false, err
+	}
+	program := c.programAt(s)
+	if slices.ContainsFunc(programs, func(p link.AttachedProgram) bool { return p.ID == program }) {
+		return true, nil
+	}
+	if c.memory.hasFilter(ifindex, s) {
+		return true, nil
+	}
+	line, err := filterLine(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: ifindex}}, s)
+	on := line.index(program) >= 0
+	if on && err == nil {
+		c.memory.foundFilter(ifindex, s)
+	}
+	return on, err
 }
 
 func (c *Checker) programAt(s side) ebpf.ProgramID {
@@ -174,14 +196,20 @@ func lineAt(device netlink.Link, s side) (line, error) {
 	for _, p := range programs {
 		all = append(all, place{hook: "tcx", program: p.ID})
 	}
+	filters, err := filterLine(device, s)
+	return append(all, filters...), err
+}
+
+// filterLine returns the filters at one side of a device.
+func filterLine(device netlink.Link, s side) (all line, err error) {
 	filters, err := filtersOf(device, s.parent)
 	if err != nil {
 		return nil, err
 	}
 	if len(filters) > 0 && s.parent == netlink.HANDLE_MIN_EGRESS {
 		// An ingress qdisc lists its filters at any parent that is asked for.
-		if kind, err := ingressQdisc(ifindex); err != nil || kind != "clsact" {
-			return all, err
+		if kind, err := ingressQdisc(device.Attrs().Index); err != nil || kind != "clsact" {
+			return nil, err
 		}
 	}
 	for _, f := range filters {

@@ -121,9 +121,23 @@ func readRecord(path string) (Record, error) {
 }
 
 // ReadRecords reads all records. It returns those that it could read, even if there is an error, which names the others.
-func ReadRecords(stateDir string) ([]Record, error) {
+func ReadRecords(stateDir string) ([]Record, error) { return new(Reader).Read(stateDir) }
+
+// Reader reads all records again and again, and of their files those that have changed. The zero value is ready for use; it is not
+// safe for concurrent use.
+type Reader struct{ known map[string]known }
+
+// known is a record that was read. Each write makes another file of it.
+type known struct {
+	Record
+	stamp datapath.Stamp // zero: it is to be read again
+}
+
+// Read is ReadRecords. The records share memory with those of earlier calls.
+func (r *Reader) Read(stateDir string) ([]Record, error) {
 	entries, err := os.ReadDir(RecordsDir(stateDir))
 	if errors.Is(err, os.ErrNotExist) {
+		r.known = nil
 		return nil, nil
 	}
 	if err != nil {
@@ -131,20 +145,35 @@ func ReadRecords(stateDir string) ([]Record, error) {
 	}
 	var records []Record
 	var errs []error
+	read := make(map[string]known, len(entries))
 	for _, e := range entries {
 		name, isRecord := strings.CutSuffix(e.Name(), ".json")
 		if _, ok := parseName(name); !ok || !isRecord {
 			continue
 		}
-		r, err := readRecord(filepath.Join(RecordsDir(stateDir), e.Name()))
+		path := filepath.Join(RecordsDir(stateDir), e.Name())
+		one, err := r.read(path)
 		switch {
 		case err == nil:
-			records = append(records, r)
+			records, read[path] = append(records, one.Record), one
 		case !errors.Is(err, os.ErrNotExist): // removed meanwhile
 			errs = append(errs, err)
 		}
 	}
+	r.known = read
 	return records, errors.Join(errs...)
+}
+
+func (r *Reader) read(path string) (known, error) {
+	now, err := datapath.StampOf(path)
+	if err != nil {
+		return known{}, err
+	}
+	if before, ok := r.known[path]; ok && before.stamp == now {
+		return before, nil
+	}
+	record, err := readRecord(path)
+	return known{record, now.Settled()}, err
 }
 
 // RemoveRecord removes a record. A missing one is no error.

@@ -55,9 +55,11 @@ type Datapath struct {
 	}
 	prober sync.Mutex // of the one element of that map, parts of which are changed independently, and of marker
 	marker *marker    // nil: sockets are not marked, or by another process' doing
+	own    bool       // the programs look into own_sockets; guarded by prober
 	watch  link.Link  // nil: listening sockets are not watched, or by another process' doing
 	blind  bool       // steer does not look at listening sockets; false if opened by pins
 	dir    string     // <bpf dir>/<ABI>; empty if nothing is pinned
+	found  Stamp      // of dir, when the pins in it were found to be of these objects
 }
 
 // Load loads the objects without pinning them. They live until Close and the last attachment.
@@ -374,8 +376,22 @@ const (
 )
 
 // Current reports whether these objects are still what is pinned, and none is missing. They are not if another BPF file system
-// was mounted, or pins were removed.
+// was mounted, or pins were removed. It looks at the pins only if their directory has changed since it last did. It is not safe for
+// concurrent use.
 func (d *Datapath) Current() (bool, error) {
+	stamp, err := StampOf(d.dir)
+	if err == nil && stamp == d.found {
+		return true, nil
+	}
+	d.found = Stamp{}
+	current, err := d.isPinned()
+	if err == nil && current {
+		d.found = stamp.Settled()
+	}
+	return current, err
+}
+
+func (d *Datapath) isPinned() (bool, error) {
 	pinned, err := openWhole(filepath.Dir(d.dir))
 	if errors.Is(err, ErrNotLoaded) || errors.Is(err, ErrIncomplete) {
 		return false, nil
@@ -510,6 +526,16 @@ func (d *Datapath) counter(index probeletCounter) (uint64, error) {
 	return value, nil
 }
 
+// Unrecorded returns how many connections of probers were not recorded, or not whole, for want of room.
+func (d *Datapath) Unrecorded() (uint64, error) {
+	full, err := d.counter(probeletCounterCOUNT_PASSED_FULL)
+	if err != nil {
+		return 0, err
+	}
+	lost, err := d.counter(probeletCounterCOUNT_RECORDS_LOST)
+	return full + lost, err
+}
+
 // sums returns the first n elements of a per-CPU array, each summed over the CPUs.
 func sums(array *ebpf.Map, n int) (sums []uint64, err error) {
 	sums = make([]uint64, n)
@@ -565,11 +591,16 @@ func (d *Datapath) lookForOwnSockets() error {
 	d.prober.Lock()
 	defer d.prober.Unlock()
 	var config probeletProberConfig
-	if err := d.objects.Prober.Lookup(uint32(0), &config); err != nil || config.OwnSockets != 0 {
+	if d.own {
+		return nil
+	}
+	if err := d.objects.Prober.Lookup(uint32(0), &config); err != nil {
 		return err
 	}
 	config.OwnSockets = 1
-	return d.objects.Prober.Put(uint32(0), &config)
+	err := d.objects.Prober.Put(uint32(0), &config)
+	d.own = err == nil
+	return err
 }
 
 // ForgetSocket ends what ExemptSocket began, for connections that are yet to be made.
@@ -635,7 +666,7 @@ func (d *Datapath) Unanswered() (map[PodPort][]uint64, error) {
 
 // eachFlow calls f for each connection in the flow table.
 func (d *Datapath) eachFlow(f func(probeletFlowKey, *probeletFlow)) error {
-	const batch = 4096
+	const batch = 512
 	keys, flows := make([]probeletFlowKey, batch), make([]probeletFlow, batch)
 	for cursor := new(ebpf.MapBatchCursor); ; {
 		count, err := d.objects.Flows.BatchLookup(cursor, keys, flows, nil)

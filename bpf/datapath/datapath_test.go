@@ -182,6 +182,8 @@ func TestEnsureReplacesAnIncompleteSet(t *testing.T) {
 	for i, pin := range []string{"steer", "observe", "respond", "sweep", "flows", "endpoint_evidence", "answer_ages", pinWatch} {
 		old, err := Ensure(t.Context(), dir)
 		must(t, err)
+		past := time.Now().Add(-time.Minute) // so that what it has seen is not looked at again
+		must(t, os.Chtimes(old.Dir(), past, past))
 		if current, err := old.Current(); err != nil || !current {
 			t.Fatalf("current: %v, %v", current, err)
 		}

@@ -197,16 +197,20 @@ func deviceOf(ifindex uint32, device probeletDevice) Device {
 // Devices returns all devices that the programs know, by ifindex.
 func (d *Datapath) Devices() (map[uint32]Device, error) {
 	devices := map[uint32]Device{}
-	var ifindex uint32
-	var device probeletDevice
-	entries := d.objects.Devices.Iterate()
-	for entries.Next(&ifindex, &device) {
-		devices[ifindex] = deviceOf(ifindex, device)
+	const batch = 256
+	indexes, values := make([]uint32, batch), make([]probeletDevice, batch)
+	for cursor := new(ebpf.MapBatchCursor); ; {
+		n, err := d.objects.Devices.BatchLookup(cursor, indexes, values, nil)
+		for i := range n {
+			devices[indexes[i]] = deviceOf(indexes[i], values[i])
+		}
+		if errors.Is(err, ebpf.ErrKeyNotExist) { // that was all
+			return devices, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("devices: %w", err)
+		}
 	}
-	if err := entries.Err(); err != nil {
-		return nil, fmt.Errorf("devices: %w", err)
-	}
-	return devices, nil
 }
 
 // TrustAgain puts a device on trial again, as if it had just been attached. The error is os.ErrNotExist as for Device.

@@ -79,16 +79,8 @@ func (s *stage) serve(conn *net.TCPConn) {
 
 // play has the kubelet's prober ask for the reply, and returns its verdict and what was recorded.
 func (s *stage) play(t testing.TB, reply replies.Reply, timeout time.Duration) (success bool, said string, records []datapath.Record) {
-	n := s.next.Add(1)
-	address := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 1, byte(n >> 8), byte(n)}), s.port)
-	s.mu.Lock()
-	s.replies[address] = reply
-	s.mu.Unlock()
-	defer func() {
-		s.mu.Lock()
-		delete(s.replies, address)
-		s.mu.Unlock()
-	}()
+	address, forget := s.at(reply)
+	defer forget()
 	flow := s.capture.expect(address)
 	result, message, err := ask(t, address, timeout)
 	select {

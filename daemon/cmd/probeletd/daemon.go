@@ -41,6 +41,7 @@ type daemon struct {
 	pods        []probe.Pod // that there may be an attachment of
 	podsKnown   bool
 	strangers   []stranger // of all pods
+	reader      attach.Reader
 	records     []attach.Record
 	attachments map[attach.ID]*attachment
 	byDevice    map[uint32][]*attachment // by ifindex
@@ -58,6 +59,7 @@ type attachment struct {
 	pod       *probe.Pod // nil: the specs say nothing of it
 	settings  probe.Settings
 	tracker   *probe.Tracker
+	several   []probe.EndpointSpec           // its endpoints of which one success is not enough
 	events    map[probe.Endpoint][]api.Event // the last ones
 	estimator *probe.Estimator               // nil: not in mode observe
 	maps      *store.Pod                     // nil: not there yet, or to be opened anew
@@ -97,7 +99,7 @@ func (d *daemon) setPods(pods []probe.Pod) {
 
 // readRecords returns whether there are attachments that there were not before.
 func (d *daemon) readRecords() (added bool) {
-	records, err := attach.ReadRecords(d.stateDir)
+	records, err := d.reader.Read(d.stateDir)
 	known := map[attach.ID]bool{}
 	for _, r := range d.records {
 		known[r.ID()] = true
@@ -204,6 +206,9 @@ func (d *daemon) ask(a *attachment) {
 	for _, c := range a.tracker.SetEndpoints(endpoints, now) {
 		d.note(a, c, nil)
 	}
+	a.several = slices.DeleteFunc(slices.Clone(endpoints), func(s probe.EndpointSpec) bool {
+		return !s.Observed || s.SuccessThreshold < 2
+	})
 	a.estimate(endpoints, now)
 }
 
@@ -549,8 +554,15 @@ func (d *daemon) judge(a *attachment, o probe.Outcome) {
 }
 
 // refreshed learns from what the daemon asked by itself.
-func (d *daemon) refreshed(o refresh.Outcome) {
-	if a := d.attachments[o.Attachment]; a != nil && d.learn(a, o.Outcome, d.unanswered) {
+func (d *daemon) refreshed(outcomes []refresh.Outcome) {
+	changed := map[*attachment]bool{}
+	unanswered := sync.OnceValues(d.unanswered)
+	for _, o := range outcomes {
+		if a := d.attachments[o.Attachment]; a != nil && d.learn(a, o.Outcome, unanswered) {
+			changed[a] = true
+		}
+	}
+	for a := range changed {
 		d.sync(a)
 	}
 }
@@ -560,7 +572,7 @@ func (d *daemon) learn(a *attachment, o probe.Outcome, unanswered func() (map[da
 	if a.unwhole {
 		return false
 	}
-	changed := len(a.needSeveral()) > 0 && d.learnUnseen(a, unanswered)
+	changed := len(a.several) > 0 && d.learnUnseen(a, unanswered)
 	a.tally(o)
 	changes := a.tracker.Observe(o)
 	for _, c := range changes {
@@ -573,27 +585,17 @@ func (d *daemon) learn(a *attachment, o probe.Outcome, unanswered func() (map[da
 // unanswered returns when connections began that a port did not answer. Where connections were not recorded, for want of room, it has
 // successes counted again of all pods.
 func (d *daemon) unanswered() (map[datapath.PodPort][]uint64, error) {
-	counters, err := d.datapath.Counters()
+	unrecorded, err := d.datapath.Unrecorded()
 	if err != nil {
 		return nil, err
 	}
-	if unrecorded := counters["passed_full"] + counters["records_lost"]; unrecorded != d.unrecorded {
+	if unrecorded != d.unrecorded {
 		d.unrecorded = unrecorded
 		for _, a := range d.attachments {
 			a.doubtedAt = datapath.Now()
 		}
 	}
 	return d.datapath.Unanswered()
-}
-
-// needSeveral returns the endpoints of which one success is not enough.
-func (a *attachment) needSeveral() (more []probe.EndpointSpec) {
-	for _, s := range a.tracker.Endpoints() {
-		if s.Observed && s.SuccessThreshold > 1 {
-			more = append(more, s)
-		}
-	}
-	return more
 }
 
 // sweep forgets connections that ended unseen, after it has learned which of them the pod did not answer.
@@ -615,7 +617,7 @@ func (d *daemon) learnUnseen(a *attachment, unanswered func() (map[datapath.PodP
 	}
 	var changes []probe.Change
 	began, err := unanswered()
-	for _, s := range a.needSeveral() {
+	for _, s := range a.several {
 		at := max(a.withdrawnAt(s.Endpoint), a.doubtedAt)
 		for _, began := range began[datapath.PodPort{Device: a.maps.Device(), Port: s.Port}] {
 			at = max(at, began) // whether it has failed yet or not

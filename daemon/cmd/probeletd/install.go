@@ -373,12 +373,12 @@ func (i *installation) detach(ctx context.Context) error {
 // removeFilters removes filters whose pins are lost from the devices on record. The records themselves go later: should this
 // be killed, they are needed again.
 func removeFilters(records []attach.Record) error {
-	devices, err := deviceNames()
+	links, err := attach.Links()
 	if err != nil {
 		return err
 	}
 	for _, r := range records {
-		if name, present := devices[r.IfIndex]; !present || name != r.HostIfName {
+		if link, present := links[r.IfIndex]; !present || link.Name != r.HostIfName {
 			continue
 		}
 		if err := attach.RemoveFilters(r.IfIndex); err != nil {

@@ -165,9 +165,10 @@ func TestRestartedContainerOverARestart(t *testing.T) {
 	n.eventually("closed", not(n.open(8080)))
 }
 
-// An annotation of the pod turns refresh on.
+// An annotation of the pod turns refresh on, where the node lets it.
 func TestRefreshByAnnotation(t *testing.T) {
 	n := newNode(t)
+	n.config.defaults.RefreshByAnnotation = true
 	k := newKubelet(t)
 	n.config.specs, n.config.source = "", "kubelet"
 	n.config.kubelet.URL, n.config.kubelet.Poll = k.URL+"/pods", 100*time.Millisecond

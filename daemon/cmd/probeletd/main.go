@@ -92,11 +92,12 @@ short), and the staleness is 10 periods unless somebody says less. No pod exceed
 whatever its annotation says. What was observed already is not answered for longer when the staleness grows; only the next
 success is.
 
-With refresh (--refresh, or the pod's annotation probelet.dev/refresh: true, or the longest interval, from 100ms) the daemon
-itself asks what the probes ask, byte for byte, once in the staleness at least, so that the probes of a pod that is well are
+With refresh (--refresh, or, where --refresh-by-annotation allows it, the pod's annotation probelet.dev/refresh: true, or the
+longest interval, from 100ms) the daemon itself asks what the probes ask, byte for byte, once in the staleness at least, so that the probes of a pod that is well are
 all answered. It asks only what is known to succeed; a failure withdraws at once, and then the prober finds out that the pod
-has recovered. Each request has a connection of its own, which is reset at its end and leaves no TIME_WAIT. It is off, and
-probeletctl explain says why, for what is not answered, for pods whose address is not known, and for TCP probes that are
+has recovered. Each request has a connection of its own, which is reset at its end and leaves no TIME_WAIT. It costs the
+node's CPU, so pods may not ask for it unless the node allows that; they may always do without ("false"). A pod has at most 4
+such connections at a time and 20 per second, however many endpoints it has. Refresh is off, and probeletctl explain says why, for what is not answered, for pods whose address is not known, and for TCP probes that are
 answered by a look at the listening socket.
 
 An annotation that cannot be used is logged and shown by probeletctl status, and of its pod nothing is answered: whoever
@@ -123,7 +124,7 @@ type config struct {
 	bpfDir, stateDir string
 	hook             attach.Hook // of pods that are adopted, and in the plugin's configuration
 	defaults         probe.Defaults
-	dial             dialFunc      // from the node's network namespace
+	openSocket       openFunc      // for the daemon's own requests
 	keep             bool          // attachments as the node is
 	crosscheck       time.Duration // between looks at the kubelet's verdicts; 0: none
 	cniCacheDir      string
@@ -204,6 +205,7 @@ func policyFlags(flags *pflag.FlagSet, d *probe.Defaults) {
 	flags.TextVar(&d.Staleness, "staleness", builtIn.Staleness, "for how many `periods` a success is answered")
 	flags.TextVar(&d.Ceiling, "staleness-ceiling", builtIn.Ceiling, "most `periods` that an annotation can ask for")
 	flags.TextVar(&d.Refresh, "refresh", builtIn.Refresh, "whether the daemon asks by itself: `true|false`, or the longest interval")
+	flags.BoolVar(&d.RefreshByAnnotation, "refresh-by-annotation", false, "pods may ask for refresh by annotation, at the node's cost")
 }
 
 // noteChosen tells values that were given from built-in ones that are the same.
@@ -224,7 +226,7 @@ func newLog(to io.Writer, format string, level *slog.LevelVar) (*slog.Logger, er
 }
 
 func runCommand(stderr io.Writer) *cobra.Command {
-	c := config{dial: (*net.Dialer).DialContext, logLevel: &slog.LevelVar{}}
+	c := config{openSocket: openSocket, logLevel: &slog.LevelVar{}}
 	c.kubelet.SelfSigned = func() ([]byte, error) { return prober.KubeletCertificate("/proc") }
 	cmd := &cobra.Command{
 		Use:   "run [--source kubelet|apiserver|file] [--prober kubelet|cgroup:PATH|host]",

@@ -1,53 +1,46 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"net"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/datapath"
-	"github.com/probelet/probelet/daemon/internal/refresh"
 )
 
-// dialFunc is net.Dialer.DialContext, of that dialer.
-type dialFunc func(dialer *net.Dialer, ctx context.Context, network, address string) (net.Conn, error)
+// openFunc opens a non-blocking TCP socket of an address family, in the node's network namespace.
+type openFunc func(family int) (fd int, err error)
 
-// asOwn makes connections that are never taken for a probe's, whoever the prober is: the kernel side is told of each
-// socket before it connects. Later packets of a connection that was passed on are passed on too. The error is
-// refresh.ErrNotAsked if no socket came as far as to connect. connects is called for each that does.
-func asOwn(d *datapath.Datapath, dial dialFunc, connects func()) refresh.Dial {
-	return func(ctx context.Context, network, address string) (conn net.Conn, err error) {
-		var cookies []uint64 // of sockets that connect
-		dialer := &net.Dialer{Control: func(_, _ string, socket syscall.RawConn) error {
-			cookie, err := cookieOf(socket)
-			if err != nil {
-				return fmt.Errorf("socket cookie: %w", err)
-			}
-			if err := d.ExemptSocket(cookie); err != nil {
-				return fmt.Errorf("exempting the socket: %w", err)
-			}
-			cookies = append(cookies, cookie)
-			connects()
-			return nil
-		}}
-		conn, err = dial(dialer, ctx, network, address)
-		for _, cookie := range cookies {
-			_ = d.ForgetSocket(cookie) // no other socket ever has it, and the least used go first
-		}
-		if err != nil && cookies == nil {
-			err = errors.Join(refresh.ErrNotAsked, err)
-		}
-		return conn, err
+func openSocket(family int) (fd int, err error) {
+	return unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+}
+
+// ownSockets opens sockets whose connections are never taken for a probe's, whoever the prober is: the kernel side is told of each
+// before it connects. Later packets of a connection that was passed on are passed on too. It implements refresh.Sockets.
+type ownSockets struct {
+	datapath *datapath.Datapath
+	open     openFunc
+	opened   func() // is called for each
+}
+
+// Open implements refresh.Sockets.
+func (o ownSockets) Open(family int) (fd int, cookie uint64, err error) {
+	fd, err = o.open(family)
+	if err != nil {
+		return 0, 0, fmt.Errorf("socket: %w", err)
 	}
+	cookie, err = unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_COOKIE)
+	if err == nil {
+		err = o.datapath.ExemptSocket(cookie)
+	}
+	if err != nil {
+		return 0, 0, errors.Join(fmt.Errorf("exempting a socket: %w", err), unix.Close(fd))
+	}
+	o.opened()
+	return fd, cookie, nil
 }
 
-func cookieOf(socket syscall.RawConn) (cookie uint64, err error) {
-	control := socket.Control(func(fd uintptr) {
-		cookie, err = unix.GetsockoptUint64(int(fd), unix.SOL_SOCKET, unix.SO_COOKIE)
-	})
-	return cookie, errors.Join(control, err)
-}
+// Done implements refresh.Sockets. A socket that cannot be forgotten does no harm: no other one ever has its cookie, and the
+// least used go first.
+func (o ownSockets) Done(cookie uint64) { _ = o.datapath.ForgetSocket(cookie) }

@@ -32,13 +32,7 @@ func newPromoter() *promoter {
 }
 
 // offer hands run the attachments that need promoting, unless it is busy. A later look offers them again.
-func (p *promoter) offer(d *daemon, attached []attach.ID) {
-	var ids []attach.ID
-	for _, id := range attached {
-		if attach.Promotable(d.bpfDir, id) {
-			ids = append(ids, id)
-		}
-	}
+func (p *promoter) offer(ids []attach.ID) {
 	if len(ids) == 0 {
 		return
 	}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,16 +8,18 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"syscall"
 	"time"
 
-	"github.com/containernetworking/plugins/pkg/netlinksafe"
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/adopt"
+	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/repair"
 )
 
 // errReplaced ends the daemon. Started again, in a pod with the mounts of now, it finds what is there.
@@ -33,6 +34,9 @@ type keeper struct {
 	failures map[attach.ID]*failure
 	again    bool // there is more to be done, soon
 	promoter *promoter
+	looker   *repair.Looker
+	looking  bool // a report is awaited
+	looks    int  // reports that were applied
 	// unadopted are the pods that cannot be adopted, by namespace/name.
 	unadopted map[string]unadopted
 }
@@ -83,26 +87,46 @@ func makeKeeper(node adopt.Node) *keeper {
 	return &keeper{adopt: node, suspects: map[attach.ID]bool{}, failures: map[attach.ID]*failure{}, unadopted: map[string]unadopted{}, promoter: newPromoter()}
 }
 
-// repair looks at all attachments. The error is errReplaced, or nothing that ends the daemon.
-func (l *loop) repair(ctx context.Context) error {
-	current, err := l.datapath.Current()
-	if err == nil && (!current || !sameBPFFS(l.bpfDir)) {
+// look has the looker look, unless it is at it. Without a keeper only connections are swept.
+func (l *loop) look() error {
+	l.checkDevices()
+	l.sayUnrepaired(l.sweep())
+	if !sameBPFFS(l.bpfDir) {
 		return errReplaced
 	}
-	err = errors.Join(err, l.sweep())
-	if l.keeper != nil && l.podsKnown {
-		changed, lookErr := l.keeper.look(ctx, l.daemon)
-		if changed {
-			l.readRecords()
+	if l.keeper == nil {
+		if current, err := l.datapath.Current(); err == nil && !current {
+			return errReplaced
 		}
-		err = errors.Join(err, lookErr)
+		return nil
 	}
-	word := fmt.Sprint(err)
-	if err != nil && word != l.unrepaired {
+	l.keeper.request(l.daemon)
+	return nil
+}
+
+// repair does what a report calls for. The error is errReplaced, or nothing that ends the daemon.
+func (l *loop) repair(ctx context.Context, report repair.Report) error {
+	if report.Replaced {
+		return errReplaced
+	}
+	l.keeper.looking = false
+	changed, err := l.keeper.apply(ctx, l.daemon, report)
+	if changed {
+		l.readRecords()
+		l.checkDevices()
+	}
+	l.sayUnrepaired(err)
+	return nil
+}
+
+// sayUnrepaired logs what keeps the attachments from being looked after, once.
+func (l *loop) sayUnrepaired(err error) {
+	if err == nil {
+		l.unrepaired = ""
+	} else if word := err.Error(); word != l.unrepaired {
+		l.unrepaired = word
 		l.log.Error("looking after attachments", "error", err)
 	}
-	l.unrepaired = word
-	return nil
 }
 
 // sameBPFFS is whether the host has the same file system where we have ours. In a pod it may have been mounted anew.
@@ -115,61 +139,68 @@ func sameBPFFS(bpfDir string) bool {
 	return ours.Dev == theirs.Dev || !filepath.IsAbs(bpfDir)
 }
 
-// look returns whether records have changed.
-func (k *keeper) look(ctx context.Context, d *daemon) (changed bool, err error) {
-	devices, err := deviceNames()
-	if err != nil {
-		return false, err
+// request asks for a look, unless one is under way.
+func (k *keeper) request(d *daemon) {
+	if d.podsKnown && !k.looking {
+		k.looking = true
+		k.looker.Request(slices.Clone(d.records))
 	}
-	checker, err := attach.NewChecker(d.datapath, d.bpfDir)
-	if err != nil {
-		return false, err
+}
+
+// apply does what a report calls for, and returns whether records have changed. What has a new record since the look is left
+// to the next one.
+func (k *keeper) apply(ctx context.Context, d *daemon, report repair.Report) (changed bool, err error) {
+	if report.Err != nil {
+		return false, report.Err
 	}
 	k.again = false
 	ctx, cancel := context.WithTimeout(ctx, lookBudget)
 	defer cancel()
 	suspects := map[attach.ID]bool{}
-	var whole []attach.ID
-	for _, r := range d.records {
-		gone, problem := wrong(checker, r, devices)
+	var promotable []attach.ID
+	for _, f := range report.Findings {
+		r := f.Record
+		a := d.attachments[r.ID()]
 		switch {
-		case problem == nil:
+		case a == nil || !reflect.DeepEqual(a.record, r):
+			continue
+		case f.Problem == nil:
 			d.resume(r.ID())
 			delete(k.failures, r.ID())
-			whole = append(whole, r.ID())
+			if f.Promotable {
+				promotable = append(promotable, r.ID())
+			}
 			continue
 		case !k.suspects[r.ID()] && k.isBeingDeleted(d, r.ID()):
 			continue
 		case !k.suspects[r.ID()]:
-			d.suspend(r, problem, gone)
+			d.suspend(r, f.Problem, f.Gone)
 			k.again = true
 		case k.isDue(ctx, r.ID()):
-			changed = k.putRight(d, r, problem, gone) || changed
+			changed = k.putRight(d, r, f.Problem, f.Gone) || changed
 		}
 		suspects[r.ID()] = true
 	}
 	k.suspects = suspects
-	k.promoter.offer(d, whole)
+	k.promoter.offer(promotable)
 	errs := []error{k.removeUnrecorded(d)}
 	adopted, err := k.adoptAll(ctx, d)
 	errs = append(errs, err)
 	if !k.again { // otherwise some may be about to be pinned anew
-		errs = append(errs, attach.Prune(ctx, d.datapath, d.bpfDir), datapath.RemoveOthers(d.bpfDir))
+		errs = append(errs, k.prune(ctx, d, report.Stray))
 	}
 	return changed || adopted, errors.Join(errs...)
 }
 
-// deviceNames returns the names of the node's network devices, by index.
-func deviceNames() (map[int]string, error) {
-	list, err := netlinksafe.LinkList()
-	if err != nil {
-		return nil, fmt.Errorf("listing devices: %w", err)
+// pruneEvery is after how many looks leftovers are looked for that show nowhere else.
+const pruneEvery = 12
+
+func (k *keeper) prune(ctx context.Context, d *daemon, stray bool) error {
+	k.looks++
+	if !stray && k.looks%pruneEvery != 1 {
+		return nil
 	}
-	names := map[int]string{}
-	for _, device := range list {
-		names[device.Attrs().Index] = device.Attrs().Name
-	}
-	return names, nil
+	return errors.Join(attach.Prune(ctx, d.datapath, d.bpfDir), datapath.RemoveOthers(d.bpfDir))
 }
 
 // isDue is false of what has failed a moment ago, and when the time of this look is used up.
@@ -179,31 +210,6 @@ func (k *keeper) isDue(ctx context.Context, id attach.ID) bool {
 	}
 	k.again = k.again || ctx.Err() != nil
 	return ctx.Err() == nil
-}
-
-// wrong says what is wrong with an attachment that is on record, and whether its device is gone.
-func wrong(checker *attach.Checker, r attach.Record, devices map[int]string) (gone bool, problem error) {
-	if r.IfIndex == 0 {
-		return false, nil // never attached; the record says why
-	}
-	name, present := devices[r.IfIndex]
-	// A state directory that outlives the machine's run has records whose devices are now other pods'.
-	if !present || name != r.HostIfName {
-		gone, problem = true, fmt.Errorf("device %d, %s, is gone", r.IfIndex, r.HostIfName)
-	}
-	switch {
-	case !present, gone && r.Error != "":
-		return gone, problem
-	case r.Passing, r.Error != "" && r.Adopted:
-		return false, errors.New("it was not attached")
-	case r.Error != "":
-		return false, nil // the record says why, or an ADD is under way
-	}
-	err := checker.Check(r.ID(), r.IfIndex)
-	if errors.Is(err, attach.ErrIncomplete) || errors.Is(err, attach.ErrNotAttached) {
-		return gone, cmp.Or(problem, err)
-	}
-	return false, nil // as far as can be seen
 }
 
 // lock keeps a DEL out, or returns false if there is one.
@@ -361,8 +367,9 @@ func (k *keeper) removeUnrecorded(d *daemon) error {
 // adoptAll attaches pods that have no attachment.
 func (k *keeper) adoptAll(ctx context.Context, d *daemon) (changed bool, err error) {
 	var pods []adopt.Pod
+	recorded := recordedPods(d.records)
 	for _, pod := range d.pods {
-		if len(pod.IPs) == 0 || pod.NotAnswered != "" || d.recorded(pod.Namespace, pod.Name, pod.IPs) {
+		if len(pod.IPs) == 0 || pod.NotAnswered != "" || recorded.has(pod) {
 			continue
 		}
 		pods = append(pods, adopt.Pod{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID, IPs: pod.IPs})
@@ -405,17 +412,31 @@ func (k *keeper) noteUnadopted(d *daemon, unknown map[string]error, now time.Tim
 	}
 }
 
-// recorded is whether somebody has attached, or tried to attach, a pod.
-func (d *daemon) recorded(namespace, name string, ips []netip.Addr) bool {
-	return slices.ContainsFunc(d.records, func(r attach.Record) bool {
+// recorded are the pods that have been attached, or that somebody tried to attach: by name, or by address where the record has
+// no name.
+type recorded struct {
+	names map[podName]bool
+	ips   map[netip.Addr]bool
+}
+
+func recordedPods(records []attach.Record) recorded {
+	all := recorded{make(map[podName]bool, len(records)), map[netip.Addr]bool{}}
+	for _, r := range records {
 		if r.PodName != "" {
-			return r.PodNamespace == namespace && r.PodName == name
+			all.names[podName{r.PodNamespace, r.PodName}] = true
+			continue
 		}
-		return slices.ContainsFunc(r.PodIPs, func(text string) bool {
-			ip, err := netip.ParseAddr(text)
-			return err == nil && slices.Contains(ips, ip.Unmap())
-		})
-	})
+		for _, text := range r.PodIPs {
+			if ip, err := netip.ParseAddr(text); err == nil {
+				all.ips[ip.Unmap()] = true
+			}
+		}
+	}
+	return all
+}
+
+func (r recorded) has(pod probe.Pod) bool {
+	return r.names[podName{pod.Namespace, pod.Name}] || slices.ContainsFunc(pod.IPs, func(ip netip.Addr) bool { return r.ips[ip] })
 }
 
 // adoptOne returns whether there is a record now.

@@ -25,6 +25,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/refresh"
+	"github.com/probelet/probelet/daemon/internal/repair"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
@@ -64,9 +65,7 @@ func newKept(t *testing.T) *kept {
 	if err != nil {
 		t.Fatal(err)
 	}
-	refresher := refresh.New(nil, datapath.Now, 1)
-	t.Cleanup(refresher.Close)
-	k.daemon = newDaemon(slog.New(slog.NewTextHandler(k.log, nil)), nil, c, statedir.Endpoints{}, refresher)
+	k.daemon = newDaemon(slog.New(slog.NewTextHandler(k.log, nil)), nil, c, statedir.Endpoints{}, idleRefresher(t))
 	k.podsKnown = true
 	k.keeper = makeKeeper(adopt.Node{Root: "/", CacheDir: k.cacheDir})
 	k.load()
@@ -83,6 +82,18 @@ func (k *kept) load() {
 	k.t.Cleanup(func() { _ = d.Close() })
 	k.datapath = d
 	k.keeper = makeKeeper(k.keeper.adopt)
+	k.keeper.looker = k.looker()
+}
+
+// looker returns one that looks at the node of the test.
+func (k *kept) looker() (l *repair.Looker) {
+	k.t.Helper()
+	k.inNode(func() (err error) {
+		l, err = repair.New(k.datapath, k.bpfDir)
+		return err
+	})
+	k.t.Cleanup(func() { _ = l.Close() })
+	return l
 }
 
 func idOf(p *bpftest.Pod) attach.ID {
@@ -133,13 +144,18 @@ func (k *kept) look(times int) (changed bool) {
 	for range times {
 		k.readRecords()
 		bpftest.Do(k.t, k.node.NS, func() (err error) {
-			changed, err = k.keeper.look(k.t.Context(), k.daemon)
+			changed, err = k.lookOnce(k.t.Context())
 			return err
 		})
 		k.readRecords()
 		k.checkDevices()
 	}
 	return changed
+}
+
+// lookOnce looks and does what is called for, in the node's network namespace.
+func (k *kept) lookOnce(ctx context.Context) (changed bool, err error) {
+	return k.keeper.apply(ctx, k.daemon, k.keeper.looker.Look(k.records))
 }
 
 func (k *kept) check(p *bpftest.Pod) (err error) {
@@ -610,7 +626,7 @@ func TestDELWithoutLock(t *testing.T) {
 		k.look(1)
 		var both sync.WaitGroup
 		both.Go(func() {
-			_ = k.node.NS.Do(func(ns.NetNS) error { _, err := k.keeper.look(t.Context(), k.daemon); return err })
+			_ = k.node.NS.Do(func(ns.NetNS) error { _, err := k.lookOnce(t.Context()); return err })
 		})
 		time.Sleep(time.Duration(i) * 4 * time.Millisecond)
 		for range 3 { // as the runtime does it
@@ -642,7 +658,7 @@ func TestALookEnds(t *testing.T) {
 	cancel()
 	for range 3 {
 		bpftest.Do(t, k.node.NS, func() error {
-			_, err := k.keeper.look(ended, k.daemon)
+			_, err := k.lookOnce(ended)
 			return err
 		})
 		if k.check(p) == nil || k.check(late) == nil || !k.keeper.again {
@@ -693,12 +709,20 @@ func (n *node) startKept() {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	refresher := refresh.New(asOwn(n.d, n.config.dial, func() {}), datapath.Now, refreshesAtATime)
+	refresher, err := refresh.New(ownSockets{n.d, n.config.openSocket, func() {}}, datapath.Now)
+	if err != nil {
+		n.t.Fatal(err)
+	}
 	l := &loop{
 		daemon: newDaemon(n.logger(), n.d, n.config, statedir.Endpoints{}, refresher), log: n.logger(), calls: make(chan func()),
 		prober: finder, who: who, set: n.d.SetProber, refresh: specs.Refresh, failing: specs.Failing, delivery: specs.Delivery,
 		keeper: makeKeeper(adopt.Node{Root: "/", CacheDir: n.t.TempDir()}),
 	}
+	bpftest.Do(n.t, n.pod.Node.NS, func() (err error) {
+		l.keeper.looker, err = repair.New(n.d, n.config.bpfDir)
+		return err
+	})
+	in.all.Go(func() { _ = n.pod.Node.NS.Do(func(ns.NetNS) error { l.keeper.looker.Run(ctx); return nil }) })
 	done := make(chan error, 1)
 	go func() { done <- n.pod.Node.NS.Do(func(ns.NetNS) error { return l.run(ctx, in) }) }()
 	n.t.Cleanup(func() {

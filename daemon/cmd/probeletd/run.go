@@ -27,6 +27,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/refresh"
+	"github.com/probelet/probelet/daemon/internal/repair"
 	"github.com/probelet/probelet/daemon/internal/source"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
@@ -49,9 +50,6 @@ const (
 	recordsGather = 50 * time.Millisecond
 	// describeInterval is the shortest time between two writings of what is probed: that takes as long as there are pods.
 	describeInterval = time.Second
-	// refreshesAtATime keeps the daemon's own requests from coming all at once, however many pods want them. One that
-	// hangs is in the way for no longer than its probe's timeout, and is then not asked any more.
-	refreshesAtATime = 32
 )
 
 // run runs the daemon until ctx ends, which is no error.
@@ -149,14 +147,23 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 	defer in.all.Wait()
 	defer cancel()
 	l.daemon = newDaemon(l.log, d, c, previous, nil)
-	l.refresher = refresh.New(asOwn(d, c.dial, l.metrics.own.Inc), datapath.Now, refreshesAtATime)
+	if l.refresher, err = refresh.New(ownSockets{d, c.openSocket, l.metrics.own.Inc}, datapath.Now); err != nil {
+		return err
+	}
 	defer l.refresher.Close()
 	l.refresh, l.failing, l.delivery = specs.Refresh, specs.Failing, specs.Delivery
 	if c.keep {
 		if l.keeper, err = newKeeper(c.cniCacheDir); err != nil {
 			l.log.Warn("attachments are not looked after, and pods that had their network before are not adopted", "reason", err)
 		} else {
+			if l.keeper.looker, err = repair.New(d, c.bpfDir); err != nil {
+				return err
+			}
 			in.all.Go(func() { l.keeper.promoter.run(ctx, l.daemon) })
+			in.all.Go(func() {
+				l.keeper.looker.Run(ctx)
+				_ = l.keeper.looker.Close() // it only listened
+			})
 		}
 	}
 	if l.reporter = newReporter(c, l.log); l.reporter != nil {
@@ -419,14 +426,9 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 	resync := time.NewTicker(resyncInterval)
 	defer resync.Stop()
 	var again, describe <-chan time.Time
-	look := func() error {
-		again = nil
-		err := l.repair(ctx)
-		l.checkDevices()
-		if l.keeper != nil && l.keeper.again {
-			again = time.After(lookAgain)
-		}
-		return err
+	var reports <-chan repair.Report
+	if l.keeper != nil {
+		reports = l.keeper.looker.Reports()
 	}
 	for {
 		var lookErr error
@@ -440,7 +442,7 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			probes = in.observed
 			l.setPods(pods)
 			if first {
-				lookErr = look()
+				lookErr = l.look()
 			}
 		case <-in.records:
 			if l.readRecords() {
@@ -451,8 +453,8 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			l.observe(o.probes)
 		case call := <-l.calls:
 			call()
-		case o := <-l.refresher.C:
-			l.refreshed(o)
+		case <-l.refresher.C:
+			l.refreshed(l.refresher.Take())
 		case <-retry:
 			retry = nil
 			l.retry()
@@ -460,9 +462,15 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			if in.recordsReplaced() || l.unreadable != "" {
 				l.readRecords()
 			}
-			lookErr = look()
+			lookErr = l.look()
+		case report := <-reports:
+			lookErr = l.repair(ctx, report)
+			if l.keeper.again {
+				again = time.After(lookAgain)
+			}
 		case <-again:
-			lookErr = look()
+			again = nil
+			l.keeper.request(l.daemon)
 		case <-prober.C:
 			l.followProber()
 		case <-describe:

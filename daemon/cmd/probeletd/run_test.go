@@ -53,12 +53,12 @@ func newNode(t *testing.T) *node {
 		stateDir: filepath.Join(t.TempDir(), "state"),
 		hook:     attach.HookTC,
 		defaults: probe.NewDefaults(),
-		dial: func(dialer *net.Dialer, ctx context.Context, network, address string) (conn net.Conn, err error) {
+		openSocket: func(family int) (fd int, err error) {
 			err = n.pod.Node.NS.Do(func(ns.NetNS) (err error) {
-				conn, err = dialer.DialContext(ctx, network, address)
+				fd, err = openSocket(family)
 				return err
 			})
-			return conn, err
+			return fd, err
 		},
 	}
 	d, err := datapath.Ensure(t.Context(), n.config.bpfDir)

@@ -30,9 +30,18 @@ type cleaner interface {
 // unattached returns a daemon that has records, and of whose pods none is attached, so that it needs no kernel.
 func unattached(t cleaner, stateDir string) *daemon {
 	d := newDaemon(slog.New(slog.DiscardHandler), nil, config{stateDir: stateDir, defaults: probe.NewDefaults()},
-		statedir.Endpoints{}, refresh.New(nil, datapath.Now, 1))
-	t.Cleanup(d.refresher.Close)
+		statedir.Endpoints{}, idleRefresher(t))
 	return d
+}
+
+// idleRefresher returns a refresher for daemons that ask nothing.
+func idleRefresher(t cleaner) *refresh.Refresher {
+	r, err := refresh.New(nil, datapath.Now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(r.Close)
+	return r
 }
 
 // describes returns what a daemon writes, as JSON.

@@ -116,23 +116,25 @@ func Endpoints(pod Pod, settings Settings, limits Limits) ([]EndpointSpec, error
 	settings.apply(specs)
 	err := limit(specs, limits.Records)
 	for i := range specs {
-		specs[i].setRefresh(settings.Refresh, len(pod.IPs) > 0)
+		specs[i].setRefresh(settings, len(pod.IPs) > 0)
 	}
 	return specs, err
 }
 
 // setRefresh decides whether the daemon asks by itself.
-func (s *EndpointSpec) setRefresh(wanted Refresh, addressed bool) {
+func (s *EndpointSpec) setRefresh(settings Settings, addressed bool) {
 	switch {
-	case !wanted.On:
+	case !settings.Refresh.On:
 	case s.Reason != (Reason{}):
 		s.RefreshOff = reasonNotAnswered
+	case settings.RefreshDenied:
+		s.RefreshOff = "the node does not let pods ask for it (--refresh-by-annotation)"
 	case !addressed:
 		s.RefreshOff = "the specs do not say the pod's address"
 	case s.Live > 0:
 		s.RefreshOff = "the kernel asks the listening socket itself"
 	default:
-		s.Refresh = wanted.Of(s.Staleness - slack(s.Period, s.Timeout))
+		s.Refresh = settings.Refresh.Of(s.Staleness - slack(s.Period, s.Timeout))
 	}
 }
 

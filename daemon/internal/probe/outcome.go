@@ -57,9 +57,6 @@ func (o Outcome) connects(s EndpointSpec) bool {
 	return s.Kind == TCP && s.Live > 0 && o.Port == s.Port && o.Kind == HTTP && o.Event == Answered
 }
 
-// concerns reports whether the outcome says something about the endpoint.
-func (o Outcome) concerns(s EndpointSpec) bool { return o.Port == s.Port && (o.wholePort() || o.of(s)) }
-
 // Result is what the last conclusive outcome says.
 type Result uint8
 

@@ -176,6 +176,8 @@ type Defaults struct {
 	// Ceiling is what no pod exceeds, whoever asks for it.
 	Ceiling Staleness
 	Refresh Refresh
+	// RefreshByAnnotation lets annotations ask for refresh. Otherwise they can only do without it: what it costs is the node's.
+	RefreshByAnnotation bool
 	// StalenessSet and CeilingSet: somebody chose these, even if they chose the built-in ones.
 	StalenessSet, CeilingSet bool
 }
@@ -195,6 +197,8 @@ type Settings struct {
 	CeilingSet    bool
 	Refresh       Refresh
 	RefreshFrom   Origin
+	// RefreshDenied: the pod asks for refresh, and the node does not let pods do so.
+	RefreshDenied bool
 	// Problem names an annotation that cannot be used, its value, and what it should be; empty if there is none.
 	Problem string
 }
@@ -233,10 +237,8 @@ func (d Defaults) Settings(annotations map[string]string) Settings {
 		}
 	}
 	if text, ok := annotations[AnnotationRefresh]; ok {
-		if err := s.Refresh.UnmarshalText([]byte(text)); err != nil {
+		if err := s.refreshByAnnotation(text, d.RefreshByAnnotation); err != nil {
 			problems = append(problems, fmt.Errorf("annotation %s: %w", AnnotationRefresh, err))
-		} else {
-			s.RefreshFrom = FromAnnotation
 		}
 	}
 	if len(problems) > 0 {
@@ -246,6 +248,19 @@ func (d Defaults) Settings(annotations map[string]string) Settings {
 		}
 	}
 	return s
+}
+
+// refreshByAnnotation takes what an annotation says of refresh, as far as that is allowed to ask for it.
+func (s *Settings) refreshByAnnotation(text string, allowed bool) error {
+	var asked Refresh
+	if err := asked.UnmarshalText([]byte(text)); err != nil {
+		return err
+	}
+	if asked.On && !allowed && s.Refresh.On {
+		return nil // as the node has it for all of its pods
+	}
+	s.Refresh, s.RefreshFrom, s.RefreshDenied = asked, FromAnnotation, asked.On && !allowed
+	return nil
 }
 
 // misspelt returns an error for each annotation that has our prefix and is not one of ours.

@@ -246,6 +246,45 @@ func TestSettingsChange(t *testing.T) {
 	}
 }
 
+// Annotations ask for refresh only where the node lets them; they may do without it anywhere.
+func TestRefreshByAnnotation(t *testing.T) {
+	every := func(interval time.Duration) Refresh { return Refresh{true, interval} }
+	for name, test := range map[string]struct {
+		node    Refresh
+		allowed bool
+		asked   string
+		want    time.Duration // 0: off
+		off     string
+	}{
+		"allowed":            {Refresh{}, true, "true", 10 * time.Second, ""},
+		"allowed, interval":  {Refresh{}, true, "1s", time.Second, ""},
+		"allowed, more":      {every(5 * time.Second), true, "1s", time.Second, ""},
+		"denied":             {Refresh{}, false, "true", 0, "--refresh-by-annotation"},
+		"denied, interval":   {Refresh{}, false, "100ms", 0, "--refresh-by-annotation"},
+		"denied, more":       {every(5 * time.Second), false, "100ms", 5 * time.Second, ""},
+		"without":            {every(5 * time.Second), false, "false", 0, ""},
+		"without, allowed":   {every(5 * time.Second), true, "false", 0, ""},
+		"denied, on already": {every(5 * time.Second), false, "true", 5 * time.Second, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := NewDefaults()
+			d.Refresh, d.RefreshByAnnotation = test.node, test.allowed
+			pod := Pod{IPs: []netip.Addr{netip.MustParseAddr("10.0.0.7")}, Probes: []Spec{httpProbe(Readiness, "/x")}}
+			settings := d.Settings(map[string]string{AnnotationRefresh: test.asked})
+			specs, err := Endpoints(pod, settings, limits)
+			if err != nil || settings.Problem != "" {
+				t.Fatal(err, settings.Problem)
+			}
+			if s := specs[0]; s.Refresh != test.want || !strings.Contains(s.RefreshOff, test.off) || test.off == "" && s.RefreshOff != "" {
+				t.Errorf("every %s, off: %q", s.Refresh, s.RefreshOff)
+			}
+			if s := specs[0]; s.Reason != (Reason{}) {
+				t.Errorf("not answered: %v", s.Reason)
+			}
+		})
+	}
+}
+
 // Refresh that cannot work is said to be off, and why.
 func TestRefreshOff(t *testing.T) {
 	live := limits

@@ -67,6 +67,27 @@ type entry struct {
 	since uint64
 	// successes is how many probes in a row succeeded.
 	successes int
+	// asking is the last question that was found to be the spec's, because to compare requests costs more than all the rest.
+	asking Question
+}
+
+// of is Outcome.of, for the entry's endpoint.
+func (e *entry) of(o Outcome) bool {
+	if o.Kind != HTTP || o.Question == (Question{}) {
+		return o.of(e.spec)
+	}
+	if o.Question != e.asking {
+		if !o.of(e.spec) {
+			return false
+		}
+		e.asking = o.Question
+	}
+	return o.Port == e.spec.Port && e.spec.Kind == HTTP
+}
+
+// concerned reports whether the outcome says something about the endpoint.
+func (e *entry) concerned(o Outcome) bool {
+	return o.Port == e.spec.Port && (o.wholePort() || e.of(o))
 }
 
 // bound is the latest time until which a success may be answered.
@@ -105,7 +126,7 @@ func (t *Tracker) SetEndpoints(specs []EndpointSpec, now uint64) []Change {
 			continue
 		}
 		e := *old
-		e.spec = s
+		e.spec, e.asking = s, Question{}
 		entries[s.Endpoint] = &e
 		change := Change{Endpoint: s.Endpoint, Cause: BySpec, From: old.evidence}
 		if old.spec.Instance != s.Instance {
@@ -189,7 +210,7 @@ func (t *Tracker) Observe(o Outcome) []Change {
 		}
 		e := t.entries[s.Endpoint]
 		before := e.evidence
-		if o.concerns(s) && e.observe(o) || o.connects(s) && e.renew(o) {
+		if e.concerned(o) && e.observe(o) || o.connects(s) && e.renew(o) {
 			changes = append(changes, Change{s.Endpoint, o.cause(), before, e.evidence})
 		}
 	}
@@ -217,7 +238,7 @@ func (e *entry) observe(o Outcome) bool {
 	e.count(result, o.Refresh)
 	known := e.evidence.Question
 	e.evidence = Evidence{Question: known, Result: result, Status: o.Status, ObservedAt: observedAt}
-	if o.Question != (Question{}) && o.of(e.spec) {
+	if o.Question != (Question{}) && e.of(o) {
 		e.evidence.Question, e.text = o.Question, o.Text
 	}
 	if e.armed() {

@@ -467,7 +467,9 @@ func TestRefreshing(t *testing.T) {
 	}}
 	set := func(annotations map[string]string) {
 		t.Helper()
-		specs, err := Endpoints(pod, NewDefaults().Settings(annotations), limits)
+		defaults := NewDefaults()
+		defaults.RefreshByAnnotation = true
+		specs, err := Endpoints(pod, defaults.Settings(annotations), limits)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -560,6 +562,8 @@ func drawSettings(t *rapid.T) Settings {
 		Mode:      rapid.SampledFrom([]Mode{Answer, Answer, Observe, Off}).Draw(t, "mode of the node"),
 		Staleness: rapid.SampledFrom(stalenesses).Draw(t, "staleness of the node"),
 		Ceiling:   rapid.SampledFrom(stalenesses).Draw(t, "ceiling"),
+
+		RefreshByAnnotation: rapid.Bool().Draw(t, "refresh by annotation"),
 	}
 	annotations := map[string]string{}
 	if text := rapid.SampledFrom([]string{"", "answer", "observe", "off", "of"}).Draw(t, "mode"); text != "" {

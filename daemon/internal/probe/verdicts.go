@@ -7,7 +7,7 @@ import "iter"
 func (t *Tracker) Verdicts(o Outcome) iter.Seq2[Endpoint, Result] {
 	return func(yield func(Endpoint, Result) bool) {
 		for _, s := range t.specs {
-			if !s.Observed || !o.concerns(s) {
+			if !s.Observed || !t.entries[s.Endpoint].concerned(o) {
 				continue
 			}
 			result, conclusive := s.judge(o)

@@ -2,38 +2,24 @@
 package refresh
 
 import (
-	"context"
 	"errors"
-	"io"
-	"math/rand/v2"
-	"net"
-	"net/netip"
-	"reflect"
-	"slices"
+	"fmt"
 	"sync"
-	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/probelet/probelet/bpf/attach"
-	"github.com/probelet/probelet/bpf/datapath"
-	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// maxResponse is how much of a response is read, in bytes: what the kernel side records of one, so that both know the same.
-const maxResponse = datapath.MaxRecorded
-
-// Target is an endpoint to be asked, and how.
-type Target struct {
-	Endpoint probe.Endpoint // of kind HTTP or TCP
-	Address  netip.Addr
-	// Request is sent as it is: the recorded request of a probe that succeeded. HTTP only.
-	Request  []byte
-	Question probe.Question // of Request
-	Timeout  time.Duration
-	// Interval is the longest time between two requests.
-	Interval time.Duration
-}
+const (
+	// gather is how long replies, and requests that are due, are left to gather: to wake up for each one would cost more than all
+	// the rest. It is little beside a probe's timeout, which is a second at least.
+	gather = 10 * time.Millisecond
+	// mostUntaken is how many outcomes may wait to be taken before nothing more is asked.
+	mostUntaken = 4096
+)
 
 // Outcome is the outcome of a request to a pod.
 type Outcome struct {
@@ -41,176 +27,220 @@ type Outcome struct {
 	probe.Outcome
 }
 
-// ErrNotAsked is of a Dial that failed before anything was sent, which says nothing of the pod.
-var ErrNotAsked = errors.New("the pod was not asked")
+// Sockets opens the sockets that ask.
+type Sockets interface {
+	// Open returns a new non-blocking TCP socket (SOCK_CLOEXEC) of an address family, and what Done is to be told. An error says
+	// nothing of a pod.
+	Open(family int) (fd int, cookie uint64, err error)
+	// Done is called once for each socket, when it will send no more SYN.
+	Done(cookie uint64)
+}
 
-// Dial connects, as net.Dialer does.
-type Dial func(ctx context.Context, network, address string) (net.Conn, error)
-
-// Refresher asks targets until it is closed: each by itself, at random moments, and only so many at a time. Its methods
-// are not safe for concurrent use.
+// Refresher asks targets until it is closed, in one goroutine: a request that waits for its reply costs a file descriptor and
+// an entry in a heap. Each pod has limits of its own (podConnections, podApart), so none can delay the refresh of another.
 type Refresher struct {
-	// C has the outcomes. Until one is taken its target is not asked again.
-	C <-chan Outcome
+	// C receives when there are outcomes to be taken.
+	C <-chan struct{}
 
-	outcomes chan Outcome
-	now      func() uint64
-	dial     Dial
-	slots    chan struct{}
+	ready   chan struct{}
+	sockets Sockets
+	now     func() uint64
+	epoll   int
+	wake    int // an eventfd in epoll
+	done    chan struct{}
+	scratch []byte // of the goroutine
 
-	end     context.CancelFunc
-	ctx     context.Context
-	all     sync.WaitGroup
-	running map[attach.ID]map[probe.Endpoint]running
+	mu       sync.Mutex // of all below
+	closed   bool
+	schedule *schedule
+	open     map[int32]*job // by file descriptor
+	outcomes []Outcome
 }
 
-type running struct {
-	target Target
-	stop   context.CancelFunc
-}
-
-// New returns a refresher that asks at most that many targets at a time. now is the clock of outcomes, in ns.
-func New(dial Dial, now func() uint64, most int) *Refresher {
+// New returns a refresher that asks over these sockets. now is the clock of outcomes, in ns.
+func New(sockets Sockets, now func() uint64) (*Refresher, error) {
 	r := &Refresher{
-		outcomes: make(chan Outcome), now: now, dial: dial,
-		slots:   make(chan struct{}, most),
-		running: map[attach.ID]map[probe.Endpoint]running{},
+		ready: make(chan struct{}, 1), done: make(chan struct{}), sockets: sockets, now: now,
+		scratch: make([]byte, maxResponse), schedule: newSchedule(), open: map[int32]*job{},
 	}
-	r.C = r.outcomes
-	r.ctx, r.end = context.WithCancel(context.Background())
-	return r
+	r.C = r.ready
+	var err error
+	if r.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("refresh: epoll: %w", err)
+	}
+	if r.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return nil, errors.Join(fmt.Errorf("refresh: eventfd: %w", err), unix.Close(r.epoll))
+	}
+	if err := r.watch(unix.EPOLL_CTL_ADD, r.wake, unix.EPOLLIN); err != nil {
+		return nil, errors.Join(fmt.Errorf("refresh: %w", err), unix.Close(r.wake), unix.Close(r.epoll))
+	}
+	go r.run()
+	return r, nil
 }
 
-// Close stops everything, and waits for it.
+// Close ends all requests, and waits until the goroutine has ended.
 func (r *Refresher) Close() {
-	r.end()
-	r.all.Wait()
-}
-
-// Set replaces an attachment's targets. Those that stay as they are go on.
-func (r *Refresher) Set(id attach.ID, targets []Target) {
-	old, current := r.running[id], map[probe.Endpoint]running{}
-	for _, t := range targets {
-		if same, ok := old[t.Endpoint]; ok && reflect.DeepEqual(same.target, t) {
-			current[t.Endpoint] = same
-			delete(old, t.Endpoint)
-			continue
-		}
-		ctx, stop := context.WithCancel(r.ctx)
-		current[t.Endpoint] = running{t, stop}
-		r.all.Go(func() { r.run(ctx, id, t) })
-	}
-	for _, gone := range old {
-		gone.stop()
-	}
-	if len(current) == 0 {
-		delete(r.running, id)
+	r.mu.Lock()
+	again := r.closed
+	r.closed = true
+	r.mu.Unlock()
+	r.rouse()
+	<-r.done
+	if again {
 		return
 	}
-	r.running[id] = current
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, j := range r.open {
+		r.hangUp(j)
+	}
+	_ = unix.Close(r.wake)
+	_ = unix.Close(r.epoll)
 }
 
-func (r *Refresher) run(ctx context.Context, id attach.ID, t Target) {
-	// Those that begin together, as at the daemon's start, are not to stay together.
-	next := time.NewTimer(rand.N(t.Interval))
-	defer next.Stop()
-	for {
-		select {
-		case <-ctx.Done():
+// Set replaces an attachment's targets. Those that stay as they are go on; the outcome of another that is under way is lost.
+func (r *Refresher) Set(id attach.ID, targets []Target) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.schedule.unchanged(id, targets) {
+		return
+	}
+	for _, j := range r.schedule.set(id, targets, r.now()) {
+		r.hangUp(j)
+	}
+	r.rouse()
+}
+
+// Take returns the outcomes that there are.
+func (r *Refresher) Take() []Outcome {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	all := r.outcomes
+	r.outcomes = nil
+	if len(all) >= mostUntaken {
+		r.rouse()
+	}
+	return all
+}
+
+// rouse ends a wait of the goroutine.
+func (r *Refresher) rouse() {
+	var one [8]byte
+	one[0] = 1
+	_, _ = unix.Write(r.wake, one[:]) // EAGAIN: it is roused already
+}
+
+func (r *Refresher) run() {
+	defer close(r.done)
+	events := make([]unix.EpollEvent, 256)
+	for n := 0; ; {
+		busy, ok := r.step()
+		if !ok {
 			return
-		case <-next.C:
 		}
-		next.Reset(t.Interval - rand.N(t.Interval/5))
+		if busy || n > 0 {
+			time.Sleep(gather)
+		}
+		var err error
+		n, err = unix.EpollWait(r.epoll, events, r.wait())
+		if err != nil && err != unix.EINTR {
+			panic(fmt.Sprintf("refresh: epoll_wait: %v", err)) // of our own descriptor and memory
+		}
+		r.handle(events[:max(n, 0)])
+	}
+}
+
+// step deals with what is due, and reports whether there was anything. ok is false when all is to end.
+func (r *Refresher) step() (busy, ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return false, false
+	}
+	now := r.now()
+	for len(r.outcomes) < mostUntaken {
+		j := r.schedule.next(now)
+		if j == nil {
+			break
+		}
+		busy = true
+		r.deal(j, now)
+	}
+	if len(r.outcomes) > 0 {
 		select {
-		case <-ctx.Done():
-			return
-		case r.slots <- struct{}{}:
+		case r.ready <- struct{}{}:
+		default:
 		}
-		outcome, known := r.ask(ctx, t)
-		<-r.slots
-		if !known {
+	}
+	return busy, true
+}
+
+// wait returns how long there is nothing due, in ms (-1: for ever).
+func (r *Refresher) wait() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.outcomes) >= mostUntaken || len(r.schedule.due) == 0 {
+		return -1
+	}
+	left := time.Duration(r.schedule.due[0].at) - time.Duration(r.now())
+	return int(max(0, left+time.Millisecond-1) / time.Millisecond)
+}
+
+// deal begins a request, looks at it again, or gives it up.
+func (r *Refresher) deal(j *job, now uint64) {
+	switch {
+	case j.conn == nil:
+		r.begin(j)
+	case now >= j.deadline():
+		r.finish(j, probe.NoAnswer, 0)
+	default:
+		r.look(j)
+	}
+}
+
+// handle goes on with the requests whose sockets have news.
+func (r *Refresher) handle(events []unix.EpollEvent) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, e := range events {
+		if int(e.Fd) == r.wake {
+			var count [8]byte
+			_, _ = unix.Read(r.wake, count[:])
 			continue
 		}
-		select {
-		case <-ctx.Done():
-			return
-		case r.outcomes <- Outcome{id, outcome}:
+		if j := r.open[e.Fd]; j != nil {
+			r.advance(j)
 		}
 	}
 }
 
-// ask asks as a probe does, and judges as the kubelet does. It returns false if nothing follows from it.
-func (r *Refresher) ask(ctx context.Context, t Target) (o probe.Outcome, known bool) {
-	o = probe.Outcome{Port: t.Endpoint.Port, Kind: t.Endpoint.Kind, Refresh: true}
-	if o.Kind == probe.HTTP {
-		var err error
-		if o.Request, err = probe.ParseRequest(t.Request); err != nil {
-			return o, false
-		}
-		o.Text, o.Question = t.Request, t.Question
+// finish ends a request with its outcome.
+func (r *Refresher) finish(j *job, event probe.Event, status int) {
+	now := r.now()
+	o := probe.Outcome{
+		Port: j.Endpoint.Port, Kind: j.Endpoint.Kind, Request: j.request, Question: j.Question, Text: j.Request,
+		Event: event, Status: status, ObservedAt: now, Duration: time.Duration(now - j.began), Refresh: true,
 	}
-	start := r.now()
-	limited, cancel := context.WithTimeout(ctx, t.Timeout)
-	defer cancel()
-	o.Event, o.Status, known = r.exchange(limited, t)
-	o.ObservedAt = r.now()
-	o.Duration = time.Duration(o.ObservedAt - start)
-	if o.Event == probe.NoAnswer {
-		o.Duration = max(o.Duration, t.Timeout)
+	if event == probe.NoAnswer {
+		o.Duration = max(o.Duration, j.Timeout)
 	}
-	return o, known && ctx.Err() == nil
+	r.outcomes = append(r.outcomes, Outcome{j.pod.id, o})
+	r.abandon(j)
 }
 
-// exchange opens a connection and asks. It is reset at its end, as load balancers do: none leaves a TIME_WAIT.
-func (r *Refresher) exchange(ctx context.Context, t Target) (event probe.Event, status int, known bool) {
-	conn, err := r.dial(ctx, "tcp", netip.AddrPortFrom(t.Address, t.Endpoint.Port).String())
-	if err != nil {
-		return eventOf(err), 0, !errors.Is(err, ErrNotAsked)
-	}
-	defer conn.Close() //nolint:errcheck // nothing of it is wanted any more
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		_ = tcp.SetLinger(0)
-	}
-	if t.Endpoint.Kind == probe.TCP {
-		return probe.Connected, 0, true
-	}
-	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
-	if _, err := conn.Write(t.Request); err != nil {
-		return eventOf(err), 0, true
-	}
-	return read(conn)
+// abandon ends a request of which nothing follows.
+func (r *Refresher) abandon(j *job) {
+	r.hangUp(j)
+	r.schedule.end(j, r.now())
 }
 
-// read reads until the verdict is certain.
-func read(conn net.Conn) (event probe.Event, status int, known bool) {
-	response := evidence.Response{Bytes: make([]byte, 0, 1<<10)}
-	for {
-		text := slices.Grow(response.Bytes, 512)
-		n, err := conn.Read(text[len(text):min(cap(text), maxResponse)])
-		response.Bytes = text[:len(text)+n]
-		switch {
-		case err == io.EOF:
-			response.End = evidence.Closed
-		case err != nil:
-			return eventOf(err), 0, true
-		case len(response.Bytes) == maxResponse:
-			response.End = evidence.Unseen
-		}
-		event, status, doubt := response.Judge()
-		if event != probe.NoAnswer || response.End != evidence.Open {
-			return event, status, doubt == ""
-		}
+// hangUp closes the job's connection, if it has one.
+func (r *Refresher) hangUp(j *job) {
+	if j.conn == nil {
+		return
 	}
-}
-
-// eventOf says what the prober would make of an error.
-func eventOf(err error) probe.Event {
-	var timeout net.Error
-	switch {
-	case errors.As(err, &timeout) && timeout.Timeout():
-		return probe.NoAnswer
-	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
-		return probe.Reset
-	}
-	return probe.Failed
+	r.settle(j)
+	delete(r.open, int32(j.conn.fd))
+	_ = unix.Close(j.conn.fd)
+	j.conn = nil
 }

@@ -3,19 +3,20 @@ package refresh
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/netip"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/daemon/internal/probe"
@@ -51,7 +52,7 @@ func target(at netip.AddrPort, path string) Target {
 		Endpoint: probe.Endpoint{Port: at.Port(), Kind: probe.HTTP, Path: path}, Address: at.Addr(),
 		Request:  []byte("GET " + path + " HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"),
 		Question: probe.Question{Hash: 7, Check: 8},
-		Timeout:  30 * time.Second, Interval: 10 * time.Millisecond,
+		Timeout:  30 * time.Second, Interval: 100 * time.Millisecond,
 	}
 	if path == "" {
 		t.Endpoint.Kind, t.Request, t.Question = probe.TCP, nil, probe.Question{}
@@ -59,11 +60,58 @@ func target(at netip.AddrPort, path string) Target {
 	return t
 }
 
-func askOnce(t *testing.T, target Target) (o probe.Outcome, known bool) {
+// plain opens ordinary sockets, and counts those that were opened and settled.
+type plain struct {
+	err             error
+	opened, settled atomic.Int64
+}
+
+func (p *plain) Open(family int) (fd int, cookie uint64, err error) {
+	if p.err != nil {
+		return 0, 0, p.err
+	}
+	fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	return fd, uint64(p.opened.Add(1)), err
+}
+
+func (p *plain) Done(uint64) { p.settled.Add(1) }
+
+func newRefresher(t *testing.T, sockets Sockets) *Refresher {
 	t.Helper()
-	r := New((&net.Dialer{}).DialContext, now, 1)
-	defer r.Close()
-	return r.ask(t.Context(), target)
+	r, err := New(sockets, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(r.Close)
+	return r
+}
+
+// outcomes calls f for each outcome until it returns false.
+func outcomes(r *Refresher, f func(Outcome) bool) {
+	for range r.C {
+		for _, o := range r.Take() {
+			if !f(o) {
+				return
+			}
+		}
+	}
+}
+
+// askOnce returns the first outcome, and none if the target has been asked twice without one.
+func askOnce(t *testing.T, asked Target) (o probe.Outcome, known bool) {
+	t.Helper()
+	sockets := &plain{}
+	r := newRefresher(t, sockets)
+	r.Set(podID, []Target{asked})
+	for sockets.opened.Load() < 2 {
+		select {
+		case <-r.C:
+			r.Set(podID, nil)
+			return r.Take()[0].Outcome, true
+		case <-time.After(time.Millisecond):
+		}
+	}
+	return o, false
 }
 
 func serveHTTP(handler http.HandlerFunc) func(net.Conn) {
@@ -191,16 +239,17 @@ func TestOutcomeOfTCP(t *testing.T) {
 	}
 }
 
-// What kept the daemon from asking says nothing of the pod.
+// What keeps the daemon from asking says nothing of the pod.
 func TestNotAsked(t *testing.T) {
 	for _, path := range []string{"", "/x"} {
-		r := New(func(context.Context, string, string) (net.Conn, error) {
-			return nil, fmt.Errorf("no more files: %w", ErrNotAsked)
-		}, now, 1)
-		if got, known := r.ask(t.Context(), target(netip.MustParseAddrPort("127.0.0.1:9"), path)); known {
-			t.Errorf("%q: got %+v", path, got)
+		r := newRefresher(t, &plain{err: errors.New("no more files")})
+		r.Set(podID, []Target{target(netip.MustParseAddrPort("127.0.0.1:9"), path)})
+		for range 3 {
+			time.Sleep(50 * time.Millisecond)
+			if got := r.Take(); len(got) > 0 {
+				t.Errorf("%q: got %+v", path, got)
+			}
 		}
-		r.Close()
 	}
 }
 
@@ -249,92 +298,72 @@ func TestRequestIsSentAsItIs(t *testing.T) {
 }
 
 func TestWithoutRequestNothingIsAsked(t *testing.T) {
-	at := listen(t, func(net.Conn) { t.Error("connected") })
-	asked := target(at, "/x")
-	asked.Request = nil
-	if got, known := askOnce(t, asked); known {
-		t.Errorf("got %+v", got)
-	}
-}
-
-// What fails because it is given up says nothing of the pod.
-func TestGivenUpIsNoFailure(t *testing.T) {
-	ctx, cancel := context.WithCancel(t.Context())
-	at := listen(t, func(conn net.Conn) {
-		cancel()
-		_, _ = io.Copy(io.Discard, conn)
+	at := listen(t, func(net.Conn) {})
+	sockets := &plain{}
+	r := newRefresher(t, sockets)
+	none, some := target(at, "/none"), target(at, "")
+	none.Request = nil
+	r.Set(podID, []Target{none, some})
+	n := 0
+	outcomes(r, func(o Outcome) bool {
+		if o.Kind != probe.TCP {
+			t.Errorf("got %+v", o)
+		}
+		n++
+		return n < 5
 	})
-	r := New((&net.Dialer{}).DialContext, now, 1)
-	defer r.Close()
-	if got, known := r.ask(ctx, target(at, "/x")); known {
-		t.Errorf("got %+v", got)
-	}
 }
 
-var pod = attach.ID{ContainerID: "c", IfName: "eth0"}
+var podID = attach.ID{ContainerID: "c", IfName: "eth0"}
 
-func TestOnlySoManyAtATime(t *testing.T) {
-	const most = 3
-	var active, highest atomic.Int32
-	at := listen(t, serveHTTP(func(http.ResponseWriter, *http.Request) {
-		n := active.Add(1)
-		for was := highest.Load(); n > was && !highest.CompareAndSwap(was, n); was = highest.Load() {
-		}
-		time.Sleep(time.Millisecond)
-		active.Add(-1)
-	}))
-	r := New((&net.Dialer{}).DialContext, now, most)
-	defer r.Close()
-	var targets []Target
-	for i := range 20 {
-		targets = append(targets, target(at, fmt.Sprintf("/%d", i)))
+// A request whose target is withdrawn has no outcome, and its connection ends.
+func TestWithdrawn(t *testing.T) {
+	connected, ended := make(chan bool, 1), make(chan error, 1)
+	at := listen(t, func(conn net.Conn) {
+		connected <- true
+		_, err := io.Copy(io.Discard, conn)
+		ended <- err
+	})
+	r := newRefresher(t, &plain{})
+	r.Set(podID, []Target{target(at, "/x")})
+	<-connected
+	r.Set(podID, nil)
+	if err := <-ended; !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the connection ended with %v", err)
 	}
-	r.Set(pod, targets)
-	asked := map[string]bool{}
-	for len(asked) < len(targets) {
-		o := <-r.C
-		if o.Attachment != pod || o.Event != probe.Answered {
-			t.Fatalf("got %+v", o)
-		}
-		asked[o.Request.Path] = true
+	if got := r.Take(); len(got) > 0 {
+		t.Errorf("got %+v", got)
 	}
-	if highest.Load() > most {
-		t.Errorf("%d at a time, want at most %d", highest.Load(), most)
+	if len(r.open) != 0 || len(r.schedule.pods) != 0 || len(r.schedule.due) != 0 {
+		t.Errorf("left %v, %v", r.open, r.schedule)
 	}
 }
 
 func TestSet(t *testing.T) {
 	at := listen(t, serveHTTP(func(http.ResponseWriter, *http.Request) {}))
-	r := New((&net.Dialer{}).DialContext, now, 4)
-	defer r.Close()
+	r := newRefresher(t, &plain{})
 	x, y := target(at, "/x"), target(at, "/y")
-	r.Set(pod, []Target{x, y})
-	before := r.running[pod][x.Endpoint].stop
+	r.Set(podID, []Target{x, y})
+	before := r.schedule.pods[podID].jobs[x.Endpoint]
 	changed := y
-	changed.Interval = 20 * time.Millisecond
-	r.Set(pod, []Target{x, changed})
-	if got := len(r.running[pod]); got != 2 || before == nil {
-		t.Fatalf("%d are asked", got)
+	changed.Interval = 120 * time.Millisecond
+	r.Set(podID, []Target{x, changed})
+	if jobs := r.schedule.pods[podID].jobs; len(jobs) != 2 || jobs[x.Endpoint] != before {
+		t.Fatalf("asked: %v", jobs)
 	}
-	r.Set(pod, []Target{changed})
-	// One that was just being asked may still tell.
-	for seen := 0; seen < 5; {
-		if o := <-r.C; o.Request.Path == "/y" {
-			seen++
+	r.Set(podID, []Target{changed})
+	r.Take()
+	n := 0
+	outcomes(r, func(o Outcome) bool {
+		if o.Request.Path != "/y" {
+			t.Errorf("asked %s, which it was told not to", o.Request.Path)
 		}
-	}
-	for range 5 {
-		if o := <-r.C; o.Request.Path != "/y" {
-			t.Fatalf("asked %s, which it was told not to", o.Request.Path)
-		}
-	}
-	r.Set(pod, nil)
-	if len(r.running) != 0 {
-		t.Fatalf("left %v", r.running)
-	}
+		n++
+		return n < 5
+	})
 }
 
-// What says nothing is not told, and asked again.
+// Nothing is told of a reply that says nothing, and the endpoint is asked again.
 func TestNothingIsNotTold(t *testing.T) {
 	var asked atomic.Int32
 	at := listen(t, serveHTTP(func(w http.ResponseWriter, r *http.Request) {
@@ -343,61 +372,117 @@ func TestNothingIsNotTold(t *testing.T) {
 			w.Header().Set("Cache-Status", "probelet; hit")
 		}
 	}))
-	r := New((&net.Dialer{}).DialContext, now, 4)
-	defer r.Close()
-	r.Set(pod, []Target{target(at, "/ours"), target(at, "/x")})
-	for asked.Load() < 3 {
-		if o := <-r.C; o.Request.Path != "/x" {
-			t.Fatalf("got %+v", o)
+	r := newRefresher(t, &plain{})
+	r.Set(podID, []Target{target(at, "/ours"), target(at, "/x")})
+	outcomes(r, func(o Outcome) bool {
+		if o.Request.Path != "/x" {
+			t.Errorf("got %+v", o)
 		}
+		return asked.Load() < 3
+	})
+}
+
+// Each socket is settled once, and all are closed.
+func TestSocketsAreSettled(t *testing.T) {
+	at := listen(t, serveHTTP(func(http.ResponseWriter, *http.Request) {}))
+	sockets := &plain{}
+	r := newRefresher(t, sockets)
+	r.Set(podID, []Target{target(at, "/x"), target(at, "/y"), target(at, "")})
+	n := 0
+	outcomes(r, func(Outcome) bool { n++; return n < 9 })
+	r.Close()
+	if opened, settled := sockets.opened.Load(), sockets.settled.Load(); opened != settled || len(r.open) != 0 {
+		t.Errorf("%d opened, %d settled, %d left open", opened, settled, len(r.open))
 	}
 }
 
-// A pod that is well is fresh at every moment, whatever the staleness.
-func TestAlwaysFresh(t *testing.T) {
-	for _, staleness := range []string{"0.5", "1", "2", "5"} {
-		t.Run(staleness, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) { alwaysFresh(t, staleness) })
+// hostile are 32 pods with 64 endpoints each, that are asked as often as possible.
+func hostile(r *Refresher, at netip.AddrPort) {
+	for pod := range 32 {
+		var targets []Target
+		for i := range 64 {
+			targets = append(targets, target(at, fmt.Sprintf("/%d", i)))
+		}
+		r.Set(attach.ID{ContainerID: fmt.Sprint("hostile", pod)}, targets)
+	}
+}
+
+// A pod that sends headers without end is cut off: the daemon keeps no more of them than it judges.
+func TestEndlessHeaders(t *testing.T) {
+	line := []byte("X-Header: " + strings.Repeat("x", 4000) + "\r\n")
+	var sent atomic.Int64
+	at := listen(t, func(conn net.Conn) {
+		if _, err := http.ReadRequest(bufio.NewReader(conn)); err != nil {
+			return
+		}
+		for text := []byte("HTTP/1.1 200 OK\r\n"); ; text = line {
+			n, err := conn.Write(text)
+			sent.Add(int64(n))
+			if err != nil {
+				return
+			}
+		}
+	})
+	sockets := &plain{}
+	r := newRefresher(t, sockets)
+	heap := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before := heap()
+	hostile(r, at)
+	for sockets.opened.Load() < 1000 {
+		time.Sleep(10 * time.Millisecond)
+		if got := r.Take(); len(got) > 0 {
+			t.Fatalf("got %+v", got)
+		}
+		if grown := int64(heap()) - int64(before); grown > 16<<20 {
+			t.Fatalf("the heap has grown by %d MiB", grown>>20)
+		}
+	}
+	r.Close()
+	// What is read, and what the sockets on both sides buffer meanwhile.
+	if most := sockets.opened.Load() * 4 << 20; sent.Load() > most {
+		t.Errorf("%d MiB were sent on %d connections", sent.Load()>>20, sockets.opened.Load())
+	}
+}
+
+// Pods that never reply, or byte by byte, do not keep others from being asked.
+func TestHeldConnections(t *testing.T) {
+	released := make(chan struct{})
+	defer close(released)
+	for name, serve := range map[string]func(net.Conn){
+		"silent": func(net.Conn) { <-released },
+		"byte by byte": func(conn net.Conn) {
+			for err := error(nil); err == nil; _, err = conn.Write([]byte("\n")) {
+				time.Sleep(time.Millisecond)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			at := listen(t, serve)
+			sockets := &plain{}
+			r := newRefresher(t, sockets)
+			hostile(r, at)
+			for sockets.opened.Load() < 32*podConnections {
+				time.Sleep(time.Millisecond)
+			}
+			good := target(listen(t, serveHTTP(func(http.ResponseWriter, *http.Request) {})), "/x")
+			r.Set(podID, []Target{good})
+			n := 0
+			outcomes(r, func(o Outcome) bool {
+				if o.Attachment == podID {
+					n++
+				}
+				return n < 5
+			})
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			if len(r.open) > 32*podConnections+1 {
+				t.Errorf("%d connections", len(r.open))
+			}
 		})
-	}
-}
-
-func alwaysFresh(t *testing.T, staleness string) {
-	const period, timeout, tookToAnswer = 10 * time.Second, time.Second, 300 * time.Millisecond
-	defaults := probe.NewDefaults()
-	defaults.Refresh.On = true
-	settings := defaults.Settings(map[string]string{probe.AnnotationStaleness: staleness})
-	specs, err := probe.Endpoints(probe.Pod{IPs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, Probes: []probe.Spec{{
-		Container: "c", Type: probe.Readiness, Kind: probe.HTTP, Port: 80, Path: "/x", Period: period, Timeout: timeout,
-	}}}, settings, probe.Limits{Request: 1024, Records: 64})
-	if err != nil || settings.Problem != "" {
-		t.Fatal(err, settings.Problem)
-	}
-	spec := specs[0]
-	began := now()
-	opened := 0
-	r := New(func(context.Context, string, string) (net.Conn, error) {
-		opened++
-		ours, theirs := net.Pipe()
-		go serveHTTP(func(http.ResponseWriter, *http.Request) { time.Sleep(tookToAnswer) })(theirs)
-		return ours, nil
-	}, now, 1)
-	defer func() {
-		r.Close()
-		time.Sleep(time.Minute) // for what was under way to end
-	}()
-	asked := target(netip.MustParseAddrPort("192.0.2.1:80"), "/x")
-	asked.Timeout, asked.Interval = spec.Timeout, spec.Refresh
-	r.Set(pod, []Target{asked})
-	const length = 10 * time.Minute
-	for freshUntil := began + uint64(spec.Staleness); now()-began < uint64(length); {
-		o := <-r.C
-		if freshUntil <= now() {
-			t.Fatalf("expired %s ago", time.Duration(now()-freshUntil))
-		}
-		freshUntil = o.ObservedAt - uint64(o.Duration) + uint64(spec.Staleness)
-	}
-	if most := int(length/(spec.Refresh*4/5)) + 2; opened > most {
-		t.Errorf("%d connections, want at most %d", opened, most)
 	}
 }

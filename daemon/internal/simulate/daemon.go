@@ -1,6 +1,8 @@
 package simulate
 
 import (
+	"fmt"
+	"hash/fnv"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -87,8 +89,12 @@ func (p *pod) killDaemon() {
 	})
 }
 
-// question stands for all: requests of the simulated pods are told apart by their endpoints.
-var question = probe.Question{Hash: 1, Check: 1}
+// questionOf identifies the request that asks an endpoint.
+func questionOf(e probe.Endpoint) probe.Question {
+	hash := fnv.New64a()
+	_, _ = fmt.Fprintf(hash, "%+v", e)
+	return probe.Question{Hash: hash.Sum64() | 1, Check: 1}
+}
 
 // meant is the endpoint that something asked is taken for.
 func (p *pod) meant(e probe.Endpoint) probe.Endpoint {
@@ -108,7 +114,7 @@ func (p *pod) outcome(e probe.Endpoint, began uint64, x exchange) probe.Outcome 
 	e = p.meant(e)
 	o := probe.Outcome{
 		Port: e.Port, Kind: e.Kind, Request: p.requests[e],
-		Question: question, Text: []byte(e.Path), // the tracker wants some
+		Question: questionOf(e), Text: []byte(e.Path), // the tracker wants some
 		Event: x.event, Status: x.status, ObservedAt: p.now, Duration: time.Duration(p.now - began),
 	}
 	if o.Kind != probe.HTTP {

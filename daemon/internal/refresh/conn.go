@@ -1,0 +1,234 @@
+package refresh
+
+import (
+	"bytes"
+	"errors"
+	"net/netip"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/evidence"
+	"github.com/probelet/probelet/daemon/internal/probe"
+)
+
+const (
+	// maxResponse is how much of a reply is read, in bytes: what the kernel side records of one, so that both know the same. The
+	// kubelet reads 10 KiB of a body, and up to 10 MiB of headers (maxRespBodyLength in its pkg/probe/http/http.go,
+	// maxHeaderResponseSize in net/http). Of a reply that takes more than this nothing is known, so nothing is answered from it.
+	maxResponse = datapath.MaxRecorded
+	// eagerLooks is how often a reply that is not complete is judged as soon as more of it arrives. Afterwards it is looked at
+	// every lazily: a pod that sends one byte at a time is not worth a judgement of each.
+	eagerLooks = 8
+	lazily     = 100 * time.Millisecond
+)
+
+// conn is the connection of a request.
+type conn struct {
+	fd        int
+	cookie    uint64 // 0: the socket is settled
+	connected bool   // and the request, if there is one, was sent
+	watched   bool   // epoll knows it
+	reply     evidence.Response
+	looks     int
+	paused    bool // it is not looked at for a while
+}
+
+// watch has epoll report events of a file descriptor.
+func (r *Refresher) watch(operation, fd int, events uint32) error {
+	return unix.EpollCtl(r.epoll, operation, fd, &unix.EpollEvent{Events: events, Fd: int32(fd)})
+}
+
+// begin opens the job's connection, and sends the request if that is possible at once.
+func (r *Refresher) begin(j *job) {
+	family := unix.AF_INET
+	if j.Address.Is6() {
+		family = unix.AF_INET6
+	}
+	fd, cookie, err := r.sockets.Open(family)
+	if err != nil {
+		r.abandon(j)
+		return
+	}
+	j.conn = &conn{fd: fd, cookie: cookie}
+	r.open[int32(fd)] = j
+	// Reset at its end, as load balancers do: no connection leaves a TIME_WAIT. The kernel is to buffer no more than is read.
+	err = errors.Join(
+		unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}),
+		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, maxResponse),
+	)
+	if err != nil {
+		r.abandon(j)
+		return
+	}
+	err = unix.Connect(fd, sockaddr(netip.AddrPortFrom(j.Address, j.Endpoint.Port)))
+	switch {
+	case err == nil || errors.Is(err, unix.EINPROGRESS):
+	case ours(err):
+		r.abandon(j)
+		return
+	default:
+		r.finish(j, eventOf(err), 0)
+		return
+	}
+	r.schedule.plan(j, j.deadline())
+	r.advance(j)
+}
+
+func sockaddr(to netip.AddrPort) unix.Sockaddr {
+	if to.Addr().Is4() {
+		return &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}
+	}
+	return &unix.SockaddrInet6{Port: int(to.Port()), Addr: to.Addr().As16()}
+}
+
+// ours reports whether an error of connect(2) tells of this node's shortages, not of the pod.
+func ours(err error) bool {
+	return errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ENOMEM)
+}
+
+// advance goes as far with a request as its socket allows.
+func (r *Refresher) advance(j *job) {
+	if !j.conn.connected {
+		r.connect(j)
+		return
+	}
+	r.look(j)
+}
+
+// connect sends the request as soon as there is a connection.
+func (r *Refresher) connect(j *job) {
+	n, err := 0, error(nil)
+	if j.Endpoint.Kind == probe.HTTP {
+		n, err = unix.Write(j.conn.fd, j.Request)
+	} else {
+		err = connected(j.conn.fd)
+	}
+	switch {
+	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ENOTCONN):
+		r.follow(j, unix.EPOLLOUT)
+	case err != nil:
+		r.finish(j, eventOf(err), 0)
+	case j.Endpoint.Kind != probe.HTTP:
+		r.finish(j, probe.Connected, 0)
+	case n < len(j.Request):
+		r.abandon(j) // it is shorter than any empty send buffer
+	default:
+		j.conn.connected = true
+		r.settle(j)
+		r.follow(j, unix.EPOLLIN)
+	}
+}
+
+// connected returns nil if a socket that connects has come to a connection, ENOTCONN if it is about to, or why it has not.
+func connected(fd int) error {
+	code, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
+	if err == nil && code != 0 {
+		err = unix.Errno(code)
+	}
+	if err != nil {
+		return err
+	}
+	_, err = unix.Getpeername(fd)
+	return err
+}
+
+// settle tells that the job's socket sends no more SYN.
+func (r *Refresher) settle(j *job) {
+	if j.conn.cookie != 0 {
+		r.sockets.Done(j.conn.cookie)
+		j.conn.cookie = 0
+	}
+}
+
+// follow has epoll report the job's socket.
+func (r *Refresher) follow(j *job, events uint32) {
+	operation := unix.EPOLL_CTL_MOD
+	if !j.conn.watched {
+		operation = unix.EPOLL_CTL_ADD
+	}
+	if err := r.watch(operation, j.conn.fd, events); err != nil {
+		r.abandon(j)
+		return
+	}
+	j.conn.watched = true
+}
+
+// look reads what has arrived, and ends the request if the verdict is certain.
+func (r *Refresher) look(j *job) {
+	if j.conn.paused {
+		j.conn.paused = false
+		r.schedule.plan(j, j.deadline())
+		if r.follow(j, unix.EPOLLIN); j.conn == nil {
+			return
+		}
+	}
+	reply := &j.conn.reply
+	text := append(r.scratch[:0], reply.Bytes...)
+	for len(text) < maxResponse && reply.End == evidence.Open {
+		n, err := unix.Read(j.conn.fd, text[len(text):maxResponse])
+		switch {
+		case errors.Is(err, unix.EAGAIN):
+			r.judge(j, text)
+			return
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			r.finish(j, eventOf(err), 0)
+			return
+		case n == 0:
+			reply.End = evidence.Closed
+		default:
+			text = text[:len(text)+n]
+		}
+	}
+	if reply.End == evidence.Open {
+		reply.End = evidence.Unseen
+	}
+	r.judge(j, text)
+}
+
+// judge judges the reply so far as the kubelet does, and ends the request if the verdict is certain. If it is not, the text is
+// kept.
+func (r *Refresher) judge(j *job, text []byte) {
+	c := j.conn
+	if len(text) == len(c.reply.Bytes) && c.reply.End == evidence.Open {
+		return // nothing new
+	}
+	if c.looks++; c.looks <= eagerLooks || c.reply.End != evidence.Open || headed(text) {
+		reply := evidence.Response{Bytes: text, End: c.reply.End}
+		event, status, doubt := reply.Judge()
+		certain := event != probe.NoAnswer || reply.End != evidence.Open
+		switch {
+		case certain && doubt != "":
+			r.abandon(j)
+			return
+		case certain:
+			r.finish(j, event, status)
+			return
+		}
+	}
+	c.reply.Bytes = append(c.reply.Bytes[:0], text...)
+	if c.looks >= eagerLooks {
+		c.paused = true
+		r.schedule.plan(j, min(r.now()+uint64(lazily), j.deadline()))
+		r.follow(j, 0)
+	}
+}
+
+// headed reports whether there is a line that may end the headers. Without one a reply has no final status yet.
+func headed(text []byte) bool {
+	return bytes.Contains(text, []byte("\n\n")) || bytes.Contains(text, []byte("\n\r\n"))
+}
+
+// eventOf says what the prober would make of an error.
+func eventOf(err error) probe.Event {
+	var code unix.Errno
+	switch {
+	case errors.Is(err, unix.ECONNREFUSED), errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE):
+		return probe.Reset
+	case errors.As(err, &code) && code.Timeout():
+		return probe.NoAnswer
+	}
+	return probe.Failed
+}

@@ -1,0 +1,149 @@
+package refresh
+
+import (
+	"fmt"
+	"net/netip"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"github.com/probelet/probelet/bpf/attach"
+	"github.com/probelet/probelet/daemon/internal/probe"
+)
+
+// world runs a schedule in a time of its own.
+type world struct {
+	*schedule
+	now   uint64
+	began map[*job][]uint64
+}
+
+func newWorld() *world { return &world{newSchedule(), uint64(time.Hour), map[*job][]uint64{}} }
+
+func (w *world) targets(pod, n int, interval, timeout time.Duration) attach.ID {
+	id := attach.ID{ContainerID: fmt.Sprint(pod)}
+	var all []Target
+	for i := range n {
+		t := target(netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(pod)}), 80), fmt.Sprintf("/%d", i))
+		t.Interval, t.Timeout = interval, timeout
+		all = append(all, t)
+	}
+	w.set(id, all, w.now)
+	return id
+}
+
+// run lets time pass; a request of a job takes as long as took says, its timeout at most.
+func (w *world) run(length time.Duration, took func(*job) time.Duration) {
+	for end := w.now + uint64(length); len(w.due) > 0 && w.due[0].at < end; {
+		w.now = max(w.now, w.due[0].at)
+		for j := w.next(w.now); j != nil; j = w.next(w.now) {
+			if began := w.began[j]; len(began) > 0 && began[len(began)-1] == j.began {
+				w.end(j, w.now)
+				continue
+			}
+			w.began[j] = append(w.began[j], w.now)
+			w.plan(j, w.now+uint64(min(took(j), j.Timeout)))
+		}
+	}
+}
+
+func (w *world) of(id attach.ID) (began [][]uint64) {
+	for j, all := range w.began {
+		if j.pod.id == id {
+			began = append(began, all)
+		}
+	}
+	return began
+}
+
+// Whatever the pods want and however slow they are: none has more connections, or gets more of them, than it may, and a pod
+// that wants less than that is asked when it is due, whatever the others do.
+func TestLimitsArePerPod(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		w := newWorld()
+		const length = 20 * time.Second
+		slow := map[attach.ID]time.Duration{}
+		for pod := range rapid.IntRange(1, 6).Draw(t, "greedy pods") {
+			id := w.targets(pod, rapid.IntRange(1, 64).Draw(t, "endpoints"), 100*time.Millisecond, 5*time.Second)
+			slow[id] = rapid.SampledFrom([]time.Duration{0, time.Millisecond, time.Second, time.Minute}).Draw(t, "takes")
+		}
+		modest := w.targets(100, 2, time.Second, time.Second)
+		w.run(length, func(j *job) time.Duration {
+			if open := j.pod.open; open > podConnections {
+				t.Fatalf("%d connections to one pod", open)
+			}
+			return slow[j.pod.id]
+		})
+		for id := range slow {
+			n := 0
+			for _, began := range w.of(id) {
+				n += len(began)
+			}
+			if most := int(length/podApart) + podConnections; n > most {
+				t.Errorf("a pod was asked %d times, want at most %d", n, most)
+			}
+		}
+		for _, began := range w.of(modest) {
+			for i := range began[1:] {
+				if late := time.Duration(began[i+1]-began[i]) - time.Second; late < 0 || late > podApart {
+					t.Errorf("a modest pod was asked %s late", late)
+				}
+			}
+			if len(began) < int(length/time.Second)-1 {
+				t.Errorf("a modest pod was asked %d times", len(began))
+			}
+		}
+	})
+}
+
+// All endpoints of a pod that wants more than it may are asked, in turn.
+func TestGreedyPodStarvesNoneOfItsOwn(t *testing.T) {
+	w := newWorld()
+	id := w.targets(1, 64, 100*time.Millisecond, time.Second)
+	w.run(time.Minute, func(*job) time.Duration { return time.Millisecond })
+	all := w.of(id)
+	if len(all) != 64 {
+		t.Fatalf("%d of 64 were asked", len(all))
+	}
+	for _, began := range all {
+		if len(began) < 10 {
+			t.Errorf("one was asked %d times in a minute", len(began))
+		}
+	}
+}
+
+// A pod that is well is fresh at every moment, whatever the staleness, and is asked no more often than once in the interval.
+func TestAlwaysFresh(t *testing.T) {
+	for _, staleness := range []string{"0.5", "1", "2", "5"} {
+		t.Run(staleness, func(t *testing.T) { alwaysFresh(t, staleness) })
+	}
+}
+
+func alwaysFresh(t *testing.T, staleness string) {
+	const period, timeout, took = 10 * time.Second, time.Second, 300 * time.Millisecond
+	defaults := probe.NewDefaults()
+	defaults.Refresh.On = true
+	settings := defaults.Settings(map[string]string{probe.AnnotationStaleness: staleness})
+	specs, err := probe.Endpoints(probe.Pod{IPs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, Probes: []probe.Spec{{
+		Container: "c", Type: probe.Readiness, Kind: probe.HTTP, Port: 80, Path: "/x", Period: period, Timeout: timeout,
+	}}}, settings, probe.Limits{Request: 1024, Records: 64})
+	if err != nil || settings.Problem != "" {
+		t.Fatal(err, settings.Problem)
+	}
+	w := newWorld()
+	id := w.targets(1, 1, specs[0].Refresh, specs[0].Timeout)
+	freshUntil := w.now + uint64(specs[0].Staleness)
+	const length = 10 * time.Minute
+	w.run(length, func(*job) time.Duration { return took })
+	began := w.of(id)[0]
+	for _, at := range began {
+		if known := at + uint64(took); known > freshUntil {
+			t.Fatalf("had expired for %s", time.Duration(known-freshUntil))
+		}
+		freshUntil = at + uint64(specs[0].Staleness)
+	}
+	if most := int(length/specs[0].Refresh) + 1; len(began) > most {
+		t.Errorf("%d connections, want at most %d", len(began), most)
+	}
+}
