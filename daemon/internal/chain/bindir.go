@@ -13,6 +13,7 @@ import (
 	"syscall"
 
 	"github.com/pelletier/go-toml/v2"
+	"golang.org/x/mod/semver"
 
 	"github.com/probelet/probelet/daemon/internal/hostfs"
 )
@@ -48,39 +49,70 @@ func (n Node) findable(w *network) error {
 	return n.searched(w)
 }
 
-// searched returns ErrMisplaced unless the runtime looks for plugins in BinDir: its configuration says so, or, where it does
-// not say where it looks, all plugins of the network are there. A runtime with other networks than NetDir's does not matter.
+// searched returns ErrMisplaced unless every runtime looks for plugins in BinDir: its configuration says so, or, where that does not
+// say where it looks, all plugins of the network are there. A runtime with other networks than NetDir's does not matter.
 func (n Node) searched(w *network) error {
-	var elsewhere []string
-	for _, r := range n.runtimes() {
+	found := n.runtimes()
+	silent := len(found) == 0
+	for _, r := range found {
 		said, err := r.configured()
 		if err != nil {
 			n.Log.Debug("the runtime's configuration cannot be read", "runtime", r, "error", err)
 		}
-		if said.netDir != "" && !r.isSame(said.netDir, n.NetDir) {
-			continue
+		switch {
+		case said.noPods || said.netDir != "" && !r.isSame(said.netDir, n.NetDir):
+		case len(said.binDirs) == 0:
+			silent = true
+			if err := n.ambiguous(w, r); err != nil {
+				return err
+			}
+		case !slices.ContainsFunc(said.binDirs, func(dir string) bool { return r.isSame(dir, n.BinDir) }):
+			return fmt.Errorf("%w: the configuration of %s says that plugins are in %s, not in %s: set --cni-bin-dir (chart: cni.binDir)",
+				ErrMisplaced, r.Name, strings.Join(said.binDirs, ", "), n.BinDir)
 		}
-		dirs := said.binDirs
-		if slices.ContainsFunc(dirs, func(dir string) bool { return r.isSame(dir, n.BinDir) }) {
-			return nil
-		}
-		elsewhere = append(elsewhere, dirs...)
 	}
-	if len(elsewhere) > 0 {
-		return fmt.Errorf("%w: its configuration says that plugins are in %s, not in %s: set --cni-bin-dir (chart: cni.binDir)",
-			ErrMisplaced, strings.Join(elsewhere, ", "), n.BinDir)
+	if !silent {
+		return nil
 	}
-	for _, p := range w.plugins {
-		name := pluginType(p)
-		if name == PluginType {
-			continue
-		}
-		if err := n.program(name); err != nil {
-			return fmt.Errorf("%w: %s of network %s (%s) is not in %s, so its plugins are elsewhere: set --cni-bin-dir (chart: cni.binDir): %w",
-				ErrMisplaced, name, w.name, filepath.Join(n.NetDir, w.file), n.BinDir, err)
-		}
+	if name, err := w.lacking(n.program); err != nil {
+		return fmt.Errorf("%w: %s of network %s (%s) is not in %s, so its plugins are elsewhere: set --cni-bin-dir (chart: cni.binDir): %w",
+			ErrMisplaced, name, w.name, filepath.Join(n.NetDir, w.file), n.BinDir, err)
 	}
 	return nil
+}
+
+// lacking returns the first of a network's plugins, but for ours, that look does not find; nil: it finds all.
+func (w *network) lacking(look func(name string) error) (name string, err error) {
+	for _, p := range w.plugins {
+		if name = pluginType(p); name == PluginType {
+			continue
+		}
+		if err := look(name); err != nil {
+			return name, err
+		}
+	}
+	return "", nil
+}
+
+// defaultBinDir is where runtimes look that are not told otherwise (defaultNetworkPluginBinDirs in containerd's internal/cri/config,
+// cniBinDir in CRI-O's pkg/config, --cni-bin-dir of cri-dockerd), if a distribution has not built in another directory.
+const defaultBinDir = "/opt/cni/bin"
+
+// ambiguous returns ErrMisplaced if a network's plugins are in the runtime's default directory, and that is not BinDir. That they are in
+// BinDir too says nothing then: distributions have packages that put the same ones into another directory.
+func (n Node) ambiguous(w *network, r Runtime) error {
+	if r.isSame(defaultBinDir, n.BinDir) {
+		return nil
+	}
+	_, err := w.lacking(func(name string) error {
+		_, err := r.root().Stat(filepath.Join(defaultBinDir, name))
+		return err
+	})
+	if err != nil {
+		return nil
+	}
+	return fmt.Errorf("%w: the configuration of %s does not say where plugins are, and those of network %s are in its default, %s, not only in %s: set --cni-bin-dir (chart: cni.binDir)",
+		ErrMisplaced, r.Name, w.name, defaultBinDir, n.BinDir)
 }
 
 func (n Node) runtimes() Runtimes {
@@ -143,6 +175,8 @@ func (r Runtime) root() hostfs.FS { return hostfs.FS{Root: filepath.Join(r.proce
 type configured struct {
 	netDir  string
 	binDirs []string
+	// noPods: it runs none, as Docker's containerd.
+	noPods bool
 }
 
 // override takes what is said elsewhere.
@@ -164,7 +198,7 @@ func (r Runtime) configured() (c configured, err error) {
 	args := strings.Split(string(bytes.TrimRight(text, "\x00")), "\x00")
 	switch r.Name {
 	case "containerd": // cmd/containerd/command/main.go, internal/cri/config
-		err = r.readContainerd(last(flagValues(args, "--config", "-c"), "/etc/containerd/config.toml"), map[string]bool{}, &c)
+		err = r.readContainerd(last(flagValues(args, "--config", "-c"), "/etc/containerd/config.toml"), &c)
 	case "crio": // pkg/config/config.go, crio(8)
 		err = r.readCRIO(
 			last(flagValues(args, "--config", "-c"), "/etc/crio/crio.conf"), last(flagValues(args, "--config-dir", "-d"), "/etc/crio/crio.conf.d"), &c)
@@ -207,42 +241,47 @@ func commas(values []string) (all []string) {
 // criPlugins are the names of containerd's plugin that runs pods, in versions 1, 2 and 3 of its configuration.
 var criPlugins = []string{"cri", "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"}
 
-// readContainerd reads a file of containerd's and those that it imports, which override it. One whose plugin for pods is disabled,
-// as Docker's, says nothing.
-func (r Runtime) readContainerd(file string, seen map[string]bool, c *configured) error {
-	if seen[file] {
-		return nil
-	}
-	seen[file] = true
-	conf, err := r.readTOML(file)
-	if err != nil {
-		return err
-	}
-	for _, plugin := range criPlugins {
-		if slices.Contains(stringsOf(lookUp(conf, "disabled_plugins")), plugin) {
-			return nil
+// readContainerd reads a file of containerd's and then those that are imported, which override it (LoadConfig in
+// cmd/containerd/server/config/config.go).
+func (r Runtime) readContainerd(file string, c *configured) error {
+	seen := map[string]bool{}
+	for pending := []string{file}; len(pending) > 0; pending = pending[1:] {
+		file := pending[0]
+		if seen[file] {
+			continue
+		}
+		seen[file] = true
+		conf, err := r.readTOML(file)
+		if err != nil {
+			return err
+		}
+		c.overrideContainerd(conf, semver.Compare(r.Version, "v2") < 0) // one that is not known is older
+		for _, pattern := range stringsOf(lookUp(conf, "imports")) {
+			if !filepath.IsAbs(pattern) {
+				pattern = filepath.Join(filepath.Dir(file), pattern)
+			}
+			imported, err := r.root().Glob(pattern)
+			if err != nil {
+				return fmt.Errorf("%s: imports: %w", file, err)
+			}
+			pending = append(pending, imported...)
 		}
 	}
+	return nil
+}
+
+// overrideContainerd takes what another file says. containerd 2 merges what two files say of a plugin. Before, the later file's section
+// took the place of the other one, and what it does not say is the default (mergeConfig).
+func (c *configured) overrideContainerd(conf map[string]any, replaces bool) {
 	for _, plugin := range criPlugins {
+		c.noPods = c.noPods || slices.Contains(stringsOf(lookUp(conf, "disabled_plugins")), plugin)
+		if replaces && lookUp(conf, "plugins", plugin) != nil {
+			c.netDir, c.binDirs = "", nil
+		}
 		cni := []string{"plugins", plugin, "cni"}
 		c.override(stringsOf(lookUp(conf, append(cni, "conf_dir")...)), stringsOf(lookUp(conf, append(cni, "bin_dir")...)))
 		c.override(nil, stringsOf(lookUp(conf, append(cni, "bin_dirs")...)))
 	}
-	for _, pattern := range stringsOf(lookUp(conf, "imports")) {
-		if !filepath.IsAbs(pattern) {
-			pattern = filepath.Join(filepath.Dir(file), pattern)
-		}
-		imported, err := r.root().Glob(pattern)
-		if err != nil {
-			return fmt.Errorf("%s: imports: %w", file, err)
-		}
-		for _, one := range imported {
-			if err := r.readContainerd(one, seen, c); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
 }
 
 // readCRIO reads CRI-O's file and those in its directory, which override it.

@@ -58,10 +58,13 @@ func TestBinDirs(t *testing.T) {
 		"containerd: imported":        {"containerd", nil, files{file: "imports = ['/etc/containerd/conf.d/*.toml']\n" + v1, "etc/containerd/conf.d/a.toml": v2, "etc/containerd/conf.d/b.toml": v3, "etc/containerd/conf.d/c.bak": v1}, []string{"/v3", "/more"}, ""},
 		"containerd: imported nearby": {"containerd", nil, files{file: "imports = ['more.toml', 'none.toml']\n", "etc/containerd/more.toml": "imports = ['config.toml']\n" + v2}, []string{"/v2"}, ""},
 		"containerd: no TOML":         {"containerd", nil, files{file: "{"}, nil, "config.toml"},
-		"containerd: Docker's":        {"containerd", nil, files{file: "disabled_plugins = ['cri']\n" + v1}, nil, ""},
-		"CRI-O: no file":              {"crio", nil, nil, nil, ""},
-		"CRI-O":                       {"crio", nil, files{"etc/crio/crio.conf": "[crio.network]\nplugin_dirs = ['/a', '/b']\n"}, []string{"/a", "/b"}, ""},
-		"CRI-O: the old key":          {"crio", nil, files{"etc/crio/crio.conf": "[crio.network]\nplugin_dir = '/a'\n"}, []string{"/a"}, ""},
+		"containerd: an imported file replaces the section": {"containerd", nil, files{file: "imports = ['more.toml']\n" + v2,
+			"etc/containerd/more.toml": "[plugins.\"io.containerd.grpc.v1.cri\"]\n x = 1\n"}, nil, ""},
+		"containerd: imported by an imported one": {"containerd", nil, files{file: "imports = ['a.toml', 'b.toml']\n", "etc/containerd/a.toml": "imports = ['c.toml']\n",
+			"etc/containerd/b.toml": v1, "etc/containerd/c.toml": v2}, []string{"/v2"}, ""},
+		"CRI-O: no file":     {"crio", nil, nil, nil, ""},
+		"CRI-O":              {"crio", nil, files{"etc/crio/crio.conf": "[crio.network]\nplugin_dirs = ['/a', '/b']\n"}, []string{"/a", "/b"}, ""},
+		"CRI-O: the old key": {"crio", nil, files{"etc/crio/crio.conf": "[crio.network]\nplugin_dir = '/a'\n"}, []string{"/a"}, ""},
 		"CRI-O: drop-in": {"crio", nil, files{"etc/crio/crio.conf": "[crio.network]\nplugin_dirs = ['/a']\n",
 			"etc/crio/crio.conf.d/10-x.conf": "[crio.network]\nplugin_dirs = ['/b']\n"}, []string{"/b"}, ""},
 		"CRI-O: flags":       {"crio", []string{"--cni-plugin-dir", "/x,/y", "--cni-plugin-dir=/z"}, nil, []string{"/x", "/y", "/z"}, ""},
@@ -95,6 +98,20 @@ func TestConfiguredNetDir(t *testing.T) {
 	}
 }
 
+// containerd 2 merges sections that containerd 1 replaces.
+func TestContainerdMerges(t *testing.T) {
+	for version, want := range map[string][]string{"v1.7.27": nil, "": nil, "v2.0.0": {"/v2"}} {
+		r := process(t, "containerd", nil, files{
+			"etc/containerd/config.toml": "version = 2\nimports = ['more.toml']\n[plugins.'io.containerd.grpc.v1.cri'.cni]\nbin_dir = '/v2'\n",
+			"etc/containerd/more.toml":   "[plugins.'io.containerd.grpc.v1.cri']\nsandbox_image = 'x'\n",
+		})
+		r.Version = version
+		if said, err := r.configured(); err != nil || !slices.Equal(said.binDirs, want) {
+			t.Errorf("%s: %+v, %v; want %q", version, said, err, want)
+		}
+	}
+}
+
 // The chain is joined only where the runtime finds the plugin, and left, in whichever way it was joined, when it does not any
 // more.
 func TestMisplaced(t *testing.T) {
@@ -106,6 +123,16 @@ func TestMisplaced(t *testing.T) {
 			if err := os.Symlink(n.BinDir, filepath.Join(n.BinDir, "link")); err != nil {
 				t.Fatal(err)
 			}
+			n.Runtimes = func() Runtimes { return Runtimes{r} }
+		}
+	}
+	silent := func(inDefault ...string) func(*testing.T, *Node) {
+		return func(t *testing.T, n *Node) {
+			root := files{}
+			for _, name := range inDefault {
+				root[defaultBinDir+"/"+name] = "#!"
+			}
+			r := process(t, "containerd", nil, root)
 			n.Runtimes = func() Runtimes { return Runtimes{r} }
 		}
 	}
@@ -123,9 +150,23 @@ func TestMisplaced(t *testing.T) {
 		"as it should be":               {func(*testing.T, *Node) {}, ""},
 		"the plugin is not there":       {removed(PluginType), "no such file"},
 		"one of the network's is not":   {removed("portmap"), "portmap of network pods"},
-		"one cannot be run":             {func(t *testing.T, n *Node) { _ = os.Chmod(filepath.Join(n.BinDir, "ptp"), 0o644) }, "ptp of network pods"},
+		"one cannot be run":             {func(_ *testing.T, n *Node) { _ = os.Chmod(filepath.Join(n.BinDir, "ptp"), 0o644) }, "ptp of network pods"},
 		"the runtime names it":          {func(t *testing.T, n *Node) { removed("portmap")(t, n); naming("BIN/")(t, n) }, ""},
 		"the runtime names another one": {naming("/usr/lib/cni"), "/usr/lib/cni, not in"},
+		"one of two runtimes names another one": {func(t *testing.T, n *Node) {
+			naming("BIN")(t, n)
+			one, other := n.Runtimes()[0], process(t, "crio", []string{"--cni-plugin-dir=/usr/lib/cni"}, nil)
+			n.Runtimes = func() Runtimes { return Runtimes{one, other} }
+		}, "crio says that plugins are in /usr/lib/cni"},
+		"beside one that runs no pods": {func(t *testing.T, n *Node) {
+			naming("BIN")(t, n)
+			docker := process(t, "containerd", nil, files{"etc/containerd/config.toml": "disabled_plugins = ['cri']\n[plugins.cri.cni]\nbin_dir = '/usr/lib/cni'\n"})
+			one := n.Runtimes()[0]
+			n.Runtimes = func() Runtimes { return Runtimes{docker, one} }
+		}, ""},
+		"the runtime says nothing":                     {silent(), ""},
+		"it says nothing, and some are in its default": {silent("ptp"), ""},
+		"it says nothing, and all are in its default":  {silent("ptp", "portmap"), "does not say where"},
 		"one that has another network does": {func(t *testing.T, n *Node) {
 			r := process(t, "crio", []string{"--cni-config-dir=/net", "--cni-plugin-dir=/usr/lib/cni"}, nil)
 			n.Runtimes = func() Runtimes { return Runtimes{r} }

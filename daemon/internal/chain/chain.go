@@ -225,41 +225,69 @@ func (n Node) withPlugin(w *network) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	return w.derived(w.file, append(slices.Clone(w.plugins), entry))
+}
+
+// derived is the text of a configuration that has these plugins, and is otherwise the network's.
+func (w *network) derived(from string, plugins []json.RawMessage) ([]byte, error) {
 	members := map[string]any{}
 	for member, value := range w.members {
 		members[member] = value
 	}
-	members["plugins"] = append(slices.Clone(w.plugins), entry)
-	members[derivedFrom] = w.file
+	members["plugins"], members[derivedFrom] = plugins, from
 	text, err := json.MarshalIndent(members, "", "  ")
 	return append(text, '\n'), err
 }
 
 // throughOther returns the network that a copy of ours is of, and that copy, if the primary network, such as Multus', takes its own from
-// it: by its path, or because what was in it has been copied. Then the copy must stay, under its name, and as its original is.
-func (n Node) throughOther(w *network) (original *network, copied string) {
+// it: by its path, or because what was in it has been copied. Then the copy must stay, under its name, and as its original is. The error is
+// ErrUnusable if the path of a copy is in the network and its original cannot be read, as while its owner writes it.
+func (n Node) throughOther(w *network) (original *network, copied string, err error) {
 	if !w.has() || slices.ContainsFunc(w.plugins, isPlugin) {
-		return nil, ""
+		return nil, "", nil
 	}
 	for _, file := range n.ours() {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			continue
-		}
-		var from string
-		found, err := parse(filepath.Base(file), text)
-		if err != nil || json.Unmarshal(found.members[derivedFrom], &from) != nil || filepath.Base(from) != from || from == w.file {
-			continue // a drop-in, or a copy of this network itself
-		}
-		if text, err = os.ReadFile(filepath.Join(n.NetDir, from)); err != nil {
-			continue
-		}
-		original, err := parse(from, text)
-		if err == nil && original.unsupported == nil && original.members[derivedFrom] == nil && !original.has() {
-			return original, file
+		original, err := n.original(file)
+		switch {
+		case err != nil && w.names(file):
+			return nil, "", fmt.Errorf("%s: %w: it takes its network from %s: %w", filepath.Join(n.NetDir, w.file), ErrUnusable, file, err)
+		case err == nil && original.file != w.file:
+			return original, file, nil
 		}
 	}
-	return nil, ""
+	return nil, "", nil
+}
+
+// original returns the network that a copy is of, if the plugin can be in it.
+func (n Node) original(copied string) (*network, error) {
+	found, err := read(copied)
+	if err != nil {
+		return nil, err
+	}
+	var from string
+	if err := json.Unmarshal(found.members[derivedFrom], &from); err != nil || filepath.Base(from) != from {
+		return nil, fmt.Errorf("%s: %s: no file's name", copied, derivedFrom)
+	}
+	w, err := read(filepath.Join(n.NetDir, from))
+	if err == nil && (w.members[derivedFrom] != nil || w.has()) {
+		err = fmt.Errorf("%s has the plugin itself", filepath.Join(n.NetDir, from))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return w, w.unsupported
+}
+
+func read(file string) (*network, error) {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	w, err := parse(filepath.Base(file), text)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	return w, nil
 }
 
 // keepCopy keeps a copy as its original is.
@@ -310,7 +338,9 @@ func (n Node) Join(ctx context.Context, way Way) (Joined, error) {
 		}
 		return Joined{}, err
 	}
-	if original, file := n.throughOther(w); original != nil {
+	if original, file, err := n.throughOther(w); err != nil {
+		return Joined{}, err
+	} else if original != nil {
 		return n.keepCopy(original, file, j)
 	}
 	j.Way = way
@@ -384,7 +414,9 @@ func (n Node) Look() (j Joined, in bool, err error) {
 	if err != nil {
 		return j, false, err
 	}
-	if original, file := n.throughOther(w); original != nil {
+	if original, file, err := n.throughOther(w); err != nil {
+		return j, false, err
+	} else if original != nil {
 		j.Way, j.File = Copy, file
 		return j, n.isCopy(file, original), nil
 	}
@@ -550,11 +582,20 @@ func (n Node) Leave(ctx context.Context) (changed bool, err error) {
 	return changed, err
 }
 
-// leaveBut removes all files of ours but one, and what writing them left when it was interrupted.
+// leaveBut removes all files of ours but one, and what writing them left when it was interrupted. A copy by whose path another
+// plugin finds its network, as Multus does, stays, without the plugin: no pod could start if it were gone.
 func (n Node) leaveBut(keep string) (changed bool, err error) {
 	var errs []error
 	for _, file := range n.ours() {
 		if file == keep {
+			continue
+		}
+		if named, err := n.isNamed(file); err != nil {
+			errs = append(errs, err)
+			continue
+		} else if named {
+			disarmed, err := n.disarm(file)
+			changed, errs = changed || disarmed, append(errs, err)
 			continue
 		}
 		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -571,6 +612,28 @@ func (n Node) leaveBut(keep string) (changed bool, err error) {
 		errs = append(errs, syncDir(n.NetDir), n.Wake())
 	}
 	return changed, errors.Join(errs...)
+}
+
+// disarm takes the plugin out of a copy.
+func (n Node) disarm(file string) (changed bool, err error) {
+	w, err := read(file)
+	if err != nil {
+		return false, err
+	}
+	var from string
+	plugins := slices.DeleteFunc(slices.Clone(w.plugins), isPlugin)
+	if err := json.Unmarshal(w.members[derivedFrom], &from); err != nil || len(plugins) == len(w.plugins) {
+		return false, err
+	}
+	text, err := w.derived(from, plugins)
+	if err != nil {
+		return false, err
+	}
+	like, err := os.Stat(file)
+	if err != nil {
+		return false, err
+	}
+	return n.put(file, text, like)
 }
 
 // interrupted are patterns of the files that writing in NetDir leaves when it is interrupted.

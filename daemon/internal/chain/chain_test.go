@@ -339,6 +339,7 @@ func TestReferences(t *testing.T) {
 		"JSON in JSON":               {"multus.d/x.json", `{"config":"{\"type\": \"probelet\"}"}`, "config"},
 		"YAML of another":            {"multus.d/x.yaml", "- type: probelet2\n", ""},
 		"half-written":               {"20-a.conflist", byHand[:len(byHand)-3], "?"},
+		"half-written, with a path":  {"00-multus.conf", `{"name":"m","clusterNetwork":"/etc/cni/net.d/00-probelet.conflist",`, "?"},
 		"a network of another type":  {"50-e.conf", single, ""},
 		"of that name":               {"60-f.conflist", strings.Replace(list, `"pods"`, `"probelet"`, 1), ""},
 		"no configuration":           {"kubeconfig", "kind: Config # probelet", ""},
@@ -363,6 +364,31 @@ func TestReferences(t *testing.T) {
 				t.Errorf("%v, %v; want %v", got, err, want)
 			}
 		})
+	}
+}
+
+// Links are followed, be it the directory itself that is one.
+func TestReferencesThroughLinks(t *testing.T) {
+	n := newNode(t, files{"10-pods.conflist": list})
+	elsewhere := newNode(t, files{"a/20-x.conf": `{"name":"x","type":"probelet"}`})
+	link := filepath.Join(t.TempDir(), "net.d")
+	for from, to := range map[string]string{
+		link: n.NetDir, filepath.Join(n.NetDir, "other"): elsewhere.NetDir, filepath.Join(n.NetDir, "gone"): "/nowhere",
+		filepath.Join(elsewhere.NetDir, "circle"): elsewhere.NetDir, filepath.Join(n.NetDir, "itself"): n.NetDir,
+	} {
+		if err := os.Symlink(to, from); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := n.Join(t.Context(), Copy); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{n.NetDir, link} {
+		n.NetDir = dir
+		got, err := n.References()
+		if want := []Reference{{filepath.Join(dir, "other/a/20-x.conf"), "type"}}; err != nil || !slices.Equal(got, want) {
+			t.Errorf("%v, %v; want %v", got, err, want)
+		}
 	}
 }
 

@@ -11,7 +11,9 @@ func (n Node) Plan(way Way) (Joined, error) {
 	if err != nil {
 		return j, err
 	}
-	if original, file := n.throughOther(w); original != nil {
+	if original, file, err := n.throughOther(w); err != nil {
+		return j, err
+	} else if original != nil {
 		j.Way, j.File = Copy, file
 		return j, nil
 	}

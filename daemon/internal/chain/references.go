@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -30,27 +29,56 @@ func (r Reference) String() string {
 const maxReferring = 1 << 20
 
 // References returns all references in NetDir and the directories in it, whatever the files' names: one that was renamed, as
-// Cilium does (*.cilium_bak), may be renamed again.
-func (n Node) References() (all []Reference, err error) {
+// Cilium does (*.cilium_bak), may be renamed again. Links are followed; NetDir itself may be one.
+func (n Node) References() ([]Reference, error) { return n.referencesIn(n.NetDir, nil) }
+
+// referencesIn looks into a directory, unless it is one of those that it has been reached by: links may lead in circles.
+func (n Node) referencesIn(dir string, by []os.FileInfo) (all []Reference, err error) {
+	this, err := os.Stat(dir)
+	if err != nil || slices.ContainsFunc(by, func(one os.FileInfo) bool { return os.SameFile(one, this) }) {
+		return nil, skipGone(err)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, skipGone(err)
+	}
 	ours := n.ours()
-	err = filepath.WalkDir(n.NetDir, func(file string, entry fs.DirEntry, err error) error {
-		if err != nil || entry.IsDir() || slices.Contains(ours, file) || n.isInterrupted(file) {
-			return skipGone(err)
+	for _, entry := range entries {
+		file := filepath.Join(dir, entry.Name())
+		info, err := os.Stat(file)
+		switch {
+		case err != nil: // gone, or a link that leads nowhere
+		case info.IsDir():
+			below, err := n.referencesIn(file, append(slices.Clone(by), this))
+			if err != nil {
+				return nil, err
+			}
+			all = append(all, below...)
+		case info.Mode().IsRegular() && info.Size() <= maxReferring && !slices.Contains(ours, file) && !n.isInterrupted(file):
+			text, err := os.ReadFile(file)
+			if skipGone(err) != nil {
+				return nil, err
+			}
+			for _, place := range places(text) {
+				all = append(all, Reference{file, place})
+			}
 		}
-		info, err := os.Stat(file) // of what a link leads to
-		if err != nil || !info.Mode().IsRegular() || info.Size() > maxReferring {
-			return nil
-		}
-		text, err := os.ReadFile(file)
-		if err != nil {
-			return skipGone(err)
-		}
-		for _, place := range places(text) {
-			all = append(all, Reference{file, place})
-		}
-		return nil
-	})
-	return all, skipGone(err)
+	}
+	return all, nil
+}
+
+// isNamed reports whether a file that is not ours has the path of one that is.
+func (n Node) isNamed(file string) (bool, error) {
+	all, err := n.References()
+	return slices.ContainsFunc(all, func(r Reference) bool {
+		text, err := os.ReadFile(r.File)
+		return err == nil && bytes.Contains(text, []byte("/"+filepath.Base(file)))
+	}), err
+}
+
+// names reports whether the path of a file is in the network.
+func (w *network) names(file string) bool {
+	return slices.ContainsFunc(w.plugins, func(conf json.RawMessage) bool { return bytes.Contains(conf, []byte("/"+filepath.Base(file))) })
 }
 
 // isInterrupted reports whether a file is what writing one of ours left when it was interrupted.
@@ -72,7 +100,7 @@ func skipGone(err error) error {
 func places(text []byte) []string {
 	var value any
 	if json.Unmarshal(text, &value) != nil {
-		if bytes.Contains(text, []byte(`"`+PluginType+`"`)) || namesPlugin.Match(text) {
+		if bytes.Contains(text, []byte(`"`+PluginType+`"`)) || namesPlugin.Match(text) || slices.ContainsFunc(copyNames, func(name string) bool { return bytes.Contains(text, []byte("/"+name)) }) {
 			return []string{""}
 		}
 		return nil
