@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -402,6 +403,7 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			l.setPods(pods)
 			if first {
 				lookErr = l.look()
+				debug.FreeOSMemory() // starting takes several times the memory that going on does
 			}
 		case <-in.records:
 			if l.readRecords() {
