@@ -164,13 +164,20 @@ func (m *memory) foundFilter(ifindex int, s side) {
 	}
 }
 
+// newsBytes holds the news of a whole look: each time the kernel is asked for a clsact it tells all listeners, too (see ingressQdisc),
+// and if these lost news the next look would have to ask for all of them again. A message takes less than 1 KiB.
+const newsBytes = 8 << 20
+
 // listenForFilters returns a socket that is told of each change of a filter or qdisc (rtnetlink(7)).
 func listenForFilters() (int, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
 	if err != nil {
 		return -1, err
 	}
-	err = unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1 << (unix.RTNLGRP_TC - 1)})
+	err = errors.Join(
+		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, newsBytes),
+		unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1 << (unix.RTNLGRP_TC - 1)}),
+	)
 	if err != nil {
 		return -1, errors.Join(err, unix.Close(fd))
 	}

@@ -179,7 +179,7 @@ func (p *Pod) Put(key EndpointKey, e Evidence) error {
 func (p *Pod) Renew(key EndpointKey, e Evidence) error {
 	k := key.of(p.device)
 	e.Seal = sealOf(k, e)
-	err := p.d.objects.EndpointEvidence.Update(k, e, ebpf.UpdateExist)
+	err := p.d.objects.EndpointEvidence.Update(&k, &e, ebpf.UpdateExist) // pointers: values would be encoded by reflection
 	if errors.Is(err, ebpf.ErrKeyNotExist) {
 		if _, gone := p.d.Device(p.device); gone != nil {
 			return gone
@@ -196,14 +196,14 @@ func (p *Pod) Get(key EndpointKey) (Evidence, Tally, error) {
 	var e Evidence
 	var t Tally
 	k := key.of(p.device)
-	if err := p.d.objects.EndpointEvidence.Lookup(k, &e); err != nil {
+	if err := p.d.objects.EndpointEvidence.Lookup(&k, &e); err != nil {
 		return e, t, err
 	}
 	if e.Seal != sealOf(k, e) {
 		return e, t, fmt.Errorf("evidence of port %d does not bear its seal", key.Port)
 	}
 	e.Seal = 0
-	if err := p.d.objects.EndpointTallies.Lookup(k, &t); err != nil {
+	if err := p.d.objects.EndpointTallies.Lookup(&k, &t); err != nil {
 		return e, t, err
 	}
 	return e, t, p.addWithdrawal(&t)
@@ -212,7 +212,8 @@ func (p *Pod) Get(key EndpointKey) (Evidence, Tally, error) {
 // Tally returns an endpoint's tally, or an empty one if it has none. WithdrawnAt and WithdrawnCause include withdrawals of all of the
 // pod's evidence.
 func (p *Pod) Tally(key EndpointKey) (t Tally, err error) {
-	if err := ignoreAbsent(p.d.objects.EndpointTallies.Lookup(key.of(p.device), &t)); err != nil {
+	k := key.of(p.device)
+	if err := ignoreAbsent(p.d.objects.EndpointTallies.Lookup(&k, &t)); err != nil {
 		return t, err
 	}
 	return t, p.addWithdrawal(&t)

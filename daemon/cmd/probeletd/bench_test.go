@@ -25,7 +25,8 @@ import (
 )
 
 // BenchmarkDaemon measures what the daemon takes of a core and of memory, with two HTTP probes of each pod, every
-// second, from real sockets:
+// second, from real sockets, or with none (idle). Looks at attachments come on top (BenchmarkLook in daemon/internal/repair): a daemon
+// in a network namespace of its own does not look after them.
 //
 //	go test ./daemon/cmd/probeletd -run - -bench Daemon -benchtime 20x
 //
@@ -38,12 +39,13 @@ func BenchmarkDaemon(b *testing.B) {
 	}
 	for _, refresh := range []string{"false", "true"} {
 		for _, pods := range []int{125, 250, 500} {
-			b.Run(fmt.Sprintf("refresh=%s/pods=%d", refresh, pods), func(b *testing.B) { benchDaemon(b, program, pods, refresh) })
+			b.Run(fmt.Sprintf("refresh=%s/pods=%d", refresh, pods), func(b *testing.B) { benchDaemon(b, program, pods, refresh, true) })
 		}
 	}
+	b.Run("idle/pods=500", func(b *testing.B) { benchDaemon(b, program, 500, "false", false) })
 }
 
-func benchDaemon(b *testing.B, program string, pods int, refresh string) {
+func benchDaemon(b *testing.B, program string, pods int, refresh string, probes bool) {
 	node := bpftest.NewNode(b)
 	bpfDir, state := bpftest.BPFDir(b), filepath.Join(b.TempDir(), "state")
 	d, err := datapath.Ensure(b.Context(), bpfDir)
@@ -75,6 +77,9 @@ func benchDaemon(b *testing.B, program string, pods int, refresh string) {
 	var failed atomic.Int64
 	for i, pod := range all {
 		for p, path := range []string{"/ready", "/live"} {
+			if !probes {
+				continue
+			}
 			address := fmt.Sprintf("%s:8080", pod.IPv4)
 			offset := time.Duration(2*i+p) * time.Second / time.Duration(2*pods)
 			probers.Go(func() { failed.Add(probeEverySecond(node, address, path, offset, probed)) })
@@ -90,8 +95,10 @@ func benchDaemon(b *testing.B, program string, pods int, refresh string) {
 	b.ReportMetric(100*took.Seconds()/b.Elapsed().Seconds(), "%core")
 	b.ReportMetric(rss(b, daemon.Process.Pid), "MiB")
 	now := countersOf(b, d)
-	answered := now["answered_http"] - counters["answered_http"]
-	b.ReportMetric(100*float64(answered)/float64(answered+now["observed"]-counters["observed"]), "%answered")
+	if probes {
+		answered := now["answered_http"] - counters["answered_http"]
+		b.ReportMetric(100*float64(answered)/float64(answered+now["observed"]-counters["observed"]), "%answered")
+	}
 	b.ReportMetric(0, "ns/op")
 	b.StopTimer()
 	close(probed)

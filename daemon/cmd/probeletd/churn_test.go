@@ -4,163 +4,213 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"log/slog"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"runtime"
 	"testing"
 	"time"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/crosscheck"
+	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/refresh"
-	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
-var churned = flag.Int("churn", 4000, "how many pods come and go in TestChurn")
+const (
+	churnPods  = 100 // that there are at a time
+	churnedOff = 20  // of them that each wave replaces
+)
 
-// noSockets are never there.
-type noSockets struct{}
+var churned = flag.Int("churn", 6000, "how many pods come and go in TestChurn")
 
-func (noSockets) Open(int) (int, uint64, error) { return 0, 0, errors.New("no sockets in this test") }
-func (noSockets) Done(uint64)                   {}
+// Pods come and go, and nothing of those that have gone is left: not in memory, and not in what the next ones cost.
+func TestChurn(t *testing.T) {
+	c := newChurn(t)
+	waves := *churned / churnedOff
+	c.run(waves / 4) // until all pools, maps and buffers have grown to what this takes
+	before := c.usage()
+	c.run(waves - waves/4)
+	after := c.usage()
+	t.Logf("before %+v, after %+v", before, after)
+	for what, n := range after.kept {
+		if n > before.kept[what] {
+			t.Errorf("%d %s, %d before", n, what, before.kept[what])
+		}
+	}
+	if after.heap > before.heap+128<<10 {
+		t.Errorf("a heap of %d bytes, %d before", after.heap, before.heap)
+	}
+	if most := before.perWave + before.perWave/10; after.perWave > most {
+		t.Errorf("a wave allocates %d bytes, %d before", after.perWave, before.perWave)
+	}
+}
 
-// churn is a daemon whose pods are replaced again and again; none is attached, so that it needs no kernel.
+// churn is a daemon whose pods come and go. None is attached in the kernel; outcomes come from simulated records.
 type churn struct {
-	*daemon
-	t    *testing.T
-	next int
-	live []int
+	t         *testing.T
+	d         *daemon
+	assembler *evidence.Assembler
+	history   crosscheck.History
+	pods      []probe.Pod
+	records   []attach.Record
+	made      int
+	now       uint64
+	allocated uint64 // by the last wave, in bytes
 }
 
 func newChurn(t *testing.T) *churn {
-	t.Helper()
-	refresher, err := refresh.New(noSockets{}, datapath.Now)
+	r, err := refresh.New(noSockets{}, datapath.Now)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(refresher.Close)
-	c := config{stateDir: filepath.Join(t.TempDir(), "state"), defaults: probe.NewDefaults()}
-	c.defaults.Refresh.On = true
-	if err := os.MkdirAll(attach.RecordsDir(c.stateDir), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	return &churn{daemon: newDaemon(slog.New(slog.DiscardHandler), nil, c, statedir.Endpoints{}, refresher), t: t}
+	t.Cleanup(r.Close)
+	d := unattached(t, t.TempDir())
+	d.refresher, d.defaults.Refresh.On = r, true
+	return &churn{t: t, d: d, assembler: evidence.NewAssembler(), now: datapath.Now()}
 }
 
-func (c *churn) record(n int) attach.Record {
-	return attach.Record{
-		ContainerID: fmt.Sprintf("%064d", n), IfName: "eth0", PodNamespace: "shop", PodName: fmt.Sprint("pod-", n), PodUID: fmt.Sprint(n),
-		CreatedAt: time.Unix(int64(n), 0),
-	}
-}
+// noSockets has every request of the refresher fail for want of sockets.
+type noSockets struct{}
 
-func podNumber(n int) probe.Pod {
-	spec := probe.Spec{
-		Container: "c", Instance: fmt.Sprint(n), Type: probe.Readiness, Kind: probe.HTTP, Port: 80, Path: "/x",
-		Period: time.Second, Timeout: time.Second,
-	}
-	other := spec
-	other.Type, other.Path = probe.Liveness, "/y"
-	return probe.Pod{
-		Namespace: "shop", Name: fmt.Sprint("pod-", n), UID: fmt.Sprint(n), IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 1, byte(n >> 8), byte(n)})},
-		Probes: []probe.Spec{spec, other},
-	}
-}
+func (noSockets) Open(int) (int, uint64, error) { return -1, 0, errors.New("no sockets") }
+func (noSockets) Done(uint64)                   {}
 
-// replace replaces pods: the oldest go, new ones come, and each of these is probed. So many live at a time.
-func (c *churn) replace(n, live int) {
+// run replaces pods in so many waves.
+func (c *churn) run(waves int) {
 	c.t.Helper()
-	for range n {
-		if len(c.live) == live {
-			if err := attach.RemoveRecord(c.stateDir, c.record(c.live[0]).ID()); err != nil {
-				c.t.Fatal(err)
+	for range waves {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		c.wave()
+		runtime.ReadMemStats(&after)
+		c.allocated = after.TotalAlloc - before.TotalAlloc
+	}
+}
+
+func (c *churn) wave() {
+	c.t.Helper()
+	stay := min(len(c.pods), churnPods-churnedOff)
+	c.pods, c.records = c.pods[len(c.pods)-stay:], c.records[len(c.records)-stay:]
+	for len(c.pods) < churnPods {
+		c.add()
+	}
+	err := attach.WriteRecord(c.d.stateDir, c.records[len(c.records)-1])
+	for id := range c.d.deleted {
+		c.d.deleted[id] = time.Now().Add(-beingDeleted - time.Second) // time goes by
+	}
+	c.d.readRecords()
+	if err := errors.Join(err, attach.RemoveRecord(c.d.stateDir, c.records[len(c.records)-1].ID())); err != nil {
+		c.t.Fatal(err)
+	}
+	c.d.records = append([]attach.Record(nil), c.records...)
+	c.d.setPods(append([]probe.Pod(nil), c.pods...))
+	var outcomes []refresh.Outcome
+	for i, r := range c.records {
+		for _, o := range c.exchange(r, c.pods[i].IPs[0]) {
+			outcomes = append(outcomes, refresh.Outcome{Attachment: r.ID(), Outcome: o.Outcome})
+		}
+	}
+	if len(outcomes) != len(c.records) {
+		c.t.Fatalf("%d outcomes of %d pods", len(outcomes), len(c.records))
+	}
+	c.d.refreshed(outcomes)
+	for _, o := range outcomes {
+		c.d.judge(c.d.attachments[o.Attachment], o.Outcome)
+	}
+	c.d.doubt(c.assembler.TakeDoubtful())
+	c.look()
+	c.d.describe()
+	c.d.refresher.Take()
+}
+
+// add adds a pod with a record.
+func (c *churn) add() {
+	c.made++
+	ip := netip.AddrFrom4([4]byte{10, byte(c.made >> 16), byte(c.made >> 8), byte(c.made)})
+	pod := probe.Pod{Namespace: "churn", Name: fmt.Sprintf("pod-%d", c.made), UID: fmt.Sprintf("uid-%d", c.made), IPs: []netip.Addr{ip}}
+	if c.made%2 == 0 {
+		pod.Annotations = map[string]string{probe.AnnotationMode: string(probe.Observe)}
+	}
+	pod.Probes = []probe.Spec{{
+		Container: "c", Type: probe.Readiness, Kind: probe.HTTP, Port: 80, Path: "/ready", Period: time.Second, Timeout: time.Second,
+		FailureThreshold: 3, SuccessThreshold: 1,
+	}}
+	c.pods = append(c.pods, pod)
+	c.records = append(c.records, attach.Record{
+		ContainerID: fmt.Sprintf("container-%d", c.made), IfName: "eth0", IfIndex: 1000 + c.made,
+		PodNamespace: pod.Namespace, PodName: pod.Name, PodUID: pod.UID, CreatedAt: time.Now().Truncate(0).UTC(),
+	})
+}
+
+// exchange returns what becomes of the records of a probe.
+func (c *churn) exchange(r attach.Record, ip netip.Addr) (all []evidence.Observation) {
+	const response = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+	c.now += uint64(600 * time.Millisecond) // a minute in a wave
+	request := fmt.Sprintf("GET /ready HTTP/1.1\r\nHost: %s:80\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n", ip)
+	one := func(fromPod bool, flags uint8, offset int, text string, asked bool) {
+		record := datapath.Record{
+			Owner: 1, StartedAt: c.now, ObservedAt: c.now + 1000, Device: datapath.DeviceKey{Ifindex: uint32(r.IfIndex), Generation: 1},
+			Port: 80, FromPod: fromPod, TCPFlags: flags, Offset: uint32(offset), Len: uint32(len(text)), Payload: []byte(text),
+		}
+		if asked {
+			record.Question = datapath.Question{Hash: uint64(r.IfIndex), Check: 1}
+		}
+		if o, ok := c.assembler.Add(record); ok {
+			all = append(all, o)
+		}
+	}
+	one(true, datapath.FlagSYN|datapath.FlagACK, 0, "", false)
+	one(false, datapath.FlagACK, 0, request, true)
+	one(true, datapath.FlagACK, 0, response, true)
+	if r.IfIndex%10 == 0 { // one that nobody ends
+		c.now++
+		one(true, datapath.FlagSYN|datapath.FlagACK, 0, "", false)
+		c.now--
+	}
+	one(false, datapath.FlagFIN|datapath.FlagACK, len(request), "", false)
+	return all
+}
+
+// look has the kubelet's verdicts compared.
+func (c *churn) look() {
+	l := crosscheck.Look{At: time.Unix(0, int64(c.now)), Kubelet: map[crosscheck.Worker]crosscheck.Verdicts{}}
+	l.Before = map[crosscheck.ID]crosscheck.Endpoint{}
+	for id, a := range c.d.attachments {
+		for _, s := range a.tracker.Endpoints() {
+			workers := a.workers(s)
+			l.Before[crosscheck.ID{Attachment: id, Endpoint: s.Endpoint}] = crosscheck.Endpoint{Workers: workers, Period: s.Period, Counts: a.counts[s.Endpoint]}
+			for _, w := range workers {
+				l.Kubelet[w] = crosscheck.Verdicts{Succeeded: 1}
 			}
-			c.live = c.live[1:]
 		}
-		if err := attach.WriteRecord(c.stateDir, c.record(c.next)); err != nil {
-			c.t.Fatal(err)
-		}
-		c.live = append(c.live, c.next)
-		c.next++
 	}
-	pods := make([]probe.Pod, 0, live)
-	for _, n := range c.live {
-		pods = append(pods, podNumber(n))
-	}
-	c.readRecords()
-	c.setPods(pods)
-	for _, a := range c.attachments {
-		c.probe(a)
-	}
-	c.refreshed(c.refresher.Take())
-	c.describe()
-	for id := range c.deleted { // as if it had been a while ago
-		c.deleted[id] = c.deleted[id].Add(-beingDeleted)
-	}
+	l.After = l.Before
+	c.history.Add(l)
 }
 
-// probe makes each endpoint of an attachment's pod known to succeed, so that it is refreshed.
-func (c *churn) probe(a *attachment) {
-	c.t.Helper()
-	for _, path := range []string{"/x", "/y"} {
-		text := fmt.Sprintf("GET %s HTTP/1.1\r\nHost: %s:80\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n", path, a.pod.IPs[0])
-		request, err := probe.ParseRequest([]byte(text))
-		if err != nil {
-			c.t.Fatal(err)
-		}
-		o := probe.Outcome{
-			Port: 80, Kind: probe.HTTP, Request: request, Question: probe.Question{Hash: uint64(len(text)), Check: uint64(path[1])}, Text: []byte(text),
-			Event: probe.Answered, Status: 200, ObservedAt: datapath.Now(), Duration: time.Nanosecond,
-		}
-		if c.learn(a, o, c.unanswered) {
-			c.sync(a)
-		}
-	}
-	if len(a.tracker.Refreshing()) != 2 {
-		c.t.Fatalf("%s is not refreshed: %+v", a.podName(), a.tracker.Evidence())
-	}
+// usage is what the daemon takes.
+type usage struct {
+	kept          map[string]int // how many there are of what may be left of pods
+	heap, perWave uint64         // bytes
 }
-
-type usage struct{ heap, goroutines, files, deleted int }
 
 func (c *churn) usage() usage {
 	c.t.Helper()
-	files, err := os.ReadDir("/proc/self/fd")
+	runtime.GC()
+	runtime.GC() // what pools keep goes with the second
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	descriptors, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	var m runtime.MemStats
-	for range 2 { // what pools keep is freed by the second one
-		runtime.GC()
-	}
-	runtime.ReadMemStats(&m)
-	return usage{int(m.HeapAlloc), runtime.NumGoroutine(), len(files), len(c.deleted)}
-}
-
-// However many pods have come and gone, the daemon is as large as its living ones make it:
-//
-//	make churn
-func TestChurn(t *testing.T) {
-	const live, atATime = 100, 50
-	c := newChurn(t)
-	c.replace(live, live)
-	for c.next < *churned/4 {
-		c.replace(atATime, live)
-	}
-	before := c.usage()
-	for c.next < *churned {
-		c.replace(atATime, live)
-	}
-	after := c.usage()
-	t.Logf("after %d pods: %+v; after %d: %+v", *churned/4, before, c.next, after)
-	// Both are as of 100 living pods, so a tenth and half a MiB are for the runtime.
-	if after.heap > before.heap+before.heap/10+1<<19 || after.goroutines > before.goroutines || after.files > before.files || after.deleted > before.deleted {
-		t.Errorf("it grew: %+v, then %+v", before, after)
-	}
-	if len(c.attachments) != live || len(c.byDevice) > live || len(c.records) != live {
-		t.Errorf("%d attachments, %d devices, %d records", len(c.attachments), len(c.byDevice), len(c.records))
+	return usage{
+		map[string]int{
+			"attachments": len(c.d.attachments), "devices": len(c.d.byDevice), "deleted": len(c.d.deleted),
+			"descriptors": len(descriptors), "goroutines": runtime.NumGoroutine(),
+		},
+		m.HeapAlloc, c.allocated,
 	}
 }

@@ -32,7 +32,7 @@ import (
 // kept is a node that a keeper looks after, with no loop around it.
 type kept struct {
 	*daemon
-	t        *testing.T
+	t        testing.TB
 	node     *bpftest.Node
 	keeper   *keeper
 	log      *safeLog
@@ -57,7 +57,7 @@ func (l *safeLog) String() string {
 	return l.text.String()
 }
 
-func newKept(t *testing.T) *kept {
+func newKept(t testing.TB) *kept {
 	t.Helper()
 	k := &kept{t: t, node: bpftest.NewNode(t), log: &safeLog{}, cacheDir: t.TempDir()}
 	c := config{bpfDir: bpftest.BPFDir(t), stateDir: filepath.Join(t.TempDir(), "state"), defaults: probe.NewDefaults()}

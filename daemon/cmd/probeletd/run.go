@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"reflect"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -443,6 +444,7 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			l.setPods(pods)
 			if first {
 				lookErr = l.look()
+				debug.FreeOSMemory() // starting takes several times the memory that going on does
 			}
 		case <-in.records:
 			if l.readRecords() {

@@ -92,7 +92,26 @@ func refused(value string) bool {
 
 // Asks reports whether a request is the endpoint's probe as the kubelet sends it.
 func (s EndpointSpec) Asks(r Request) bool {
-	return s.Kind == HTTP && s.Host == "" && r.Path == s.question.Path && maps.EqualFunc(s.question.normal(r), s.question.header, slices.Equal)
+	return s.Kind == HTTP && s.Host == "" && r.Path == s.question.Path && s.question.hasHeaders(r)
+}
+
+// hasHeaders reports whether normal would return q's own headers. It is called for each probe and endpoint, so it copies nothing.
+func (q question) hasHeaders(r Request) bool {
+	if len(q.header) == 0 || q.normalHost(r.Host) != q.header["Host"][0] {
+		return false
+	}
+	found := 1
+	for name, values := range r.Header {
+		values, sent := normalValues(name, values)
+		if !sent {
+			continue
+		}
+		if own, ok := q.header[name]; !ok || name == "Host" || !slices.Equal(own, values) {
+			return false
+		}
+		found++
+	}
+	return found == len(q.header)
 }
 
 // normal returns the headers of a request, Host among them, without what does not tell the pod's probes apart: whether the
@@ -100,16 +119,29 @@ func (s EndpointSpec) Asks(r Request) bool {
 // Probes of which it cannot be told whether they ask the same count as if they did.
 func (q question) normal(r Request) http.Header {
 	header := http.Header{"Host": {q.normalHost(r.Host)}}
-	maps.Copy(header, r.Header)
-	if agent := header["User-Agent"]; len(agent) == 1 && strings.HasPrefix(agent[0], kubeletAgent) {
-		header["User-Agent"] = []string{kubeletAgent}
-	}
-	if connection := slices.DeleteFunc(slices.Clone(header["Connection"]), func(v string) bool { return v == "close" }); len(connection) > 0 {
-		header["Connection"] = connection
-	} else {
-		delete(header, "Connection")
+	for name, values := range r.Header {
+		if normal, sent := normalValues(name, values); sent {
+			header[name] = normal
+		}
 	}
 	return header
+}
+
+var anyKubeletAgent = []string{kubeletAgent}
+
+// normalValues returns the values of a header as normal does; false if it leaves the header out.
+func normalValues(name string, values []string) (normal []string, sent bool) {
+	switch {
+	case name == "User-Agent" && len(values) == 1 && strings.HasPrefix(values[0], kubeletAgent):
+		return anyKubeletAgent, true
+	case name == "Connection":
+		others := func(v string) bool { return v != "close" }
+		if !slices.ContainsFunc(values, others) {
+			return nil, false
+		}
+		return slices.DeleteFunc(slices.Clone(values), func(v string) bool { return !others(v) }), true
+	}
+	return values, true
 }
 
 func (q question) normalHost(host string) string {
