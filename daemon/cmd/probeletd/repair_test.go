@@ -696,7 +696,7 @@ func (n *node) startKept() {
 	refresher := refresh.New(asOwn(n.d, n.config.dial, func() {}), datapath.Now, refreshesAtATime)
 	l := &loop{
 		daemon: newDaemon(n.logger(), n.d, n.config, statedir.Endpoints{}, refresher), log: n.logger(), calls: make(chan func()),
-		prober: finder, who: who, set: n.d.SetProber, refresh: specs.Refresh, failing: specs.Failing, delivery: specs.Delivery,
+		prober: finder, who: who, set: n.d.SetProber, held: func() error { return nil }, refresh: specs.Refresh, failing: specs.Failing, delivery: specs.Delivery,
 		keeper: makeKeeper(adopt.Node{Root: "/", CacheDir: n.t.TempDir()}),
 	}
 	done := make(chan error, 1)
