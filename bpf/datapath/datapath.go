@@ -276,6 +276,21 @@ func Ensure(ctx context.Context, bpfDir string) (*Datapath, error) {
 	return loadAndPin(bpfDir)
 }
 
+// Claim makes the caller the one daemon of what is pinned under bpfDir, until it releases it or ends. The error is ErrLocked if there
+// is one already. Nothing is claimed if nothing is pinned.
+func Claim(bpfDir string) (release func(), err error) {
+	once, cancel := context.WithCancel(context.Background())
+	cancel()
+	l, err := lock.Dir(once, AttachmentsDir(bpfDir), unix.LOCK_EX)
+	if Absent(err) {
+		return func() {}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return l.Release, nil
+}
+
 // putAside makes room for a new set of objects. What the old set is attached to stays attached, until it is reattached.
 func putAside(bpfDir string) error {
 	for i := 1; ; i++ {

@@ -168,11 +168,11 @@ func (m *machine) status(args ...string) string {
 // daemon says that one runs.
 func (m *machine) daemon() {
 	m.t.Helper()
-	unlock, err := statedir.Lock(m.stateDir)
+	held, err := statedir.Lock(m.stateDir)
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	m.t.Cleanup(func() { _ = unlock() })
+	m.t.Cleanup(func() { _ = held.Release() })
 }
 
 func (m *machine) describe(e statedir.Endpoints) {

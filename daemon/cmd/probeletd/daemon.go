@@ -49,6 +49,7 @@ type daemon struct {
 	written     *statedir.Endpoints
 	describedAt time.Time
 	unreadable  string // what was logged last of records
+	unwritten   string // and of what is probed
 	outdated    bool   // what was described last is not so any more
 	unrecorded  uint64 // connections of probers that were not recorded, for want of room, as of the last look
 }
@@ -694,8 +695,12 @@ func (d *daemon) describe() {
 		return
 	}
 	if err := statedir.WriteEndpoints(d.stateDir, description); err != nil {
-		d.log.Error("writing what is probed", "error", err)
+		d.outdated = true                                                                // to be tried again
+		if word := err.Error(); word != d.unwritten && !errors.Is(err, os.ErrNotExist) { // without its directory the daemon ends
+			d.unwritten = word
+			d.log.Error("writing what is probed", "error", err)
+		}
 		return
 	}
-	d.written = &description
+	d.written, d.unwritten = &description, ""
 }

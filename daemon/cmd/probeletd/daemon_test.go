@@ -2,6 +2,7 @@ package main
 
 import (
 	"net/netip"
+	"os"
 	"testing"
 
 	"github.com/probelet/probelet/bpf/attach"
@@ -9,7 +10,12 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-func TestMain(m *testing.M) { bpftest.RunInOwnCgroup(m.Run) }
+func TestMain(m *testing.M) {
+	bpftest.RunInOwnCgroup(func() int {
+		defer func() { _ = os.RemoveAll(programDir) }()
+		return m.Run()
+	})
+}
 
 func TestMatch(t *testing.T) {
 	pods := []probe.Pod{

@@ -196,7 +196,7 @@ func (i *installation) uninstall(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer func() { _ = unlock() }()
+	defer unlock()
 	references, err := i.node.References()
 	if err != nil {
 		return err
@@ -301,19 +301,33 @@ func (i *installation) pluginIsNeeded() bool {
 }
 
 // lock keeps a daemon from attaching what is being detached.
-func (i *installation) lock(ctx context.Context) (unlock func() error, err error) {
+func (i *installation) lock(ctx context.Context) (unlock func(), err error) {
 	deadline := time.Now().Add(i.forDaemon)
-	unlock, err = statedir.Lock(i.stateDir)
+	unlock, err = i.tryLock()
 	for errors.Is(err, statedir.ErrRunning) && time.Now().Before(deadline) && wait(ctx, lookForDaemon) {
-		unlock, err = statedir.Lock(i.stateDir)
-	}
-	if errors.Is(err, fs.ErrNotExist) {
-		return func() error { return nil }, nil
+		unlock, err = i.tryLock()
 	}
 	if errors.Is(err, statedir.ErrRunning) {
-		return nil, fmt.Errorf("%w; end it first", err)
+		err = fmt.Errorf("%w; end it first", err)
 	}
 	return unlock, err
+}
+
+// tryLock returns statedir.ErrRunning if there is a daemon of the same state directory or of the same pins.
+func (i *installation) tryLock() (unlock func(), err error) {
+	release, err := datapath.Claim(i.bpfDir)
+	if err != nil {
+		return nil, oneDaemon(err)
+	}
+	held, err := statedir.Lock(i.stateDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return release, nil
+	}
+	if err != nil {
+		release()
+		return nil, err
+	}
+	return func() { _ = held.Release(); release() }, nil
 }
 
 // lookForDaemon is how often it is looked whether the daemon has ended.

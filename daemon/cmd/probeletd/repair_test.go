@@ -715,7 +715,7 @@ func (n *node) startKept() {
 	}
 	l := &loop{
 		daemon: newDaemon(n.logger(), n.d, n.config, statedir.Endpoints{}, refresher), log: n.logger(), calls: make(chan func()),
-		prober: finder, who: who, set: n.d.SetProber, refresh: specs.Refresh, failing: specs.Failing, delivery: specs.Delivery,
+		prober: finder, who: who, set: n.d.SetProber, held: func() error { return nil }, refresh: specs.Refresh, failing: specs.Failing, delivery: specs.Delivery,
 		keeper: makeKeeper(adopt.Node{Root: "/", CacheDir: n.t.TempDir()}),
 	}
 	bpftest.Do(n.t, n.pod.Node.NS, func() (err error) {

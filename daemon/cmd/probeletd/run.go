@@ -68,11 +68,11 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	if err := os.MkdirAll(attach.RecordsDir(c.stateDir), 0o700); err != nil {
 		return err
 	}
-	unlock, err := statedir.Lock(c.stateDir)
+	held, err := statedir.Lock(c.stateDir)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, unlock()) }()
+	defer func() { err = errors.Join(err, held.Release()) }()
 	specs, err := openSource(c, log)
 	if err != nil {
 		return err
@@ -88,13 +88,26 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
+	release, err := datapath.Claim(c.bpfDir)
+	if err != nil {
+		return fmt.Errorf("--bpf-dir %s: %w", c.bpfDir, oneDaemon(err))
+	}
+	defer release()
 	// Until it is known who the prober is now, nobody is.
 	if err := d.SetProber(datapath.Prober{}); err != nil {
 		return fmt.Errorf("--prober %s: %w", c.prober, err)
 	}
-	l := &loop{log: log, prober: finder, set: d.SetProber, calls: make(chan func())}
+	l := &loop{log: log, prober: finder, set: d.SetProber, held: held.Check, calls: make(chan func())}
 	l.followProber()
 	return l.serve(ctx, c, d, specs)
+}
+
+// oneDaemon says what it means that another process has the pinned objects.
+func oneDaemon(err error) error {
+	if errors.Is(err, datapath.ErrLocked) {
+		return fmt.Errorf("%w, with another state directory: %w", statedir.ErrRunning, err)
+	}
+	return err
 }
 
 // openSource opens the source that the flags ask for.
@@ -384,6 +397,7 @@ type loop struct {
 	prober prober.Finder
 	who    datapath.Prober
 	set    func(datapath.Prober) error
+	held   func() error // reports whether this is the one daemon of the state directory
 	// refresh tells the source of a new attachment; failing is how it fails, and delivery how containers' states come in.
 	refresh  func()
 	failing  func() string
@@ -447,6 +461,9 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 				debug.FreeOSMemory() // starting takes several times the memory that going on does
 			}
 		case <-in.records:
+			if err := l.held(); err != nil {
+				return err
+			}
 			if l.readRecords() {
 				l.refresh()
 			}
@@ -461,6 +478,9 @@ func (l *loop) run(ctx context.Context, in *inputs) error {
 			retry = nil
 			l.retry()
 		case <-resync.C:
+			if err := l.held(); err != nil {
+				return err
+			}
 			if in.recordsReplaced() || l.unreadable != "" {
 				l.readRecords()
 			}

@@ -827,21 +827,28 @@ func TestUnderWay(t *testing.T) {
 		}
 		t.Cleanup(func() { _ = in.Close(); _ = cmd.Wait() }) // cat ends, and with it the rest
 	}
+	const ours = "underway-" // other tests may run plugins meanwhile
 	plugin := func(container string) string {
-		return "CNI_COMMAND=ADD CNI_CONTAINERID=" + container + " cat"
+		return "CNI_COMMAND=ADD CNI_CONTAINERID=" + ours + container + " cat"
 	}
 	user := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	expect := func(running int, want ...string) {
 		t.Helper()
 		for range 500 { // until all have been started
 			processes, _ := filepath.Glob("/proc/[0-9]*")
-			processes = slices.DeleteFunc(processes, func(p string) bool { return containerOf(p) == "" })
+			processes = slices.DeleteFunc(processes, func(p string) bool { return !strings.HasPrefix(containerOf(p), ours) })
 			if len(processes) == running {
 				break
 			}
 			time.Sleep(10 * time.Millisecond)
 		}
-		if got := slices.Sorted(maps.Keys(UnderWay("/proc"))); !slices.Equal(got, want) {
+		var got []string
+		for container := range UnderWay("/proc") {
+			if name, isOurs := strings.CutPrefix(container, ours); isOurs {
+				got = append(got, name)
+			}
+		}
+		if slices.Sort(got); !slices.Equal(got, want) {
 			t.Fatalf("under way: %v, want %v", got, want)
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -174,7 +175,12 @@ func WriteEndpoints(stateDir string, e Endpoints) error {
 	if err != nil {
 		return err
 	}
-	return renameio.WriteFile(endpointsPath(stateDir), append(text, '\n'), 0o600, renameio.WithTempDir(stateDir))
+	err = renameio.WriteFile(endpointsPath(stateDir), append(text, '\n'), 0o600, renameio.WithTempDir(stateDir))
+	var at *os.PathError
+	if errors.As(err, &at) { // that of the temporary file is another one each time
+		err = &os.PathError{Op: "write", Path: endpointsPath(stateDir), Err: at.Err}
+	}
+	return err
 }
 
 // ReadEndpoints reads the file. The error is os.ErrNotExist if no daemon has ever written it.
@@ -190,8 +196,15 @@ func ReadEndpoints(stateDir string) (Endpoints, error) {
 	return e, nil
 }
 
-// ErrRunning: another daemon has the state directory.
-var ErrRunning = errors.New("another probeletd is running")
+var (
+	// ErrRunning: another daemon has the state directory.
+	ErrRunning = errors.New("another probeletd is running")
+	// ErrRemoved: the state directory was removed or replaced, so another daemon can have the one that there is now.
+	ErrRemoved = errors.New("the state directory was removed")
+)
+
+// Held is a state directory that this process has.
+type Held struct{ file *os.File }
 
 func lockPath(stateDir string) string { return filepath.Join(stateDir, "probeletd.lock") }
 
@@ -199,10 +212,10 @@ func lockPath(stateDir string) string { return filepath.Join(stateDir, "probelet
 // can be asked for without being taken.
 func wholeFile() *unix.Flock_t { return &unix.Flock_t{Type: unix.F_WRLCK} }
 
-// Lock takes the state directory for this process, until unlock or its end. The error is ErrRunning if another daemon
-// has it.
-func Lock(stateDir string) (unlock func() error, err error) {
-	f, err := os.OpenFile(lockPath(stateDir), os.O_RDWR|os.O_CREATE, 0o600)
+// Lock takes the state directory for this process, until Release or its end, and removes what others left unfinished. The error
+// is ErrRunning if another daemon has it.
+func Lock(stateDir string) (*Held, error) {
+	f, err := os.OpenFile(lockPath(stateDir), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -217,10 +230,35 @@ func Lock(stateDir string) (unlock func() error, err error) {
 		// Whoever had the lock has removed the file meanwhile (Remove): it is nobody's any more.
 		return nil, errors.Join(fmt.Errorf("locking %s: it was removed just now; try again", f.Name()), f.Close())
 	}
-	if err := writePID(f); err != nil {
+	if err := removeUnfinished(stateDir); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	return f.Close, nil
+	_ = writePID(f) // for people only; there may be no room for it
+	return &Held{f}, nil
+}
+
+// Release ends what Lock began.
+func (h *Held) Release() error { return h.file.Close() }
+
+// Check returns ErrRemoved if others do not see any more that this process has the state directory.
+func (h *Held) Check() error {
+	if now, err := os.Stat(h.file.Name()); err == nil && isFile(h.file, now) {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", filepath.Dir(h.file.Name()), ErrRemoved)
+}
+
+// removeUnfinished removes what writing the file of endpoints and making the socket left, if they were interrupted.
+func removeUnfinished(stateDir string) error {
+	var errs []error
+	for _, pattern := range []string{listening + "[0-9]*", ".endpoints.json[0-9]*"} {
+		left, err := filepath.Glob(filepath.Join(stateDir, pattern))
+		errs = append(errs, err)
+		for _, path := range left {
+			errs = append(errs, os.RemoveAll(path))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func isFile(f *os.File, info os.FileInfo) bool {
@@ -228,7 +266,7 @@ func isFile(f *os.File, info os.FileInfo) bool {
 	return err == nil && os.SameFile(own, info)
 }
 
-// Running says whether a daemon has the state directory, and its pid.
+// Running says whether a daemon has the state directory, and its pid; 0 if it could not write that.
 func Running(stateDir string) (pid int, running bool, err error) {
 	f, err := os.Open(lockPath(stateDir))
 	if errors.Is(err, os.ErrNotExist) {
@@ -260,6 +298,9 @@ func writePID(f *os.File) error {
 func readPID(f *os.File) (int, error) {
 	text := make([]byte, 32)
 	n, err := f.ReadAt(text, 0)
+	if n == 0 && errors.Is(err, io.EOF) {
+		return 0, nil
+	}
 	if n == 0 {
 		return 0, err
 	}
@@ -280,15 +321,10 @@ func LockChain(ctx context.Context, stateDir string) (*lock.Lock, error) {
 // Remove removes the daemon's files, those that a killed one left half-written included, and the directory if nothing else is
 // in it. To be called under Lock.
 func Remove(stateDir string) error {
-	files := []string{endpointsPath(stateDir), SocketPath(stateDir), lockPath(stateDir), chainLockPath(stateDir)}
-	for _, pattern := range []string{".endpoints.json[0-9]*", filepath.Join(listening+"[0-9]*", "s"), listening + "[0-9]*"} {
-		found, err := filepath.Glob(filepath.Join(stateDir, pattern))
-		if err != nil {
-			return err
-		}
-		files = append(files, found...)
+	if err := removeUnfinished(stateDir); err != nil {
+		return err
 	}
-	for _, file := range files {
+	for _, file := range []string{endpointsPath(stateDir), SocketPath(stateDir), lockPath(stateDir), chainLockPath(stateDir)} {
 		if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"os"
+	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
@@ -17,7 +18,7 @@ func TestLock(t *testing.T) {
 	if _, running, err := Running(dir); running || err != nil {
 		t.Fatalf("before: %v, %v", running, err)
 	}
-	unlock, err := Lock(dir)
+	held, err := Lock(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -29,16 +30,16 @@ func TestLock(t *testing.T) {
 	if _, err := Lock(dir); !errors.Is(err, ErrRunning) || !strings.Contains(err.Error(), dir) {
 		t.Fatalf("second lock: %v", err)
 	}
-	if err := unlock(); err != nil {
+	if err := held.Release(); err != nil {
 		t.Fatal(err)
 	}
 	if _, running, err := Running(dir); running || err != nil {
 		t.Fatalf("after: %v, %v", running, err)
 	}
-	if unlock, err = Lock(dir); err != nil {
+	if held, err = Lock(dir); err != nil {
 		t.Fatal(err)
 	}
-	if err := unlock(); err != nil {
+	if err := held.Release(); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -84,5 +85,76 @@ func TestEndpointOf(t *testing.T) {
 		`"periodSeconds":10,"timeoutSeconds":1,"stalenessBoundSeconds":11,"successesNeeded":1,"observed":true}`
 	if err != nil || string(got) != want {
 		t.Errorf("got  %s, %v\nwant %s", got, err, want)
+	}
+}
+
+// Of what a daemon had begun to write when it was killed nothing stays, neither for the next one nor for uninstall.
+func TestUnfinished(t *testing.T) {
+	for name, test := range map[string]struct {
+		end  func(stateDir string) error
+		left int // files
+	}{
+		"the next daemon": {func(dir string) error {
+			held, err := Lock(dir)
+			if err != nil {
+				return err
+			}
+			return held.Release()
+		}, 2},
+		"uninstall": {Remove, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "state")
+			err := errors.Join(os.MkdirAll(filepath.Join(dir, "api123"), 0o700), WriteEndpoints(dir, Endpoints{}))
+			for _, name := range []string{"api123/s", ".endpoints.json4711"} {
+				err = errors.Join(err, os.WriteFile(filepath.Join(dir, name), nil, 0o600))
+			}
+			if err = errors.Join(err, test.end(dir)); err != nil {
+				t.Fatal(err)
+			}
+			if left, _ := os.ReadDir(dir); len(left) != test.left {
+				t.Errorf("left: %v", left)
+			}
+		})
+	}
+}
+
+// Whoever has the state directory finds out that others see another one, or none.
+func TestHeld(t *testing.T) {
+	for name, lose := range map[string]func(dir string) error{
+		"removed":  os.RemoveAll,
+		"replaced": func(dir string) error { return errors.Join(os.Rename(dir, dir+".old"), os.Mkdir(dir, 0o700)) },
+		"its lock is another file": func(dir string) error {
+			err := os.Remove(lockPath(dir))
+			if err != nil {
+				return err
+			}
+			other, err := Lock(dir)
+			if err != nil {
+				return err
+			}
+			return other.Release()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "state")
+			if err := os.Mkdir(dir, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			held, err := Lock(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer held.Release() //nolint:errcheck // a test's
+			if err := held.Check(); err != nil {
+				t.Fatal(err)
+			}
+			if err := lose(dir); err != nil {
+				t.Fatal(err)
+			}
+			if err := held.Check(); !errors.Is(err, ErrRemoved) || !strings.Contains(err.Error(), dir) {
+				t.Error(err)
+			}
+		})
 	}
 }
