@@ -200,6 +200,7 @@ func TestProbersAndOwnSocketsAreApart(t *testing.T) {
 	t.Cleanup(func() { must(t, d.Close()) })
 	for i := range uint64(20_000) {
 		must(t, d.objects.Prober.Put(uint32(0), &probeletProberConfig{}))
+		d.own = false
 		var done sync.WaitGroup
 		done.Go(func() { must(t, d.SetProber(Prober{CgroupIDs: []uint64{i + 1}})) })
 		done.Go(func() { must(t, d.ExemptSocket(i)) })
