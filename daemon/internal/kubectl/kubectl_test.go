@@ -201,57 +201,57 @@ func TestClusterStatus(t *testing.T) {
 	}{
 		"well":      {func(*apiServer, *corev1.Pod) {}, status.OK, `node1 yes 3 0 75 % 40 v1 -`},
 		"sum":       {func(*apiServer, *corev1.Pod) {}, status.OK, `2 of 2 nodes are ready; 6 pods are attached, 0 are not; 75 % of 80 probes were answered in the kernel`},
-		"not ready": {func(s *apiServer, p *corev1.Pod) { p.Status.ContainerStatuses[0].Ready = false }, status.Failed, `node1 no 3 0 75 % 40 v1 not ready`},
-		"not ready, and why": {func(s *apiServer, p *corev1.Pod) {
+		"not ready": {func(_ *apiServer, p *corev1.Pod) { p.Status.ContainerStatuses[0].Ready = false }, status.Failed, `node1 no 3 0 75 % 40 v1 not ready`},
+		"not ready, and why": {func(s *apiServer, _ *corev1.Pod) {
 			n := well
 			n.NotReady = []string{"no prober was found, so nothing is answered"}
 			s.pods, s.nodes = nil, nil
 			s.daemon("node1", n)
 		}, status.Failed, `node1 no 3 0 75 % 40 v1 no prober was found, so nothing is answered`},
-		"daemon dead": {func(s *apiServer, p *corev1.Pod) {
+		"daemon dead": {func(s *apiServer, _ *corev1.Pod) {
 			s.pods, s.nodes = nil, nil
 			s.daemon("node1", status.Node{Version: "v1", NotReady: []string{"probeletd is not running"}})
 		}, status.Failed, `node1 no 0 0 - 0 v1 probeletd is not running`},
-		"not attached": {func(s *apiServer, p *corev1.Pod) {
+		"not attached": {func(s *apiServer, _ *corev1.Pod) {
 			n := well
 			n.Unattached = []status.Unattached{{Pod: "shop/db", Why: "no veth"}, {Pod: "shop/web"}}
 			s.pods, s.nodes = nil, nil
 			s.daemon("node1", n)
 		}, status.OK, `not attached: shop/db on node1: no veth`},
-		"another version": {func(s *apiServer, p *corev1.Pod) {
+		"another version": {func(s *apiServer, _ *corev1.Pod) {
 			n := well
 			n.Version = "v2"
 			s.daemon("node3", n)
 		}, status.OK, `versions differ: v1 on 2 nodes, v2 on 1 nodes`},
-		"without a daemon":    {func(s *apiServer, p *corev1.Pod) { s.nodes = append(s.nodes, "fargate") }, status.OK, `fargate - - - - - - no pod of the daemon is meant for it \(taints, node selector\)`},
-		"nodes not to be had": {func(s *apiServer, p *corev1.Pod) { s.forbidden = []string{"/api/v1/nodes"} }, status.OK, `kubectl-probelet: warning: nodes without a daemon are not shown: .*forbidden`},
-		"no image": {func(s *apiServer, p *corev1.Pod) {
+		"without a daemon":    {func(s *apiServer, _ *corev1.Pod) { s.nodes = append(s.nodes, "fargate") }, status.OK, `fargate - - - - - - no pod of the daemon is meant for it \(taints, node selector\)`},
+		"nodes not to be had": {func(s *apiServer, _ *corev1.Pod) { s.forbidden = []string{"/api/v1/nodes"} }, status.OK, `kubectl-probelet: warning: nodes without a daemon are not shown: .*forbidden`},
+		"no image": {func(_ *apiServer, p *corev1.Pod) {
 			p.Status.ContainerStatuses[0].State = corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff", Message: "no such image"}}
 		}, status.Failed, `node1 no - - - - - ImagePullBackOff: no such image`},
-		"crashes": {func(s *apiServer, p *corev1.Pod) {
+		"crashes": {func(_ *apiServer, p *corev1.Pod) {
 			p.Status.ContainerStatuses[0].State = corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "CrashLoopBackOff"}}
 			p.Status.ContainerStatuses[0].LastTerminationState.Terminated = &corev1.ContainerStateTerminated{ExitCode: 1, Reason: "Error"}
 		}, status.Failed, `node1 no - - - - - CrashLoopBackOff; ended with 1: Error`},
-		"install refuses": {func(s *apiServer, p *corev1.Pod) {
+		"install refuses": {func(_ *apiServer, p *corev1.Pod) {
 			p.Status.Phase = corev1.PodPending
 			p.Status.InitContainerStatuses = []corev1.ContainerStatus{{Name: "install", State: corev1.ContainerState{
 				Terminated: &corev1.ContainerStateTerminated{ExitCode: 1, Reason: "Error"}}}}
 		}, status.Failed, `node1 no - - - - - container install: ended with 1: Error`},
-		"not scheduled": {func(s *apiServer, p *corev1.Pod) {
+		"not scheduled": {func(_ *apiServer, p *corev1.Pod) {
 			p.Status = corev1.PodStatus{Conditions: []corev1.PodCondition{{Type: corev1.PodScheduled, Status: corev1.ConditionFalse, Message: "no room"}}}
 			p.Spec.NodeName = ""
 			p.Spec.Affinity = &corev1.Affinity{NodeAffinity: &corev1.NodeAffinity{RequiredDuringSchedulingIgnoredDuringExecution: &corev1.NodeSelector{
 				NodeSelectorTerms: []corev1.NodeSelectorTerm{{MatchFields: []corev1.NodeSelectorRequirement{{Key: "metadata.name", Values: []string{"node1"}}}}}}}}
 		}, status.Failed, `node1 no - - - - - not scheduled: no room`},
-		"uninstalled": {func(s *apiServer, p *corev1.Pod) { p.Status.ContainerStatuses[0].Name = "uninstalled" }, status.Failed, `node1 no - - - - - probelet was taken off the node`},
-		"ending":      {func(s *apiServer, p *corev1.Pod) { p.DeletionTimestamp = &ended }, status.Failed, `node1 no - - - - - the pod is ending`},
+		"uninstalled": {func(_ *apiServer, p *corev1.Pod) { p.Status.ContainerStatuses[0].Name = "uninstalled" }, status.Failed, `node1 no - - - - - probelet was taken off the node`},
+		"ending":      {func(_ *apiServer, p *corev1.Pod) { p.DeletionTimestamp = &ended }, status.Failed, `node1 no - - - - - the pod is ending`},
 		"replaced": {func(s *apiServer, p *corev1.Pod) {
 			old := *p
 			old.Name, old.DeletionTimestamp = "probelet-old", &ended
 			s.pods = append(s.pods, &old)
 		}, status.OK, `node1 yes 3 0 75 % 40 v1 -`},
 		"cannot be asked": {func(s *apiServer, p *corev1.Pod) { delete(s.says, p.Name) }, status.Failed, `node1 no - - - - - cannot be asked: .*container not found`},
-		"may not be asked": {func(s *apiServer, p *corev1.Pod) {
+		"may not be asked": {func(s *apiServer, _ *corev1.Pod) {
 			s.forbidden = []string{"/api/v1/namespaces/kube-system/pods/probelet-node1/exec"}
 		}, status.Failed, `node1 no - - - - - cannot be asked: .*forbidden`},
 		"too old": {func(s *apiServer, p *corev1.Pod) {
@@ -266,8 +266,8 @@ func TestClusterStatus(t *testing.T) {
 			other.Namespace = "shop"
 			s.pods = append(s.pods, &other)
 		}, status.Usage, `kubectl-probelet: pods labelled app.kubernetes.io/name=probelet are in namespaces kube-system, shop: say with --daemon-namespace which are probelet's`},
-		"not there":    {func(s *apiServer, p *corev1.Pod) { s.pods = nil }, status.DaemonDown, `kubectl-probelet: no pods of a DaemonSet are labelled .*`},
-		"may not list": {func(s *apiServer, p *corev1.Pod) { s.forbidden = []string{"/api/v1/pods"} }, status.NotAllowed, `kubectl-probelet: .*; if you may list those of probelet's namespace, say with --daemon-namespace which that is`},
+		"not there":    {func(s *apiServer, _ *corev1.Pod) { s.pods = nil }, status.DaemonDown, `kubectl-probelet: no pods of a DaemonSet are labelled .*`},
+		"may not list": {func(s *apiServer, _ *corev1.Pod) { s.forbidden = []string{"/api/v1/pods"} }, status.NotAllowed, `kubectl-probelet: .*; if you may list those of probelet's namespace, say with --daemon-namespace which that is`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newAPIServer(t)
