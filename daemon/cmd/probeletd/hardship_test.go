@@ -96,6 +96,8 @@ func (n *node) running() {
 // ends waits until a daemon ends by itself, which says why, once.
 func (n *node) ends(p *process, because string) {
 	n.t.Helper()
+	late := time.AfterFunc(30*time.Second, func() { _ = p.Process.Kill() })
+	defer late.Stop()
 	err := p.Wait()
 	var exit *exec.ExitError
 	if said := p.said(); !errors.As(err, &exit) || exit.ExitCode() != 1 || strings.Count(said, because) != 1 {
