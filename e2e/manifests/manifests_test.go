@@ -507,6 +507,9 @@ func TestPodMonitor(t *testing.T) {
 		t.Errorf("%+v", pod)
 	}
 	s := pod.Containers[0].SecurityContext
+	if !*s.RunAsNonRoot || !slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) || pod.Volumes[0].HostPath.Path != "/run/probelet/metrics" {
+		t.Errorf("%+v, %+v", s, pod.Volumes)
+	}
 	if len(s.Capabilities.Add) > 0 || !*s.ReadOnlyRootFilesystem || *s.AllowPrivilegeEscalation || !pod.Containers[0].VolumeMounts[0].ReadOnly {
 		t.Errorf("%+v", s)
 	}
