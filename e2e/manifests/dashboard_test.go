@@ -77,14 +77,29 @@ func TestDashboard(t *testing.T) {
 			expectQuery(t, p.Title, target.Expr, target.LegendFormat, metrics)
 		}
 	}
+	expectShown(t, string(text))
 	if len(d.Panels) < 10 || len(d.Templating.List) == 0 {
 		t.Errorf("%d panels, %d variables", len(d.Panels), len(d.Templating.List))
 	}
 }
 
+// expectShown expects whatever alerts are about, and what says why probes are not answered.
+func expectShown(t *testing.T, dashboard string) {
+	t.Helper()
+	wanted := []string{"probelet_ineligible_endpoints", "probelet_estimated_probes_total"}
+	for _, rule := range rules(t) {
+		wanted = append(wanted, regexp.MustCompile(`\bprobelet_\w+`).FindAllString(rule.Expr, -1)...)
+	}
+	for _, name := range wanted {
+		if !strings.Contains(dashboard, name) {
+			t.Errorf("%s is not shown", name)
+		}
+	}
+}
+
 func expectQuery(t *testing.T, title, query, legend string, metrics map[string][]string) {
 	t.Helper()
-	root, err := parser.NewParser(parser.Options{}).ParseExpr(strings.ReplaceAll(query, "$__rate_interval", "5m"))
+	root, err := parser.NewParser(parser.Options{}).ParseExpr(strings.NewReplacer("$__rate_interval", "5m", "$__range", "3h").Replace(query))
 	if err != nil {
 		t.Errorf("%s: %s: %v", title, query, err)
 		return

@@ -499,10 +499,17 @@ func TestPodMonitor(t *testing.T) {
 	if port == nil || !slices.ContainsFunc(pod.Containers[0].Ports, func(p corev1.ContainerPort) bool { return p.Name == *port && p.HostPort == 0 }) {
 		t.Errorf("nobody has the port of %+v", m.Spec.PodMetricsEndpoints[0])
 	}
+	relabeled := m.Spec.PodMetricsEndpoints[0].RelabelConfigs
+	if job := relabeled[len(relabeled)-1]; job.TargetLabel != "job" || *job.Replacement != "probelet" { // as the alerts have it
+		t.Errorf("%+v", relabeled)
+	}
 	if pod.HostNetwork || pod.HostPID || *pod.AutomountServiceAccountToken || len(pod.Volumes) != 1 {
 		t.Errorf("%+v", pod)
 	}
 	s := pod.Containers[0].SecurityContext
+	if !*s.RunAsNonRoot || !slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) || pod.Volumes[0].HostPath.Path != "/run/probelet/metrics" {
+		t.Errorf("%+v, %+v", s, pod.Volumes)
+	}
 	if len(s.Capabilities.Add) > 0 || !*s.ReadOnlyRootFilesystem || *s.AllowPrivilegeEscalation || !pod.Containers[0].VolumeMounts[0].ReadOnly {
 		t.Errorf("%+v", s)
 	}
@@ -518,6 +525,7 @@ func TestAlerts(t *testing.T) {
 		t.Fatalf("%+v", rule)
 	}
 	metrics := documented(t)
+	metrics["up"] = []string{"instance", "job"}
 	pages, err := filepath.Glob("../../docs/runbooks/*.md")
 	if err != nil {
 		t.Fatal(err)
@@ -538,7 +546,7 @@ func TestAlerts(t *testing.T) {
 		for _, label := range regexp.MustCompile(`\$labels\.(\w+)`).FindAllStringSubmatch(r.Annotations["summary"], -1) {
 			expectQuery(t, r.Alert, r.Expr.String(), "{{"+label[1]+"}}", metrics)
 		}
-		if r.For == nil || r.Labels["severity"] == "" {
+		if r.For == nil || r.Labels["severity"] == "" || err == nil && !strings.Contains(string(text), "for "+string(*r.For)+", severity "+r.Labels["severity"]+"\n") {
 			t.Errorf("%+v", r)
 		}
 	}

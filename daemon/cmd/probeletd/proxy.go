@@ -16,8 +16,9 @@ import (
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
-const metricsHelp = `Passes the metrics of this node's daemon on, which it reads from the daemon's socket: GET /metrics, and nothing else of what the
-socket has. In a pod with a network of its own, so that the node needs no open port.`
+const metricsHelp = `Passes the metrics of this node's daemon on: GET /metrics, and nothing else. In a pod with a network of its own, so that the node
+needs no open port. It needs no right, and to see nothing but <state-dir>/metrics, with a socket on which the daemon answers /metrics, /healthz
+and /readyz.`
 
 func metricsCommand(stderr io.Writer) *cobra.Command {
 	var listen, stateDir string
@@ -35,7 +36,7 @@ func metricsCommand(stderr io.Writer) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&listen, "listen", ":9553", "`ADDRESS` of /metrics, and of /healthz, which says that this command runs")
-	cmd.Flags().StringVar(&stateDir, "state-dir", attach.DefaultStateDir, "`directory` with the daemon's socket")
+	cmd.Flags().StringVar(&stateDir, "state-dir", attach.DefaultStateDir, "`directory` of the daemon's state")
 	return cmd
 }
 
@@ -46,8 +47,11 @@ func metricsProxy(stateDir string) http.Handler {
 			r.Out.URL.Scheme, r.Out.URL.Host, r.Out.URL.RawQuery = "http", "probeletd", ""
 		},
 		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", statedir.SocketPath(stateDir))
+			return (&net.Dialer{}).DialContext(ctx, "unix", statedir.MetricsSocketPath(stateDir))
 		}},
+	}
+	proxy.ErrorHandler = func(w http.ResponseWriter, _ *http.Request, err error) {
+		http.Error(w, "probeletd: "+err.Error(), http.StatusBadGateway) // Prometheus notes it for each scrape; a log would only repeat it
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", proxy)

@@ -230,6 +230,11 @@ func (l *loop) listen(ctx context.Context, c config, in *inputs) error {
 		in.all.Go(func() { in.fail(api.Serve(ctx, listener, handler, l.log)) })
 	}
 	metrics := l.handler(c.metricsPerPod)
+	monitored, err := api.ListenMetrics(c.stateDir)
+	if err != nil {
+		return fmt.Errorf("listening on %s: %w", statedir.MetricsSocketPath(c.stateDir), err)
+	}
+	serve(monitored, api.Health(l, metrics))
 	local, err := api.Listen(c.stateDir)
 	if err != nil {
 		return fmt.Errorf("listening on %s: %w", statedir.SocketPath(c.stateDir), err)

@@ -32,19 +32,33 @@ const (
 // Listen listens on the socket of a state directory, in place of one that a daemon before left: the caller has the state
 // directory to itself. Only the owner may connect, from the first moment on.
 func Listen(stateDir string) (net.Listener, error) {
+	return listen(stateDir, statedir.SocketPath(stateDir), 0o600)
+}
+
+// ListenMetrics listens, likewise, on a socket for what monitoring asks. Whoever sees it may connect: it is in a directory of its own,
+// for pods that see nothing else.
+func ListenMetrics(stateDir string) (net.Listener, error) {
+	path := statedir.MetricsSocketPath(stateDir)
+	if err := os.Mkdir(filepath.Dir(path), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+		return nil, err
+	}
+	return listen(stateDir, path, 0o666)
+}
+
+func listen(stateDir, path string, mode os.FileMode) (net.Listener, error) {
 	private, err := statedir.ListeningDir(stateDir)
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(private) //nolint:errcheck // of no harm
-	path := filepath.Join(private, "s")
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	temporary := filepath.Join(private, "s")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: temporary, Net: "unix"})
 	if err != nil {
 		return nil, err
 	}
 	l.SetUnlinkOnClose(false) // the next daemon may have replaced it
-	if err = os.Chmod(path, 0o600); err == nil {
-		err = os.Rename(path, statedir.SocketPath(stateDir))
+	if err = os.Chmod(temporary, mode); err == nil {
+		err = os.Rename(temporary, path)
 	}
 	if err != nil {
 		return nil, errors.Join(err, l.Close())

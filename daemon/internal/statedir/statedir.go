@@ -167,6 +167,11 @@ func (e Endpoint) Endpoint() probe.Endpoint {
 // SocketPath is where the daemon listens (package api).
 func SocketPath(stateDir string) string { return filepath.Join(stateDir, "probeletd.sock") }
 
+// MetricsSocketPath is where the daemon listens for what monitoring asks.
+func MetricsSocketPath(stateDir string) string {
+	return filepath.Join(stateDir, "metrics", "metrics.sock")
+}
+
 func endpointsPath(stateDir string) string { return filepath.Join(stateDir, "endpoints.json") }
 
 // WriteEndpoints replaces the file; a reader sees the old or the new one.
@@ -324,7 +329,10 @@ func Remove(stateDir string) error {
 	if err := removeUnfinished(stateDir); err != nil {
 		return err
 	}
-	for _, file := range []string{endpointsPath(stateDir), SocketPath(stateDir), lockPath(stateDir), chainLockPath(stateDir)} {
+	metrics := MetricsSocketPath(stateDir)
+	for _, file := range []string{
+		endpointsPath(stateDir), SocketPath(stateDir), lockPath(stateDir), chainLockPath(stateDir), metrics, filepath.Dir(metrics),
+	} {
 		if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}

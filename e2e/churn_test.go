@@ -1,0 +1,46 @@
+package e2e
+
+import (
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/probelet/probelet/e2e/node"
+)
+
+// Pods that come and go on a node that is well are no reason for a warning, whichever of plugin, source and servers is first; nor are
+// connections of probes and of refresh that are cut by it.
+func TestChurnWarnsOfNothing(t *testing.T) {
+	s := newScene(t, node.PTP, "--refresh", "100ms")
+	probes := []node.Probe{
+		{Port: httpPort, Path: healthz, PeriodSeconds: 1, TimeoutSeconds: 1}, {Port: tcpPort, PeriodSeconds: 1, TimeoutSeconds: 1},
+	}
+	const looked = 12 * time.Second // at attachments, twice
+	var last []node.Probed          // gone, but the source still tells of it
+	n := 0
+	for begin := time.Now(); time.Since(begin) < looked; n++ {
+		p := s.newPod()
+		specs := []node.Probed{{Pod: p.Pod, Readiness: probes}}
+		must(t, s.WriteSpecs(append(last, specs...)...))
+		p.makeFresh(probes...)
+		p.probe(probes[0], p.IPv4, 20)
+		if n%2 == 0 {
+			p.Stop() // as containers do, before DEL
+		}
+		must(t, p.Del())
+		if n%3 == 0 {
+			must(t, s.WriteSpecs(last...))
+		}
+		must(t, p.Remove())
+		p.Stop()
+		last = specs
+	}
+	log, err := os.ReadFile(s.DaemonLog())
+	must(t, err)
+	_, running, _ := strings.Cut(string(log), "msg=running") // before that it finds fault with the test's environment
+	if warnings := regexp.MustCompile(`(?m)^.*level=(WARN|ERROR).*$`).FindAllString(running, -1); len(warnings) > 0 || running == "" || n < 5 {
+		t.Errorf("%d pods, %d warnings: %q", n, len(warnings), warnings)
+	}
+}
