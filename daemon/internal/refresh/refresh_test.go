@@ -486,3 +486,39 @@ func TestHeldConnections(t *testing.T) {
 		})
 	}
 }
+
+// A success is never newer than the reply that it was learned from, because it is answered for as long as the bound says from then
+// on. The reply comes at once, after a while, or in pieces, which are looked at lazily.
+func TestASuccessIsAsOldAsTheReply(t *testing.T) {
+	serve := func(pieces int, pause time.Duration, replied chan<- uint64) func(net.Conn) {
+		return func(conn net.Conn) {
+			if _, err := http.ReadRequest(bufio.NewReader(conn)); err != nil {
+				return
+			}
+			reply := "HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n" + strings.Repeat("x", 20)
+			for i := range pieces {
+				time.Sleep(pause)
+				if _, err := io.WriteString(conn, reply[len(reply)*i/pieces:len(reply)*(i+1)/pieces]); err != nil {
+					return
+				}
+			}
+			replied <- now() // on loopback it has arrived
+			_, _ = conn.Read(make([]byte, 1))
+		}
+	}
+	for name, test := range map[string]struct {
+		pieces int
+		pause  time.Duration
+	}{"at once": {1, 0}, "later": {1, 50 * time.Millisecond}, "in pieces": {12, 20 * time.Millisecond}} {
+		t.Run(name, func(t *testing.T) {
+			for range 5 {
+				replied := make(chan uint64, 8)
+				at := listen(t, serve(test.pieces, test.pause, replied))
+				o, known := askOnce(t, target(at, "/x"))
+				if late := int64(o.ObservedAt - <-replied); !known || o.Status != 200 || late > 0 {
+					t.Fatalf("observed %s after the reply had arrived: %+v", time.Duration(late), o)
+				}
+			}
+		})
+	}
+}
