@@ -175,7 +175,7 @@ func (r *Refresher) look(j *job) {
 			return
 		case errors.Is(err, unix.EINTR):
 		case err != nil:
-			r.finish(j, eventOf(err), 0)
+			r.broken(j, text, eventOf(err))
 			return
 		case n == 0:
 			reply.End = evidence.Closed
@@ -187,6 +187,20 @@ func (r *Refresher) look(j *job) {
 		reply.End = evidence.Unseen
 	}
 	r.judge(j, text)
+}
+
+// broken ends a request whose connection has ended with an error. Whoever reads a reply as it arrives, as the kubelet does, may have had
+// all of it before.
+func (r *Refresher) broken(j *job, text []byte, failure probe.Event) {
+	event, status, doubt := evidence.Response{Bytes: text}.Judge()
+	switch {
+	case event == probe.NoAnswer:
+		r.finish(j, failure, 0)
+	case doubt != "":
+		r.abandon(j)
+	default:
+		r.finish(j, event, status)
+	}
 }
 
 // judge judges the reply so far as the kubelet does, and ends the request if the verdict is certain. If it is not, the text is

@@ -193,6 +193,14 @@ func TestOutcome(t *testing.T) {
 			says("")(conn)
 			_ = conn.(*net.TCPConn).SetLinger(0)
 		}, 0, probe.Reset, 0},
+		"whole, then reset": {func(conn net.Conn) {
+			says("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")(conn)
+			_ = conn.(*net.TCPConn).SetLinger(0)
+		}, 0, probe.Answered, 200},
+		"cut short by a reset": {func(conn net.Conn) {
+			says("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok")(conn)
+			_ = conn.(*net.TCPConn).SetLinger(0)
+		}, 0, probe.Reset, 0},
 		"hangs": {func(net.Conn) { <-released }, brief, probe.NoAnswer, 0},
 		"endless body": {func(conn net.Conn) {
 			says("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok")(conn)
