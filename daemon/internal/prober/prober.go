@@ -155,10 +155,14 @@ func parentOf(process string) string {
 	text, _ := os.ReadFile(filepath.Join(process, "stat"))
 	// The name, in parentheses, may have anything in it.
 	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
-	if len(fields) < 2 || fields[0] == "Z" || fields[0] == "X" {
+	const state, parent, threads = 0, 1, 17
+	if len(fields) <= threads || fields[state] == "X" {
 		return ""
 	}
-	return fields[1]
+	if fields[state] == "Z" && fields[threads] == "1" { // otherwise only its first thread has ended
+		return ""
+	}
+	return fields[parent]
 }
 
 // kubelet is a process that may be it.
@@ -215,9 +219,12 @@ func nameOf(process string) string {
 	return strings.TrimSpace(string(name))
 }
 
+// isRoots reports whether a process was started by root: one of a program with the set-user-ID bit may be anybody's, and has whatever
+// name the link has by which that was started (execve(2), proc_pid_comm(5)).
 func isRoots(process string) bool {
-	var stat unix.Stat_t
-	return unix.Stat(process, &stat) == nil && stat.Uid == 0
+	var stat, program unix.Stat_t
+	return unix.Stat(process, &stat) == nil && stat.Uid == 0 &&
+		unix.Stat(filepath.Join(process, "exe"), &program) == nil && program.Mode&unix.S_ISUID == 0
 }
 
 func isIn(process, namespace, name string) bool {

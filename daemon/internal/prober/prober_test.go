@@ -308,6 +308,60 @@ func TestFalseKubelets(t *testing.T) {
 	}
 }
 
+// A user can run a program that is root's, under any name: whoever reads the name and the user that it runs as, sees root's kubelet.
+func TestSetuidKubelet(t *testing.T) {
+	s := newStage(t)
+	setuid := filepath.Join(filepath.Dir(s.kubelet), "setuid", "kubelet")
+	text, err := os.ReadFile(s.kubelet)
+	if err == nil {
+		err = errors.Join(os.Mkdir(filepath.Dir(setuid), 0o755), os.WriteFile(setuid, text, 0o755), os.Chmod(setuid, 0o755|os.ModeSetuid))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, _ := s.run(s.cgroup("real"), 0)
+	s.user = 65534
+	s.start(s.cgroup("user.slice"), 0, setuid, "300")
+	s.expect(&Finder{Kubelet: true}, want)
+}
+
+func init() {
+	if os.Getenv("PROBELET_TEST_LEADERLESS") != "" {
+		_, _, _ = unix.RawSyscall(unix.SYS_EXIT, 0, 0, 0) // of the first thread; the runtime's others stay
+	}
+}
+
+// A process whose first thread has ended looks like one that has ended, but it can connect to a pod still.
+func TestSharedCgroupWithoutFirstThread(t *testing.T) {
+	s := newStage(t)
+	cgroup := s.cgroup("k0scontroller.service")
+	s.run(cgroup, 0)
+	t.Setenv("PROBELET_TEST_LEADERLESS", "1")
+	s.start(cgroup, 0, os.Args[0])
+	prober := Finder{Kubelet: true}
+	for end := time.Now().Add(10 * time.Second); !hasZombie(t, cgroup); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the first thread has not ended")
+		}
+	}
+	who, err := prober.Find()
+	if err != nil || who.Process == nil {
+		t.Errorf("%+v, %v; want one process", who, err)
+	}
+}
+
+func hasZombie(t *testing.T, cgroup string) bool {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(cgroup, "cgroup.procs"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.ContainsFunc(strings.Fields(string(text)), func(pid string) bool {
+		status, _ := os.ReadFile(filepath.Join("/proc", pid, "status"))
+		return strings.Contains(string(status), "\nState:\tZ")
+	})
+}
+
 // Where something else is in the kubelet's cgroup, as in RKE2, its process alone is the prober. What the kubelet runs is no such
 // thing, even if it has the kubelet's name still.
 func TestSharedCgroup(t *testing.T) {
