@@ -83,8 +83,10 @@ func (r *Refresher) Close() {
 	r.mu.Lock()
 	again := r.closed
 	r.closed = true
+	if !again {
+		r.rouse()
+	}
 	r.mu.Unlock()
-	r.rouse()
 	<-r.done
 	if again {
 		return
@@ -102,7 +104,7 @@ func (r *Refresher) Close() {
 func (r *Refresher) Set(id attach.ID, targets []Target) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.schedule.unchanged(id, targets) {
+	if r.closed || r.schedule.unchanged(id, targets) {
 		return
 	}
 	for _, j := range r.schedule.set(id, targets, r.now()) {
@@ -117,13 +119,13 @@ func (r *Refresher) Take() []Outcome {
 	defer r.mu.Unlock()
 	all := r.outcomes
 	r.outcomes = nil
-	if len(all) >= mostUntaken {
+	if len(all) >= mostUntaken && !r.closed {
 		r.rouse()
 	}
 	return all
 }
 
-// rouse ends a wait of the goroutine.
+// rouse ends a wait of the goroutine. The caller holds r.mu, and r was not closed before.
 func (r *Refresher) rouse() {
 	var one [8]byte
 	one[0] = 1

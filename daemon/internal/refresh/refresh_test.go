@@ -9,6 +9,8 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync/atomic"
@@ -528,5 +530,27 @@ func TestASuccessIsAsOldAsTheReply(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// After the end its descriptors may be anything: nothing is written to them.
+func TestAfterTheEnd(t *testing.T) {
+	r, err := New(&plain{}, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	file := filepath.Join(t.TempDir(), "another")
+	for range 8 { // one of them has the number of what woke it
+		f, err := os.Create(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close() //nolint:errcheck // a test's
+	}
+	r.Set(podID, []Target{target(netip.MustParseAddrPort("127.0.0.1:9"), "")})
+	r.Close()
+	if text, err := os.ReadFile(file); err != nil || len(text) > 0 {
+		t.Errorf("%q was written into a file, %v", text, err)
 	}
 }
