@@ -245,6 +245,9 @@ func (k *keeper) putRight(d *daemon, r attach.Record, problem error, gone bool) 
 	if errors.Is(err, os.ErrNotExist) {
 		return true // DEL was faster
 	}
+	if err == nil && !reflect.DeepEqual(current, r) {
+		return true // it is another attachment since the look
+	}
 	switch {
 	case err != nil:
 	case gone:

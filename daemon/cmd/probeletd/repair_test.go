@@ -300,6 +300,30 @@ func (k *kept) fresh(p *bpftest.Pod) bool {
 	return err == nil && datapath.PortFresh(port, tally, datapath.Now())
 }
 
+// A report may be older than a DEL and another ADD, of which the daemon has not read yet: what those left stays as it is.
+func TestRepairLeavesWhatIsNewerThanTheLook(t *testing.T) {
+	k := newKept(t)
+	p := k.adopted()
+	k.detach(p, "steer")
+	k.look(1)
+	k.inNode(func() error {
+		report := k.keeper.looker.Look(k.records)
+		if err := k.del(p); err != nil {
+			return err
+		}
+		k.addEnds(p, k.addBegins(p))
+		added := k.device(p)
+		_, err := k.keeper.apply(t.Context(), k.daemon, report)
+		if now := k.device(p); now != added {
+			t.Errorf("attached as %+v, then as %+v", added, now)
+		}
+		return err
+	})
+	k.look(1)
+	k.wantWhole(p)
+	k.wantRepairs(reattached, 0)
+}
+
 // What is lost is noticed at once: from then on nothing is answered, whatever is observed. The second look puts it back, and what was
 // known before is not known any more.
 func TestRepairTakesTwoLooks(t *testing.T) {
