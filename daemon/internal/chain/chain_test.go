@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -809,6 +810,36 @@ func TestRuntimes(t *testing.T) {
 
 // Only what root's runtime runs is a plugin at work. Processes are real; whoever has the variables in its environment besides, in
 // a runtime's name or below one that is not root's, keeps nobody from anything.
+// A user can run a program that is root's, under a runtime's name and with arguments of his own.
+func TestNoUsersRuntime(t *testing.T) {
+	bpftest.RequireRoot(t)
+	dir, err := os.MkdirTemp("", "runtime") // where another user can run it
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	program := filepath.Join(dir, "crio")
+	text, err := os.ReadFile("/bin/sleep")
+	if err == nil {
+		err = errors.Join(os.Chmod(dir, 0o755), os.WriteFile(program, text, 0o755), os.Chmod(program, 0o755|os.ModeSetuid))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(program, "300")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()         //nolint:errcheck // killed
+	defer cmd.Process.Kill() //nolint:errcheck // before that
+	for _, r := range FindRuntimes("/proc") {
+		if r.PID == strconv.Itoa(cmd.Process.Pid) {
+			t.Errorf("found %s", r)
+		}
+	}
+}
+
 func TestUnderWay(t *testing.T) {
 	bpftest.RequireRoot(t)
 	if all := FindRuntimes("/proc"); len(all) > 0 {

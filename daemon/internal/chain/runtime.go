@@ -12,7 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/mod/semver"
-	"golang.org/x/sys/unix"
+
+	"github.com/probelet/probelet/daemon/internal/procfs"
 )
 
 // Runtime is a container runtime, as far as its configuration of networks goes.
@@ -40,7 +41,7 @@ func FindRuntimes(proc string) Runtimes {
 	var all, ofHost Runtimes
 	for _, process := range processes {
 		name, err := os.ReadFile(filepath.Join(process, "comm"))
-		if err != nil || !slices.Contains(runtimes, strings.TrimSpace(string(name))) || !isRoots(process) {
+		if err != nil || !slices.Contains(runtimes, strings.TrimSpace(string(name))) || !procfs.IsRoots(process) {
 			continue
 		}
 		r := Runtime{Name: strings.TrimSpace(string(name)), PID: filepath.Base(process), process: process}
@@ -76,12 +77,6 @@ func CachedRuntimes(proc string) func() Runtimes {
 func mounts(process string) string {
 	link, _ := os.Readlink(filepath.Join(process, "ns/mnt"))
 	return link
-}
-
-// isRoots reports whether a process is root's: any user can give a process any name and environment.
-func isRoots(process string) bool {
-	var stat unix.Stat_t
-	return unix.Stat(process, &stat) == nil && stat.Uid == 0
 }
 
 // KeepConfiguration is whether one deletes a pod with the network configuration of that pod's ADD. CRI-O does so
@@ -161,7 +156,7 @@ func UnderWay(proc string) map[string]bool {
 	all := FindRuntimes(proc)
 	processes, _ := filepath.Glob(filepath.Join(proc, "[0-9]*"))
 	for _, process := range processes {
-		if container := containerOf(process); container != "" && isRoots(process) && all.run(proc, process) {
+		if container := containerOf(process); container != "" && procfs.IsRoots(process) && all.run(proc, process) {
 			containers[container] = true
 		}
 	}

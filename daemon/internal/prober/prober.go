@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/procfs"
 )
 
 // Finder finds the prober again and again.
@@ -191,7 +192,7 @@ func (p *Finder) kubeletsAmong(proc string, processes []string) (found []kubelet
 		return nil, err
 	}
 	for _, process := range processes {
-		if !slices.Contains(names, nameOf(process)) || !isRoots(process) || !isIn(process, "ns/net", netns) || !isIn(process, "ns/pid", pidns) {
+		if !slices.Contains(names, nameOf(process)) || !procfs.IsRoots(process) || !isIn(process, "ns/net", netns) || !isIn(process, "ns/pid", pidns) {
 			continue
 		}
 		cgroup, err := cgroupOf(process)
@@ -217,14 +218,6 @@ func (p *Finder) kubeletsAmong(proc string, processes []string) (found []kubelet
 func nameOf(process string) string {
 	name, _ := os.ReadFile(filepath.Join(process, "comm"))
 	return strings.TrimSpace(string(name))
-}
-
-// isRoots reports whether a process was started by root: one of a program with the set-user-ID bit may be anybody's, and has whatever
-// name the link has by which that was started (execve(2), proc_pid_comm(5)).
-func isRoots(process string) bool {
-	var stat, program unix.Stat_t
-	return unix.Stat(process, &stat) == nil && stat.Uid == 0 &&
-		unix.Stat(filepath.Join(process, "exe"), &program) == nil && program.Mode&unix.S_ISUID == 0
 }
 
 func isIn(process, namespace, name string) bool {
