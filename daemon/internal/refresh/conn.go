@@ -3,7 +3,6 @@ package refresh
 import (
 	"bytes"
 	"errors"
-	"math"
 	"net/netip"
 	"time"
 
@@ -234,18 +233,6 @@ func (r *Refresher) judge(j *job, text []byte) {
 // headed reports whether there is a line that may end the headers. Without one a reply has no final status yet.
 func headed(text []byte) bool {
 	return bytes.Contains(text, []byte("\n\n")) || bytes.Contains(text, []byte("\n\r\n"))
-}
-
-// tick is the longest that the kernel's coarse clock may lag (CONFIG_HZ=100).
-const tick = 10 * time.Millisecond
-
-// silence returns how long ago the socket received its last data at most, in ns; a very long time if that is not known.
-func silence(fd int) uint64 {
-	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
-	if err != nil {
-		return math.MaxUint64
-	}
-	return uint64(time.Duration(info.Last_data_recv)*time.Millisecond + tick)
 }
 
 // eventOf says what the prober would make of an error.

@@ -216,20 +216,12 @@ func (r *Refresher) handle(events []unix.EpollEvent) {
 	}
 }
 
-// finish ends a request with its outcome. A success is as old as the pod's reply, however late that is read, because it is answered
-// for so long after it.
+// finish ends a request with its outcome.
 func (r *Refresher) finish(j *job, event probe.Event, status int) {
 	now := r.now()
-	observed := now
-	switch {
-	case event == probe.Connected:
-		observed = j.began
-	case event == probe.Answered && status < 400:
-		observed = max(j.began, now-min(now, silence(j.conn.fd)))
-	}
 	o := probe.Outcome{
 		Port: j.Endpoint.Port, Kind: j.Endpoint.Kind, Request: j.request, Question: j.Question, Text: j.Request,
-		Event: event, Status: status, ObservedAt: observed, Duration: time.Duration(now - j.began), Refresh: true,
+		Event: event, Status: status, ObservedAt: now, Duration: time.Duration(now - j.began), Refresh: true,
 	}
 	if event == probe.NoAnswer {
 		o.Duration = max(o.Duration, j.Timeout)

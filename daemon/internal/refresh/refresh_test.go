@@ -497,42 +497,6 @@ func TestHeldConnections(t *testing.T) {
 	}
 }
 
-// A success is never newer than the reply that it was learned from, because it is answered for as long as the bound says from then
-// on. The reply comes at once, after a while, or in pieces, which are looked at lazily.
-func TestASuccessIsAsOldAsTheReply(t *testing.T) {
-	serve := func(pieces int, pause time.Duration, replied chan<- uint64) func(net.Conn) {
-		return func(conn net.Conn) {
-			if _, err := http.ReadRequest(bufio.NewReader(conn)); err != nil {
-				return
-			}
-			reply := "HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n" + strings.Repeat("x", 20)
-			for i := range pieces {
-				time.Sleep(pause)
-				if _, err := io.WriteString(conn, reply[len(reply)*i/pieces:len(reply)*(i+1)/pieces]); err != nil {
-					return
-				}
-			}
-			replied <- now() // on loopback it has arrived
-			_, _ = conn.Read(make([]byte, 1))
-		}
-	}
-	for name, test := range map[string]struct {
-		pieces int
-		pause  time.Duration
-	}{"at once": {1, 0}, "later": {1, 50 * time.Millisecond}, "in pieces": {12, 20 * time.Millisecond}} {
-		t.Run(name, func(t *testing.T) {
-			for range 5 {
-				replied := make(chan uint64, 8)
-				at := listen(t, serve(test.pieces, test.pause, replied))
-				o, known := askOnce(t, target(at, "/x"))
-				if late := int64(o.ObservedAt - <-replied); !known || o.Status != 200 || late > 0 {
-					t.Fatalf("observed %s after the reply had arrived: %+v", time.Duration(late), o)
-				}
-			}
-		})
-	}
-}
-
 // After the end its descriptors may be anything: nothing is written to them.
 func TestAfterTheEnd(t *testing.T) {
 	r, err := New(&plain{}, now)
@@ -552,5 +516,40 @@ func TestAfterTheEnd(t *testing.T) {
 	r.Close()
 	if text, err := os.ReadFile(file); err != nil || len(text) > 0 {
 		t.Errorf("%q was written into a file, %v", text, err)
+	}
+}
+
+// A success counts from when the daemon asked (Outcome.Duration), which is neither after the pod got the request nor before it was due.
+func TestASuccessCountsFromItsRequest(t *testing.T) {
+	var asked atomic.Uint64
+	at := listen(t, func(conn net.Conn) {
+		r, err := http.ReadRequest(bufio.NewReader(conn))
+		if err != nil || r.URL.Path != "/x" {
+			return
+		}
+		asked.Store(now())
+		for _, b := range []byte("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok") {
+			_, _ = conn.Write([]byte{b})
+			time.Sleep(time.Millisecond)
+		}
+		_, _ = conn.Read(make([]byte, 1))
+	})
+	for _, path := range []string{"/x", ""} {
+		target := target(at, path)
+		target.Interval = 1 // it is due at once
+		r := newRefresher(t, &plain{})
+		began := now()
+		r.Set(podID, []Target{target})
+		outcomes(r, func(o Outcome) bool {
+			asked := asked.Load()
+			if path == "" {
+				asked = o.ObservedAt
+			}
+			if from := o.ObservedAt - uint64(o.Duration); from < began || from > asked {
+				t.Errorf("%q: from %s after it was due, and %s before the pod was asked: %+v", path, time.Duration(from-began), time.Duration(asked-from), o)
+			}
+			return false
+		})
+		r.Set(podID, nil)
 	}
 }
