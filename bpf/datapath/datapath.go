@@ -520,6 +520,22 @@ var CounterNames = [probeletCounterCOUNT_MAX]string{
 	"passed_unanswered",
 }
 
+// ProbeVerdict tells which of a prober's connections a counter counts, each of them once: those "answered", or "passed" to the pod,
+// and as or why what. ok is false for counters of something else.
+func ProbeVerdict(counter string) (verdict, reason string, ok bool) {
+	switch counter {
+	case "handed_over":
+		return "passed", counter, true
+	case "passed_not_prober", "passed_own":
+		return "", "", false
+	}
+	verdict, reason, _ = strings.Cut(counter, "_")
+	if verdict != "answered" && verdict != "passed" {
+		return "", "", false
+	}
+	return verdict, reason, true
+}
+
 // Counters returns the counters by name, summed over the CPUs.
 func (d *Datapath) Counters() (map[string]uint64, error) {
 	all, err := sums(d.objects.Counters, len(CounterNames))

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/table"
@@ -42,10 +43,10 @@ func (s Status) node() status.Node {
 		n.NotReady = append(n.NotReady, api.ErrDown.Error())
 	}
 	for name, count := range s.Counters {
-		switch reason, passed := strings.CutPrefix(name, "passed_"); {
-		case strings.HasPrefix(name, "answered_"):
+		switch verdict, _, _ := datapath.ProbeVerdict(name); verdict {
+		case "answered":
 			n.Probes.Answered += count
-		case passed && reason != "own" && reason != "not_prober": // as in metric probelet_probes_total
+		case "passed":
 			n.Probes.Passed += count
 		}
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"net/http"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -244,15 +243,11 @@ func collectCounters(d *datapath.Datapath, to sink) error {
 	if err != nil {
 		return err
 	}
-	for _, protocol := range []string{"http", "tcp"} {
-		to.counter(probesDesc, counters["answered_"+protocol], "answered", protocol)
-	}
 	for name, n := range counters {
-		if reason, passed := strings.CutPrefix(name, "passed_"); passed && reason != "own" && reason != "not_prober" {
-			to.counter(probesDesc, n, "passed", reason)
+		if verdict, reason, ok := datapath.ProbeVerdict(name); ok {
+			to.counter(probesDesc, n, verdict, reason)
 		}
 	}
-	to.counter(probesDesc, counters["handed_over"], "passed", "handed_over")
 	for _, cause := range datapath.WithdrawalCauses {
 		to.counter(portsDesc, counters["withdrawn_"+cause], cause)
 	}
