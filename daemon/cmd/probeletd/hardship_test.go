@@ -361,14 +361,14 @@ func TestDaemonKilledAtAnyMoment(t *testing.T) {
 	p := n.daemon()
 	n.running()
 	n.key0()
-	entries, err := os.ReadDir(n.config.stateDir)
-	var names []string
-	for _, e := range entries {
-		names = append(names, e.Name())
-	}
-	if want := []string{"attachments", "endpoints.json", "probeletd.lock", "probeletd.sock"}; err != nil || !slices.Equal(names, want) {
-		t.Errorf("in the state directory: %v, %v", names, err)
-	}
+	n.eventually("nothing unfinished is left in the state directory", func() bool {
+		entries, err := os.ReadDir(n.config.stateDir)
+		var names []string
+		for _, e := range entries {
+			names = append(names, e.Name())
+		}
+		return err == nil && slices.Equal(names, []string{"attachments", "endpoints.json", "metrics", "probeletd.lock", "probeletd.sock"})
+	})
 	if err := p.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}

@@ -24,12 +24,8 @@ var ErrMisplaced = errors.New("the runtime would not find the plugin")
 // CanJoin returns an error if the plugin must not join: a directory is missing, or ErrMisplaced. A network that is not there
 // yet, or cannot be read, is no reason.
 func (n Node) CanJoin() error {
-	for flag, dir := range map[string]string{"--cni-net-dir": n.NetDir, "--cni-bin-dir": n.BinDir} {
-		if info, err := os.Stat(dir); err != nil {
-			return fmt.Errorf("%s: %w", flag, err)
-		} else if !info.IsDir() {
-			return fmt.Errorf("%s: %s: is no directory", flag, dir)
-		}
+	if err := errors.Join(isDir("--cni-net-dir", n.NetDir), isDir("--cni-bin-dir", n.BinDir)); err != nil {
+		return err
 	}
 	w, err := n.primary()
 	if errors.Is(err, ErrNoNetwork) || errors.Is(err, ErrUnusable) {
@@ -39,6 +35,17 @@ func (n Node) CanJoin() error {
 		return err
 	}
 	return n.searched(w)
+}
+
+func isDir(flag, dir string) error {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return fmt.Errorf("%s: %w", flag, err)
+	}
+	if !info.IsDir() {
+		return fmt.Errorf("%s: %s: not a directory", flag, dir)
+	}
+	return nil
 }
 
 // findable returns ErrMisplaced unless the runtime finds the plugin.
