@@ -93,11 +93,13 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 		return fmt.Errorf("--bpf-dir %s: %w", c.bpfDir, oneDaemon(err))
 	}
 	defer release()
-	// Until it is known who the prober is now, nobody is.
-	if err := d.SetProber(datapath.Prober{}); err != nil {
-		return fmt.Errorf("--prober %s: %w", c.prober, err)
+	// The prober of before stays it if it still is. Were nobody the prober for a moment, a failure that it finds then would go unseen,
+	// and the success before it would still be answered.
+	who, err := d.Prober()
+	if err != nil {
+		return fmt.Errorf("the prober of before: %w", err)
 	}
-	l := &loop{log: log, prober: finder, set: d.SetProber, held: held.Check, calls: make(chan func())}
+	l := &loop{log: log, prober: finder, who: who, set: d.SetProber, held: held.Check, calls: make(chan func())}
 	l.followProber()
 	return l.serve(ctx, c, d, specs)
 }
