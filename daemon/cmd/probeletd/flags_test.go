@@ -1,6 +1,11 @@
 package main
 
 import (
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/spf13/pflag"
@@ -38,5 +43,34 @@ func TestChosenStaleness(t *testing.T) {
 				t.Errorf("got %+v, want %+v", got, want)
 			}
 		})
+	}
+}
+
+// The plugin refuses these, so that with them in the chain no pod could start, or be deleted.
+func TestDirectories(t *testing.T) {
+	for _, command := range []string{"install", "uninstall", "run"} {
+		for flag, values := range map[string][]string{
+			"--cni-net-dir": {"net"},
+			"--cni-bin-dir": {"bin", ""},
+			"--state-dir":   {"state", "", "./state"},
+			"--bpf-dir":     {"bpf/probelet", "", "/sys/fs/bpf/pro.belet"},
+		} {
+			for _, value := range values {
+				t.Run(command+flag+"="+value, func(t *testing.T) {
+					// Before anything else is looked at: none of these is there, and nothing is changed.
+					dir := t.TempDir()
+					t.Chdir(dir)
+					args := []string{command, "--cni-net-dir", filepath.Join(dir, "net"), "--cni-bin-dir", filepath.Join(dir, "bin"),
+						"--state-dir", filepath.Join(dir, "state"), "--bpf-dir", filepath.Join(dir, "bpf"), flag, value}
+					err := execute(t.Context(), args, io.Discard, io.Discard)
+					if err == nil || !strings.Contains(err.Error(), flag+" "+strconv.Quote(value)+": must ") {
+						t.Errorf("got %v, want an error that names %s and %q", err, flag, value)
+					}
+					if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+						t.Errorf("%v, %v: are there now", left, err)
+					}
+				})
+			}
+		}
 	}
 }

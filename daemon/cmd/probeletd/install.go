@@ -64,6 +64,23 @@ func (i *installation) flags(cmd *cobra.Command) {
 	flags.StringVar(&i.node.BinDir, "cni-bin-dir", "/opt/cni/bin", "`directory` of CNI plugins")
 	flags.StringVar(&i.bpfDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
 	flags.StringVar(&i.stateDir, "state-dir", attach.DefaultStateDir, "`directory` of attachment records and the daemon's state")
+	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error { return checkDirs(cmd.Flags()) }
+}
+
+// checkDirs returns an error that names flag and value of each directory that the plugin would refuse, or not find: where the chain
+// names such a one, no pod can start, or none can be deleted.
+func checkDirs(flags *pflag.FlagSet) error {
+	var errs []error
+	for _, name := range []string{"cni-net-dir", "cni-bin-dir", "bpf-dir", "state-dir"} {
+		switch dir := flags.Lookup(name).Value.String(); {
+		case dir == "" && flags.Lookup(name).DefValue == "": // not asked for
+		case !filepath.IsAbs(dir):
+			errs = append(errs, fmt.Errorf("--%s %q: must be an absolute path", name, dir))
+		case name == "bpf-dir" && strings.Contains(filepath.Base(dir), "."):
+			errs = append(errs, fmt.Errorf("--%s %q: must have no dot in its name, which a BPF file system does not take", name, dir))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func installCommand(stderr io.Writer) *cobra.Command {

@@ -277,6 +277,9 @@ func runCommand(stderr io.Writer) *cobra.Command {
 		if err := fromEnvironment(cmd.Flags()); err != nil {
 			return err
 		}
+		if err := checkDirs(cmd.Flags()); err != nil {
+			return err
+		}
 		noteChosen(cmd.Flags(), &c.defaults)
 		if c.kubelet.Poll < time.Second {
 			return fmt.Errorf("--kubelet-poll %s: must be 1s or more", c.kubelet.Poll)
