@@ -209,6 +209,9 @@ func (i *installation) install(ctx context.Context) error {
 func (i *installation) uninstall(ctx context.Context) error {
 	log := i.node.Log
 	i.node.StateDir = i.stateDir
+	if err := i.netDirThere(); err != nil {
+		return err
+	}
 	unlock, err := i.lock(ctx)
 	if err != nil {
 		return err
@@ -248,6 +251,14 @@ func (i *installation) uninstall(ctx context.Context) error {
 		return err
 	}
 	log.Info("nothing of probelet is left on the node")
+	return nil
+}
+
+// netDirThere returns an error if the plugin is there, but not the directory whose files may name it: those are likely elsewhere.
+func (i *installation) netDirThere() error {
+	if _, err := os.Stat(i.node.NetDir); err != nil && i.node.HasPlugin() {
+		return fmt.Errorf("--cni-net-dir: %w: without the plugin in %s no pod could start where a network names it; nothing has been changed", err, i.node.BinDir)
+	}
 	return nil
 }
 
