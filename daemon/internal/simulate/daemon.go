@@ -214,7 +214,7 @@ func (p *pod) refresh(a *asker) {
 		o := p.outcome(s.Endpoint, began, x)
 		o.Refresh = true
 		p.noteSuccess(s.Endpoint, began, x)
-		next := began + uint64(s.Refresh-p.upTo(s.Refresh/5))
+		next := began + uint64(s.Refresh)
 		p.at(max(next, p.now), func() { p.refresh(a) })
 		p.observe(s.Endpoint, o)
 	})
