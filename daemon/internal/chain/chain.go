@@ -204,19 +204,17 @@ func (n Node) plugin() (json.RawMessage, error) {
 	return json.MarshalIndent(conf, "", "  ")
 }
 
-// copyOf is the copy of a network's configuration, with the plugin at the end of its chain.
-func (n Node) copyOf(w *network) (name string, text []byte, err error) {
+// copyFile returns the file that a copy of a network's configuration takes.
+func (n Node) copyFile(w *network) (string, error) {
 	ours := n.ours()
-	i := slices.IndexFunc(copyNames, func(name string) bool {
+	for _, name := range copyNames {
 		file := filepath.Join(n.NetDir, name)
 		_, err := os.Lstat(file)
-		return name < w.file && (slices.Contains(ours, file) || errors.Is(err, fs.ErrNotExist))
-	})
-	if i < 0 {
-		return "", nil, fmt.Errorf("%s: no free name sorts before it", filepath.Join(n.NetDir, w.file))
+		if name < w.file && (slices.Contains(ours, file) || errors.Is(err, fs.ErrNotExist)) {
+			return file, nil
+		}
 	}
-	text, err = n.withPlugin(w)
-	return copyNames[i], text, err
+	return "", fmt.Errorf("%s: no free name sorts before it", filepath.Join(n.NetDir, w.file))
 }
 
 // withPlugin is the text of a copy.
@@ -290,25 +288,6 @@ func read(file string) (*network, error) {
 	return w, nil
 }
 
-// keepCopy keeps a copy as its original is.
-func (n Node) keepCopy(original *network, file string, j Joined) (Joined, error) {
-	j.Way, j.File = Copy, file
-	text, err := n.withPlugin(original)
-	if err != nil {
-		return j, err
-	}
-	like, err := os.Stat(filepath.Join(n.NetDir, original.file))
-	if err != nil {
-		return j, err
-	}
-	if j.Changed, err = n.put(file, text, like); err != nil {
-		return j, err
-	}
-	left, err := n.leaveBut(file)
-	j.Changed = j.Changed || left
-	return j, err
-}
-
 // Joined says how the plugin is in the chain.
 type Joined struct {
 	Way     Way    // empty: by somebody else's hand
@@ -338,45 +317,18 @@ func (n Node) Join(ctx context.Context, way Way) (Joined, error) {
 		}
 		return Joined{}, err
 	}
-	if original, file, err := n.throughOther(w); err != nil {
-		return Joined{}, err
-	} else if original != nil {
-		return n.keepCopy(original, file, j)
-	}
-	j.Way = way
-	if w.has() || way == DropIn && n.hasDropIn(w) {
-		j.Way = ""
-		j.Changed, err = n.leaveBut("")
-		return j, err
-	}
-	var text []byte
-	var like fs.FileInfo // nil: readable for all, as there is nothing secret in it
-	if way == DropIn && w.readsDropIns() {
-		j.File = filepath.Join(n.NetDir, w.name, dropInName)
-		if text, err = n.plugin(); err == nil {
-			text = append(text, '\n')
-		}
-	} else {
-		j.Way = Copy
-		var name string
-		name, text, err = n.copyOf(w)
-		j.File = filepath.Join(n.NetDir, name)
-		if err == nil {
-			like, err = os.Stat(j.Primary) // a key may be in it
-		}
-	}
+	p, err := n.plan(w, way, j)
 	if err != nil {
-		return j, err
+		return p.Joined, err
 	}
-	if filepath.Base(w.name) != w.name || w.name == "." || w.name == ".." {
-		return j, fmt.Errorf("%s: name: %q: is no file's name", j.Primary, w.name)
+	if p.File != "" {
+		if p.Changed, err = n.put(p.File, p.text, p.like); err != nil {
+			return p.Joined, err
+		}
 	}
-	if j.Changed, err = n.put(j.File, text, like); err != nil {
-		return j, err
-	}
-	left, err := n.leaveBut(j.File)
-	j.Changed = j.Changed || left
-	return j, err
+	left, err := n.leaveBut(p.File)
+	p.Changed = p.Changed || left
+	return p.Joined, err
 }
 
 // hasDropIn reports whether the plugin is in a drop-in of the network by somebody's hand.

@@ -1,6 +1,11 @@
 package chain
 
-import "path/filepath"
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
 
 // Plan says how Join would put the plugin into the chain, and changes nothing. The errors are those of Join.
 func (n Node) Plan(way Way) (Joined, error) {
@@ -11,21 +16,49 @@ func (n Node) Plan(way Way) (Joined, error) {
 	if err != nil {
 		return j, err
 	}
-	if original, file, err := n.throughOther(w); err != nil {
-		return j, err
-	} else if original != nil {
-		j.Way, j.File = Copy, file
-		return j, nil
+	p, err := n.plan(w, way, j)
+	return p.Joined, err
+}
+
+// planned is how the plugin is to be in the chain, with the file that it takes, if it takes one.
+type planned struct {
+	Joined
+	text []byte
+	like fs.FileInfo // whose mode and owner the file has; nil: it is readable for all, as there is nothing secret in it
+}
+
+// plan decides how the plugin is to be in the chain of a network.
+func (n Node) plan(w *network, way Way, j Joined) (p planned, err error) {
+	p.Joined = j
+	original, file, err := n.throughOther(w)
+	switch {
+	case err != nil:
+		return p, err
+	case original != nil:
+		return p.copied(n, file, original)
+	case w.has() || way == DropIn && n.hasDropIn(w):
+		return p, nil // nothing is to be done
+	case filepath.Base(w.name) != w.name || w.name == "." || w.name == "..":
+		return p, fmt.Errorf("%s: name: %q: is no file's name", j.Primary, w.name)
+	case way == DropIn && w.readsDropIns():
+		p.Way, p.File = DropIn, filepath.Join(n.NetDir, w.name, dropInName)
+		p.text, err = n.plugin()
+		p.text = append(p.text, '\n')
+		return p, err
 	}
-	if w.has() || way == DropIn && n.hasDropIn(w) {
-		return j, nil // nothing is to be done
+	if file, err = n.copyFile(w); err != nil {
+		return p, err
 	}
-	if j.Way = way; way == DropIn && w.readsDropIns() {
-		j.File = filepath.Join(n.NetDir, w.name, dropInName)
-		return j, nil
+	return p.copied(n, file, w)
+}
+
+// copied is a plan to copy a network's configuration.
+func (p planned) copied(n Node, file string, w *network) (planned, error) {
+	p.Way, p.File = Copy, file
+	var err error
+	if p.text, err = n.withPlugin(w); err != nil {
+		return p, err
 	}
-	j.Way = Copy
-	name, _, err := n.copyOf(w)
-	j.File = filepath.Join(n.NetDir, name)
-	return j, err
+	p.like, err = os.Stat(filepath.Join(n.NetDir, w.file)) // a key may be in it
+	return p, err
 }
