@@ -5,7 +5,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 BIN := $(CURDIR)/bin
-CLANG_PACKAGES := clang-19 llvm-19 clang-format-19 libbpf-dev linux-libc-dev
+CLANG_PACKAGES := clang-19 llvm-19 clang-format-19
 
 # The CNI plugin is run by the runtime, once for each pod, on any distribution: small and static.
 # VERSION=v1.2.3 for builds that know nothing of version control; otherwise Go notes the revision.
@@ -137,7 +137,6 @@ generate: clang ## Compile the BPF programs anew (after a change in bpf/)
 .PHONY: clang
 clang:
 	$(call need,clang-19 clang-format-19 llvm-strip-19,$(CLANG_PACKAGES))
-	@[ -e /usr/include/bpf/bpf_helpers.h ] || { echo "bpf_helpers.h is missing: apt-get install $(CLANG_PACKAGES)"; exit 1; }
 
 .PHONY: clean
 clean: ## Remove what was built

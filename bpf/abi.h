@@ -15,9 +15,8 @@
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
+#include <linux/stddef.h>
 #include <linux/tcp.h>
-#include <stdbool.h>
-#include <stddef.h>
 
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
