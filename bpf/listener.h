@@ -74,6 +74,14 @@ static __always_inline int examine(const struct tcp_sock *tcp, struct listener *
 	return 0;
 }
 
+/* Returns the socket to which the pod's kernel would give a packet with s->tuple, or NULL. The caller releases it. */
+static __always_inline struct bpf_sock *look_up_tuple(struct __sk_buff *skb, struct scratch *s, int nsid)
+{
+	if (s->is_ipv4)
+		return bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv4), nsid, 0);
+	return bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv6), nsid, 0);
+}
+
 enum found {
 	FOUND_NONE,
 	FOUND_LISTENER, /* and s->listener is filled in */
@@ -87,10 +95,7 @@ static __always_inline enum found look_up(struct __sk_buff *skb, struct scratch 
 	const struct tcp_sock *tcp;
 	struct bpf_sock *found;
 
-	if (s->is_ipv4)
-		found = bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv4), nsid, 0);
-	else
-		found = bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv6), nsid, 0);
+	found = look_up_tuple(skb, s, nsid);
 	if (!found)
 		return FOUND_NONE;
 	tcp = bpf_skc_to_tcp_sock(found);
@@ -134,10 +139,7 @@ __noinline __u64 find_answering(struct __sk_buff *skb, struct scratch *s, int ns
 
 	if (!s || !sees_listeners || nsid < 0)
 		return 0;
-	if (s->is_ipv4)
-		found = bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv4), nsid, 0);
-	else
-		found = bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv6), nsid, 0);
+	found = look_up_tuple(skb, s, nsid);
 	if (!found)
 		return 0;
 	if (found->state == STATE_NEW_SYN_RECV) {
