@@ -29,7 +29,6 @@ struct sock_common {
 	volatile unsigned char skc_state;
 	unsigned char skc_reuseport : 1;
 	int skc_bound_dev_if;
-	__u16 skc_num;
 	possible_net_t skc_net;
 } KERNEL_TYPE;
 struct sk_filter;
@@ -52,7 +51,6 @@ typedef struct {
 } KERNEL_TYPE atomic_t;
 struct request_sock {
 	struct sock_common __req_common;
-	struct request_sock *dl_next;
 } KERNEL_TYPE;
 struct request_sock_queue {
 	atomic_t qlen;
