@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"strings"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
@@ -172,6 +173,17 @@ func loadAndPin(bpfDir string) (_ *Datapath, err error) {
 		return nil, err
 	}
 	return d, nil
+}
+
+// CheckDir returns an error unless dir can be a directory of a BPF file system.
+func CheckDir(dir string) error {
+	dir = filepath.Clean(dir)
+	_, err := os.Stat(dir)
+	// The kernel refuses even to look up a name with a dot there (bpf_lookup in kernel/bpf/inode.c).
+	if errors.Is(err, unix.EPERM) || strings.Contains(filepath.Base(dir), ".") {
+		return errors.New("must not contain a dot below the mount point: BPF file systems reserve such names")
+	}
+	return nil
 }
 
 func makeBPFDir(dir string) error {
