@@ -16,8 +16,6 @@ import (
 )
 
 const (
-	minKernelMajor, minKernelMinor = 5, 15
-
 	// loadDeadline bounds the wait for another process that loads the objects.
 	loadDeadline = 5 * time.Second
 
@@ -110,15 +108,14 @@ func (p *plugin) ensureLoaded(conf *netConf) (*datapath.Datapath, error) {
 	}
 }
 
-// checkKernel checks the version, because on older kernels the programs may load, but lose packets.
 func (p *plugin) checkKernel() error {
 	v, err := p.kernelVersion()
 	if err != nil {
 		return fault(codeLoad, "the kernel's version: %v", err)
 	}
-	if v < minKernelMajor<<16|minKernelMinor<<8 {
-		return fault(codeKernelTooOld, "kernel %d.%d is too old: probelet needs %d.%d or newer",
-			v>>16, v>>8&0xff, minKernelMajor, minKernelMinor)
+	if v < datapath.MinKernel {
+		return fault(codeKernelTooOld, "kernel %s is too old: probelet needs %s or newer",
+			datapath.KernelName(v), datapath.KernelName(datapath.MinKernel))
 	}
 	return nil
 }

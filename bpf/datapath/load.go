@@ -15,6 +15,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// MinKernel is the oldest supported kernel, as LINUX_VERSION_CODE. On older ones the programs may load, but lose packets.
+const MinKernel = 5<<16 | 15<<8
+
+// KernelName returns the name of a LINUX_VERSION_CODE, such as "5.15".
+func KernelName(code uint32) string { return fmt.Sprintf("%d.%d", code>>16, code>>8&0xff) }
+
 // Load loads the objects without pinning them. They live until Close and the last attachment.
 func Load() (*Datapath, error) {
 	spec, err := loadProbelet()
