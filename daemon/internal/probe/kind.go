@@ -36,16 +36,18 @@ type kind struct {
 	success Event
 	// discarded: the kubelet may reach no verdict on a probe, and counts neither a success nor a failure then.
 	discarded bool
+	// never says why probes of a kind that is not keyed are never answered.
+	never string
 }
 
 // kinds has a row for each Kind. The most frequent ones come first, because they are looked up for each probe.
 var kinds = []kind{
 	{name: HTTP, keying: KeyedByRequest, success: Answered, discarded: true},
 	{name: TCP, keying: KeyedByPort, success: Connected},
-	{name: HTTPS},
-	{name: HTTP2},
-	{name: GRPC},
-	{name: Exec},
+	{name: HTTPS, never: "its requests are encrypted"},
+	{name: HTTP2, never: "only HTTP/1.1 is understood"},
+	{name: GRPC, never: "only HTTP/1.1 is understood"},
+	{name: Exec, never: "it runs inside the container"},
 }
 
 // Kinds returns all kinds.
@@ -80,5 +82,5 @@ func (k Kind) unanswerable() Reason {
 	if k.Observable() {
 		return Reason{}
 	}
-	return Reason{ReasonKind, string(k) + " is never answered"}
+	return Reason{ReasonKind, string(k) + " is never answered: " + k.row().never}
 }
