@@ -402,8 +402,8 @@ func TestKubeletHugeAnswer(t *testing.T) {
 	item := strings.TrimSuffix(strings.SplitN(podList(t, webPod("a", "10.0.0.7")), `"items":[`, 2)[1], "]}") + ","
 	answer := strings.NewReader(`{"kind":"PodList","items":[` + strings.Repeat(item, 9<<20/len(item)))
 	n := 0
-	err := readPodList(&limitedReader{answer, 8 << 20}, func(*corev1.Pod) { n++ })
-	if err == nil || !strings.Contains(err.Error(), "more than 256 MiB") || n < 1000 {
+	err := readPodList(kubelet.Limit(answer, 8<<20), func(*corev1.Pod) { n++ })
+	if err == nil || !strings.Contains(err.Error(), "more than 8 MiB") || n < 1000 {
 		t.Errorf("error %v after %d pods", err, n)
 	}
 }
