@@ -507,7 +507,7 @@ func withdrawal(cause string) string {
 // failure is how the last probe failed.
 func (e *Endpoint) failure() string {
 	switch {
-	case e.Status == 0 && e.Kind == probe.TCP:
+	case e.Status == 0 && e.Kind.Keying() == probe.KeyedByPort:
 		return "refused, or not accepted in time"
 	case e.Status == 0:
 		return "refused, reset, or no complete and valid response in time"
@@ -520,7 +520,7 @@ func (e *Endpoint) failure() string {
 // heldBack says why connections to the port of a fresh endpoint are not taken.
 func (a *Attachment) heldBack(e Endpoint) string {
 	for _, o := range a.Endpoints {
-		if o.Port == e.Port && o.Kind == probe.TCP && o.Observed && !o.StartupOnly && o.State != Fresh {
+		if o.Port == e.Port && o.Kind.Keying() == probe.KeyedByPort && o.Observed && !o.StartupOnly && o.State != Fresh {
 			return fmt.Sprintf("taking a connection would also answer %s (%s)", o.Endpoint.Endpoint(), o.State)
 		}
 	}

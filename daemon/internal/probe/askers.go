@@ -8,7 +8,7 @@ func (s EndpointSpec) MayBeAskedBy(p Spec, ips []netip.Addr) bool {
 	switch {
 	case s.Kind != p.Kind:
 		return false
-	case s.Kind == TCP:
+	case s.Kind.Keying() == KeyedByPort:
 		return p.Host != ""
 	case s.Path != p.Path:
 		return false

@@ -92,7 +92,7 @@ func refused(value string) bool {
 
 // Asks reports whether a request is the endpoint's probe as the kubelet sends it.
 func (s EndpointSpec) Asks(r Request) bool {
-	return s.Kind == HTTP && s.Host == "" && r.Path == s.question.Path && s.question.hasHeaders(r)
+	return s.Kind.Keying() == KeyedByRequest && s.Host == "" && r.Path == s.question.Path && s.question.hasHeaders(r)
 }
 
 // hasHeaders reports whether normal would return q's own headers. It is called for each probe and endpoint, so it copies nothing.

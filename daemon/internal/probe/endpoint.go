@@ -82,7 +82,7 @@ func (s EndpointSpec) onPort() bool { return s.Port != 0 && !s.elsewhere }
 // another address of the pod: taking a connection answers a TCP probe, and a request says where it was sent only by its
 // header Host.
 func (s EndpointSpec) answeredWith(e EndpointSpec) bool {
-	return s.onPort() && s.Port == e.Port && (s.Kind == TCP || s.Kind == HTTP && e.Asks(s.question.Request))
+	return s.onPort() && s.Port == e.Port && (s.Kind.Keying() == KeyedByPort || s.Kind == e.Kind && e.Asks(s.question.Request))
 }
 
 // Endpoints returns the endpoints that the pod's probes ask, sorted. The error says that the pod has too many of them
@@ -165,7 +165,7 @@ func endpointOf(p Spec, ips []netip.Addr, limits Limits) EndpointSpec {
 
 		elsewhere: elsewhere(p.Host, ips),
 	}
-	if p.Kind == HTTP && p.Problem == "" {
+	if p.Kind.Keying() == KeyedByRequest && p.Problem == "" {
 		var err error
 		if s.question, err = questionOf(p, ips); err != nil {
 			p.Problem = "its request cannot be sent: " + err.Error()
@@ -173,8 +173,8 @@ func endpointOf(p Spec, ips []netip.Addr, limits Limits) EndpointSpec {
 		s.Headers = s.question.headers
 	}
 	s.Reason = s.unanswerable(p, len(ips), limits)
-	s.Observed = p.Problem == "" && p.Host == "" && s.Port != 0 && (p.Kind == TCP || p.Kind == HTTP)
-	if p.Kind == TCP {
+	s.Observed = p.Problem == "" && p.Host == "" && s.Port != 0 && p.Kind.Observable()
+	if p.Kind.Keying() == KeyedByPort {
 		s.Live = limits.Live
 	}
 	return s
@@ -192,11 +192,11 @@ func (s EndpointSpec) unanswerable(p Spec, addresses int, limits Limits) Reason 
 	switch {
 	case p.Problem != "":
 		return Reason{ReasonRequest, p.Problem}
-	case p.Kind != HTTP && p.Kind != TCP:
-		return Reason{ReasonKind, string(p.Kind) + " is never answered"}
+	case !p.Kind.Observable():
+		return p.Kind.unanswerable()
 	case p.Host != "":
 		return Reason{ReasonHost, fmt.Sprintf("host %q is probed, not the pod", p.Host)}
-	case p.Kind == HTTP && addresses != 1 && s.question.setsHost: // other pods' probes may ask the same at another one
+	case addresses != 1 && s.question.setsHost: // other pods' probes may ask the same at another one
 		return Reason{ReasonHost, "its header Host does not tell which of the pod's addresses is asked"}
 	case s.question.size > limits.Request:
 		return Reason{ReasonTooLong, fmt.Sprintf("request of about %d bytes, at most %d are answered", s.question.size, limits.Request)}

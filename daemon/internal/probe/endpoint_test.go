@@ -149,7 +149,7 @@ func TestPodNotAnswered(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, s := range specs {
-		if want := map[Kind]string{HTTP: "the end", GRPC: "gRPC is never answered"}[s.Kind]; s.Reason.Text != want {
+		if want := map[Kind]string{HTTP: "the end", GRPC: "gRPC is never answered: only HTTP/1.1 is understood"}[s.Kind]; s.Reason.Text != want {
 			t.Errorf("%s: reason %q, want %q", s.Endpoint, s.Reason.Text, want)
 		}
 	}

@@ -47,14 +47,14 @@ func (o Outcome) wholePort() bool { return o.Kind == "" || o.Event == Reset }
 
 // of reports whether the outcome is that of a probe of the endpoint.
 func (o Outcome) of(s EndpointSpec) bool {
-	return o.Port == s.Port && o.Kind == s.Kind && (o.Kind == TCP || o.Kind == HTTP && s.Asks(o.Request))
+	return o.Port == s.Port && o.Kind == s.Kind && (o.Kind.Keying() == KeyedByPort || s.Asks(o.Request))
 }
 
 // connects reports whether the outcome shows that a probe of the endpoint would have succeeded, though it was of another
 // one. Only where the kernel looks at the listening socket as well, so that it does not matter which of the pod's addresses
 // was asked.
 func (o Outcome) connects(s EndpointSpec) bool {
-	return s.Kind == TCP && s.Live > 0 && o.Port == s.Port && o.Kind == HTTP && o.Event == Answered
+	return s.Live > 0 && o.Port == s.Port && o.Kind.Keying() == KeyedByRequest && o.Event == Answered
 }
 
 // Result is what the last conclusive outcome says.
@@ -84,12 +84,17 @@ func (s EndpointSpec) judge(o Outcome) (result Result, conclusive bool) {
 		// Before its timeout the prober left by itself: it was stopped, or is not the kubelet.
 		return Failure, s.late(o)
 	case Connected:
-		return successUnless(s.late(o)), s.Kind == TCP && o.Kind == TCP
+		return successUnless(s.late(o)), s.succeedsBy(o)
 	case Answered:
 		result, conclusive = s.judgeStatus(o)
-		return result, conclusive && s.Kind == HTTP && o.Kind == HTTP
+		return result, conclusive && s.succeedsBy(o)
 	}
 	return Unknown, false
+}
+
+// succeedsBy reports whether an outcome such as this one is how a probe of the endpoint gets its answer.
+func (s EndpointSpec) succeedsBy(o Outcome) bool {
+	return s.Kind == o.Kind && s.Kind.row().success == o.Event
 }
 
 func (s EndpointSpec) judgeStatus(o Outcome) (result Result, conclusive bool) {

@@ -9,19 +9,6 @@ import (
 	"time"
 )
 
-// Kind is what a probe speaks.
-type Kind string
-
-// Kinds. Only HTTP and TCP can be answered.
-const (
-	HTTP  Kind = "HTTP"
-	TCP   Kind = "TCP"
-	HTTPS Kind = "HTTPS"
-	HTTP2 Kind = "HTTP/2"
-	GRPC  Kind = "gRPC"
-	Exec  Kind = "exec"
-)
-
 // Type is what a probe is for.
 type Type string
 

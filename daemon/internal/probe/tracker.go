@@ -73,7 +73,7 @@ type entry struct {
 
 // of is Outcome.of, for the entry's endpoint.
 func (e *entry) of(o Outcome) bool {
-	if o.Kind != HTTP || o.Question == (Question{}) {
+	if o.Kind.Keying() != KeyedByRequest || o.Question == (Question{}) {
 		return o.of(e.spec)
 	}
 	if o.Question != e.asking {
@@ -82,7 +82,7 @@ func (e *entry) of(o Outcome) bool {
 		}
 		e.asking = o.Question
 	}
-	return o.Port == e.spec.Port && e.spec.Kind == HTTP
+	return o.Port == e.spec.Port && o.Kind == e.spec.Kind
 }
 
 // concerned reports whether the outcome says something about the endpoint.
@@ -297,7 +297,7 @@ type Ask struct {
 func (t *Tracker) Refreshing() []Ask {
 	var all []Ask
 	for _, s := range t.specs {
-		if e := t.entries[s.Endpoint]; s.Observed && s.Refresh > 0 && e.armed() && (s.Kind == TCP || e.text != nil) {
+		if e := t.entries[s.Endpoint]; s.Observed && s.Refresh > 0 && e.armed() && (s.Kind.Keying() == KeyedByPort || e.text != nil) {
 			all = append(all, Ask{s, e.evidence.Question, e.text})
 		}
 	}
@@ -345,7 +345,7 @@ func (t *Tracker) gate(port uint16) Gate {
 // ended, so it has no say: fresh HTTP evidence implies that connections are accepted.
 func (t *Tracker) decider(port uint16) (EndpointSpec, bool) {
 	i := slices.IndexFunc(t.specs, func(s EndpointSpec) bool {
-		return s.Observed && s.Port == port && s.Kind == TCP && !s.Startup
+		return s.Observed && s.Port == port && s.Kind.Keying() == KeyedByPort && !s.Startup
 	})
 	if i < 0 {
 		return EndpointSpec{}, false

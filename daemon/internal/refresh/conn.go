@@ -100,7 +100,8 @@ func (r *Refresher) advance(j *job) {
 // connect sends the request as soon as there is a connection.
 func (r *Refresher) connect(j *job) {
 	n, err := 0, error(nil)
-	if j.Endpoint.Kind == probe.HTTP {
+	asks := j.Endpoint.Kind.Keying() == probe.KeyedByRequest
+	if asks {
 		n, err = unix.Write(j.conn.fd, j.Request)
 	} else {
 		err = connected(j.conn.fd)
@@ -110,7 +111,7 @@ func (r *Refresher) connect(j *job) {
 		r.follow(j, unix.EPOLLOUT)
 	case err != nil:
 		r.finish(j, eventOf(err), 0)
-	case j.Endpoint.Kind != probe.HTTP:
+	case !asks:
 		r.finish(j, probe.Connected, 0)
 	case n < len(j.Request):
 		r.abandon(j) // it is shorter than any empty send buffer

@@ -90,7 +90,7 @@ func (s *schedule) set(id attach.ID, targets []Target, now uint64) (ended []*job
 		}
 		// Targets that arrive together, as when the daemon starts, are spread out.
 		j := &job{Target: t, pod: p, at: now + uint64(rand.N(t.Interval)), index: -1}
-		if t.Endpoint.Kind == probe.HTTP {
+		if t.Endpoint.Kind.Keying() == probe.KeyedByRequest {
 			var err error
 			if j.request, err = probe.ParseRequest(t.Request); err != nil {
 				continue // never recorded as such, so there is nothing to ask

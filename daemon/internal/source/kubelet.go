@@ -19,10 +19,6 @@ const (
 	// was announced, since the kubelet learns its address a moment after the plugin; later waits double, up to the poll
 	// interval.
 	shortestPoll = time.Second
-	// pollShare is the part of the time, 1 in so many, that asking for all pods may take.
-	pollShare = 10
-	// kubeletTimeout is for one answer, from its request to its last byte.
-	kubeletTimeout = 10 * time.Second
 	// podsAPIGrace is how long after the pods API went away it is waited for, before the list is polled instead: a kubelet
 	// that has just started lists only some of its pods, and its pods API says so.
 	podsAPIGrace = 10 * time.Second
@@ -64,7 +60,7 @@ func NewKubelet(c KubeletConfig, log *slog.Logger) (*Kubelet, error) {
 		return nil, fmt.Errorf("poll interval %s: must be positive", c.Poll)
 	}
 	return &Kubelet{
-		config: c, client: client, timeout: kubeletTimeout, shortest: min(shortestPoll, c.Poll), patient: podsAPIGrace,
+		config: c, client: client, timeout: kubelet.Timeout, shortest: min(shortestPoll, c.Poll), patient: podsAPIGrace,
 		refresh: make(chan struct{}, 1), health: health{log: log.With("source", c.URL)},
 	}, nil
 }
@@ -114,7 +110,7 @@ func (k *Kubelet) poll(ctx context.Context, snapshots chan<- []probe.Pod, unwatc
 		k.set("", nil)
 		k.deliver(Delivery{Why: unwatched})
 		k.last.send(ctx, snapshots, pods)
-		return max(k.shortest, pollShare*took-time.Since(start))
+		return max(k.shortest, kubelet.Share*took-time.Since(start))
 	}
 	return k.shortest
 }
@@ -166,7 +162,7 @@ func (k *Kubelet) fetch(ctx context.Context) ([]probe.Pod, error) {
 	}
 	defer response.Body.Close() //nolint:errcheck // read only
 	var pods []probe.Pod
-	err = readPodList(&limitedReader{response.Body, maxPodList}, func(p *corev1.Pod) {
+	err = readPodList(kubelet.Limit(response.Body, kubelet.MaxAnswer), func(p *corev1.Pod) {
 		if pod, matters := onNode(p); matters {
 			pods = append(pods, pod)
 		}

@@ -10,24 +10,6 @@ import (
 	kubejson "sigs.k8s.io/json"
 )
 
-// maxPodList is how many bytes an answer may have. It is read pod by pod, so this bounds time more than memory.
-const maxPodList = 256 << 20
-
-// limitedReader fails, rather than ends, where more comes than is allowed.
-type limitedReader struct {
-	from io.Reader
-	left int64
-}
-
-func (r *limitedReader) Read(p []byte) (int, error) {
-	if r.left <= 0 {
-		return 0, fmt.Errorf("answer of more than %d MiB", maxPodList>>20)
-	}
-	n, err := r.from.Read(p[:min(int64(len(p)), r.left)])
-	r.left -= int64(n)
-	return n, err
-}
-
 // readPodList reads a PodList and nothing else, and never has more than one of its pods in memory. Each may have been
 // called for pods of a list that turns out to be no good.
 func readPodList(r io.Reader, each func(*corev1.Pod)) error {

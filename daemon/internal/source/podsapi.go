@@ -83,7 +83,7 @@ func (k *Kubelet) follow(ctx context.Context, snapshots chan<- []probe.Pod) erro
 func dialPodsAPI(socket string) (*grpc.ClientConn, error) {
 	return grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithNoProxy(), grpc.WithUserAgent("probeletd"),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxPodList)))
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(kubelet.MaxAnswer)))
 }
 
 // publish sends a snapshot after each change. What is never pushed is found in lists, no more often than these are polled
@@ -110,7 +110,7 @@ func (k *Kubelet) publish(ctx context.Context, w *podsWatch, snapshots chan<- []
 			if err != nil {
 				return err
 			}
-			due = time.After(max(k.config.Poll, pollShare*took))
+			due = time.After(max(k.config.Poll, kubelet.Share*took))
 		}
 	}
 }
