@@ -94,10 +94,13 @@ enum evidence_result {
 struct evidence {
 	__u64 observed_at; /* success: when the probe began; failure: when it was seen */
 	__u64 fresh_until; /* not answered from then on; 0: never answered */
-	__u64 check;	   /* of the question; 0 unless KIND_HTTP */
-	__u16 status;	   /* last HTTP status seen, with which a success is answered; 0: none */
-	__u8 result;	   /* enum evidence_result of the last outcome */
-	__u8 pad[5];
+	/* Answered until then, fresh or not, while the pod's traffic shows that it serves; 0: traffic shows nothing. */
+	__u64 traffic_until;
+	__u64 check;		 /* of the question; 0 unless KIND_HTTP */
+	__u32 traffic_window_ms; /* how long ago the pod may have served for that */
+	__u16 status;		 /* last HTTP status seen, with which a success is answered; 0: none */
+	__u8 result;		 /* enum evidence_result of the last outcome */
+	__u8 pad[1];
 	/*
 	 * Checksum of the other fields and the key. The kernel reuses the memory of a deleted element at once, so a
 	 * program may be reading a value that has just become another endpoint's; the seal then does not match.
@@ -119,7 +122,11 @@ struct tally {
 	__u16 watched_port;   /* KIND_PORT: client port of that flow */
 	__u8 withdrawn_cause; /* enum withdrawal_cause; 0: never withdrawn */
 	__u8 obstacle;	      /* KIND_PORT: enum obstacle that was met last; 0: none yet */
-	__u32 answered;	      /* KIND_PORT: TCP probes answered since a connection was last known to be accepted */
+	/*
+	 * KIND_PORT: TCP probes answered since a connection was last known to be accepted; other kinds: probes answered
+	 * since one was last passed on.
+	 */
+	__u32 answered;
 	/*
 	 * KIND_PORT: when the pod's SYN-ACK to a prober was seen, in us of CLOCK_MONOTONIC; 0: that connection is known
 	 * to be accepted, or there was none.
@@ -129,6 +136,9 @@ struct tally {
 	__u64 asked_at;	   /* KIND_PORT: started_at of the connection last passed on; 0: the pod has answered its SYN */
 	__u8 answered_max; /* KIND_PORT: answered may not exceed it, as of the last look at the listening socket */
 	__u8 pad[7];
+	__u64
+	    served_at; /* KIND_PORT: when the pod last began an HTTP response with a status below 500; 0: never seen */
+	__u64 closed_at; /* KIND_PORT: when the pod last closed a connection; 0: never seen */
 };
 
 /* What keeps a probe from being answered although the evidence is fresh. All but the last need a look at its listening
@@ -138,7 +148,7 @@ enum obstacle {
 	OBSTACLE_QUEUE_LONG = 2,  /* one of its queues is more than half full */
 	OBSTACLE_HEAD_OLD = 3,	  /* the first connection in its queue has waited for LISTENER_WAIT_US */
 	OBSTACLE_SPECIAL = 4,	  /* it is bound to a device, or has a filter, a least TTL or keys */
-	OBSTACLE_REAL_DUE = 5,	  /* enough have been answered since a connection was last known to be accepted */
+	OBSTACLE_REAL_DUE = 5,	  /* enough have been answered since one was last passed on, or known to be accepted */
 	OBSTACLE_UNANSWERED = 6,  /* the pod has not answered the SYN of the connection last passed on */
 };
 

@@ -23,6 +23,8 @@ static __always_inline __u64 seal_of(const struct endpoint_key *key, const struc
 	hash = mix(hash, (__u64)key->port << 32 | (__u64)key->kind << 24 | (__u64)e->result << 16 | e->status);
 	hash = mix(hash, e->observed_at);
 	hash = mix(hash, e->fresh_until);
+	hash = mix(hash, e->traffic_until);
+	hash = mix(hash, e->traffic_window_ms);
 	return mix(hash, e->check);
 }
 
@@ -102,6 +104,7 @@ static __always_inline void note_answer(const struct endpoint_key *key, struct t
 	if (!tally)
 		return;
 	__sync_fetch_and_add(&tally->hits, 1);
+	__sync_fetch_and_add(&tally->answered, 1);
 	tally->answered_at = now;
 }
 

@@ -250,10 +250,11 @@ static __always_inline void note_obstacle(struct tally *port, enum obstacle obst
 /*
  * Reports whether the pod's listening socket lets a port be answered, if it is fresh. For a port with a TCP probe that
  * is the answer; for others it is a veto. Where nothing can be looked at, it does. The socket is looked at in any case,
- * to tell how many probes could be answered.
+ * to tell how many probes could be answered. serving: the pod's traffic says more of it than its queue, so that it has
+ * a listening socket is enough.
  */
 static __always_inline bool is_listening(struct __sk_buff *skb, const struct segment *seg, struct device *device,
-					 struct tally *port, bool fresh)
+					 struct tally *port, bool fresh, bool serving)
 {
 	struct endpoint_key key = endpoint(seg->flow.ifindex, device->generation, seg->flow.pod_port, KIND_TCP, 0);
 	enum obstacle obstacle = OBSTACLE_NO_LISTENER;
@@ -267,9 +268,11 @@ static __always_inline bool is_listening(struct __sk_buff *skb, const struct seg
 		return false;
 	connected_at = *(volatile __u64 *)&port->connected_at;
 	found = look(skb, seg, device, port, s);
-	if (!fresh)
+	if (!fresh && !serving)
 		return false;
-	if (found)
+	if (found && serving)
+		obstacle = 0;
+	else if (found)
 		obstacle = judge(&s->listener, port, connected_at, bpf_map_lookup_elem(&endpoint_evidence, &key));
 	if (!obstacle)
 		return true;

@@ -150,6 +150,19 @@ struct {
 __u32 flow_ports[FLOW_PORT_SLOTS];
 
 /*
+ * Index: traffic_slot of a device and a port; value: 1 if traffic from there may be evidence. 0 spares all other
+ * packets of pods the lookup of the port. Written by the daemon with a port's evidence, and cleared when it starts;
+ * read by observe. Lives until the pins are removed.
+ */
+#define TRAFFIC_SLOTS 4096
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, TRAFFIC_SLOTS);
+	__type(key, __u32);
+	__type(value, __u32);
+} traffic_slots SEC(".maps");
+
+/*
  * Records of connections that were passed on or handed over, each a struct record and the bytes that it has. Written by
  * steer and observe; the daemon's reading removes them. When it is full, records are lost, and counted.
  */

@@ -18,7 +18,8 @@
 /* A TCP segment between a client and a pod, seen from either side. */
 struct segment {
 	struct flow_key flow;
-	bool may_have_flow; /* false: it certainly has none */
+	bool may_have_flow;    /* false: it certainly has none */
+	bool may_show_traffic; /* false: certainly nobody wants to know that the pod sent it */
 	__u32 l3_len;
 	__u32 tcp_len; /* header with options */
 	__u32 payload; /* bytes, without padding of the frame */
@@ -119,6 +120,15 @@ static __always_inline __u32 *flow_port_slot(__u16 client_port)
 	return &flow_ports[slot & (FLOW_PORT_SLOTS - 1)];
 }
 
+/* Reports whether what a pod sends from a port may be evidence. bpf/datapath computes the same slot. */
+static __always_inline bool may_show_traffic(__u32 ifindex, __u16 pod_port)
+{
+	__u32 slot = (ifindex * 31 + pod_port) & (TRAFFIC_SLOTS - 1),
+	      *wanted = bpf_map_lookup_elem(&traffic_slots, &slot);
+
+	return wanted && *wanted;
+}
+
 /* Reads the segment whose TCP header find_tcp found. Returns false if its lengths contradict each other. */
 static __always_inline bool read_segment(struct __sk_buff *skb, struct segment *s, bool from_pod,
 					 const struct tcphdr *tcp)
@@ -165,7 +175,7 @@ static __always_inline bool read_segment(struct __sk_buff *skb, struct segment *
 	return true;
 }
 
-/* Parses a packet that may belong to a flow, or begin one. Returns false for all others. */
+/* Parses a packet that may belong to a flow, begin one, or show traffic. Returns false for all others. */
 static __always_inline bool parse(struct __sk_buff *skb, struct segment *s, bool from_pod)
 {
 	struct tcphdr *tcp = NULL;
@@ -179,7 +189,8 @@ static __always_inline bool parse(struct __sk_buff *skb, struct segment *s, bool
 	if (finding != FOUND)
 		return false;
 	s->may_have_flow = *flow_port_slot(bpf_ntohs(from_pod ? tcp->dest : tcp->source));
-	if (!s->may_have_flow && (from_pod || !begins(flags_of(tcp))))
+	s->may_show_traffic = from_pod && may_show_traffic(skb->ifindex, bpf_ntohs(tcp->source));
+	if (!s->may_have_flow && !s->may_show_traffic && (from_pod || !begins(flags_of(tcp))))
 		return false;
 	return read_segment(skb, s, from_pod, tcp);
 }

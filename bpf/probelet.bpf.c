@@ -31,6 +31,7 @@
 #include "order.h"
 #include "parse.h"
 #include "scratch.h"
+#include "traffic.h"
 
 #define PASS TC_ACT_UNSPEC /* TCX_NEXT: leaves the verdict to the programs after us */
 #define DROP TC_ACT_SHOT
@@ -261,20 +262,42 @@ static __always_inline void acknowledge(const struct segment *seg, struct flow *
 		change_trust(device, flow->generation, TRUST_LOST, LOSS_UNOBSERVED);
 }
 
+/*
+ * Reports whether the port's traffic shows that it would be served. due: a TCP probe of it must reach the pod now,
+ * whatever the traffic shows. Requests are each counted by their own endpoint.
+ */
+static __always_inline bool is_port_serving(const struct segment *seg, const struct flow *flow,
+					    const struct evidence *port, const struct tally *tally, bool *due)
+{
+	struct endpoint_key key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_TCP, 0);
+	const struct tally *tcp = bpf_map_lookup_elem(&endpoint_tallies, &key);
+
+	*due = is_real_due(port, tcp);
+	return !*due && is_serving(port, tally, tcp ? KIND_TCP : KIND_HTTP, flow->started_at);
+}
+
 /* Reports whether a connection may be taken. port, tally and withdrawn are the port's evidence and withdrawals. */
 static __always_inline bool may_take(struct __sk_buff *skb, const struct segment *seg, struct device *device,
 				     struct flow *flow, const struct evidence *port, struct tally *tally,
 				     __u64 withdrawn)
 {
-	bool fresh = flow->started_at < port->fresh_until && port->observed_at > withdrawn;
+	bool valid = port->observed_at > withdrawn;
+	bool fresh = flow->started_at < port->fresh_until && valid;
 	bool unanswered = tally && tally->asked_at;
-	bool listening = tally && is_listening(skb, seg, device, tally, fresh && !unanswered);
+	bool due = false, serving = false, listening;
 
-	if (!fresh) {
+	if (tally && valid && port->traffic_until)
+		serving = is_port_serving(seg, flow, port, tally, &due);
+	listening = tally && is_listening(skb, seg, device, tally, fresh && !unanswered && !due, serving);
+	if (!fresh && !serving) {
 		count(COUNT_PASSED_NOT_FRESH);
 		return false;
 	}
-	if (unanswered) {
+	if (due) {
+		note_obstacle(tally, OBSTACLE_REAL_DUE);
+		return false;
+	}
+	if (unanswered && !serving) {
 		note_obstacle(tally, OBSTACLE_UNANSWERED);
 		return false;
 	}
@@ -363,6 +386,10 @@ static __always_inline int decide(struct __sk_buff *skb, const struct segment *s
 		return answer_syn(skb, seg, flow);
 	if (tally)
 		tally->asked_at = flow->started_at;
+	if (port.traffic_until) {
+		key.kind = KIND_TCP;
+		note_passed(&key);
+	}
 	return PASS;
 }
 
@@ -405,10 +432,14 @@ static __always_inline int steer_syn_again(struct __sk_buff *skb, const struct s
 }
 
 /* Notes what a client asks the pod. Returns false if it is not a question: nothing is learned from the connection. */
-static __always_inline bool note_request(struct flow *flow, const struct question *question)
+static __always_inline bool note_request(const struct segment *seg, struct flow *flow, const struct question *question)
 {
+	struct endpoint_key key;
+
 	if (!question)
 		return false;
+	key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_HTTP, question->hash);
+	note_passed(&key);
 	flow->question = *question;
 	set_flags(flow, FLOW_REQUESTED);
 	return true;
@@ -423,7 +454,7 @@ static __always_inline void steer_observing(struct __sk_buff *skb, const struct 
 	if (seg->tcp_flags & TCP_RST && !(flow->flags & FLOW_CONNECTED) && seg->seq != flow->client_isn + 1)
 		return;
 	if (seg->payload && !(flow->flags & FLOW_REQUESTED) &&
-	    !note_request(flow, seg->seq == flow->client_isn + 1 ? read_question(skb, seg) : NULL))
+	    !note_request(seg, flow, seg->seq == flow->client_isn + 1 ? read_question(skb, seg) : NULL))
 		ends = true;
 	record_packet(skb, seg, flow, 0);
 	if (ends)
@@ -464,8 +495,8 @@ static __always_inline bool answer_request(struct __sk_buff *skb, const struct s
 	    .window = FIRST_WINDOW,
 	};
 	bool again = flow->flags & FLOW_REQUESTED;
-	__u64 now, withdrawn;
-	struct tally *tally;
+	struct tally *tally, *port;
+	__u64 now, withdrawn, at;
 	struct evidence e;
 
 	/* The answer did not arrive, though the one to the SYN did; or the CPU that is to receive it was held up. */
@@ -478,7 +509,8 @@ static __always_inline bool answer_request(struct __sk_buff *skb, const struct s
 	}
 	if (seg->tcp_flags & TCP_FIN || !question)
 		return false;
-	withdrawn = later(withdrawn_at(bpf_map_lookup_elem(&endpoint_tallies, &key)), pod_withdrawn_at(&key.device));
+	port = bpf_map_lookup_elem(&endpoint_tallies, &key);
+	withdrawn = later(withdrawn_at(port), pod_withdrawn_at(&key.device));
 	key.hash = question->hash;
 	key.kind = KIND_HTTP;
 	tally = bpf_map_lookup_elem(&endpoint_tallies, &key);
@@ -487,8 +519,11 @@ static __always_inline bool answer_request(struct __sk_buff *skb, const struct s
 	now = bpf_ktime_get_boot_ns();
 	if (e.result != RESULT_SUCCESS || e.observed_at <= withdrawn || e.observed_at <= withdrawn_at(tally))
 		return false;
-	/* Evidence that was fresh at the SYN is good for the grace. */
-	if (now >= e.fresh_until && (flow->started_at >= e.fresh_until || now - flow->started_at >= TAKEN_GRACE_NS))
+	/* What could be answered at the SYN can be for the grace. */
+	at = now - flow->started_at < TAKEN_GRACE_NS ? flow->started_at : now;
+	if (at >= e.fresh_until && (!port || !is_serving(&e, port, KIND_HTTP, at)))
+		return false;
+	if (!again && is_real_due(&e, tally))
 		return false;
 	if (!again)
 		note_answer(&key, tally, e.observed_at, now);
@@ -528,7 +563,7 @@ static __always_inline int steer_taken(struct __sk_buff *skb, const struct segme
 	question = read_question(skb, seg);
 	if (answer_request(skb, seg, flow, question, &verdict))
 		return verdict;
-	if (note_request(flow, question))
+	if (note_request(seg, flow, question))
 		record_packet(skb, seg, flow, 0);
 	else
 		set_flags(flow, FLOW_DONE);
@@ -854,6 +889,9 @@ int observe(struct __sk_buff *skb)
 		return PASS;
 	note_trial_answer(skb);
 	if (is_handled(skb) || !parse(skb, &seg, true))
+		return PASS;
+	note_traffic(skb, &seg);
+	if (!seg.may_have_flow)
 		return PASS;
 	flow = bpf_map_lookup_elem(&flows, &seg.flow);
 	if (!flow)

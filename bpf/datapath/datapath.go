@@ -61,6 +61,7 @@ func (d *Datapath) maps() map[string]**ebpf.Map {
 		probeletMapRecords:          &m.Records,
 		probeletMapCounters:         &m.Counters,
 		probeletMapAnswerAges:       &m.AnswerAges,
+		probeletMapTrafficSlots:     &m.TrafficSlots,
 	}
 }
 

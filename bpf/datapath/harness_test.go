@@ -550,9 +550,9 @@ func times(v any) []*uint64 {
 	case *probeletDevice:
 		return []*uint64{&v.TrialAt, &v.LostAt, &v.WithdrawnAt}
 	case *Tally:
-		return []*uint64{&v.AnsweredAt, &v.WithdrawnAt, &v.WatchedAt, &v.AskedAt}
+		return []*uint64{&v.AnsweredAt, &v.WithdrawnAt, &v.WatchedAt, &v.AskedAt, &v.ServedAt, &v.ClosedAt}
 	case *Evidence:
-		return []*uint64{&v.ObservedAt, &v.FreshUntil}
+		return []*uint64{&v.ObservedAt, &v.FreshUntil, &v.TrafficUntil}
 	}
 	return nil
 }

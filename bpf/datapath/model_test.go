@@ -55,6 +55,7 @@ type model struct {
 	prober   bool // the clients' packets come from probers
 	attached bool
 	device   probeletDevice
+	wanted   bool // its port's traffic has been asked for
 	evidence map[EndpointKey]Evidence
 	tallies  map[EndpointKey]Tally
 	flows    map[connection]*probeletFlow
@@ -183,12 +184,21 @@ func (m *model) decide(p packet) decision {
 		Owner: m.drawn.Owner, StartedAt: m.before, Deadline: m.before + connectingFor, State: observing,
 		Generation: m.device.Generation, ClientIsn: p.Seq, ClientMss: mss, Flags: byXDP * uint32(m.device.Hook),
 	}
-	fresh := !m.reached(port.FreshUntil) && port.ObservedAt > m.tally(PortKey(p.of.pod)).WithdrawnAt
-	take := fresh && m.isAnswered(p) && m.trusts(p, f)
+	valid := port.ObservedAt > m.tally(PortKey(p.of.pod)).WithdrawnAt
+	fresh := !m.reached(port.FreshUntil) && valid
+	due := valid && IsRealDue(port, m.tallies[TCPKey(p.of.pod)])
+	serving := valid && !due && m.isServing(p, port)
+	if due && fresh {
+		m.meet(p, probeletObstacleOBSTACLE_REAL_DUE)
+	}
+	take := (fresh && !due && (serving || m.isAnswered(p)) || serving) && m.trusts(p, f)
 	m.flows[p.of] = f
 	if tally, ok := m.tallies[PortKey(p.of.pod)]; ok && !take {
 		tally.AskedAt = f.StartedAt
 		m.tallies[PortKey(p.of.pod)] = tally
+	}
+	if !take && port.TrafficUntil != 0 {
+		m.notePassed(TCPKey(p.of.pod))
 	}
 	if !take {
 		return pass(p)
@@ -202,13 +212,54 @@ func (m *model) decide(p packet) decision {
 
 // isAnswered reports whether the pod has answered the connection that was passed on last.
 func (m *model) isAnswered(p packet) bool {
-	tally, ok := m.tallies[PortKey(p.of.pod)]
-	if ok && tally.AskedAt != 0 {
-		tally.Obstacle = uint8(probeletObstacleOBSTACLE_UNANSWERED)
-		m.tallies[PortKey(p.of.pod)] = tally
+	if m.tallies[PortKey(p.of.pod)].AskedAt != 0 {
+		m.meet(p, probeletObstacleOBSTACLE_UNANSWERED)
 		return false
 	}
 	return true
+}
+
+// meet notes what keeps a probe of a port from being answered.
+func (m *model) meet(p packet, o probeletObstacle) {
+	if tally, ok := m.tallies[PortKey(p.of.pod)]; ok {
+		tally.Obstacle = uint8(o)
+		m.tallies[PortKey(p.of.pod)] = tally
+	}
+}
+
+// isServing reports whether the port's traffic shows that it would be served.
+func (m *model) isServing(p packet, port Evidence) bool {
+	tally, noted := m.tallies[PortKey(p.of.pod)]
+	kind := KindHTTP
+	if _, tcp := m.tallies[TCPKey(p.of.pod)]; tcp {
+		kind = KindTCP
+	}
+	serving := noted && IsServing(port, tally, kind, m.before)
+	m.unsure = m.unsure || noted && serving != IsServing(port, tally, kind, m.after)
+	return serving
+}
+
+// notePassed notes that a probe of an endpoint is passed on.
+func (m *model) notePassed(key EndpointKey) {
+	if tally, ok := m.tallies[key]; ok {
+		tally.Answered = 0
+		m.tallies[key] = tally
+	}
+}
+
+// noteTraffic notes what a packet of the pod's shows.
+func (m *model) noteTraffic(p packet) {
+	tally, ok := m.tallies[PortKey(p.of.pod)]
+	if !ok || !m.attached || !m.wanted || p.has("R") {
+		return
+	}
+	if p.has("F") {
+		tally.ClosedAt = m.before
+	}
+	if status := statusOf(p.Payload); status >= 200 && status < 500 {
+		tally.ServedAt = m.before
+	}
+	m.tallies[PortKey(p.of.pod)] = tally
 }
 
 // noteAnswered notes the pod's answer to a SYN.
@@ -344,6 +395,9 @@ func (m *model) noteRequest(p packet, f *probeletFlow) bool {
 	q := question(p.Payload)
 	f.Question.Hash, f.Question.Check = q.Hash, q.Check
 	f.Flags |= requested
+	if m.knows(f) {
+		m.notePassed(HTTPKey(p.of.pod, q))
+	}
 	return true
 }
 
@@ -409,6 +463,7 @@ func (m *model) closed(p packet, f *probeletFlow, offset uint32) decision {
 func (m *model) hit(f *probeletFlow, key EndpointKey, at uint64) {
 	if t, ok := m.tallies[key]; ok && m.knows(f) {
 		t.Hits++
+		t.Answered++
 		t.AnsweredAt = at
 		m.tallies[key] = t
 	}
@@ -504,6 +559,7 @@ func (m *model) endIfDone(p packet, f *probeletFlow) {
 
 // observe is what observe does.
 func (m *model) observe(p packet) decision {
+	m.noteTraffic(p)
 	f := m.flows[p.of]
 	switch {
 	case f == nil || f.State == taken:

@@ -28,6 +28,11 @@ func (p *Pod) Device() DeviceKey { return p.device }
 // Put sets an endpoint's evidence, and creates its tally if it has none. The error is os.ErrNotExist if the device was
 // removed meanwhile; nothing is left of it then.
 func (p *Pod) Put(key EndpointKey, e Evidence) error {
+	if key.Kind == KindPort && e.TrafficUntil != 0 {
+		if err := p.wantTraffic(key.Port); err != nil {
+			return err
+		}
+	}
 	if err := p.Renew(key, e); !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return err
 	}

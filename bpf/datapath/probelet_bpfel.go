@@ -100,14 +100,16 @@ type probeletEndpointList struct {
 }
 
 type probeletEvidence struct {
-	_          structs.HostLayout
-	ObservedAt uint64
-	FreshUntil uint64
-	Check      uint64
-	Status     uint16
-	Result     uint8
-	Pad        [5]uint8
-	Seal       uint64
+	_               structs.HostLayout
+	ObservedAt      uint64
+	FreshUntil      uint64
+	TrafficUntil    uint64
+	Check           uint64
+	TrafficWindowMs uint32
+	Status          uint16
+	Result          uint8
+	Pad             [1]uint8
+	Seal            uint64
 }
 
 type probeletEvidenceResult uint32
@@ -338,6 +340,8 @@ type probeletTally struct {
 	AskedAt        uint64
 	AnsweredMax    uint8
 	Pad            [7]uint8
+	ServedAt       uint64
+	ClosedAt       uint64
 }
 
 type probeletTrust uint32
@@ -376,6 +380,7 @@ const (
 	probeletMapRecords            = "records"
 	probeletMapRequests           = "requests"
 	probeletMapScratch            = "scratch"
+	probeletMapTrafficSlots       = "traffic_slots"
 	probeletProgMark              = "mark"
 	probeletProgObserve           = "observe"
 	probeletProgRespond           = "respond"
@@ -472,6 +477,7 @@ type probeletMapSpecs struct {
 	Records          *ebpf.MapSpec `ebpf:"records"`
 	Requests         *ebpf.MapSpec `ebpf:"requests"`
 	Scratch          *ebpf.MapSpec `ebpf:"scratch"`
+	TrafficSlots     *ebpf.MapSpec `ebpf:"traffic_slots"`
 }
 
 // probeletVariableSpecs contains global variables before they are loaded into the kernel.
@@ -534,6 +540,7 @@ type probeletMaps struct {
 	Records          *ebpf.Map `ebpf:"records"`
 	Requests         *ebpf.Map `ebpf:"requests"`
 	Scratch          *ebpf.Map `ebpf:"scratch"`
+	TrafficSlots     *ebpf.Map `ebpf:"traffic_slots"`
 }
 
 func (m *probeletMaps) Close() error {
@@ -554,6 +561,7 @@ func (m *probeletMaps) Close() error {
 		m.Records,
 		m.Requests,
 		m.Scratch,
+		m.TrafficSlots,
 	)
 }
 

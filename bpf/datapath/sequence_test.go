@@ -131,6 +131,7 @@ func newSequence(rt *rapid.T, b *bench, seen map[string]int) *sequence {
 	must(b.t, err)
 	rt.Cleanup(func() { _ = r.Close() })
 	s := &sequence{bench: b, rt: rt, ends: map[connection]*ends{}, reader: r, seen: seen}
+	must(b.t, b.d.IgnoreTraffic())
 	s.m.flows, s.m.stored = map[connection]*probeletFlow{}, map[connection]stored{}
 	s.restore()
 	return s
@@ -191,7 +192,12 @@ func (s *sequence) learn(p probed) {
 	case "for a second":
 		e.FreshUntil = e.ObservedAt + uint64(time.Second)
 	}
+	if fairly(s.rt, "by traffic", false, true) {
+		e.TrafficUntil = e.ObservedAt + uint64(fairly(s.rt, "traffic until", time.Hour, time.Second))
+		e.TrafficWindowMs = fairly(s.rt, "traffic window", uint32(1000), 60_000)
+	}
 	s.put(key, e)
+	s.m.wanted = s.m.wanted || key.Kind == KindPort && e.TrafficUntil != 0
 	s.m.evidence[key] = e
 	if _, ok := s.m.tallies[key]; !ok {
 		s.m.tallies[key] = Tally{}

@@ -1,0 +1,52 @@
+package datapath
+
+import "fmt"
+
+const (
+	// MaxTrafficAnswers is how many probes in a row of an endpoint that traffic may speak for are answered at most.
+	// TRAFFIC_ANSWERS_MAX in bpf/traffic.h.
+	MaxTrafficAnswers = 9
+	// trafficSlots is TRAFFIC_SLOTS in bpf/maps.h.
+	trafficSlots = 4096
+)
+
+// IsServing reports whether the traffic of a port, whose tally is given, shows at that time that the endpoint with the
+// evidence would be served. Like PortFresh it is a model of the program.
+func IsServing(e Evidence, port Tally, kind uint8, at uint64) bool {
+	last := port.ServedAt
+	if kind == KindTCP {
+		last = max(last, port.ClosedAt)
+	}
+	return at < e.TrafficUntil && last != 0 && int64(at-last) < int64(e.TrafficWindowMs)*1_000_000
+}
+
+// IsRealDue reports whether an endpoint that traffic may speak for has had so many answers that its next probe must reach the
+// pod. Like PortFresh it is a model of the program.
+func IsRealDue(e Evidence, endpoint Tally) bool {
+	return e.TrafficUntil != 0 && endpoint.Answered >= MaxTrafficAnswers
+}
+
+// trafficSlot computes the slot of what a device's pod sends from a port, as may_show_traffic in bpf/parse.h does.
+func trafficSlot(ifindex uint32, port uint16) uint32 {
+	return (ifindex*31 + uint32(port)) & (trafficSlots - 1)
+}
+
+// wantTraffic makes observe look at what the pod sends from a port.
+func (p *Pod) wantTraffic(port uint16) error {
+	slot := trafficSlot(p.device.Ifindex, port)
+	if err := p.d.objects.TrafficSlots.Put(slot, uint32(1)); err != nil {
+		return fmt.Errorf("looking at the traffic of port %d: %w", port, err)
+	}
+	return nil
+}
+
+// IgnoreTraffic makes observe look at no port's traffic, until evidence that traffic may speak for is put again. A daemon
+// calls it when it starts, because nothing else clears what earlier pods wanted.
+func (d *Datapath) IgnoreTraffic() error {
+	for slot := range uint32(trafficSlots) {
+		if err := d.objects.TrafficSlots.Put(slot, uint32(0)); err != nil {
+			return fmt.Errorf("clearing the map of traffic: %w", err)
+		}
+	}
+	return nil
+}

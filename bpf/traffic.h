@@ -1,0 +1,71 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT */
+/*
+ * Traffic as evidence. A pod that is busy lets probes time out while it goes on serving. Where its probes allow that,
+ * what it sends to any client shows that it lives: for HTTP a response that is no server error, for TCP that it closes
+ * connections too. A time-out is the absence of evidence, and traffic makes up for it; an error is evidence, and
+ * withdraws as ever. Some probes reach the pod whatever its traffic shows, so that an error is found.
+ */
+#ifndef PROBELET_TRAFFIC_H
+#define PROBELET_TRAFFIC_H
+
+#include "evidence.h"
+#include "maps.h"
+#include "parse.h"
+
+/* How many probes in a row are answered at most before one is passed on. */
+#define TRAFFIC_ANSWERS_MAX 9
+
+/* Notes what a pod's packet shows. Call it for packets of the pod only, not for answers in its name. */
+static __always_inline void note_traffic(struct __sk_buff *skb, const struct segment *seg)
+{
+	struct endpoint_key key;
+	struct device *device;
+	struct tally *port;
+	__u64 now;
+	__u16 status;
+
+	if (!seg->may_show_traffic || (!seg->payload && !(seg->tcp_flags & TCP_FIN)) || seg->tcp_flags & TCP_RST)
+		return;
+	device = bpf_map_lookup_elem(&devices, &seg->flow.ifindex);
+	if (!device)
+		return;
+	key = endpoint(seg->flow.ifindex, device->generation, seg->flow.pod_port, KIND_PORT, 0);
+	port = bpf_map_lookup_elem(&endpoint_tallies, &key);
+	if (!port)
+		return;
+	now = bpf_ktime_get_boot_ns();
+	if (seg->tcp_flags & TCP_FIN)
+		port->closed_at = now;
+	status = parse_status(skb, seg);
+	if (status >= 200 && status < 500)
+		port->served_at = now;
+}
+
+/* Reports whether the traffic of a port shows at that time that the endpoint with this evidence would be served. */
+static __always_inline bool is_serving(const struct evidence *e, const struct tally *port, enum endpoint_kind kind,
+				       __u64 at)
+{
+	__u64 last = port->served_at;
+
+	if (kind == KIND_TCP)
+		last = later(last, port->closed_at);
+	/* Another CPU may have seen the pod serve a little later than this one took the time. */
+	return at < e->traffic_until && last && (__s64)(at - last) < (__s64)((__u64)e->traffic_window_ms * 1000000);
+}
+
+/* Reports whether an endpoint that traffic may speak for has had so many answers that a real probe is due. */
+static __always_inline bool is_real_due(const struct evidence *e, const struct tally *endpoint)
+{
+	return e->traffic_until && endpoint && endpoint->answered >= TRAFFIC_ANSWERS_MAX;
+}
+
+/* Notes that a probe of an endpoint is passed on. */
+static __always_inline void note_passed(const struct endpoint_key *key)
+{
+	struct tally *endpoint = bpf_map_lookup_elem(&endpoint_tallies, key);
+
+	if (endpoint && endpoint->answered)
+		__sync_lock_test_and_set(&endpoint->answered, 0);
+}
+
+#endif
