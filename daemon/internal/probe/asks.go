@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -72,7 +71,7 @@ func requestOf(p Spec, host string) ([]byte, error) {
 	}
 	for name, values := range header {
 		if slices.ContainsFunc(values, refused) {
-			return nil, errors.New("control character in header " + name)
+			return nil, fmt.Errorf("header %s: control character in its value", name)
 		}
 	}
 	request, err := http.NewRequest(http.MethodGet, "http://"+host+p.Path, nil)

@@ -103,7 +103,7 @@ func Endpoints(pod Pod, settings Settings, limits Limits) ([]EndpointSpec, error
 	}
 	for i := range specs {
 		if specs[i].Startup && specs[i].Reason == (Reason{}) {
-			specs[i].Reason = Reason{ReasonStartup, "startup probe"}
+			specs[i].Reason = Reason{ReasonStartup, "only startup probes ask it"}
 		}
 		if pod.NotAnswered != "" {
 			specs[i].Reason = cmp.Or(specs[i].Reason, Reason{ReasonPod, pod.NotAnswered})
@@ -128,11 +128,11 @@ func (s *EndpointSpec) setRefresh(settings Settings, addressed bool) {
 	case s.Reason != (Reason{}):
 		s.RefreshOff = reasonNotAnswered
 	case settings.RefreshDenied:
-		s.RefreshOff = "the node does not let pods ask for it (--refresh-by-annotation)"
+		s.RefreshOff = "the node does not allow pods to request it (--refresh-by-annotation)"
 	case !addressed:
-		s.RefreshOff = "the specs do not say the pod's address"
+		s.RefreshOff = "the specs do not give the pod's address"
 	case s.Live > 0:
-		s.RefreshOff = "the kernel asks the listening socket itself"
+		s.RefreshOff = "the kernel checks the listening socket itself"
 	default:
 		s.Refresh = settings.Refresh.Of(s.Staleness - slack(s.Period, s.Timeout))
 	}
@@ -168,7 +168,7 @@ func endpointOf(p Spec, ips []netip.Addr, limits Limits) EndpointSpec {
 	if p.Kind.Keying() == KeyedByRequest && p.Problem == "" {
 		var err error
 		if s.question, err = questionOf(p, ips); err != nil {
-			p.Problem = "its request cannot be sent: " + err.Error()
+			p.Problem = "the request cannot be sent: " + err.Error()
 		}
 		s.Headers = s.question.headers
 	}
@@ -197,9 +197,9 @@ func (s EndpointSpec) unanswerable(p Spec, addresses int, limits Limits) Reason 
 	case p.Host != "":
 		return Reason{ReasonHost, fmt.Sprintf("host %q is probed, not the pod", p.Host)}
 	case addresses != 1 && s.question.setsHost: // other pods' probes may ask the same at another one
-		return Reason{ReasonHost, "its header Host does not tell which of the pod's addresses is asked"}
+		return Reason{ReasonHost, "its Host header does not say which of the pod's addresses it asks"}
 	case s.question.size > limits.Request:
-		return Reason{ReasonTooLong, fmt.Sprintf("request of about %d bytes, at most %d are answered", s.question.size, limits.Request)}
+		return Reason{ReasonTooLong, fmt.Sprintf("the request has about %d bytes; at most %d can be answered", s.question.size, limits.Request)}
 	}
 	return Reason{}
 }
@@ -292,7 +292,7 @@ func limit(specs []EndpointSpec, records int) error {
 	if endpoints+len(ports) <= records {
 		return nil
 	}
-	err := fmt.Errorf("%d endpoints on %d ports need %d records, a pod has room for %d",
+	err := fmt.Errorf("%d endpoints on %d ports need %d records; a pod has room for %d",
 		endpoints, len(ports), endpoints+len(ports), records)
 	for i := range specs {
 		if specs[i].Reason == (Reason{}) || specs[i].Withheld {

@@ -31,9 +31,9 @@ func ParseRequest(text []byte) (Request, error) {
 	case err != nil:
 		return Request{}, err
 	case request.Method != http.MethodGet || request.Proto != "HTTP/1.1":
-		return Request{}, fmt.Errorf("%s %s is no probe's request", request.Method, request.Proto)
+		return Request{}, fmt.Errorf("%s %s: not a probe's request", request.Method, request.Proto)
 	case request.ContentLength != 0 || request.TransferEncoding != nil:
-		return Request{}, errors.New("request with a body")
+		return Request{}, errors.New("the request has a body")
 	case rest.Len()+buffered.Buffered() != 0:
 		return Request{}, errors.New("more than one request")
 	}

@@ -80,7 +80,7 @@ func (s *Staleness) UnmarshalText(text []byte) error {
 	}
 	err = fmt.Errorf("%q: must be a number of periods from %s to %s", shorten(string(text)), MinStaleness, MaxStaleness)
 	if bytes.HasSuffix(text, []byte("+timeout")) {
-		err = fmt.Errorf("%w, without +timeout, which is no longer understood: a slack is always added", err)
+		err = fmt.Errorf("%w (\"+timeout\" is no longer supported: a slack is always added)", err)
 	}
 	return err
 }
@@ -268,7 +268,7 @@ func misspelt(annotations map[string]string) (errs []error) {
 	known := []string{AnnotationMode, AnnotationStaleness, AnnotationRefresh}
 	for _, name := range slices.Sorted(maps.Keys(annotations)) {
 		if strings.HasPrefix(name, AnnotationPrefix) && !slices.Contains(known, name) {
-			errs = append(errs, fmt.Errorf("annotation %s: there is no such one; there are %s", shorten(name), strings.Join(known, ", ")))
+			errs = append(errs, fmt.Errorf("annotation %s: unknown; the known ones are %s", shorten(name), strings.Join(known, ", ")))
 		}
 	}
 	return errs

@@ -37,11 +37,11 @@ func Parse(value string) (Finder, error) {
 		return Finder{Kubelet: true}, nil
 	}
 	if value == "" {
-		return Finder{}, errors.New("--prober: needed where specs are from a file: kubelet, host, or cgroup: and the absolute path of a cgroup v2 directory")
+		return Finder{}, errors.New("--prober: required with specs from a file: must be kubelet, host, or cgroup: followed by the absolute path of a cgroup v2 directory")
 	}
 	path, ok := strings.CutPrefix(value, "cgroup:")
 	if !ok || !filepath.IsAbs(path) {
-		return Finder{}, fmt.Errorf("--prober %q: must be kubelet, host, or cgroup: and the absolute path of a cgroup v2 directory", value)
+		return Finder{}, fmt.Errorf("--prober %q: must be kubelet, host, or cgroup: followed by the absolute path of a cgroup v2 directory", value)
 	}
 	return Finder{cgroup: path}, nil
 }
@@ -107,7 +107,7 @@ func (p *Finder) kubelet(proc string) (k kubelet, err error) {
 	}
 	switch len(found) {
 	case 0:
-		return k, fmt.Errorf("no process of root, in this network namespace and outside of pods, is named %s", strings.Join(names, ", "))
+		return k, fmt.Errorf("no root process in this network namespace and outside of pods is named %s", strings.Join(names, ", "))
 	case 1:
 		return found[0], nil
 	}
@@ -115,7 +115,7 @@ func (p *Finder) kubelet(proc string) (k kubelet, err error) {
 	for _, k := range found {
 		words = append(words, fmt.Sprintf("process %s in cgroup %s", filepath.Base(k.process), k.dir))
 	}
-	return k, fmt.Errorf("there are several kubelets: %s", strings.Join(words, ", "))
+	return k, fmt.Errorf("several kubelets: %s", strings.Join(words, ", "))
 }
 
 // names are of programs that probe: the kubelet, and those that have it inside them. In k3s (internalCLIAction in cmd/k3s/main.go) and
@@ -127,7 +127,7 @@ var names = []string{"kubelet", "k3s-server", "k3s-agent", "kubelite"}
 func (k kubelet) alone(proc string) (bool, error) {
 	text, err := os.ReadFile(filepath.Join(k.dir, "cgroup.procs"))
 	if err != nil {
-		return false, fmt.Errorf("the processes of the kubelet's cgroup are not known: %w", err)
+		return false, fmt.Errorf("cannot list the processes in the kubelet's cgroup: %w", err)
 	}
 	for pid := range strings.FieldsSeq(string(text)) {
 		if !runs(proc, filepath.Base(k.process), pid) {
@@ -240,7 +240,7 @@ func (p *Finder) dirOf(proc, cgroup string) (string, error) {
 	}
 	// Processes that nobody has put anywhere are in the root, too.
 	if cgroup == "/" {
-		return "", errors.New("the kubelet is in the root cgroup, where it cannot be told apart; give it a cgroup of its own")
+		return "", errors.New("the kubelet is in the root cgroup, where its sockets cannot be told from others; give it a cgroup of its own")
 	}
 	dir, err := cgroupDir(proc, cgroup)
 	if err != nil {
@@ -296,7 +296,7 @@ func cgroupOf(process string) (string, error) {
 			return strings.TrimSpace(path), nil
 		}
 	}
-	return "", errors.New("no cgroup v2")
+	return "", errors.New("not in a cgroup v2 hierarchy")
 }
 
 // cgroupDir is the directory of a cgroup v2, in a mount of the hierarchy that reaches that far up: on some machines there is
@@ -328,7 +328,7 @@ func cgroupDir(proc, cgroup string) (string, error) {
 			return dir, nil
 		}
 	}
-	return "", fmt.Errorf("cgroup %s is in no mounted cgroup v2 hierarchy; in a pod the host's /sys/fs/cgroup must be mounted", cgroup)
+	return "", fmt.Errorf("cgroup %s: not found in any mounted cgroup v2 hierarchy; a pod must mount the host's /sys/fs/cgroup", cgroup)
 }
 
 // cgroupMount is where the hierarchy from cgroup root on is mounted.

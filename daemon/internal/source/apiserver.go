@@ -120,12 +120,12 @@ func (a *APIServer) listWatch() *cache.ListWatch {
 	return &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
 			list, err := from.ListWithContext(ctx, options)
-			a.note(ctx, "does not list pods", err)
+			a.note(ctx, "fails to list pods", err)
 			return list, err
 		},
 		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (apiwatch.Interface, error) {
 			w, err := from.WatchWithContext(ctx, options)
-			a.note(ctx, "does not let pods be watched", err)
+			a.note(ctx, "refuses to watch pods", err)
 			return w, err
 		},
 	}

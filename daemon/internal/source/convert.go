@@ -50,7 +50,7 @@ func probesOf(field string, containers []corev1.Container) ([]probe.Spec, error)
 		c := &containers[i]
 		at := fmt.Sprintf("%s[%d]", field, i)
 		if c.Name == "" || names[c.Name] {
-			errs = append(errs, fmt.Errorf("%s.name: %q: must be set, and only once", at, c.Name))
+			errs = append(errs, fmt.Errorf("%s.name: %q: must be set and unique", at, c.Name))
 		}
 		names[c.Name] = true
 		for _, p := range []struct {
@@ -93,7 +93,7 @@ func convert(c *corev1.Container, probeType probe.Type, p *corev1.Probe) (probe.
 	}
 	spec.SuccessThreshold = int(cmp.Or(p.SuccessThreshold, defaultSuccessThreshold))
 	if n := handlers(p); n != 1 {
-		return spec, fmt.Errorf("httpGet, tcpSocket, grpc, exec: %d of them are set, one is needed", n)
+		return spec, fmt.Errorf("httpGet, tcpSocket, grpc, exec: %d are set; exactly one must be", n)
 	}
 	switch {
 	case p.HTTPGet != nil:
@@ -169,11 +169,11 @@ func wirePath(path string) (string, error) {
 	}
 	wire := sent.RequestURI()
 	if sent.User != nil {
-		return wire, errors.New("path holds credentials")
+		return wire, errors.New("the path contains credentials")
 	}
 	for i := range len(wire) {
 		if wire[i] <= ' ' || wire[i] > '~' {
-			return "", fmt.Errorf("path %q is sent unescaped", path)
+			return "", fmt.Errorf("path %q would be sent unescaped", path)
 		}
 	}
 	return wire, nil

@@ -61,12 +61,12 @@ type File struct {
 func NewFile(path string, log *slog.Logger) (*File, error) {
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
-		return nil, fmt.Errorf("watching %s: %w", path, err)
+		return nil, fmt.Errorf("watch %s: %w", path, err)
 	}
 	f := &File{path: path, log: log, watcher: watcher}
 	// The directory: a file that is replaced by a rename is another one, also behind the symbolic links of a ConfigMap.
 	if err := watcher.Add(filepath.Dir(path)); err != nil {
-		return nil, errors.Join(fmt.Errorf("watching %s: %w", filepath.Dir(path), err), watcher.Close())
+		return nil, errors.Join(fmt.Errorf("watch %s: %w", filepath.Dir(path), err), watcher.Close())
 	}
 	if f.initial, err = f.read(); err != nil {
 		return nil, errors.Join(err, watcher.Close())
@@ -78,7 +78,9 @@ func NewFile(path string, log *slog.Logger) (*File, error) {
 func (f *File) Refresh() {}
 
 // Delivery implements Source.
-func (*File) Delivery() Delivery { return Delivery{Why: "a file of specs does not tell of containers"} }
+func (*File) Delivery() Delivery {
+	return Delivery{Why: "a specs file does not report container states"}
+}
 
 // Failing implements Source.
 func (f *File) Failing() string {
@@ -102,13 +104,13 @@ func (f *File) Run(ctx context.Context, snapshots chan<- []probe.Pod) error {
 			return nil
 		case _, ok := <-f.watcher.Events:
 			if !ok {
-				return fmt.Errorf("watching %s: %w", f.path, os.ErrClosed)
+				return fmt.Errorf("watch %s: %w", f.path, os.ErrClosed)
 			}
 			if due == nil {
 				due = time.After(settle)
 			}
 		case err := <-f.watcher.Errors:
-			f.log.Warn("watching the specs", "file", f.path, "error", err)
+			f.log.Warn("failed to watch the specs file", "file", f.path, "error", err)
 			due = time.After(settle) // events may be lost
 		case <-due:
 			due = nil
@@ -128,7 +130,7 @@ func (f *File) reload() (pods []probe.Pod, changed bool) {
 		return nil, false
 	case err != nil:
 		if err.Error() != f.Failing() {
-			f.log.Error("specs not usable, the last good ones stay in force", "error", err)
+			f.log.Error("failed to load specs; keeping the previous ones", "error", err)
 		}
 		f.failing.Store(err.Error())
 		return nil, false
@@ -164,7 +166,7 @@ func Parse(text []byte) ([]probe.Pod, error) {
 		return nil, err
 	}
 	if file.Pods == nil {
-		return nil, errors.New("pods: missing (for no pods at all, write: pods: [])")
+		return nil, errors.New("pods: missing (if there are no pods, write pods: [])")
 	}
 	var pods []probe.Pod
 	var errs []error
@@ -211,7 +213,7 @@ func decodeStrict(raw []byte, into any) error {
 		field := strings.ReplaceAll(mismatch.Field, "ProbeHandler.", "") // embedded: nobody writes it
 		quoted := ""
 		if mismatch.Type.Kind() == reflect.String && (mismatch.Value == "bool" || strings.HasPrefix(mismatch.Value, "number")) {
-			quoted = ", so in quotes"
+			quoted = "; put it in quotes"
 		}
 		return fmt.Errorf("%s: %s: must be of type %s%s", field, valueBefore(raw, mismatch), mismatch.Type, quoted)
 	}
@@ -234,12 +236,12 @@ func duplicates(pods []probe.Pod) error {
 	owners := map[netip.Addr]string{}
 	for _, pod := range pods {
 		if names[pod.String()] {
-			errs = append(errs, fmt.Errorf("pods: name: %s: there is another pod of this name", pod))
+			errs = append(errs, fmt.Errorf("pods: name: %s: must be unique", pod))
 		}
 		names[pod.String()] = true
 		for _, ip := range pod.IPs {
 			if owner, taken := owners[ip]; taken {
-				errs = append(errs, fmt.Errorf("pods (%s): ips: %s: pod %s has it too", pod, ip, owner))
+				errs = append(errs, fmt.Errorf("pods (%s): ips: %s: already used by pod %s", pod, ip, owner))
 			}
 			owners[ip] = pod.String()
 		}

@@ -137,9 +137,9 @@ func (k *Kubelet) deliver(d Delivery) {
 	switch {
 	case before != nil && before.Pushed == d.Pushed:
 	case d.Pushed:
-		k.log.Info("pods are watched")
+		k.log.Info("pod watch established")
 	default:
-		k.log.Info("pods are polled", "because", d.Why)
+		k.log.Info("polling pods", "because", d.Why)
 	}
 }
 
@@ -168,7 +168,7 @@ func (k *Kubelet) fetch(ctx context.Context) ([]probe.Pod, error) {
 		}
 	})
 	if ctx.Err() != nil {
-		return nil, &kubelet.Error{Kind: kubelet.Unreachable, Err: fmt.Errorf("no whole answer within %s", k.timeout)}
+		return nil, &kubelet.Error{Kind: kubelet.Unreachable, Err: fmt.Errorf("no complete answer within %s", k.timeout)}
 	}
 	return pods, err
 }

@@ -32,7 +32,7 @@ func onNode(p *corev1.Pod) (pod probe.Pod, matters bool) {
 func leftAlone(p *corev1.Pod) string {
 	switch {
 	case p.Spec.HostNetwork:
-		return "hostNetwork: it has no interface of its own"
+		return "hostNetwork: the pod has no interface of its own"
 	case len(addresses(p.Status)) == 0:
 		return "no IP yet"
 	}

@@ -52,7 +52,7 @@ func readPodList(r io.Reader, each func(*corev1.Pod)) error {
 func expect(d *json.Decoder, want json.Delim) error {
 	got, err := d.Token()
 	if err == nil && got != want {
-		err = fmt.Errorf("%v where %v was expected", got, want)
+		err = fmt.Errorf("got %v, expected %v", got, want)
 	}
 	return unexpected(err)
 }
@@ -71,7 +71,7 @@ func readItems(d *json.Decoder, each func(*corev1.Pod)) (int, error) {
 		return 0, err
 	}
 	if start != json.Delim('[') {
-		return 0, fmt.Errorf("%v where a list was expected", start)
+		return 0, fmt.Errorf("got %v, expected a list", start)
 	}
 	n := 0
 	var raw json.RawMessage

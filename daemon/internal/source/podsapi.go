@@ -34,7 +34,7 @@ func (k *Kubelet) watch(ctx context.Context, snapshots chan<- []probe.Pod) (why 
 		}
 		starting := status.Code(err) == codes.FailedPrecondition // it does not know all of its pods yet
 		if !starting && time.Since(k.watched) > k.patient {
-			return fmt.Sprintf("the kubelet's pods API at %s (--kubelet-pods-socket), which Kubernetes 1.37 serves by default, cannot be used: %s",
+			return fmt.Sprintf("the kubelet's pods API at %s (--kubelet-pods-socket), which Kubernetes 1.37 serves by default, is unavailable: %s",
 				k.config.Socket, status.Convert(err).Message())
 		}
 		k.fail(podsAPIError(err))
@@ -72,7 +72,7 @@ func (k *Kubelet) follow(ctx context.Context, snapshots chan<- []probe.Pod) erro
 		return context.Cause(ctx)
 	case <-w.synced:
 	case <-time.After(k.timeout):
-		return status.Errorf(codes.DeadlineExceeded, "not all pods within %s", k.timeout)
+		return status.Errorf(codes.DeadlineExceeded, "no complete list of pods within %s", k.timeout)
 	}
 	k.set("", nil)
 	k.deliver(Delivery{Pushed: true})

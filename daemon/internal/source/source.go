@@ -92,9 +92,9 @@ func (h *health) set(kind string, err error) {
 	case h.Failing():
 		return
 	case "":
-		h.log.Info("the source of specs is well again")
+		h.log.Info("source of specs recovered")
 	default:
-		h.log.Error("the source of specs "+kind+"; what it last said stays in force", "error", err)
+		h.log.Error("source of specs "+kind+"; keeping the previous specs", "error", err)
 	}
 	h.failing.Store(kind)
 }
