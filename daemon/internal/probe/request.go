@@ -8,7 +8,7 @@ import (
 	"net/http"
 )
 
-// Question identifies the bytes of a request. Only the kernel side can compute it; the zero value is none.
+// Question identifies the bytes of a request. Only the kernel side can compute it; the zero value means none.
 type Question struct {
 	Hash  uint64 `json:"hash,string"`
 	Check uint64 `json:"check,string"`
@@ -21,7 +21,7 @@ type Request struct {
 	Header http.Header // without Host
 }
 
-// ParseRequest reads a GET request. It returns an error for any other method or version, and for text that is not
+// ParseRequest parses a GET request. It returns an error for any other method or version, and for text that is not
 // exactly one request without a body.
 func ParseRequest(text []byte) (Request, error) {
 	rest := bytes.NewReader(text)
