@@ -15,32 +15,32 @@ const (
 	Exec  Kind = "exec"
 )
 
-// Keying says what identifies an endpoint of a kind, and so the record that the kernel side keeps of it.
+// Keying says what identifies an endpoint of a kind, and thus the record that the kernel side keeps of it.
 type Keying uint8
 
 // Keyings.
 const (
 	// NotKeyed: the kernel side keeps no record, so probes of the kind are neither observed nor answered.
 	NotKeyed Keying = iota
-	// KeyedByPort: all probes of a port ask the same, and accepting the connection answers them.
+	// KeyedByPort: all probes of a port ask the same question, and accepting the connection answers them.
 	KeyedByPort
-	// KeyedByRequest: the bytes of the request tell the probes of a port apart. The answer is a response.
+	// KeyedByRequest: the bytes of the request distinguish the probes of a port, and the answer is a response.
 	KeyedByRequest
 )
 
-// kind is what the rest of the program needs to know about a Kind.
+// kind holds what the rest of the program needs to know about a Kind.
 type kind struct {
 	name   Kind
 	keying Keying
-	// success is the event of a probe that has got its answer. Whether that is a success may also depend on its status.
+	// success is the event of a probe that got its answer. Whether it succeeded may also depend on the status.
 	success Event
-	// discarded: the kubelet may reach no verdict on a probe, and counts neither a success nor a failure then.
+	// discarded: the kubelet may discard the outcome of a probe, counting neither a success nor a failure.
 	discarded bool
-	// never says why probes of a kind that is not keyed are never answered.
+	// never explains why probes of a kind that is not keyed are never answered.
 	never string
 }
 
-// kinds has a row for each Kind. The most frequent ones come first, because they are looked up for each probe.
+// kinds has a row for each Kind. It is searched for each probe, so the most frequent kinds come first.
 var kinds = []kind{
 	{name: HTTP, keying: KeyedByRequest, success: Answered, discarded: true},
 	{name: TCP, keying: KeyedByPort, success: Connected},
@@ -59,8 +59,8 @@ func Kinds() []Kind {
 	return all
 }
 
-// row returns the kind's row, or an empty one for a Kind that is not in the table, such as that of an outcome whose
-// request was not seen.
+// row returns the kind's row, or an empty one for a Kind that is not in the table, such as the empty Kind of an outcome
+// whose request was not seen.
 func (k Kind) row() kind {
 	if i := slices.IndexFunc(kinds, func(row kind) bool { return row.name == k }); i >= 0 {
 		return kinds[i]
@@ -71,13 +71,13 @@ func (k Kind) row() kind {
 // Keying returns what identifies the kind's endpoints.
 func (k Kind) Keying() Keying { return k.row().keying }
 
-// Observable reports whether the outcomes of the kind's probes can be observed. Only these can be answered.
+// Observable reports whether the outcomes of the kind's probes can be observed. Only these probes can be answered.
 func (k Kind) Observable() bool { return k.Keying() != NotKeyed }
 
-// Discarded reports whether the kubelet may reach no verdict on a probe of the kind.
+// Discarded reports whether the kubelet may discard the outcome of a probe of the kind.
 func (k Kind) Discarded() bool { return k.row().discarded }
 
-// unanswerable returns why probes of the kind are never answered. The zero Reason means that they may be.
+// unanswerable returns the reason why probes of the kind are never answered, or the zero Reason if they may be.
 func (k Kind) unanswerable() Reason {
 	if k.Observable() {
 		return Reason{}

@@ -194,7 +194,7 @@ func TestAPIServer(t *testing.T) {
 	f.change("MODIFIED", webPod("c", "10.0.0.9"))
 	f.setDown(false)
 	wantNext(t, snapshots, "b[10.0.0.8]", "c[10.0.0.9]")
-	polltest.Eventually(t, "recovery said", func() bool { return log.count("well again") > 0 })
+	polltest.Eventually(t, "recovery said", func() bool { return log.count("source of specs recovered") > 0 })
 }
 
 func TestAPIServerNoPods(t *testing.T) {

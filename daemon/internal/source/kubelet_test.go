@@ -241,13 +241,13 @@ func TestKubeletFailures(t *testing.T) {
 			_, _ = io.WriteString(w, good[:len(good)/2])
 			w.(http.Flusher).Flush()
 			<-r.Context().Done()
-		}, "no whole answer within"},
+		}, "no complete answer within"},
 		"empty":            {says(""), "unexpected EOF"},
 		"not JSON":         {says("<html>"), "invalid character"},
 		"half":             {says(good[:len(good)/2]), "unexpected EOF"},
 		"two":              {says(good + good), "more than one"},
 		"garbage behind":   {says(good + "}"), "more than one"},
-		"a list":           {says("[]"), "where { was expected"},
+		"a list":           {says("[]"), "expected {"},
 		"another kind":     {says(`{"kind":"Status","code":500}`), `kind: \"Status\"`},
 		"no kind":          {says(`{"items":[]}`), "must be PodList"},
 		"items an object":  {says(`{"kind":"PodList","items":{}}`), "items"},
@@ -270,7 +270,7 @@ func TestKubeletFailures(t *testing.T) {
 			polltest.Eventually(t, "asked again", func() bool { return f.requests.Load() > before+3 })
 			f.says(podList(t, webPod("b", "10.0.0.8")))
 			wantNext(t, snapshots, "b[10.0.0.8]") // and nothing before it
-			if log.count("level=ERROR") != 1 || log.count(test.want) == 0 || log.count("well again") != 1 {
+			if log.count("level=ERROR") != 1 || log.count(test.want) == 0 || log.count("source of specs recovered") != 1 {
 				t.Errorf("want one error that says %s, one recovery; logged:\n%s", test.want, log.String())
 			}
 		})

@@ -301,7 +301,7 @@ func TestPodsAPIAway(t *testing.T) {
 			a.remove(ends, false)
 			again(t, a, stop)
 			wantNext(t, snapshots, "stays[10.0.0.7]")
-			if f.requests.Load() != 0 || log.count("level=ERROR") == 0 || log.count("well again") != 1 {
+			if f.requests.Load() != 0 || log.count("level=ERROR") == 0 || log.count("source of specs recovered") != 1 {
 				t.Errorf("%d polls; logged:\n%s", f.requests.Load(), log.String())
 			}
 		})
@@ -338,7 +338,7 @@ func TestPodsAPIComesAndGoes(t *testing.T) {
 		stop()
 		wantNext(t, snapshots, "polled[10.0.0.99]")
 	}
-	if log.count("pods are watched") != 2 || log.count("pods are polled") != 3 {
+	if log.count("pod watch established") != 2 || log.count("polling pods") != 3 {
 		t.Errorf("logged:\n%s", log.String())
 	}
 }
