@@ -49,7 +49,7 @@ func (s EndpointSpec) delay(p Spec) Delay {
 	}
 	d.Probelet, d.Answered = d.Plain, d.Plain
 	if s.Reason == (Reason{}) || s.Withheld {
-		d.Answered += s.Staleness
+		d.Answered += max(s.SteadyStaleness, s.TrafficBound())
 	}
 	if s.Reason == (Reason{}) {
 		d.Probelet = d.Answered

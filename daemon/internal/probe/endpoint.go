@@ -39,6 +39,8 @@ type Limits struct {
 	// Live limits how many TCP probes in a row are answered because the pod's listening socket would accept them; 0 if
 	// the kernel side cannot inspect listening sockets.
 	Live int
+	// Traffic limits how many probes in a row are answered because the pod serves its clients.
+	Traffic int
 }
 
 // EndpointSpec says which probes ask an endpoint, and how observations of it may be used.
@@ -49,9 +51,10 @@ type EndpointSpec struct {
 	// smallest timeout of all askers, because a response that exceeds a probe's own timeout is not a success of that
 	// probe.
 	Period, Timeout time.Duration
-	// Staleness limits how long after its observation a success may be answered. Capped: the node's ceiling lowered it.
-	Staleness time.Duration
-	Capped    bool
+	// Staleness limits how long after its observation a success may be answered, and SteadyStaleness does so once the
+	// endpoint has succeeded for SteadyAfter. Capped: the node's ceiling lowered them.
+	Staleness, SteadyStaleness time.Duration
+	Capped                     bool
 	// Live is Limits.Live for a TCP endpoint, otherwise 0. With 0 a success is answered like an HTTP endpoint's.
 	Live int
 	// SuccessThreshold is the number of successes in a row that arm the endpoint after a failure, or when nothing is
@@ -63,6 +66,10 @@ type EndpointSpec struct {
 	// settings ask for refresh all the same, RefreshOff explains why there is none.
 	Refresh    time.Duration
 	RefreshOff string
+	// Traffic is Limits.Traffic if the pod's traffic may speak for the endpoint, otherwise 0. If the settings ask for that all
+	// the same, TrafficOff explains why it may not; empty for endpoints that no liveness probe asks.
+	Traffic    int
+	TrafficOff string
 	// Observed: the outcomes of its probes are recorded, whether or not they are answered.
 	Observed bool
 	// Startup: only startup probes ask it. They end with their success, so their evidence is never renewed.
@@ -119,6 +126,7 @@ func Endpoints(pod Pod, settings Settings, limits Limits) ([]EndpointSpec, error
 	err := limit(specs, limits.Records)
 	for i := range specs {
 		specs[i].setRefresh(settings, len(pod.IPs) > 0)
+		specs[i].setTraffic(settings, limits)
 	}
 	return specs, err
 }
@@ -143,6 +151,9 @@ func (s *EndpointSpec) setRefresh(settings Settings, addressed bool) {
 // Bar sets a reason not to answer the endpoint, overriding any other, such as mode observe.
 func (s *EndpointSpec) Bar(reason Reason) {
 	s.Reason, s.Withheld = reason, false
+	if s.Traffic > 0 {
+		s.Traffic, s.TrafficOff = 0, reasonNotAnswered
+	}
 	if s.Refresh > 0 {
 		s.Refresh, s.RefreshOff = 0, reasonNotAnswered
 	}

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-var limits = Limits{Request: 1024, Records: 64}
+var limits = Limits{Request: 1024, Records: 64, Traffic: 9}
 
 // httpProbe is an ordinary HTTP probe of port 80.
 func httpProbe(probeType Type, path string) Spec {

@@ -20,6 +20,7 @@ const (
 	AnnotationMode      = AnnotationPrefix + "mode"
 	AnnotationStaleness = AnnotationPrefix + "staleness"
 	AnnotationRefresh   = AnnotationPrefix + "refresh"
+	AnnotationLiveness  = AnnotationPrefix + "liveness"
 )
 
 // OwnAnnotations returns the annotations with AnnotationPrefix, or nil if there are none.
@@ -99,6 +100,43 @@ func (s Staleness) Of(period, timeout time.Duration) time.Duration {
 // chance. Limited to half a period, it excludes the probe after that one, however long the timeout.
 func slack(period, timeout time.Duration) time.Duration { return min(timeout, period/2) }
 
+// StalenessRange is the staleness that a person asks for: Short until an endpoint is steady, and Long from then on. They are
+// the same where one number is given.
+type StalenessRange struct{ Short, Long Staleness }
+
+// SteadyAfter is how long an endpoint must have succeeded without a failure, in one container, to be steady.
+const SteadyAfter = 10 * time.Minute
+
+// UnmarshalText implements encoding.TextUnmarshaler. It accepts "0.5" to "5", or two such numbers, as in "0.5-5".
+func (r *StalenessRange) UnmarshalText(text []byte) error {
+	short, long, two := bytes.Cut(text, []byte("-"))
+	if !two {
+		long = short
+	}
+	var parsed StalenessRange
+	if err := errors.Join(parsed.Short.UnmarshalText(short), parsed.Long.UnmarshalText(long)); two && err != nil {
+		return fmt.Errorf("%q: must be one or two numbers of periods from %s to %s, as in 1-5", shorten(string(text)), MinStaleness, MaxStaleness)
+	}
+	if err := parsed.Short.UnmarshalText(short); err != nil {
+		return err
+	}
+	if parsed.Short > parsed.Long {
+		return fmt.Errorf("%q: the staleness of a steady endpoint, after the hyphen, must not be the smaller one", shorten(string(text)))
+	}
+	*r = parsed
+	return nil
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (r StalenessRange) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
+
+func (r StalenessRange) String() string {
+	if r.Short == r.Long {
+		return r.Short.String()
+	}
+	return r.Short.String() + "-" + r.Long.String()
+}
+
 // Refresh configures whether, and how often, the daemon sends requests of its own.
 type Refresh struct {
 	On bool
@@ -172,27 +210,30 @@ const (
 // Defaults are the settings of a node's pods, unless their annotations override them.
 type Defaults struct {
 	Mode      Mode
-	Staleness Staleness
+	Staleness StalenessRange
 	// Ceiling limits the staleness of every pod, whatever its annotations ask for.
 	Ceiling Staleness
 	Refresh Refresh
 	// RefreshByAnnotation lets annotations turn refresh on. Otherwise they can only turn it off, because the node bears
 	// its cost.
 	RefreshByAnnotation bool
+	Liveness            LivenessEvidence
 	// StalenessSet and CeilingSet report whether these were configured, even if to the built-in values.
 	StalenessSet, CeilingSet bool
 }
 
 // NewDefaults returns the built-in defaults.
 func NewDefaults() Defaults {
-	return Defaults{Mode: Answer, Staleness: DefaultStaleness, Ceiling: MaxStaleness}
+	return Defaults{
+		Mode: Answer, Staleness: StalenessRange{DefaultStaleness, DefaultStaleness}, Ceiling: MaxStaleness, Liveness: LivenessByProbes,
+	}
 }
 
 // Settings are the settings of one pod.
 type Settings struct {
 	Mode          Mode
 	ModeFrom      Origin
-	Staleness     Staleness
+	Staleness     StalenessRange
 	StalenessFrom Origin
 	Ceiling       Staleness
 	CeilingSet    bool
@@ -200,6 +241,8 @@ type Settings struct {
 	RefreshFrom   Origin
 	// RefreshDenied: the pod requests refresh, but the node does not allow that.
 	RefreshDenied bool
+	Liveness      LivenessEvidence
+	LivenessFrom  Origin
 	// Problem names an invalid annotation, its value, and what was expected; empty if all are valid.
 	Problem string
 }
@@ -211,7 +254,7 @@ func (d Defaults) Settings(annotations map[string]string) Settings {
 	s := Settings{
 		Mode: d.Mode, ModeFrom: FromDefault,
 		Staleness: d.Staleness, StalenessFrom: FromDefault, Ceiling: d.Ceiling, CeilingSet: d.CeilingSet,
-		Refresh: d.Refresh, RefreshFrom: FromDefault,
+		Refresh: d.Refresh, RefreshFrom: FromDefault, Liveness: d.Liveness, LivenessFrom: FromDefault,
 	}
 	if d.Mode != Answer {
 		s.ModeFrom = FromNode
@@ -221,6 +264,9 @@ func (d Defaults) Settings(annotations map[string]string) Settings {
 	}
 	if d.Refresh.On {
 		s.RefreshFrom = FromNode
+	}
+	if d.Liveness == LivenessByTraffic {
+		s.LivenessFrom = FromNode
 	}
 	problems := misspelt(annotations)
 	if text, ok := annotations[AnnotationMode]; ok {
@@ -240,6 +286,13 @@ func (d Defaults) Settings(annotations map[string]string) Settings {
 	if text, ok := annotations[AnnotationRefresh]; ok {
 		if err := s.refreshByAnnotation(text, d.RefreshByAnnotation); err != nil {
 			problems = append(problems, fmt.Errorf("annotation %s: %w", AnnotationRefresh, err))
+		}
+	}
+	if text, ok := annotations[AnnotationLiveness]; ok {
+		if err := s.Liveness.UnmarshalText([]byte(text)); err != nil {
+			problems = append(problems, fmt.Errorf("annotation %s: %w", AnnotationLiveness, err))
+		} else {
+			s.LivenessFrom = FromAnnotation
 		}
 	}
 	if len(problems) > 0 {
@@ -266,7 +319,7 @@ func (s *Settings) refreshByAnnotation(text string, allowed bool) error {
 
 // misspelt returns an error for each unknown annotation with our prefix.
 func misspelt(annotations map[string]string) (errs []error) {
-	known := []string{AnnotationMode, AnnotationStaleness, AnnotationRefresh}
+	known := []string{AnnotationMode, AnnotationStaleness, AnnotationRefresh, AnnotationLiveness}
 	for _, name := range slices.Sorted(maps.Keys(annotations)) {
 		if strings.HasPrefix(name, AnnotationPrefix) && !slices.Contains(known, name) {
 			errs = append(errs, fmt.Errorf("annotation %s: unknown; the known ones are %s", shorten(name), strings.Join(known, ", ")))
@@ -275,17 +328,19 @@ func misspelt(annotations map[string]string) (errs []error) {
 	return errs
 }
 
-// staleness returns the staleness of an endpoint, and whether the ceiling lowered it. If the kernel side checks the
-// endpoint's listening socket, the default covers the longest run of probes answered that way.
-func (s Settings) staleness(e EndpointSpec) (time.Duration, bool) {
+// setStaleness sets the staleness of an endpoint, as far as the ceiling allows. If the kernel side checks the endpoint's
+// listening socket, the default covers the longest run of probes answered that way.
+func (s Settings) setStaleness(e *EndpointSpec) {
 	asked, most := s.Staleness, s.Ceiling
 	if e.Live > 0 && s.StalenessFrom == FromDefault {
-		asked = Staleness(e.Live + 1)
+		asked = StalenessRange{Staleness(e.Live + 1), Staleness(e.Live + 1)}
 		if !s.CeilingSet {
-			most = asked
+			most = asked.Long
 		}
 	}
-	return min(asked, most).Of(e.Period, e.Timeout), asked > most
+	e.Staleness = min(asked.Short, most).Of(e.Period, e.Timeout)
+	e.SteadyStaleness = min(asked.Long, most).Of(e.Period, e.Timeout)
+	e.Capped = asked.Long > most
 }
 
 // reason returns why none of the pod's probes is answered, or the zero Reason if some may be.
@@ -303,7 +358,7 @@ func (s Settings) reason() Reason {
 // own reason, because mode observe is to show what answering would bring.
 func (s Settings) apply(specs []EndpointSpec) {
 	for i := range specs {
-		specs[i].Staleness, specs[i].Capped = s.staleness(specs[i])
+		s.setStaleness(&specs[i])
 		specs[i].Withheld = specs[i].Reason == (Reason{}) && s.Mode == Observe && s.Problem == ""
 		specs[i].Reason = cmp.Or(specs[i].Reason, s.reason())
 		if s.Mode == Off {

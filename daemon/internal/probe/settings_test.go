@@ -81,7 +81,7 @@ func TestStalenessOf(t *testing.T) {
 func set(staleness, ceiling Staleness) Defaults {
 	d := NewDefaults()
 	if d.StalenessSet = staleness != 0; d.StalenessSet {
-		d.Staleness = staleness
+		d.Staleness = StalenessRange{staleness, staleness}
 	}
 	if d.CeilingSet = ceiling != 0; d.CeilingSet {
 		d.Ceiling = ceiling
@@ -150,6 +150,14 @@ func TestSettings(t *testing.T) {
 			[]string{"probelet.dev/stalenes:", staleness}},
 		"misspelt, and off": {NewDefaults(), texts{"probelet.dev/Mode": "answer", mode: "off"}, "off annotation 1 default",
 			[]string{"probelet.dev/Mode:"}},
+		"range":         {NewDefaults(), texts{staleness: "0.5-5"}, "answer default 0.5-5 annotation", nil},
+		"range of one":  {NewDefaults(), texts{staleness: "2-2"}, "answer default 2 annotation", nil},
+		"empty range":   {NewDefaults(), texts{staleness: "5-1"}, "observe annotation 1 default", []string{staleness, `"5-1"`, "smaller"}},
+		"half a range":  {NewDefaults(), texts{staleness: "1-"}, "observe annotation 1 default", []string{staleness, `"1-"`, "0.5 to 5"}},
+		"three numbers": {NewDefaults(), texts{staleness: "1-2-3"}, "observe annotation 1 default", []string{staleness, `"1-2-3"`}},
+		"liveness":      {NewDefaults(), texts{AnnotationLiveness: "traffic"}, "answer default 1 default", nil},
+		"bad liveness": {NewDefaults(), texts{AnnotationLiveness: "Traffic"}, "observe annotation 1 default",
+			[]string{AnnotationLiveness, `"Traffic"`, "probes or traffic"}},
 		"off and bad": {NewDefaults(), texts{mode: "off", staleness: "y"}, "off annotation 1 default",
 			[]string{staleness}},
 	} {

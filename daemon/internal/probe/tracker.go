@@ -3,6 +3,7 @@ package probe
 import (
 	"cmp"
 	"slices"
+	"time"
 )
 
 // Evidence is the last observation of an endpoint, and until when it may be answered.
@@ -13,18 +14,26 @@ type Evidence struct {
 	Status     int // HTTP only; 0 if none was seen
 	ObservedAt uint64
 	FreshUntil uint64
+	// TrafficUntil: until then a success may be answered while the pod has served its clients within TrafficWindow; 0 if
+	// that says nothing.
+	TrafficUntil  uint64
+	TrafficWindow time.Duration
 }
 
-// Gate says until when connections to a port may be taken, and when the newest evidence for that was observed. Both are 0
-// if none may be taken.
-type Gate struct{ ObservedAt, FreshUntil uint64 }
+// Gate says until when connections to a port may be taken, and when the newest evidence for that was observed. All fields are
+// 0 if none may be taken.
+type Gate struct {
+	ObservedAt, FreshUntil uint64
+	TrafficUntil           uint64 // as in Evidence
+	TrafficWindow          time.Duration
+}
 
 // gate returns the gate that this evidence alone would open.
 func (e Evidence) gate() Gate {
-	if e.FreshUntil == 0 {
+	if e.FreshUntil == 0 && e.TrafficUntil == 0 {
 		return Gate{}
 	}
-	return Gate{e.ObservedAt, e.FreshUntil}
+	return Gate{e.ObservedAt, e.FreshUntil, e.TrafficUntil, e.TrafficWindow}
 }
 
 // Cause says why the evidence of an endpoint changed.
@@ -67,6 +76,8 @@ type entry struct {
 	since uint64
 	// successes counts the probes in a row that succeeded.
 	successes int
+	// wellSince is when the first of them was asked; 0 if there is none.
+	wellSince uint64
 	// asking caches the last question that matched the spec, because comparing requests costs more than everything else.
 	asking Question
 }
@@ -95,7 +106,11 @@ func (e *entry) bound() uint64 {
 	if e.spec.Reason != (Reason{}) || e.evidence.Result != Success {
 		return 0
 	}
-	return e.evidence.ObservedAt + uint64(e.spec.Staleness)
+	staleness := e.spec.Staleness
+	if e.wellSince != 0 && e.evidence.ObservedAt-e.wellSince >= uint64(SteadyAfter) {
+		staleness = e.spec.SteadyStaleness
+	}
+	return e.evidence.ObservedAt + uint64(staleness)
 }
 
 // armed reports whether enough successes in a row arm the endpoint.
@@ -105,7 +120,7 @@ func (e *entry) armed() bool {
 
 // forget drops everything but the question.
 func (e *entry) forget(now uint64) {
-	e.evidence, e.successes, e.since = Evidence{Question: e.evidence.Question}, 0, now
+	e.evidence, e.successes, e.wellSince, e.since = Evidence{Question: e.evidence.Question}, 0, 0, now
 }
 
 // NewTracker returns a tracker without endpoints.
@@ -134,6 +149,7 @@ func (t *Tracker) SetEndpoints(specs []EndpointSpec, now uint64) []Change {
 			e.forget(now)
 		}
 		e.evidence.FreshUntil = min(e.evidence.FreshUntil, e.bound())
+		e.speakFor(min(e.evidence.TrafficUntil, e.spokenFor(now)))
 		if change.To = e.evidence; change.To != change.From {
 			changes = append(changes, change)
 		}
@@ -161,6 +177,7 @@ func (t *Tracker) Restore(endpoint Endpoint, evidence Evidence, now uint64) {
 		e.successes = 1 // a higher threshold is not restored: failures may have gone unseen meanwhile
 	}
 	e.evidence.FreshUntil = min(evidence.FreshUntil, e.bound())
+	e.speakFor(min(evidence.TrafficUntil, e.spokenFor(now)))
 }
 
 // Void records that the matching endpoints may have failed at that time, although no outcome says so. They are not
@@ -168,7 +185,8 @@ func (t *Tracker) Restore(endpoint Endpoint, evidence Evidence, now uint64) {
 func (t *Tracker) Void(meant func(Endpoint) bool, at uint64) []Change {
 	return t.change(func(s EndpointSpec, e *entry) {
 		if e.evidence.ObservedAt <= at && meant(s.Endpoint) {
-			e.successes, e.evidence.FreshUntil = 0, 0
+			e.successes, e.wellSince, e.evidence.FreshUntil = 0, 0, 0
+			e.speakFor(0)
 		}
 	})
 }
@@ -178,8 +196,8 @@ func (t *Tracker) Void(meant func(Endpoint) bool, at uint64) []Change {
 func (t *Tracker) Unanswered(port uint16, began, now uint64) []Change {
 	return t.change(func(s EndpointSpec, e *entry) {
 		failed := min(now, began+uint64(s.longestTimeout()))
-		if s.Port == port && now >= began+uint64(s.Timeout) && e.evidence.ObservedAt <= failed {
-			e.successes = 0
+		if s.Port == port && now >= began+uint64(s.Timeout) && e.evidence.ObservedAt <= failed && !e.timeOut(began) {
+			e.successes, e.wellSince = 0, 0
 			e.evidence = Evidence{Question: e.evidence.Question, Result: Failure, ObservedAt: failed}
 		}
 	})
@@ -235,7 +253,10 @@ func (e *entry) observe(o Outcome) bool {
 	if !conclusive || observedAt <= e.evidence.ObservedAt || o.askedAt() < e.since {
 		return false
 	}
-	e.count(result, o.Refresh)
+	if e.spec.timedOut(o) && result == Failure && e.timeOut(o.askedAt()) {
+		return true
+	}
+	e.count(result, o)
 	known := e.evidence.Question
 	e.evidence = Evidence{Question: known, Result: result, Status: o.Status, ObservedAt: observedAt}
 	if o.Question != (Question{}) && e.of(o) {
@@ -243,6 +264,9 @@ func (e *entry) observe(o Outcome) bool {
 	}
 	if e.armed() {
 		e.evidence.FreshUntil = e.bound()
+	}
+	if result == Success {
+		e.speakFor(e.spokenFor(observedAt))
 	}
 	return true
 }
@@ -256,15 +280,20 @@ func (e *entry) renew(o Outcome) bool {
 	}
 	e.evidence.ObservedAt = asked
 	e.evidence.FreshUntil = e.bound()
+	e.speakFor(e.spokenFor(asked))
 	return true
 }
 
 // count counts successes as the prober does.
-func (e *entry) count(result Result, refresh bool) {
-	switch {
-	case result != Success:
-		e.successes = 0
-	case !refresh:
+func (e *entry) count(result Result, o Outcome) {
+	if result != Success {
+		e.successes, e.wellSince = 0, 0
+		return
+	}
+	if e.wellSince == 0 {
+		e.wellSince = o.askedAt()
+	}
+	if !o.Refresh {
 		e.successes++
 	}
 }
@@ -335,7 +364,10 @@ func (t *Tracker) gate(port uint16) Gate {
 	for _, s := range t.specs {
 		if s.Observed && s.Port == port {
 			own := t.entries[s.Endpoint].evidence.gate()
-			widest = Gate{max(widest.ObservedAt, own.ObservedAt), max(widest.FreshUntil, own.FreshUntil)}
+			widest = Gate{
+				max(widest.ObservedAt, own.ObservedAt), max(widest.FreshUntil, own.FreshUntil),
+				max(widest.TrafficUntil, own.TrafficUntil), max(widest.TrafficWindow, own.TrafficWindow),
+			}
 		}
 	}
 	return widest

@@ -179,7 +179,7 @@ func TestGate(t *testing.T) {
 	tcp := Endpoint{Port: 80, Kind: TCP}
 	startup, startupTCP := httpProbe(Startup, "/y"), tcpProbe(Startup)
 	https := with(httpProbe(Startup, "/y"), func(s *Spec) { s.Kind = HTTPS })
-	closed, ofX := Gate{}, Gate{1010 * second, 1021 * second}
+	closed, ofX := Gate{}, Gate{ObservedAt: 1010 * second, FreshUntil: 1021 * second}
 	good := after(10, x, Answered, 200)
 	for name, test := range map[string]struct {
 		probes   []Spec
@@ -189,9 +189,9 @@ func TestGate(t *testing.T) {
 		"nothing known": {both, nil, closed},
 		"one known":     {both, []Outcome{good}, ofX},
 		"newest and latest": {both, []Outcome{good, after(12, y, Answered, 200)},
-			Gate{1012 * second, 1021 * second}},
+			Gate{ObservedAt: 1012 * second, FreshUntil: 1021 * second}},
 		"one failed": {both, []Outcome{good, after(12, y, Answered, 200), after(13, x, Answered, 500)},
-			Gate{1012 * second, 1015 * second}},
+			Gate{ObservedAt: 1012 * second, FreshUntil: 1015 * second}},
 		"both failed":              {both, []Outcome{good, after(12, y, Answered, 500), after(13, x, Answered, 500)}, closed},
 		"reset":                    {both, []Outcome{good, after(12, y, Answered, 200), after(13, x, Reset, 0)}, closed},
 		"one redirects":            {both, []Outcome{good, after(12, y, Answered, 301)}, ofX},
@@ -202,10 +202,10 @@ func TestGate(t *testing.T) {
 		"startup probes only":      {[]Spec{startup, startupTCP}, []Outcome{after(10, y, Answered, 200), after(10, tcp, Connected, 0)}, closed},
 		"beside HTTPS":             {[]Spec{both[0], with(https, func(s *Spec) { s.Type = Liveness })}, []Outcome{good}, ofX},
 		"TCP unknown":              {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{good}, closed},
-		"TCP alone known":          {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{after(12, tcp, Connected, 0)}, Gate{1012 * second, 1023 * second}},
-		"TCP older":                {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{after(5, tcp, Connected, 0), good}, Gate{1005 * second, 1016 * second}},
+		"TCP alone known":          {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{after(12, tcp, Connected, 0)}, Gate{ObservedAt: 1012 * second, FreshUntil: 1023 * second}},
+		"TCP older":                {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{after(5, tcp, Connected, 0), good}, Gate{ObservedAt: 1005 * second, FreshUntil: 1016 * second}},
 		"TCP too late":             {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{good, took(time.Second, after(12, tcp, Connected, 0))}, closed},
-		"TCP, HTTP failed":         {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{after(5, tcp, Connected, 0), after(10, x, Answered, 500)}, Gate{1005 * second, 1016 * second}},
+		"TCP, HTTP failed":         {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{after(5, tcp, Connected, 0), after(10, x, Answered, 500)}, Gate{ObservedAt: 1005 * second, FreshUntil: 1016 * second}},
 		"TCP at another address":   {[]Spec{both[0], with(tcpProbe(Liveness), func(s *Spec) { s.Host = "fd00::7" })}, []Outcome{good}, closed},
 		"TCP for two types":        {[]Spec{both[0], startupTCP, with(tcpProbe(Liveness), func(s *Spec) { s.Container = "d" })}, []Outcome{good}, closed},
 	} {
@@ -440,7 +440,7 @@ func TestWithdraw(t *testing.T) {
 	if got := tracker.Evidence(); got[x] != (Evidence{}) || got[y] != fresh {
 		t.Fatalf("left %+v", got)
 	}
-	if got, want := tracker.Gates()[80], (Gate{fresh.ObservedAt, fresh.FreshUntil}); got != want {
+	if got, want := tracker.Gates()[80], (Gate{ObservedAt: fresh.ObservedAt, FreshUntil: fresh.FreshUntil}); got != want {
 		t.Fatalf("gate %+v, want that of the other path, %+v", got, want)
 	}
 	tracker.Observe(took(time.Second/2, about(x, Outcome{Event: Answered, Status: 200, ObservedAt: 1012*second + second/4})))
@@ -560,16 +560,17 @@ func drawSettings(t *rapid.T) Settings {
 	stalenesses := []Staleness{0.5, 1, 2.5, 5}
 	defaults := Defaults{
 		Mode:      rapid.SampledFrom([]Mode{Answer, Answer, Observe, Off}).Draw(t, "mode of the node"),
-		Staleness: rapid.SampledFrom(stalenesses).Draw(t, "staleness of the node"),
+		Staleness: StalenessRange{1, rapid.SampledFrom(stalenesses[1:]).Draw(t, "staleness of the node")},
 		Ceiling:   rapid.SampledFrom(stalenesses).Draw(t, "ceiling"),
 
 		RefreshByAnnotation: rapid.Bool().Draw(t, "refresh by annotation"),
+		Liveness:            rapid.SampledFrom([]LivenessEvidence{LivenessByProbes, LivenessByTraffic}).Draw(t, "liveness of the node"),
 	}
 	annotations := map[string]string{}
 	if text := rapid.SampledFrom([]string{"", "answer", "observe", "off", "of"}).Draw(t, "mode"); text != "" {
 		annotations[AnnotationMode] = text
 	}
-	if text := rapid.SampledFrom([]string{"", "0.5", "1", "5", "6"}).Draw(t, "staleness"); text != "" {
+	if text := rapid.SampledFrom([]string{"", "0.5", "1", "5", "6", "0.5-5"}).Draw(t, "staleness"); text != "" {
 		annotations[AnnotationStaleness] = text
 	}
 	if text := rapid.SampledFrom([]string{"", "true", "1s", "x"}).Draw(t, "refresh"); text != "" {
@@ -592,6 +593,11 @@ func failure(o Outcome, e Endpoint) bool {
 		return true
 	}
 	return o.asks() == e && (o.Event == Failed || e.Kind == HTTP && o.Event == Answered && o.Status >= 400)
+}
+
+// timeout reports whether the prober may have given up without having seen an error.
+func timeout(o Outcome, e Endpoint) bool {
+	return o.Port == e.Port && o.Duration >= 900*time.Millisecond && (o.Event == NoAnswer || o.Event == Connected || o.Event == Answered && o.Status/100 == 2)
 }
 
 func TestInvariants(t *testing.T) {
@@ -634,13 +640,13 @@ func TestInvariants(t *testing.T) {
 				clear(failures) // what is not observed is forgotten
 			}
 			for _, s := range specs {
-				staleness[s.Endpoint] = uint64(s.Staleness)
-				if most := settings.Ceiling.Of(s.Period, s.Timeout); s.Staleness > most {
-					t.Fatalf("%s: staleness %s above the ceiling of %s", s.Endpoint, s.Staleness, most)
+				staleness[s.Endpoint] = uint64(s.SteadyStaleness)
+				if most := settings.Ceiling.Of(s.Period, s.Timeout); max(s.Staleness, s.SteadyStaleness) > most {
+					t.Fatalf("%s: staleness %s, %s above the ceiling of %s", s.Endpoint, s.Staleness, s.SteadyStaleness, most)
 				}
 			}
 			for e, now := range tracker.Evidence() {
-				if now.FreshUntil > before[e].FreshUntil {
+				if now.FreshUntil > before[e].FreshUntil || now.TrafficUntil > before[e].TrafficUntil {
 					t.Fatalf("%s: prolonged from %+v to %+v by %+v", e, before[e], now, settings)
 				}
 			}
@@ -666,6 +672,9 @@ func TestInvariants(t *testing.T) {
 					if now.FreshUntil > before[e].FreshUntil && !success(o, e) {
 						t.Fatalf("%s: prolonged to %+v by %+v", e, now, o)
 					}
+					if now.TrafficUntil > before[e].TrafficUntil && !success(o, e) && (before[e].TrafficUntil == 0 || !timeout(o, e)) {
+						t.Fatalf("%s: traffic may speak for it after %+v, by %+v", e, before[e], o)
+					}
 					if e != o.asks() && o.Kind != "" && o.Event != Reset && now != before[e] {
 						t.Fatalf("%s: changed to %+v by %+v, which is about another endpoint", e, now, o)
 					}
@@ -677,7 +686,7 @@ func TestInvariants(t *testing.T) {
 					t.Fatalf("mode off, and something is observed: %+v", evidence)
 				}
 				for _, e := range modelEndpoints {
-					if mode != Answer && evidence[e].FreshUntil != 0 {
+					if mode != Answer && (evidence[e].FreshUntil != 0 || evidence[e].TrafficUntil != 0) {
 						t.Fatalf("%s: fresh in mode %s: %+v", e, mode, evidence[e])
 					}
 					checkEvidence(t, e, evidence[e], staleness[e], successes[e], failures[e])
@@ -704,7 +713,10 @@ func checkChanges(t *rapid.T, changes []Change, before, after map[Endpoint]Evide
 }
 
 func checkEvidence(t *rapid.T, e Endpoint, got Evidence, staleness uint64, successes map[uint64]bool, failed uint64) {
-	if got.FreshUntil == 0 {
+	if (got.TrafficWindow == 0) != (got.TrafficUntil == 0) {
+		t.Fatalf("%s: %+v", e, got)
+	}
+	if got.FreshUntil == 0 && got.TrafficUntil == 0 {
 		return
 	}
 	if got.Result != Success || !successes[got.ObservedAt] {
@@ -768,7 +780,7 @@ func checkGate(t *rapid.T, tracker *Tracker, probes []Spec, now uint64) {
 	}
 	open := now < gate.FreshUntil
 	tcp := Endpoint{Port: port, Kind: TCP}
-	ofTCP := Gate{evidence[tcp].ObservedAt, evidence[tcp].FreshUntil}
+	ofTCP := Gate{ObservedAt: evidence[tcp].ObservedAt, FreshUntil: evidence[tcp].FreshUntil}
 	switch asked, elsewhere := askedByTCP(probes); {
 	case elsewhere && open:
 		t.Fatalf("%+v is open, and its TCP probe at another address would be answered", gate)

@@ -78,7 +78,7 @@ func with(staleness string, refresh bool) probe.Defaults {
 	if err := d.Staleness.UnmarshalText([]byte(staleness)); err != nil {
 		panic(err)
 	}
-	d.StalenessSet = d.Staleness != probe.DefaultStaleness
+	d.StalenessSet = d.Staleness != probe.NewDefaults().Staleness
 	d.Refresh.On = refresh
 	return d
 }

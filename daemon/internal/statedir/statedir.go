@@ -45,9 +45,9 @@ type Settings struct {
 	Mode     probe.Mode   `json:"mode"`
 	ModeFrom probe.Origin `json:"modeFrom"`
 	// Staleness is in periods, as it is written in the annotation; StalenessCeiling is the node's.
-	Staleness        probe.Staleness `json:"staleness"`
-	StalenessFrom    probe.Origin    `json:"stalenessFrom"`
-	StalenessCeiling probe.Staleness `json:"stalenessCeiling"`
+	Staleness        probe.StalenessRange `json:"staleness"`
+	StalenessFrom    probe.Origin         `json:"stalenessFrom"`
+	StalenessCeiling probe.Staleness      `json:"stalenessCeiling"`
 	// Refresh is whether the daemon asks by itself, or how often, as it is written in the annotation.
 	Refresh     probe.Refresh `json:"refresh"`
 	RefreshFrom probe.Origin  `json:"refreshFrom"`

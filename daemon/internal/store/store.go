@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -19,6 +20,7 @@ import (
 var Limits = probe.Limits{
 	Request: datapath.MaxRequest,
 	Records: datapath.MaxEndpoints,
+	Traffic: datapath.MaxTrafficAnswers,
 }
 
 // Records are the contents of a pod's evidence map.
@@ -59,12 +61,19 @@ func Desired(t *probe.Tracker) (Records, error) {
 			return nil, fmt.Errorf("%s: %w", endpoint, err)
 		}
 		// Two endpoints may have the same question, if the one was asked it at another address of the pod.
-		if other, shared := records[key]; !shared || record.FreshUntil < other.FreshUntil {
-			records[key] = record
+		if other, shared := records[key]; shared {
+			if other.FreshUntil < record.FreshUntil {
+				record, other = other, record
+			}
+			record.TrafficUntil = min(record.TrafficUntil, other.TrafficUntil)
 		}
+		records[key] = record
 	}
 	for port, gate := range t.Gates() {
-		records[datapath.PortKey(port)] = datapath.Evidence{ObservedAt: gate.ObservedAt, FreshUntil: gate.FreshUntil}
+		records[datapath.PortKey(port)] = datapath.Evidence{
+			ObservedAt: gate.ObservedAt, FreshUntil: gate.FreshUntil,
+			TrafficUntil: gate.TrafficUntil, TrafficWindowMs: milliseconds(gate.TrafficWindow),
+		}
 	}
 	return records, nil
 }
@@ -76,12 +85,16 @@ func record(endpoint probe.Endpoint, evidence probe.Evidence) (datapath.Evidence
 		Check:      evidence.Question.Check,
 		Status:     uint16(evidence.Status),
 		Result:     results[evidence.Result],
+
+		TrafficUntil: evidence.TrafficUntil, TrafficWindowMs: milliseconds(evidence.TrafficWindow),
 	}
 	if endpoint.Kind.Keying() != probe.KeyedByRequest || evidence.Result != probe.Success {
 		return record, nil
 	}
 	return record, record.SetReply(evidence.Status)
 }
+
+func milliseconds(d time.Duration) uint32 { return uint32(d / time.Millisecond) }
 
 var results = [...]uint8{
 	probe.Unknown: datapath.ResultUnknown,
@@ -97,6 +110,8 @@ func Evidence(q probe.Question, record datapath.Evidence) probe.Evidence {
 		Status:     int(record.Status),
 		ObservedAt: record.ObservedAt,
 		FreshUntil: record.FreshUntil,
+
+		TrafficUntil: record.TrafficUntil, TrafficWindow: time.Duration(record.TrafficWindowMs) * time.Millisecond,
 	}
 }
 
@@ -143,6 +158,8 @@ func narrower(a, b datapath.Evidence) datapath.Evidence {
 	return datapath.Evidence{
 		ObservedAt: min(a.ObservedAt, b.ObservedAt),
 		FreshUntil: min(a.FreshUntil, b.FreshUntil),
+
+		TrafficUntil: min(a.TrafficUntil, b.TrafficUntil), TrafficWindowMs: min(a.TrafficWindowMs, b.TrafficWindowMs),
 	}
 }
 

@@ -1,0 +1,109 @@
+package probe
+
+import (
+	"fmt"
+	"time"
+)
+
+// LivenessEvidence says what may answer probes of endpoints that only liveness probes ask.
+type LivenessEvidence string
+
+// Kinds of evidence for liveness probes.
+const (
+	LivenessByProbes LivenessEvidence = "probes" // the outcomes of probes, as for all other probes
+	// LivenessByTraffic: also that the pod serves its clients. A timeout is the absence of evidence, and traffic makes up
+	// for it; an error is evidence, and ends the answers.
+	LivenessByTraffic LivenessEvidence = "traffic"
+)
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (l *LivenessEvidence) UnmarshalText(text []byte) error {
+	switch evidence := LivenessEvidence(text); evidence {
+	case LivenessByProbes, LivenessByTraffic:
+		*l = evidence
+		return nil
+	}
+	return fmt.Errorf("%q: must be %s or %s", shorten(string(text)), LivenessByProbes, LivenessByTraffic)
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (l LivenessEvidence) MarshalText() ([]byte, error) { return []byte(l), nil }
+
+// setTraffic decides whether the pod's traffic may speak for the endpoint.
+func (s *EndpointSpec) setTraffic(settings Settings, limits Limits) {
+	if settings.Liveness != LivenessByTraffic || limits.Traffic == 0 {
+		return
+	}
+	liveness := false
+	for _, a := range s.Askers {
+		liveness = liveness || a.Type == Liveness
+		// A startup probe ends with its first success, and without a success traffic shows nothing.
+		if a.Type != Liveness && a.Type != Startup {
+			s.TrafficOff = fmt.Sprintf("%s asks it, too", a)
+			return
+		}
+	}
+	switch {
+	case !liveness: // of no concern to the setting
+	case s.Reason != (Reason{}):
+		s.TrafficOff = reasonNotAnswered
+	default:
+		s.Traffic = limits.Traffic
+	}
+}
+
+// TrafficBound returns how long after a real probe began traffic may speak for the endpoint: until the probe that must be
+// real again, whatever the traffic.
+func (s EndpointSpec) TrafficBound() time.Duration {
+	if s.Traffic == 0 {
+		return 0
+	}
+	return time.Duration(s.Traffic)*s.Period + slack(s.Period, s.Timeout)
+}
+
+// TrafficWindow returns how recently the pod must have served for its traffic to speak for the endpoint.
+func (s EndpointSpec) TrafficWindow() time.Duration {
+	if s.Traffic == 0 {
+		return 0
+	}
+	return s.Period
+}
+
+// timedOut reports whether the prober gave up on the outcome's probe, or may have: the pod said nothing that is wrong.
+func (s EndpointSpec) timedOut(o Outcome) bool {
+	switch o.Event {
+	case NoAnswer:
+		return true
+	case Connected, Answered:
+		return s.late(o) && (o.Event == Connected || o.Status >= 200 && o.Status < 300)
+	}
+	return false
+}
+
+// spokenFor returns until when traffic may speak for the endpoint after a real probe that began then.
+func (e *entry) spokenFor(asked uint64) uint64 {
+	if e.spec.Traffic == 0 || e.spec.Reason != (Reason{}) {
+		return 0
+	}
+	return asked + uint64(e.spec.TrafficBound())
+}
+
+// speakFor lets traffic speak for the endpoint until then; 0 if it may not.
+func (e *entry) speakFor(until uint64) {
+	e.evidence.TrafficUntil, e.evidence.TrafficWindow = until, 0
+	if until != 0 {
+		e.evidence.TrafficWindow = e.spec.TrafficWindow()
+	}
+}
+
+// timeOut learns that a probe which began then has timed out, and reports whether traffic makes up for that: the endpoint has
+// succeeded in this container, and its last probe that had an outcome did.
+func (e *entry) timeOut(asked uint64) bool {
+	if e.spec.Traffic == 0 || e.evidence.Result != Success || e.evidence.TrafficUntil == 0 {
+		return false
+	}
+	e.successes, e.wellSince = 0, 0
+	e.evidence.FreshUntil = 0
+	e.speakFor(max(e.evidence.TrafficUntil, e.spokenFor(asked)))
+	return true
+}
