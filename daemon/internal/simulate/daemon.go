@@ -18,12 +18,13 @@ type daemon struct {
 	known      map[uint16]int   // instances that its source has told of
 	refreshing map[probe.Endpoint]*asker
 	staleness  map[probe.Endpoint]time.Duration
+	traffic    map[probe.Endpoint]int // probe.EndpointSpec.Traffic
 }
 
 func newDaemon() daemon {
 	return daemon{
 		estimator: probe.NewEstimator(), known: map[uint16]int{}, refreshing: map[probe.Endpoint]*asker{},
-		staleness: map[probe.Endpoint]time.Duration{},
+		staleness: map[probe.Endpoint]time.Duration{}, traffic: map[probe.Endpoint]int{},
 	}
 }
 
@@ -48,7 +49,7 @@ func (p *pod) setEndpoints() {
 	}
 	endpoints := p.endpoints(specs)
 	for _, e := range endpoints {
-		p.staleness[e.Endpoint] = e.Staleness
+		p.staleness[e.Endpoint], p.traffic[e.Endpoint] = e.SteadyStaleness, e.Traffic
 	}
 	p.tracker.SetEndpoints(endpoints, p.now)
 	p.estimator.SetEndpoints(endpoints, p.now)
@@ -56,7 +57,7 @@ func (p *pod) setEndpoints() {
 
 func (p *pod) endpoints(specs []probe.Spec) []probe.EndpointSpec {
 	pod := probe.Pod{Namespace: "n", Name: "p", IPs: []netip.Addr{netip.MustParseAddr(address)}, Probes: specs}
-	limits := probe.Limits{Request: 1024, Records: 64, Live: p.Live}
+	limits := probe.Limits{Request: 1024, Records: 64, Live: p.Live, Traffic: mostSpoken}
 	endpoints, err := probe.Endpoints(pod, p.Defaults.Settings(nil), limits)
 	if err != nil {
 		panic(err) // scenarios have few endpoints
@@ -134,15 +135,16 @@ func (p *pod) observe(e probe.Endpoint, o probe.Outcome) {
 	if p.tracker == nil {
 		return
 	}
-	failure := o.Event == probe.Reset || o.Event == probe.NoAnswer || o.Event == probe.Failed || o.Status >= 400
-	if failure {
+	failure := o.Event == probe.Reset || o.Event == probe.Failed || o.Status >= 400
+	if timeout := o.Event == probe.NoAnswer; failure || timeout {
 		for endpoint := range p.successes {
-			if e == endpoint || o.Event == probe.Reset && e.Port == endpoint.Port {
+			concerned := e == endpoint || o.Event == probe.Reset && e.Port == endpoint.Port
+			if concerned && !(timeout && p.evidence[endpoint].TrafficUntil != 0) {
 				p.failed[endpoint] = max(p.failed[endpoint], o.ObservedAt)
 			}
 		}
 	}
-	if failure && p.Broken == Failures {
+	if (failure || o.Event == probe.NoAnswer) && p.Broken == Failures {
 		return
 	}
 	p.tracker.Void(func(probe.Endpoint) bool { return true }, p.podWithdrawn)
@@ -167,6 +169,9 @@ func (p *pod) sweep() {
 		p.learnUnanswered()
 		for endpoint := range p.successes {
 			for _, began := range p.unanswered[endpoint.Port] {
+				if p.evidence[endpoint].TrafficUntil != 0 {
+					continue
+				}
 				p.failed[endpoint] = max(p.failed[endpoint], began)
 			}
 		}

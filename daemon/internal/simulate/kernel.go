@@ -14,10 +14,11 @@ type kernel struct {
 	// the pod's was, because a listening socket of it closed.
 	withdrawn    map[probe.Endpoint]uint64
 	podWithdrawn uint64
-	answered     map[uint16]int      // by port: since a connection of a prober was last known to be accepted
-	unanswered   map[uint16][]uint64 // by port: when connections began that it did not answer, until they are swept
-	ignored      map[uint16]bool     // by port: whether it did not answer the connection that was passed on last
-	connectedAt  map[uint16]uint64   // when the last one came about with the pod, if it is not known yet to be accepted
+	answered     map[uint16]int         // by port: since a connection of a prober was last known to be accepted
+	unanswered   map[uint16][]uint64    // by port: when connections began that it did not answer, until they are swept
+	ignored      map[uint16]bool        // by port: whether it did not answer the connection that was passed on last
+	spoken       map[probe.Endpoint]int // answered since a probe of it was last passed on
+	connectedAt  map[uint16]uint64      // when the last one came about with the pod, if it is not known yet to be accepted
 }
 
 // connect is a probe that begins now.
@@ -27,7 +28,12 @@ func (p *pod) connect(e probe.Endpoint, timeout, usual time.Duration) (answered 
 		p.answered[e.Port]++
 	}
 	if taken && (e.Kind.Keying() == probe.KeyedByPort || p.answerable(e)) {
+		p.spoken[e]++
 		return true, exchange{event: probe.Answered, status: 200, connected: true, end: p.now + uint64(refusal)}
+	}
+	p.spoken[e] = 0
+	if !taken {
+		p.spoken[probe.Endpoint{Port: e.Port, Kind: probe.TCP}] = 0
 	}
 	server := p.servers[e.Port]
 	x = server.ask(inquiry{p.now, e, timeout, usual}, &server.queue)
@@ -49,12 +55,39 @@ func (p *pod) taken(port uint16) bool {
 	if p.Broken == Gate {
 		for e, known := range p.evidence {
 			if e.Port == port {
-				g = probe.Gate{ObservedAt: max(g.ObservedAt, known.ObservedAt), FreshUntil: max(g.FreshUntil, known.FreshUntil)}
+				g.ObservedAt, g.FreshUntil = max(g.ObservedAt, known.ObservedAt), max(g.FreshUntil, known.FreshUntil)
 			}
 		}
 	}
 	fresh := g.FreshUntil > p.now || p.Broken == Bound && g.FreshUntil != 0
-	return fresh && g.ObservedAt > max(p.withdrawn[portOf(port)], p.podWithdrawn) && !p.ignored[port] && p.listening(port)
+	if g.ObservedAt <= max(p.withdrawn[portOf(port)], p.podWithdrawn) {
+		return false
+	}
+	tcp := probe.Endpoint{Port: port, Kind: probe.TCP}
+	_, asked := p.successes[tcp]
+	if asked && p.due(tcp) {
+		return false
+	}
+	return p.serving(port, g.TrafficUntil, g.TrafficWindow, asked) || fresh && !p.ignored[port] && p.listening(port)
+}
+
+// mostSpoken is how many probes in a row are answered by traffic at most (datapath.MaxTrafficAnswers).
+const mostSpoken = 9
+
+// due reports whether a probe of the endpoint must reach the pod, whatever its traffic shows.
+func (p *pod) due(e probe.Endpoint) bool {
+	return p.Broken != Due && p.evidence[e].TrafficUntil != 0 && p.spoken[e] >= mostSpoken
+}
+
+// serving reports whether traffic shows that the pod serves.
+func (p *pod) serving(port uint16, until uint64, window time.Duration, byTCP bool) bool {
+	switch {
+	case p.Broken == Due:
+		return until != 0 && p.Clients > 0 && p.servers[port].served(port, p.Clients, window, p.now, byTCP)
+	case p.Broken == Traffic:
+		return p.now < until
+	}
+	return p.now < until && p.Clients > 0 && p.servers[port].served(port, p.Clients, window, p.now, byTCP)
 }
 
 // listening reports whether a look at the port's listening socket says that a connection would be accepted now, and not
@@ -78,8 +111,9 @@ func (p *pod) listening(port uint16) bool {
 func (p *pod) answerable(e probe.Endpoint) bool {
 	e = p.meant(e)
 	known := p.evidence[e]
-	fresh := known.FreshUntil > p.now || p.Broken == Bound && known.FreshUntil != 0
-	return known.Result == probe.Success && fresh &&
+	fresh := known.FreshUntil > p.now || p.Broken == Bound && known.FreshUntil != 0 ||
+		p.serving(e.Port, known.TrafficUntil, known.TrafficWindow, false)
+	return known.Result == probe.Success && fresh && !p.due(e) &&
 		known.ObservedAt > max(p.withdrawn[e], p.withdrawn[portOf(e.Port)], p.podWithdrawn)
 }
 

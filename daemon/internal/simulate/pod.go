@@ -22,7 +22,9 @@ type Config struct {
 	// Sidecar: another container, which never ends, owns the probed listening sockets and passes requests on.
 	Sidecar bool
 	// Live is probe.Limits.Live.
-	Live     int
+	Live int
+	// Clients: each port has a client every so often; 0 means that it has none.
+	Clients  time.Duration
 	Defaults probe.Defaults
 	Duration time.Duration
 	Seed     uint64 // of everything that is drawn; the same seed, the same pod
@@ -51,6 +53,8 @@ const (
 	Queue           // a TCP probe is answered whatever waits in the listening socket's queue
 	Unanswered      // a prober that finds no connection has not failed
 	Limit           // any number of TCP probes is answered without one that reaches the pod
+	Traffic         // traffic shows that the pod serves, whatever it does
+	Due             // any number of probes is answered by traffic, for any time, without one that reaches the pod
 )
 
 // Result is what was counted of a pod.
@@ -133,7 +137,7 @@ func Run(c Config) Result {
 		servers: map[uint16]*server{}, instances: map[uint16]int{}, startup: map[string]*startup{},
 		requests: map[probe.Endpoint]probe.Request{},
 		daemon:   newDaemon(),
-		kernel:   kernel{withdrawn: map[probe.Endpoint]uint64{}, answered: map[uint16]int{}, unanswered: map[uint16][]uint64{}, ignored: map[uint16]bool{}, connectedAt: map[uint16]uint64{}},
+		kernel:   kernel{withdrawn: map[probe.Endpoint]uint64{}, answered: map[uint16]int{}, unanswered: map[uint16][]uint64{}, ignored: map[uint16]bool{}, connectedAt: map[uint16]uint64{}, spoken: map[probe.Endpoint]int{}},
 		truth: truth{
 			successes: map[probe.Endpoint]map[uint64]bool{}, failed: map[probe.Endpoint]uint64{},
 			voided: map[probe.Endpoint]uint64{}, ended: map[uint16]uint64{},
@@ -288,7 +292,7 @@ func (p *pod) checkAnswer(e probe.Endpoint, known probe.Evidence) {
 	switch {
 	case !p.successes[e][known.ObservedAt]:
 		p.violate("%s answered with what was not observed", e)
-	case p.now > known.ObservedAt+uint64(p.staleness[e]):
+	case p.now > known.ObservedAt+uint64(p.staleness[e]) && !p.truly(e, known):
 		p.violate("%s answered %s after its bound", e, time.Duration(p.now-known.ObservedAt)-p.staleness[e])
 	case p.failed[e] >= known.ObservedAt:
 		p.violate("%s answered after a failure that the daemon knew", e)
@@ -306,9 +310,20 @@ func (p *pod) mayBeAnswered(e probe.Endpoint) bool {
 	return p.believable(e) && (!asked || p.believable(tcp)) && !p.ignored[e.Port] && p.listening(e.Port)
 }
 
+// truly reports whether traffic really speaks for the endpoint now.
+func (p *pod) truly(e probe.Endpoint, known probe.Evidence) bool {
+	return p.now < known.TrafficUntil && p.Clients > 0 &&
+		p.servers[e.Port].served(e.Port, p.Clients, known.TrafficWindow, p.now, e.Kind == probe.TCP)
+}
+
+// spokenFor reports whether traffic may speak for the endpoint, and there is some.
+func (p *pod) spokenFor(e probe.Endpoint) bool {
+	return p.traffic[e] > 0 && p.Clients > 0
+}
+
 func (p *pod) believable(e probe.Endpoint) bool {
 	known := p.evidence[e]
-	return known.FreshUntil > p.now && known.ObservedAt > max(p.voided[e], p.voided[portOf(e.Port)], p.lastClosed)
+	return known.FreshUntil > p.now && !p.due(e) && known.ObservedAt > max(p.voided[e], p.voided[portOf(e.Port)], p.lastClosed)
 }
 
 // Time.

@@ -46,7 +46,7 @@ func (p *pod) newWorker(s probe.Spec) {
 	w := &worker{pod: p, spec: s, endpoint: p.endpointOf(s)}
 	w.bound = p.delayOf(s)
 	p.result.MaxBound = max(p.result.MaxBound, w.bound.Probelet)
-	for _, interval := range p.servers[s.Port].failing(w.endpoint, s.Timeout) {
+	for _, interval := range p.servers[s.Port].failing(w.endpoint, s.Timeout, p.spokenFor(w.endpoint)) {
 		p.at(interval[0], func() { w.begin(interval) })
 	}
 	w.base = p.now + uint64(p.upTo(s.Period))
@@ -161,7 +161,7 @@ func (w *worker) checkRow(x exchange, answered bool, began uint64) {
 // checkHalt compares with plain Kubernetes how many probes succeed before a stopped server's queue is full.
 func (w *worker) checkHalt(s *server, x, twin exchange) {
 	i := s.at(w.now)
-	if w.spec.Kind.Keying() != probe.KeyedByPort || w.Live == 0 || s.phases[i].condition != stopped {
+	if w.spec.Kind.Keying() != probe.KeyedByPort || w.Live == 0 || w.spokenFor(w.endpoint) || s.phases[i].condition != stopped {
 		return
 	}
 	if w.halt.phase != i {

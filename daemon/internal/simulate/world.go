@@ -14,6 +14,7 @@ type condition uint8
 const (
 	healthy      condition = iota
 	hanging                // accepts, and answers nothing until it is over
+	hangingOn              // likewise, on phase.path only
 	stuck                  // its queue is full of others' connections
 	stopped                // accepts nothing; the kernel does, until the queue is full
 	filtered               // what is sent to it gets lost on the way inside the pod
@@ -30,7 +31,7 @@ const (
 
 func (c condition) String() string {
 	return [...]string{
-		"healthy", "hanging", "stuck", "stopped", "filtered", "slow", "erring", "erring on one path", "unauthorized", "flapping",
+		"healthy", "hanging", "hanging on one path", "stuck", "stopped", "filtered", "slow", "erring", "erring on one path", "unauthorized", "flapping",
 		"malformed", "not listening", "restarting",
 	}[c]
 }
@@ -79,7 +80,7 @@ func newServer(rng *rand.Rand, start, end uint64, paths []string, timeout time.D
 		switch ill.condition {
 		case slow:
 			ill.latency = timeout/4 + time.Duration(rng.Int64N(int64(2*timeout)))
-		case erring, erringOn, unauthorized, flapping:
+		case erring, erringOn, unauthorized, flapping, hangingOn:
 			ill.status = []int{404, 500, 503}[rng.IntN(3)]
 			ill.path = paths[rng.IntN(len(paths))]
 		}
@@ -189,6 +190,10 @@ func (s *server) respond(q inquiry, i int) exchange {
 	switch p.condition {
 	case hanging, stopped:
 		x.end = p.to + uint64(q.usual)
+	case hangingOn:
+		if q.endpoint.Path == p.path {
+			x.end = p.to + uint64(q.usual)
+		}
 	case slow:
 		x.end = q.at + uint64(p.latency)
 	case malformed:
@@ -230,6 +235,10 @@ func (s *server) overtake(x exchange, q inquiry, i int) exchange {
 			if s.phases[i].from < gaveUp.end && !s.sidecar {
 				return exchange{event: probe.Reset, connected: true, end: s.phases[i].from}
 			}
+		case hangingOn:
+			if q.endpoint.Path == s.phases[i].path {
+				x.end = s.phases[i].to + uint64(q.usual)
+			}
 		case hanging, stopped, filtered:
 			x.end = s.phases[i].to + uint64(q.usual)
 		}
@@ -240,9 +249,26 @@ func (s *server) overtake(x exchange, q inquiry, i int) exchange {
 	return x
 }
 
+// client is what the pod's clients ask for.
+const client, patience = "/app", 30 * time.Second
+
+// served reports whether the server, which has a client every so often, has begun a response with a status below 500 to one
+// of them in the time before now. For TCP the response of any status does, because the server closes the connection after
+// it.
+func (s *server) served(port uint16, every, within time.Duration, now uint64, byTCP bool) bool {
+	for t := now - now%uint64(every); t+uint64(within+patience) > now; t -= uint64(every) {
+		q := inquiry{t, probe.Endpoint{Port: port, Kind: probe.HTTP, Path: client}, patience, time.Millisecond}
+		x := s.ask(q, &backlog{})
+		if x.event == probe.Answered && (x.status < 500 || byTCP) && x.end <= now && x.end+uint64(within) > now {
+			return true
+		}
+	}
+	return false
+}
+
 // failing returns, for each phase in which every probe of the endpoint fails that begins in it, when the first and the
-// last such probe may begin.
-func (s *server) failing(e probe.Endpoint, timeout time.Duration) (intervals [][2]uint64) {
+// last such probe may begin. spokenFor: timeouts are no failures while the pod serves its clients.
+func (s *server) failing(e probe.Endpoint, timeout time.Duration, spokenFor bool) (intervals [][2]uint64) {
 	for _, p := range s.phases {
 		to, fails := p.to, e.Kind.Keying() != probe.KeyedByPort
 		switch p.condition {
@@ -252,8 +278,11 @@ func (s *server) failing(e probe.Endpoint, timeout time.Duration) (intervals [][
 			to, fails = to-min(to, uint64(timeout)), true
 		case hanging, stopped:
 			to -= min(to, uint64(timeout))
+		case hangingOn:
+			to -= min(to, uint64(timeout))
+			fails = fails && e.Path == p.path && !spokenFor
 		case slow:
-			fails = fails && p.latency >= timeout
+			fails = fails && p.latency >= timeout && !spokenFor
 		case erringOn:
 			fails = fails && e.Path == p.path
 		case unauthorized:
