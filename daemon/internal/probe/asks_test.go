@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// sentBy returns what a client sends for a request, by its own transport.
+// sentBy returns what a client sends for a request through its own transport.
 func sentBy(t *testing.T, transport *http.Transport, request *http.Request) Request {
 	t.Helper()
 	client, server := net.Pipe()
@@ -36,7 +36,7 @@ func sentBy(t *testing.T, transport *http.Transport, request *http.Request) Requ
 	return asked
 }
 
-// kubelet is how the kubelet probes, or calls a lifecycle hook (pkg/probe/http of Kubernetes).
+// kubelet describes a request of the kubelet's, for a probe or a lifecycle hook (pkg/probe/http of Kubernetes).
 type kubelet struct {
 	host, path, agent string
 	headers           []Header
@@ -71,7 +71,7 @@ func (k kubelet) asks(t *testing.T) Request {
 
 func TestAsks(t *testing.T) {
 	const own = "10.0.0.7:80"
-	// With these a probe and a hook ask the same but for Connection, if the hook does not set that.
+	// With these a probe and a hook ask the same, except for Connection, unless the hook sets that.
 	encoded := []Header{{"User-Agent", "me"}, {"Accept-Encoding", "identity"}}
 	a, b, host := Header{"X-Auth", "a"}, Header{"x-auth", "b"}, Header{"host", "h.example"}
 	for name, test := range map[string]struct {
@@ -138,8 +138,8 @@ func TestAsksWithoutAddress(t *testing.T) {
 	}
 }
 
-// A pod with two addresses may be asked the same at the other one, if the request does not say which. Without any, who
-// knows.
+// Another pod's probe may ask the same of the pod's second address, unless the request says which address it is for.
+// Without any known address, that is unknown.
 func TestHostHeader(t *testing.T) {
 	own, other := netip.MustParseAddr("10.0.0.7"), netip.MustParseAddr("fd00::7")
 	set := with(httpProbe(Readiness, "/x"), func(s *Spec) { s.Headers = []Header{{"host", "x"}} })
@@ -164,13 +164,13 @@ func TestHostHeader(t *testing.T) {
 	likeOwn := with(httpProbe(Liveness, "/x"), func(s *Spec) { s.Host, s.Headers = "fd00::7", []Header{{"Host", "10.0.0.7:80"}} })
 	for _, s := range endpoints(t, httpProbe(Readiness, "/x"), likeOwn) {
 		if s.Host == "" && s.Reason.Text == "" {
-			t.Errorf("answered, and so is %s, which is said not to be", likeOwn.Asker())
+			t.Errorf("answered, which would also answer %s", likeOwn.Asker())
 		}
 	}
 }
 
-// Probes for which the kubelet sends the same are one endpoint, whatever their specs say; others are two. The rest of what
-// net/http makes of headers is held against the kubelet's own code (TestSameBytesAreOneEndpoint in daemon/differential).
+// Probes with the same request are one endpoint, whatever their specs say; others are two. TestSameBytesAreOneEndpoint in
+// daemon/differential checks the rest of what net/http does to headers, against the kubelet's own code.
 func TestOneEndpointForOneRequest(t *testing.T) {
 	h := func(namesAndValues ...string) (all []Header) {
 		for i := 0; i < len(namesAndValues); i += 2 {
@@ -224,14 +224,14 @@ func TestOneEndpointForOneRequest(t *testing.T) {
 			}
 			for j, other := range specs {
 				if s.Asks(other.question.Request) != (i == j) {
-					t.Errorf("%s: %s and %s are not told apart", name, s.Endpoint, other.Endpoint)
+					t.Errorf("%s: %s and %s are not distinguished", name, s.Endpoint, other.Endpoint)
 				}
 			}
 		}
 	}
 }
 
-// Where it cannot be told which of two probes a request was of, as many successes are needed as make sure.
+// If it is unknown which of two probes sent a request, enough successes are needed to be sure for both.
 func TestTwinsCountTogether(t *testing.T) {
 	for name, header := range map[string]Header{
 		"Accept": {"Accept", "*/*"}, "Host": {"Host", "10.0.0.7:80"}, "User-Agent": {"User-Agent", "kube-probe/1.37"},
@@ -257,7 +257,7 @@ func TestTwinsCountTogether(t *testing.T) {
 	}
 }
 
-// What net/http refuses to send is never asked.
+// A request that net/http refuses to send is never seen.
 func TestNotSent(t *testing.T) {
 	for name, header := range map[string]Header{
 		"line": {"A", "1\n2"}, "control character": {"A", "\x01"},

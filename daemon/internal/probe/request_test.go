@@ -11,7 +11,7 @@ func TestParseRequest(t *testing.T) {
 	header := http.Header{"User-Agent": {"kube-probe/1.37"}, "X-A": {"1", "2"}, "Connection": {"close"}}
 	for name, test := range map[string]struct {
 		text string
-		path string // empty: an error
+		path string // empty if an error is expected
 	}{
 		"plain":           {"GET /x" + rest, "/x"},
 		"escaped, query":  {"GET /a%20b//?x=%2f" + rest, "/a%20b//?x=%2f"},
