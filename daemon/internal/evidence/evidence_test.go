@@ -24,7 +24,7 @@ var (
 	question = datapath.Question{Hash: 5, Check: 6}
 )
 
-// record is one whose time is set by records.
+// record returns a record without a time, which records sets.
 func record(fromPod bool, flags uint8, offset int, payload string) datapath.Record {
 	return datapath.Record{
 		FromPod: fromPod, TCPFlags: flags, Offset: uint32(offset), Len: uint32(len(payload)), Payload: []byte(payload),
@@ -51,13 +51,13 @@ func with(r datapath.Record, change func(*datapath.Record)) datapath.Record {
 	return r
 }
 
-// at moves a record in time, by milliseconds.
+// at moves a record to a time, in milliseconds.
 func at(ms int, r datapath.Record) datapath.Record {
 	r.ObservedAt = startAt + uint64(ms)*uint64(time.Millisecond)
 	return r
 }
 
-// records are those of one connection, a millisecond apart unless they have a time.
+// records makes the records belong to one connection, a millisecond apart unless they have a time.
 func records(owner uint64, all ...datapath.Record) []datapath.Record {
 	for i := range all {
 		if all[i].ObservedAt == 0 {
@@ -68,7 +68,7 @@ func records(owner uint64, all ...datapath.Record) []datapath.Record {
 	return all
 }
 
-// observe returns the outcomes, and checks how much the assembler says it keeps.
+// observe returns the outcomes, and checks the assembler's count of what it keeps.
 func observe(t interface{ Fatalf(string, ...any) }, a *Assembler, all []datapath.Record) []Observation {
 	var observed []Observation
 	for _, r := range all {
@@ -93,7 +93,7 @@ func TestOutcome(t *testing.T) {
 	recognised := map[probe.Kind]bool{}
 	for name, test := range map[string]struct {
 		records []datapath.Record
-		event   probe.Event // none: no outcome
+		event   probe.Event // none if there is no outcome
 		kind    probe.Kind
 		doubt   Doubt
 	}{
@@ -196,8 +196,8 @@ func repeat(r datapath.Record, n int) []datapath.Record {
 	return all
 }
 
-// However a response is cut into packets, and whatever of it is sent again or overtaken: it is judged as if it had come in
-// one.
+// The packets of a response do not matter, nor do retransmissions and their order: the response is judged as if it had
+// come in one packet.
 func TestPacketsDoNotMatter(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		text := rapid.SampledFrom([]string{
@@ -230,8 +230,8 @@ func TestPacketsDoNotMatter(t *testing.T) {
 	})
 }
 
-// Exchanges of several connections do not mix, and those that have ended do not begin again.
-func TestConnectionsAreApart(t *testing.T) {
+// Exchanges on different connections do not mix, and finished ones do not begin again.
+func TestConnectionsDoNotMix(t *testing.T) {
 	a := NewAssembler()
 	other := ok + "Content-Length: 2\r\n\r\nno"
 	one := records(1, synAck, asks, pod(0, response), clientFIN, podRST)
@@ -266,7 +266,7 @@ func TestAbandonedAreForgotten(t *testing.T) {
 	}
 }
 
-// Whatever does not end, what is kept has its bounds, and what fits is still judged.
+// Memory stays bounded however many exchanges never end, and exchanges that fit are still judged.
 func TestBounds(t *testing.T) {
 	a := NewAssembler()
 	for owner := range uint64(maxExchanges + 10) {

@@ -18,7 +18,7 @@ func TestJudge(t *testing.T) {
 	for name, test := range map[string]struct {
 		text string
 		end  End
-		want verdict // in doubt: whatever else
+		want verdict // the event of a doubt does not matter
 	}{
 		"whole":                            {ok + "Content-Length: 2\r\n\r\nok", Open, success},
 		"whole, closed":                    {ok + "Content-Length: 2\r\n\r\nok", Closed, success},

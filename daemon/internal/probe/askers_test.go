@@ -74,7 +74,7 @@ func TestMayBeAskedByTCP(t *testing.T) {
 }
 
 // If the request is unknown, it may be any request.
-func TestMayBeAskedByTheUnknown(t *testing.T) {
+func TestMayBeAskedByUnknownRequest(t *testing.T) {
 	own := Spec{Container: "c", Type: Readiness, Kind: HTTP, Port: 80, Path: "/"}
 	all, err := Endpoints(Pod{Probes: []Spec{own}}, Settings{}, Limits{Request: 1024, Records: 64})
 	if err != nil {

@@ -85,7 +85,7 @@ func TestEstimate(t *testing.T) {
 	}
 }
 
-func TestEstimatesGoWithTheirEndpoints(t *testing.T) {
+func TestEstimatesEndWithTheirEndpoints(t *testing.T) {
 	m := estimate(t, limits, httpProbe(Readiness, "/x"))
 	m.Observe(after(10, x, Answered, 200), 0, 0)
 	if got := m.Estimates()[x].Passed[WhyUnknown]; got != 1 {
