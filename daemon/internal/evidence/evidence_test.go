@@ -80,7 +80,7 @@ func observe(t interface{ Fatalf(string, ...any) }, a *Assembler, all []datapath
 			kept += x.size
 		}
 		if kept != a.bytes || kept > maxBytes {
-			t.Fatalf("%d bytes are kept, and counted as %d", kept, a.bytes)
+			t.Fatalf("%d bytes are kept, but %d are counted", kept, a.bytes)
 		}
 	}
 	return observed
@@ -174,10 +174,10 @@ func TestOutcome(t *testing.T) {
 			}
 			isHTTP := test.kind == probe.HTTP
 			if isHTTP != (string(o.Text) == request) || isHTTP != (o.Question == probe.Question(question)) || isHTTP != (o.Request.Path == "/x") {
-				t.Errorf("got %+v: not what was asked", o)
+				t.Errorf("got %+v, which does not match the request", o)
 			}
 			if o.Duration <= 0 || o.ObservedAt != startAt+uint64(o.Duration) {
-				t.Errorf("it took %s until %d", o.Duration, o.ObservedAt)
+				t.Errorf("duration %s, observed at %d", o.Duration, o.ObservedAt)
 			}
 		})
 	}
@@ -252,17 +252,17 @@ func TestAbandonedAreForgotten(t *testing.T) {
 	a := NewAssembler()
 	observe(t, a, records(1, synAck, asks, pod(0, response)))
 	if len(a.exchanges) != 1 || a.bytes == 0 {
-		t.Fatalf("%d exchanges of %d bytes are known", len(a.exchanges), a.bytes)
+		t.Fatalf("%d exchanges of %d bytes are kept", len(a.exchanges), a.bytes)
 	}
 	later := int((abandonedAfter + tidyEvery) / time.Millisecond)
 	observed := observe(t, a, records(2, at(later, synAck), at(later, asks), at(later, pod(0, response)), at(later, clientFIN)))
 	if doubtful := a.TakeDoubtful(); len(observed) != 1 || len(a.exchanges) != 1 || a.bytes != 0 || doubtful[Doubtful{device, DoubtUnseen}] != 1 {
-		t.Errorf("got %+v; %d exchanges of %d bytes are known, doubts %v", observed, len(a.exchanges), a.bytes, doubtful)
+		t.Errorf("got %+v; %d exchanges of %d bytes are kept, doubts %v", observed, len(a.exchanges), a.bytes, doubtful)
 	}
 	later += int((lingering + tidyEvery) / time.Millisecond)
 	observe(t, a, records(1, at(later, clientFIN)))
 	if len(a.exchanges) != 0 {
-		t.Errorf("%d exchanges are still known", len(a.exchanges))
+		t.Errorf("%d exchanges are still kept", len(a.exchanges))
 	}
 }
 
@@ -275,18 +275,18 @@ func TestBounds(t *testing.T) {
 		}
 	}
 	if len(a.exchanges) != maxExchanges {
-		t.Errorf("%d exchanges are known, want %d", len(a.exchanges), maxExchanges)
+		t.Errorf("%d exchanges are kept, want %d", len(a.exchanges), maxExchanges)
 	}
 	a.Add(records(maxExchanges, at(3, clientFIN))[0])
 	if doubtful := a.TakeDoubtful(); doubtful[Doubtful{device, DoubtTooLarge}] != 1 {
-		t.Errorf("one too many: %v", doubtful)
+		t.Errorf("beyond the limit: %v", doubtful)
 	}
 	for owner := range uint64(maxBytes / (16 << 10)) {
 		a.Add(records(owner, at(3, pod(0, ok+strings.Repeat("x", 16<<10))))[0])
 	}
 	observed := observe(t, a, records(0, at(9, pod(0, response)), at(9, clientFIN)))
 	if doubtful := a.TakeDoubtful(); len(observed) != 0 || doubtful[Doubtful{device, DoubtDisorder}] != 1 {
-		t.Errorf("got %+v of one that contradicts itself, %v", observed, doubtful)
+		t.Errorf("got %+v of a contradictory exchange, %v", observed, doubtful)
 	}
 	if observed := observe(t, a, records(1e4, at(9, pod(0, response)), at(9, clientFIN))); len(observed) != 1 {
 		t.Errorf("got %+v", observed)

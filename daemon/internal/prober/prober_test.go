@@ -108,7 +108,7 @@ func newStage(t *testing.T) *stage {
 		t.Fatal(err)
 	}
 	if who, err := (&Finder{Kubelet: true}).Find(); err == nil {
-		t.Skipf("there is a kubelet on this machine already: %+v", who)
+		t.Skipf("a kubelet is already running on this machine: %+v", who)
 	}
 	dir, err := os.MkdirTemp("", "kubelet") // in a place where another user can run it, too
 	if err == nil {
@@ -463,7 +463,7 @@ func (c *client) wait(state string) {
 			return
 		}
 	}
-	c.t.Fatalf("the client has ended before it was %s: %v", state, c.reply.Err())
+	c.t.Fatalf("the client ended before it was %s: %v", state, c.reply.Err())
 }
 
 func (c *client) connect() {
@@ -479,7 +479,7 @@ func (c *client) connect() {
 func TestClient(t *testing.T) {
 	to := os.Getenv("PROBELET_TEST_CLIENT")
 	if to == "" {
-		t.Skip("for other tests")
+		t.Skip("a helper process of other tests")
 	}
 	node, err := ns.GetNS("/proc/self/fd/3")
 	if err != nil {
@@ -550,7 +550,7 @@ func TestBystandersAreNotTheKubelet(t *testing.T) {
 	want := func(when string, c *client, prober bool) {
 		t.Helper()
 		if isProber(c) != prober {
-			t.Errorf("%s: taken for the prober: %v", when, !prober)
+			t.Errorf("%s: recognised as the prober: %v", when, !prober)
 		}
 	}
 	set()

@@ -226,7 +226,7 @@ func TestOutcome(t *testing.T) {
 			}
 			if got.Kind != probe.HTTP || got.Port != asked.Endpoint.Port || got.Request.Path != "/x" || got.Question != asked.Question ||
 				!bytes.Equal(got.Text, asked.Request) || !got.Refresh {
-				t.Errorf("got %+v, which is not about what was asked", got)
+				t.Errorf("got %+v, which does not match the request", got)
 			}
 			if test.event == probe.NoAnswer && got.Duration < test.timeout {
 				t.Errorf("no answer after %s, before the timeout", got.Duration)
@@ -245,7 +245,7 @@ func TestOutcomeOfTCP(t *testing.T) {
 		t.Errorf("got %+v, want connected", got)
 	}
 	if err := <-closed; err == nil {
-		t.Error("something was sent")
+		t.Error("data was sent")
 	}
 }
 
@@ -324,7 +324,7 @@ func TestRequestIsSentUnchanged(t *testing.T) {
 			t.Errorf("sent %q", text)
 		}
 		if err := <-ended; !errors.Is(err, syscall.ECONNRESET) {
-			t.Errorf("the connection ended with %v, and left a TIME_WAIT", err)
+			t.Errorf("the connection ended with %v and left a TIME_WAIT", err)
 		}
 	}
 }
@@ -367,7 +367,7 @@ func TestWithdrawn(t *testing.T) {
 		t.Errorf("got %+v", got)
 	}
 	if len(r.open) != 0 || len(r.schedule.pods) != 0 || len(r.schedule.due) != 0 {
-		t.Errorf("left %v, %v", r.open, r.schedule)
+		t.Errorf("left over: %v, %v", r.open, r.schedule)
 	}
 }
 
@@ -388,7 +388,7 @@ func TestSet(t *testing.T) {
 	n := 0
 	outcomes(r, func(o Outcome) bool {
 		if o.Request.Path != "/y" {
-			t.Errorf("asked %s, which it was told not to", o.Request.Path)
+			t.Errorf("asked %s, which is no longer a target", o.Request.Path)
 		}
 		n++
 		return n < 5
@@ -568,7 +568,7 @@ func TestSuccessDatesFromItsRequest(t *testing.T) {
 				asked = o.ObservedAt
 			}
 			if from := o.ObservedAt - uint64(o.Duration); from < began || from > asked {
-				t.Errorf("%q: from %s after it was due, and %s before the pod was asked: %+v", path, time.Duration(from-began), time.Duration(asked-from), o)
+				t.Errorf("%q: dated %s after it was due, and %s before the pod was asked: %+v", path, time.Duration(from-began), time.Duration(asked-from), o)
 			}
 			return false
 		})

@@ -104,11 +104,11 @@ func TestGreedyPodServesAllItsEndpoints(t *testing.T) {
 	w.run(time.Minute, func(*job) time.Duration { return time.Millisecond })
 	all := w.of(id)
 	if len(all) != 64 {
-		t.Fatalf("%d of 64 were asked", len(all))
+		t.Fatalf("%d of 64 endpoints were asked", len(all))
 	}
 	for _, began := range all {
 		if len(began) < 10 {
-			t.Errorf("one was asked %d times in a minute", len(began))
+			t.Errorf("an endpoint was asked %d times in a minute", len(began))
 		}
 	}
 }
@@ -139,7 +139,7 @@ func alwaysFresh(t *testing.T, staleness string) {
 	began := w.of(id)[0]
 	for _, at := range began {
 		if known := at + uint64(took); known > freshUntil {
-			t.Fatalf("had expired for %s", time.Duration(known-freshUntil))
+			t.Fatalf("expired for %s", time.Duration(known-freshUntil))
 		}
 		freshUntil = at + uint64(specs[0].Staleness)
 	}

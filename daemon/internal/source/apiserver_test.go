@@ -174,7 +174,7 @@ func TestAPIServer(t *testing.T) {
 	wantNext(t, snapshots, "a[10.0.0.7]")
 	polltest.Eventually(t, "watched", f.watched)
 	if f.selector != "spec.nodeName=node-1" {
-		t.Errorf("selected by %q: those are not the node's pods", f.selector)
+		t.Errorf("field selector %q does not select the node's pods", f.selector)
 	}
 
 	starting := webPod("b", "")
@@ -186,16 +186,16 @@ func TestAPIServer(t *testing.T) {
 
 	// During an outage nothing is reported, and nothing forgotten.
 	f.setDown(true)
-	polltest.Eventually(t, "said", func() bool { return log.count("level=ERROR") > 0 })
+	polltest.Eventually(t, "an error is logged", func() bool { return log.count("level=ERROR") > 0 })
 	select {
 	case pods := <-snapshots:
-		t.Fatalf("a snapshot while nothing is known: %v", pods)
+		t.Fatalf("a snapshot during the outage: %v", pods)
 	case <-time.After(100 * time.Millisecond):
 	}
 	f.change("MODIFIED", webPod("c", "10.0.0.9"))
 	f.setDown(false)
 	wantNext(t, snapshots, "b[10.0.0.8]", "c[10.0.0.9]")
-	polltest.Eventually(t, "recovery said", func() bool { return log.count("source of specs recovered") > 0 })
+	polltest.Eventually(t, "the recovery is logged", func() bool { return log.count("source of specs recovered") > 0 })
 }
 
 func TestAPIServerNoPods(t *testing.T) {

@@ -219,7 +219,7 @@ func TestKubeletIsAskedRarely(t *testing.T) {
 		time.Sleep(time.Millisecond)
 	}
 	if asked, most := f.requests.Load(), 1+int32(time.Since(start)/(10*took)); asked > most {
-		t.Errorf("asked %d times, at most %d in that time", asked, most)
+		t.Errorf("asked %d times, want at most %d in that time", asked, most)
 	}
 }
 
@@ -286,7 +286,7 @@ func TestKubeletNotThere(t *testing.T) {
 	f.Close()
 	var log logged
 	running(t, openKubelet(t, KubeletConfig{Config: at(f.URL).Config, Poll: time.Millisecond}, log.logger()))
-	polltest.Eventually(t, "said", func() bool { return log.count("refused") > 0 })
+	polltest.Eventually(t, "the refusal is logged", func() bool { return log.count("refused") > 0 })
 	time.Sleep(50 * time.Millisecond)
 	if log.count("level=ERROR") != 1 {
 		t.Errorf("logged:\n%s", log.String())

@@ -334,7 +334,7 @@ func TestPodsAPIComesAndGoes(t *testing.T) {
 		before := a.lists.Load()
 		polltest.Eventually(t, "listed", func() bool { return a.lists.Load() > before+3 })
 		if f.requests.Load() != polls {
-			t.Error("polled beside the watch")
+			t.Error("polled while watching")
 		}
 		stop()
 		wantNext(t, snapshots, "polled[10.0.0.99]")
@@ -367,8 +367,8 @@ func TestPodsAPIUnusable(t *testing.T) {
 			k, f := apiKubelet(t, a, slog.New(slog.DiscardHandler))
 			k.config.Poll, k.timeout = 20*time.Millisecond, 200*time.Millisecond
 			wantNext(t, running(t, k), "polled[10.0.0.99]")
-			polltest.Eventually(t, "polled again and again", func() bool { return f.requests.Load() > 3 })
-			polltest.Eventually(t, "said why", func() bool { d := k.Delivery(); return !d.Pushed && d.Why != "" })
+			polltest.Eventually(t, "polled repeatedly", func() bool { return f.requests.Load() > 3 })
+			polltest.Eventually(t, "the reason is known", func() bool { d := k.Delivery(); return !d.Pushed && d.Why != "" })
 		})
 	}
 }
@@ -400,13 +400,13 @@ func TestPodsAPIBusyLoop(t *testing.T) {
 		time.Sleep(20 * time.Microsecond)
 	}
 	heard := 0
-	polltest.Eventually(t, "the last word", func() bool {
+	polltest.Eventually(t, "the latest snapshot", func() bool {
 		heard++
 		pods := <-snapshots
 		return pods[0].Probes[0].Instance == "containerd://1#999"
 	})
 	if heard > 100 || a.wasDropped() != 0 {
-		t.Errorf("%d snapshots, dropped %d times", heard, a.wasDropped())
+		t.Errorf("%d snapshots; dropped %d times", heard, a.wasDropped())
 	}
 }
 
@@ -574,7 +574,7 @@ func TestPodsAPIConverges(t *testing.T) {
 			case pods := <-snapshots:
 				take(pods)
 			case <-deadline:
-				rt.Fatalf("known: %v, there are %v", got, want)
+				rt.Fatalf("known: %v, actual: %v", got, want)
 			}
 		}
 	})

@@ -147,7 +147,7 @@ func TestReloadKeepsTheLastGoodState(t *testing.T) {
 	}
 	select {
 	case pods := <-snapshots:
-		t.Fatalf("a snapshot of a bad file: %v", pods)
+		t.Fatalf("a snapshot from an invalid file: %v", pods)
 	default:
 	}
 	write(t, path, podB)
