@@ -94,7 +94,7 @@ func TestReasons(t *testing.T) {
 		"headers":          {with(get, header("X-A", "1")), "", true, false},
 		"Connection":       {with(get, header("connection", "upgrade")), "", true, false},
 		"long request":     {with(get, header("X-A", strings.Repeat("x", 1000))), "at most 1024", true, false},
-		"too long a path":  {with(get, func(s *Spec) { s.Path = "/" + strings.Repeat("x", 1000) }), "at most 1024", true, false},
+		"path too long":    {with(get, func(s *Spec) { s.Path = "/" + strings.Repeat("x", 1000) }), "at most 1024", true, false},
 		"never sent":       {with(get, func(s *Spec) { s.Path = "/\x7f" }), "cannot be sent", false, false},
 		"startup":          {with(get, func(s *Spec) { s.Type = Startup }), "only startup probes", true, false},
 		"startup by HTTPS": {with(get, func(s *Spec) { s.Type, s.Kind = Startup, HTTPS }), "HTTPS", false, false},
@@ -114,8 +114,8 @@ func TestReasons(t *testing.T) {
 		"TCP elsewhere":                          {with(tcpProbe(Liveness), at("10.9.9.9")), "10.9.9.9", false, false},
 		"TCP at a name, another port":            {with(tcpProbe(Liveness), at("h.example"), func(s *Spec) { s.Port = 81 }), "h.example", false, false},
 		"TCP at a name, startup":                 {with(tcpProbe(Startup), at("h.example")), "h.example", false, true},
-		"TCP, startup beside an ordinary":        {tcpProbe(Startup), "", true, false},
-		"HTTP, startup beside an ordinary":       {with(same, func(s *Spec) { s.Type = Startup }), "", true, false},
+		"TCP, startup beside an ordinary one":    {tcpProbe(Startup), "", true, false},
+		"HTTP, startup beside an ordinary one":   {with(same, func(s *Spec) { s.Type = Startup }), "", true, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			specs := endpoints(t, ordinary, tcpProbe(Readiness), test.probe)

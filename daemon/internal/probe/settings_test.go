@@ -133,7 +133,7 @@ func TestSettings(t *testing.T) {
 		want        string // mode and its origin, staleness and its origin
 		problem     []string
 	}{
-		"nothing said":         {NewDefaults(), nil, "answer default 1 default", nil},
+		"no settings":          {NewDefaults(), nil, "answer default 1 default", nil},
 		"of others":            {NewDefaults(), texts{"other/mode": "off"}, "answer default 1 default", nil},
 		"annotations":          {NewDefaults(), texts{staleness: "0.5", mode: "off"}, "off annotation 0.5 annotation", nil},
 		"node":                 {cautious, nil, "observe node 0.5 node", nil},
@@ -300,7 +300,7 @@ func TestRefreshOff(t *testing.T) {
 	}{
 		"on":               {known, httpProbe(Readiness, "/x"), live, nil, ""},
 		"TCP":              {known, tcpProbe(Readiness), limits, nil, ""},
-		"TCP, looked at":   {known, tcpProbe(Readiness), live, nil, "the listening socket itself"},
+		"TCP, checked":     {known, tcpProbe(Readiness), live, nil, "the listening socket itself"},
 		"no address":       {nil, httpProbe(Readiness, "/x"), live, nil, "do not give the pod's address"},
 		"never answered":   {known, httpProbe(Startup, "/x"), live, nil, "not answered"},
 		"not observed":     {known, with(httpProbe(Liveness, "/x"), func(s *Spec) { s.Kind = HTTPS }), live, nil, "not answered"},

@@ -135,7 +135,7 @@ func TestAnswersProlongTCP(t *testing.T) {
 	}{
 		"a success":             {9, 1, []Outcome{connected, after(10, x, Answered, 200)}, of(10, 9)},
 		"an error":              {9, 1, []Outcome{connected, after(10, x, Answered, 503)}, of(10, 9)},
-		"without a look":        {0, 1, []Outcome{connected, after(10, x, Answered, 200)}, of(5, 0)},
+		"without checks":        {0, 1, []Outcome{connected, after(10, x, Answered, 200)}, of(5, 0)},
 		"nothing known":         {9, 1, []Outcome{after(10, x, Answered, 200)}, Evidence{}},
 		"after a failure":       {9, 1, []Outcome{connected, after(7, tcp, Reset, 0), after(10, x, Answered, 200)}, known(Failure, 0, 1007*second, 0)},
 		"no success of its own": {9, 2, []Outcome{connected, after(10, x, Answered, 200)}, known(Success, 0, 1005*second, 0)},
@@ -202,12 +202,12 @@ func TestGate(t *testing.T) {
 		"startup probes only":      {[]Spec{startup, startupTCP}, []Outcome{after(10, y, Answered, 200), after(10, tcp, Connected, 0)}, closed},
 		"beside HTTPS":             {[]Spec{both[0], with(https, func(s *Spec) { s.Type = Liveness })}, []Outcome{good}, ofX},
 		"TCP unknown":              {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{good}, closed},
-		"TCP alone known":          {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{after(12, tcp, Connected, 0)}, Gate{1012 * second, 1023 * second}},
+		"only TCP known":           {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{after(12, tcp, Connected, 0)}, Gate{1012 * second, 1023 * second}},
 		"TCP older":                {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{after(5, tcp, Connected, 0), good}, Gate{1005 * second, 1016 * second}},
 		"TCP too late":             {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{good, took(time.Second, after(12, tcp, Connected, 0))}, closed},
 		"TCP, HTTP failed":         {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{after(5, tcp, Connected, 0), after(10, x, Answered, 500)}, Gate{1005 * second, 1016 * second}},
 		"TCP at another address":   {[]Spec{both[0], with(tcpProbe(Liveness), func(s *Spec) { s.Host = "fd00::7" })}, []Outcome{good}, closed},
-		"TCP for two types":        {[]Spec{both[0], startupTCP, with(tcpProbe(Liveness), func(s *Spec) { s.Container = "d" })}, []Outcome{good}, closed},
+		"TCP of two types":         {[]Spec{both[0], startupTCP, with(tcpProbe(Liveness), func(s *Spec) { s.Container = "d" })}, []Outcome{good}, closed},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tracker := track(t, test.probes...)
@@ -392,14 +392,14 @@ func TestNewContainer(t *testing.T) {
 		before, after []Spec
 		kept          bool
 	}{
-		"the same":                    {[]Spec{of("a"), liveness}, []Spec{of("a"), liveness}, true},
-		"another":                     {[]Spec{of("a")}, []Spec{of("b")}, false},
-		"ended":                       {[]Spec{of("a")}, []Spec{of("")}, false},
-		"not known before":            {[]Spec{of("")}, []Spec{of("a")}, false},
-		"never known":                 {[]Spec{of("")}, []Spec{of("")}, true},
-		"one of two that ask it":      {[]Spec{of("a"), sidecar}, []Spec{of("b"), sidecar}, false},
-		"the other of two":            {[]Spec{sidecar, of("a")}, []Spec{sidecar, of("b")}, false},
-		"another, that asks not this": {[]Spec{of("a"), with(sidecar, func(s *Spec) { s.Path = "/y" })}, []Spec{of("a"), with(sidecar, func(s *Spec) { s.Path, s.Instance = "/y", "t" })}, true},
+		"the same":                     {[]Spec{of("a"), liveness}, []Spec{of("a"), liveness}, true},
+		"another":                      {[]Spec{of("a")}, []Spec{of("b")}, false},
+		"ended":                        {[]Spec{of("a")}, []Spec{of("")}, false},
+		"not known before":             {[]Spec{of("")}, []Spec{of("a")}, false},
+		"never known":                  {[]Spec{of("")}, []Spec{of("")}, true},
+		"one of two that ask it":       {[]Spec{of("a"), sidecar}, []Spec{of("b"), sidecar}, false},
+		"the other of two":             {[]Spec{sidecar, of("a")}, []Spec{sidecar, of("b")}, false},
+		"another that does not ask it": {[]Spec{of("a"), with(sidecar, func(s *Spec) { s.Path = "/y" })}, []Spec{of("a"), with(sidecar, func(s *Spec) { s.Path, s.Instance = "/y", "t" })}, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tracker := track(t, test.before...)

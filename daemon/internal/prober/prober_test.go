@@ -72,7 +72,7 @@ func TestCgroupDir(t *testing.T) {
 		"our own":           {ofHost + ofPod, "/below", "/sys/fs/cgroup/below"},
 		"the pod's only":    {ofPod, "/../../.." + kubelet, ""},
 		"not far enough up": {ofPod + ofHost, "/../../../.." + kubelet, ""},
-		"nobody's":          {ofPod + ofHost, "/../.." + kubelet, ""},
+		"below no mount":    {ofPod + ofHost, "/../.." + kubelet, ""},
 		"none":              {v1, kubelet, ""},
 	} {
 		proc := t.TempDir()
@@ -564,7 +564,7 @@ func TestBystandersAreNotTheKubelet(t *testing.T) {
 	if err := d.SetProber(datapath.Prober{}); err != nil {
 		t.Fatal(err)
 	}
-	want("the kubelet, when nobody is the prober", kubelet, false)
+	want("the kubelet, without a prober", kubelet, false)
 	set()
 	// Another process of the daemon's has set the prober and ended: that says nothing about whose sockets are marked.
 	if err := d.Close(); err != nil {

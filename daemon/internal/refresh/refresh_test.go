@@ -179,7 +179,7 @@ func TestOutcome(t *testing.T) {
 		"long headers":   {says("HTTP/1.1 200 OK\r\nX: " + body + "\r\nContent-Length: 0\r\n\r\n"), 0, 0, 0},
 		"one of ours":    {says("HTTP/1.1 200 OK\r\nContent-Length: 0\r\nCache-Status: probelet; hit\r\n\r\n"), 0, 0, 0},
 		"too short body": {says("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok"), 0, probe.Failed, 0},
-		"no HTTP":        {says("220 mail.example ESMTP\r\n"), 0, probe.Failed, 0},
+		"not HTTP":       {says("220 mail.example ESMTP\r\n"), 0, probe.Failed, 0},
 		"closed":         {says(""), 0, probe.Failed, 0},
 		"stays open": {func(conn net.Conn) {
 			says("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")(conn)

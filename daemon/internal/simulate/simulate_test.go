@@ -123,7 +123,7 @@ func TestServer(t *testing.T) {
 		"overtaken by a hang": {9.999, x, probe.NoAnswer, false},
 		"hanging":             {15, x, probe.NoAnswer, false},
 		"hanging, TCP":        {15, tcp, probe.Connected, true},
-		"to the hang's end":   {19.5, x, probe.Answered, true},
+		"until the hang ends": {19.5, x, probe.Answered, true},
 		"stuck":               {35, x, probe.NoAnswer, false},
 		"stuck, TCP":          {35, tcp, probe.NoAnswer, false},
 		"closed":              {45, x, probe.Reset, false},

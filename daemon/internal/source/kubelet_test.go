@@ -246,7 +246,7 @@ func TestKubeletFailures(t *testing.T) {
 		"not JSON":         {says("<html>"), "invalid character"},
 		"half":             {says(good[:len(good)/2]), "unexpected EOF"},
 		"two":              {says(good + good), "more than one"},
-		"garbage behind":   {says(good + "}"), "more than one"},
+		"trailing garbage": {says(good + "}"), "more than one"},
 		"a list":           {says("[]"), "expected {"},
 		"another kind":     {says(`{"kind":"Status","code":500}`), `kind: \"Status\"`},
 		"no kind":          {says(`{"items":[]}`), "must be PodList"},

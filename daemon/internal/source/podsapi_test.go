@@ -284,7 +284,7 @@ func TestPodsAPIOutage(t *testing.T) {
 			defer a.mutex.Unlock()
 			a.starting = false
 		},
-		"lost us": func(t *testing.T, a *podsAPI, stop func()) {
+		"dropped us": func(t *testing.T, a *podsAPI, stop func()) {
 			t.Cleanup(stop)
 			a.dropAll()
 		},
@@ -525,7 +525,7 @@ func TestPodsAPIConverges(t *testing.T) {
 		a := newPodsAPI(t)
 		stop := a.start(rt)
 		k, f := apiKubelet(t, a, slog.New(slog.DiscardHandler))
-		f.does(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "the API is to be used") })
+		f.does(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "not to be polled") })
 		k.config.Poll, k.shortest = 5*time.Millisecond, time.Millisecond
 		ctx, cancel := context.WithCancel(context.Background())
 		snapshots, done := make(chan []probe.Pod), make(chan error)
