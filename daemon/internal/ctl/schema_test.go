@@ -1,6 +1,6 @@
 //go:build linux
 
-package main
+package ctl
 
 import (
 	"bytes"
@@ -36,7 +36,7 @@ func reflected(t *testing.T) []byte {
 		}
 		return nil
 	}}
-	for _, dir := range []string{"daemon/cmd/probeletctl", "daemon/internal/statedir", "daemon/internal/probe", "daemon/internal/api", "daemon/internal/status", "daemon/internal/store"} {
+	for _, dir := range []string{"daemon/internal/ctl", "daemon/internal/statedir", "daemon/internal/probe", "daemon/internal/api", "daemon/internal/status", "daemon/internal/store"} {
 		if err := r.AddGoComments("github.com/probelet/probelet", filepath.Join("../../..", dir)); err != nil {
 			t.Fatal(err)
 		}
@@ -59,7 +59,7 @@ func reflected(t *testing.T) []byte {
 	return append(text, '\n')
 }
 
-// The documented schema is that of the types: go test ./daemon/cmd/probeletctl -run Schema -update
+// The documented schema is that of the types: go test ./daemon/internal/ctl -run Schema -update
 func TestSchemaIsDocumented(t *testing.T) {
 	want := reflected(t)
 	if *update {
