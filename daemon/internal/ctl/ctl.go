@@ -20,6 +20,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/status"
+	"github.com/probelet/probelet/daemon/internal/survey"
 	"github.com/probelet/probelet/daemon/internal/table"
 	"github.com/probelet/probelet/internal/version"
 )
@@ -69,7 +70,7 @@ Exit codes:
 type environment struct {
 	stdout, stderr io.Writer
 	now            func() uint64 // ns of CLOCK_BOOTTIME
-	open           func(bpfDir string) (kernel, error)
+	open           func(bpfDir string) (survey.Kernel, error)
 	host           host
 	// width is how many characters a line may have; 0: any number.
 	width int
@@ -78,7 +79,7 @@ type environment struct {
 // Main runs probeletctl with the arguments of the process and returns its exit code.
 func Main(ctx context.Context, args []string) int {
 	env := environment{
-		stdout: os.Stdout, stderr: os.Stderr, now: datapath.Now, open: openKernel, host: thisHost(), width: table.WidthOf(os.Stdout),
+		stdout: os.Stdout, stderr: os.Stderr, now: datapath.Now, open: survey.OpenKernel, host: thisHost(), width: table.WidthOf(os.Stdout),
 	}
 	return status.Exit(os.Stderr, "probeletctl", execute(ctx, env, args[1:]))
 }
@@ -119,10 +120,10 @@ func execute(ctx context.Context, env environment, args []string) error {
 }
 
 // formats are the values of -o.
-var formats = map[string]func(*environment, Status) error{
-	"table": func(env *environment, s Status) error { return printTable(env, s, false) },
-	"wide":  func(env *environment, s Status) error { return printTable(env, s, true) },
-	"json":  func(env *environment, s Status) error { return printJSON(env.stdout, s) },
+var formats = map[string]func(*environment, survey.Status) error{
+	"table": func(env *environment, s survey.Status) error { return printTable(env, s, false) },
+	"wide":  func(env *environment, s survey.Status) error { return printTable(env, s, true) },
+	"json":  func(env *environment, s survey.Status) error { return printJSON(env.stdout, s) },
 }
 
 func formatNames() string {
@@ -152,14 +153,14 @@ func statusCommand(env *environment) *cobra.Command {
 			if summary {
 				return summarize(cmd.Context(), env, where, output == "json")
 			}
-			s, err := survey(env, where)
+			s, err := env.at(where).ReadAll()
 			if err != nil {
 				return err
 			}
 			if err := show(env, only.of(s)); err != nil {
 				return err
 			}
-			return s.daemonDown()
+			return daemonDown(s.Daemon)
 		},
 	}
 	cmd.Flags().StringVarP(&output, "output", "o", "table", "`format`: "+formatNames())
@@ -170,8 +171,8 @@ func statusCommand(env *environment) *cobra.Command {
 }
 
 // daemonDown is the error after all has been shown that is known without a daemon; nil if one runs.
-func (s Status) daemonDown() error {
-	if s.Daemon.Running {
+func daemonDown(d survey.Daemon) error {
+	if d.Running {
 		return nil
 	}
 	return &status.Error{Code: status.DaemonDown, Err: api.ErrDown, Shown: true}
@@ -189,18 +190,27 @@ func (f *namespaceFilter) flags(cmd *cobra.Command) {
 	cmd.MarkFlagsMutuallyExclusive("namespace", "all-namespaces")
 }
 
-func (f namespaceFilter) of(s Status) Status {
+func (f namespaceFilter) of(s survey.Status) survey.Status {
 	if f.namespace == "" {
 		return s
 	}
 	other := func(pod string) bool { return !strings.HasPrefix(pod, f.namespace+"/") }
-	s.Attachments = slices.DeleteFunc(slices.Clone(s.Attachments), func(a Attachment) bool { return other(a.Pod) })
+	s.Attachments = slices.DeleteFunc(slices.Clone(s.Attachments), func(a survey.Attachment) bool { return other(a.Pod) })
 	s.Unattached = slices.DeleteFunc(slices.Clone(s.Unattached), other)
 	return s
 }
 
 // place is where probelet is on this machine.
 type place struct{ bpfDir, stateDir string }
+
+// at is what is read from a place.
+func (env *environment) at(where place) survey.Source {
+	return survey.Source{
+		BPFDir: where.bpfDir, StateDir: where.stateDir, Now: env.now, Open: env.open, Warn: func(err error) { warn(env, err) },
+	}
+}
+
+func warn(env *environment, err error) { _, _ = fmt.Fprintln(env.stderr, "probeletctl: warning:", err) }
 
 // fromEnvironment sets the directories that were not given from the variables that probeletd has them from, so that nothing needs
 // to be said in its container.
@@ -227,65 +237,4 @@ func printJSON[T any](w io.Writer, s T) error {
 	encoder := json.NewEncoder(w)
 	encoder.SetIndent("", "  ")
 	return encoder.Encode(s)
-}
-
-// kernel is what the kernel side tells. Its errors are those of package datapath.
-type kernel interface {
-	Prober() (datapath.Prober, error)
-	Counters() (map[string]uint64, error)
-	// Watched reports whether listening sockets that close are noticed.
-	Watched() bool
-	SeesListeners() bool
-	// Pod returns what is known of an attachment's pod.
-	Pod(attach.ID) (podMaps, error)
-	// AttachedDevice returns the device of an attachment.
-	AttachedDevice(attach.ID) (datapath.Device, error)
-	// Neighbours returns the programs of others at a device's hooks.
-	Neighbours(ifindex int) ([]attach.Neighbour, error)
-	// TrustAgain has the programs try again whether answers arrive by a device.
-	TrustAgain(datapath.DeviceKey) error
-	Close() error
-}
-
-type podMaps interface {
-	Get(datapath.EndpointKey) (datapath.Evidence, datapath.Tally, error)
-}
-
-type openedKernel struct {
-	*datapath.Datapath
-	bpfDir  string
-	checker *attach.Checker // nil: not needed yet
-}
-
-func (k *openedKernel) Pod(id attach.ID) (podMaps, error) {
-	return attach.OpenPod(k.Datapath, k.bpfDir, id)
-}
-
-func (k *openedKernel) AttachedDevice(id attach.ID) (datapath.Device, error) {
-	key, err := attach.Device(k.bpfDir, id)
-	if err != nil {
-		return datapath.Device{}, err
-	}
-	return k.Device(key)
-}
-
-func (k *openedKernel) Neighbours(ifindex int) (_ []attach.Neighbour, err error) {
-	if k.checker == nil {
-		if k.checker, err = attach.NewChecker(k.Datapath, k.bpfDir); err != nil {
-			return nil, err
-		}
-	}
-	return k.checker.Neighbours(ifindex)
-}
-
-// openKernel returns nil if nothing is loaded.
-func openKernel(bpfDir string) (kernel, error) {
-	d, err := datapath.Open(bpfDir)
-	if errors.Is(err, datapath.ErrNotLoaded) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	return &openedKernel{Datapath: d, bpfDir: bpfDir}, nil
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/status"
+	"github.com/probelet/probelet/daemon/internal/survey"
 )
 
 func TestMain(m *testing.M) { bpftest.RunInOwnCgroup(m.Run) }
@@ -47,7 +48,7 @@ func TestTrustOfARealDevice(t *testing.T) {
 	run := func(args ...string) string {
 		t.Helper()
 		var stdout, stderr strings.Builder
-		env := environment{stdout: &stdout, stderr: &stderr, now: datapath.Now, open: openKernel, host: thisHost()}
+		env := environment{stdout: &stdout, stderr: &stderr, now: datapath.Now, open: survey.OpenKernel, host: thisHost()}
 		bpftest.Do(t, pod.Node.NS, func() error {
 			err := execute(context.Background(), env, append(args, "--bpf-dir", bpfDir, "--state-dir", stateDir))
 			if status.Code(err) == status.DaemonDown {

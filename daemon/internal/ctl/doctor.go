@@ -28,6 +28,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/chain"
 	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/status"
+	"github.com/probelet/probelet/daemon/internal/survey"
 )
 
 const doctorHelp = `Looks at everything that probelet needs on this node, changes nothing, and says in words what to do about what is not well.
@@ -45,7 +46,7 @@ type doctor struct {
 	env    *environment
 	where  place
 	chain  chain.Node
-	status Status
+	status survey.Status
 	// quiet: findings are only kept.
 	quiet    bool
 	findings []status.Finding
@@ -82,7 +83,7 @@ func (d *doctor) run(ctx context.Context) error {
 	d.bpffs()
 	d.cgroup()
 	var err error
-	if d.status, err = collect(d.env, d.where); err != nil {
+	if d.status, err = d.env.at(d.where).Read(); err != nil {
 		d.says(status.Problem, "state", err.Error(), "")
 	}
 	d.capabilities()
@@ -362,7 +363,7 @@ func (d *doctor) kubelet() {
 	}
 	found, err := d.env.host.kubelet()
 	if err == nil {
-		should := proberOf(found)
+		should := survey.ProberOf(found)
 		switch {
 		case set == nil:
 			d.says(status.Note, "prober", fmt.Sprintf("the kubelet, %s, which nothing is loaded to compare with", should), "")
@@ -425,14 +426,14 @@ func (d *doctor) attachments() {
 // trust looks for devices by which answers did not arrive.
 func (d *doctor) trust() {
 	for _, a := range d.status.Attachments {
-		if a.Trust != trustLost {
+		if a.Trust != survey.TrustLost {
 			continue
 		}
 		again := "restart the pod"
 		if a.Pod != "" {
 			again = "run probeletctl trust " + a.Pod
 		}
-		d.says(status.Problem, "trust", fmt.Sprintf("%s is not answered: %s", cmp.Or(a.Pod, a.ContainerID), a.trust()),
+		d.says(status.Problem, "trust", fmt.Sprintf("%s is not answered: %s", cmp.Or(a.Pod, a.ContainerID), a.Answers()),
 			fmt.Sprintf("find who drops the answers by %s (others on it are named below; or a firewall), then %s", a.HostIfName, again))
 	}
 }

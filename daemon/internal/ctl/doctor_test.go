@@ -21,6 +21,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/status"
+	"github.com/probelet/probelet/daemon/internal/survey"
 )
 
 // clinic is a node where all is well, but for the daemon, which does not run.
@@ -220,7 +221,7 @@ func TestDirectoriesFromTheEnvironment(t *testing.T) {
 	t.Setenv("PROBELET_CNI_NET_DIR", c.netDir)
 	t.Setenv("PROBELET_CNI_BIN_DIR", c.binDir)
 	var stdout strings.Builder
-	env := environment{stdout: &stdout, stderr: &c.stderr, now: func() uint64 { return now }, host: c.host, open: func(dir string) (kernel, error) {
+	env := environment{stdout: &stdout, stderr: &c.stderr, now: func() uint64 { return now }, host: c.host, open: func(dir string) (survey.Kernel, error) {
 		opened = dir
 		return nil, nil
 	}}

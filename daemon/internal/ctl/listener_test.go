@@ -10,6 +10,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/daemon/internal/survey"
 )
 
 // What looks at the listening socket came to is shown of TCP endpoints that they are for.
@@ -65,7 +66,7 @@ func TestRealDue(t *testing.T) {
 				datapath.TCPKey(80):  {evidence: success(1, 5, 0)},
 				keyOf(80, "/x"):      {evidence: success(1, 5, 200)},
 			}, tcp, http)
-			var s Status
+			var s survey.Status
 			if err := json.Unmarshal([]byte(m.status("-o", "json")), &s); err != nil {
 				t.Fatal(err)
 			}

@@ -19,6 +19,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/store"
+	"github.com/probelet/probelet/daemon/internal/survey"
 	"github.com/probelet/probelet/daemon/internal/table"
 )
 
@@ -142,11 +143,11 @@ func trustCommand(env *environment) *cobra.Command {
 }
 
 func trust(env *environment, where place, name string) error {
-	s, err := collect(env, where)
+	s, err := env.at(where).Read()
 	if err != nil {
 		return err
 	}
-	attachments, err := s.ofPod(name)
+	attachments, err := s.OfPod(name)
 	if err != nil {
 		return err
 	}
@@ -171,12 +172,12 @@ func trust(env *environment, where place, name string) error {
 }
 
 // trustAgain returns in words what it did.
-func trustAgain(k kernel, a Attachment) (done string, err error) {
+func trustAgain(k survey.Kernel, a survey.Attachment) (done string, err error) {
 	if a.Trust == "" {
 		return "", status.Errorf(status.NotFound, "%s", cmp.Or(a.WhyNotAnswered, "not attached any more"))
 	}
-	if a.Trust != trustLost {
-		return "nothing to do: " + a.trust(), nil
+	if a.Trust != survey.TrustLost {
+		return "nothing to do: " + a.Answers(), nil
 	}
 	device, err := k.AttachedDevice(attach.ID{ContainerID: a.ContainerID, IfName: a.IfName})
 	if err != nil {
@@ -185,31 +186,14 @@ func trustAgain(k kernel, a Attachment) (done string, err error) {
 	return "answers by " + a.HostIfName + " are tried again", k.TrustAgain(device.Key)
 }
 
-// ofPod returns the attachments of a pod, at least one.
-func (s Status) ofPod(name string) ([]Attachment, error) {
-	var found []Attachment
-	for _, a := range s.Attachments {
-		if a.Pod == name {
-			found = append(found, a)
-		}
-	}
-	if len(found) > 0 {
-		return found, nil
-	}
-	if slices.Contains(s.Unattached, name) {
-		return nil, status.Errorf(status.NotFound, "pod %s is not attached, so all of its probes reach it", name)
-	}
-	return nil, status.Errorf(status.NotFound, "pod %s is not known on this node", name)
-}
-
 // stillOf says what is answered of a pod if nothing more happens.
 func stillOf(env *environment, where place, pod string) string {
-	s, err := collect(env, where)
+	s, err := env.at(where).Read()
 	if err != nil {
 		return err.Error()
 	}
-	attachments, _ := s.ofPod(pod) // none: nothing is answered
-	return "of " + pod + " " + still(attachments).Words(time.Now())
+	attachments, _ := s.OfPod(pod) // none: nothing is answered
+	return "of " + pod + " " + survey.Still(attachments).Words(time.Now())
 }
 
 const explainHelp = `Shows what is known of a pod: each endpoint with the probes that ask it, whether it is answered and why not, for how long at
@@ -222,8 +206,8 @@ With -o json, attachments are those of docs/status.schema.json.`
 
 // Explanation is what probeletctl explain shows.
 type Explanation struct {
-	Daemon      Daemon       `json:"daemon"`
-	Attachments []Attachment `json:"attachments"`
+	Daemon      survey.Daemon       `json:"daemon"`
+	Attachments []survey.Attachment `json:"attachments"`
 	// Events are the last of each endpoint, oldest first, as the daemon remembers them; null if it is not running.
 	Events []api.Event `json:"events"`
 }
@@ -252,7 +236,7 @@ func explainCommand(env *environment) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return Status{Daemon: x.Daemon}.daemonDown()
+			return daemonDown(x.Daemon)
 		},
 	}
 	cmd.Flags().StringVarP(&output, "output", "o", "text", "`format`: json|text")
@@ -262,16 +246,16 @@ func explainCommand(env *environment) *cobra.Command {
 }
 
 func explain(ctx context.Context, env *environment, where place, name string) (Explanation, error) {
-	s, err := survey(env, where)
+	s, err := env.at(where).ReadAll()
 	if err != nil {
 		return Explanation{}, err
 	}
 	x := Explanation{Daemon: s.Daemon}
-	if x.Attachments, err = s.ofPod(name); err != nil {
+	if x.Attachments, err = s.OfPod(name); err != nil {
 		return x, err
 	}
 	if !x.Daemon.Running {
-		x.Daemon.Still = still(x.Attachments)
+		x.Daemon.Still = survey.Still(x.Attachments)
 	}
 	namespace, pod, _ := strings.Cut(name, "/")
 	reply, err := api.NewClient(where.stateDir).Events(ctx, namespace, pod)
@@ -299,7 +283,7 @@ func (x Explanation) print(env *environment) error {
 				s.Mode, s.ModeFrom, s.Staleness, s.StalenessFrom, s.Refresh, s.RefreshFrom))
 		}
 		if a.Trust != "" {
-			line(fmt.Sprintf("hook %s; %s", a.Hook, a.trust()))
+			line(fmt.Sprintf("hook %s; %s", a.Hook, a.Answers()))
 		}
 		for _, n := range a.Neighbours {
 			line("also there: " + n.String())
@@ -318,18 +302,18 @@ func (x Explanation) print(env *environment) error {
 	return text.Write(env.stdout, env.width)
 }
 
-func (x Explanation) printEndpoint(text *table.Text, e Endpoint) {
+func (x Explanation) printEndpoint(text *table.Text, e survey.Endpoint) {
 	text.Line(e.Endpoint.Endpoint().String())
 	state := string(e.State)
 	if e.Status != 0 {
 		state += fmt.Sprintf(", status %d", e.Status)
 	}
 	if e.Age != nil {
-		state += fmt.Sprintf(", observed %s ago", duration(*e.Age))
+		state += fmt.Sprintf(", observed %s ago", survey.Duration(*e.Age))
 	}
 	text.Pair("state", state)
 	if e.WhyNotAnswered == "" {
-		next := fmt.Sprintf("answered in the kernel, for another %s", duration(*e.FreshFor))
+		next := fmt.Sprintf("answered in the kernel, for another %s", survey.Duration(*e.FreshFor))
 		if e.Listener != nil {
 			next += ", unless a look at the listening socket speaks against it"
 		}
@@ -338,7 +322,7 @@ func (x Explanation) printEndpoint(text *table.Text, e Endpoint) {
 		text.Pair("next probe", "reaches the pod: "+e.WhyNotAnswered)
 	}
 	if e.NotAnswered == "" || e.Withheld {
-		text.Pair("bound", e.bound())
+		text.Pair("bound", bound(e))
 	}
 	if e.Listener != nil {
 		text.Pair("listening socket", listener(*e.Listener))
@@ -354,15 +338,15 @@ func (x Explanation) printEndpoint(text *table.Text, e Endpoint) {
 	}
 	for _, p := range e.Probes {
 		text.Pair(p.String(), fmt.Sprintf("every %s, timeout %s, threshold %d: a failure %s detected within %s (%s without probelet)",
-			duration(p.Period), duration(p.Timeout), p.FailureThreshold, e.is(), duration(p.DetectionAnswered), duration(p.DetectionPlain)))
+			survey.Duration(p.Period), survey.Duration(p.Timeout), p.FailureThreshold, would(e), survey.Duration(p.DetectionAnswered), survey.Duration(p.DetectionPlain)))
 	}
 	for _, event := range x.eventsOf(e) {
-		text.Pair(duration(event.age).String()+" ago", event.text)
+		text.Pair(survey.Duration(event.age).String()+" ago", event.text)
 	}
 }
 
-// is says whether something is so, or in mode observe would be.
-func (e Endpoint) is() string {
+// would says whether something is so, or in mode observe would be.
+func would(e survey.Endpoint) string {
 	if e.Withheld {
 		return "would be"
 	}
@@ -370,21 +354,21 @@ func (e Endpoint) is() string {
 }
 
 // bound says for how long a success is answered, and what else bounds it.
-func (e Endpoint) bound() string {
-	bound := fmt.Sprintf("a success %s answered for %s", e.is(), duration(e.StalenessBound))
+func bound(e survey.Endpoint) string {
+	text := fmt.Sprintf("a success %s answered for %s", would(e), survey.Duration(e.StalenessBound))
 	if e.StalenessCapped {
-		bound += ", the node's ceiling"
+		text += ", the node's ceiling"
 	}
 	if e.Live > 0 {
-		bound += fmt.Sprintf(", while the listening socket accepts, and at most %d times in a row", e.Live)
+		text += fmt.Sprintf(", while the listening socket accepts, and at most %d times in a row", e.Live)
 	}
 	if e.Successes > 1 {
-		bound += fmt.Sprintf(", after a failure once %d in a row were observed", e.Successes)
+		text += fmt.Sprintf(", after a failure once %d in a row were observed", e.Successes)
 	}
 	if e.Refresh != 0 {
-		bound += fmt.Sprintf("; the daemon asks by itself every %s", duration(e.Refresh))
+		text += fmt.Sprintf("; the daemon asks by itself every %s", survey.Duration(e.Refresh))
 	}
-	return bound
+	return text
 }
 
 // listener says what looks at a listening socket came to.
@@ -452,7 +436,7 @@ type happening struct {
 }
 
 // eventsOf are the daemon's and the kernel's, oldest first.
-func (x Explanation) eventsOf(e Endpoint) []happening {
+func (x Explanation) eventsOf(e survey.Endpoint) []happening {
 	var all []happening
 	for _, event := range x.Events {
 		if (probe.Endpoint{Port: event.Port, Kind: event.Kind, Path: event.Path, Headers: event.HeadersID}) == e.Endpoint.Endpoint() {
@@ -463,7 +447,7 @@ func (x Explanation) eventsOf(e Endpoint) []happening {
 		all = append(all, happening{*e.LastHitAge, fmt.Sprintf("answered in the kernel (%d times so far)", e.Hits)})
 	}
 	if e.WithdrawnAge != nil {
-		all = append(all, happening{*e.WithdrawnAge, "withdrawn by the kernel: " + withdrawal(e.WithdrawnCause)})
+		all = append(all, happening{*e.WithdrawnAge, "withdrawn by the kernel: " + survey.Withdrawal(e.WithdrawnCause)})
 	}
 	slices.SortStableFunc(all, func(a, b happening) int { return cmp.Compare(b.age, a.age) })
 	return all

@@ -11,6 +11,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/daemon/internal/chain"
 	"github.com/probelet/probelet/daemon/internal/status"
+	"github.com/probelet/probelet/daemon/internal/survey"
 )
 
 // installed reports whether there is anything of probelet's on the node.
@@ -35,7 +36,7 @@ func (d *doctor) preflight() {
 	if prober, err := d.env.host.kubelet(); err != nil {
 		d.says(status.Problem, "prober", err.Error(), "without it nothing is answered. Is the kubelet running, and are the node's processes visible (hostPID)?")
 	} else {
-		d.says(status.Well, "prober", fmt.Sprintf("the kubelet, %s", proberOf(prober)), "")
+		d.says(status.Well, "prober", fmt.Sprintf("the kubelet, %s", survey.ProberOf(prober)), "")
 	}
 	joined, err := d.chain.Plan(found.Way())
 	switch {

@@ -19,6 +19,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/survey"
 )
 
 var update = flag.Bool("update", false, "write docs/status.schema.json")
@@ -36,7 +37,7 @@ func reflected(t *testing.T) []byte {
 		}
 		return nil
 	}}
-	for _, dir := range []string{"daemon/internal/ctl", "daemon/internal/statedir", "daemon/internal/probe", "daemon/internal/api", "daemon/internal/status", "daemon/internal/store"} {
+	for _, dir := range []string{"daemon/internal/survey", "daemon/internal/statedir", "daemon/internal/probe", "daemon/internal/api", "daemon/internal/status", "daemon/internal/store"} {
 		if err := r.AddGoComments("github.com/probelet/probelet", filepath.Join("../../..", dir)); err != nil {
 			t.Fatal(err)
 		}
@@ -50,7 +51,7 @@ func reflected(t *testing.T) []byte {
 		comments[name] = text
 	}
 	r.CommentMap = comments
-	schema := r.Reflect(&Status{})
+	schema := r.Reflect(&survey.Status{})
 	schema.ID, schema.Title = "", "probeletctl status -o json"
 	text, err := json.MarshalIndent(schema, "", "  ")
 	if err != nil {

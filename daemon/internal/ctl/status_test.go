@@ -26,6 +26,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/status"
+	"github.com/probelet/probelet/daemon/internal/survey"
 )
 
 const (
@@ -64,7 +65,7 @@ func (k fakeKernel) Counters() (map[string]uint64, error) {
 	return map[string]uint64{"answered_http": 12, "answered_tcp": 3, "observed": 20, "handed_over": 1}, nil
 }
 
-func (k fakeKernel) Pod(id attach.ID) (podMaps, error) {
+func (k fakeKernel) Pod(id attach.ID) (survey.PodMaps, error) {
 	if maps, ok := k.pods[id.ContainerID]; ok {
 		return maps, nil
 	}
@@ -144,7 +145,7 @@ func (m *machine) execute(args ...string) (string, error) {
 	env := environment{
 		stdout: &stdout, stderr: &m.stderr,
 		now: func() uint64 { return now },
-		open: func(string) (kernel, error) {
+		open: func(string) (survey.Kernel, error) {
 			if m.kernel == nil || m.openErr != nil {
 				return nil, m.openErr
 			}
@@ -235,7 +236,7 @@ func TestNothingLoaded(t *testing.T) {
 	if got := m.status(); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
-	var s Status
+	var s survey.Status
 	if err := json.Unmarshal([]byte(m.status("-o", "json")), &s); err != nil {
 		t.Fatal(err)
 	}
@@ -298,34 +299,34 @@ func TestStates(t *testing.T) {
 	for name, test := range map[string]struct {
 		maps      fakeMaps
 		endpoints []statedir.Endpoint
-		state     State
+		state     survey.State
 		why       string
 	}{
-		"answered":           {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {evidence: success(1, 5, 0)}}, one, Fresh, ""},
-		"no record yet":      {fakeMaps{}, one, Unknown, "nothing observed yet"},
-		"nothing observed":   {fakeMaps{x: {}, port: {}}, one, Unknown, "nothing observed yet"},
-		"redirect":           {fakeMaps{x: {evidence: datapath.Evidence{Status: 302, ObservedAt: 1}}}, one, Unknown, "status 302: a redirect"},
-		"error status":       {fakeMaps{x: {evidence: failed(2, 503)}}, one, Failed, "status 503"},
-		"reset":              {fakeMaps{x: {evidence: failed(2, 0)}}, one, Failed, "refused, reset, or no complete and valid response in time"},
-		"too late":           {fakeMaps{x: {evidence: failed(2, 200)}}, one, Failed, "status 200 came too late"},
-		"not often enough":   {fakeMaps{x: {evidence: unbound(success(1, 0, 200))}}, []statedir.Endpoint{threshold}, Stale, "3 probes in a row must succeed"},
-		"expired":            {fakeMaps{x: {evidence: datapath.Evidence{Result: datapath.ResultSuccess, ObservedAt: 1, FreshUntil: now - 3*second}}}, one, Stale, "expired 3s ago"},
-		"withdrawn":          {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(4)}}, one, Stale, "withdrawn"},
-		"withdrawn before":   {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(5)}}, one, Fresh, ""},
-		"other unknown":      {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, both, Fresh, "taking a connection would also answer TCP :80 (unknown)"},
-		"another path":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, endpoint(probe.HTTP, 80, "/y")}, Fresh, "not open yet"},
-		"other failed":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}, datapath.TCPKey(80): {evidence: failed(1, 0)}}, both, Fresh, "TCP :80 (failed)"},
-		"startup probe only": {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, startup}, Fresh, "not open yet"},
-		"would be answered":  {fakeMaps{x: {evidence: unbound(success(10, 0, 200))}, port: {}}, observing, Fresh, "mode observe"},
-		"would have expired": {fakeMaps{x: {evidence: unbound(success(12, 0, 200))}, port: {}}, observing, Stale, "mode observe"},
-		"would be withdrawn": {fakeMaps{x: {evidence: unbound(success(1, 0, 200))}, port: {tally: withdrawn(1)}}, observing, Stale, "mode observe"},
-		"would not be":       {fakeMaps{x: {evidence: failed(1, 500)}, port: {}}, observing, Failed, "mode observe"},
-		"nothing to be seen": {fakeMaps{x: {}, port: {}}, observing, Unknown, "mode observe"},
+		"answered":           {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {evidence: success(1, 5, 0)}}, one, survey.Fresh, ""},
+		"no record yet":      {fakeMaps{}, one, survey.Unknown, "nothing observed yet"},
+		"nothing observed":   {fakeMaps{x: {}, port: {}}, one, survey.Unknown, "nothing observed yet"},
+		"redirect":           {fakeMaps{x: {evidence: datapath.Evidence{Status: 302, ObservedAt: 1}}}, one, survey.Unknown, "status 302: a redirect"},
+		"error status":       {fakeMaps{x: {evidence: failed(2, 503)}}, one, survey.Failed, "status 503"},
+		"reset":              {fakeMaps{x: {evidence: failed(2, 0)}}, one, survey.Failed, "refused, reset, or no complete and valid response in time"},
+		"too late":           {fakeMaps{x: {evidence: failed(2, 200)}}, one, survey.Failed, "status 200 came too late"},
+		"not often enough":   {fakeMaps{x: {evidence: unbound(success(1, 0, 200))}}, []statedir.Endpoint{threshold}, survey.Stale, "3 probes in a row must succeed"},
+		"expired":            {fakeMaps{x: {evidence: datapath.Evidence{Result: datapath.ResultSuccess, ObservedAt: 1, FreshUntil: now - 3*second}}}, one, survey.Stale, "expired 3s ago"},
+		"withdrawn":          {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(4)}}, one, survey.Stale, "withdrawn"},
+		"withdrawn before":   {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(5)}}, one, survey.Fresh, ""},
+		"other unknown":      {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, both, survey.Fresh, "taking a connection would also answer TCP :80 (unknown)"},
+		"another path":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, endpoint(probe.HTTP, 80, "/y")}, survey.Fresh, "not open yet"},
+		"other failed":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}, datapath.TCPKey(80): {evidence: failed(1, 0)}}, both, survey.Fresh, "TCP :80 (failed)"},
+		"startup probe only": {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, startup}, survey.Fresh, "not open yet"},
+		"would be answered":  {fakeMaps{x: {evidence: unbound(success(10, 0, 200))}, port: {}}, observing, survey.Fresh, "mode observe"},
+		"would have expired": {fakeMaps{x: {evidence: unbound(success(12, 0, 200))}, port: {}}, observing, survey.Stale, "mode observe"},
+		"would be withdrawn": {fakeMaps{x: {evidence: unbound(success(1, 0, 200))}, port: {tally: withdrawn(1)}}, observing, survey.Stale, "mode observe"},
+		"would not be":       {fakeMaps{x: {evidence: failed(1, 500)}, port: {}}, observing, survey.Failed, "mode observe"},
+		"nothing to be seen": {fakeMaps{x: {}, port: {}}, observing, survey.Unknown, "mode observe"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
 			m.web(test.maps, test.endpoints...)
-			var s Status
+			var s survey.Status
 			if err := json.Unmarshal([]byte(m.status("-o", "json")), &s); err != nil {
 				t.Fatal(err)
 			}
@@ -333,7 +334,7 @@ func TestStates(t *testing.T) {
 			if e.State != test.state || !strings.Contains(e.WhyNotAnswered, test.why) || test.why == "" && e.WhyNotAnswered != "" {
 				t.Errorf("%s: %q; want %s: %q", e.State, e.WhyNotAnswered, test.state, test.why)
 			}
-			if (e.FreshFor != nil) != (test.state == Fresh) {
+			if (e.FreshFor != nil) != (test.state == survey.Fresh) {
 				t.Errorf("%s for %v", e.State, e.FreshFor)
 			}
 		})
@@ -522,7 +523,7 @@ func TestSettings(t *testing.T) {
 			if strings.Contains(m.status(), "SETTINGS") {
 				t.Error("settings in the narrow table")
 			}
-			var s Status
+			var s survey.Status
 			if err := json.Unmarshal([]byte(m.status("-o", "json")), &s); err != nil {
 				t.Fatal(err)
 			}
@@ -567,7 +568,7 @@ func TestAttachments(t *testing.T) {
 			m := newMachine(t)
 			m.web(fresh, endpoint(probe.HTTP, 80, "/x"))
 			test.change(m)
-			var s Status
+			var s survey.Status
 			if err := json.Unmarshal([]byte(m.status("-o", "json")), &s); err != nil {
 				t.Fatal(err)
 			}
@@ -619,7 +620,7 @@ func TestErrors(t *testing.T) {
 	broken := errors.New("broken")
 	env := environment{
 		stdout: &bytes.Buffer{}, stderr: &m.stderr, now: datapath.Now,
-		open: func(string) (kernel, error) { return nil, broken },
+		open: func(string) (survey.Kernel, error) { return nil, broken },
 	}
 	if err := execute(t.Context(), env, []string{"status", "--state-dir", m.stateDir}); !errors.Is(err, broken) {
 		t.Errorf("opening: %v", err)

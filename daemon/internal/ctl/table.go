@@ -7,12 +7,10 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
-	"time"
 
-	"github.com/probelet/probelet/bpf/attach"
-	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/daemon/internal/survey"
 	"github.com/probelet/probelet/daemon/internal/table"
 )
 
@@ -46,9 +44,9 @@ func (r row) columns(wide bool) []string {
 // Columns that a narrow terminal does without, in this order.
 var optional = []int{1, 5, 6} // HOST VETH, BOUND, HITS
 
-func printTable(env *environment, s Status, wide bool) error {
+func printTable(env *environment, s survey.Status, wide bool) error {
 	w := env.stdout
-	rows := s.rows()
+	rows := rowsOf(s)
 	if len(rows) == 0 {
 		if _, err := fmt.Fprintln(w, "nothing attached"); err != nil {
 			return err
@@ -75,13 +73,13 @@ func printTable(env *environment, s Status, wide bool) error {
 }
 
 // printLost names the pods by whose device answers did not arrive, and who else is there.
-func printLost(env *environment, s Status) error {
+func printLost(env *environment, s survey.Status) error {
 	var text table.Text
 	for _, a := range s.Attachments {
-		if a.Trust != trustLost {
+		if a.Trust != survey.TrustLost {
 			continue
 		}
-		text.Line(fmt.Sprintf("%s is not answered: %s", a.name(), a.trust()))
+		text.Line(fmt.Sprintf("%s is not answered: %s", a.Name(), a.Answers()))
 		for _, n := range a.Neighbours {
 			text.Line("  " + n.String())
 		}
@@ -90,24 +88,10 @@ func printLost(env *environment, s Status) error {
 	return text.Write(env.stdout, env.width)
 }
 
-// trust says whether answers are known to arrive.
-func (a Attachment) trust() string {
-	switch a.Trust {
-	case trustLost:
-		return fmt.Sprintf("since %s ago answers do not arrive by %s: %s", duration(*a.LostAge), a.HostIfName, lossInWords[a.Loss])
-	case trusts[datapath.TrustProven]:
-		return "answers by " + a.HostIfName + " arrive"
-	}
-	return "no answer by " + a.HostIfName + " has been tried yet"
-}
-
-// String is for people.
-func (n Neighbour) String() string { return attach.Neighbour(n).String() }
-
-func (s Status) rows() []row {
+func rowsOf(s survey.Status) []row {
 	var rows []row
 	for _, a := range s.Attachments {
-		rows = append(rows, a.rows()...)
+		rows = append(rows, attachmentRows(a)...)
 	}
 	for _, pod := range s.Unattached {
 		rows = append(rows, row{pod: pod, why: "not attached"})
@@ -115,7 +99,7 @@ func (s Status) rows() []row {
 	return rows
 }
 
-func (a Attachment) rows() []row {
+func attachmentRows(a survey.Attachment) []row {
 	blank := row{
 		pod: a.Pod, device: a.HostIfName, sandbox: a.ContainerID,
 		settings: settings(a.Settings), why: a.WhyNotAnswered, by: "ADD", hook: a.Hook, trust: a.Trust,
@@ -156,15 +140,15 @@ func settings(s *statedir.Settings) string {
 	return strings.Join(said, ", ")
 }
 
-func (r *row) fill(e Endpoint) {
+func (r *row) fill(e survey.Endpoint) {
 	r.endpoint, r.state = e.Endpoint.Endpoint().String(), string(e.State)
 	r.hits = strconv.FormatUint(e.Hits, 10)
 	r.why = cmp.Or(e.WhyNotAnswered, r.why)
 	if e.Age != nil {
-		r.age = duration(*e.Age).String()
+		r.age = survey.Duration(*e.Age).String()
 	}
 	if e.NotAnswered == "" || e.Withheld {
-		r.bound = duration(e.StalenessBound).String()
+		r.bound = survey.Duration(e.StalenessBound).String()
 	}
 	if e.RefreshOff != "" { // refresh is the last of them
 		r.settings += ", but off: " + e.RefreshOff
@@ -181,17 +165,17 @@ func (r *row) fill(e Endpoint) {
 	if e.Status != 0 {
 		r.status = strconv.Itoa(int(e.Status))
 	}
-	r.period, r.timeout = duration(e.Period).String(), duration(e.Timeout).String()
+	r.period, r.timeout = survey.Duration(e.Period).String(), survey.Duration(e.Timeout).String()
 	var probes, detection []string
 	for _, p := range e.Probes {
 		probes = append(probes, p.String())
-		detection = append(detection, fmt.Sprintf("%s/%s", duration(p.DetectionAnswered), duration(p.DetectionPlain)))
+		detection = append(detection, fmt.Sprintf("%s/%s", survey.Duration(p.DetectionAnswered), survey.Duration(p.DetectionPlain)))
 	}
 	r.probes, r.detection = strings.Join(probes, ","), strings.Join(detection, ",")
 }
 
 // printSummary says what holds for all of the table.
-func printSummary(env *environment, s Status) error {
+func printSummary(env *environment, s survey.Status) error {
 	var summary table.Text
 	summary.Line(s.Daemon.String())
 	if s.Prober == nil {
@@ -211,32 +195,4 @@ func printSummary(env *environment, s Status) error {
 		summary.Line(text)
 	}
 	return summary.Write(env.stdout, env.width)
-}
-
-func (d Daemon) String() string {
-	if len(d.NotReady) > 0 {
-		return fmt.Sprintf("probeletd: running, pid %d, NOT READY: %s", d.PID, strings.Join(d.NotReady, "; "))
-	}
-	if d.Running {
-		return fmt.Sprintf("probeletd: running, pid %d", d.PID)
-	}
-	return "probeletd: NOT RUNNING; " + d.Still.Words(time.Now())
-}
-
-func (p Prober) String() string {
-	switch {
-	case p.Host:
-		return "every process of the host's network namespace (not for production)"
-	case len(p.CgroupIDs) == 0:
-		return "nobody"
-	}
-	ids := make([]string, 0, len(p.CgroupIDs))
-	for _, id := range p.CgroupIDs {
-		ids = append(ids, strconv.FormatUint(id, 10))
-	}
-	cgroups := "cgroup " + strings.Join(ids, ", ")
-	if p.Process != 0 {
-		return fmt.Sprintf("process %d of %s", p.Process, cgroups)
-	}
-	return cgroups
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/probelet/probelet/daemon/internal/status"
+	"github.com/probelet/probelet/daemon/internal/survey"
 	"github.com/probelet/probelet/daemon/internal/table"
 )
 
@@ -49,7 +50,7 @@ func topCommand(env *environment) *cobra.Command {
 }
 
 func top(ctx context.Context, env *environment, where place, only namespaceFilter, interval time.Duration, times int) error {
-	before, err := collect(env, where)
+	before, err := env.at(where).Read()
 	if err != nil {
 		return err
 	}
@@ -60,12 +61,12 @@ func top(ctx context.Context, env *environment, where place, only namespaceFilte
 			return nil
 		case <-time.After(interval):
 		}
-		s, err := collect(env, where)
+		s, err := env.at(where).Read()
 		if err != nil {
 			return err
 		}
 		now := env.now()
-		text := topTable(env, before, only.of(s), *seconds(now, last))
+		text := topTable(env, before, only.of(s), *survey.Seconds(now, last))
 		if terminalHeight(env) > 0 {
 			text = "\x1b[H\x1b[2J" + text
 		}
@@ -84,7 +85,7 @@ type usage struct {
 	hits                      uint64
 }
 
-func topTable(env *environment, before, now Status, elapsed float64) string {
+func topTable(env *environment, before, now survey.Status, elapsed float64) string {
 	elapsed = max(elapsed, 1e-9)
 	hits := map[string]uint64{}
 	for _, a := range before.Attachments {
@@ -100,7 +101,7 @@ func topTable(env *environment, before, now Status, elapsed float64) string {
 				u.rate = float64(e.Hits-was) / elapsed
 			}
 			if e.Age != nil {
-				u.age = duration(*e.Age).String()
+				u.age = survey.Duration(*e.Age).String()
 			}
 			all = append(all, u)
 		}

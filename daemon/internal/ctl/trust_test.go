@@ -16,6 +16,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/daemon/internal/survey"
 )
 
 // lose makes answers by web's device not arrive.
@@ -41,7 +42,7 @@ func TestLostTrustIsShown(t *testing.T) {
 	for _, loss := range datapath.Losses() {
 		m := freshWeb(t)
 		m.lose(loss)
-		why := lossInWords[loss]
+		why := survey.LossInWords[loss]
 		if why == "" {
 			t.Errorf("%s has no words", loss)
 		}
@@ -76,9 +77,9 @@ func TestLostTrustIsShown(t *testing.T) {
 
 func TestTrustInJSON(t *testing.T) {
 	m := freshWeb(t)
-	a := func() Attachment {
+	a := func() survey.Attachment {
 		t.Helper()
-		var s Status
+		var s survey.Status
 		if err := json.Unmarshal([]byte(m.status("-o", "json")), &s); err != nil {
 			t.Fatal(err)
 		}
@@ -88,7 +89,10 @@ func TestTrustInJSON(t *testing.T) {
 	if got.Hook != "tc" || got.Trust != "proven" || got.Loss != "" || got.LostAge != nil || got.WhyNotAnswered != "" {
 		t.Errorf("%+v", got)
 	}
-	want := []Neighbour{{"tcx ingress", "program 12 (guard)", true}, {"tc filter egress", "bpf filter, priority 1, cil_to", false}}
+	want := []survey.Neighbour{
+		{Hook: "tcx ingress", What: "program 12 (guard)", Before: true},
+		{Hook: "tc filter egress", What: "bpf filter, priority 1, cil_to"},
+	}
 	if !slices.Equal(got.Neighbours, want) {
 		t.Errorf("%+v", got.Neighbours)
 	}

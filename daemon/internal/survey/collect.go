@@ -1,6 +1,6 @@
 //go:build linux
 
-package ctl
+package survey
 
 import (
 	"cmp"
@@ -21,41 +21,10 @@ import (
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
-	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/store"
 )
 
-// Status is what probeletctl status shows.
-type Status struct {
-	Daemon Daemon `json:"daemon"`
-	// Prober is whose connections are probes; null if nothing is loaded into the kernel.
-	Prober *Prober `json:"prober" jsonschema:"nullable"`
-	// Counters are the kernel's, by the names of datapath.CounterNames; null if nothing is loaded.
-	Counters    map[string]uint64 `json:"counters" jsonschema:"nullable"`
-	Attachments []Attachment      `json:"attachments"`
-	// Unattached are pods that the daemon has specs of and that are not attached, as namespace/name.
-	Unattached []string `json:"unattached"`
-}
-
-// Daemon says whether probeletd runs on this state directory.
-type Daemon struct {
-	Running bool `json:"running"`
-	PID     int  `json:"pid,omitempty"`
-	// NotReady is what keeps probes from being answered, or new pods from being attached.
-	NotReady []string `json:"notReady,omitempty"`
-	// Still is what the kernel goes on answering while the daemon is down; null while it runs.
-	Still *status.Still `json:"still" jsonschema:"nullable"`
-}
-
-// Prober says whose connections are probes: of every process of the host's network namespace, or of those in cgroups.
-type Prober struct {
-	Host      bool     `json:"host"`
-	CgroupIDs []uint64 `json:"cgroupIDs,omitempty"`
-	// Process is the number of the only process of the cgroup that is meant; missing: all are.
-	Process uint32 `json:"process,omitempty"`
-}
-
-func proberOf(p datapath.Prober) *Prober {
+func ProberOf(p datapath.Prober) *Prober {
 	prober := &Prober{Host: p.AnyLocal, CgroupIDs: p.CgroupIDs}
 	if p.Process != nil {
 		prober.Process = p.Process.PID
@@ -63,97 +32,33 @@ func proberOf(p datapath.Prober) *Prober {
 	return prober
 }
 
-// Attachment is the interface of a pod, as recorded by whoever attached it.
-type Attachment struct {
-	Pod         string `json:"pod,omitempty"` // namespace/name
-	ContainerID string `json:"containerID"`
-	IfName      string `json:"ifName"`     // in the pod
-	HostIfName  string `json:"hostIfName"` // of the host-side veth, and so IfIndex
-	IfIndex     int    `json:"ifIndex"`
-	// Adopted: attached by the daemon, because the pod had its network before probelet; otherwise by the CNI plugin at ADD.
-	Adopted bool `json:"adopted"`
-	// Hook is where answers are made: tc or xdp. Trust says whether they are known to arrive: unproven (not tried yet), proven or
-	// lost. After lost, Loss says how that was noticed: syn_repeated, unacknowledged, request_repeated or unobserved, and LostAge
-	// is the time since. All of them are empty, or null, if nothing is attached.
-	Hook    string   `json:"hook,omitempty"`
-	Trust   string   `json:"trust,omitempty"`
-	Loss    string   `json:"loss,omitempty"`
-	LostAge *float64 `json:"lostAgeSeconds" jsonschema:"nullable"`
-	// Neighbours are programs and filters of others at the device's hooks, in the order in which they run.
-	Neighbours []Neighbour `json:"neighbours"`
-	// WhyNotAnswered is why no endpoint is answered; empty if that is not about the whole attachment.
-	WhyNotAnswered string `json:"whyNotAnswered,omitempty"`
-	// Settings are mode and staleness of the pod; null if the daemon has no specs of it.
-	Settings  *statedir.Settings `json:"settings" jsonschema:"nullable"`
-	Endpoints []Endpoint         `json:"endpoints"`
-	// Inconclusive are how many connections of probers reached the pod and had no certain outcome since the daemon started, by
-	// why: the reasons of the metric probelet_inconclusive_probes_total. Empty if there were none, or the daemon does not run.
-	Inconclusive map[string]uint64 `json:"inconclusive,omitempty"`
+// Source is where probelet is on this machine.
+type Source struct {
+	BPFDir, StateDir string
+	Now              func() uint64 // ns of CLOCK_BOOTTIME
+	// Open returns nil if nothing is loaded.
+	Open func(bpfDir string) (Kernel, error)
+	// Warn is told of what cannot be read; the rest is shown.
+	Warn func(error)
 }
 
-// Neighbour is a program or filter of another agent.
-type Neighbour struct {
-	Hook string `json:"hook"` // such as "tcx ingress", "tc filter egress" or "xdp"
-	What string `json:"what"`
-	// Before: it runs before ours, and so may keep packets from them.
-	Before bool `json:"before"`
-}
-
-// State is what is known of an endpoint.
-type State string
-
-// States, as the command's help explains them.
-const (
-	Fresh   State = "fresh"
-	Stale   State = "stale"
-	Failed  State = "failed"
-	Unknown State = "unknown"
-)
-
-// Endpoint is what probes ask, and what is known of it.
-type Endpoint struct {
-	statedir.Endpoint
-	State State `json:"state"`
-	// Age is the time since the last conclusive observation, and FreshFor how long it will be answered (in mode observe:
-	// would be); null if there is none, and if it is not fresh.
-	Age      *float64 `json:"ageSeconds" jsonschema:"nullable"`
-	FreshFor *float64 `json:"freshForSeconds" jsonschema:"nullable"`
-	Status   uint16   `json:"status,omitempty"` // the last HTTP status
-	// Hits are how many probes were answered in the kernel, and LastHitAge the time since the last; null if there is none.
-	Hits       uint64   `json:"hits"`
-	LastHitAge *float64 `json:"lastHitAgeSeconds" jsonschema:"nullable"`
-	// WithdrawnAge is the time since the kernel last withdrew what was known of the port, and WithdrawnCause why:
-	// listener_closed, reset or status; null and empty if it never did.
-	WithdrawnAge   *float64 `json:"withdrawnAgeSeconds" jsonschema:"nullable"`
-	WithdrawnCause string   `json:"withdrawnCause,omitempty"`
-	// WhyNotAnswered is why the next probe will reach the pod; empty if it is answered in the kernel.
-	WhyNotAnswered string `json:"whyNotAnswered,omitempty"`
-	// Listener is what looks at the port's listening socket came to; null if it is not looked at, or if the port has no TCP
-	// probe and nothing kept its probes from being answered.
-	Listener *store.Listener `json:"listener" jsonschema:"nullable"`
-	// Estimate is what mode answer would have made of the probes that were seen in mode observe; null in other modes, if none
-	// was seen, and if the daemon does not run.
-	Estimate *api.Estimate `json:"estimate" jsonschema:"nullable"`
-	// due: it is fresh, but as many probes as may be were answered in a row.
-	due bool
-}
-
-func collect(env *environment, where place) (s Status, err error) {
+// Read reads all but others on the devices.
+func (src Source) Read() (s Status, err error) {
 	s = Status{Attachments: []Attachment{}, Unattached: []string{}}
-	if s.Daemon.PID, s.Daemon.Running, err = statedir.Running(where.stateDir); err != nil {
+	if s.Daemon.PID, s.Daemon.Running, err = statedir.Running(src.StateDir); err != nil {
 		return s, err
 	}
-	known := s.ask(env, where) // before the file is read, which the daemon then brings up to date
-	records, err := attach.ReadRecords(where.stateDir)
+	known := s.ask(src) // before the file is read, which the daemon then brings up to date
+	records, err := attach.ReadRecords(src.StateDir)
 	if err != nil {
-		warn(env, err)
+		src.Warn(err)
 	}
-	described, err := statedir.ReadEndpoints(where.stateDir)
+	described, err := statedir.ReadEndpoints(src.StateDir)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		warn(env, err)
+		src.Warn(err)
 	}
 	s.Unattached = append(s.Unattached, described.Unattached...)
-	k, err := env.open(where.bpfDir)
+	k, err := src.Open(src.BPFDir)
 	if err != nil {
 		return s, err
 	}
@@ -164,34 +69,34 @@ func collect(env *environment, where place) (s Status, err error) {
 		}
 	}
 	for _, r := range records {
-		a, err := s.attachment(k, r, described, env.now())
+		a, err := s.attachment(k, r, described, src.Now())
 		if err != nil {
 			return s, err
 		}
 		s.Attachments = append(s.Attachments, a)
 	}
-	s.addKnown(known, env.now())
+	s.addKnown(known, src.Now())
 	slices.SortStableFunc(s.Attachments, func(a, b Attachment) int { return strings.Compare(a.Pod, b.Pod) })
 	if !s.Daemon.Running {
-		s.Daemon.Still = still(s.Attachments)
+		s.Daemon.Still = Still(s.Attachments)
 	}
 	return s, nil
 }
 
 // ask asks the daemon what only it knows: nothing if it does not run.
-func (s *Status) ask(env *environment, where place) (reply api.EndpointsReply) {
+func (s *Status) ask(src Source) (reply api.EndpointsReply) {
 	if !s.Daemon.Running {
 		return reply
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), daemonPatience)
 	defer cancel()
-	client := api.NewClient(where.stateDir)
+	client := api.NewClient(src.StateDir)
 	reply, err := client.Endpoints(ctx)
 	if err == nil {
 		s.Daemon.NotReady, err = client.Ready(ctx)
 	}
 	if err != nil && !errors.Is(err, api.ErrDown) {
-		warn(env, err)
+		src.Warn(err)
 	}
 	return reply
 }
@@ -229,7 +134,7 @@ const daemonPatience = 2 * time.Second
 func (e *Endpoint) add(k api.Endpoint, now uint64) {
 	e.Estimate = k.Estimate
 	if e.Age == nil && k.ObservedAt != 0 && k.Result == probe.Failure.String() {
-		e.State, e.Status, e.Age = Failed, uint16(k.Status), seconds(now, k.ObservedAt)
+		e.State, e.Status, e.Age = Failed, uint16(k.Status), Seconds(now, k.ObservedAt)
 		e.WhyNotAnswered = cmp.Or(e.NotAnswered, "the last probe failed: "+e.failure())
 	}
 	if n := e.Estimate.Probes(); e.Withheld && n > 0 {
@@ -237,13 +142,13 @@ func (e *Endpoint) add(k api.Endpoint, now uint64) {
 	}
 }
 
-// survey is collect that also looks for others on the devices, which takes a millisecond for each.
-func survey(env *environment, where place) (Status, error) {
-	s, err := collect(env, where)
+// ReadAll is Read that also looks for others on the devices, which takes a millisecond for each.
+func (src Source) ReadAll() (Status, error) {
+	s, err := src.Read()
 	if err != nil {
 		return s, err
 	}
-	k, err := env.open(where.bpfDir)
+	k, err := src.Open(src.BPFDir)
 	if err != nil || k == nil {
 		return s, err
 	}
@@ -256,7 +161,7 @@ func survey(env *environment, where place) (Status, error) {
 		neighbours, err := k.Neighbours(a.IfIndex)
 		var gone netlink.LinkNotFoundError
 		if err != nil && !errors.As(err, &gone) {
-			warn(env, err)
+			src.Warn(err)
 		}
 		for _, n := range neighbours {
 			a.Neighbours = append(a.Neighbours, Neighbour(n))
@@ -265,20 +170,18 @@ func survey(env *environment, where place) (Status, error) {
 	return s, nil
 }
 
-func warn(env *environment, err error) { _, _ = fmt.Fprintln(env.stderr, "probeletctl: warning:", err) }
-
-func (s *Status) readKernel(k kernel) error {
+func (s *Status) readKernel(k Kernel) error {
 	prober, err := k.Prober()
 	if err != nil {
 		return fmt.Errorf("prober: %w", err)
 	}
-	s.Prober = proberOf(prober)
+	s.Prober = ProberOf(prober)
 	s.Counters, err = k.Counters()
 	return err
 }
 
 // attachment joins a record with what the daemon said of it and what the kernel holds.
-func (s *Status) attachment(k kernel, r attach.Record, described statedir.Endpoints, now uint64) (Attachment, error) {
+func (s *Status) attachment(k Kernel, r attach.Record, described statedir.Endpoints, now uint64) (Attachment, error) {
 	a := Attachment{
 		ContainerID: r.ContainerID, IfName: r.IfName, HostIfName: r.HostIfName, IfIndex: r.IfIndex, Adopted: r.Adopted,
 		Endpoints: []Endpoint{}, Neighbours: []Neighbour{},
@@ -326,20 +229,20 @@ func (a *Attachment) describeDevice(d datapath.Device, now uint64) {
 		a.Hook = string(attach.HookXDP)
 	}
 	a.Trust, a.Loss = trusts[d.Trust], d.Loss
-	if a.Trust == trustLost {
-		a.LostAge = seconds(now, d.LostAt)
-		a.WhyNotAnswered = cmp.Or(a.WhyNotAnswered, "answers do not arrive by its device: "+lossInWords[d.Loss])
+	if a.Trust == TrustLost {
+		a.LostAge = Seconds(now, d.LostAt)
+		a.WhyNotAnswered = cmp.Or(a.WhyNotAnswered, "answers do not arrive by its device: "+LossInWords[d.Loss])
 	}
 }
 
-const trustLost = "lost"
+const TrustLost = "lost"
 
 var trusts = map[datapath.Trust]string{
-	datapath.TrustUnproven: "unproven", datapath.TrustProven: "proven", datapath.TrustLost: trustLost,
+	datapath.TrustUnproven: "unproven", datapath.TrustProven: "proven", datapath.TrustLost: TrustLost,
 }
 
-// lossInWords has the values of datapath.Losses.
-var lossInWords = map[string]string{
+// LossInWords has the values of datapath.Losses.
+var LossInWords = map[string]string{
 	"syn_repeated":     "a prober sent its SYN again although it had been answered",
 	"unacknowledged":   "a prober did not acknowledge the answer to its SYN",
 	"request_repeated": "a prober sent its request again although it had been answered",
@@ -347,7 +250,7 @@ var lossInWords = map[string]string{
 }
 
 // openPod returns nil if the pod has no maps.
-func openPod(k kernel, r attach.Record) (podMaps, error) {
+func openPod(k Kernel, r attach.Record) (PodMaps, error) {
 	if k == nil || r.IfIndex == 0 {
 		return nil, nil
 	}
@@ -361,8 +264,8 @@ func openPod(k kernel, r attach.Record) (podMaps, error) {
 // notAttached begins the reason of an attachment that is none.
 const notAttached = "not attached"
 
-// name is the pod's, as namespace/name, or the container's ID where that is not known.
-func (a Attachment) name() string { return cmp.Or(a.Pod, a.ContainerID) }
+// Name is the pod's, as namespace/name, or the container's ID where that is not known.
+func (a Attachment) Name() string { return cmp.Or(a.Pod, a.ContainerID) }
 
 // whyNone is why nothing of an attachment is answered.
 func (s *Status) whyNone(r attach.Record, hasMaps, described bool, endpoints int) string {
@@ -394,7 +297,7 @@ type port struct {
 }
 
 // readMaps fills in what the kernel holds.
-func (a *Attachment) readMaps(maps podMaps, now uint64) error {
+func (a *Attachment) readMaps(maps PodMaps, now uint64) error {
 	ports := map[uint16]port{}
 	for i := range a.Endpoints {
 		e := &a.Endpoints[i]
@@ -418,14 +321,14 @@ func (a *Attachment) readMaps(maps podMaps, now uint64) error {
 		}
 		e.Hits = tally.Hits
 		if tally.AnsweredAt != 0 {
-			e.LastHitAge = seconds(now, tally.AnsweredAt)
+			e.LastHitAge = Seconds(now, tally.AnsweredAt)
 		}
 		last := ports[e.Port].tally
 		if tally.WithdrawnAt > last.WithdrawnAt {
 			last = tally
 		}
 		if last.WithdrawnAt != 0 {
-			e.WithdrawnAge, e.WithdrawnCause = seconds(now, last.WithdrawnAt), datapath.WithdrawalCauses[last.WithdrawnCause]
+			e.WithdrawnAge, e.WithdrawnCause = Seconds(now, last.WithdrawnAt), datapath.WithdrawalCauses[last.WithdrawnCause]
 		}
 		e.Listener = a.listener(e.Port, ports[e.Port].tally)
 		e.judge(evidence, last, now)
@@ -447,7 +350,7 @@ func (a *Attachment) readMaps(maps podMaps, now uint64) error {
 }
 
 // get returns zeroes of an endpoint that has no record yet.
-func get(maps podMaps, key datapath.EndpointKey) (datapath.Evidence, datapath.Tally, error) {
+func get(maps PodMaps, key datapath.EndpointKey) (datapath.Evidence, datapath.Tally, error) {
 	evidence, tally, err := maps.Get(key)
 	if errors.Is(err, ebpf.ErrKeyNotExist) {
 		return datapath.Evidence{}, datapath.Tally{}, nil
@@ -466,14 +369,14 @@ func (e *Endpoint) judge(evidence datapath.Evidence, withdrawn datapath.Tally, n
 		e.WhyNotAnswered = "nothing observed yet"
 		return
 	}
-	e.Age = seconds(now, evidence.ObservedAt)
+	e.Age = Seconds(now, evidence.ObservedAt)
 	switch {
 	case datapath.MayAnswer(evidence, withdrawn, withdrawn, now, now):
 		e.State = Fresh
-		e.FreshFor = seconds(evidence.FreshUntil, now)
+		e.FreshFor = Seconds(evidence.FreshUntil, now)
 	case evidence.Result == datapath.ResultSuccess && evidence.ObservedAt <= withdrawn.WithdrawnAt:
 		e.State = Stale
-		e.WhyNotAnswered = "withdrawn: " + withdrawal(e.WithdrawnCause)
+		e.WhyNotAnswered = "withdrawn: " + Withdrawal(e.WithdrawnCause)
 	case evidence.Result == datapath.ResultSuccess && evidence.FreshUntil == 0 && e.NotAnswered == "" && e.Successes > 1:
 		e.State = Stale
 		e.WhyNotAnswered = fmt.Sprintf("%d probes in a row must succeed first (successThreshold)", e.Successes)
@@ -481,7 +384,7 @@ func (e *Endpoint) judge(evidence datapath.Evidence, withdrawn datapath.Tally, n
 		e.State = Stale
 		e.WhyNotAnswered = "expired"
 		if evidence.FreshUntil != 0 {
-			e.WhyNotAnswered = fmt.Sprintf("expired %s ago", duration(*seconds(now, evidence.FreshUntil)))
+			e.WhyNotAnswered = fmt.Sprintf("expired %s ago", Duration(*Seconds(now, evidence.FreshUntil)))
 		}
 	case evidence.Result == datapath.ResultFailure:
 		e.State = Failed
@@ -491,8 +394,8 @@ func (e *Endpoint) judge(evidence datapath.Evidence, withdrawn datapath.Tally, n
 	}
 }
 
-// withdrawal is a cause in words.
-func withdrawal(cause string) string {
+// Withdrawal is a cause in words.
+func Withdrawal(cause string) string {
 	switch cause {
 	case "listener_closed":
 		return "a listening socket of the pod was closed"
@@ -550,14 +453,14 @@ func realDue(port datapath.Tally) bool {
 	return port.AnsweredMax > 0 && port.Answered >= uint32(port.AnsweredMax) && port.ConnectedAt == 0
 }
 
-// seconds is the time from earlier to later, both in ns.
-func seconds(later, earlier uint64) *float64 {
+// Seconds is the time from earlier to later, both in ns.
+func Seconds(later, earlier uint64) *float64 {
 	s := (time.Duration(later - min(later, earlier))).Seconds()
 	return &s
 }
 
-// duration is a time in seconds as a person likes to read it.
-func duration(seconds float64) time.Duration {
+// Duration is a time in seconds as a person likes to read it.
+func Duration(seconds float64) time.Duration {
 	d := time.Duration(math.Round(seconds * float64(time.Second)))
 	if d < 10*time.Second {
 		return d.Round(100 * time.Millisecond)
