@@ -19,6 +19,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
+	"github.com/probelet/probelet/daemon/internal/doctor"
 	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/survey"
 	"github.com/probelet/probelet/daemon/internal/table"
@@ -71,7 +72,7 @@ type environment struct {
 	stdout, stderr io.Writer
 	now            func() uint64 // ns of CLOCK_BOOTTIME
 	open           func(bpfDir string) (survey.Kernel, error)
-	host           host
+	host           doctor.Host
 	// width is how many characters a line may have; 0: any number.
 	width int
 }
@@ -79,7 +80,7 @@ type environment struct {
 // Main runs probeletctl with the arguments of the process and returns its exit code.
 func Main(ctx context.Context, args []string) int {
 	env := environment{
-		stdout: os.Stdout, stderr: os.Stderr, now: datapath.Now, open: survey.OpenKernel, host: thisHost(), width: table.WidthOf(os.Stdout),
+		stdout: os.Stdout, stderr: os.Stderr, now: datapath.Now, open: survey.OpenKernel, host: doctor.ThisHost(), width: table.WidthOf(os.Stdout),
 	}
 	return status.Exit(os.Stderr, "probeletctl", execute(ctx, env, args[1:]))
 }

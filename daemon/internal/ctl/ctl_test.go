@@ -58,18 +58,18 @@ func TestExitCodes(t *testing.T) {
 		"unknown":                 {running, []string{"explain", "shop/nobody"}, status.NotFound, "pod shop/nobody is not known on this node"},
 		"unknown, down":           {down, []string{"explain", "shop/nobody"}, status.NotFound, "pod shop/nobody is not known on this node"},
 		"not attached":            {running, []string{"trust", "shop/later"}, status.NotFound, "pod shop/later is not attached"},
-		"doctor, not root":        {func(c *clinic) { c.host.uid = 1000 }, []string{"doctor"}, status.NotAllowed, "run it as root, or in the daemon's pod"},
+		"doctor, not root":        {func(c *clinic) { c.host.UID = 1000 }, []string{"doctor"}, status.NotAllowed, "run it as root, or in the daemon's pod"},
 		"status, not root":        {func(c *clinic) { running(c); c.openErr = fs.ErrPermission }, []string{"status"}, status.NotAllowed, "permission denied; run this as root"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newClinic(t)
-			c.write(filepath.Join(c.host.proc, "self/status"), "CapEff:\tffffffffffffffff\n")
+			c.write(filepath.Join(c.host.Proc, "self/status"), "CapEff:\tffffffffffffffff\n")
 			if test.args[0] != "doctor" {
 				c.shop()
 			}
 			test.prepare(c)
 			pid := fmt.Sprint(os.Getpid()) // the daemon of the test is this process
-			c.write(filepath.Join(c.host.proc, pid, "status"), "CapEff:\tffffffffffffffff\n")
+			c.write(filepath.Join(c.host.Proc, pid, "status"), "CapEff:\tffffffffffffffff\n")
 			t.Setenv("PROBELET_CNI_NET_DIR", c.netDir)
 			t.Setenv("PROBELET_CNI_BIN_DIR", c.binDir)
 			text, err := c.execute(test.args...)

@@ -12,6 +12,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/doctor"
 	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/survey"
 )
@@ -48,7 +49,7 @@ func TestTrustOfARealDevice(t *testing.T) {
 	run := func(args ...string) string {
 		t.Helper()
 		var stdout, stderr strings.Builder
-		env := environment{stdout: &stdout, stderr: &stderr, now: datapath.Now, open: survey.OpenKernel, host: thisHost()}
+		env := environment{stdout: &stdout, stderr: &stderr, now: datapath.Now, open: survey.OpenKernel, host: doctor.ThisHost()}
 		bpftest.Do(t, pod.Node.NS, func() error {
 			err := execute(context.Background(), env, append(args, "--bpf-dir", bpfDir, "--state-dir", stateDir))
 			if status.Code(err) == status.DaemonDown {

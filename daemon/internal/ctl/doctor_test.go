@@ -18,6 +18,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/chain"
+	"github.com/probelet/probelet/daemon/internal/doctor"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/status"
@@ -32,7 +33,7 @@ type clinic struct {
 	linux          uint32
 	fileSystems    []int64
 	found          chain.Runtimes
-	devices        []device
+	devices        []doctor.Device
 	kubeletGone    error
 }
 
@@ -48,15 +49,15 @@ func newClinic(t *testing.T) *clinic {
 		fileSystems: []int64{unix.BPF_FS_MAGIC, unix.CGROUP2_SUPER_MAGIC},
 		found:       chain.Runtimes{{Name: "containerd", Version: "v2.2.0", Libcni: "v1.3.0"}},
 	}
-	c.host = host{
-		proc: t.TempDir(), sys: t.TempDir(),
-		version:  func() (uint32, error) { return c.linux, nil },
-		isFS:     func(_ string, magic int64) bool { return slices.Contains(c.fileSystems, magic) },
-		runtimes: func() chain.Runtimes { return c.found },
-		kubelet:  func() (datapath.Prober, error) { return datapath.Prober{CgroupIDs: []uint64{4711}}, c.kubeletGone },
-		devices:  func(string) ([]device, error) { return c.devices, nil },
+	c.host = doctor.Host{
+		Proc: t.TempDir(), Sys: t.TempDir(),
+		Version:  func() (uint32, error) { return c.linux, nil },
+		IsFS:     func(_ string, magic int64) bool { return slices.Contains(c.fileSystems, magic) },
+		Runtimes: func() chain.Runtimes { return c.found },
+		Kubelet:  func() (datapath.Prober, error) { return datapath.Prober{CgroupIDs: []uint64{4711}}, c.kubeletGone },
+		Devices:  func(string) ([]doctor.Device, error) { return c.devices, nil },
 	}
-	c.write(filepath.Join(c.host.sys, "kernel/btf/vmlinux"), "")
+	c.write(filepath.Join(c.host.Sys, "kernel/btf/vmlinux"), "")
 	c.write(filepath.Join(c.netDir, "10-net.conflist"), primary)
 	c.write(filepath.Join(c.netDir, "net/10-probelet.conf"), dropIn)
 	c.write(filepath.Join(c.binDir, "ptp"), "a program")
@@ -77,7 +78,7 @@ func (c *clinic) write(file, text string) {
 
 func (c *clinic) examine() string {
 	c.t.Helper()
-	c.write(filepath.Join(c.host.proc, "self/status"), fmt.Sprintf("Name:\tx\nCapEff:\t%016x\nCapBnd:\t0\n", c.capabilities))
+	c.write(filepath.Join(c.host.Proc, "self/status"), fmt.Sprintf("Name:\tx\nCapEff:\t%016x\nCapBnd:\t0\n", c.capabilities))
 	text, err := c.run("doctor", "--cni-net-dir", c.netDir, "--cni-bin-dir", c.binDir)
 	problems := strings.Count("\n"+text, "\nPROBLEM ")
 	if (err != nil) != (problems > 0) || err != nil && !strings.HasPrefix(err.Error(), fmt.Sprint(problems, " of these")) {
@@ -93,7 +94,7 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 	}{
 		"nothing":           {func(*clinic) {}, `ok +kernel +Linux 6.1 with BTF`},
 		"kernel":            {func(c *clinic) { c.linux = 5<<16 | 14<<8 }, `PROBLEM +kernel +Linux 5.14`},
-		"no BTF":            {func(c *clinic) { c.host.sys = c.netDir }, `note +kernel +Linux 6.1, without .*vmlinux`},
+		"no BTF":            {func(c *clinic) { c.host.Sys = c.netDir }, `note +kernel +Linux 6.1, without .*vmlinux`},
 		"bpffs":             {func(c *clinic) { c.fileSystems = c.fileSystems[1:] }, `PROBLEM +bpffs +/sys/fs/bpf is not a BPF file system`},
 		"cgroup":            {func(c *clinic) { c.fileSystems = c.fileSystems[:1] }, `PROBLEM +cgroup v2 +is mounted in none of /host/cgroup, `},
 		"all capabilities":  {func(*clinic) {}, `ok +capabilities +this command's`},
@@ -126,13 +127,15 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 			c.kubeletGone, c.kernel.prober = errors.New("no process named kubelet"), datapath.Prober{}
 		}, `PROBLEM +prober +no process named kubelet`},
 		"others' veths": {func(c *clinic) {
-			c.devices = []device{{"lxc1", 4, true, []string{"XDP program 7", "program 8 at tcx ingress"}}, {"lxc2", 5, true, []string{"XDP program 7"}}}
+			c.devices = []doctor.Device{{Name: "lxc1", IfIndex: 4, Veth: true, Others: []string{"XDP program 7", "program 8 at tcx ingress"}}, {Name: "lxc2", IfIndex: 5, Veth: true, Others: []string{"XDP program 7"}}}
 		}, `note +others +on veths without probelet: lxc1 \(XDP program 7, program 8 at tcx ingress\), lxc2 \(XDP program 7\)`},
-		"others elsewhere": {func(c *clinic) { c.devices = []device{{"eth0", 2, false, []string{"XDP program 3"}}} },
+		"others elsewhere": {func(c *clinic) {
+			c.devices = []doctor.Device{{Name: "eth0", IfIndex: 2, Veth: false, Others: []string{"XDP program 3"}}}
+		},
 			`note +others +on devices of no pod: eth0 \(XDP program 3\)`},
 		"others on ours": {func(c *clinic) {
 			c.record(attach.Record{ContainerID: "c0ffee", IfName: "eth0", IfIndex: 7, PodNamespace: "shop", PodName: "web"})
-			c.devices = []device{{"veth7", 7, true, []string{"XDP program 7"}}}
+			c.devices = []doctor.Device{{Name: "veth7", IfIndex: 7, Veth: true, Others: []string{"XDP program 7"}}}
 		}, `note +attachments +others on veth7 of shop/web: XDP program 7`},
 		"bad annotation": {func(c *clinic) {
 			c.web(fakeMaps{})

@@ -22,6 +22,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
+	"github.com/probelet/probelet/daemon/internal/doctor"
 	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
@@ -117,7 +118,7 @@ type machine struct {
 	kernel   *fakeKernel // nil: nothing is loaded
 	stateDir string
 	stderr   bytes.Buffer
-	host     host
+	host     doctor.Host
 	width    int
 	openErr  error // of the kernel side
 }

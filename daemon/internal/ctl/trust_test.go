@@ -14,6 +14,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/doctor"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/survey"
@@ -180,7 +181,7 @@ func TestDoctorFindsLostTrust(t *testing.T) {
 		t.Errorf("all is well:\n%s", text)
 	}
 	c.lose("request_repeated")
-	c.devices = []device{{"veth7", 7, true, []string{"program 12 (guard) at tcx ingress, before ours"}}}
+	c.devices = []doctor.Device{{Name: "veth7", IfIndex: 7, Veth: true, Others: []string{"program 12 (guard) at tcx ingress, before ours"}}}
 	text := c.examine()
 	for _, want := range []string{
 		`PROBLEM +trust +shop/web is not answered: since 12s ago answers do not arrive by veth7: a prober sent its request again`,
