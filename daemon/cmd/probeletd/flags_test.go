@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"github.com/probelet/probelet/daemon/internal/flagenv"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
@@ -33,7 +34,7 @@ func TestChosenStaleness(t *testing.T) {
 			if err := flags.Parse(test.args); err != nil {
 				t.Fatal(err)
 			}
-			if err := fromEnvironment(flags); err != nil {
+			if err := flagenv.Apply(flags); err != nil {
 				t.Fatal(err)
 			}
 			noteChosen(flags, &got)

@@ -5,14 +5,12 @@ package main
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"os"
 	"os/signal"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -23,6 +21,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/adopt"
 	"github.com/probelet/probelet/daemon/internal/crosscheck"
+	"github.com/probelet/probelet/daemon/internal/flagenv"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/source"
@@ -165,40 +164,6 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	return root.ExecuteContext(ctx)
 }
 
-const variablePrefix = "PROBELET_"
-
-// variable is a flag's in the environment, such as PROBELET_LOG_LEVEL.
-func variable(flag string) string {
-	return variablePrefix + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
-}
-
-// misspelt are the variables that look like a flag's and are none's. They are no error: Kubernetes sets such ones by itself, for
-// a Service of that name.
-func misspelt(flags *pflag.FlagSet, environ []string) (names []string) {
-	known := map[string]bool{}
-	flags.VisitAll(func(f *pflag.Flag) { known[variable(f.Name)] = true })
-	for _, one := range environ {
-		if name, _, _ := strings.Cut(one, "="); strings.HasPrefix(name, variablePrefix) && !known[name] {
-			names = append(names, name)
-		}
-	}
-	return names
-}
-
-// fromEnvironment sets the flags that were not given.
-func fromEnvironment(flags *pflag.FlagSet) error {
-	var errs []error
-	flags.VisitAll(func(f *pflag.Flag) {
-		name := variable(f.Name)
-		if value, ok := os.LookupEnv(name); ok && !f.Changed {
-			if err := flags.Set(f.Name, value); err != nil {
-				errs = append(errs, fmt.Errorf("$%s: %w", name, err))
-			}
-		}
-	})
-	return errors.Join(errs...)
-}
-
 func policyFlags(flags *pflag.FlagSet, d *probe.Defaults) {
 	builtIn := probe.NewDefaults()
 	flags.TextVar(&d.Mode, "mode", builtIn.Mode, "what is done for pods without an annotation: `answer|observe|off`")
@@ -238,7 +203,7 @@ func runCommand(stderr io.Writer) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if unknown := misspelt(cmd.Flags(), os.Environ()); len(unknown) > 0 {
+			if unknown := flagenv.Unknown(cmd.Flags(), os.Environ()); len(unknown) > 0 {
 				log.Warn("variables of the environment that are no flag's have no effect", "names", unknown)
 			}
 			return run(cmd.Context(), c, log)
@@ -274,7 +239,7 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags.StringVar(&c.api.keyFile, "api-key-file", "", "`FILE` of its key")
 	flags.StringVar(&c.api.clientCAFile, "api-client-ca-file", "", "`FILE` of the authority of its clients")
 	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error {
-		if err := fromEnvironment(cmd.Flags()); err != nil {
+		if err := flagenv.Apply(cmd.Flags()); err != nil {
 			return err
 		}
 		if err := checkDirs(cmd.Flags()); err != nil {
