@@ -1,7 +1,9 @@
 package main
 
 import (
+	"encoding/json"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -91,5 +93,22 @@ func TestUninstallLooksElsewhere(t *testing.T) {
 	}
 	if _, err := os.Stat(plugin); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestLogFormats(t *testing.T) {
+	var text strings.Builder
+	log, err := newLog(&text, "json", &slog.LevelVar{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	log.Info("hello", "pod", "a/b")
+	log.Debug("not this")
+	var line map[string]any
+	if err := json.Unmarshal([]byte(text.String()), &line); err != nil || line["msg"] != "hello" || line["pod"] != "a/b" {
+		t.Errorf("%s: %v", &text, err)
+	}
+	if _, err := newLog(io.Discard, "xml", nil); err == nil || !strings.Contains(err.Error(), `--log-format "xml"`) {
+		t.Errorf("%v", err)
 	}
 }

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"context"
@@ -80,10 +80,10 @@ type attachment struct {
 	crosschecked
 }
 
-func newDaemon(log *slog.Logger, d *datapath.Datapath, c config, previous statedir.Endpoints, r *refresh.Refresher) *daemon {
+func newDaemon(log *slog.Logger, d *datapath.Datapath, c Config, previous statedir.Endpoints, r *refresh.Refresher) *daemon {
 	return &daemon{
-		log: log, datapath: d, bpfDir: c.bpfDir, stateDir: c.stateDir, hook: c.hook,
-		defaults: c.defaults, previous: previous, refresher: r, metrics: newMetrics(),
+		log: log, datapath: d, bpfDir: c.BPFDir, stateDir: c.StateDir, hook: c.Hook,
+		defaults: c.Defaults, previous: previous, refresher: r, metrics: newMetrics(),
 		attachments: map[attach.ID]*attachment{}, byDevice: map[uint32][]*attachment{}, deleted: map[string]time.Time{},
 	}
 }

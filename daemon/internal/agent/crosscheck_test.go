@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"net/http"
@@ -16,9 +16,9 @@ import (
 func TestTheKubeletsVerdict(t *testing.T) {
 	n := newNode(t)
 	k := newKubelet(t)
-	n.config.specs, n.config.source, n.config.prober = "", "kubelet", "cgroup:"+ownCgroup(t)
-	n.config.kubelet.URL, n.config.kubelet.Poll = k.URL+"/pods", 100*time.Millisecond
-	n.config.crosscheck = 300 * time.Millisecond
+	n.config.Specs, n.config.Source, n.config.Prober = "", "kubelet", "cgroup:"+ownCgroup(t)
+	n.config.Kubelet.URL, n.config.Kubelet.Poll = k.URL+"/pods", 100*time.Millisecond
+	n.config.Crosscheck = 300 * time.Millisecond
 	count := n.keepLog()
 	pod := n.podOf("first", 1)
 	k.tells(t, pod)
@@ -87,9 +87,9 @@ func TestTheKubeletsVerdict(t *testing.T) {
 func TestTheKubeletsVerdictBesideOthers(t *testing.T) {
 	n := newNode(t)
 	k := newKubelet(t)
-	n.config.specs, n.config.source, n.config.prober = "", "kubelet", "cgroup:"+ownCgroup(t)
-	n.config.kubelet.URL, n.config.kubelet.Poll = k.URL+"/pods", 100*time.Millisecond
-	n.config.crosscheck = 300 * time.Millisecond
+	n.config.Specs, n.config.Source, n.config.Prober = "", "kubelet", "cgroup:"+ownCgroup(t)
+	n.config.Kubelet.URL, n.config.Kubelet.Poll = k.URL+"/pods", 100*time.Millisecond
+	n.config.Crosscheck = 300 * time.Millisecond
 	pod, agent := n.podOf("first", 1), n.podOf("second", 1)
 	agent["metadata"].(fields)["name"] = "agent"
 	agent["spec"].(fields)["hostNetwork"] = true
@@ -129,8 +129,8 @@ func (n *node) looked(k *kubelet) {
 
 // endpoint is what the daemon says of the only one, by now if it runs.
 func (n *node) endpoint() statedir.Endpoint {
-	_, _ = api.NewClient(n.config.stateDir).Endpoints(n.t.Context())
-	e, err := statedir.ReadEndpoints(n.config.stateDir)
+	_, _ = api.NewClient(n.config.StateDir).Endpoints(n.t.Context())
+	e, err := statedir.ReadEndpoints(n.config.StateDir)
 	if err != nil || len(e.Attachments) != 1 || len(e.Attachments[0].Endpoints) != 1 {
 		return statedir.Endpoint{}
 	}

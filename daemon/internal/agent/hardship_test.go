@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"errors"
@@ -30,7 +30,7 @@ var program = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	file := filepath.Join(programDir, "probeletd")
-	out, err := exec.Command("go", "build", "-o", file, ".").CombinedOutput()
+	out, err := exec.Command("go", "build", "-o", file, "../../cmd/probeletd").CombinedOutput()
 	if err != nil {
 		err = errors.Join(err, errors.New(string(out)))
 	}
@@ -61,7 +61,7 @@ func (n *node) command(arguments ...string) *process {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	arguments = append(arguments, "--bpf-dir", n.config.bpfDir, "--state-dir", n.config.stateDir)
+	arguments = append(arguments, "--bpf-dir", n.config.BPFDir, "--state-dir", n.config.StateDir)
 	output, err := os.CreateTemp(n.t.TempDir(), "")
 	if err != nil {
 		n.t.Fatal(err)
@@ -76,7 +76,7 @@ func (n *node) command(arguments ...string) *process {
 // daemon starts one.
 func (n *node) daemon() *process {
 	n.t.Helper()
-	p := n.command("run", "--specs", n.config.specs, "--prober", "host", "--metrics-listen", "", "--repair=false")
+	p := n.command("run", "--specs", n.config.Specs, "--prober", "host", "--metrics-listen", "", "--repair=false")
 	n.t.Cleanup(func() { _ = p.Process.Kill(); _ = p.Wait() })
 	return p
 }
@@ -116,7 +116,7 @@ func (n *node) gone() {
 	if err := p.Wait(); err != nil {
 		n.t.Fatalf("uninstall: %v\n%s", err, p.said())
 	}
-	wantGone(n.t, n.config.bpfDir, n.config.stateDir)
+	wantGone(n.t, n.config.BPFDir, n.config.StateDir)
 	for _, dir := range []string{net, bin} {
 		if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
 			n.t.Errorf("in %s: %v, %v", dir, left, err)
@@ -145,15 +145,15 @@ func TestHardship(t *testing.T) {
 		happens func(n *node) error
 		says    string
 	}{
-		"the state directory is removed": {func(n *node) error { return os.RemoveAll(n.config.stateDir) }, "the state directory was removed"},
+		"the state directory is removed": {func(n *node) error { return os.RemoveAll(n.config.StateDir) }, "the state directory was removed"},
 		"the state directory is replaced": {func(n *node) error {
-			return errors.Join(os.Rename(n.config.stateDir, n.config.stateDir+".old"), os.Mkdir(n.config.stateDir, 0o700))
+			return errors.Join(os.Rename(n.config.StateDir, n.config.StateDir+".old"), os.Mkdir(n.config.StateDir, 0o700))
 		}, "the state directory was removed"},
-		"the lock is removed":    {func(n *node) error { return os.Remove(filepath.Join(n.config.stateDir, "probeletd.lock")) }, "the state directory was removed"},
-		"bpffs is unmounted":     {func(n *node) error { return unix.Unmount(filepath.Dir(n.config.bpfDir), unix.MNT_DETACH) }, errReplaced.Error()},
-		"bpffs is mounted anew":  {func(n *node) error { return remount(filepath.Dir(n.config.bpfDir)) }, errReplaced.Error()},
-		"bpffs is mounted over":  {func(n *node) error { return unix.Mount("bpf", filepath.Dir(n.config.bpfDir), "bpf", 0, "") }, errReplaced.Error()},
-		"all pins are removed":   {func(n *node) error { return os.RemoveAll(n.config.bpfDir) }, errReplaced.Error()},
+		"the lock is removed":    {func(n *node) error { return os.Remove(filepath.Join(n.config.StateDir, "probeletd.lock")) }, "the state directory was removed"},
+		"bpffs is unmounted":     {func(n *node) error { return unix.Unmount(filepath.Dir(n.config.BPFDir), unix.MNT_DETACH) }, errReplaced.Error()},
+		"bpffs is mounted anew":  {func(n *node) error { return remount(filepath.Dir(n.config.BPFDir)) }, errReplaced.Error()},
+		"bpffs is mounted over":  {func(n *node) error { return unix.Mount("bpf", filepath.Dir(n.config.BPFDir), "bpf", 0, "") }, errReplaced.Error()},
+		"all pins are removed":   {func(n *node) error { return os.RemoveAll(n.config.BPFDir) }, errReplaced.Error()},
 		"the objects are others": {func(n *node) error { return os.RemoveAll(filepath.Join(n.d.Dir(), "devices")) }, errReplaced.Error()},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -172,7 +172,7 @@ func TestHardship(t *testing.T) {
 			n.eventually("the pod is asked again", func() bool { _, byKernel := n.ask("/healthz"); return !byKernel })
 			n.gone()
 			var fs unix.Statfs_t
-			parent := filepath.Dir(n.config.bpfDir)
+			parent := filepath.Dir(n.config.BPFDir)
 			if err := unix.Statfs(parent, &fs); err != nil || fs.Type != unix.BPF_FS_MAGIC {
 				n.ends(n.daemon(), "not on a BPF file system")
 				if err := unix.Mount("bpf", parent, "bpf", 0, ""); err != nil {
@@ -203,7 +203,7 @@ func (n *node) moveTo(bpfDir string) {
 	if err = errors.Join(err, n.d.Close()); err != nil {
 		n.t.Fatal(err)
 	}
-	n.d, n.config.bpfDir = d, bpfDir
+	n.d, n.config.BPFDir = d, bpfDir
 	n.t.Cleanup(func() { _ = d.Close() })
 }
 
@@ -214,14 +214,14 @@ func TestTwoDaemons(t *testing.T) {
 	n.attach()
 	first := n.daemon()
 	n.running()
-	state := n.config.stateDir
+	state := n.config.StateDir
 	for _, dir := range []string{state, filepath.Join(t.TempDir(), "another")} {
-		n.config.stateDir = dir
+		n.config.StateDir = dir
 		n.ends(n.daemon(), "another probeletd is running")
 		p := n.command("uninstall", "--cni-net-dir", t.TempDir(), "--cni-bin-dir", t.TempDir())
 		n.ends(p, "another probeletd is running")
 	}
-	n.config.stateDir = state
+	n.config.StateDir = state
 	n.eventually("answered", func() bool { _, byKernel := n.ask("/healthz"); return byKernel })
 	if err := errors.Join(first.Process.Signal(unix.SIGTERM), first.Wait()); err != nil {
 		t.Errorf("%v\n%s", err, first.said())
@@ -232,19 +232,19 @@ func TestTwoDaemons(t *testing.T) {
 // A disk that becomes full keeps nothing from being decided. The daemon says it once, and goes on to write when there is room.
 func TestDiskFull(t *testing.T) {
 	n := newNode(t)
-	n.config.stateDir = filepath.Join(mount(t, "tmpfs", "size=256k"), "state")
+	n.config.StateDir = filepath.Join(mount(t, "tmpfs", "size=256k"), "state")
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	n.attach()
 	p := n.daemon()
 	n.running()
 	n.key0()
-	filler := filepath.Join(filepath.Dir(n.config.stateDir), "filler")
+	filler := filepath.Join(filepath.Dir(n.config.StateDir), "filler")
 	fill(t, filler)
 	n.specs("httpGet: {path: /other, port: 8080}, " + long)
 	n.eventually("the port is known", n.has(datapath.PortKey(8080)))
 	n.eventually("asked and answered", func() bool { _, byKernel := n.ask("/other"); return byKernel })
 	n.eventually("a word of it", func() bool { return strings.Contains(p.said(), "no space left on device") })
-	if described, err := statedir.ReadEndpoints(n.config.stateDir); err != nil || len(described.Attachments) != 1 {
+	if described, err := statedir.ReadEndpoints(n.config.StateDir); err != nil || len(described.Attachments) != 1 {
 		t.Errorf("what was written before is %+v, %v", described, err)
 	}
 	if err := os.Remove(filler); err != nil {
@@ -259,7 +259,7 @@ func TestDiskFull(t *testing.T) {
 	}
 
 	for _, name := range []string{"probeletd.lock", "endpoints.json"} {
-		if err := os.Remove(filepath.Join(n.config.stateDir, name)); err != nil {
+		if err := os.Remove(filepath.Join(n.config.StateDir, name)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -298,7 +298,7 @@ func fill(t *testing.T, path string) {
 }
 
 func (n *node) written() (statedir.Endpoint, bool) {
-	described, err := statedir.ReadEndpoints(n.config.stateDir)
+	described, err := statedir.ReadEndpoints(n.config.StateDir)
 	if err != nil || len(described.Attachments) != 1 || len(described.Attachments[0].Endpoints) != 1 {
 		return statedir.Endpoint{}, false
 	}
@@ -362,7 +362,7 @@ func TestDaemonKilledAtAnyMoment(t *testing.T) {
 	n.running()
 	n.key0()
 	n.eventually("nothing unfinished is left in the state directory", func() bool {
-		entries, err := os.ReadDir(n.config.stateDir)
+		entries, err := os.ReadDir(n.config.StateDir)
 		var names []string
 		for _, e := range entries {
 			names = append(names, e.Name())

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"bufio"
@@ -28,13 +28,13 @@ import (
 // second, from real sockets, or with none (idle). Looks at attachments come on top (BenchmarkLook in daemon/internal/repair): a daemon
 // in a network namespace of its own does not look after them.
 //
-//	go test ./daemon/cmd/probeletd -run - -bench Daemon -benchtime 20x
+//	go test ./daemon/internal/agent -run - -bench Daemon -benchtime 20x
 //
 // Each iteration is a second.
 func BenchmarkDaemon(b *testing.B) {
 	bpftest.RequireRoot(b)
 	program := filepath.Join(b.TempDir(), "probeletd")
-	if out, err := exec.Command("go", "build", "-o", program, ".").CombinedOutput(); err != nil {
+	if out, err := exec.Command("go", "build", "-o", program, "../../cmd/probeletd").CombinedOutput(); err != nil {
 		b.Fatalf("%v: %s", err, out)
 	}
 	for _, refresh := range []string{"false", "true"} {

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"bufio"
@@ -34,7 +34,7 @@ type node struct {
 	t      *testing.T
 	pod    *bpftest.Pod
 	d      *datapath.Datapath
-	config config
+	config Config
 	via    attach.Via // of what is attached
 	log    io.Writer  // of the daemon
 
@@ -46,13 +46,13 @@ type node struct {
 func newNode(t *testing.T) *node {
 	t.Helper()
 	n := &node{t: t, pod: bpftest.NewNode(t).AddPod(t), log: t.Output()}
-	n.config = config{
-		specs:    filepath.Join(t.TempDir(), "specs.yaml"),
-		prober:   "host",
-		bpfDir:   bpftest.BPFDir(t),
-		stateDir: filepath.Join(t.TempDir(), "state"),
-		hook:     attach.HookTC,
-		defaults: probe.NewDefaults(),
+	n.config = Config{
+		Specs:    filepath.Join(t.TempDir(), "specs.yaml"),
+		Prober:   "host",
+		BPFDir:   bpftest.BPFDir(t),
+		StateDir: filepath.Join(t.TempDir(), "state"),
+		Hook:     attach.HookTC,
+		Defaults: probe.NewDefaults(),
 		openSocket: func(family int) (fd int, err error) {
 			err = n.pod.Node.NS.Do(func(ns.NetNS) (err error) {
 				fd, err = openSocket(family)
@@ -61,7 +61,7 @@ func newNode(t *testing.T) *node {
 			return fd, err
 		},
 	}
-	d, err := datapath.Ensure(t.Context(), n.config.bpfDir)
+	d, err := datapath.Ensure(t.Context(), n.config.BPFDir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,7 +90,7 @@ func (n *node) attach() { n.attachPod(n.pod) }
 // idOf is the name of a pod's attachment, of which there is a record.
 func (n *node) idOf(pod *bpftest.Pod) attach.ID {
 	n.t.Helper()
-	records, err := attach.ReadRecords(n.config.stateDir)
+	records, err := attach.ReadRecords(n.config.StateDir)
 	for _, r := range records {
 		if r.IfIndex == pod.IfIndex {
 			return r.ID()
@@ -106,19 +106,19 @@ func (n *node) attachPod(pod *bpftest.Pod) {
 		ContainerID: "of-" + pod.HostIfName, IfName: "eth0", IfIndex: pod.IfIndex, HostIfName: pod.HostIfName, PodNetns: pod.Netns,
 		PodIPs: []string{pod.IPv4.String(), pod.IPv6.String()}, CreatedAt: time.Now(),
 	}
-	if err := attach.WriteRecord(n.config.stateDir, record); err != nil {
+	if err := attach.WriteRecord(n.config.StateDir, record); err != nil {
 		n.t.Fatal(err)
 	}
 	n.attachMaps(pod, record.ID())
 	n.t.Cleanup(func() {
-		bpftest.Do(n.t, pod.Node.NS, func() error { return attach.Detach(n.d, n.config.bpfDir, record.ID()) })
+		bpftest.Do(n.t, pod.Node.NS, func() error { return attach.Detach(n.d, n.config.BPFDir, record.ID()) })
 	})
 }
 
 func (n *node) attachMaps(pod *bpftest.Pod, id attach.ID) {
 	n.t.Helper()
 	bpftest.Do(n.t, pod.Node.NS, func() error {
-		return attach.Attach(n.d, n.config.bpfDir, id, attach.Target{IfIndex: pod.IfIndex, PodNetns: pod.Netns, Hook: n.config.hook}, n.via)
+		return attach.Attach(n.d, n.config.BPFDir, id, attach.Target{IfIndex: pod.IfIndex, PodNetns: pod.Netns, Hook: n.config.Hook}, n.via)
 	})
 }
 
@@ -132,10 +132,10 @@ func (n *node) specs(probe string) {
 func (n *node) container(fields string) {
 	n.t.Helper()
 	text := fmt.Sprintf("pods: [{name: web, ips: [%s], containers: [{name: c, %s}]}]", n.pod.IPv4, fields)
-	if err := os.WriteFile(n.config.specs+".new", []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(n.config.Specs+".new", []byte(text), 0o600); err != nil {
 		n.t.Fatal(err)
 	}
-	if err := os.Rename(n.config.specs+".new", n.config.specs); err != nil {
+	if err := os.Rename(n.config.Specs+".new", n.config.Specs); err != nil {
 		n.t.Fatal(err)
 	}
 }
@@ -145,7 +145,7 @@ func (n *node) start() (stop func()) {
 	n.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- run(ctx, n.config, n.logger()) }()
+	go func() { done <- Run(ctx, n.config, n.logger()) }()
 	var stopped bool
 	stop = func() {
 		cancel()
@@ -196,7 +196,7 @@ func (n *node) records() store.Records { return n.recordsOf(n.pod) }
 
 func (n *node) recordsOf(pod *bpftest.Pod) store.Records {
 	n.t.Helper()
-	known, err := attach.OpenPod(n.d, n.config.bpfDir, n.idOf(pod))
+	known, err := attach.OpenPod(n.d, n.config.BPFDir, n.idOf(pod))
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -210,7 +210,7 @@ func (n *node) recordsOf(pod *bpftest.Pod) store.Records {
 // device is the pod's, as the programs know it.
 func (n *node) device() datapath.Device {
 	n.t.Helper()
-	key, err := attach.Device(n.config.bpfDir, n.idOf(n.pod))
+	key, err := attach.Device(n.config.BPFDir, n.idOf(n.pod))
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -224,7 +224,7 @@ func (n *node) device() datapath.Device {
 // pin is a file of the pod's attachment.
 func (n *node) pin(name string) string {
 	n.t.Helper()
-	return filepath.Join(datapath.AttachmentsDir(n.config.bpfDir), n.idOf(n.pod).ContainerID+"@eth0", name)
+	return filepath.Join(datapath.AttachmentsDir(n.config.BPFDir), n.idOf(n.pod).ContainerID+"@eth0", name)
 }
 
 // detach detaches one of the pod's programs, as bpftool does it.
@@ -254,7 +254,7 @@ func (n *node) has(key datapath.EndpointKey) func() bool {
 // open is whether connections to the port are taken.
 func (n *node) open(port uint16) func() bool {
 	return func() bool {
-		pod, err := attach.OpenPod(n.d, n.config.bpfDir, n.idOf(n.pod))
+		pod, err := attach.OpenPod(n.d, n.config.BPFDir, n.idOf(n.pod))
 		if err != nil {
 			n.t.Fatal(err)
 		}
@@ -316,7 +316,7 @@ func (n *node) want(path string, status int, byKernel bool) {
 func (n *node) key(path string) (key datapath.EndpointKey) {
 	n.t.Helper()
 	n.eventually("it is written what "+path+" is asked by", func() bool {
-		described, err := statedir.ReadEndpoints(n.config.stateDir)
+		described, err := statedir.ReadEndpoints(n.config.StateDir)
 		if err != nil {
 			return false
 		}
@@ -618,7 +618,7 @@ func TestTwoPods(t *testing.T) {
 			name, p.IPv4, p.IPv6, long)
 	}
 	text := fmt.Sprintf("pods: [%s, %s]", pod("web", n.pod), pod("other", other))
-	if err := os.WriteFile(n.config.specs, []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(n.config.Specs, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	n.attachPod(n.pod)
@@ -656,13 +656,13 @@ func TestTooManyEndpoints(t *testing.T) {
 		fmt.Fprintf(&containers, "{name: c%d, livenessProbe: {httpGet: {path: /%d, port: 8080}}}, ", i, i)
 	}
 	text := fmt.Sprintf("pods: [{name: web, ips: [%s], containers: [%s]}]", n.pod.IPv4, containers.String())
-	if err := os.WriteFile(n.config.specs, []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(n.config.Specs, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	n.attach()
 	n.start()
 	n.eventually("the refusal is described", func() bool {
-		e, err := statedir.ReadEndpoints(n.config.stateDir)
+		e, err := statedir.ReadEndpoints(n.config.StateDir)
 		return err == nil && len(e.Attachments) == 1 && len(e.Attachments[0].Endpoints) == datapath.MaxEndpoints &&
 			strings.Contains(e.Attachments[0].Endpoints[0].NotAnswered, "65")
 	})
@@ -677,10 +677,10 @@ func TestOneDaemon(t *testing.T) {
 	n.specs("exec: {}")
 	n.start()
 	n.eventually("running", func() bool {
-		_, running, err := statedir.Running(n.config.stateDir)
+		_, running, err := statedir.Running(n.config.StateDir)
 		return err == nil && running
 	})
-	err := run(t.Context(), n.config, slog.New(slog.DiscardHandler))
+	err := Run(t.Context(), n.config, slog.New(slog.DiscardHandler))
 	if err == nil || !strings.Contains(err.Error(), statedir.ErrRunning.Error()) {
 		t.Errorf("a second daemon: %v", err)
 	}

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"net/http"
@@ -13,7 +13,7 @@ import (
 // it is fresh and every local process is a prober, and the prober's probes are all answered.
 func TestRefresh(t *testing.T) {
 	n := newNode(t)
-	n.config.defaults.Refresh = probe.Refresh{On: true, Interval: 100 * time.Millisecond}
+	n.config.Defaults.Refresh = probe.Refresh{On: true, Interval: 100 * time.Millisecond}
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + short)
 	n.attach()
 	n.start()
@@ -57,7 +57,7 @@ func TestRefresh(t *testing.T) {
 // A TCP endpoint is asked by connecting anew.
 func TestRefreshTCP(t *testing.T) {
 	n := newNode(t)
-	n.config.defaults.Refresh = probe.Refresh{On: true, Interval: 100 * time.Millisecond}
+	n.config.Defaults.Refresh = probe.Refresh{On: true, Interval: 100 * time.Millisecond}
 	n.specs("tcpSocket: {port: 9090}, " + short)
 	n.attach()
 	n.start()

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"context"
@@ -60,8 +60,8 @@ func (l *safeLog) String() string {
 func newKept(t testing.TB) *kept {
 	t.Helper()
 	k := &kept{t: t, node: bpftest.NewNode(t), log: &safeLog{}, cacheDir: t.TempDir()}
-	c := config{bpfDir: bpftest.BPFDir(t), stateDir: filepath.Join(t.TempDir(), "state"), defaults: probe.NewDefaults()}
-	err := errors.Join(os.Mkdir(filepath.Join(k.cacheDir, "results"), 0o700), os.MkdirAll(attach.RecordsDir(c.stateDir), 0o700))
+	c := Config{BPFDir: bpftest.BPFDir(t), StateDir: filepath.Join(t.TempDir(), "state"), Defaults: probe.NewDefaults()}
+	err := errors.Join(os.Mkdir(filepath.Join(k.cacheDir, "results"), 0o700), os.MkdirAll(attach.RecordsDir(c.StateDir), 0o700))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -698,6 +698,32 @@ func TestALookEnds(t *testing.T) {
 	}
 }
 
+// Pods that the daemon adopts have the node's hook; one that is attached already keeps its own.
+func TestAdoptedPodsHaveTheHook(t *testing.T) {
+	k := newKept(t)
+	byTC := k.adopted()
+	k.hook = attach.HookXDP
+	byXDP := k.adopted()
+	k.detach(byTC, "steer")
+	k.look(2)
+	k.wantWhole(byTC)
+	for p, want := range map[int]bool{byTC.IfIndex: false, byXDP.IfIndex: true} {
+		k.inNode(func() error {
+			device, err := netlink.LinkByIndex(p)
+			if err != nil {
+				return err
+			}
+			if xdp := device.Attrs().Xdp; (xdp != nil && xdp.ProgId != 0) != want {
+				t.Errorf("%s: XDP %+v", device.Attrs().Name, xdp)
+			}
+			return nil
+		})
+	}
+	if a, b := k.record(byTC).Hook, k.record(byXDP).Hook; a != "" && a != attach.HookTC || b != attach.HookXDP {
+		t.Errorf("on record %q, %q", a, b)
+	}
+}
+
 // A server that ended is not answered for, though everything is attached anew: the maps that knew of it are gone.
 func TestMapsMadeAnewKnowNothing(t *testing.T) {
 	n := newNode(t)
@@ -721,7 +747,7 @@ func (n *node) startKept() {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	finder, err := prober.Parse(n.config.prober)
+	finder, err := prober.Parse(n.config.Prober)
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -730,7 +756,7 @@ func (n *node) startKept() {
 		n.t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	in, err := watch(ctx, n.config.stateDir, n.d, specs, n.logger())
+	in, err := watch(ctx, n.config.StateDir, n.d, specs, n.logger())
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -744,7 +770,7 @@ func (n *node) startKept() {
 		keeper: makeKeeper(adopt.Node{Root: "/", CacheDir: n.t.TempDir()}),
 	}
 	bpftest.Do(n.t, n.pod.Node.NS, func() (err error) {
-		l.keeper.looker, err = repair.New(n.d, n.config.bpfDir)
+		l.keeper.looker, err = repair.New(n.d, n.config.BPFDir)
 		return err
 	})
 	in.all.Go(func() { _ = n.pod.Node.NS.Do(func(ns.NetNS) error { l.keeper.looker.Run(ctx); return nil }) })
@@ -768,7 +794,7 @@ func TestADaemonRepairs(t *testing.T) {
 	}{{attach.HookTC, "steer"}, {attach.HookTC, "observe"}, {attach.HookXDP, "respond"}} {
 		t.Run(test.program, func(t *testing.T) {
 			n := newNode(t)
-			n.config.hook = test.hook
+			n.config.Hook = test.hook
 			n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 			n.attach()
 			logged := n.keepLog()
@@ -778,7 +804,7 @@ func TestADaemonRepairs(t *testing.T) {
 			n.eventually("nothing is answered", not(n.open(8080)))
 			n.eventually("attached again", func() (whole bool) {
 				bpftest.Do(t, n.pod.Node.NS, func() error {
-					whole = attach.Check(n.d, n.config.bpfDir, n.idOf(n.pod), n.pod.IfIndex) == nil
+					whole = attach.Check(n.d, n.config.BPFDir, n.idOf(n.pod), n.pod.IfIndex) == nil
 					return nil
 				})
 				return whole

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"bytes"
@@ -42,7 +42,7 @@ func (n *node) local() *http.Client {
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
-			return d.DialContext(ctx, "unix", statedir.SocketPath(n.config.stateDir))
+			return d.DialContext(ctx, "unix", statedir.SocketPath(n.config.StateDir))
 		},
 	}}
 }
@@ -78,7 +78,7 @@ func started(t *testing.T) *node {
 
 func TestInvalidate(t *testing.T) {
 	n := started(t)
-	client := api.NewClient(n.config.stateDir)
+	client := api.NewClient(n.config.StateDir)
 	for name, request := range map[string]api.InvalidateRequest{
 		"the pod":      {Namespace: "default", Pod: "web"},
 		"a port":       {Namespace: "default", Pod: "web", Port: 8080},
@@ -147,10 +147,10 @@ func TestInvalidateMalformed(t *testing.T) {
 func TestSocket(t *testing.T) {
 	n := newNode(t)
 	n.specs("exec: {}")
-	if err := os.MkdirAll(n.config.stateDir, 0o755); err != nil {
+	if err := os.MkdirAll(n.config.StateDir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	path := statedir.SocketPath(n.config.stateDir)
+	path := statedir.SocketPath(n.config.StateDir)
 	if err := os.WriteFile(path, nil, 0o666); err != nil {
 		t.Fatal(err)
 	}
@@ -165,20 +165,20 @@ func TestSocket(t *testing.T) {
 	if status, reply := do(t, n.local(), http.MethodGet, "http://probeletd/healthz", ""); status != 200 || reply != "ok\n" {
 		t.Errorf("%d %s", status, reply)
 	}
-	if left, _ := filepath.Glob(filepath.Join(n.config.stateDir, "api*")); len(left) > 0 {
+	if left, _ := filepath.Glob(filepath.Join(n.config.StateDir, "api*")); len(left) > 0 {
 		t.Errorf("left over: %s", left)
 	}
 }
 
 func TestReadiness(t *testing.T) {
 	n := newNode(t)
-	n.config.prober = "kubelet"
+	n.config.Prober = "kubelet"
 	n.specs("exec: {}")
 	if who, err := (&prober.Finder{Kubelet: true}).Find(); err == nil {
 		t.Skipf("there is a kubelet on this machine: %+v", who)
 	}
 	n.start()
-	n.eventually("the socket", func() bool { _, err := os.Stat(statedir.SocketPath(n.config.stateDir)); return err == nil })
+	n.eventually("the socket", func() bool { _, err := os.Stat(statedir.SocketPath(n.config.StateDir)); return err == nil })
 	n.eventually("it says what is missing", func() bool {
 		status, reply := do(t, n.local(), http.MethodGet, "http://probeletd/readyz", "")
 		return status == http.StatusServiceUnavailable && strings.HasPrefix(reply, "no prober was found, so nothing is answered: --prober kubelet: no process")
@@ -187,7 +187,7 @@ func TestReadiness(t *testing.T) {
 
 func TestEvents(t *testing.T) {
 	n := started(t)
-	client := api.NewClient(n.config.stateDir)
+	client := api.NewClient(n.config.StateDir)
 	events := func() []api.Event {
 		t.Helper()
 		reply, err := client.Events(t.Context(), "default", "web")
@@ -263,7 +263,7 @@ func (n *node) wantMetrics(want map[string]string) {
 
 func TestMetrics(t *testing.T) {
 	n := newNode(t)
-	n.config.metricsPerPod = true
+	n.config.MetricsPerPod = true
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	n.attach()
 	n.start()
@@ -326,7 +326,7 @@ func TestInconclusive(t *testing.T) {
 		return got[`probelet_inconclusive_probes_total{reason="no_probe"}`] == "1"
 	})
 	n.wantMetrics(map[string]string{`probelet_inconclusive_probes_total{reason="unseen"}`: "0"})
-	client := api.NewClient(n.config.stateDir)
+	client := api.NewClient(n.config.StateDir)
 	reply, err := client.Endpoints(t.Context())
 	want := api.Inconclusive{ContainerID: n.idOf(n.pod).ContainerID, IfName: "eth0", Reasons: map[string]uint64{"no_probe": 1}}
 	if err != nil || len(reply.Inconclusive) != 1 || !reflect.DeepEqual(reply.Inconclusive[0], want) {
@@ -340,7 +340,7 @@ func TestInconclusive(t *testing.T) {
 // In mode observe it is to be seen what would be answered, and nothing is: the kernel side is not told of it.
 func TestObserveShowsWhatWouldBeAnswered(t *testing.T) {
 	n := newNode(t)
-	n.config.defaults.Mode = probe.Observe
+	n.config.Defaults.Mode = probe.Observe
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	n.attach()
 	n.start()
@@ -370,7 +370,7 @@ func TestObserveShowsWhatWouldBeAnswered(t *testing.T) {
 		`probelet_worst_detection_seconds{mode="observe",probelet="without"}`:   "930",
 		`probelet_worst_detection_seconds{mode="observe",probelet="answering"}`: "1260",
 	})
-	reply, err := api.NewClient(n.config.stateDir).Endpoints(t.Context())
+	reply, err := api.NewClient(n.config.StateDir).Endpoints(t.Context())
 	if err != nil || len(reply.Endpoints) != 1 || reply.Endpoints[0].Estimate == nil {
 		t.Fatalf("%+v, %v", reply, err)
 	}
@@ -383,9 +383,13 @@ func TestObserveShowsWhatWouldBeAnswered(t *testing.T) {
 // missing.
 func TestMetricsAreDocumented(t *testing.T) {
 	n := newNode(t)
-	n.config.metricsPerPod = true
-	n.config.netDir, n.config.chain = t.TempDir(), "dropin"
-	n.config.defaults.Refresh = probe.Refresh{On: true, Interval: 100 * time.Millisecond}
+	n.config.MetricsPerPod = true
+	n.config.FollowChain = func(ctx context.Context, looked func(error)) error {
+		looked(nil)
+		<-ctx.Done()
+		return nil
+	}
+	n.config.Defaults.Refresh = probe.Refresh{On: true, Interval: 100 * time.Millisecond}
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	n.attach()
 	n.start()
@@ -538,21 +542,21 @@ func TestControllers(t *testing.T) {
 
 	n := newNode(t)
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
-	n.config.api = apiConfig{listen: address, certFile: filepath.Join(ours, "server.crt")}
+	n.config.API = APIConfig{Listen: address, CertFile: filepath.Join(ours, "server.crt")}
 	if err := n.runOnce(); err == nil || !strings.Contains(err.Error(), "--api-client-ca-file") {
 		t.Fatalf("with half of the flags: %v", err)
 	}
-	n.config.api.keyFile, n.config.api.clientCAFile = filepath.Join(ours, "server.key"), filepath.Join(theirs, "missing.crt")
+	n.config.API.KeyFile, n.config.API.ClientCAFile = filepath.Join(ours, "server.key"), filepath.Join(theirs, "missing.crt")
 	if err := n.runOnce(); err == nil || !strings.Contains(err.Error(), "missing.crt") {
 		t.Fatalf("without an authority: %v", err)
 	}
-	n.config.api.clientCAFile = filepath.Join(ours, "ca.crt")
+	n.config.API.ClientCAFile = filepath.Join(ours, "ca.crt")
 	n.attach()
 	n.start()
 	n.eventually("the probe's port is known", n.has(datapath.PortKey(8080)))
 
 	pool := x509.NewCertPool()
-	authority, err := os.ReadFile(n.config.api.clientCAFile)
+	authority, err := os.ReadFile(n.config.API.ClientCAFile)
 	if err != nil || !pool.AppendCertsFromPEM(authority) {
 		t.Fatal(err)
 	}
@@ -590,8 +594,8 @@ func (n *node) runOnce() error {
 	n.t.Helper()
 	ctx, cancel := context.WithTimeout(n.t.Context(), 20*time.Second)
 	defer cancel()
-	err := run(ctx, n.config, n.logger())
-	if _, running, _ := statedir.Running(n.config.stateDir); running {
+	err := Run(ctx, n.config, n.logger())
+	if _, running, _ := statedir.Running(n.config.StateDir); running {
 		return fmt.Errorf("it runs")
 	}
 	return err

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"encoding/json"
@@ -29,7 +29,7 @@ type cleaner interface {
 
 // unattached returns a daemon that has records, and of whose pods none is attached, so that it needs no kernel.
 func unattached(t cleaner, stateDir string) *daemon {
-	d := newDaemon(slog.New(slog.DiscardHandler), nil, config{stateDir: stateDir, defaults: probe.NewDefaults()},
+	d := newDaemon(slog.New(slog.DiscardHandler), nil, Config{StateDir: stateDir, Defaults: probe.NewDefaults()},
 		statedir.Endpoints{}, idleRefresher(t))
 	return d
 }

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"context"
@@ -14,11 +14,11 @@ import (
 )
 
 // crosscheck starts to compare the kubelet's verdicts with what is observed, where the prober is the kubelet.
-func (l *loop) crosscheck(ctx context.Context, c config, in *inputs) error {
-	if c.crosscheck == 0 || c.sourceName() == "file" || l.who.AnyLocal {
+func (l *loop) crosscheck(ctx context.Context, c Config, in *inputs) error {
+	if c.Crosscheck == 0 || c.sourceName() == "file" || l.who.AnyLocal {
 		return nil
 	}
-	checker, err := crosscheck.New(c.kubelet.Config, l, c.crosscheck, l.log)
+	checker, err := crosscheck.New(c.Kubelet.Config, l, c.Crosscheck, l.log)
 	if err != nil {
 		return fmt.Errorf("--crosscheck: --kubelet-url: %w", err)
 	}

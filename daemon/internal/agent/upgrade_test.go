@@ -1,10 +1,9 @@
-package main
+package agent
 
 import (
-	"context"
 	"errors"
-	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 
@@ -12,13 +11,13 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
+	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
-	"github.com/probelet/probelet/daemon/internal/chain"
 )
 
 // v3 is what builds with ABI v3 left: under <bpfDir>/v3 the objects, and for each attachment its two maps, an XDP link, and a
@@ -190,12 +189,17 @@ func TestUpgradeFromV3(t *testing.T) {
 	}
 }
 
-// uninstallation takes probelet off the kept node.
-func uninstallation(t *testing.T, bpfDir, stateDir string) *installation {
-	return &installation{
-		node:   chain.Node{NetDir: t.TempDir(), BinDir: t.TempDir(), Log: slog.New(slog.NewTextHandler(t.Output(), nil))},
-		bpfDir: bpfDir, stateDir: stateDir,
+// uninstall takes probelet off a node.
+func uninstall(t *testing.T, netns ns.NetNS, bpfDir, stateDir string) {
+	t.Helper()
+	file, err := program()
+	if err != nil {
+		t.Fatal(err)
 	}
+	p := exec.Command(file, "uninstall", "--cni-net-dir", t.TempDir(), "--cni-bin-dir", t.TempDir(), "--bpf-dir", bpfDir, "--state-dir", stateDir,
+		"--settle", "0", "--in-flight", "0", "--drain", "0")
+	p.Stdout, p.Stderr = t.Output(), t.Output()
+	bpftest.Do(t, netns, p.Run)
 }
 
 func wantGone(t *testing.T, paths ...string) {
@@ -222,8 +226,7 @@ func TestUninstallOfV3(t *testing.T) {
 			byClsact, byTCX := node.AddPod(t), node.AddPod(t)
 			old.attach(stateDir, byClsact, false)
 			old.attach(stateDir, byTCX, true)
-			i := uninstallation(t, bpfDir, stateDir)
-			bpftest.Do(t, node.NS, func() error { return i.uninstall(context.Background()) })
+			uninstall(t, node.NS, bpfDir, stateDir)
 			wantBare(t, byClsact, false)
 			wantBare(t, byTCX, false)
 			wantGone(t, bpfDir, stateDir)
@@ -249,8 +252,7 @@ func TestFiltersWhosePinsAreLost(t *testing.T) {
 	}
 	t.Run("uninstall", func(t *testing.T) {
 		k, p := lost(t)
-		i := uninstallation(t, k.bpfDir, k.stateDir)
-		k.inNode(func() error { return i.uninstall(t.Context()) })
+		uninstall(t, k.node.NS, k.bpfDir, k.stateDir)
 		wantBare(t, p, false)
 		wantGone(t, k.bpfDir, k.stateDir)
 	})
@@ -267,10 +269,9 @@ func TestFiltersWhosePinsAreLost(t *testing.T) {
 func TestUninstallAgain(t *testing.T) {
 	k := newKept(t)
 	p := k.adopted()
-	i := uninstallation(t, k.bpfDir, k.stateDir)
-	k.inNode(func() error { return i.detach(t.Context()) })
+	k.inNode(func() error { return attach.Detach(k.datapath, k.bpfDir, idOf(p)) })
 	for range 2 {
-		k.inNode(func() error { return i.uninstall(t.Context()) })
+		uninstall(t, k.node.NS, k.bpfDir, k.stateDir)
 	}
 	wantBare(t, p, false)
 	wantGone(t, k.bpfDir, k.stateDir)

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"context"
@@ -20,7 +20,8 @@ const metricsHelp = `Passes the metrics of this node's daemon on: GET /metrics, 
 needs no open port. It needs no right, and to see nothing but <state-dir>/metrics, with a socket on which the daemon answers /metrics, /healthz
 and /readyz.`
 
-func metricsCommand(stderr io.Writer) *cobra.Command {
+// MetricsCommand returns the command that passes the metrics of a daemon on.
+func MetricsCommand(stderr io.Writer) *cobra.Command {
 	var listen, stateDir string
 	cmd := &cobra.Command{
 		Use:   "metrics",

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"fmt"
@@ -15,7 +15,7 @@ import (
 // BenchmarkObserve measures what an observed probe costs the loop: a batch of recordsGather, of 40 pods with two HTTP probes each, into
 // the kernel's maps.
 //
-//	go test ./daemon/cmd/probeletd -run - -bench Observe
+//	go test ./daemon/internal/agent -run - -bench Observe
 func BenchmarkObserve(b *testing.B) {
 	k := newKept(b)
 	batch := observable(k, 40)

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"bufio"
@@ -89,7 +89,7 @@ func TestStartsWithoutAKubelet(t *testing.T) {
 	if err := n.d.SetProber(datapath.Prober{AnyLocal: true}); err != nil {
 		t.Fatal(err)
 	}
-	n.config.prober = "kubelet"
+	n.config.Prober = "kubelet"
 	n.specs("httpGet: {path: /, port: 8080}")
 	logged := n.keepLog()
 	n.start()
@@ -140,7 +140,7 @@ func TestTheProberIsLostForAMoment(t *testing.T) {
 				}
 			}
 			point(own)
-			n.config.prober = "cgroup:" + where
+			n.config.Prober = "cgroup:" + where
 			n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 			n.attach()
 			n.start()

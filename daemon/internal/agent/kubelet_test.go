@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"encoding/json"
@@ -80,7 +80,7 @@ func (n *node) attachNamed(uid string) {
 		ContainerID: "of-" + uid, IfName: "eth0", IfIndex: n.pod.IfIndex, HostIfName: n.pod.HostIfName,
 		PodNamespace: "shop", PodName: "web", PodUID: uid, CreatedAt: time.Now(),
 	}
-	if err := attach.WriteRecord(n.config.stateDir, record); err != nil {
+	if err := attach.WriteRecord(n.config.StateDir, record); err != nil {
 		n.t.Fatal(err)
 	}
 	n.attachMaps(n.pod, record.ID())
@@ -91,8 +91,8 @@ func (n *node) attachNamed(uid string) {
 func TestWithTheKubeletsPods(t *testing.T) {
 	n := newNode(t)
 	k := newKubelet(t)
-	n.config.specs, n.config.source = "", "kubelet"
-	n.config.kubelet.URL, n.config.kubelet.Poll = k.URL+"/pods", 100*time.Millisecond
+	n.config.Specs, n.config.Source = "", "kubelet"
+	n.config.Kubelet.URL, n.config.Kubelet.Poll = k.URL+"/pods", 100*time.Millisecond
 	n.attachNamed("first")
 	n.start()
 
@@ -109,7 +109,7 @@ func TestWithTheKubeletsPods(t *testing.T) {
 
 	for _, nonsense := range []string{"", "{", `{"kind":"Status"}`, `{"kind":"PodList","items":[{"metadata":{"name":1}}]}`} {
 		k.says(nonsense)
-		time.Sleep(3 * n.config.kubelet.Poll)
+		time.Sleep(3 * n.config.Kubelet.Poll)
 		n.want("/healthz", 200, true)
 	}
 
@@ -145,8 +145,8 @@ func (n *node) instance() string { return n.endpoint().InstanceID }
 func TestRestartedContainerOverARestart(t *testing.T) {
 	n := newNode(t)
 	k := newKubelet(t)
-	n.config.specs, n.config.source = "", "kubelet"
-	n.config.kubelet.URL, n.config.kubelet.Poll = k.URL+"/pods", 100*time.Millisecond
+	n.config.Specs, n.config.Source = "", "kubelet"
+	n.config.Kubelet.URL, n.config.Kubelet.Poll = k.URL+"/pods", 100*time.Millisecond
 	k.tells(t, n.podOf("first", 1))
 	n.attachNamed("first")
 	stop := n.start()
@@ -168,10 +168,10 @@ func TestRestartedContainerOverARestart(t *testing.T) {
 // An annotation of the pod turns refresh on, where the node lets it.
 func TestRefreshByAnnotation(t *testing.T) {
 	n := newNode(t)
-	n.config.defaults.RefreshByAnnotation = true
+	n.config.Defaults.RefreshByAnnotation = true
 	k := newKubelet(t)
-	n.config.specs, n.config.source = "", "kubelet"
-	n.config.kubelet.URL, n.config.kubelet.Poll = k.URL+"/pods", 100*time.Millisecond
+	n.config.Specs, n.config.Source = "", "kubelet"
+	n.config.Kubelet.URL, n.config.Kubelet.Poll = k.URL+"/pods", 100*time.Millisecond
 	pod := n.podOf("first", 1)
 	pod["metadata"].(fields)["annotations"] = fields{probe.AnnotationRefresh: "100ms"}
 	k.tells(t, pod)

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"encoding/binary"
@@ -19,7 +19,7 @@ import (
 // the SYN; then the kernel takes none any more, until a person says so.
 func TestAnswersThatDoNotArrive(t *testing.T) {
 	n := newNode(t)
-	n.config.hook = attach.HookXDP
+	n.config.Hook = attach.HookXDP
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	n.attach()
 	logged := n.keepLog()

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"fmt"
@@ -14,7 +14,7 @@ import (
 // BenchmarkSnapshot measures what a snapshot of 500 pods with two probes each costs the loop, by how many of them have another
 // container. Nothing is attached, so no maps are written.
 //
-//	go test ./daemon/cmd/probeletd -run - -bench Snapshot
+//	go test ./daemon/internal/agent -run - -bench Snapshot
 func BenchmarkSnapshot(b *testing.B) {
 	for _, changed := range []int{1, 3, 500} {
 		b.Run(fmt.Sprintf("changed=%d", changed), func(b *testing.B) {

@@ -1,7 +1,6 @@
-package main
+package agent
 
 import (
-	"encoding/json"
 	"io"
 	"log/slog"
 	"net/http"
@@ -19,11 +18,11 @@ import (
 // The level of the log is changed while the daemon runs.
 func TestLogLevel(t *testing.T) {
 	n := newNode(t)
-	n.config.logLevel = &slog.LevelVar{}
+	n.config.LogLevel = &slog.LevelVar{}
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	n.start()
-	n.eventually("listens", func() bool { return api.NewClient(n.config.stateDir).SetLogLevel(t.Context(), slog.LevelDebug) == nil })
-	if got := n.config.logLevel.Level(); got != slog.LevelDebug {
+	n.eventually("listens", func() bool { return api.NewClient(n.config.StateDir).SetLogLevel(t.Context(), slog.LevelDebug) == nil })
+	if got := n.config.LogLevel.Level(); got != slog.LevelDebug {
 		t.Errorf("the level is %s", got)
 	}
 }
@@ -42,23 +41,6 @@ func TestProfilesAreLocal(t *testing.T) {
 	}
 }
 
-func TestLogFormats(t *testing.T) {
-	var text strings.Builder
-	log, err := newLog(&text, "json", &slog.LevelVar{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	log.Info("hello", "pod", "a/b")
-	log.Debug("not this")
-	var line map[string]any
-	if err := json.Unmarshal([]byte(text.String()), &line); err != nil || line["msg"] != "hello" || line["pod"] != "a/b" {
-		t.Errorf("%s: %v", &text, err)
-	}
-	if _, err := newLog(io.Discard, "xml", nil); err == nil || !strings.Contains(err.Error(), `--log-format "xml"`) {
-		t.Errorf("%v", err)
-	}
-}
-
 // Who describes a pod with an annotation that cannot be used is told so, once.
 func TestEventsOfBadAnnotations(t *testing.T) {
 	posted := make(chan string, 10)
@@ -74,7 +56,7 @@ func TestEventsOfBadAnnotations(t *testing.T) {
 		t.Fatal(err)
 	}
 	k := newKept(t)
-	k.reporter = newReporter(config{source: "kubelet", kubeconfig: kubeconfig, events: true, node: "node-1"}, k.daemon.log)
+	k.reporter = newReporter(Config{Source: "kubelet", Kubeconfig: kubeconfig, Events: true, NodeName: "node-1"}, k.daemon.log)
 	go k.reporter.Run(t.Context())
 	k.adopted()
 	k.pods = slices.Clone(k.pods)
@@ -102,8 +84,8 @@ func TestMetricsProxy(t *testing.T) {
 	n := newNode(t)
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	stop := n.start()
-	n.eventually("listens", func() bool { _, err := api.NewClient(n.config.stateDir).Endpoints(t.Context()); return err == nil })
-	proxy := httptest.NewServer(metricsProxy(n.config.stateDir))
+	n.eventually("listens", func() bool { _, err := api.NewClient(n.config.StateDir).Endpoints(t.Context()); return err == nil })
+	proxy := httptest.NewServer(metricsProxy(n.config.StateDir))
 	defer proxy.Close()
 	ask := func(method, path string) (status int, text string) {
 		t.Helper()
