@@ -14,6 +14,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/crosscheck"
 	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/store"
 	"github.com/probelet/probelet/internal/version"
 )
@@ -307,7 +308,7 @@ func collectFills(d *datapath.Datapath, to sink) error {
 func (m moment) collect(to sink, perPod bool) {
 	for _, mode := range []probe.Mode{probe.Answer, probe.Observe, probe.Off} {
 		for _, state := range endpointStates {
-			to.gauge(endpointsDesc, m.endpoints[modeState{mode, state}], string(mode), state)
+			to.gauge(endpointsDesc, m.endpoints[modeState{mode, state}], string(mode), string(state))
 		}
 	}
 	for _, code := range probe.ReasonCodes() {
@@ -342,7 +343,7 @@ func btoi(b bool) int {
 	return 0
 }
 
-var endpointStates = []string{"fresh", "stale", "failed", "unknown", "never"}
+var endpointStates = []status.State{status.StateFresh, status.StateStale, status.StateFailed, status.StateUnknown, status.StateNever}
 
 // podName is a pod's.
 type podName struct{ Namespace, Name string }
@@ -350,7 +351,7 @@ type podName struct{ Namespace, Name string }
 // modeState is what endpoints are counted by.
 type modeState struct {
 	mode  probe.Mode
-	state string
+	state status.State
 }
 
 // moment is what is known at a moment, in numbers.
@@ -435,30 +436,18 @@ func (m moment) worsen(mode probe.Mode, s probe.EndpointSpec) {
 	m.detection[mode] = worst
 }
 
-// state is the endpoint's, as probeletctl status has it, but for those that are never answered. In mode observe it is what it
-// would be: the kernel side is never told of it.
-func (a *attachment) state(s probe.EndpointSpec, e probe.Evidence) string {
-	if s.Withheld {
-		e.FreshUntil = e.ObservedAt + uint64(s.Staleness)
-	}
-	switch {
-	case s.Reason.Code != "" && !s.Withheld:
-		return "never"
-	case e.Result == probe.Failure:
-		return "failed"
-	case e.Result != probe.Success:
-		return "unknown"
-	case a.maps == nil:
-		return "stale"
-	}
-	if e.FreshUntil <= datapath.Now() || e.ObservedAt <= a.withdrawnAt(s.Endpoint) {
-		return "stale"
-	}
-	return "fresh"
+// state returns the state that an endpoint is counted under.
+func (a *attachment) state(s probe.EndpointSpec, e probe.Evidence) status.State {
+	return status.Endpoint{
+		Kind: s.Kind, Never: s.Reason, Withheld: s.Withheld, Bound: s.Staleness, Evidence: e, WithdrawnAt: a.withdrawnAt(s.Endpoint),
+	}.Counted(datapath.Now())
 }
 
 // withdrawnAt is when the kernel side last voided what was known of an endpoint, by itself or with its port.
 func (a *attachment) withdrawnAt(e probe.Endpoint) uint64 {
+	if a.maps == nil {
+		return datapath.Now() // the kernel holds nothing that it could answer with
+	}
 	key, _ := store.Key(e, a.tracker.Evidence()[e].Question)
 	own, err := a.maps.Tally(key)
 	port, portErr := a.maps.Tally(datapath.PortKey(e.Port))

@@ -10,6 +10,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/survey"
 )
 
@@ -35,7 +36,7 @@ func TestListener(t *testing.T) {
 		t.Errorf("the table does not say it:\n%s", wide)
 	}
 	for _, obstacle := range datapath.Obstacles {
-		if obstacleInWords[obstacle] == "" {
+		if status.ObstacleText(obstacle) == obstacle {
 			t.Errorf("%s has no words", obstacle)
 		}
 	}

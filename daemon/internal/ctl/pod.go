@@ -288,7 +288,7 @@ func (x Explanation) print(env *environment) error {
 		for _, n := range a.Neighbours {
 			line("also there: " + n.String())
 		}
-		if a.WhyNotAnswered != "" {
+		if a.WhyNotAnsweredCode != "" {
 			line("not answered: " + a.WhyNotAnswered)
 		}
 		if doubts := inconclusive(a.Inconclusive); doubts != "" {
@@ -309,11 +309,11 @@ func (x Explanation) printEndpoint(text *table.Text, e survey.Endpoint) {
 		state += fmt.Sprintf(", status %d", e.Status)
 	}
 	if e.Age != nil {
-		state += fmt.Sprintf(", observed %s ago", survey.Duration(*e.Age))
+		state += fmt.Sprintf(", observed %s ago", status.Duration(*e.Age))
 	}
 	text.Pair("state", state)
-	if e.WhyNotAnswered == "" {
-		next := fmt.Sprintf("answered in the kernel, for another %s", survey.Duration(*e.FreshFor))
+	if e.WhyNotAnsweredCode == "" {
+		next := fmt.Sprintf("answered in the kernel, for another %s", status.Duration(*e.FreshFor))
 		if e.Listener != nil {
 			next += ", unless a look at the listening socket speaks against it"
 		}
@@ -321,7 +321,7 @@ func (x Explanation) printEndpoint(text *table.Text, e survey.Endpoint) {
 	} else {
 		text.Pair("next probe", "reaches the pod: "+e.WhyNotAnswered)
 	}
-	if e.NotAnswered == "" || e.Withheld {
+	if e.MayBeAnswered() {
 		text.Pair("bound", bound(e))
 	}
 	if e.Listener != nil {
@@ -338,10 +338,10 @@ func (x Explanation) printEndpoint(text *table.Text, e survey.Endpoint) {
 	}
 	for _, p := range e.Probes {
 		text.Pair(p.String(), fmt.Sprintf("every %s, timeout %s, threshold %d: a failure %s detected within %s (%s without probelet)",
-			survey.Duration(p.Period), survey.Duration(p.Timeout), p.FailureThreshold, would(e), survey.Duration(p.DetectionAnswered), survey.Duration(p.DetectionPlain)))
+			status.Duration(p.Period), status.Duration(p.Timeout), p.FailureThreshold, would(e), status.Duration(p.DetectionAnswered), status.Duration(p.DetectionPlain)))
 	}
 	for _, event := range x.eventsOf(e) {
-		text.Pair(survey.Duration(event.age).String()+" ago", event.text)
+		text.Pair(status.Duration(event.age).String()+" ago", event.text)
 	}
 }
 
@@ -355,7 +355,7 @@ func would(e survey.Endpoint) string {
 
 // bound says for how long a success is answered, and what else bounds it.
 func bound(e survey.Endpoint) string {
-	text := fmt.Sprintf("a success %s answered for %s", would(e), survey.Duration(e.StalenessBound))
+	text := fmt.Sprintf("a success %s answered for %s", would(e), status.Duration(e.StalenessBound))
 	if e.StalenessCapped {
 		text += ", the node's ceiling"
 	}
@@ -366,7 +366,7 @@ func bound(e survey.Endpoint) string {
 		text += fmt.Sprintf(", after a failure once %d in a row were observed", e.Successes)
 	}
 	if e.Refresh != 0 {
-		text += fmt.Sprintf("; the daemon asks by itself every %s", survey.Duration(e.Refresh))
+		text += fmt.Sprintf("; the daemon asks by itself every %s", status.Duration(e.Refresh))
 	}
 	return text
 }
@@ -386,19 +386,9 @@ func listener(l store.Listener) string {
 		if len(said) == 0 {
 			which = "the last probe that was not answered for it: "
 		}
-		said = append(said, which+obstacleInWords[l.Obstacle])
+		said = append(said, which+status.ObstacleText(l.Obstacle))
 	}
 	return cmp.Or(strings.Join(said, "; "), "not looked at yet")
-}
-
-// obstacleInWords says why a TCP probe was passed on, by store.Listener's Obstacle.
-var obstacleInWords = map[string]string{
-	"no_listener": "nothing listened",
-	"queue_long":  "the queue was more than half full",
-	"head_old":    "a connection had waited for 50 ms",
-	"special":     "the socket does not take every packet",
-	"real_due":    "as many as may be had been answered",
-	"unanswered":  "the pod had not answered the connection before",
 }
 
 // estimate says what mode answer would have made of probes.
@@ -410,23 +400,11 @@ func estimate(e api.Estimate, probes uint64) string {
 	separator := "; the others reach the pod: "
 	for _, why := range probe.Whys() {
 		if n := e.Passed[why]; n > 0 {
-			text += fmt.Sprintf("%s%d %s", separator, n, whyInWords[why])
+			text += fmt.Sprintf("%s%d %s", separator, n, status.WhyText(why))
 			separator = ", "
 		}
 	}
 	return text
-}
-
-// whyInWords says of probes why they reach the pod.
-var whyInWords = map[probe.Why]string{
-	probe.WhyNever:     "of what is never answered",
-	probe.WhyUnknown:   "before anything was known",
-	probe.WhyFailed:    "after a failure",
-	probe.WhyThreshold: "before enough had succeeded in a row",
-	probe.WhyWithdrawn: "after a listening socket had closed",
-	probe.WhyExpired:   "after the bound",
-	probe.WhyTCP:       "because the port's TCP probe was not fresh",
-	probe.WhyLimit:     "because as many as may be had been answered in a row",
 }
 
 // happening is a line of the events.
@@ -447,7 +425,7 @@ func (x Explanation) eventsOf(e survey.Endpoint) []happening {
 		all = append(all, happening{*e.LastHitAge, fmt.Sprintf("answered in the kernel (%d times so far)", e.Hits)})
 	}
 	if e.WithdrawnAge != nil {
-		all = append(all, happening{*e.WithdrawnAge, "withdrawn by the kernel: " + survey.Withdrawal(e.WithdrawnCause)})
+		all = append(all, happening{*e.WithdrawnAge, "withdrawn by the kernel: " + status.WithdrawalText(e.WithdrawnCause)})
 	}
 	slices.SortStableFunc(all, func(a, b happening) int { return cmp.Compare(b.age, a.age) })
 	return all

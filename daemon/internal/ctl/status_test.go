@@ -249,7 +249,7 @@ func TestNothingLoaded(t *testing.T) {
 func TestTable(t *testing.T) {
 	m := newMachine(t)
 	tls := endpoint(probe.HTTPS, 443, "/")
-	tls.Observed, tls.NotAnswered = false, "HTTPS is never answered"
+	tls.Observed, tls.NotAnswered, tls.NotAnsweredCode = false, "HTTPS is never answered", probe.ReasonKind
 	m.web(fakeMaps{
 		datapath.PortKey(8080): {evidence: success(4, 7, 0)},
 		keyOf(8080, "/ready"):  {success(4, 7, 204), hits(41)},
@@ -289,10 +289,10 @@ func TestStates(t *testing.T) {
 	x, port := keyOf(80, "/x"), datapath.PortKey(80)
 	one, both := []statedir.Endpoint{http}, []statedir.Endpoint{http, tcp}
 	startup := tcp
-	startup.StartupOnly, startup.NotAnswered = true, "startup probe"
+	startup.StartupOnly, startup.NotAnswered, startup.NotAnsweredCode = true, "startup probe", probe.ReasonStartup
 	// In mode observe the kernel is told of no bound, which is then 11 s.
 	withheld := http
-	withheld.NotAnswered, withheld.Withheld = "mode observe", true
+	withheld.NotAnswered, withheld.NotAnsweredCode, withheld.Withheld = "mode observe", probe.ReasonMode, true
 	threshold := http
 	threshold.Successes = 3
 	observing := []statedir.Endpoint{withheld}
@@ -300,29 +300,29 @@ func TestStates(t *testing.T) {
 	for name, test := range map[string]struct {
 		maps      fakeMaps
 		endpoints []statedir.Endpoint
-		state     survey.State
+		state     status.State
 		why       string
 	}{
-		"answered":           {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {evidence: success(1, 5, 0)}}, one, survey.Fresh, ""},
-		"no record yet":      {fakeMaps{}, one, survey.Unknown, "nothing observed yet"},
-		"nothing observed":   {fakeMaps{x: {}, port: {}}, one, survey.Unknown, "nothing observed yet"},
-		"redirect":           {fakeMaps{x: {evidence: datapath.Evidence{Status: 302, ObservedAt: 1}}}, one, survey.Unknown, "status 302: a redirect"},
-		"error status":       {fakeMaps{x: {evidence: failed(2, 503)}}, one, survey.Failed, "status 503"},
-		"reset":              {fakeMaps{x: {evidence: failed(2, 0)}}, one, survey.Failed, "refused, reset, or no complete and valid response in time"},
-		"too late":           {fakeMaps{x: {evidence: failed(2, 200)}}, one, survey.Failed, "status 200 came too late"},
-		"not often enough":   {fakeMaps{x: {evidence: unbound(success(1, 0, 200))}}, []statedir.Endpoint{threshold}, survey.Stale, "3 probes in a row must succeed"},
-		"expired":            {fakeMaps{x: {evidence: datapath.Evidence{Result: datapath.ResultSuccess, ObservedAt: 1, FreshUntil: now - 3*second}}}, one, survey.Stale, "expired 3s ago"},
-		"withdrawn":          {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(4)}}, one, survey.Stale, "withdrawn"},
-		"withdrawn before":   {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(5)}}, one, survey.Fresh, ""},
-		"other unknown":      {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, both, survey.Fresh, "taking a connection would also answer TCP :80 (unknown)"},
-		"another path":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, endpoint(probe.HTTP, 80, "/y")}, survey.Fresh, "not open yet"},
-		"other failed":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}, datapath.TCPKey(80): {evidence: failed(1, 0)}}, both, survey.Fresh, "TCP :80 (failed)"},
-		"startup probe only": {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, startup}, survey.Fresh, "not open yet"},
-		"would be answered":  {fakeMaps{x: {evidence: unbound(success(10, 0, 200))}, port: {}}, observing, survey.Fresh, "mode observe"},
-		"would have expired": {fakeMaps{x: {evidence: unbound(success(12, 0, 200))}, port: {}}, observing, survey.Stale, "mode observe"},
-		"would be withdrawn": {fakeMaps{x: {evidence: unbound(success(1, 0, 200))}, port: {tally: withdrawn(1)}}, observing, survey.Stale, "mode observe"},
-		"would not be":       {fakeMaps{x: {evidence: failed(1, 500)}, port: {}}, observing, survey.Failed, "mode observe"},
-		"nothing to be seen": {fakeMaps{x: {}, port: {}}, observing, survey.Unknown, "mode observe"},
+		"answered":           {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {evidence: success(1, 5, 0)}}, one, status.StateFresh, ""},
+		"no record yet":      {fakeMaps{}, one, status.StateUnknown, "nothing observed yet"},
+		"nothing observed":   {fakeMaps{x: {}, port: {}}, one, status.StateUnknown, "nothing observed yet"},
+		"redirect":           {fakeMaps{x: {evidence: datapath.Evidence{Status: 302, ObservedAt: 1}}}, one, status.StateUnknown, "status 302: a redirect"},
+		"error status":       {fakeMaps{x: {evidence: failed(2, 503)}}, one, status.StateFailed, "status 503"},
+		"reset":              {fakeMaps{x: {evidence: failed(2, 0)}}, one, status.StateFailed, "refused, reset, or no complete and valid response in time"},
+		"too late":           {fakeMaps{x: {evidence: failed(2, 200)}}, one, status.StateFailed, "status 200 came too late"},
+		"not often enough":   {fakeMaps{x: {evidence: unbound(success(1, 0, 200))}}, []statedir.Endpoint{threshold}, status.StateStale, "3 probes in a row must succeed"},
+		"expired":            {fakeMaps{x: {evidence: datapath.Evidence{Result: datapath.ResultSuccess, ObservedAt: 1, FreshUntil: now - 3*second}}}, one, status.StateStale, "expired 3s ago"},
+		"withdrawn":          {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(4)}}, one, status.StateStale, "withdrawn"},
+		"withdrawn before":   {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(5)}}, one, status.StateFresh, ""},
+		"other unknown":      {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, both, status.StateFresh, "taking a connection would also answer TCP :80 (unknown)"},
+		"another path":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, endpoint(probe.HTTP, 80, "/y")}, status.StateFresh, "not open yet"},
+		"other failed":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}, datapath.TCPKey(80): {evidence: failed(1, 0)}}, both, status.StateFresh, "TCP :80 (failed)"},
+		"startup probe only": {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, startup}, status.StateFresh, "not open yet"},
+		"would be answered":  {fakeMaps{x: {evidence: unbound(success(10, 0, 200))}, port: {}}, observing, status.StateFresh, "mode observe"},
+		"would have expired": {fakeMaps{x: {evidence: unbound(success(12, 0, 200))}, port: {}}, observing, status.StateStale, "mode observe"},
+		"would be withdrawn": {fakeMaps{x: {evidence: unbound(success(1, 0, 200))}, port: {tally: withdrawn(1)}}, observing, status.StateStale, "mode observe"},
+		"would not be":       {fakeMaps{x: {evidence: failed(1, 500)}, port: {}}, observing, status.StateFailed, "mode observe"},
+		"nothing to be seen": {fakeMaps{x: {}, port: {}}, observing, status.StateUnknown, "mode observe"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
@@ -335,7 +335,10 @@ func TestStates(t *testing.T) {
 			if e.State != test.state || !strings.Contains(e.WhyNotAnswered, test.why) || test.why == "" && e.WhyNotAnswered != "" {
 				t.Errorf("%s: %q; want %s: %q", e.State, e.WhyNotAnswered, test.state, test.why)
 			}
-			if (e.FreshFor != nil) != (test.state == survey.Fresh) {
+			if (e.WhyNotAnswered == "") != (e.WhyNotAnsweredCode == "") {
+				t.Errorf("code %q for %q", e.WhyNotAnsweredCode, e.WhyNotAnswered)
+			}
+			if (e.FreshFor != nil) != (test.state == status.StateFresh) {
 				t.Errorf("%s for %v", e.State, e.FreshFor)
 			}
 		})
@@ -346,7 +349,7 @@ func TestStates(t *testing.T) {
 func TestObserved(t *testing.T) {
 	m := newMachine(t)
 	e := endpoint(probe.HTTP, 80, "/x")
-	e.NotAnswered, e.Withheld = "mode observe", true
+	e.NotAnswered, e.NotAnsweredCode, e.Withheld = "mode observe", probe.ReasonMode, true
 	e.Probes[0].Detection = 31
 	observed := success(1, 0, 200)
 	observed.FreshUntil = 0
@@ -415,7 +418,7 @@ func (m *machine) serveNode(n node) {
 func TestEstimate(t *testing.T) {
 	m := newMachine(t)
 	e := endpoint(probe.HTTP, 80, "/x")
-	e.NotAnswered, e.Withheld = "mode observe", true
+	e.NotAnswered, e.NotAnsweredCode, e.Withheld = "mode observe", probe.ReasonMode, true
 	m.web(fakeMaps{datapath.PortKey(80): {}}, e)
 	m.serve(api.Endpoint{Kind: probe.HTTP, Port: 80, Path: "/x", Result: "success", Estimate: &api.Estimate{
 		Answered: 12, Hidden: 1, Passed: map[probe.Why]uint64{probe.WhyExpired: 10, probe.WhyUnknown: 2},
@@ -429,7 +432,7 @@ func TestEstimate(t *testing.T) {
 		t.Errorf("%v, does not say %q:\n%s", err, want, text)
 	}
 	for _, why := range probe.Whys() {
-		if whyInWords[why] == "" {
+		if status.WhyText(why) == string(why) {
 			t.Errorf("%s has no words", why)
 		}
 	}
@@ -477,7 +480,7 @@ func TestInconclusive(t *testing.T) {
 		t.Errorf("%v, does not say %q:\n%s", err, want, text)
 	}
 	for _, doubt := range evidence.Doubts() {
-		if doubtInWords[doubt] == "" {
+		if status.DoubtText(string(doubt)) == string(doubt) {
 			t.Errorf("%s has no words", doubt)
 		}
 	}

@@ -42,8 +42,8 @@ func printNode(env *environment, s survey.Status, n status.Node) error {
 	text.Pair("daemon", strings.TrimPrefix(s.Daemon.String(), "probeletd: "))
 	text.Pair("attached", fmt.Sprintf("%d, with %d endpoints, of which %d are answered now", n.Attached, n.Endpoints, n.Answered))
 	text.Pair("answered", fmt.Sprintf("%s of %d probes", n.Probes.Share(), n.Probes.Answered+n.Probes.Passed))
-	for _, why := range n.NotReady {
-		if why != api.ErrDown.Error() {
+	if n.Running { // otherwise that is the only reason, and said above
+		for _, why := range n.NotReady {
 			text.Pair("not ready", why)
 		}
 	}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/survey"
 	"github.com/probelet/probelet/daemon/internal/table"
 )
@@ -145,10 +146,10 @@ func (r *row) fill(e survey.Endpoint) {
 	r.hits = strconv.FormatUint(e.Hits, 10)
 	r.why = cmp.Or(e.WhyNotAnswered, r.why)
 	if e.Age != nil {
-		r.age = survey.Duration(*e.Age).String()
+		r.age = status.Duration(*e.Age).String()
 	}
-	if e.NotAnswered == "" || e.Withheld {
-		r.bound = survey.Duration(e.StalenessBound).String()
+	if e.MayBeAnswered() {
+		r.bound = status.Duration(e.StalenessBound).String()
 	}
 	if e.RefreshOff != "" { // refresh is the last of them
 		r.settings += ", but off: " + e.RefreshOff
@@ -165,11 +166,11 @@ func (r *row) fill(e survey.Endpoint) {
 	if e.Status != 0 {
 		r.status = strconv.Itoa(int(e.Status))
 	}
-	r.period, r.timeout = survey.Duration(e.Period).String(), survey.Duration(e.Timeout).String()
+	r.period, r.timeout = status.Duration(e.Period).String(), status.Duration(e.Timeout).String()
 	var probes, detection []string
 	for _, p := range e.Probes {
 		probes = append(probes, p.String())
-		detection = append(detection, fmt.Sprintf("%s/%s", survey.Duration(p.DetectionAnswered), survey.Duration(p.DetectionPlain)))
+		detection = append(detection, fmt.Sprintf("%s/%s", status.Duration(p.DetectionAnswered), status.Duration(p.DetectionPlain)))
 	}
 	r.probes, r.detection = strings.Join(probes, ","), strings.Join(detection, ",")
 }

@@ -101,7 +101,7 @@ func topTable(env *environment, before, now survey.Status, elapsed float64) stri
 				u.rate = float64(e.Hits-was) / elapsed
 			}
 			if e.Age != nil {
-				u.age = survey.Duration(*e.Age).String()
+				u.age = status.Duration(*e.Age).String()
 			}
 			all = append(all, u)
 		}

@@ -17,6 +17,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/doctor"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/survey"
 )
 
@@ -43,8 +44,8 @@ func TestLostTrustIsShown(t *testing.T) {
 	for _, loss := range datapath.Losses() {
 		m := freshWeb(t)
 		m.lose(loss)
-		why := survey.LossInWords[loss]
-		if why == "" {
+		why := status.LossText(loss)
+		if why == loss {
 			t.Errorf("%s has no words", loss)
 		}
 		table := m.status()

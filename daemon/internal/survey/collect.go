@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
 	"os"
 	"slices"
 	"strings"
@@ -21,6 +20,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/store"
 )
 
@@ -134,8 +134,9 @@ const daemonPatience = 2 * time.Second
 func (e *Endpoint) add(k api.Endpoint, now uint64) {
 	e.Estimate = k.Estimate
 	if e.Age == nil && k.ObservedAt != 0 && k.Result == probe.Failure.String() {
-		e.State, e.Status, e.Age = Failed, uint16(k.Status), Seconds(now, k.ObservedAt)
-		e.WhyNotAnswered = cmp.Or(e.NotAnswered, "the last probe failed: "+e.failure())
+		known := e.decides(probe.Evidence{Result: probe.Failure, Status: k.Status, ObservedAt: k.ObservedAt}, 0)
+		e.State, e.Status, e.Age = known.State(now), uint16(k.Status), Seconds(now, k.ObservedAt)
+		e.explain(e.never(), known.Reason(now))
 	}
 	if n := e.Estimate.Probes(); e.Withheld && n > 0 {
 		e.WhyNotAnswered += fmt.Sprintf("; %d of %d probes would have been answered", e.Estimate.Answered, n)
@@ -199,27 +200,41 @@ func (s *Status) attachment(k Kernel, r attach.Record, described statedir.Endpoi
 		}
 		a.Settings = d.Settings
 		for _, e := range d.Endpoints {
-			a.Endpoints = append(a.Endpoints, Endpoint{Endpoint: e, State: Unknown})
+			a.Endpoints = append(a.Endpoints, Endpoint{Endpoint: e, State: status.StateUnknown})
 		}
 	}
 	maps, err := openPod(k, r)
 	if err != nil {
 		return a, err
 	}
-	a.WhyNotAnswered = s.whyNone(r, maps != nil, i >= 0, len(a.Endpoints))
+	decides := s.decides(r, maps != nil, i >= 0, len(a.Endpoints))
 	if maps == nil {
+		a.explain(decides.Reason())
 		for i := range a.Endpoints {
-			a.Endpoints[i].WhyNotAnswered = cmp.Or(a.Endpoints[i].NotAnswered, a.WhyNotAnswered)
+			e := &a.Endpoints[i]
+			e.explain(e.never(), a.why())
 		}
 		return a, nil
 	}
 	device, err := k.AttachedDevice(r.ID())
 	if err == nil {
 		a.describeDevice(device, now)
+		decides.Lost, decides.Loss = a.Trust == TrustLost, a.Loss
 	} else if !errors.Is(err, os.ErrNotExist) { // detached just now
 		return a, err
 	}
+	a.explain(decides.Reason())
 	return a, a.readMaps(maps, now)
+}
+
+// explain sets why nothing behind the attachment is answered.
+func (a *Attachment) explain(why probe.Reason) {
+	a.WhyNotAnswered, a.WhyNotAnsweredCode = why.Text, why.Code
+}
+
+// why returns what explain has set.
+func (a *Attachment) why() probe.Reason {
+	return probe.Reason{Code: a.WhyNotAnsweredCode, Text: a.WhyNotAnswered}
 }
 
 // describeDevice fills in what the kernel says of the device.
@@ -231,22 +246,14 @@ func (a *Attachment) describeDevice(d datapath.Device, now uint64) {
 	a.Trust, a.Loss = trusts[d.Trust], d.Loss
 	if a.Trust == TrustLost {
 		a.LostAge = Seconds(now, d.LostAt)
-		a.WhyNotAnswered = cmp.Or(a.WhyNotAnswered, "answers do not arrive by its device: "+LossInWords[d.Loss])
 	}
 }
 
+// TrustLost is the Trust of a device by which answers do not arrive.
 const TrustLost = "lost"
 
 var trusts = map[datapath.Trust]string{
 	datapath.TrustUnproven: "unproven", datapath.TrustProven: "proven", datapath.TrustLost: TrustLost,
-}
-
-// LossInWords has the values of datapath.Losses.
-var LossInWords = map[string]string{
-	"syn_repeated":     "a prober sent its SYN again although it had been answered",
-	"unacknowledged":   "a prober did not acknowledge the answer to its SYN",
-	"request_repeated": "a prober sent its request again although it had been answered",
-	"unobserved":       "another program at tc ingress keeps the pod's packets from ours",
 }
 
 // openPod returns nil if the pod has no maps.
@@ -261,33 +268,19 @@ func openPod(k Kernel, r attach.Record) (PodMaps, error) {
 	return maps, err
 }
 
-// notAttached begins the reason of an attachment that is none.
-const notAttached = "not attached"
-
 // Name is the pod's, as namespace/name, or the container's ID where that is not known.
 func (a Attachment) Name() string { return cmp.Or(a.Pod, a.ContainerID) }
 
-// whyNone is why nothing of an attachment is answered.
-func (s *Status) whyNone(r attach.Record, hasMaps, described bool, endpoints int) string {
-	switch {
-	case r.Error != "":
-		return notAttached + ": " + r.Error
-	case s.Prober == nil:
-		return notAttached + ": the BPF objects are not loaded"
-	case !hasMaps:
-		return fmt.Sprintf(notAttached+": the programs do not know device %d", r.IfIndex)
-	case !described && s.Daemon.Running:
-		return "the daemon has not seen it yet"
-	case !described:
-		return "not known to a daemon, and none is running"
-	case endpoints == 0:
-		return "the daemon knows no probes of it"
-	case !s.Prober.Host && len(s.Prober.CgroupIDs) == 0:
-		return "nobody is the prober"
-	case s.Prober.Process != 0 && !s.Daemon.Running:
-		return "the prober shares its cgroup with others, and only a daemon that runs tells them apart"
+// decides returns what determines whether anything behind the attachment is answered, apart from its device.
+func (s *Status) decides(r attach.Record, hasMaps, described bool, endpoints int) status.Attachment {
+	a := status.Attachment{
+		Error: r.Error, Loaded: s.Prober != nil, IfIndex: r.IfIndex, Known: hasMaps,
+		Described: described, Endpoints: endpoints, DaemonRunning: s.Daemon.Running,
 	}
-	return ""
+	if p := s.Prober; p != nil {
+		a.ProberKnown, a.ProberShared = p.Host || len(p.CgroupIDs) > 0, p.Process != 0
+	}
+	return a
 }
 
 // port is what the kernel holds of all endpoints on a port.
@@ -337,14 +330,14 @@ func (a *Attachment) readMaps(maps PodMaps, now uint64) error {
 		e := &a.Endpoints[i]
 		p := ports[e.Port]
 		switch {
-		case e.State != Fresh:
+		case e.State != status.StateFresh:
 		case !datapath.PortFresh(p.evidence, p.tally, now):
-			e.WhyNotAnswered = a.heldBack(*e)
+			e.explain(a.heldBack(*e))
 		case a.asksListener(e.Port) && realDue(p.tally):
-			e.WhyNotAnswered = fmt.Sprintf("as many probes as may be were answered in a row (%d), so the pod must accept one", p.tally.Answered)
-			e.due = e.NotAnswered == "" && a.WhyNotAnswered == ""
+			e.explain(status.ReasonLimit(p.tally.Answered))
+			e.due = e.never() == (probe.Reason{}) && a.WhyNotAnsweredCode == ""
 		}
-		e.WhyNotAnswered = cmp.Or(e.NotAnswered, e.WhyNotAnswered, a.WhyNotAnswered)
+		e.explain(e.never(), e.why(), a.why())
 	}
 	return nil
 }
@@ -358,76 +351,59 @@ func get(maps PodMaps, key datapath.EndpointKey) (datapath.Evidence, datapath.Ta
 	return evidence, tally, err
 }
 
-// judge sets the endpoint's state, and why it is not answered on its own account. In mode observe it is what it would be.
-// withdrawn is the tally of the last withdrawal that concerns it, its own or its port's.
-func (e *Endpoint) judge(evidence datapath.Evidence, withdrawn datapath.Tally, now uint64) {
-	e.Status = evidence.Status
-	if e.Withheld {
-		evidence.FreshUntil = evidence.ObservedAt + uint64(e.StalenessBound*float64(time.Second))
-	}
-	if evidence.ObservedAt == 0 {
-		e.WhyNotAnswered = "nothing observed yet"
-		return
-	}
-	e.Age = Seconds(now, evidence.ObservedAt)
-	switch {
-	case datapath.MayAnswer(evidence, withdrawn, withdrawn, now, now):
-		e.State = Fresh
-		e.FreshFor = Seconds(evidence.FreshUntil, now)
-	case evidence.Result == datapath.ResultSuccess && evidence.ObservedAt <= withdrawn.WithdrawnAt:
-		e.State = Stale
-		e.WhyNotAnswered = "withdrawn: " + Withdrawal(e.WithdrawnCause)
-	case evidence.Result == datapath.ResultSuccess && evidence.FreshUntil == 0 && e.NotAnswered == "" && e.Successes > 1:
-		e.State = Stale
-		e.WhyNotAnswered = fmt.Sprintf("%d probes in a row must succeed first (successThreshold)", e.Successes)
-	case evidence.Result == datapath.ResultSuccess:
-		e.State = Stale
-		e.WhyNotAnswered = "expired"
-		if evidence.FreshUntil != 0 {
-			e.WhyNotAnswered = fmt.Sprintf("expired %s ago", Duration(*Seconds(now, evidence.FreshUntil)))
-		}
-	case evidence.Result == datapath.ResultFailure:
-		e.State = Failed
-		e.WhyNotAnswered = "the last probe failed: " + e.failure()
-	default:
-		e.WhyNotAnswered = fmt.Sprintf("status %d: a redirect is never answered", evidence.Status)
+// decides returns what the endpoint's state depends on.
+func (e *Endpoint) decides(known probe.Evidence, withdrawnAt uint64) status.Endpoint {
+	return status.Endpoint{
+		Kind: e.Kind, Never: e.never(), Withheld: e.Withheld, Bound: time.Duration(e.StalenessBound * float64(time.Second)),
+		Successes: e.Successes, Evidence: known, WithdrawnAt: withdrawnAt, Cause: e.WithdrawnCause,
 	}
 }
 
-// Withdrawal is a cause in words.
-func Withdrawal(cause string) string {
-	switch cause {
-	case "listener_closed":
-		return "a listening socket of the pod was closed"
-	case "reset":
-		return "a probe of the port was refused or reset"
-	case "status":
-		return "a probe of the port got a status other than 2xx"
+// judge sets the endpoint's state, and why its own evidence keeps it from being answered. withdrawn is the tally of the latest
+// withdrawal that affects it, its own or its port's.
+func (e *Endpoint) judge(record datapath.Evidence, withdrawn datapath.Tally, now uint64) {
+	known := e.decides(store.Evidence(e.Question, record), withdrawn.WithdrawnAt)
+	e.Status, e.State = record.Status, known.State(now)
+	e.explain(known.Reason(now))
+	if record.ObservedAt != 0 {
+		e.Age = Seconds(now, record.ObservedAt)
 	}
-	return cause
+	if e.State == status.StateFresh {
+		fresh := known.FreshFor(now).Seconds()
+		e.FreshFor = &fresh
+	}
 }
 
-// failure is how the last probe failed.
-func (e *Endpoint) failure() string {
-	switch {
-	case e.Status == 0 && e.Kind == probe.TCP:
-		return "refused, or not accepted in time"
-	case e.Status == 0:
-		return "refused, reset, or no complete and valid response in time"
-	case e.Status < 300:
-		return fmt.Sprintf("status %d came too late", e.Status)
+// never returns why the endpoint is never answered; empty if it may be.
+func (e *Endpoint) never() probe.Reason {
+	if e.NotAnswered != "" && e.NotAnsweredCode == "" { // left by an older daemon
+		return probe.Reason{Code: status.Unclassified, Text: e.NotAnswered}
 	}
-	return fmt.Sprintf("status %d", e.Status)
+	return probe.Reason{Code: e.NotAnsweredCode, Text: e.NotAnswered}
 }
 
-// heldBack says why connections to the port of a fresh endpoint are not taken.
-func (a *Attachment) heldBack(e Endpoint) string {
+// MayBeAnswered reports whether the endpoint is answered while it is fresh, or would be but for mode observe.
+func (e Endpoint) MayBeAnswered() bool { return e.Withheld || e.never() == (probe.Reason{}) }
+
+// explain sets why the endpoint's next probe reaches the pod to the first of the reasons that is not empty.
+func (e *Endpoint) explain(reasons ...probe.Reason) {
+	why := status.First(reasons...)
+	e.WhyNotAnswered, e.WhyNotAnsweredCode = why.Text, why.Code
+}
+
+// why returns what explain has set.
+func (e *Endpoint) why() probe.Reason {
+	return probe.Reason{Code: e.WhyNotAnsweredCode, Text: e.WhyNotAnswered}
+}
+
+// heldBack returns why connections to the port of a fresh endpoint are not taken.
+func (a *Attachment) heldBack(e Endpoint) probe.Reason {
 	for _, o := range a.Endpoints {
-		if o.Port == e.Port && o.Kind == probe.TCP && o.Observed && !o.StartupOnly && o.State != Fresh {
-			return fmt.Sprintf("taking a connection would also answer %s (%s)", o.Endpoint.Endpoint(), o.State)
+		if o.Port == e.Port && o.Kind == probe.TCP && o.Observed && !o.StartupOnly && o.State != status.StateFresh {
+			return status.ReasonBesideTCP(o.Endpoint.Endpoint(), o.State)
 		}
 	}
-	return "the port is not open yet"
+	return status.ReasonPortClosed()
 }
 
 // listener returns what looks at a port's listening socket came to. Where they are a veto only, nothing is counted.
@@ -457,13 +433,4 @@ func realDue(port datapath.Tally) bool {
 func Seconds(later, earlier uint64) *float64 {
 	s := (time.Duration(later - min(later, earlier))).Seconds()
 	return &s
-}
-
-// Duration is a time in seconds as a person likes to read it.
-func Duration(seconds float64) time.Duration {
-	d := time.Duration(math.Round(seconds * float64(time.Second)))
-	if d < 10*time.Second {
-		return d.Round(100 * time.Millisecond)
-	}
-	return d.Round(time.Second)
 }

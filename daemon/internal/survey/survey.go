@@ -14,6 +14,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
+	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/store"
@@ -68,8 +69,10 @@ type Attachment struct {
 	LostAge *float64 `json:"lostAgeSeconds" jsonschema:"nullable"`
 	// Neighbours are programs and filters of others at the device's hooks, in the order in which they run.
 	Neighbours []Neighbour `json:"neighbours"`
-	// WhyNotAnswered is why no endpoint is answered; empty if that is not about the whole attachment.
-	WhyNotAnswered string `json:"whyNotAnswered,omitempty"`
+	// WhyNotAnswered is why no endpoint is answered, and WhyNotAnsweredCode the code of that reason (docs/probeletctl.md); empty if
+	// nothing keeps the whole attachment from being answered.
+	WhyNotAnswered     string           `json:"whyNotAnswered,omitempty"`
+	WhyNotAnsweredCode probe.ReasonCode `json:"whyNotAnsweredCode,omitempty"`
 	// Settings are mode and staleness of the pod; null if the daemon has no specs of it.
 	Settings  *statedir.Settings `json:"settings" jsonschema:"nullable"`
 	Endpoints []Endpoint         `json:"endpoints"`
@@ -86,21 +89,11 @@ type Neighbour struct {
 	Before bool `json:"before"`
 }
 
-// State is what is known of an endpoint.
-type State string
-
-// States, as the command's help explains them.
-const (
-	Fresh   State = "fresh"
-	Stale   State = "stale"
-	Failed  State = "failed"
-	Unknown State = "unknown"
-)
-
 // Endpoint is what probes ask, and what is known of it.
 type Endpoint struct {
 	statedir.Endpoint
-	State State `json:"state"`
+	// State is fresh, stale, failed or unknown.
+	State status.State `json:"state"`
 	// Age is the time since the last conclusive observation, and FreshFor how long it will be answered (in mode observe:
 	// would be); null if there is none, and if it is not fresh.
 	Age      *float64 `json:"ageSeconds" jsonschema:"nullable"`
@@ -113,8 +106,10 @@ type Endpoint struct {
 	// listener_closed, reset or status; null and empty if it never did.
 	WithdrawnAge   *float64 `json:"withdrawnAgeSeconds" jsonschema:"nullable"`
 	WithdrawnCause string   `json:"withdrawnCause,omitempty"`
-	// WhyNotAnswered is why the next probe will reach the pod; empty if it is answered in the kernel.
-	WhyNotAnswered string `json:"whyNotAnswered,omitempty"`
+	// WhyNotAnswered is why the next probe will reach the pod, and WhyNotAnsweredCode the code of that reason (docs/probeletctl.md);
+	// empty if it is answered in the kernel.
+	WhyNotAnswered     string           `json:"whyNotAnswered,omitempty"`
+	WhyNotAnsweredCode probe.ReasonCode `json:"whyNotAnsweredCode,omitempty"`
 	// Listener is what looks at the port's listening socket came to; null if it is not looked at, or if the port has no TCP
 	// probe and nothing kept its probes from being answered.
 	Listener *store.Listener `json:"listener" jsonschema:"nullable"`
@@ -157,7 +152,7 @@ func (p Prober) String() string {
 func (a Attachment) Answers() string {
 	switch a.Trust {
 	case TrustLost:
-		return fmt.Sprintf("since %s ago answers do not arrive by %s: %s", Duration(*a.LostAge), a.HostIfName, LossInWords[a.Loss])
+		return fmt.Sprintf("since %s ago answers do not arrive by %s: %s", status.Duration(*a.LostAge), a.HostIfName, status.LossText(a.Loss))
 	case trusts[datapath.TrustProven]:
 		return "answers by " + a.HostIfName + " arrive"
 	}
@@ -198,8 +193,8 @@ func (s Status) Node() status.Node {
 		}
 	}
 	for _, a := range s.Attachments {
-		if why, failed := strings.CutPrefix(a.WhyNotAnswered, notAttached); failed {
-			n.Unattached = append(n.Unattached, status.Unattached{Pod: a.Name(), Why: strings.TrimPrefix(why, ": ")})
+		if why, detached := status.Detached(a.why()); detached {
+			n.Unattached = append(n.Unattached, status.Unattached{Pod: a.Name(), Why: why})
 			continue
 		}
 		n.Attached++
@@ -218,7 +213,7 @@ func (s Status) Node() status.Node {
 }
 
 // Answered reports whether the next probe is answered in the kernel.
-func (e Endpoint) Answered() bool { return e.State == Fresh && e.WhyNotAnswered == "" }
+func (e Endpoint) Answered() bool { return e.State == status.StateFresh && e.WhyNotAnsweredCode == "" }
 
 // Still returns what is answered while nothing renews it. An endpoint whose pod must first accept a connection counts: the kernel
 // notices by itself when it has.
