@@ -12,7 +12,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"github.com/probelet/probelet/daemon/internal/agent"
+	"github.com/probelet/probelet/daemon/internal/agent/metrics"
 	"github.com/probelet/probelet/internal/version"
 )
 
@@ -33,7 +33,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(runCommand(stderr), installCommand(stderr), uninstallCommand(stderr), agent.MetricsCommand(stderr), waitCommand(stderr))
+	root.AddCommand(runCommand(stderr), installCommand(stderr), uninstallCommand(stderr), metrics.ProxyCommand(stderr), waitCommand(stderr))
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)

@@ -22,7 +22,6 @@ import (
 	"reflect"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -272,7 +271,7 @@ func TestMetrics(t *testing.T) {
 		`probelet_endpoints{mode="answer",state="unknown"}`: "1",
 		`probelet_attachments{known="true"}`:                "1",
 		`probelet_prober_found`:                             "1",
-		`probelet_listeners_watched`:                        strconv.Itoa(btoi(n.d.Watched())),
+		`probelet_listeners_watched`:                        map[bool]string{false: "0", true: "1"}[n.d.Watched()],
 		`probelet_source_up`:                                "1",
 		`probelet_source_pushed`:                            "0",
 		`probelet_source_snapshots_total`:                   "1",

@@ -168,7 +168,7 @@ func (d *daemon) disagree(x crosscheck.Disagreement) {
 		return
 	}
 	a.barred[x.Endpoint] = bar{x.Kind, statedir.EndpointOf(a.tracker.Endpoints()[i], probe.Question{}).Probes}
-	d.metrics.disagreements.WithLabelValues(string(x.Kind)).Inc()
+	d.metrics.Disagreed(x.Kind)
 	d.log.Error("endpoint is not answered any more, until its specs change", "pod", a.podName(), "endpoint", x.Endpoint,
 		"because", barReasons[x.Kind], "probes", x.Probes)
 	for _, c := range a.withdraw(func(e probe.Endpoint) bool { return e == x.Endpoint }) {

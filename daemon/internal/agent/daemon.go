@@ -14,6 +14,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/agent/metrics"
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/podevents"
@@ -34,7 +35,7 @@ type daemon struct {
 	previous statedir.Endpoints // as an earlier run left them
 	// refresher asks by itself; nil: nobody does.
 	refresher *refresh.Refresher
-	metrics   *metrics
+	metrics   *metrics.Metrics
 	// reporter tells of pods' annotations that cannot be used; nil: nobody does.
 	reporter *podevents.Reporter
 
@@ -83,7 +84,7 @@ type attachment struct {
 func newDaemon(log *slog.Logger, d *datapath.Datapath, c Config, previous statedir.Endpoints, r *refresh.Refresher) *daemon {
 	return &daemon{
 		log: log, datapath: d, bpfDir: c.BPFDir, stateDir: c.StateDir, hook: c.Hook,
-		defaults: c.Defaults, previous: previous, refresher: r, metrics: newMetrics(),
+		defaults: c.Defaults, previous: previous, refresher: r, metrics: metrics.New(),
 		attachments: map[attach.ID]*attachment{}, byDevice: map[uint32][]*attachment{}, deleted: map[string]time.Time{},
 	}
 }
@@ -93,8 +94,7 @@ func (d *daemon) setPods(pods []probe.Pod) {
 	all := !reflect.DeepEqual(strangers, d.strangers)
 	d.strangers, d.podsKnown = strangers, true
 	d.pods = slices.DeleteFunc(pods, func(p probe.Pod) bool { return p.LeftAlone != "" })
-	d.metrics.snapshots.Inc()
-	d.metrics.lastSnapshot.SetToCurrentTime()
+	d.metrics.SnapshotReceived()
 	d.update(all)
 }
 
@@ -252,6 +252,9 @@ func (d *daemon) endpoints(a *attachment) []probe.EndpointSpec {
 	return endpoints
 }
 
+// podName is a pod's.
+type podName struct{ Namespace, Name string }
+
 // podIndex finds pods.
 type podIndex struct {
 	byName map[podName][]*probe.Pod
@@ -312,7 +315,7 @@ func (d *daemon) sync(a *attachment) {
 	err := d.publish(a)
 	a.pending = err != nil
 	if a.pending && !errors.Is(err, os.ErrNotExist) {
-		d.metrics.reconcileErrors.Inc()
+		d.metrics.ReconcileFailed()
 	}
 	switch {
 	case err == nil:
@@ -534,7 +537,7 @@ func (d *daemon) observe(observed []evidence.Observation) {
 // doubt counts exchanges that had no outcome, each of which may have been a failure.
 func (d *daemon) doubt(doubtful map[evidence.Doubtful]uint64) {
 	for x, n := range doubtful {
-		d.metrics.inconclusive.WithLabelValues(string(x.Doubt)).Add(float64(n))
+		d.metrics.Inconclusive(x.Doubt, n)
 		for _, a := range d.byDevice[x.Device.Ifindex] {
 			if a.device == x.Device {
 				a.inconclusive[x.Doubt] += n
@@ -550,7 +553,7 @@ func (d *daemon) judge(a *attachment, o probe.Outcome) {
 		return
 	}
 	if judged, ok := a.estimator.Observe(o, a.closedAt(o.Port), a.mostAnswered(o.Port)); ok {
-		d.metrics.estimated(judged)
+		d.metrics.Estimated(judged)
 	}
 }
 
@@ -644,7 +647,7 @@ func (d *daemon) learnUnseen(a *attachment, unanswered func() (map[datapath.PodP
 // note lets people know of a change. outcome is what it was learned from; nil: from something else. At the usual level
 // only a change of state is logged.
 func (d *daemon) note(a *attachment, c probe.Change, outcome *probe.Outcome) {
-	d.metrics.changed(c, outcome)
+	d.metrics.Changed(c, outcome)
 	var took *time.Duration
 	if outcome != nil {
 		took = &outcome.Duration

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/probelet/probelet/daemon/internal/agent/metrics"
 	"github.com/probelet/probelet/daemon/internal/api"
 )
 
@@ -85,7 +86,7 @@ func TestMetricsProxy(t *testing.T) {
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	stop := n.start()
 	n.eventually("listens", func() bool { _, err := api.NewClient(n.config.StateDir).Endpoints(t.Context()); return err == nil })
-	proxy := httptest.NewServer(metricsProxy(n.config.StateDir))
+	proxy := httptest.NewServer(metrics.Proxy(n.config.StateDir))
 	defer proxy.Close()
 	ask := func(method, path string) (status int, text string) {
 		t.Helper()

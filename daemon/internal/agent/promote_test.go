@@ -20,6 +20,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/repair"
 )
 
 // promoting runs the keeper's promoter until stop, which may be called more than once.
@@ -114,7 +115,7 @@ func TestPromotion(t *testing.T) {
 	if k.device(p) != before || !k.fresh(p) {
 		t.Error("what was known is forgotten")
 	}
-	k.wantRepairs(reattached, 0)
+	k.wantRepairs(repair.Reattached, 0)
 }
 
 // A device that lost trust is tried again once ours are first in line.

@@ -272,7 +272,7 @@ func (k *keeper) remove(d *daemon, r attach.Record, problem error) error {
 	if err := attach.RemoveRecord(d.stateDir, r.ID()); err != nil {
 		return err
 	}
-	d.repaired(removed, r, problem)
+	d.repaired(repair.Removed, r, problem)
 	return nil
 }
 
@@ -284,9 +284,9 @@ func (k *keeper) attach(d *daemon, r attach.Record, problem error) error {
 		// A DEL that did not wait for the lock, or does not know of it.
 		return attach.Detach(d.datapath, d.bpfDir, r.ID())
 	}
-	what := reattached
+	what := repair.Reattached
 	if r.Adopted && r.Error != "" {
-		what = adopted
+		what = repair.Adopted
 	}
 	if r.Error != "" {
 		r.Error, r.Passing = "", false
@@ -319,16 +319,9 @@ func (k *keeper) failed(d *daemon, r attach.Record, err error) (changed bool) {
 	return true
 }
 
-// What is done about attachments.
-const (
-	reattached = "reattached"
-	removed    = "removed"
-	adopted    = "adopted"
-)
-
-func (d *daemon) repaired(what string, r attach.Record, why error) {
-	d.metrics.repairs.WithLabelValues(what).Inc()
-	d.log.Warn("attachment "+what, "id", r.ID(), "pod", r.PodNamespace+"/"+r.PodName, "device", r.HostIfName, "because", why)
+func (d *daemon) repaired(what repair.Action, r attach.Record, why error) {
+	d.metrics.Repaired(what)
+	d.log.Warn("attachment "+string(what), "id", r.ID(), "pod", r.PodNamespace+"/"+r.PodName, "device", r.HostIfName, "because", why)
 }
 
 // removeUnrecorded removes what is pinned of devices that are gone, and has no record.
@@ -360,7 +353,7 @@ func (k *keeper) removeUnrecorded(d *daemon) error {
 			err = attach.Detach(d.datapath, d.bpfDir, id)
 		}
 		if err == nil && orphaned {
-			d.repaired(removed, attach.Record{ContainerID: id.ContainerID, IfName: id.IfName}, errors.New("it has neither record nor device"))
+			d.repaired(repair.Removed, attach.Record{ContainerID: id.ContainerID, IfName: id.IfName}, errors.New("it has neither record nor device"))
 		}
 		errs = append(errs, err)
 	}

@@ -197,9 +197,9 @@ func (k *kept) wantNothing() {
 	}
 }
 
-func (k *kept) wantRepairs(what string, want int) {
+func (k *kept) wantRepairs(what repair.Action, want int) {
 	k.t.Helper()
-	if got := k.logged("attachment " + what); got != want {
+	if got := k.logged("attachment " + string(what)); got != want {
 		k.t.Errorf("%s %d times, want %d\n%s", what, got, want, k.log)
 	}
 }
@@ -321,7 +321,7 @@ func TestRepairLeavesWhatIsNewerThanTheLook(t *testing.T) {
 	})
 	k.look(1)
 	k.wantWhole(p)
-	k.wantRepairs(reattached, 0)
+	k.wantRepairs(repair.Reattached, 0)
 }
 
 // What is lost is noticed at once: from then on nothing is answered, whatever is observed. The second look puts it back, and what was
@@ -376,7 +376,7 @@ func TestRepairTakesTwoLooks(t *testing.T) {
 				t.Error("not fresh by what was observed since, or the other pod is not")
 			}
 			k.look(2)
-			k.wantRepairs(reattached, 1)
+			k.wantRepairs(repair.Reattached, 1)
 			if k.logged("is not whole") != 1 {
 				t.Error(k.log)
 			}
@@ -497,8 +497,8 @@ func TestAnotherABI(t *testing.T) {
 	if _, err := os.Stat(old); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("left: %v", err)
 	}
-	k.wantRepairs(reattached, 1)
-	k.wantRepairs(removed, 1)
+	k.wantRepairs(repair.Reattached, 1)
+	k.wantRepairs(repair.Removed, 1)
 }
 
 // A daemon that died while it adopted a pod has left a record; one of a build that did not call its error passing, too.
@@ -549,7 +549,7 @@ func TestTheRecordIsLost(t *testing.T) {
 	}
 	k.look(1)
 	k.wantWhole(p)
-	k.wantRepairs(adopted, 2)
+	k.wantRepairs(repair.Adopted, 2)
 }
 
 // The pins are lost, and then the pod goes.
@@ -563,7 +563,7 @@ func TestMapsOfNobodyAreRemoved(t *testing.T) {
 	k.pods = nil
 	k.look(2)
 	k.wantNothing()
-	k.wantRepairs(removed, 1)
+	k.wantRepairs(repair.Removed, 1)
 }
 
 func TestADeviceIsGone(t *testing.T) {
@@ -573,7 +573,7 @@ func TestADeviceIsGone(t *testing.T) {
 	k.pods = nil
 	k.look(2)
 	k.wantNothing()
-	k.wantRepairs(removed, 1)
+	k.wantRepairs(repair.Removed, 1)
 }
 
 // What neither record nor device accounts for.
@@ -591,7 +591,7 @@ func TestPinsOfNobodyAreRemoved(t *testing.T) {
 	k.deleteDevice(p)
 	k.look(1)
 	k.wantNothing()
-	k.wantRepairs(removed, 1)
+	k.wantRepairs(repair.Removed, 1)
 }
 
 // The device's number is another pod's by now, as after a new start of the machine.
@@ -604,7 +604,7 @@ func TestADeviceIsAnothers(t *testing.T) {
 	}
 	k.look(2)
 	k.wantNothing()
-	k.wantRepairs(reattached, 0)
+	k.wantRepairs(repair.Reattached, 0)
 }
 
 // Of a pod's plugins ours is the first to be told of DEL: until the last one was, the runtime has the pod's network on record.

@@ -185,7 +185,7 @@ func (l *loop) serve(ctx context.Context, c Config, d *datapath.Datapath, specs 
 	defer in.all.Wait()
 	defer cancel()
 	l.daemon = newDaemon(l.log, d, c, previous, nil)
-	if l.refresher, err = refresh.New(ownSockets{d, c.openSocket, l.metrics.own.Inc}, datapath.Now); err != nil {
+	if l.refresher, err = refresh.New(ownSockets{d, c.openSocket, l.metrics.OwnConnection}, datapath.Now); err != nil {
 		return err
 	}
 	defer l.refresher.Close()
@@ -244,7 +244,7 @@ func (l *loop) listen(ctx context.Context, c Config, in *inputs) error {
 	serve := func(listener net.Listener, handler http.Handler) {
 		in.all.Go(func() { in.fail(api.Serve(ctx, listener, handler, l.log)) })
 	}
-	metrics := l.handler(c.MetricsPerPod)
+	metrics := l.metrics.Handler(l.datapath, l.gauges, c.MetricsPerPod)
 	monitored, err := api.ListenMetrics(c.StateDir)
 	if err != nil {
 		return fmt.Errorf("listening on %s: %w", statedir.MetricsSocketPath(c.StateDir), err)

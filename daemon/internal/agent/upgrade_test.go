@@ -18,6 +18,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/repair"
 )
 
 // v3 is what builds with ABI v3 left: under <bpfDir>/v3 the objects, and for each attachment its two maps, an XDP link, and a
@@ -183,8 +184,8 @@ func TestUpgradeFromV3(t *testing.T) {
 			}
 			k.look(1)
 			wantGone(t, old.dir)
-			k.wantRepairs(reattached, 1)
-			k.wantRepairs(removed, 1)
+			k.wantRepairs(repair.Reattached, 1)
+			k.wantRepairs(repair.Removed, 1)
 		})
 	}
 }

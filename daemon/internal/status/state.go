@@ -22,6 +22,9 @@ const (
 	StateNever State = "never"
 )
 
+// States returns all states.
+func States() []State { return []State{StateFresh, StateStale, StateFailed, StateUnknown, StateNever} }
+
 // Endpoint describes an endpoint as far as its state depends on it.
 type Endpoint struct {
 	Kind probe.Kind

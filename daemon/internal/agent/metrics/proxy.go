@@ -1,4 +1,4 @@
-package agent
+package metrics
 
 import (
 	"context"
@@ -16,33 +16,33 @@ import (
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
-const metricsHelp = `Passes the metrics of this node's daemon on: GET /metrics, and nothing else. In a pod with a network of its own, so that the node
-needs no open port. It needs no right, and to see nothing but <state-dir>/metrics, with a socket on which the daemon answers /metrics, /healthz
-and /readyz.`
+const proxyHelp = `Serves the metrics of this node's daemon: GET /metrics, and nothing else. It is meant for a pod with a network of its own, so
+that the node needs no open port. It needs no privileges and no access to the node except <state-dir>/metrics, the directory with
+the socket on which the daemon answers /metrics, /healthz and /readyz.`
 
-// MetricsCommand returns the command that passes the metrics of a daemon on.
-func MetricsCommand(stderr io.Writer) *cobra.Command {
+// ProxyCommand returns the command that serves a daemon's metrics on TCP.
+func ProxyCommand(stderr io.Writer) *cobra.Command {
 	var listen, stateDir string
 	cmd := &cobra.Command{
 		Use:   "metrics",
-		Short: "Pass the daemon's metrics on",
-		Long:  metricsHelp,
+		Short: "Serve the daemon's metrics on TCP",
+		Long:  proxyHelp,
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			listener, err := net.Listen("tcp", listen)
 			if err != nil {
 				return fmt.Errorf("--listen %s: %w", listen, err)
 			}
-			return api.Serve(cmd.Context(), listener, metricsProxy(stateDir), slog.New(slog.NewTextHandler(stderr, nil)))
+			return api.Serve(cmd.Context(), listener, Proxy(stateDir), slog.New(slog.NewTextHandler(stderr, nil)))
 		},
 	}
-	cmd.Flags().StringVar(&listen, "listen", ":9553", "`ADDRESS` of /metrics, and of /healthz, which says that this command runs")
+	cmd.Flags().StringVar(&listen, "listen", ":9553", "`ADDRESS` to serve /metrics on, and /healthz, which reports that this command is running")
 	cmd.Flags().StringVar(&stateDir, "state-dir", attach.DefaultStateDir, "`directory` of the daemon's state")
 	return cmd
 }
 
-// metricsProxy answers with status 502 while the daemon does not run.
-func metricsProxy(stateDir string) http.Handler {
+// Proxy forwards GET /metrics to the daemon of a state directory. It answers with status 502 while none runs.
+func Proxy(stateDir string) http.Handler {
 	proxy := &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host, r.Out.URL.RawQuery = "http", "probeletd", ""
@@ -52,7 +52,7 @@ func metricsProxy(stateDir string) http.Handler {
 		}},
 	}
 	proxy.ErrorHandler = func(w http.ResponseWriter, _ *http.Request, err error) {
-		http.Error(w, "probeletd: "+err.Error(), http.StatusBadGateway) // Prometheus notes it for each scrape; a log would only repeat it
+		http.Error(w, "probeletd: "+err.Error(), http.StatusBadGateway) // Prometheus records it for each scrape; logging it would only repeat it
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", proxy)
