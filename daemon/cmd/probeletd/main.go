@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/daemon/internal/agent/metrics"
+	"github.com/probelet/probelet/daemon/internal/versioncmd"
 	"github.com/probelet/probelet/internal/version"
 )
 
@@ -34,6 +35,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		SilenceErrors: true,
 	}
 	root.AddCommand(runCommand(stderr), installCommand(stderr), uninstallCommand(stderr), metrics.ProxyCommand(stderr), waitCommand(stderr))
+	root.AddCommand(versioncmd.New())
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)

@@ -23,6 +23,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/survey"
 	"github.com/probelet/probelet/daemon/internal/table"
+	"github.com/probelet/probelet/daemon/internal/versioncmd"
 	"github.com/probelet/probelet/internal/version"
 )
 
@@ -95,7 +96,7 @@ func execute(ctx context.Context, env environment, args []string) error {
 		SilenceErrors: true,
 	}
 	root.AddCommand(statusCommand(&env), explainCommand(&env), topCommand(&env), invalidateCommand(&env), trustCommand(&env),
-		doctorCommand(&env), logLevelCommand(&env))
+		doctorCommand(&env), logLevelCommand(&env), versioncmd.New())
 	root.PersistentFlags().IntVar(&env.width, "width", env.width, "longest `LINE` in characters, of tables and text; 0: any (default: the terminal's)")
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
 		if env.width < 0 {
