@@ -20,6 +20,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/doctor"
+	"github.com/probelet/probelet/daemon/internal/flagenv"
 	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/survey"
 	"github.com/probelet/probelet/daemon/internal/table"
@@ -214,20 +215,10 @@ func (env *environment) at(where place) survey.Source {
 
 func warn(env *environment, err error) { _, _ = fmt.Fprintln(env.stderr, "probeletctl: warning:", err) }
 
-// fromEnvironment sets the directories that were not given from the variables that probeletd has them from, so that nothing needs
-// to be said in its container.
+// fromEnvironment sets the directories that were not given from the variables that configure probeletd, so that probeletctl needs no
+// flags in its container.
 func fromEnvironment(flags *pflag.FlagSet) error {
-	for _, name := range []string{"bpf-dir", "state-dir", "cni-net-dir", "cni-bin-dir"} {
-		variable := "PROBELET_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
-		value, set := os.LookupEnv(variable)
-		if f := flags.Lookup(name); f == nil || f.Changed || !set {
-			continue
-		}
-		if err := flags.Set(name, value); err != nil {
-			return fmt.Errorf("$%s: %w", variable, err)
-		}
-	}
-	return nil
+	return flagenv.Apply(flags, "bpf-dir", "state-dir", "cni-net-dir", "cni-bin-dir")
 }
 
 func (p *place) flags(cmd *cobra.Command) {

@@ -94,14 +94,14 @@ func ThisHost() Host {
 
 func (d *Doctor) kernel() {
 	v, err := d.Host.Version()
-	version := fmt.Sprintf("Linux %d.%d", v>>16, v>>8&0xff)
+	version := "Linux " + datapath.KernelName(v)
 	// Where the kernel describes its own types.
 	btf := filepath.Join(d.Host.Sys, "kernel/btf/vmlinux")
 	switch _, noBTF := os.Stat(btf); {
 	case err != nil:
 		d.says(status.Problem, "kernel", "its version is not known: "+err.Error(), "")
-	case v < 5<<16|15<<8:
-		d.says(status.Problem, "kernel", version, "probelet needs 5.15 or newer; pods start as ever, without it")
+	case v < datapath.MinKernel:
+		d.says(status.Problem, "kernel", version, "probelet needs "+datapath.KernelName(datapath.MinKernel)+" or newer; pods start as ever, without it")
 	case noBTF != nil:
 		d.says(status.Note, "kernel", version+", without "+btf, "with CONFIG_DEBUG_INFO_BTF a listening socket that is closed is noticed at once; now it is by the next probe that reaches the pod")
 	default:
