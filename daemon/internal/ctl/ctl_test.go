@@ -54,7 +54,7 @@ func TestExitCodes(t *testing.T) {
 		"down, in JSON":           {down, []string{"status", "-o", "json"}, status.DaemonDown, ""},
 		"down, in short":          {down, []string{"status", "--summary"}, status.DaemonDown, ""},
 		"down, explained":         {down, []string{"explain", "-n", "shop", "web"}, status.DaemonDown, ""},
-		"down, nobody to be told": {down, []string{"invalidate", "shop/web"}, status.DaemonDown, "probeletd is not running, and nobody else may withdraw; of shop/web 1 endpoint is still answered"},
+		"down, nobody to be told": {down, []string{"invalidate", "shop/web"}, status.DaemonDown, "probeletd is not running, and only it can withdraw evidence; shop/web: 1 endpoint is still answered"},
 		"unknown":                 {running, []string{"explain", "shop/nobody"}, status.NotFound, "pod shop/nobody is not known on this node"},
 		"unknown, down":           {down, []string{"explain", "shop/nobody"}, status.NotFound, "pod shop/nobody is not known on this node"},
 		"not attached":            {running, []string{"trust", "shop/later"}, status.NotFound, "pod shop/later is not attached"},
@@ -112,11 +112,11 @@ func TestDaemonDown(t *testing.T) {
 		still  string
 	}{
 		"fresh":       {func(*clinic) {}, `1 endpoint is still answered in the kernel, ` + until},
-		"expired":     {func(c *clinic) { c.kernel.pods["c0ffee"] = fakeMaps{} }, "nothing is answered, every probe reaches its pod"},
-		"closed":      {func(c *clinic) { delete(c.kernel.pods["c0ffee"], datapath.PortKey(80)) }, "nothing is answered, every probe reaches its pod"},
-		"nobody asks": {func(c *clinic) { c.kernel.prober = datapath.Prober{} }, "nothing is answered, every probe reaches its pod"},
-		"told apart":  {func(c *clinic) { c.kernel.prober.Process = &datapath.Process{PID: 12} }, "nothing is answered, every probe reaches its pod"},
-		"not trusted": {func(c *clinic) { c.lose("unobserved") }, "nothing is answered, every probe reaches its pod"},
+		"expired":     {func(c *clinic) { c.kernel.pods["c0ffee"] = fakeMaps{} }, "nothing is answered: every probe reaches its pod"},
+		"closed":      {func(c *clinic) { delete(c.kernel.pods["c0ffee"], datapath.PortKey(80)) }, "nothing is answered: every probe reaches its pod"},
+		"nobody asks": {func(c *clinic) { c.kernel.prober = datapath.Prober{} }, "nothing is answered: every probe reaches its pod"},
+		"told apart":  {func(c *clinic) { c.kernel.prober.Process = &datapath.Process{PID: 12} }, "nothing is answered: every probe reaches its pod"},
+		"not trusted": {func(c *clinic) { c.lose("unobserved") }, "nothing is answered: every probe reaches its pod"},
 		// The pod's next connection lets the kernel answer again.
 		"a real probe is due": {func(c *clinic) {
 			tcp := endpoint(probe.TCP, 80, "")

@@ -114,7 +114,7 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 		"no plugin":         {func(c *clinic) { c.binDir = c.netDir }, `PROBLEM +plugin +.*no such file`},
 		"empty plugin":      {func(c *clinic) { c.write(filepath.Join(c.binDir, "probelet"), "") }, `PROBLEM +plugin +.* is no program: .*, 0 bytes`},
 		"unreadable":        {func(c *clinic) { c.openErr = errors.New("broken") }, `PROBLEM +state +broken$`},
-		"and down":          {func(c *clinic) { c.openErr = errors.New("broken") }, `PROBLEM +daemon +does not run on \S+; what the kernel still answers is not known`},
+		"and down":          {func(c *clinic) { c.openErr = errors.New("broken") }, `PROBLEM +daemon +does not run on \S+; what the kernel still answers is unknown`},
 		"no daemon":         {func(*clinic) {}, `PROBLEM +daemon +does not run on `},
 		"daemon, wedged":    {func(c *clinic) { c.daemon() }, `PROBLEM +daemon +runs, process \d+, but: `},
 		"pushed":            {func(c *clinic) { c.serveNode(node{source: api.SourceReply{Pushed: true}}) }, `ok +states +changes of containers are pushed$`},

@@ -26,7 +26,7 @@ func TestListener(t *testing.T) {
 	text, err := m.run("explain", "shop/web")
 	for _, want := range []string{
 		"while the listening socket accepts, and at most 9 times in a row",
-		"listening socket 3 of at most 4 probes were answered since one was accepted; the last one that was not: the queue was more than half full",
+		"listening socket 3 of at most 4 probes were answered since the pod last accepted one; the last one passed on: the queue was more than half full",
 	} {
 		if err != nil || !strings.Contains(squeeze(text), want) {
 			t.Errorf("%v, does not say %q:\n%s", err, want, text)
@@ -47,7 +47,7 @@ func TestListener(t *testing.T) {
 func TestRealDue(t *testing.T) {
 	tcp, http := endpoint(probe.TCP, 80, ""), endpoint(probe.HTTP, 80, "/x")
 	tcp.Live = 9
-	const due = "as many probes as may be were answered in a row (4), so the pod must accept one"
+	const due = "the maximum of 4 probes in a row were answered, so the pod must accept one"
 	for name, test := range map[string]struct {
 		tally datapath.Tally
 		live  int
@@ -92,9 +92,9 @@ func TestListenerOfHTTP(t *testing.T) {
 		wide    string
 	}{
 		"alone, nothing":       {datapath.Tally{AnsweredMax: 9}, nil, "", "tc proven - - -"},
-		"alone, vetoed":        {datapath.Tally{AnsweredMax: 9, Obstacle: 3}, nil, "listening socket the last probe that was not answered for it: a connection had waited", "tc proven head_old - -"},
+		"alone, vetoed":        {datapath.Tally{AnsweredMax: 9, Obstacle: 3}, nil, "listening socket the last probe passed on because of it: a connection had been waiting", "tc proven head_old - -"},
 		"beside TCP":           {datapath.Tally{Answered: 1, AnsweredMax: 2, Obstacle: 5}, []statedir.Endpoint{tcp}, "listening socket 1 of at most 2 probes", "tc proven 1/2 real_due - -"},
-		"beside TCP, accepted": {datapath.Tally{Answered: 2, AnsweredMax: 2, ConnectedAt: 1}, []statedir.Endpoint{tcp}, "since one was accepted, and another has reached it since", "tc proven 2/2 - -"},
+		"beside TCP, accepted": {datapath.Tally{Answered: 2, AnsweredMax: 2, ConnectedAt: 1}, []statedir.Endpoint{tcp}, "since the pod last accepted one, and another has reached the pod since", "tc proven 2/2 - -"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)

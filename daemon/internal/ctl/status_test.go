@@ -232,7 +232,7 @@ func TestNothingLoaded(t *testing.T) {
 	m.kernel = nil
 	m.stateDir = filepath.Join(m.stateDir, "missing")
 	want := "nothing attached\n" +
-		"probeletd: NOT RUNNING; nothing is answered, every probe reaches its pod\n" +
+		"probeletd: NOT RUNNING; nothing is answered: every probe reaches its pod\n" +
 		"kernel: the BPF objects are not loaded\n"
 	if got := m.status(); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
@@ -315,9 +315,9 @@ func TestStates(t *testing.T) {
 		"withdrawn":          {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(4)}}, one, status.StateStale, "withdrawn"},
 		"withdrawn before":   {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(5)}}, one, status.StateFresh, ""},
 		"other unknown":      {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, both, status.StateFresh, "taking a connection would also answer TCP :80 (unknown)"},
-		"another path":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, endpoint(probe.HTTP, 80, "/y")}, status.StateFresh, "not open yet"},
+		"another path":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, endpoint(probe.HTTP, 80, "/y")}, status.StateFresh, "not open for answers yet"},
 		"other failed":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}, datapath.TCPKey(80): {evidence: failed(1, 0)}}, both, status.StateFresh, "TCP :80 (failed)"},
-		"startup probe only": {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, startup}, status.StateFresh, "not open yet"},
+		"startup probe only": {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, startup}, status.StateFresh, "not open for answers yet"},
 		"would be answered":  {fakeMaps{x: {evidence: unbound(success(10, 0, 200))}, port: {}}, observing, status.StateFresh, "mode observe"},
 		"would have expired": {fakeMaps{x: {evidence: unbound(success(12, 0, 200))}, port: {}}, observing, status.StateStale, "mode observe"},
 		"would be withdrawn": {fakeMaps{x: {evidence: unbound(success(1, 0, 200))}, port: {tally: withdrawn(1)}}, observing, status.StateStale, "mode observe"},
@@ -361,7 +361,7 @@ func TestObserved(t *testing.T) {
 			t.Errorf("%v, does not say %q:\n%s", err, want, text)
 		}
 	}
-	if _, err := m.run("invalidate", "shop/web"); err == nil || !strings.Contains(err.Error(), "of shop/web nothing is answered") {
+	if _, err := m.run("invalidate", "shop/web"); err == nil || !strings.Contains(err.Error(), "shop/web: nothing is answered") {
 		t.Errorf("without a daemon: %v", err)
 	}
 }
@@ -426,8 +426,8 @@ func TestEstimate(t *testing.T) {
 	if table := m.status(); !strings.Contains(table, "mode observe; 12 of 24 probes would have been answered") {
 		t.Errorf("got\n%s", table)
 	}
-	const want = "mode answer would have answered 12 of 24 probes (of these, 1 failed); " +
-		"the others reach the pod: 2 before anything was known, 10 after the bound"
+	const want = "mode answer would have answered 12 of 24 probes (1 of which failed); " +
+		"the others would have reached the pod: 2 before anything was known, 10 after the bound had passed"
 	if text, err := m.run("explain", "shop/web"); err != nil || !strings.Contains(squeeze(text), want) {
 		t.Errorf("%v, does not say %q:\n%s", err, want, text)
 	}
@@ -472,7 +472,7 @@ func TestInconclusive(t *testing.T) {
 	m := newMachine(t)
 	m.web(fakeMaps{}, endpoint(probe.HTTP, 80, "/x"))
 	m.serveNode(node{inconclusive: map[string]uint64{"unseen": 2, "no_probe": 1}})
-	const want = "inconclusive: 3 (2 not seen whole, 1 not asked as a probe asks)"
+	const want = "inconclusive: 3 (2 not fully observed, 1 not a probe's request)"
 	if table := m.status(); !strings.HasSuffix(table, "\n"+want+"\n") {
 		t.Errorf("does not end with %q:\n%s", want, table)
 	}
@@ -561,11 +561,11 @@ func TestAttachments(t *testing.T) {
 		"nothing":         {func(*machine) {}, ""},
 		"objects gone":    {func(m *machine) { m.kernel = nil }, "not loaded"},
 		"maps gone":       {func(m *machine) { m.kernel.pods = nil }, "the programs do not know device 7"},
-		"nobody probes":   {func(m *machine) { m.kernel.prober = datapath.Prober{} }, "nobody is the prober"},
+		"nobody probes":   {func(m *machine) { m.kernel.prober = datapath.Prober{} }, "the prober is unknown"},
 		"everybody":       {func(m *machine) { m.kernel.prober = datapath.Prober{AnyLocal: true} }, ""},
-		"no specs":        {func(m *machine) { m.web(fresh) }, "knows no probes"},
+		"no specs":        {func(m *machine) { m.web(fresh) }, "knows of no probes"},
 		"not described":   {func(m *machine) { m.describe(statedir.Endpoints{}) }, "none is running"},
-		"not yet":         {func(m *machine) { m.describe(statedir.Endpoints{}); m.daemon() }, "has not seen it yet"},
+		"not yet":         {func(m *machine) { m.describe(statedir.Endpoints{}); m.daemon() }, "has not seen this pod yet"},
 		"failed to start": {func(m *machine) { m.record(attach.Record{ContainerID: "c0ffee", IfName: "eth0", Error: "busy"}) }, "not attached: busy"},
 	} {
 		t.Run(name, func(t *testing.T) {

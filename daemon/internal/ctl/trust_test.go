@@ -54,8 +54,8 @@ func TestLostTrustIsShown(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, want := range []string{
-			"HTTP :80/x fresh 1s 11s 0 answers do not arrive by its device: " + why,
-			"shop/web is not answered: since 12s ago answers do not arrive by veth7: " + why,
+			"HTTP :80/x fresh 1s 11s 0 answers through its device do not arrive: " + why,
+			"shop/web is not answered: answers through veth7 stopped arriving 12s ago: " + why,
 			"program 12 (guard) at tcx ingress, before ours", "bpf filter, priority 1, cil_to at tc filter egress, after ours",
 		} {
 			if !strings.Contains(squeeze(table), want) {
@@ -63,9 +63,9 @@ func TestLostTrustIsShown(t *testing.T) {
 			}
 		}
 		for _, want := range []string{
-			"hook xdp; since 12s ago answers do not arrive by veth7: " + why,
-			"also there: program 12 (guard) at tcx ingress, before ours",
-			"next probe reaches the pod: answers do not arrive by its device: " + why,
+			"hook xdp; answers through veth7 stopped arriving 12s ago: " + why,
+			"also on the device: program 12 (guard) at tcx ingress, before ours",
+			"next probe reaches the pod: answers through its device do not arrive: " + why,
 		} {
 			if !strings.Contains(squeeze(explained), want) {
 				t.Errorf("explain does not say %q:\n%s", want, explained)
@@ -143,11 +143,11 @@ func TestTrust(t *testing.T) {
 		failed  string // error
 		trusted bool
 	}{
-		"lost":         {func(m *machine) { m.lose("syn_repeated") }, "shop/web", "shop/web: answers by veth7 are tried again\n", "", true},
-		"lost, daemon": {func(m *machine) { m.lose("syn_repeated"); m.daemon() }, "shop/web", "are tried again", "", true},
-		"proven":       {func(*machine) {}, "shop/web", "shop/web: nothing to do: answers by veth7 arrive\n", "", false},
+		"lost":         {func(m *machine) { m.lose("syn_repeated") }, "shop/web", "shop/web: answers through veth7 will be tried again\n", "", true},
+		"lost, daemon": {func(m *machine) { m.lose("syn_repeated"); m.daemon() }, "shop/web", "will be tried again", "", true},
+		"proven":       {func(*machine) {}, "shop/web", "shop/web: nothing to do: answers through veth7 arrive\n", "", false},
 		"not tried": {func(m *machine) { m.kernel.devices["c0ffee"] = datapath.Device{Key: webDevice} }, "shop/web",
-			"nothing to do: no answer by veth7 has been tried yet", "", false},
+			"nothing to do: no answer through veth7 has been tried yet", "", false},
 		"not a pod":     {func(*machine) {}, "web", "", `"web": must be NAMESPACE/POD`, false},
 		"unknown":       {func(m *machine) { m.lose("syn_repeated") }, "shop/other", "", "pod shop/other is not known on this node", false},
 		"unattached":    {func(m *machine) { m.describe(statedir.Endpoints{Unattached: []string{"shop/api"}}) }, "shop/api", "", "pod shop/api is not attached", false},
@@ -185,7 +185,7 @@ func TestDoctorFindsLostTrust(t *testing.T) {
 	c.devices = []doctor.Device{{Name: "veth7", IfIndex: 7, Veth: true, Others: []string{"program 12 (guard) at tcx ingress, before ours"}}}
 	text := c.examine()
 	for _, want := range []string{
-		`PROBLEM +trust +shop/web is not answered: since 12s ago answers do not arrive by veth7: a prober sent its request again`,
+		`PROBLEM +trust +shop/web is not answered: answers through veth7 stopped arriving 12s ago: a prober repeated its request`,
 		` +-> find who drops the answers by veth7 .*, then run probeletctl trust shop/web`,
 		`note +attachments +others on veth7 of c0ffee/eth0: program 12 \(guard\) at tcx ingress, before ours`,
 	} {
