@@ -50,7 +50,7 @@ func TestExplainAndInvalidate(t *testing.T) {
 	expectText(t, s.ctl(t, "explain", name), `reaches the pod: the maximum of 9 probes in a row were answered, so the pod must accept one`)
 	p.probe(longTCP, p.IPv4, 1)
 	expectText(t, s.ctl(t, "explain", name),
-		`9 of at most 9 probes were answered since the pod last accepted one, and another has reached the pod since; the last one that was not: as many as may be had been answered`)
+		`9 of at most 9 probes were answered since the pod last accepted one, and another has reached the pod since; the last one passed on: the maximum of probes in a row had been answered`)
 	schema, err := jsonschema.NewCompiler().Compile("../docs/status.schema.json")
 	must(t, err)
 	status, err := jsonschema.UnmarshalJSON(strings.NewReader(s.ctl(t, "status", "-o", "json")))
