@@ -43,7 +43,7 @@ func TestExplainAndInvalidate(t *testing.T) {
 		`ago +observed by probe: success 200, took `,
 		`ago +answered in the kernel \(3 times so far\)`,
 		`(?s)TCP :9090\n +state +fresh, observed`,
-		`listening socket +3 of at most 9 probes were answered since one was accepted\n`,
+		`listening socket +3 of at most 9 probes were answered since the pod last accepted one\n`,
 	)
 	expectText(t, s.ctl(t, "status", "-o", "wide"), `TCP :9090 +fresh .* proven +3/9 `)
 	p.probe(longTCP, p.IPv4, 6)
