@@ -36,8 +36,8 @@ func TestExitCodes(t *testing.T) {
 		"explained":               {running, []string{"explain", "shop/web"}, status.OK, ""},
 		"help":                    {down, []string{"status", "--help"}, status.OK, ""},
 		"well":                    {running, []string{"doctor"}, status.OK, ""},
-		"ill":                     {func(c *clinic) { running(c); c.linux = 5 << 16 }, []string{"doctor"}, status.Failed, "1 of these need attention"},
-		"ill, in JSON":            {func(c *clinic) { running(c); c.linux = 5 << 16 }, []string{"doctor", "-o", "json"}, status.Failed, "1 of these need attention"},
+		"ill":                     {func(c *clinic) { running(c); c.linux = 5 << 16 }, []string{"doctor"}, status.Failed, "1 problem found"},
+		"ill, in JSON":            {func(c *clinic) { running(c); c.linux = 5 << 16 }, []string{"doctor", "-o", "json"}, status.Failed, "1 problem found"},
 		"kernel side unreadable":  {func(c *clinic) { running(c); c.openErr = fmt.Errorf("broken") }, []string{"status"}, status.Failed, "broken"},
 		"no command":              {down, []string{"stauts"}, status.Usage, `unknown command "stauts"`},
 		"no flag":                 {down, []string{"status", "--nope"}, status.Usage, "unknown flag: --nope"},
@@ -140,7 +140,7 @@ func TestDaemonDown(t *testing.T) {
 				t.Error(err)
 			}
 			for what, text := range map[string]string{"status": status, "explain": explained, "doctor": c.examine()} {
-				if !regexp.MustCompile(`(NOT RUNNING|does not run on \S+); ` + test.still).MatchString(text) {
+				if !regexp.MustCompile(`(NOT RUNNING|not running on \S+); ` + test.still).MatchString(text) {
 					t.Errorf("%s does not say %s:\n%s", what, test.still, text)
 				}
 			}

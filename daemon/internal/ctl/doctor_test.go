@@ -81,7 +81,7 @@ func (c *clinic) examine() string {
 	c.write(filepath.Join(c.host.Proc, "self/status"), fmt.Sprintf("Name:\tx\nCapEff:\t%016x\nCapBnd:\t0\n", c.capabilities))
 	text, err := c.run("doctor", "--cni-net-dir", c.netDir, "--cni-bin-dir", c.binDir)
 	problems := strings.Count("\n"+text, "\nPROBLEM ")
-	if (err != nil) != (problems > 0) || err != nil && !strings.HasPrefix(err.Error(), fmt.Sprint(problems, " of these")) {
+	if (err != nil) != (problems > 0) || err != nil && !strings.HasPrefix(err.Error(), fmt.Sprint(problems, " problem")) {
 		c.t.Errorf("%d problems, %v", problems, err)
 	}
 	return text
@@ -96,32 +96,32 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 		"kernel":            {func(c *clinic) { c.linux = 5<<16 | 14<<8 }, `PROBLEM +kernel +Linux 5.14`},
 		"no BTF":            {func(c *clinic) { c.host.Sys = c.netDir }, `note +kernel +Linux 6.1, without .*vmlinux`},
 		"bpffs":             {func(c *clinic) { c.fileSystems = c.fileSystems[1:] }, `PROBLEM +bpffs +/sys/fs/bpf is not a BPF file system`},
-		"cgroup":            {func(c *clinic) { c.fileSystems = c.fileSystems[:1] }, `PROBLEM +cgroup v2 +is mounted in none of /host/cgroup, `},
-		"all capabilities":  {func(*clinic) {}, `ok +capabilities +this command's`},
-		"few capabilities":  {func(c *clinic) { c.capabilities = 0 }, `PROBLEM +capabilities +this command's lack CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_PTRACE`},
-		"admin":             {func(c *clinic) { c.capabilities = 1 << unix.CAP_SYS_ADMIN }, `PROBLEM +capabilities +this command's lack CAP_NET_ADMIN, CAP_SYS_PTRACE$`},
-		"no ptrace":         {func(c *clinic) { c.capabilities &^= (1 << unix.CAP_SYS_PTRACE) }, `PROBLEM +capabilities +this command's lack CAP_SYS_PTRACE$`},
-		"nothing loaded":    {func(c *clinic) { c.kernel = nil }, `note +BPF objects +none in `},
-		"blind":             {func(c *clinic) { c.kernel.blind = true }, `note +BPF objects +.*; the kernel does not let pods' listening sockets be looked at`},
-		"unwatched":         {func(c *clinic) { c.kernel.unwatched = true }, `note +BPF objects +.*; listening sockets that close are not noticed`},
-		"no runtime":        {func(c *clinic) { c.found = nil }, `note +runtime +no process of containerd`},
-		"drop-in":           {func(*clinic) {}, `ok +chain +network net of .*10-net.conflist, by .*10-probelet.conf`},
+		"cgroup":            {func(c *clinic) { c.fileSystems = c.fileSystems[:1] }, `PROBLEM +cgroup v2 +not mounted at any of /host/cgroup, `},
+		"all capabilities":  {func(*clinic) {}, `ok +capabilities +this command has all`},
+		"few capabilities":  {func(c *clinic) { c.capabilities = 0 }, `PROBLEM +capabilities +this command lacks CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_PTRACE`},
+		"admin":             {func(c *clinic) { c.capabilities = 1 << unix.CAP_SYS_ADMIN }, `PROBLEM +capabilities +this command lacks CAP_NET_ADMIN, CAP_SYS_PTRACE$`},
+		"no ptrace":         {func(c *clinic) { c.capabilities &^= (1 << unix.CAP_SYS_PTRACE) }, `PROBLEM +capabilities +this command lacks CAP_SYS_PTRACE$`},
+		"nothing loaded":    {func(c *clinic) { c.kernel = nil }, `note +BPF objects +none pinned in `},
+		"blind":             {func(c *clinic) { c.kernel.blind = true }, `note +BPF objects +.*: this kernel does not let the programs check pods' listening sockets`},
+		"unwatched":         {func(c *clinic) { c.kernel.unwatched = true }, `note +BPF objects +.*: a closed listening socket is noticed only by the next probe`},
+		"no runtime":        {func(c *clinic) { c.found = nil }, `note +runtime +no containerd, crio or cri-dockerd process was found`},
+		"drop-in":           {func(*clinic) {}, `ok +chain +network net \(.*10-net.conflist\), through .*10-probelet.conf`},
 		"drop-in, not read": {func(c *clinic) { c.found[0].Libcni = "v1.1.2" }, `PROBLEM +chain +.*10-probelet.conf, which this runtime is not known to read`},
-		"copy":              {func(c *clinic) { c.asCopy(copied) }, `ok +chain +network net of .*10-net.conflist, by .*00-probelet.conflist`},
-		"copy, stale":       {func(c *clinic) { c.asCopy(strings.Replace(copied, "ptp", "bridge", 1)) }, `PROBLEM +chain +.*00-probelet.conflist is not what would be derived from it now`},
+		"copy":              {func(c *clinic) { c.asCopy(copied) }, `ok +chain +network net \(.*10-net.conflist\), through .*00-probelet.conflist`},
+		"copy, stale":       {func(c *clinic) { c.asCopy(strings.Replace(copied, "ptp", "bridge", 1)) }, `PROBLEM +chain +.*00-probelet.conflist is outdated`},
 		"not in the chain":  {func(c *clinic) { c.remove("net") }, `PROBLEM +chain +the plugin is not in network net`},
 		"no network":        {func(c *clinic) { c.remove("10-net.conflist") }, `PROBLEM +chain +no network configuration`},
 		"no plugin":         {func(c *clinic) { c.binDir = c.netDir }, `PROBLEM +plugin +.*no such file`},
-		"empty plugin":      {func(c *clinic) { c.write(filepath.Join(c.binDir, "probelet"), "") }, `PROBLEM +plugin +.* is no program: .*, 0 bytes`},
+		"empty plugin":      {func(c *clinic) { c.write(filepath.Join(c.binDir, "probelet"), "") }, `PROBLEM +plugin +.* is not an executable file: .*, 0 bytes`},
 		"unreadable":        {func(c *clinic) { c.openErr = errors.New("broken") }, `PROBLEM +state +broken$`},
-		"and down":          {func(c *clinic) { c.openErr = errors.New("broken") }, `PROBLEM +daemon +does not run on \S+; what the kernel still answers is unknown`},
-		"no daemon":         {func(*clinic) {}, `PROBLEM +daemon +does not run on `},
-		"daemon, wedged":    {func(c *clinic) { c.daemon() }, `PROBLEM +daemon +runs, process \d+, but: `},
-		"pushed":            {func(c *clinic) { c.serveNode(node{source: api.SourceReply{Pushed: true}}) }, `ok +states +changes of containers are pushed$`},
-		"not pushed":        {func(c *clinic) { c.serveNode(node{source: api.SourceReply{Why: "no socket"}}) }, `note +states +changes of containers are not pushed: no socket$`},
+		"and down":          {func(c *clinic) { c.openErr = errors.New("broken") }, `PROBLEM +daemon +not running on \S+; what the kernel still answers is unknown`},
+		"no daemon":         {func(*clinic) {}, `PROBLEM +daemon +not running on `},
+		"daemon, wedged":    {func(c *clinic) { c.daemon() }, `PROBLEM +daemon +process \d+ is running, but not ready: `},
+		"pushed":            {func(c *clinic) { c.serveNode(node{source: api.SourceReply{Pushed: true}}) }, `ok +states +container changes are pushed$`},
+		"not pushed":        {func(c *clinic) { c.serveNode(node{source: api.SourceReply{Why: "no socket"}}) }, `note +states +container changes are not pushed: no socket$`},
 		"kubelet":           {func(*clinic) {}, `ok +prober +the kubelet, cgroup 4711`},
-		"another prober":    {func(c *clinic) { c.kernel.prober.CgroupIDs[0]++ }, `PROBLEM +prober +the kubelet is cgroup 4711, but what is set is cgroup 4712`},
-		"not narrowed down": {func(c *clinic) { c.kernel.prober.Process = &datapath.Process{PID: 12} }, `PROBLEM +prober +the kubelet is cgroup 4711, but what is set is process 12 of`},
+		"another prober":    {func(c *clinic) { c.kernel.prober.CgroupIDs[0]++ }, `PROBLEM +prober +the kubelet is cgroup 4711, but the prober is set to cgroup 4712`},
+		"not narrowed down": {func(c *clinic) { c.kernel.prober.Process = &datapath.Process{PID: 12} }, `PROBLEM +prober +the kubelet is cgroup 4711, but the prober is set to process 12 of`},
 		"anybody":           {func(c *clinic) { c.kernel.prober = datapath.Prober{AnyLocal: true} }, `note +prober +every process`},
 		"no kubelet": {func(c *clinic) {
 			c.kubeletGone, c.kernel.prober = errors.New("no process named kubelet"), datapath.Prober{}
@@ -132,11 +132,11 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 		"others elsewhere": {func(c *clinic) {
 			c.devices = []doctor.Device{{Name: "eth0", IfIndex: 2, Veth: false, Others: []string{"XDP program 3"}}}
 		},
-			`note +others +on devices of no pod: eth0 \(XDP program 3\)`},
+			`note +others +on devices that belong to no pod: eth0 \(XDP program 3\)`},
 		"others on ours": {func(c *clinic) {
 			c.record(attach.Record{ContainerID: "c0ffee", IfName: "eth0", IfIndex: 7, PodNamespace: "shop", PodName: "web"})
 			c.devices = []doctor.Device{{Name: "veth7", IfIndex: 7, Veth: true, Others: []string{"XDP program 7"}}}
-		}, `note +attachments +others on veth7 of shop/web: XDP program 7`},
+		}, `note +attachments +other programs on veth7 of shop/web: XDP program 7`},
 		"bad annotation": {func(c *clinic) {
 			c.web(fakeMaps{})
 			settings := probe.NewDefaults().Settings(map[string]string{probe.AnnotationStaleness: "9"})
@@ -166,14 +166,14 @@ func TestPreflight(t *testing.T) {
 		"kernel":            {func(*clinic) {}, `ok +kernel +Linux 6.1 with BTF`, true},
 		"bpffs":             {func(*clinic) {}, `ok +bpffs +/sys/fs/bpf`, true},
 		"cgroup":            {func(*clinic) {}, `ok +cgroup v2 +/`, true},
-		"capabilities":      {func(*clinic) {}, `ok +capabilities +this command's`, true},
+		"capabilities":      {func(*clinic) {}, `ok +capabilities +this command has all`, true},
 		"kubelet":           {func(*clinic) {}, `ok +prober +the kubelet, cgroup 4711$`, true},
 		"runtime":           {func(*clinic) {}, `ok +runtime +containerd`, true},
 		"directories":       {func(*clinic) {}, `ok +plugins +/`, true},
-		"drop-in":           {func(*clinic) {}, `would +chain +write .*/net/10-probelet.conf, which adds the plugin to network net of .*10-net.conflist`, true},
+		"drop-in":           {func(*clinic) {}, `would +chain +write .*/net/10-probelet.conf, which adds the plugin to network net \(.*10-net.conflist\)`, true},
 		"copy":              {func(c *clinic) { c.found[0].Libcni = "v1.1.2" }, `would +chain +write .*/00-probelet.conflist, `, true},
 		"plugin":            {func(*clinic) {}, `would +plugin +put it at .*/probelet$`, true},
-		"objects":           {func(*clinic) {}, `would +BPF objects +load them, and pin them in /sys/fs/bpf/probelet; records in `, true},
+		"objects":           {func(*clinic) {}, `would +BPF objects +load them, pin them in /sys/fs/bpf/probelet, and keep records in `, true},
 		"old kernel":        {func(c *clinic) { c.linux = 5 << 16 }, `PROBLEM +kernel +Linux 5.0`, false},
 		"no bpffs":          {func(c *clinic) { c.fileSystems = c.fileSystems[1:] }, `PROBLEM +bpffs `, false},
 		"no kubelet":        {func(c *clinic) { c.kubeletGone = errors.New("no process named kubelet") }, `PROBLEM +prober +no process named kubelet`, false},
@@ -181,7 +181,7 @@ func TestPreflight(t *testing.T) {
 		"plugins elsewhere": {func(c *clinic) { c.binDir = t.TempDir() }, `PROBLEM +chain +the runtime would not find the plugin: ptp `, false},
 		"no network":        {func(c *clinic) { c.remove("10-net.conflist") }, `PROBLEM +chain +no network configuration`, false},
 		"no networks":       {func(c *clinic) { c.netDir = filepath.Join(c.netDir, "gone") }, `PROBLEM +networks +.*gone: no such file`, false},
-		"few rights":        {func(c *clinic) { c.capabilities = 0 }, `PROBLEM +capabilities +this command's lack CAP_BPF`, false},
+		"few rights":        {func(c *clinic) { c.capabilities = 0 }, `PROBLEM +capabilities +this command lacks CAP_BPF`, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newClinic(t)
@@ -229,7 +229,7 @@ func TestDirectoriesFromTheEnvironment(t *testing.T) {
 		return nil, nil
 	}}
 	_ = execute(t.Context(), env, []string{"doctor"})
-	for _, want := range []string{`ok +chain `, `ok +plugin +` + c.binDir, `PROBLEM +daemon +does not run on ` + elsewhere} {
+	for _, want := range []string{`ok +chain `, `ok +plugin +` + c.binDir, `PROBLEM +daemon +not running on ` + elsewhere} {
 		if !regexp.MustCompile(`(?m)^` + want).MatchString(stdout.String()) {
 			t.Errorf("does not say %s:\n%s", want, &stdout)
 		}

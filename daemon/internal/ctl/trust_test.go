@@ -186,8 +186,8 @@ func TestDoctorFindsLostTrust(t *testing.T) {
 	text := c.examine()
 	for _, want := range []string{
 		`PROBLEM +trust +shop/web is not answered: answers through veth7 stopped arriving 12s ago: a prober repeated its request`,
-		` +-> find who drops the answers by veth7 .*, then run probeletctl trust shop/web`,
-		`note +attachments +others on veth7 of c0ffee/eth0: program 12 \(guard\) at tcx ingress, before ours`,
+		` +-> find out what drops the answers on veth7 .*, then run probeletctl trust shop/web`,
+		`note +attachments +other programs on veth7 of c0ffee/eth0: program 12 \(guard\) at tcx ingress, before ours`,
 	} {
 		if !regexp.MustCompile(`(?m)^` + want).MatchString(text) {
 			t.Errorf("does not say %s:\n%s", want, text)
