@@ -231,7 +231,7 @@ func decode(body io.Reader) (InvalidateRequest, error) {
 	case errors.As(err, &mismatch) && mismatch.Field != "":
 		return InvalidateRequest{}, malformed("%s: %s: must be of type %s", mismatch.Field, mismatch.Value, jsonType(mismatch))
 	case errors.As(err, &tooLarge):
-		return InvalidateRequest{}, malformed("body: must have at most %d bytes", tooLarge.Limit)
+		return InvalidateRequest{}, malformed("a body of more than %d bytes", tooLarge.Limit)
 	case err != nil:
 		return InvalidateRequest{}, malformed("%s", strings.TrimPrefix(err.Error(), "json: "))
 	}
