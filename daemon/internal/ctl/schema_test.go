@@ -20,6 +20,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/survey"
+	"github.com/probelet/probelet/daemon/internal/survey/surveytest"
 )
 
 var update = flag.Bool("update", false, "write docs/status.schema.json")
@@ -81,16 +82,16 @@ func TestOutputFitsTheSchema(t *testing.T) {
 		t.Fatal(err)
 	}
 	empty, full := newMachine(t), newMachine(t)
-	empty.kernel = nil
-	full.daemon()
-	e := endpoint(probe.HTTP, 8080, "/ready")
+	empty.Kernel = nil
+	full.Daemon()
+	e := surveytest.Endpoint(probe.HTTP, 8080, "/ready")
 	e.HeadersID, e.InstanceID, e.StalenessCapped, e.Refresh = "abcd", "b", true, 5
-	full.kernel.neighbours = map[int][]attach.Neighbour{7: {{Hook: "xdp", What: "XDP program 3", Before: true}}}
-	full.web(fakeMaps{
-		datapath.PortKey(8080): {success(4, 7, 0), withdrawn(9)},
-		keyOf(8080, "/ready"):  {success(4, 7, 204), datapath.Tally{Hits: 3, AnsweredAt: now}},
-	}, e, endpoint(probe.TCP, 81, ""))
-	full.lose("unobserved")
+	full.Kernel.NeighboursOf = map[int][]attach.Neighbour{7: {{Hook: "xdp", What: "XDP program 3", Before: true}}}
+	full.Web(surveytest.Maps{
+		datapath.PortKey(8080):           {Evidence: surveytest.Success(4, 7, 0), Tally: surveytest.Withdrawn(9)},
+		surveytest.KeyOf(8080, "/ready"): {Evidence: surveytest.Success(4, 7, 204), Tally: datapath.Tally{Hits: 3, AnsweredAt: surveytest.Now}},
+	}, e, surveytest.Endpoint(probe.TCP, 81, ""))
+	full.Lose("unobserved")
 	for name, m := range map[string]*machine{"nothing loaded": empty, "something": full} {
 		var value any
 		if err := json.Unmarshal([]byte(m.status("-o", "json")), &value); err != nil {
