@@ -53,7 +53,7 @@ func (c *clinic) examine() string {
 	return text
 }
 
-// What a command ends with tells a script what it met.
+// The exit code tells a script what happened.
 func TestExitCodes(t *testing.T) {
 	running := func(c *clinic) { c.ServeNode(surveytest.Node{}) }
 	down := func(*clinic) {}
@@ -61,36 +61,36 @@ func TestExitCodes(t *testing.T) {
 		prepare func(*clinic)
 		args    []string
 		code    int
-		says    string // the error; empty: what there is to say has been shown
+		says    string // the error; empty if it was shown already
 	}{
-		"all is well":             {running, []string{"status"}, status.OK, ""},
-		"explained":               {running, []string{"explain", "shop/web"}, status.OK, ""},
-		"help":                    {down, []string{"status", "--help"}, status.OK, ""},
-		"well":                    {running, []string{"doctor"}, status.OK, ""},
-		"ill":                     {func(c *clinic) { running(c); c.Linux = 5 << 16 }, []string{"doctor"}, status.Failed, "1 problem found"},
-		"ill, in JSON":            {func(c *clinic) { running(c); c.Linux = 5 << 16 }, []string{"doctor", "-o", "json"}, status.Failed, "1 problem found"},
-		"kernel side unreadable":  {func(c *clinic) { running(c); c.OpenErr = fmt.Errorf("broken") }, []string{"status"}, status.Failed, "broken"},
-		"no command":              {down, []string{"stauts"}, status.Usage, `unknown command "stauts"`},
-		"no flag":                 {down, []string{"status", "--nope"}, status.Usage, "unknown flag: --nope"},
-		"no format":               {down, []string{"status", "-o", "xml"}, status.Usage, `--output "xml": must be one of json|table|wide`},
-		"no format to explain":    {down, []string{"explain", "shop/web", "-o", "xml"}, status.Usage, `--output "xml": must be one of json|text`},
-		"no format of doctor's":   {down, []string{"doctor", "-o", "xml"}, status.Usage, `--output "xml": must be one of json|text`},
-		"no pod":                  {down, []string{"explain"}, status.Usage, "0 arguments: must be one, NAMESPACE/POD"},
-		"half a pod":              {down, []string{"explain", "web"}, status.Usage, `"web": must be NAMESPACE/POD, or POD with --namespace`},
-		"two namespaces":          {down, []string{"explain", "shop/web", "-n", "bank"}, status.Usage, `"shop/web": is not in --namespace bank`},
-		"a namespace and all":     {down, []string{"status", "-n", "shop", "-A"}, status.Usage, "none of the others can be"},
-		"narrower than nothing":   {down, []string{"status", "--width", "-1"}, status.Usage, "--width -1: must not be negative"},
-		"top, too often":          {down, []string{"top", "-d", "1ms"}, status.Usage, "--interval 1ms: must be at least 100ms"},
-		"down":                    {down, []string{"status"}, status.DaemonDown, ""},
-		"down, in JSON":           {down, []string{"status", "-o", "json"}, status.DaemonDown, ""},
-		"down, in short":          {down, []string{"status", "--summary"}, status.DaemonDown, ""},
-		"down, explained":         {down, []string{"explain", "-n", "shop", "web"}, status.DaemonDown, ""},
-		"down, nobody to be told": {down, []string{"invalidate", "shop/web"}, status.DaemonDown, "probeletd is not running, and only it can withdraw evidence; shop/web: 1 endpoint is still answered"},
-		"unknown":                 {running, []string{"explain", "shop/nobody"}, status.NotFound, "pod shop/nobody is not known on this node"},
-		"unknown, down":           {down, []string{"explain", "shop/nobody"}, status.NotFound, "pod shop/nobody is not known on this node"},
-		"not attached":            {running, []string{"trust", "shop/later"}, status.NotFound, "pod shop/later is not attached"},
-		"doctor, not root":        {func(c *clinic) { c.Host.UID = 1000 }, []string{"doctor"}, status.NotAllowed, "run it as root, or in the daemon's pod"},
-		"status, not root":        {func(c *clinic) { running(c); c.OpenErr = fs.ErrPermission }, []string{"status"}, status.NotAllowed, "permission denied; run this as root"},
+		"all is well":                 {running, []string{"status"}, status.OK, ""},
+		"explained":                   {running, []string{"explain", "shop/web"}, status.OK, ""},
+		"help":                        {down, []string{"status", "--help"}, status.OK, ""},
+		"healthy":                     {running, []string{"doctor"}, status.OK, ""},
+		"a problem":                   {func(c *clinic) { running(c); c.Linux = 5 << 16 }, []string{"doctor"}, status.Failed, "1 problem found"},
+		"a problem, in JSON":          {func(c *clinic) { running(c); c.Linux = 5 << 16 }, []string{"doctor", "-o", "json"}, status.Failed, "1 problem found"},
+		"BPF objects unreadable":      {func(c *clinic) { running(c); c.OpenErr = fmt.Errorf("broken") }, []string{"status"}, status.Failed, "broken"},
+		"no command":                  {down, []string{"stauts"}, status.Usage, `unknown command "stauts"`},
+		"no flag":                     {down, []string{"status", "--nope"}, status.Usage, "unknown flag: --nope"},
+		"no format":                   {down, []string{"status", "-o", "xml"}, status.Usage, `--output "xml": must be one of json|table|wide`},
+		"no format to explain":        {down, []string{"explain", "shop/web", "-o", "xml"}, status.Usage, `--output "xml": must be one of json|text`},
+		"no format of doctor's":       {down, []string{"doctor", "-o", "xml"}, status.Usage, `--output "xml": must be one of json|text`},
+		"no pod":                      {down, []string{"explain"}, status.Usage, "0 arguments: must be one, NAMESPACE/POD"},
+		"half a pod":                  {down, []string{"explain", "web"}, status.Usage, `"web": must be NAMESPACE/POD, or POD with --namespace`},
+		"two namespaces":              {down, []string{"explain", "shop/web", "-n", "bank"}, status.Usage, `"shop/web": is not in --namespace bank`},
+		"a namespace and all":         {down, []string{"status", "-n", "shop", "-A"}, status.Usage, "none of the others can be"},
+		"negative width":              {down, []string{"status", "--width", "-1"}, status.Usage, "--width -1: must not be negative"},
+		"top, too often":              {down, []string{"top", "-d", "1ms"}, status.Usage, "--interval 1ms: must be at least 100ms"},
+		"down":                        {down, []string{"status"}, status.DaemonDown, ""},
+		"down, in JSON":               {down, []string{"status", "-o", "json"}, status.DaemonDown, ""},
+		"down, in short":              {down, []string{"status", "--summary"}, status.DaemonDown, ""},
+		"down, explained":             {down, []string{"explain", "-n", "shop", "web"}, status.DaemonDown, ""},
+		"down, nothing to invalidate": {down, []string{"invalidate", "shop/web"}, status.DaemonDown, "probeletd is not running, and only it can withdraw evidence; shop/web: 1 endpoint is still answered"},
+		"unknown":                     {running, []string{"explain", "shop/nobody"}, status.NotFound, "pod shop/nobody is not known on this node"},
+		"unknown, down":               {down, []string{"explain", "shop/nobody"}, status.NotFound, "pod shop/nobody is not known on this node"},
+		"not attached":                {running, []string{"trust", "shop/later"}, status.NotFound, "pod shop/later is not attached"},
+		"doctor, not root":            {func(c *clinic) { c.Host.UID = 1000 }, []string{"doctor"}, status.NotAllowed, "run it as root, or in the daemon's pod"},
+		"status, not root":            {func(c *clinic) { running(c); c.OpenErr = fs.ErrPermission }, []string{"status"}, status.NotAllowed, "permission denied; run this as root"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newClinic(t)
@@ -109,7 +109,7 @@ func TestExitCodes(t *testing.T) {
 			if code != test.code || !strings.Contains(stderr.String(), test.says) || test.says == "" && stderr.Len() > 0 {
 				t.Errorf("%d, %q; want %d, %q\n%s", code, &stderr, test.code, test.says, text)
 			}
-			if slices.Contains(test.args, "json") && test.says == "" || name == "ill, in JSON" {
+			if slices.Contains(test.args, "json") && test.says == "" || name == "a problem, in JSON" {
 				if !json.Valid([]byte(text)) {
 					t.Errorf("is not JSON:\n%s", text)
 				}
@@ -135,20 +135,20 @@ func shop(m *surveytest.Machine) {
 	m.Kernel.Devices["c0ffee"] = datapath.Device{Key: surveytest.WebDevice, Trust: datapath.TrustProven}
 }
 
-// With the daemon dead, everything says so, and until when the kernel still answers.
+// Without a daemon, every command says so, and until when the kernel still answers.
 func TestDaemonDown(t *testing.T) {
 	const until = `until \d\d:\d\d:\d\d \S+ \(42s from now\) at the latest`
 	for name, test := range map[string]struct {
 		change func(*clinic)
 		still  string
 	}{
-		"fresh":       {func(*clinic) {}, `1 endpoint is still answered in the kernel, ` + until},
-		"expired":     {func(c *clinic) { c.Kernel.Pods["c0ffee"] = surveytest.Maps{} }, "nothing is answered: every probe reaches its pod"},
-		"closed":      {func(c *clinic) { delete(c.Kernel.Pods["c0ffee"], datapath.PortKey(80)) }, "nothing is answered: every probe reaches its pod"},
-		"nobody asks": {func(c *clinic) { c.Kernel.ProberSet = datapath.Prober{} }, "nothing is answered: every probe reaches its pod"},
-		"told apart":  {func(c *clinic) { c.Kernel.ProberSet.Process = &datapath.Process{PID: 12} }, "nothing is answered: every probe reaches its pod"},
-		"not trusted": {func(c *clinic) { c.Lose("unobserved") }, "nothing is answered: every probe reaches its pod"},
-		// The pod's next connection lets the kernel answer again.
+		"fresh":         {func(*clinic) {}, `1 endpoint is still answered in the kernel, ` + until},
+		"expired":       {func(c *clinic) { c.Kernel.Pods["c0ffee"] = surveytest.Maps{} }, "nothing is answered: every probe reaches its pod"},
+		"closed":        {func(c *clinic) { delete(c.Kernel.Pods["c0ffee"], datapath.PortKey(80)) }, "nothing is answered: every probe reaches its pod"},
+		"no prober":     {func(c *clinic) { c.Kernel.ProberSet = datapath.Prober{} }, "nothing is answered: every probe reaches its pod"},
+		"shared cgroup": {func(c *clinic) { c.Kernel.ProberSet.Process = &datapath.Process{PID: 12} }, "nothing is answered: every probe reaches its pod"},
+		"answers lost":  {func(c *clinic) { c.Lose("unobserved") }, "nothing is answered: every probe reaches its pod"},
+		// The pod's next accepted connection lets the kernel answer again.
 		"a real probe is due": {func(c *clinic) {
 			tcp := surveytest.Endpoint(probe.TCP, 80, "")
 			tcp.Live = 4
@@ -215,7 +215,7 @@ func TestCompletion(t *testing.T) {
 			{[]string{"-n", "shop", ""}, "later\nweb\n:4\n"},
 			{[]string{"shop/web", ""}, ":4\n"},
 		} {
-			// Not by m.run, which adds arguments.
+			// Not with m.run, which adds arguments.
 			var stdout strings.Builder
 			env := environment{stdout: &stdout, stderr: &m.stderr}
 			if err := execute(t.Context(), env, append([]string{"__complete", command}, test.args...)); err != nil || stdout.String() != test.want {
@@ -225,7 +225,7 @@ func TestCompletion(t *testing.T) {
 	}
 }
 
-// On a narrow terminal no line is longer than it; -o wide is as wide as it is.
+// No line exceeds the width of the terminal, except with -o wide.
 func TestNarrowTerminal(t *testing.T) {
 	for _, width := range []int{20, 40, 80, 120} {
 		c := newClinic(t)
@@ -259,7 +259,7 @@ func TestVersion(t *testing.T) {
 	}
 }
 
-func TestNodeInNumbers(t *testing.T) {
+func TestStatusSummary(t *testing.T) {
 	m := newMachine(t)
 	shop(m.Machine)
 	var n status.Node

@@ -15,7 +15,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/survey/surveytest"
 )
 
-// What looks at the listening socket came to is shown of TCP endpoints that they are for.
+// The checks of the listening socket are shown for TCP endpoints.
 func TestListener(t *testing.T) {
 	m := newMachine(t)
 	tcp := surveytest.Endpoint(probe.TCP, 80, "")
@@ -43,8 +43,8 @@ func TestListener(t *testing.T) {
 	}
 }
 
-// As many as may be were answered: the next probe reaches the pod, whichever of the port's endpoints it asks, unless one on its
-// way may yet be found to have been accepted.
+// After the maximum of answers in a row the next probe reaches the pod, whichever of the port's endpoints it asks, unless a pending
+// connection may turn out to have been accepted.
 func TestRealDue(t *testing.T) {
 	tcp, http := surveytest.Endpoint(probe.TCP, 80, ""), surveytest.Endpoint(probe.HTTP, 80, "/x")
 	tcp.Live = 9
@@ -54,11 +54,11 @@ func TestRealDue(t *testing.T) {
 		live  int
 		why   string
 	}{
-		"due":                 {datapath.Tally{Answered: 4, AnsweredMax: 4}, 9, due},
-		"not yet":             {datapath.Tally{Answered: 3, AnsweredMax: 4}, 9, ""},
-		"one on its way":      {datapath.Tally{Answered: 4, AnsweredMax: 4, ConnectedAt: 1}, 9, ""},
-		"not looked at":       {datapath.Tally{}, 9, ""},
-		"not to be looked at": {datapath.Tally{Answered: 4, AnsweredMax: 4}, 0, ""},
+		"due":               {datapath.Tally{Answered: 4, AnsweredMax: 4}, 9, due},
+		"not yet":           {datapath.Tally{Answered: 3, AnsweredMax: 4}, 9, ""},
+		"one pending":       {datapath.Tally{Answered: 4, AnsweredMax: 4, ConnectedAt: 1}, 9, ""},
+		"not checked":       {datapath.Tally{}, 9, ""},
+		"cannot be checked": {datapath.Tally{Answered: 4, AnsweredMax: 4}, 0, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
@@ -81,8 +81,7 @@ func TestRealDue(t *testing.T) {
 	}
 }
 
-// What kept probes from being answered is said of every endpoint of the port, by HTTP too; what is counted, only where a TCP probe
-// makes it count.
+// The obstacle is shown for every endpoint of the port, HTTP included; the count only where the port has a TCP probe.
 func TestListenerOfHTTP(t *testing.T) {
 	tcp, http := surveytest.Endpoint(probe.TCP, 80, ""), surveytest.Endpoint(probe.HTTP, 80, "/x")
 	tcp.Live = 9

@@ -36,7 +36,7 @@ type machine struct {
 
 func newMachine(t *testing.T) *machine { return &machine{Machine: surveytest.NewMachine(t)} }
 
-// run runs a command. That the daemon is down, which the command has shown, is no error here: see TestExitCodes.
+// run runs a command. It does not return the error that the daemon is down, which the command has shown: see TestExitCodes.
 func (m *machine) run(args ...string) (string, error) {
 	m.T.Helper()
 	text, err := m.execute(args...)
@@ -66,7 +66,7 @@ func (m *machine) status(args ...string) string {
 	return out
 }
 
-// squeeze makes of each run of blanks one.
+// squeeze replaces each run of blanks by one.
 func squeeze(s string) string { return strings.Join(strings.Fields(s), " ") }
 
 func TestNothingLoaded(t *testing.T) {
@@ -125,14 +125,14 @@ answered: 12 HTTP, 3 TCP; observed: 20; handed over: 1
 	}
 }
 
-// Every state, and every reason that is not the specs'.
+// Every state, and every reason that does not come from the specs.
 func TestStates(t *testing.T) {
 	http, tcp := surveytest.Endpoint(probe.HTTP, 80, "/x"), surveytest.Endpoint(probe.TCP, 80, "")
 	x, port := surveytest.KeyOf(80, "/x"), datapath.PortKey(80)
 	one, both := []statedir.Endpoint{http}, []statedir.Endpoint{http, tcp}
 	startup := tcp
 	startup.StartupOnly, startup.NotAnswered, startup.NotAnsweredCode = true, "startup probe", probe.ReasonStartup
-	// In mode observe the kernel is told of no bound, which is then 11 s.
+	// In mode observe the kernel is not given a bound; it would be 11 s.
 	withheld := http
 	withheld.NotAnswered, withheld.NotAnsweredCode, withheld.Withheld = "mode observe", probe.ReasonMode, true
 	threshold := http
@@ -145,26 +145,26 @@ func TestStates(t *testing.T) {
 		state     status.State
 		why       string
 	}{
-		"answered":           {surveytest.Maps{x: {Evidence: surveytest.Success(1, 5, 200)}, port: {Evidence: surveytest.Success(1, 5, 0)}}, one, status.StateFresh, ""},
-		"no record yet":      {surveytest.Maps{}, one, status.StateUnknown, "nothing observed yet"},
-		"nothing observed":   {surveytest.Maps{x: {}, port: {}}, one, status.StateUnknown, "nothing observed yet"},
-		"redirect":           {surveytest.Maps{x: {Evidence: datapath.Evidence{Status: 302, ObservedAt: 1}}}, one, status.StateUnknown, "status 302: a redirect"},
-		"error status":       {surveytest.Maps{x: {Evidence: surveytest.Failed(2, 503)}}, one, status.StateFailed, "status 503"},
-		"reset":              {surveytest.Maps{x: {Evidence: surveytest.Failed(2, 0)}}, one, status.StateFailed, "refused, reset, or no complete and valid response in time"},
-		"too late":           {surveytest.Maps{x: {Evidence: surveytest.Failed(2, 200)}}, one, status.StateFailed, "status 200 came too late"},
-		"not often enough":   {surveytest.Maps{x: {Evidence: unbound(surveytest.Success(1, 0, 200))}}, []statedir.Endpoint{threshold}, status.StateStale, "3 probes in a row must succeed"},
-		"expired":            {surveytest.Maps{x: {Evidence: datapath.Evidence{Result: datapath.ResultSuccess, ObservedAt: 1, FreshUntil: surveytest.Now - 3*surveytest.Second}}}, one, status.StateStale, "expired 3s ago"},
-		"withdrawn":          {surveytest.Maps{x: {Evidence: surveytest.Success(4, 5, 200)}, port: {Evidence: surveytest.Success(4, 5, 0), Tally: surveytest.Withdrawn(4)}}, one, status.StateStale, "withdrawn"},
-		"withdrawn before":   {surveytest.Maps{x: {Evidence: surveytest.Success(4, 5, 200)}, port: {Evidence: surveytest.Success(4, 5, 0), Tally: surveytest.Withdrawn(5)}}, one, status.StateFresh, ""},
-		"other unknown":      {surveytest.Maps{x: {Evidence: surveytest.Success(1, 5, 200)}, port: {}}, both, status.StateFresh, "taking a connection would also answer TCP :80 (unknown)"},
-		"another path":       {surveytest.Maps{x: {Evidence: surveytest.Success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, surveytest.Endpoint(probe.HTTP, 80, "/y")}, status.StateFresh, "not open for answers yet"},
-		"other failed":       {surveytest.Maps{x: {Evidence: surveytest.Success(1, 5, 200)}, port: {}, datapath.TCPKey(80): {Evidence: surveytest.Failed(1, 0)}}, both, status.StateFresh, "TCP :80 (failed)"},
-		"startup probe only": {surveytest.Maps{x: {Evidence: surveytest.Success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, startup}, status.StateFresh, "not open for answers yet"},
-		"would be answered":  {surveytest.Maps{x: {Evidence: unbound(surveytest.Success(10, 0, 200))}, port: {}}, observing, status.StateFresh, "mode observe"},
-		"would have expired": {surveytest.Maps{x: {Evidence: unbound(surveytest.Success(12, 0, 200))}, port: {}}, observing, status.StateStale, "mode observe"},
-		"would be withdrawn": {surveytest.Maps{x: {Evidence: unbound(surveytest.Success(1, 0, 200))}, port: {Tally: surveytest.Withdrawn(1)}}, observing, status.StateStale, "mode observe"},
-		"would not be":       {surveytest.Maps{x: {Evidence: surveytest.Failed(1, 500)}, port: {}}, observing, status.StateFailed, "mode observe"},
-		"nothing to be seen": {surveytest.Maps{x: {}, port: {}}, observing, status.StateUnknown, "mode observe"},
+		"answered":                  {surveytest.Maps{x: {Evidence: surveytest.Success(1, 5, 200)}, port: {Evidence: surveytest.Success(1, 5, 0)}}, one, status.StateFresh, ""},
+		"no record yet":             {surveytest.Maps{}, one, status.StateUnknown, "nothing observed yet"},
+		"nothing observed":          {surveytest.Maps{x: {}, port: {}}, one, status.StateUnknown, "nothing observed yet"},
+		"redirect":                  {surveytest.Maps{x: {Evidence: datapath.Evidence{Status: 302, ObservedAt: 1}}}, one, status.StateUnknown, "status 302: a redirect"},
+		"error status":              {surveytest.Maps{x: {Evidence: surveytest.Failed(2, 503)}}, one, status.StateFailed, "status 503"},
+		"reset":                     {surveytest.Maps{x: {Evidence: surveytest.Failed(2, 0)}}, one, status.StateFailed, "refused, reset, or no complete and valid response in time"},
+		"too late":                  {surveytest.Maps{x: {Evidence: surveytest.Failed(2, 200)}}, one, status.StateFailed, "status 200 came too late"},
+		"not often enough":          {surveytest.Maps{x: {Evidence: unbound(surveytest.Success(1, 0, 200))}}, []statedir.Endpoint{threshold}, status.StateStale, "3 probes in a row must succeed"},
+		"expired":                   {surveytest.Maps{x: {Evidence: datapath.Evidence{Result: datapath.ResultSuccess, ObservedAt: 1, FreshUntil: surveytest.Now - 3*surveytest.Second}}}, one, status.StateStale, "expired 3s ago"},
+		"withdrawn":                 {surveytest.Maps{x: {Evidence: surveytest.Success(4, 5, 200)}, port: {Evidence: surveytest.Success(4, 5, 0), Tally: surveytest.Withdrawn(4)}}, one, status.StateStale, "withdrawn"},
+		"withdrawn before":          {surveytest.Maps{x: {Evidence: surveytest.Success(4, 5, 200)}, port: {Evidence: surveytest.Success(4, 5, 0), Tally: surveytest.Withdrawn(5)}}, one, status.StateFresh, ""},
+		"other unknown":             {surveytest.Maps{x: {Evidence: surveytest.Success(1, 5, 200)}, port: {}}, both, status.StateFresh, "taking a connection would also answer TCP :80 (unknown)"},
+		"another path":              {surveytest.Maps{x: {Evidence: surveytest.Success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, surveytest.Endpoint(probe.HTTP, 80, "/y")}, status.StateFresh, "not open for answers yet"},
+		"other failed":              {surveytest.Maps{x: {Evidence: surveytest.Success(1, 5, 200)}, port: {}, datapath.TCPKey(80): {Evidence: surveytest.Failed(1, 0)}}, both, status.StateFresh, "TCP :80 (failed)"},
+		"startup probe only":        {surveytest.Maps{x: {Evidence: surveytest.Success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, startup}, status.StateFresh, "not open for answers yet"},
+		"would be answered":         {surveytest.Maps{x: {Evidence: unbound(surveytest.Success(10, 0, 200))}, port: {}}, observing, status.StateFresh, "mode observe"},
+		"would have expired":        {surveytest.Maps{x: {Evidence: unbound(surveytest.Success(12, 0, 200))}, port: {}}, observing, status.StateStale, "mode observe"},
+		"would be withdrawn":        {surveytest.Maps{x: {Evidence: unbound(surveytest.Success(1, 0, 200))}, port: {Tally: surveytest.Withdrawn(1)}}, observing, status.StateStale, "mode observe"},
+		"would not be":              {surveytest.Maps{x: {Evidence: surveytest.Failed(1, 500)}, port: {}}, observing, status.StateFailed, "mode observe"},
+		"nothing observed, observe": {surveytest.Maps{x: {}, port: {}}, observing, status.StateUnknown, "mode observe"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
@@ -187,8 +187,8 @@ func TestStates(t *testing.T) {
 	}
 }
 
-// In mode observe nothing is said to be answered, and all that would be.
-func TestObserved(t *testing.T) {
+// In mode observe, output says "would be" instead of "is".
+func TestModeObserve(t *testing.T) {
 	m := newMachine(t)
 	e := surveytest.Endpoint(probe.HTTP, 80, "/x")
 	e.NotAnswered, e.NotAnsweredCode, e.Withheld = "mode observe", probe.ReasonMode, true
@@ -208,7 +208,7 @@ func TestObserved(t *testing.T) {
 	}
 }
 
-// In mode observe it is said what mode answer would have made of the probes that were seen.
+// In mode observe, output says what mode answer would have done with the probes that were seen.
 func TestEstimate(t *testing.T) {
 	m := newMachine(t)
 	e := surveytest.Endpoint(probe.HTTP, 80, "/x")
@@ -232,7 +232,7 @@ func TestEstimate(t *testing.T) {
 	}
 }
 
-// Of a failure before a request was ever seen only the daemon knows.
+// Only the daemon knows of a failure before the first request was seen.
 func TestFailureWithoutRequest(t *testing.T) {
 	m := newMachine(t)
 	e := surveytest.Endpoint(probe.HTTP, 80, "/x")
@@ -261,7 +261,7 @@ func TestRefreshOff(t *testing.T) {
 	}
 }
 
-// Connections that had no certain outcome are counted by why, of a pod and of all.
+// Connections without a certain outcome are counted by reason, per pod and in total.
 func TestInconclusive(t *testing.T) {
 	m := newMachine(t)
 	m.Web(surveytest.Maps{}, surveytest.Endpoint(probe.HTTP, 80, "/x"))
@@ -291,7 +291,7 @@ func TestNotCompared(t *testing.T) {
 	}
 }
 
-// Settings are shown where somebody said something, and who it was.
+// Settings that differ from the defaults are shown with what set them.
 func TestSettings(t *testing.T) {
 	said := func(annotations map[string]string) *statedir.Settings {
 		return statedir.SettingsOf(probe.NewDefaults().Settings(annotations))
@@ -332,7 +332,7 @@ func TestSettings(t *testing.T) {
 	}
 }
 
-// A pod that was there before is told from those that came after.
+// Adopted pods are distinguished from those that the plugin attached.
 func TestAdopted(t *testing.T) {
 	m := newMachine(t)
 	m.Web(surveytest.Maps{}, surveytest.Endpoint(probe.HTTP, 80, "/x"))
@@ -345,7 +345,7 @@ func TestAdopted(t *testing.T) {
 	}
 }
 
-// What keeps a whole attachment from being answered.
+// Reasons that keep a whole attachment from being answered.
 func TestAttachments(t *testing.T) {
 	fresh := surveytest.Maps{datapath.PortKey(80): {Evidence: surveytest.Success(1, 5, 0)}, surveytest.KeyOf(80, "/x"): {Evidence: surveytest.Success(1, 5, 200)}}
 	for name, test := range map[string]struct {
@@ -355,8 +355,8 @@ func TestAttachments(t *testing.T) {
 		"nothing":         {func(*machine) {}, ""},
 		"objects gone":    {func(m *machine) { m.Kernel = nil }, "not loaded"},
 		"maps gone":       {func(m *machine) { m.Kernel.Pods = nil }, "the programs do not know device 7"},
-		"nobody probes":   {func(m *machine) { m.Kernel.ProberSet = datapath.Prober{} }, "the prober is unknown"},
-		"everybody":       {func(m *machine) { m.Kernel.ProberSet = datapath.Prober{AnyLocal: true} }, ""},
+		"no prober":       {func(m *machine) { m.Kernel.ProberSet = datapath.Prober{} }, "the prober is unknown"},
+		"any process":     {func(m *machine) { m.Kernel.ProberSet = datapath.Prober{AnyLocal: true} }, ""},
 		"no specs":        {func(m *machine) { m.Web(fresh) }, "knows of no probes"},
 		"not described":   {func(m *machine) { m.Describe(statedir.Endpoints{}) }, "none is running"},
 		"not yet":         {func(m *machine) { m.Describe(statedir.Endpoints{}); m.Daemon() }, "has not seen this pod yet"},
@@ -395,7 +395,7 @@ func TestUnattached(t *testing.T) {
 	}
 }
 
-func TestSummary(t *testing.T) {
+func TestFooter(t *testing.T) {
 	m := newMachine(t)
 	m.Daemon()
 	m.Kernel.ProberSet = datapath.Prober{AnyLocal: true}
@@ -425,7 +425,7 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-// What cannot be read is said, and the rest is shown.
+// Files that cannot be read cause warnings, and the rest is shown.
 func TestUnreadableState(t *testing.T) {
 	m := newMachine(t)
 	m.Web(surveytest.Maps{})
@@ -444,8 +444,8 @@ func TestUnreadableState(t *testing.T) {
 	}
 }
 
-// A daemon that is not ready, because it keeps the plugin out of the chain for example, says why in the first line.
-func TestStatusSaysWhatIsMissing(t *testing.T) {
+// If the daemon is not ready, for example because it keeps the plugin out of the chain, the line about it says why.
+func TestStatusShowsWhyTheDaemonIsNotReady(t *testing.T) {
 	m := newMachine(t)
 	m.ServeNode(surveytest.Node{Missing: []string{"the plugin is kept out of the chain", "no prober was found"}})
 	text, err := m.run("status")

@@ -31,7 +31,7 @@ func freshWeb(t *testing.T) *machine {
 	return m
 }
 
-// Everything that shows the pod says that it is not answered, why, since when, and who else is on its device.
+// Every command that shows the pod says that it is not answered, why, since when, and what else is on its device.
 func TestLostTrustIsShown(t *testing.T) {
 	for _, loss := range datapath.Losses() {
 		m := freshWeb(t)
@@ -94,13 +94,13 @@ func TestTrustInJSON(t *testing.T) {
 	if got = a(); got.Hook != "xdp" || got.Trust != "lost" || got.Loss != "unobserved" || got.LostAge == nil || *got.LostAge != 12 {
 		t.Errorf("%+v", got)
 	}
-	delete(m.Kernel.Devices, "c0ffee") // detached just now
+	delete(m.Kernel.Devices, "c0ffee") // detached meanwhile
 	if got = a(); got.Trust != "" || got.Hook != "" || got.Neighbours == nil || len(got.Neighbours) > 0 {
 		t.Errorf("%+v", got)
 	}
 }
 
-// A pod that goes while it is looked at is no error, and what cannot be found out is a warning.
+// A pod that disappears meanwhile is not an error; other failures cause a warning.
 func TestNeighboursThatCannotBeFound(t *testing.T) {
 	for err, warning := range map[error]string{
 		netlink.LinkNotFoundError{}:         "",
@@ -117,8 +117,8 @@ func TestNeighboursThatCannotBeFound(t *testing.T) {
 	}
 }
 
-// Nobody else is looked for where that is not shown: top would do it each second.
-func TestTopLooksForNobody(t *testing.T) {
+// top does not show neighbours, so it does not look for them every second.
+func TestTopDoesNotLookForNeighbours(t *testing.T) {
 	m := freshWeb(t)
 	m.Kernel.NeighboursErr = errors.New("looked")
 	if _, err := m.run("top", "--iterations", "1", "-d", "100ms"); err != nil || m.stderr.Len() > 0 {
@@ -126,7 +126,7 @@ func TestTopLooksForNobody(t *testing.T) {
 	}
 }
 
-// The programs are told to try again where that is called for, and otherwise it is said that it is not. No daemon is needed.
+// trust resets the trust in a device only if answers were lost, and otherwise says that there is nothing to do. It needs no daemon.
 func TestTrust(t *testing.T) {
 	for name, test := range map[string]struct {
 		change  func(*machine)

@@ -48,7 +48,7 @@ func examine(c *doctortest.Clinic) string {
 func TestDoctorFindsWhatIsWrong(t *testing.T) {
 	for name, test := range map[string]struct {
 		wrong func(*doctortest.Clinic)
-		want  string // a line
+		want  string // a line, as a regular expression
 	}{
 		"nothing":           {func(*doctortest.Clinic) {}, `ok +kernel +Linux 6.1 with BTF`},
 		"kernel":            {func(c *doctortest.Clinic) { c.Linux = 5<<16 | 14<<8 }, `PROBLEM +kernel +Linux 5.14`},
@@ -80,7 +80,7 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 		"kubelet":           {func(*doctortest.Clinic) {}, `ok +prober +the kubelet, cgroup 4711`},
 		"another prober":    {func(c *doctortest.Clinic) { c.Kernel.ProberSet.CgroupIDs[0]++ }, `PROBLEM +prober +the kubelet is cgroup 4711, but the prober is set to cgroup 4712`},
 		"not narrowed down": {func(c *doctortest.Clinic) { c.Kernel.ProberSet.Process = &datapath.Process{PID: 12} }, `PROBLEM +prober +the kubelet is cgroup 4711, but the prober is set to process 12 of`},
-		"anybody":           {func(c *doctortest.Clinic) { c.Kernel.ProberSet = datapath.Prober{AnyLocal: true} }, `note +prober +every process`},
+		"any process":       {func(c *doctortest.Clinic) { c.Kernel.ProberSet = datapath.Prober{AnyLocal: true} }, `note +prober +every process`},
 		"no kubelet": {func(c *doctortest.Clinic) {
 			c.KubeletGone, c.Kernel.ProberSet = errors.New("no process named kubelet"), datapath.Prober{}
 		}, `PROBLEM +prober +no process named kubelet`},
@@ -113,12 +113,12 @@ func TestDoctorFindsWhatIsWrong(t *testing.T) {
 	}
 }
 
-// Before an install doctor says what that needs, and what it would do; nothing missing is a problem that the install brings.
+// Before an install, doctor says what the install needs and would do. What only the install brings is not reported as a problem.
 func TestPreflight(t *testing.T) {
 	for name, test := range map[string]struct {
 		wrong func(*doctortest.Clinic)
-		want  string // a line
-		clean bool   // nothing keeps from an install
+		want  string // a line, as a regular expression
+		clean bool   // nothing prevents an install
 	}{
 		"said":              {func(*doctortest.Clinic) {}, `note +probelet +is not installed on this node`, true},
 		"kernel":            {func(*doctortest.Clinic) {}, `ok +kernel +Linux 6.1 with BTF`, true},
@@ -160,7 +160,7 @@ func TestPreflight(t *testing.T) {
 	}
 }
 
-// doctor calls it a problem, and says what to do.
+// Lost answers are a problem, with advice.
 func TestDoctorFindsLostTrust(t *testing.T) {
 	c := doctortest.NewClinic(t)
 	c.Web(surveytest.Maps{}, surveytest.Endpoint(probe.HTTP, 80, "/x"))
