@@ -170,8 +170,7 @@ enum loss {
 struct device {
 	__u64 trial_at; /* when the trial connection was taken; 0: none yet */
 	__u64 lost_at;	/* when trust was lost; 0: never */
-	/* The next three are one 8-byte word, changed by compare-and-swap: the memory may have become another device's.
-	 */
+	/* One 8-byte word, changed by compare-and-swap, because the memory may have become another device's. */
 	__u32 generation;
 	__u16 loss;    /* enum loss */
 	__u16 trust;   /* enum trust */
