@@ -25,6 +25,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/kubectl"
 	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/table"
+	"github.com/probelet/probelet/daemon/internal/versioncmd"
 	"github.com/probelet/probelet/internal/version"
 )
 
@@ -102,6 +103,7 @@ func execute(ctx context.Context, env environment, args []string) error {
 	}
 	root.AddCommand(statusCommand(&env), explainCommand(&env), topCommand(&env), invalidateCommand(&env), trustCommand(&env),
 		doctorCommand(&env), logLevelCommand(&env))
+	root.AddCommand(versioncmd.New())
 	root.PersistentFlags().IntVar(&env.width, "width", env.width, "longest `LINE` in characters, of tables and text; 0: any (default: the terminal's)")
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
 		if env.width < 0 {

@@ -26,6 +26,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/source"
+	"github.com/probelet/probelet/daemon/internal/versioncmd"
 	"github.com/probelet/probelet/internal/version"
 )
 
@@ -159,6 +160,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		SilenceErrors: true,
 	}
 	root.AddCommand(runCommand(stderr), installCommand(stderr), uninstallCommand(stderr), metricsCommand(stderr), waitCommand(stderr))
+	root.AddCommand(versioncmd.New())
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)

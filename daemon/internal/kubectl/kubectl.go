@@ -20,6 +20,7 @@ import (
 
 	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/table"
+	"github.com/probelet/probelet/daemon/internal/versioncmd"
 	"github.com/probelet/probelet/internal/version"
 
 	_ "k8s.io/client-go/plugin/pkg/client/auth" // what a kubeconfig may ask for
@@ -93,6 +94,7 @@ func execute(ctx context.Context, env environment, args []string) error {
 	flags.DurationVar(&s.patience, "node-timeout", 20*time.Second, "longest `TIME` that a node is waited for")
 	flags.IntVar(&s.width, "width", s.width, "longest `LINE` in characters, of tables and text; 0: any (default: the terminal's)")
 	root.AddCommand(s.statusCommand(), s.explainCommand(), s.doctorCommand())
+	root.AddCommand(versioncmd.New())
 	root.PersistentPreRunE = func(*cobra.Command, []string) error {
 		if s.width < 0 {
 			return fmt.Errorf("--width %d: must not be negative", s.width)
