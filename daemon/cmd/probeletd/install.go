@@ -343,9 +343,9 @@ func (i *installation) lock(ctx context.Context) (unlock func(), err error) {
 
 // tryLock returns statedir.ErrRunning if there is a daemon of the same state directory or of the same pins.
 func (i *installation) tryLock() (unlock func(), err error) {
-	release, err := datapath.Claim(i.bpfDir)
+	release, err := statedir.ClaimPins(i.bpfDir)
 	if err != nil {
-		return nil, oneDaemon(err)
+		return nil, err
 	}
 	held, err := statedir.Lock(i.stateDir)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -16,6 +16,7 @@ import (
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
+	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/bpf/lock"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
@@ -122,9 +123,11 @@ type Endpoint struct {
 	Observed bool `json:"observed"`
 	// StartupOnly: only startup probes ask it. If it is TCP, it does not keep its port from being answered.
 	StartupOnly bool `json:"startupOnly,omitempty"`
-	// NotAnswered is why it is never answered; empty if it may be. Withheld: only because of mode observe.
-	NotAnswered string `json:"notAnswered,omitempty"`
-	Withheld    bool   `json:"withheld,omitempty"`
+	// NotAnswered is why it is never answered, and NotAnsweredCode the code of that reason; empty if it may be. Withheld: only
+	// because of mode observe.
+	NotAnswered     string           `json:"notAnswered,omitempty"`
+	NotAnsweredCode probe.ReasonCode `json:"notAnsweredCode,omitempty"`
+	Withheld        bool             `json:"withheld,omitempty"`
 	// Question is the one by which it was asked last, as the kernel's maps name it; zero if that is not known.
 	Question probe.Question `json:"question,omitzero"`
 	// Disagreement is how the kubelet's own verdict on its probes differed from what was observed, since when it is not
@@ -154,6 +157,7 @@ func EndpointOf(s probe.EndpointSpec, question probe.Question) Endpoint {
 		Observed:        s.Observed,
 		StartupOnly:     s.Startup,
 		NotAnswered:     s.Reason.Text,
+		NotAnsweredCode: s.Reason.Code,
 		Withheld:        s.Withheld,
 		Question:        question,
 	}
@@ -350,3 +354,13 @@ const listening = "api"
 
 // ListeningDir makes a directory for a socket that is to be renamed to SocketPath.
 func ListeningDir(stateDir string) (string, error) { return os.MkdirTemp(stateDir, listening) }
+
+// ClaimPins claims the objects that are pinned under bpfDir for this process, until release. The error is ErrRunning if another
+// daemon has them, whatever its state directory.
+func ClaimPins(bpfDir string) (release func(), err error) {
+	release, err = datapath.Claim(bpfDir)
+	if errors.Is(err, datapath.ErrLocked) {
+		err = fmt.Errorf("%w, with another state directory: %w", ErrRunning, err)
+	}
+	return release, err
+}
