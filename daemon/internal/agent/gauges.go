@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"slices"
 
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/agent/metrics"
@@ -11,23 +10,22 @@ import (
 )
 
 // gauges returns the state that the metrics report.
-func (l *loop) gauges(ctx context.Context) (g metrics.Gauges, err error) {
-	err = l.call(ctx, func() { g = l.currentGauges() })
+func (ag *agent) gauges(ctx context.Context) (g metrics.Gauges, err error) {
+	err = ag.call(ctx, func() { g = ag.currentGauges() })
 	return g, err
 }
 
-func (l *loop) currentGauges() metrics.Gauges {
+func (ag *agent) currentGauges() metrics.Gauges {
 	g := metrics.Gauges{
-		Endpoints: map[metrics.ModeState]int{}, Never: map[probe.ReasonCode]int{}, Unattached: l.unattached(),
+		Endpoints: map[metrics.ModeState]int{}, Never: map[probe.ReasonCode]int{}, Unattached: ag.missing(),
 		Detection: map[probe.Mode]probe.Delay{}, Answered: map[metrics.Pod]uint64{},
-		ProberFound: l.lost == "", SourceUp: l.failing() == "", SourcePushed: l.delivery().Pushed,
+		ProberFound: ag.prober.lost == "", SourceUp: ag.source.Failing() == "", SourcePushed: ag.source.Delivery().Pushed,
 	}
-	if l.chain != nil {
-		state := l.chain.Load()
-		joined := state != nil && state.err == nil
+	if ag.chain != nil {
+		joined := ag.chain.joined()
 		g.ChainJoined = &joined
 	}
-	for _, a := range l.attachments {
+	for _, a := range ag.attachments {
 		if a.pod == nil {
 			g.Unknown++
 			continue
@@ -52,29 +50,15 @@ func (l *loop) currentGauges() metrics.Gauges {
 	return g
 }
 
-// unattached counts the pods whose probes could be answered, were they attached.
-func (d *daemon) unattached() (n int) {
-	attached := map[string]bool{}
-	for _, a := range d.attachments {
-		if a.record.Error == "" {
-			attached[a.podName()] = true
-		}
-	}
-	for _, pod := range d.pods {
-		if !attached[pod.String()] && d.eligible(pod) {
+// missing counts the pods whose probes could be answered if they were attached.
+func (ag *agent) missing() (n int) {
+	made := func(a *attachment) bool { return a.record.Error == "" }
+	for _, pod := range ag.unattached(made) {
+		if ag.answerable(pod) {
 			n++
 		}
 	}
 	return n
-}
-
-// eligible reports whether probes of a pod would be answered, or in mode observe could be, were it attached.
-func (d *daemon) eligible(pod probe.Pod) bool {
-	if len(pod.IPs) == 0 {
-		return false
-	}
-	endpoints, err := probe.Endpoints(pod, d.defaults.Settings(pod.Annotations), store.Limits)
-	return err == nil && slices.ContainsFunc(endpoints, func(s probe.EndpointSpec) bool { return s.Reason.Code == "" || s.Withheld })
 }
 
 // worsen raises the delays of a mode to those of an endpoint.
@@ -86,8 +70,8 @@ func worsen(detection map[probe.Mode]probe.Delay, mode probe.Mode, s probe.Endpo
 	detection[mode] = worst
 }
 
-// state is the endpoint's, as probeletctl status has it, but for those that are never answered. In mode observe it is what it
-// would be: the kernel side is never told of it.
+// state returns the state of an endpoint, as in probeletctl status except for those that are never answered. In mode observe it is
+// the state that mode answer would have, which the kernel is never told.
 func (a *attachment) state(s probe.EndpointSpec, e probe.Evidence) string {
 	if s.Withheld {
 		e.FreshUntil = e.ObservedAt + uint64(s.Staleness)
@@ -106,39 +90,4 @@ func (a *attachment) state(s probe.EndpointSpec, e probe.Evidence) string {
 		return metrics.Stale
 	}
 	return metrics.Fresh
-}
-
-// withdrawnAt is when the kernel side last voided what was known of an endpoint, by itself or with its port.
-func (a *attachment) withdrawnAt(e probe.Endpoint) uint64 {
-	key, _ := store.Key(e, a.tracker.Evidence()[e].Question)
-	own, err := a.maps.Tally(key)
-	port, portErr := a.maps.Tally(datapath.PortKey(e.Port))
-	if err != nil || portErr != nil {
-		return datapath.Now() // of what cannot be read nothing is fresh
-	}
-	return max(own.WithdrawnAt, port.WithdrawnAt)
-}
-
-// closedAt is when a listening socket closed, so that what the port was asked before is void.
-func (a *attachment) closedAt(port uint16) uint64 {
-	if a.maps == nil {
-		return 0
-	}
-	at, err := a.maps.ClosedAt(port)
-	if err != nil {
-		return datapath.Now() // of what cannot be read nothing is fresh
-	}
-	return at
-}
-
-// mostAnswered is how many TCP probes of the port may be answered in a row, as far as that is known.
-func (a *attachment) mostAnswered(port uint16) int {
-	if a.maps == nil || a.live == 0 {
-		return a.live
-	}
-	tally, err := a.maps.Tally(datapath.PortKey(port))
-	if err != nil {
-		return a.live
-	}
-	return store.ListenerOf(tally).Most
 }
