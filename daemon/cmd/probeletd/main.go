@@ -1,5 +1,5 @@
-// Command probeletd decides which probes the kernel may answer: it knows what is probed, learns from the outcomes of
-// the probes that reach the pods, and writes evidence and its bounds into the pods' maps.
+// Command probeletd is the daemon: it decides which probes the kernel may answer. It also installs the CNI plugin, and uninstalls
+// probelet from a node.
 package main
 
 import (
