@@ -9,7 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/probelet/probelet/bpf/attach"
-	"github.com/probelet/probelet/daemon/internal/chain"
+	"github.com/probelet/probelet/daemon/internal/install/chain"
 	"github.com/probelet/probelet/daemon/internal/status"
 )
 
