@@ -26,6 +26,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/install/chain"
+	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/status"
 )
@@ -124,7 +125,7 @@ type host struct {
 	proc, sys string // where these file systems are
 	version   func() (uint32, error)
 	isFS      func(dir string, magic int64) bool
-	runtimes  func() chain.Runtimes
+	runtimes  func() runtimes.List
 	kubelet   func() (datapath.Prober, error)
 	devices   func(bpfDir string) ([]device, error)
 }
@@ -132,7 +133,7 @@ type host struct {
 func thisHost() host {
 	return host{
 		uid: os.Geteuid(), proc: "/proc", sys: "/sys", version: features.LinuxVersionCode, isFS: isFS, devices: devices,
-		runtimes: func() chain.Runtimes { return chain.FindRuntimes("/proc") },
+		runtimes: func() runtimes.List { return runtimes.Find("/proc") },
 		kubelet:  func() (datapath.Prober, error) { return (&prober.Finder{Kubelet: true}).Find() },
 	}
 }
@@ -257,16 +258,16 @@ func (d *doctor) objects() {
 }
 
 // runtime looks at the one that is to read the chain.
-func (d *doctor) runtime(found chain.Runtimes) {
+func (d *doctor) runtime(found runtimes.List) {
 	switch {
 	case len(found) == 0:
 		d.says(status.Note, "runtime", "no process of containerd, crio or cri-dockerd is to be seen", "")
 	case len(found) > 1:
-		d.says(status.Note, "runtime", found.String()+fmt.Sprintf("; all of them read %s", found.Way()), "one of them runs the pods")
+		d.says(status.Note, "runtime", found.String()+fmt.Sprintf("; all of them read %s", chain.BestWay(found)), "one of them runs the pods")
 	case found[0].Libcni == "":
 		d.says(status.Note, "runtime", found.String(), "install with --chain copy, which every runtime reads")
 	default:
-		d.says(status.Well, "runtime", fmt.Sprintf("%s, reads %s", found, found.Way()), "")
+		d.says(status.Well, "runtime", fmt.Sprintf("%s, reads %s", found, chain.BestWay(found)), "")
 	}
 }
 
@@ -286,7 +287,7 @@ func (d *doctor) network() {
 			what += "; " + joined.File + " is not what would be derived from it now, or is not read"
 		}
 		d.says(status.Problem, "chain", what, "probeletd install --cni-net-dir "+d.chain.NetDir)
-	case joined.Way == chain.DropIn && len(found) > 0 && found.Way() != chain.DropIn:
+	case joined.Way == chain.DropIn && len(found) > 0 && chain.BestWay(found) != chain.DropIn:
 		d.says(status.Problem, "chain", joined.File+", which this runtime is not known to read", "probeletd install --chain copy, or a runtime with libcni 1.3 or newer")
 	case joined.File == "":
 		d.says(status.Well, "chain", fmt.Sprintf("network %s, by its own configuration %s", joined.Network, joined.Primary), "")

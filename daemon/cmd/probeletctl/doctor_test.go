@@ -17,7 +17,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
-	"github.com/probelet/probelet/daemon/internal/install/chain"
+	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/status"
@@ -30,7 +30,7 @@ type clinic struct {
 	capabilities   uint64
 	linux          uint32
 	fileSystems    []int64
-	found          chain.Runtimes
+	found          runtimes.List
 	devices        []device
 	kubeletGone    error
 }
@@ -45,13 +45,13 @@ func newClinic(t *testing.T) *clinic {
 	c := &clinic{
 		machine: newMachine(t), netDir: t.TempDir(), binDir: t.TempDir(), capabilities: 1<<41 - 1, linux: 6<<16 | 1<<8,
 		fileSystems: []int64{unix.BPF_FS_MAGIC, unix.CGROUP2_SUPER_MAGIC},
-		found:       chain.Runtimes{{Name: "containerd", Version: "v2.2.0", Libcni: "v1.3.0"}},
+		found:       runtimes.List{{Name: "containerd", Version: "v2.2.0", Libcni: "v1.3.0"}},
 	}
 	c.host = host{
 		proc: t.TempDir(), sys: t.TempDir(),
 		version:  func() (uint32, error) { return c.linux, nil },
 		isFS:     func(_ string, magic int64) bool { return slices.Contains(c.fileSystems, magic) },
-		runtimes: func() chain.Runtimes { return c.found },
+		runtimes: func() runtimes.List { return c.found },
 		kubelet:  func() (datapath.Prober, error) { return datapath.Prober{CgroupIDs: []uint64{4711}}, c.kubeletGone },
 		devices:  func(string) ([]device, error) { return c.devices, nil },
 	}

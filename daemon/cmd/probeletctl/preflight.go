@@ -37,7 +37,7 @@ func (d *doctor) preflight() {
 	} else {
 		d.says(status.Well, "prober", fmt.Sprintf("the kubelet, %s", proberOf(prober)), "")
 	}
-	joined, err := d.chain.Plan(found.Way())
+	joined, err := d.chain.Plan(chain.BestWay(found))
 	switch {
 	case errors.Is(err, chain.ErrMisplaced):
 		d.says(status.Problem, "chain", err.Error(), "install would refuse")

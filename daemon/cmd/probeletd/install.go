@@ -21,6 +21,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/adopt"
 	"github.com/probelet/probelet/daemon/internal/install/chain"
+	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/store"
 )
@@ -155,9 +156,9 @@ func (v hookValue) Set(text string) error {
 func chainWay(text string, log *slog.Logger) (chain.Way, error) {
 	switch text {
 	case "auto":
-		found := chain.FindRuntimes("/proc")
-		log.Info("container runtime", "found", found, "chain", found.Way())
-		return found.Way(), nil
+		found := runtimes.Find("/proc")
+		log.Info("container runtime", "found", found, "chain", chain.BestWay(found))
+		return chain.BestWay(found), nil
 	case string(chain.DropIn), string(chain.Copy):
 		return chain.Way(text), nil
 	}
@@ -193,7 +194,7 @@ func (i *installation) install(ctx context.Context) error {
 		i.plugin = filepath.Join(filepath.Dir(self), chain.PluginType)
 	}
 	i.node.Conf = pluginConf(i.bpfDir, i.stateDir, i.hook)
-	i.node.Runtimes = chain.CachedRuntimes("/proc")
+	i.node.Runtimes = runtimes.Cached("/proc")
 	if err := i.node.CanJoin(); err != nil {
 		return fmt.Errorf("nothing has been changed: %w", err)
 	}
@@ -286,7 +287,7 @@ func (i *installation) settleDown(ctx context.Context) error {
 	}
 	began := map[string]bool{}
 	for range inFlightLooks {
-		maps.Copy(began, chain.UnderWay("/proc"))
+		maps.Copy(began, runtimes.UnderWay("/proc"))
 		if !wait(ctx, inFlightInterval) {
 			return ctx.Err()
 		}
@@ -296,7 +297,7 @@ func (i *installation) settleDown(ctx context.Context) error {
 	}
 	deadline := time.Now().Add(i.inFlight)
 	for unseen := 0; unseen < inFlightLooks && len(began) > 0; unseen++ {
-		for container := range chain.UnderWay("/proc") {
+		for container := range runtimes.UnderWay("/proc") {
 			if began[container] {
 				unseen = -1
 			}
@@ -313,7 +314,7 @@ func (i *installation) settleDown(ctx context.Context) error {
 
 // pluginIsNeeded is whether the runtime will still run the plugin, to delete pods that are there.
 func (i *installation) pluginIsNeeded() bool {
-	if !chain.FindRuntimes("/proc").KeepConfiguration() {
+	if !runtimes.Find("/proc").KeepConfiguration() {
 		return false
 	}
 	const hint = "the plugin's binary is left, which does nothing now: the runtime deletes a pod with the network configuration of its ADD. Run uninstall again when pods of before are gone"

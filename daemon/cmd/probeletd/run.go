@@ -23,6 +23,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/install/chain"
+	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 	"github.com/probelet/probelet/daemon/internal/kubeapi"
 	"github.com/probelet/probelet/daemon/internal/podevents"
 	"github.com/probelet/probelet/daemon/internal/probe"
@@ -199,7 +200,7 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 		l.chain = &atomic.Pointer[chainState]{}
 		network := chain.Node{
 			NetDir: c.netDir, BinDir: c.binDir, StateDir: c.stateDir, Conf: pluginConf(c.bpfDir, c.stateDir, c.hook), Log: l.log,
-			Runtimes: chain.CachedRuntimes("/proc"),
+			Runtimes: runtimes.Cached("/proc"),
 			Looked:   func(_ chain.Joined, err error) { l.chain.Store(&chainState{err}) },
 		}
 		in.all.Go(func() { in.fail(network.Follow(ctx, way, false)) })

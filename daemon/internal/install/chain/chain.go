@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/lock"
+	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
@@ -41,6 +42,14 @@ const (
 	Copy Way = "copy"
 )
 
+// BestWay is the better one that all runtimes are known to understand.
+func BestWay(all runtimes.List) Way {
+	if all.ReadDropIns() {
+		return DropIn
+	}
+	return Copy
+}
+
 // Node is where CNI keeps its files.
 type Node struct {
 	NetDir string // of network configurations
@@ -53,7 +62,7 @@ type Node struct {
 	// Looked, if set, is told by Follow after each look how the plugin is in the chain, or why it is not.
 	Looked func(Joined, error)
 	// Runtimes finds the node's runtimes, whose configuration says where they look for plugins. nil: none is asked.
-	Runtimes func() Runtimes
+	Runtimes func() runtimes.List
 	// proc is where the host's processes are; empty: /proc.
 	proc string
 }

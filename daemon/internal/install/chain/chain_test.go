@@ -14,18 +14,16 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
 	"golang.org/x/sys/unix"
 
-	"github.com/probelet/probelet/bpf/bpftest"
+	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 )
 
 const (
@@ -436,6 +434,20 @@ func (n Node) runtime(t *testing.T) (chain func() string) {
 	return func() string { return now.Load().(string) }
 }
 
+func TestBestWay(t *testing.T) {
+	for want, all := range map[Way]runtimes.List{
+		DropIn: {{Name: "containerd", Libcni: "v1.3.0"}},
+		Copy:   {{Name: "containerd", Libcni: "v1.3.0"}, {Name: "crio", Libcni: "v1.3.0"}},
+	} {
+		if got := BestWay(all); got != want {
+			t.Errorf("%s: %s, want %s", all, got, want)
+		}
+	}
+	if got := BestWay(nil); got != Copy {
+		t.Errorf("no runtime: %s", got)
+	}
+}
+
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	for range 1000 {
@@ -744,156 +756,6 @@ func TestKilledAtAnyMoment(t *testing.T) {
 	if err := n.RemovePlugin(); err != nil {
 		t.Fatal(err)
 	}
-}
-
-func TestRuntimes(t *testing.T) {
-	proc, programs := t.TempDir(), t.TempDir()
-	program := filepath.Join(programs, "plugin") // has libcni in it, as a runtime has
-	build := exec.Command("go", "build", "-ldflags", "-X github.com/containerd/containerd/v2/version.Version=2.9.1", "-o", program, "github.com/probelet/probelet/plugin")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	process := func(pid, name, mounts, program string) {
-		t.Helper()
-		dir := filepath.Join(proc, pid)
-		err := os.MkdirAll(filepath.Join(dir, "ns"), 0o755)
-		if err == nil {
-			err = os.WriteFile(filepath.Join(dir, "comm"), []byte(name+"\n"), 0o644)
-		}
-		if err == nil {
-			err = os.Symlink(program, filepath.Join(dir, "exe"))
-		}
-		if err == nil {
-			err = os.Symlink(mounts, filepath.Join(dir, "ns/mnt"))
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	expect := func(names string, way Way, keeps bool) {
-		t.Helper()
-		var found []string
-		all := FindRuntimes(proc)
-		for _, r := range all {
-			found = append(found, r.Name)
-		}
-		if got := strings.Join(found, " "); got != names || all.Way() != way || all.KeepConfiguration() != keeps {
-			t.Errorf("found %s (%s), %s, keeps %v; want %s, %s, %v", got, all, all.Way(), all.KeepConfiguration(), names, way, keeps)
-		}
-	}
-	process("1", "systemd", "host", "/bin/bash")
-	process("17", "bash", "host", "/bin/bash")
-	expect("", Copy, false)
-	process("230", "containerd", "pod", program) // Docker's, in a pod
-	expect("containerd", DropIn, false)
-	process("2300", "cri-dockerd", "host", "/bin/bash")
-	expect("cri-dockerd", Copy, false)
-	process("900", "crio", "host", program)
-	expect("cri-dockerd crio", Copy, true)
-
-	r := Runtime{Name: "containerd", PID: "230"}
-	if r.Version, r.Libcni = versionsOf(program); r.Version != "2.9.1" || !strings.HasPrefix(r.Libcni, "v1.") || (Runtimes{r}).Way() != DropIn {
-		t.Errorf("%+v", r)
-	}
-	for libcni, want := range map[string]Way{"": Copy, "(devel)": Copy, "v1.2.3": Copy, "v1.3.0": DropIn, "v1.3.0-rc1": Copy, "v1.10.0": DropIn, "v0.8.1": Copy} {
-		if got := (Runtimes{{Libcni: libcni}}).Way(); got != want {
-			t.Errorf("libcni %s: %s", libcni, got)
-		}
-		if got := (Runtimes{{Name: "crio", Libcni: libcni}}).Way(); got != Copy {
-			t.Errorf("libcni %s in CRI-O: %s", libcni, got)
-		}
-	}
-	if own, libcni := versionsOf("/bin/bash"); own+libcni != "" {
-		t.Errorf("of a program without modules: %s, %s", own, libcni)
-	}
-}
-
-// Only what root's runtime runs is a plugin at work. Processes are real; whoever has the variables in its environment besides, in
-// a runtime's name or below one that is not root's, keeps nobody from anything.
-// A user can run a program that is root's, under a runtime's name and with arguments of his own.
-func TestNoUsersRuntime(t *testing.T) {
-	bpftest.RequireRoot(t)
-	dir, err := os.MkdirTemp("", "runtime") // where another user can run it
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	program := filepath.Join(dir, "crio")
-	text, err := os.ReadFile("/bin/sleep")
-	if err == nil {
-		err = errors.Join(os.Chmod(dir, 0o755), os.WriteFile(program, text, 0o755), os.Chmod(program, 0o755|os.ModeSetuid))
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(program, "300")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer cmd.Wait()         //nolint:errcheck // killed
-	defer cmd.Process.Kill() //nolint:errcheck // before that
-	for _, r := range FindRuntimes("/proc") {
-		if r.PID == strconv.Itoa(cmd.Process.Pid) {
-			t.Errorf("found %s", r)
-		}
-	}
-}
-
-func TestUnderWay(t *testing.T) {
-	bpftest.RequireRoot(t)
-	if all := FindRuntimes("/proc"); len(all) > 0 {
-		t.Skipf("there is a container runtime on this machine: %s", all)
-	}
-	start := func(name string, attributes *syscall.SysProcAttr, script string) {
-		t.Helper()
-		cmd := exec.Command("/bin/sh", "-c", "echo -n $0 > /proc/self/comm; "+script, name)
-		cmd.SysProcAttr = attributes
-		in, err := cmd.StdinPipe()
-		if err == nil {
-			err = cmd.Start()
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = in.Close(); _ = cmd.Wait() }) // cat ends, and with it the rest
-	}
-	const ours = "underway-" // other tests may run plugins meanwhile
-	plugin := func(container string) string {
-		return "CNI_COMMAND=ADD CNI_CONTAINERID=" + ours + container + " cat"
-	}
-	user := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	expect := func(running int, want ...string) {
-		t.Helper()
-		for range 500 { // until all have been started
-			processes, _ := filepath.Glob("/proc/[0-9]*")
-			processes = slices.DeleteFunc(processes, func(p string) bool { return !strings.HasPrefix(containerOf(p), ours) })
-			if len(processes) == running {
-				break
-			}
-			time.Sleep(10 * time.Millisecond)
-		}
-		var got []string
-		for container := range UnderWay("/proc") {
-			if name, isOurs := strings.CutPrefix(container, ours); isOurs {
-				got = append(got, name)
-			}
-		}
-		if slices.Sort(got); !slices.Equal(got, want) {
-			t.Fatalf("under way: %v, want %v", got, want)
-		}
-	}
-
-	start("sh", nil, plugin("of-root"))
-	start("sh", user, plugin("of-a-user"))
-	expect(2, "of-root") // as no runtime was found
-
-	start("containerd", user, plugin("of-a-false-runtime")+"; :")
-	expect(3, "of-root")
-	start("containerd", nil, plugin("direct")+"; :")
-	start("containerd", nil, "sh -c '"+plugin("delegated")+"; :'; :")
-	start("containerd", nil, "unshare --mount sh -c '"+plugin("of-a-pod")+"; :'; :")
-	expect(6, "delegated", "direct")
 }
 
 // Any user can lock the directories, which everybody can read. That keeps nobody from joining, leaving or removing the plugin, and

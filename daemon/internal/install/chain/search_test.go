@@ -4,22 +4,23 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
 
 	"github.com/containernetworking/cni/libcni"
 	"golang.org/x/sys/unix"
+
+	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 )
 
 // process makes a directory as a runtime's in proc, with files below its root.
-func process(t *testing.T, name string, args []string, root files) Runtime {
+func process(t *testing.T, name string, args []string, root files) runtimes.Runtime {
 	t.Helper()
-	r := Runtime{Name: name, PID: "17", process: t.TempDir()}
+	r := runtimes.Runtime{Name: name, PID: "17", Dir: t.TempDir()}
 	write := func(file, text string) {
 		t.Helper()
-		file = filepath.Join(r.process, file)
+		file = filepath.Join(r.Dir, file)
 		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(text), 0o644)); err != nil {
 			t.Fatal(err)
 		}
@@ -30,86 +31,6 @@ func process(t *testing.T, name string, args []string, root files) Runtime {
 		write(filepath.Join("root", file), text)
 	}
 	return r
-}
-
-func TestBinDirs(t *testing.T) {
-	const (
-		v1 = "[plugins.cri.cni]\n bin_dir = '/v1'\n"
-		v2 = "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".cni]\n bin_dir = \"/v2\"\n conf_dir = \"/conf\"\n"
-		v3 = "version = 3\n[plugins.'io.containerd.cri.v1.runtime'.cni]\n bin_dirs = ['/v3', '/more']\n"
-	)
-	const file = "etc/containerd/config.toml"
-	for name, test := range map[string]struct {
-		runtime string
-		args    []string
-		root    files
-		want    []string
-		err     string
-	}{
-		"containerd: no file":         {"containerd", nil, nil, nil, ""},
-		"containerd: nothing said":    {"containerd", nil, files{file: "version = 2\n"}, nil, ""},
-		"containerd: empty":           {"containerd", nil, files{file: strings.Replace(v2, "/v2", "", 1)}, nil, ""},
-		"containerd: version 1":       {"containerd", nil, files{file: v1}, []string{"/v1"}, ""},
-		"containerd: version 2":       {"containerd", nil, files{file: v2}, []string{"/v2"}, ""},
-		"containerd: version 3":       {"containerd", nil, files{file: v3}, []string{"/v3", "/more"}, ""},
-		"containerd: bin_dir, new":    {"containerd", nil, files{file: strings.Replace(v3, "bin_dirs = ['/v3', '/more']", "bin_dir = '/v3'", 1)}, []string{"/v3"}, ""},
-		"containerd: flag":            {"containerd", []string{"--config", "/k3s/config.toml"}, files{file: v1, "k3s/config.toml": v2}, []string{"/v2"}, ""},
-		"containerd: flag with =":     {"containerd", []string{"-c=/k3s/config.toml"}, files{file: v1, "k3s/config.toml": v2}, []string{"/v2"}, ""},
-		"containerd: imported":        {"containerd", nil, files{file: "imports = ['/etc/containerd/conf.d/*.toml']\n" + v1, "etc/containerd/conf.d/a.toml": v2, "etc/containerd/conf.d/b.toml": v3, "etc/containerd/conf.d/c.bak": v1}, []string{"/v3", "/more"}, ""},
-		"containerd: imported nearby": {"containerd", nil, files{file: "imports = ['more.toml', 'none.toml']\n", "etc/containerd/more.toml": "imports = ['config.toml']\n" + v2}, []string{"/v2"}, ""},
-		"containerd: no TOML":         {"containerd", nil, files{file: "{"}, nil, "config.toml"},
-		"containerd: an imported file replaces the section": {"containerd", nil, files{file: "imports = ['more.toml']\n" + v2,
-			"etc/containerd/more.toml": "[plugins.\"io.containerd.grpc.v1.cri\"]\n x = 1\n"}, nil, ""},
-		"containerd: imported by an imported one": {"containerd", nil, files{file: "imports = ['a.toml', 'b.toml']\n", "etc/containerd/a.toml": "imports = ['c.toml']\n",
-			"etc/containerd/b.toml": v1, "etc/containerd/c.toml": v2}, []string{"/v2"}, ""},
-		"CRI-O: no file":     {"crio", nil, nil, nil, ""},
-		"CRI-O":              {"crio", nil, files{"etc/crio/crio.conf": "[crio.network]\nplugin_dirs = ['/a', '/b']\n"}, []string{"/a", "/b"}, ""},
-		"CRI-O: the old key": {"crio", nil, files{"etc/crio/crio.conf": "[crio.network]\nplugin_dir = '/a'\n"}, []string{"/a"}, ""},
-		"CRI-O: drop-in": {"crio", nil, files{"etc/crio/crio.conf": "[crio.network]\nplugin_dirs = ['/a']\n",
-			"etc/crio/crio.conf.d/10-x.conf": "[crio.network]\nplugin_dirs = ['/b']\n"}, []string{"/b"}, ""},
-		"CRI-O: flags":       {"crio", []string{"--cni-plugin-dir", "/x,/y", "--cni-plugin-dir=/z"}, nil, []string{"/x", "/y", "/z"}, ""},
-		"CRI-O: other files": {"crio", []string{"--config=/o.conf", "-d", "/o.d"}, files{"o.conf": "", "o.d/1": "[crio.network]\nplugin_dirs = ['/o']\n"}, []string{"/o"}, ""},
-		"cri-dockerd":        {"cri-dockerd", []string{"--cni-bin-dir=/d"}, nil, []string{"/d"}, ""},
-		"cri-dockerd, plain": {"cri-dockerd", nil, nil, nil, ""},
-	} {
-		t.Run(name, func(t *testing.T) {
-			said, err := process(t, test.runtime, test.args, test.root).configured()
-			got := said.binDirs
-			if !slices.Equal(got, test.want) || (err != nil) != (test.err != "") || err != nil && !strings.Contains(err.Error(), test.err) {
-				t.Errorf("%q, %v; want %q, %q", got, err, test.want, test.err)
-			}
-		})
-	}
-}
-
-// The directory of networks is read where that of plugins is.
-func TestConfiguredNetDir(t *testing.T) {
-	for name, r := range map[string]Runtime{
-		"containerd": process(t, "containerd", nil, files{"etc/containerd/config.toml": "imports = ['more.toml']\n[plugins.cri.cni]\nconf_dir = '/old'\n",
-			"etc/containerd/more.toml": "version = 3\n[plugins.'io.containerd.cri.v1.runtime'.cni]\nconf_dir = '/net'\n"}),
-		"CRI-O": process(t, "crio", nil, files{"etc/crio/crio.conf": "[crio.network]\nnetwork_dir = '/old'\n",
-			"etc/crio/crio.conf.d/10-x": "[crio.network]\nnetwork_dir = '/net'\n"}),
-		"CRI-O, flag": process(t, "crio", []string{"--cni-config-dir=/net"}, nil),
-		"cri-dockerd": process(t, "cri-dockerd", []string{"--cni-conf-dir", "/net"}, nil),
-	} {
-		if said, err := r.configured(); err != nil || said.netDir != "/net" {
-			t.Errorf("%s: %+v, %v", name, said, err)
-		}
-	}
-}
-
-// containerd 2 merges sections that containerd 1 replaces.
-func TestContainerdMerges(t *testing.T) {
-	for version, want := range map[string][]string{"v1.7.27": nil, "": nil, "v2.0.0": {"/v2"}} {
-		r := process(t, "containerd", nil, files{
-			"etc/containerd/config.toml": "version = 2\nimports = ['more.toml']\n[plugins.'io.containerd.grpc.v1.cri'.cni]\nbin_dir = '/v2'\n",
-			"etc/containerd/more.toml":   "[plugins.'io.containerd.grpc.v1.cri']\nsandbox_image = 'x'\n",
-		})
-		r.Version = version
-		if said, err := r.configured(); err != nil || !slices.Equal(said.binDirs, want) {
-			t.Errorf("%s: %+v, %v; want %q", version, said, err, want)
-		}
-	}
 }
 
 // The chain is joined only where the runtime finds the plugin, and left, in whichever way it was joined, when it does not any
@@ -123,7 +44,7 @@ func TestMisplaced(t *testing.T) {
 			if err := os.Symlink(n.BinDir, filepath.Join(n.BinDir, "link")); err != nil {
 				t.Fatal(err)
 			}
-			n.Runtimes = func() Runtimes { return Runtimes{r} }
+			n.Runtimes = func() runtimes.List { return runtimes.List{r} }
 		}
 	}
 	silent := func(inDefault ...string) func(*testing.T, *Node) {
@@ -133,7 +54,7 @@ func TestMisplaced(t *testing.T) {
 				root[defaultBinDir+"/"+name] = "#!"
 			}
 			r := process(t, "containerd", nil, root)
-			n.Runtimes = func() Runtimes { return Runtimes{r} }
+			n.Runtimes = func() runtimes.List { return runtimes.List{r} }
 		}
 	}
 	removed := func(name string) func(*testing.T, *Node) {
@@ -156,20 +77,20 @@ func TestMisplaced(t *testing.T) {
 		"one of two runtimes names another one": {func(t *testing.T, n *Node) {
 			naming("BIN")(t, n)
 			one, other := n.Runtimes()[0], process(t, "crio", []string{"--cni-plugin-dir=/usr/lib/cni"}, nil)
-			n.Runtimes = func() Runtimes { return Runtimes{one, other} }
+			n.Runtimes = func() runtimes.List { return runtimes.List{one, other} }
 		}, "crio says that plugins are in /usr/lib/cni"},
 		"beside one that runs no pods": {func(t *testing.T, n *Node) {
 			naming("BIN")(t, n)
 			docker := process(t, "containerd", nil, files{"etc/containerd/config.toml": "disabled_plugins = ['cri']\n[plugins.cri.cni]\nbin_dir = '/usr/lib/cni'\n"})
 			one := n.Runtimes()[0]
-			n.Runtimes = func() Runtimes { return Runtimes{docker, one} }
+			n.Runtimes = func() runtimes.List { return runtimes.List{docker, one} }
 		}, ""},
 		"the runtime says nothing":                     {silent(), ""},
 		"it says nothing, and some are in its default": {silent("ptp"), ""},
 		"it says nothing, and all are in its default":  {silent("ptp", "portmap"), "does not say where"},
 		"one that has another network does": {func(t *testing.T, n *Node) {
 			r := process(t, "crio", []string{"--cni-config-dir=/net", "--cni-plugin-dir=/usr/lib/cni"}, nil)
-			n.Runtimes = func() Runtimes { return Runtimes{r} }
+			n.Runtimes = func() runtimes.List { return runtimes.List{r} }
 		}, ""},
 		"one is another user's": {func(t *testing.T, n *Node) {
 			if err := os.Chown(filepath.Join(n.BinDir, "ptp"), 12345, 0); err != nil {
@@ -272,7 +193,7 @@ func TestPodsStartAllTheSame(t *testing.T) {
 			t.Fatalf("%s: the test does not notice a plugin that is not found: %v", way, err)
 		}
 		r := process(t, "crio", []string{"--cni-plugin-dir=" + looks}, nil)
-		n.Runtimes = func() Runtimes { return Runtimes{r} }
+		n.Runtimes = func() runtimes.List { return runtimes.List{r} }
 		if _, err := n.Join(t.Context(), way); !errors.Is(err, ErrMisplaced) {
 			t.Errorf("%s: %v", way, err)
 		}
