@@ -23,6 +23,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/adopt"
 	"github.com/probelet/probelet/daemon/internal/crosscheck"
+	"github.com/probelet/probelet/daemon/internal/install"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/source"
@@ -158,7 +159,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(runCommand(stderr), installCommand(stderr), uninstallCommand(stderr), metricsCommand(stderr), waitCommand(stderr))
+	root.AddCommand(runCommand(stderr), install.Command(stderr), install.UninstallCommand(stderr), metricsCommand(stderr), install.WaitCommand(stderr))
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
@@ -258,7 +259,7 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags.StringVar(&c.kubeconfig, "kubeconfig", "", "`FILE` that says how to reach the API server (default: as in a pod)")
 	flags.StringVar(&c.node, "node-name", os.Getenv("NODE_NAME"), "`NAME` of this node at the API server (default: $NODE_NAME)")
 	flags.StringVar(&c.prober, "prober", "", "whose connections are probes: `kubelet|cgroup:PATH|host` (default: kubelet, but for specs from a file)")
-	hookFlag(flags, &c.hook)
+	install.HookFlag(flags, &c.hook)
 	flags.StringVar(&c.bpfDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
 	flags.StringVar(&c.stateDir, "state-dir", attach.DefaultStateDir, "`directory` of attachment records and the daemon's state")
 	policyFlags(flags, &c.defaults)
@@ -277,7 +278,7 @@ func runCommand(stderr io.Writer) *cobra.Command {
 		if err := fromEnvironment(cmd.Flags()); err != nil {
 			return err
 		}
-		if err := checkDirs(cmd.Flags()); err != nil {
+		if err := install.CheckDirs(cmd.Flags()); err != nil {
 			return err
 		}
 		noteChosen(cmd.Flags(), &c.defaults)

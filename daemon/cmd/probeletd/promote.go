@@ -66,8 +66,10 @@ func (p *promoter) run(ctx context.Context, d *daemon) {
 				logged[id] = err.Error()
 				d.log.Warn("attachment stays on clsact for now", "id", id, "error", err)
 			}
-			if !wait(ctx, promotePause) {
+			select {
+			case <-ctx.Done():
 				return
+			case <-time.After(promotePause):
 			}
 		}
 	}

@@ -22,8 +22,8 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
 	"github.com/probelet/probelet/daemon/internal/evidence"
+	"github.com/probelet/probelet/daemon/internal/install"
 	"github.com/probelet/probelet/daemon/internal/install/chain"
-	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 	"github.com/probelet/probelet/daemon/internal/kubeapi"
 	"github.com/probelet/probelet/daemon/internal/podevents"
 	"github.com/probelet/probelet/daemon/internal/probe"
@@ -89,9 +89,9 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
-	release, err := datapath.Claim(c.bpfDir)
+	release, err := statedir.ClaimPins(c.bpfDir)
 	if err != nil {
-		return fmt.Errorf("--bpf-dir %s: %w", c.bpfDir, oneDaemon(err))
+		return fmt.Errorf("--bpf-dir %s: %w", c.bpfDir, err)
 	}
 	defer release()
 	// The prober of before stays it if it still is. Were nobody the prober for a moment, a failure that it finds then would go unseen,
@@ -103,14 +103,6 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	l := &loop{log: log, prober: finder, who: who, set: d.SetProber, held: held.Check, calls: make(chan func())}
 	l.followProber()
 	return l.serve(ctx, c, d, specs)
-}
-
-// oneDaemon says what it means that another process has the pinned objects.
-func oneDaemon(err error) error {
-	if errors.Is(err, datapath.ErrLocked) {
-		return fmt.Errorf("%w, with another state directory: %w", statedir.ErrRunning, err)
-	}
-	return err
 }
 
 // openSource opens the source that the flags ask for.
@@ -193,17 +185,9 @@ func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs 
 		return err
 	}
 	if c.netDir != "" {
-		way, err := chainWay(c.chain, l.log)
-		if err != nil {
-			return err
-		}
 		l.chain = &atomic.Pointer[chainState]{}
-		network := chain.Node{
-			NetDir: c.netDir, BinDir: c.binDir, StateDir: c.stateDir, Conf: pluginConf(c.bpfDir, c.stateDir, c.hook), Log: l.log,
-			Runtimes: runtimes.Cached("/proc"),
-			Looked:   func(_ chain.Joined, err error) { l.chain.Store(&chainState{err}) },
-		}
-		in.all.Go(func() { in.fail(network.Follow(ctx, way, false)) })
+		o := install.Options{NetDir: c.netDir, BinDir: c.binDir, BPFDir: c.bpfDir, StateDir: c.stateDir, Log: l.log, Chain: c.chain, Hook: c.hook}
+		in.all.Go(func() { in.fail(install.Keep(ctx, o, func(err error) { l.chain.Store(&chainState{err}) })) })
 	}
 	l.log.Info("running", "source", c.sourceName(), "prober", c.prober, "bpf", d.Dir(), "state", c.stateDir)
 	err = l.run(ctx, in)

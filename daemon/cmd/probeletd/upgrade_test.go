@@ -18,7 +18,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
-	"github.com/probelet/probelet/daemon/internal/install/chain"
+	"github.com/probelet/probelet/daemon/internal/install"
 )
 
 // v3 is what builds with ABI v3 left: under <bpfDir>/v3 the objects, and for each attachment its two maps, an XDP link, and a
@@ -191,10 +191,9 @@ func TestUpgradeFromV3(t *testing.T) {
 }
 
 // uninstallation takes probelet off the kept node.
-func uninstallation(t *testing.T, bpfDir, stateDir string) *installation {
-	return &installation{
-		node:   chain.Node{NetDir: t.TempDir(), BinDir: t.TempDir(), Log: slog.New(slog.NewTextHandler(t.Output(), nil))},
-		bpfDir: bpfDir, stateDir: stateDir,
+func uninstallation(t *testing.T, bpfDir, stateDir string) install.Options {
+	return install.Options{
+		NetDir: t.TempDir(), BinDir: t.TempDir(), BPFDir: bpfDir, StateDir: stateDir, Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
 	}
 }
 
@@ -222,8 +221,8 @@ func TestUninstallOfV3(t *testing.T) {
 			byClsact, byTCX := node.AddPod(t), node.AddPod(t)
 			old.attach(stateDir, byClsact, false)
 			old.attach(stateDir, byTCX, true)
-			i := uninstallation(t, bpfDir, stateDir)
-			bpftest.Do(t, node.NS, func() error { return i.uninstall(context.Background()) })
+			o := uninstallation(t, bpfDir, stateDir)
+			bpftest.Do(t, node.NS, func() error { return install.Uninstall(context.Background(), o) })
 			wantBare(t, byClsact, false)
 			wantBare(t, byTCX, false)
 			wantGone(t, bpfDir, stateDir)
@@ -249,8 +248,8 @@ func TestFiltersWhosePinsAreLost(t *testing.T) {
 	}
 	t.Run("uninstall", func(t *testing.T) {
 		k, p := lost(t)
-		i := uninstallation(t, k.bpfDir, k.stateDir)
-		k.inNode(func() error { return i.uninstall(t.Context()) })
+		o := uninstallation(t, k.bpfDir, k.stateDir)
+		k.inNode(func() error { return install.Uninstall(t.Context(), o) })
 		wantBare(t, p, false)
 		wantGone(t, k.bpfDir, k.stateDir)
 	})
@@ -261,17 +260,4 @@ func TestFiltersWhosePinsAreLost(t *testing.T) {
 		k.wantWhole(p)
 		wantBare(t, p, true)
 	})
-}
-
-// An uninstall that was killed is run again, from wherever it was.
-func TestUninstallAgain(t *testing.T) {
-	k := newKept(t)
-	p := k.adopted()
-	i := uninstallation(t, k.bpfDir, k.stateDir)
-	k.inNode(func() error { return i.detach(t.Context()) })
-	for range 2 {
-		k.inNode(func() error { return i.uninstall(t.Context()) })
-	}
-	wantBare(t, p, false)
-	wantGone(t, k.bpfDir, k.stateDir)
 }

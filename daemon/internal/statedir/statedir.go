@@ -16,6 +16,7 @@ import (
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
+	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/bpf/lock"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
@@ -350,3 +351,13 @@ const listening = "api"
 
 // ListeningDir makes a directory for a socket that is to be renamed to SocketPath.
 func ListeningDir(stateDir string) (string, error) { return os.MkdirTemp(stateDir, listening) }
+
+// ClaimPins claims the objects that are pinned under bpfDir for this process, until release. The error is ErrRunning if another
+// daemon has them, whatever its state directory.
+func ClaimPins(bpfDir string) (release func(), err error) {
+	release, err = datapath.Claim(bpfDir)
+	if errors.Is(err, datapath.ErrLocked) {
+		err = fmt.Errorf("%w, with another state directory: %w", ErrRunning, err)
+	}
+	return release, err
+}

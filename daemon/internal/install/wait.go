@@ -1,4 +1,4 @@
-package main
+package install
 
 import (
 	"context"
@@ -16,9 +16,9 @@ import (
 	"github.com/probelet/probelet/daemon/internal/kubeapi"
 )
 
-// waitCommand is what the pods of a DaemonSet run that have nothing to do any more, but must not end, and what the Job runs
+// WaitCommand is what the pods of a DaemonSet run that have nothing to do any more, but must not end, and what the Job runs
 // that waits for all of them.
-func waitCommand(stderr io.Writer) *cobra.Command {
+func WaitCommand(stderr io.Writer) *cobra.Command {
 	var daemonSet string
 	cmd := &cobra.Command{
 		Use:    "wait",
@@ -84,4 +84,14 @@ func waitForDaemonSet(ctx context.Context, client rest.Interface, namespace, nam
 func isRolledOut(set *appsv1.DaemonSet) bool {
 	s := set.Status
 	return s.ObservedGeneration >= set.Generation && s.UpdatedNumberScheduled >= s.DesiredNumberScheduled && s.NumberReady >= s.DesiredNumberScheduled
+}
+
+// wait is false if ctx ended before.
+func wait(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
+	}
 }

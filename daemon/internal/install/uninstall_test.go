@@ -1,0 +1,105 @@
+package install
+
+import (
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/containernetworking/plugins/pkg/netlinksafe"
+	"github.com/vishvananda/netlink"
+
+	"github.com/probelet/probelet/bpf/attach"
+	"github.com/probelet/probelet/bpf/bpftest"
+	"github.com/probelet/probelet/bpf/datapath"
+)
+
+// Networks that are not where uninstall looks may name the plugin: without it no pod could start.
+func TestUninstallLooksElsewhere(t *testing.T) {
+	dir := t.TempDir()
+	plugin := filepath.Join(dir, "probelet")
+	if err := os.WriteFile(plugin, nil, 0o755); err != nil { //nolint:gosec // a program
+		t.Fatal(err)
+	}
+	nets := filepath.Join(dir, "net")
+	err := execute(t, UninstallCommand, "--cni-net-dir", nets, "--cni-bin-dir", dir, "--settle", "1ms",
+		"--state-dir", filepath.Join(dir, "state"), "--bpf-dir", filepath.Join(dir, "bpf"))
+	if err == nil || !strings.Contains(err.Error(), "--cni-net-dir") || !strings.Contains(err.Error(), nets) {
+		t.Errorf("got %v, want an error that names --cni-net-dir and %s", err, nets)
+	}
+	if _, err := os.Stat(plugin); err != nil {
+		t.Error(err)
+	}
+}
+
+// attached returns a pod that is attached and on record.
+func attached(t *testing.T, node *bpftest.Node, o Options, via attach.Via) *bpftest.Pod {
+	t.Helper()
+	d, err := datapath.Ensure(t.Context(), o.BPFDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close() //nolint:errcheck // nothing is lost
+	p := node.AddPod(t)
+	r := attach.Record{ContainerID: "c-" + p.HostIfName, IfName: "eth0", Network: "pods", IfIndex: p.IfIndex, HostIfName: p.HostIfName, PodNetns: p.Netns}
+	if err := attach.WriteRecord(o.StateDir, r); err != nil {
+		t.Fatal(err)
+	}
+	bpftest.Do(t, node.NS, func() error { return attach.Attach(d, o.BPFDir, r.ID(), r.Target(), via) })
+	return p
+}
+
+// wantBare expects no program on the pod's device.
+func wantBare(t *testing.T, p *bpftest.Pod) {
+	t.Helper()
+	bpftest.Do(t, p.Node.NS, func() error {
+		device, err := netlink.LinkByIndex(p.IfIndex)
+		if err != nil {
+			return err
+		}
+		for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
+			if filters, err := netlinksafe.FilterList(device, parent); err == nil && len(filters) > 0 {
+				t.Errorf("filters are left on %s: %v", p.HostIfName, filters)
+			}
+		}
+		for _, side := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
+			result, err := link.QueryPrograms(link.QueryOptions{Target: p.IfIndex, Attach: side})
+			if errors.Is(err, ebpf.ErrNotSupported) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			if len(result.Programs) > 0 {
+				t.Errorf("%s of %s: %d programs are left", side, p.HostIfName, len(result.Programs))
+			}
+		}
+		return nil
+	})
+}
+
+// An uninstall that was killed is run again, from wherever it was.
+func TestUninstallAgain(t *testing.T) {
+	o := Options{
+		NetDir: t.TempDir(), BinDir: t.TempDir(), BPFDir: bpftest.BPFDir(t), StateDir: filepath.Join(t.TempDir(), "state"),
+		Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+	}
+	node := bpftest.NewNode(t)
+	pods := []*bpftest.Pod{attached(t, node, o, attach.ViaAuto), attached(t, node, o, attach.ViaClsact)}
+	bpftest.Do(t, node.NS, func() error { return uninstaller{o, o.node()}.detach(t.Context()) })
+	for range 2 {
+		bpftest.Do(t, node.NS, func() error { return Uninstall(t.Context(), o) })
+	}
+	for _, p := range pods {
+		wantBare(t, p)
+	}
+	for _, dir := range []string{o.BPFDir, o.StateDir} {
+		if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left: %v", dir, err)
+		}
+	}
+}
