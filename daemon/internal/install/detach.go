@@ -50,8 +50,8 @@ func (u uninstaller) tryLock() (unlock func(), err error) {
 // lookForDaemon is how often it is looked whether the daemon has ended.
 const lookForDaemon = 200 * time.Millisecond
 
-// takenGrace is longer than a connection that was taken may still be answered.
-const takenGrace = 1500 * time.Millisecond
+// drainInterval separates looks at the connections that are left. It is longer than a taken one may still be answered.
+const drainInterval = datapath.TakenGrace + 500*time.Millisecond
 
 func (u uninstaller) detach(ctx context.Context) error {
 	d, err := datapath.Open(u.BPFDir)
@@ -139,7 +139,7 @@ func (u uninstaller) quiesce(ctx context.Context, d *datapath.Datapath, ids []at
 		}
 	}
 	for deadline := time.Now().Add(u.Drain); ; {
-		if !wait(ctx, takenGrace) {
+		if !wait(ctx, drainInterval) {
 			return ctx.Err()
 		}
 		flows, err := d.Flows()
