@@ -5,7 +5,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 
 	"github.com/probelet/probelet/bpf/attach"
@@ -55,13 +54,9 @@ func (d *doctor) preflight() {
 
 // directory looks for one that must be there before an install.
 func (d *doctor) directory(about, dir, flag string) {
-	info, err := os.Stat(dir)
-	switch {
-	case err != nil:
+	if err := chain.CheckDir(dir); err != nil {
 		d.says(status.Problem, about, err.Error(), "say with "+flag+" where the runtime has it")
-	case !info.IsDir():
-		d.says(status.Problem, about, dir+" is no directory", "say with "+flag+" where the runtime has it")
-	default:
-		d.says(status.Well, about, dir, "")
+		return
 	}
+	d.says(status.Well, about, dir, "")
 }

@@ -20,7 +20,7 @@ var ErrMisplaced = errors.New("the runtime would not find the plugin")
 // CanJoin returns an error if the plugin must not join: a directory is missing, or ErrMisplaced. A network that is not there
 // yet, or cannot be read, is no reason.
 func (n Node) CanJoin() error {
-	if err := errors.Join(isDir("--cni-net-dir", n.NetDir), isDir("--cni-bin-dir", n.BinDir)); err != nil {
+	if err := errors.Join(flagged("--cni-net-dir", CheckDir(n.NetDir)), flagged("--cni-bin-dir", CheckDir(n.BinDir))); err != nil {
 		return err
 	}
 	w, err := n.primary()
@@ -33,15 +33,21 @@ func (n Node) CanJoin() error {
 	return n.searched(w)
 }
 
-func isDir(flag, dir string) error {
-	info, err := os.Stat(dir)
+// flagged adds the name of a flag to an error about its value.
+func flagged(flag string, err error) error {
 	if err != nil {
-		return fmt.Errorf("%s: %w", flag, err)
+		err = fmt.Errorf("%s: %w", flag, err)
 	}
-	if !info.IsDir() {
-		return fmt.Errorf("%s: %s: not a directory", flag, dir)
+	return err
+}
+
+// CheckDir returns an error unless dir is a directory.
+func CheckDir(dir string) error {
+	info, err := os.Stat(dir)
+	if err == nil && !info.IsDir() {
+		err = fmt.Errorf("%s: not a directory", dir)
 	}
-	return nil
+	return err
 }
 
 // findable returns ErrMisplaced unless the runtime finds the plugin.

@@ -26,6 +26,7 @@ func (r Runtime) SameDir(theirs, ours string) bool {
 	return err == nil && ourErr == nil && os.SameFile(a, b)
 }
 
+// Root returns the file system that the runtime sees.
 func (r Runtime) Root() hostfs.FS { return hostfs.FS{Root: filepath.Join(r.Dir, "root")} }
 
 // Configuration is what a runtime's command line and configuration say of CNI. What they do not say is empty: defaults differ from
