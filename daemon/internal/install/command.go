@@ -43,7 +43,9 @@ func (o *Options) flags(cmd *cobra.Command) {
 	flags.StringVar(&o.BinDir, "cni-bin-dir", "/opt/cni/bin", "`directory` of CNI plugins")
 	flags.StringVar(&o.BPFDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
 	flags.StringVar(&o.StateDir, "state-dir", attach.DefaultStateDir, "`directory` of attachment records and the daemon's state")
-	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error { return CheckDirs(cmd.Flags()) }
+	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error {
+		return errors.Join(CheckDirs(cmd.Flags()), checkDurations(cmd.Flags()))
+	}
 }
 
 // CheckDirs returns an error that names flag and value of each directory that the plugin would refuse, or not find: where the chain
@@ -59,6 +61,17 @@ func CheckDirs(flags *pflag.FlagSet) error {
 			errs = append(errs, fmt.Errorf("--%s %q: must have no dot in its name, which a BPF file system does not take", name, dir))
 		}
 	}
+	return errors.Join(errs...)
+}
+
+// checkDurations returns an error that names flag and value of each negative duration.
+func checkDurations(flags *pflag.FlagSet) error {
+	var errs []error
+	flags.VisitAll(func(f *pflag.Flag) {
+		if d, err := flags.GetDuration(f.Name); err == nil && d < 0 {
+			errs = append(errs, fmt.Errorf("--%s %s: must not be negative", f.Name, d))
+		}
+	})
 	return errors.Join(errs...)
 }
 

@@ -163,7 +163,7 @@ func (u uninstaller) removeState() error {
 		return err
 	}
 	// In a pod the directory is a mount: only where the host has it can it be removed.
-	err := os.Remove(filepath.Join("/proc/1/root", u.StateDir))
+	err := os.Remove(filepath.Join(u.procDir(), "1/root", u.StateDir))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		u.Log.Info("the empty directory of the state is left", "reason", err)
 	}

@@ -2,8 +2,12 @@
 package install
 
 import (
+	"cmp"
 	"context"
+	"debug/elf"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -28,19 +32,23 @@ type Options struct {
 	// How long is waited: for the runtime to notice, for plugins that it runs, for connections, for the daemon.
 	Settle, InFlight, Drain time.Duration
 	ForDaemon               time.Duration // to end
+
+	proc string // where the host's processes are; empty: /proc
 }
 
-// chainWay resolves --chain, and says what it was resolved by.
-func chainWay(text string, log *slog.Logger) (chain.Way, error) {
-	switch text {
+func (o *Options) procDir() string { return cmp.Or(o.proc, "/proc") }
+
+// way resolves Chain, and logs what it was resolved by.
+func (o *Options) way() (chain.Way, error) {
+	switch o.Chain {
 	case "auto":
-		found := runtimes.Find("/proc")
-		log.Info("container runtime", "found", found, "chain", chain.BestWay(found))
+		found := runtimes.Find(o.procDir())
+		o.Log.Info("container runtime", "found", found, "chain", chain.BestWay(found))
 		return chain.BestWay(found), nil
 	case string(chain.DropIn), string(chain.Copy):
-		return chain.Way(text), nil
+		return chain.Way(o.Chain), nil
 	}
-	return "", fmt.Errorf("--chain %q: must be auto, dropin or copy", text)
+	return "", fmt.Errorf("--chain %q: must be auto, dropin or copy", o.Chain)
 }
 
 // pluginConf returns the plugin's fields that are not its defaults.
@@ -62,13 +70,13 @@ func pluginConf(bpfDir, stateDir string, hook attach.Hook) map[string]string {
 func (o *Options) node() chain.Node {
 	return chain.Node{
 		NetDir: o.NetDir, BinDir: o.BinDir, StateDir: o.StateDir, Log: o.Log,
-		Conf: pluginConf(o.BPFDir, o.StateDir, o.Hook), Runtimes: runtimes.Cached("/proc"),
+		Conf: pluginConf(o.BPFDir, o.StateDir, o.Hook), Runtimes: runtimes.Cached(o.procDir()),
 	}
 }
 
 // Install puts the plugin onto the node and into the chain.
 func Install(ctx context.Context, o Options) error {
-	way, err := chainWay(o.Chain, o.Log)
+	way, err := o.way()
 	if err != nil {
 		return err
 	}
@@ -80,6 +88,9 @@ func Install(ctx context.Context, o Options) error {
 		o.Plugin = filepath.Join(filepath.Dir(self), chain.PluginType)
 	}
 	node := o.node()
+	if err := checkPlugin(o.Plugin); err != nil {
+		return err
+	}
 	if err := node.CanJoin(); err != nil {
 		return fmt.Errorf("nothing has been changed: %w", err)
 	}
@@ -94,11 +105,40 @@ func Install(ctx context.Context, o Options) error {
 
 // Keep keeps the plugin in the chain until ctx ends. After each look looked gets what keeps it out, or nil.
 func Keep(ctx context.Context, o Options, looked func(error)) error {
-	way, err := chainWay(o.Chain, o.Log)
+	way, err := o.way()
 	if err != nil {
 		return err
 	}
 	node := o.node()
 	node.Looked = func(_ chain.Joined, err error) { looked(err) }
 	return node.Follow(ctx, way, false)
+}
+
+// checkPlugin returns an error unless file is an executable of the architecture that this program is built for.
+func checkPlugin(file string) error {
+	want, err := headerOf("/proc/self/exe")
+	if err != nil {
+		return err
+	}
+	got, err := headerOf(file)
+	switch pathErr := (*fs.PathError)(nil); {
+	case errors.As(err, &pathErr):
+		return fmt.Errorf("--plugin: %w", err)
+	case err != nil:
+		return fmt.Errorf("--plugin %q: must be an ELF executable: %w", file, err)
+	case got.Type != elf.ET_EXEC && got.Type != elf.ET_DYN:
+		return fmt.Errorf("--plugin %q: must be an ELF executable, not %s", file, got.Type)
+	case got.Machine != want.Machine || got.Class != want.Class || got.Data != want.Data:
+		return fmt.Errorf("--plugin %q: built for %s (%s, %s), must be for %s (%s, %s)",
+			file, got.Machine, got.Class, got.Data, want.Machine, want.Class, want.Data)
+	}
+	return nil
+}
+
+func headerOf(file string) (elf.FileHeader, error) {
+	f, err := elf.Open(file)
+	if err != nil {
+		return elf.FileHeader{}, err
+	}
+	return f.FileHeader, f.Close()
 }

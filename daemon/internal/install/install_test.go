@@ -1,7 +1,11 @@
 package install
 
 import (
+	"bytes"
+	"debug/elf"
+	"encoding/binary"
 	"io"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -20,6 +24,61 @@ func execute(t *testing.T, command func(io.Writer) *cobra.Command, args ...strin
 	cmd.SetArgs(args)
 	cmd.SilenceUsage, cmd.SilenceErrors = true, true
 	return cmd.ExecuteContext(t.Context())
+}
+
+// program returns an ELF file's header, with the changes made to it.
+func program(t *testing.T, change func(*elf.Header64)) []byte {
+	t.Helper()
+	own, err := headerOf("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := elf.Header64{
+		Ident:   [elf.EI_NIDENT]byte{0x7f, 'E', 'L', 'F', byte(own.Class), byte(own.Data), byte(elf.EV_CURRENT)},
+		Type:    uint16(elf.ET_EXEC),
+		Machine: uint16(own.Machine),
+		Version: uint32(elf.EV_CURRENT),
+	}
+	if change != nil {
+		change(&h)
+	}
+	var text bytes.Buffer
+	if err := binary.Write(&text, own.ByteOrder, h); err != nil {
+		t.Fatal(err)
+	}
+	return text.Bytes()
+}
+
+func TestCheckPlugin(t *testing.T) {
+	for name, test := range map[string]struct {
+		text []byte
+		want string // in the error; empty: none
+	}{
+		"a program":                {program(t, nil), ""},
+		"position-independent":     {program(t, func(h *elf.Header64) { h.Type = uint16(elf.ET_DYN) }), ""},
+		"a script":                 {[]byte("#!/bin/sh\n"), "must be an ELF executable: "},
+		"an empty file":            {nil, "must be an ELF executable: "},
+		"an object file":           {program(t, func(h *elf.Header64) { h.Type = uint16(elf.ET_REL) }), "must be an ELF executable, not ET_REL"},
+		"for another architecture": {program(t, func(h *elf.Header64) { h.Machine = uint16(elf.EM_S390) }), "built for EM_S390"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "probelet")
+			if err := os.WriteFile(file, test.text, 0o755); err != nil { //nolint:gosec // a program
+				t.Fatal(err)
+			}
+			err := checkPlugin(file)
+			if test.want == "" && err != nil {
+				t.Error(err)
+			}
+			if test.want != "" && (err == nil || !strings.Contains(err.Error(), "--plugin \""+file+"\": ") || !strings.Contains(err.Error(), test.want)) {
+				t.Errorf("got %v, want an error that names the file and has %q in it", err, test.want)
+			}
+		})
+	}
+	none := filepath.Join(t.TempDir(), "none")
+	if err := checkPlugin(none); err == nil || !strings.Contains(err.Error(), "--plugin: ") || !strings.Contains(err.Error(), none) {
+		t.Errorf("no such file: %v", err)
+	}
 }
 
 // The plugin's configuration has the fields that are not the plugin's defaults, and no more.
@@ -46,7 +105,7 @@ func TestInstallWritesTheHook(t *testing.T) {
 		netDir, binDir, plugin := t.TempDir(), t.TempDir(), filepath.Join(t.TempDir(), "probelet")
 		for file, text := range map[string]string{
 			filepath.Join(netDir, "10-net.conflist"): `{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "ptp"}]}`,
-			plugin:                                   "#!/bin/sh\n",
+			plugin:                                   string(program(t, nil)),
 			filepath.Join(binDir, "ptp"):             "#!/bin/sh\n",
 		} {
 			if err := os.WriteFile(file, []byte(text), 0o755); err != nil {
@@ -78,7 +137,7 @@ func TestInstallWritesTheHook(t *testing.T) {
 func TestInstallRefusesAWrongDirectory(t *testing.T) {
 	netDir, plugin := t.TempDir(), filepath.Join(t.TempDir(), "probelet")
 	file := filepath.Join(netDir, "10-net.conflist")
-	for name, text := range map[string]string{file: `{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "ptp"}]}`, plugin: "#!/bin/sh\n"} {
+	for name, text := range map[string]string{file: `{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "ptp"}]}`, plugin: string(program(t, nil))} {
 		if err := os.WriteFile(name, []byte(text), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -89,8 +148,11 @@ func TestInstallRefusesAWrongDirectory(t *testing.T) {
 		"no plugins' directory":         {netDir, none, "--cni-bin-dir"},
 		"no networks' directory":        {none, empty, "--cni-net-dir"},
 	} {
-		args := []string{"--chain", "copy", "--cni-net-dir", dirs.net, "--cni-bin-dir", dirs.bin, "--plugin", plugin, "--state-dir", t.TempDir()}
-		if err := execute(t, Command, args...); err == nil || !strings.Contains(err.Error(), dirs.want) {
+		o := Options{
+			NetDir: dirs.net, BinDir: dirs.bin, StateDir: t.TempDir(), Log: slog.New(slog.DiscardHandler), Chain: "copy", Plugin: plugin,
+			proc: t.TempDir(), // no runtime
+		}
+		if err := Install(t.Context(), o); err == nil || !strings.Contains(err.Error(), dirs.want) {
 			t.Errorf("%s: %v, want %q", name, err, dirs.want)
 		}
 		left, _ := filepath.Glob(filepath.Join(netDir, "*"))

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -26,7 +27,7 @@ func Uninstall(ctx context.Context, o Options) error {
 
 func (u uninstaller) run(ctx context.Context) error {
 	log := u.Log
-	if err := u.netDirThere(); err != nil {
+	if err := u.checkNetDir(); err != nil {
 		return err
 	}
 	unlock, err := u.lock(ctx)
@@ -71,10 +72,18 @@ func (u uninstaller) run(ctx context.Context) error {
 	return nil
 }
 
-// netDirThere returns an error if the plugin is there, but not the directory whose files may name it: those are likely elsewhere.
-func (u uninstaller) netDirThere() error {
-	if _, err := os.Stat(u.NetDir); err != nil && u.node.HasPlugin() {
+// checkNetDir returns an error if the plugin is there, but NetDir is not, or a runtime reads networks that name the plugin from
+// another directory: without the binary pods could not start.
+func (u uninstaller) checkNetDir() error {
+	if !u.node.HasPlugin() {
+		return nil
+	}
+	if _, err := os.Stat(u.NetDir); err != nil {
 		return fmt.Errorf("--cni-net-dir: %w: without the plugin in %s no pod could start where a network names it; nothing has been changed", err, u.BinDir)
+	}
+	if elsewhere := u.node.Elsewhere(); len(elsewhere) > 0 {
+		return fmt.Errorf("--cni-net-dir %q: the runtime reads its networks from another directory, and there the plugin is named: %s; nothing has been changed",
+			u.NetDir, join(elsewhere))
 	}
 	return nil
 }
@@ -103,7 +112,7 @@ func (u uninstaller) settleDown(ctx context.Context) error {
 	}
 	began := map[string]bool{}
 	for range inFlightLooks {
-		maps.Copy(began, runtimes.UnderWay("/proc"))
+		maps.Copy(began, runtimes.UnderWay(u.procDir()))
 		if !wait(ctx, inFlightInterval) {
 			return ctx.Err()
 		}
@@ -113,7 +122,7 @@ func (u uninstaller) settleDown(ctx context.Context) error {
 	}
 	deadline := time.Now().Add(u.InFlight)
 	for unseen := 0; unseen < inFlightLooks && len(began) > 0; unseen++ {
-		for container := range runtimes.UnderWay("/proc") {
+		for container := range runtimes.UnderWay(u.procDir()) {
 			if began[container] {
 				unseen = -1
 			}
@@ -130,11 +139,11 @@ func (u uninstaller) settleDown(ctx context.Context) error {
 
 // pluginIsNeeded is whether the runtime will still run the plugin, to delete pods that are there.
 func (u uninstaller) pluginIsNeeded() bool {
-	if !runtimes.Find("/proc").KeepConfiguration() {
+	if !runtimes.Find(u.procDir()).KeepConfiguration() {
 		return false
 	}
 	const hint = "the plugin's binary is left, which does nothing now: the runtime deletes a pod with the network configuration of its ADD. Run uninstall again when pods of before are gone"
-	pods, err := adopt.Node{Root: "/proc/1/root", CacheDir: adopt.DefaultCacheDir}.Naming(chain.PluginType)
+	pods, err := adopt.Node{Root: filepath.Join(u.procDir(), "1/root"), CacheDir: adopt.DefaultCacheDir}.Naming(chain.PluginType)
 	if err != nil {
 		u.Log.Warn(hint, "error", err)
 		return true

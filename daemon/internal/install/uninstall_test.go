@@ -36,6 +36,59 @@ func TestUninstallLooksElsewhere(t *testing.T) {
 	}
 }
 
+// A runtime that reads its networks from a directory that uninstall does not look into may name the plugin there.
+func TestUninstallChecksTheRuntimesDirectory(t *testing.T) {
+	const list = `{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "ptp"}, {"type": "probelet"}]}`
+	for name, test := range map[string]struct {
+		conf, text string
+		refused    bool
+	}{
+		"the plugin is named there":             {"conf_dir = '/net'\nbin_dir = 'BIN'\n", list, true},
+		"and plugins are anywhere":              {"conf_dir = '/net'\n", list, true},
+		"by a file of install":                  {"conf_dir = '/net'\n", strings.Replace(list, `"name"`, `"probelet.dev/derivedFrom": "10-net.conflist", "name"`, 1), true},
+		"another plugin is":                     {"conf_dir = '/net'\n", strings.Replace(list, "probelet", "portmap", 1), false},
+		"by a runtime whose plugins are others": {"conf_dir = '/net'\nbin_dir = '/usr/lib/cni'\n", list, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			o := Options{
+				NetDir: t.TempDir(), BinDir: t.TempDir(), BPFDir: filepath.Join(dir, "bpf"), StateDir: filepath.Join(dir, "state"),
+				Log: slog.New(slog.NewTextHandler(t.Output(), nil)), proc: filepath.Join(dir, "proc"),
+			}
+			plugin := filepath.Join(o.BinDir, "probelet")
+			runtime := filepath.Join(o.proc, "17")
+			for file, text := range map[string]string{
+				plugin:                            "",
+				filepath.Join(runtime, "comm"):    "containerd\n",
+				filepath.Join(runtime, "cmdline"): "containerd\x00",
+				filepath.Join(runtime, "exe"):     "",
+				filepath.Join(runtime, "root/etc/containerd/config.toml"): "[plugins.cri.cni]\n" + strings.Replace(test.conf, "BIN", o.BinDir, 1),
+				filepath.Join(runtime, "root/net/00-probelet.conflist"):   test.text,
+			} {
+				if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(text), 0o644)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			err := Uninstall(t.Context(), o)
+			if _, gone := os.Stat(plugin); test.refused != (err != nil) || test.refused == os.IsNotExist(gone) {
+				t.Errorf("got %v, plugin: %v; want it refused: %v", err, gone, test.refused)
+			}
+			if err != nil && (!strings.Contains(err.Error(), "--cni-net-dir") || !strings.Contains(err.Error(), "/net/00-probelet.conflist: plugins[1].type")) {
+				t.Errorf("%v: must name the flag and the place", err)
+			}
+		})
+	}
+}
+
+func TestNegativeDurations(t *testing.T) {
+	for _, flag := range []string{"--settle", "--in-flight", "--wait-for-daemon", "--drain"} {
+		err := execute(t, UninstallCommand, "--cni-net-dir", t.TempDir(), "--cni-bin-dir", t.TempDir(), flag+"=-2s")
+		if err == nil || err.Error() != flag+" -2s: must not be negative" {
+			t.Errorf("%s: %v", flag, err)
+		}
+	}
+}
+
 // attached returns a pod that is attached and on record.
 func attached(t *testing.T, node *bpftest.Node, o Options, via attach.Via) *bpftest.Pod {
 	t.Helper()

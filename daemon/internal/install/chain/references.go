@@ -2,6 +2,7 @@ package chain
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"maps"
@@ -10,6 +11,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 )
 
 // Reference is a place in a file, not written by Join, that makes a runtime or another plugin run ours, or read a file of ours.
@@ -30,10 +33,51 @@ const maxReferring = 1 << 20
 
 // References returns all references in NetDir and the directories in it, whatever the files' names: one that was renamed, as
 // Cilium does (*.cilium_bak), may be renamed again. Links are followed; NetDir itself may be one.
-func (n Node) References() ([]Reference, error) { return n.referencesIn(n.NetDir, nil) }
+func (n Node) References() ([]Reference, error) { return n.referencesIn(n.NetDir, nil, true) }
+
+// defaultNetDir is the directory of network configurations that runtimes read unless told otherwise (DefaultConfig in containerd's
+// internal/cri/config, defaultNetworkDir in CRI-O's pkg/config, --cni-conf-dir of cri-dockerd).
+const defaultNetDir = "/etc/cni/net.d"
+
+// Elsewhere returns the references in directories other than NetDir from which a runtime that may find the plugin in BinDir reads
+// networks. Files that Join wrote there count as well: Leave does not reach them.
+func (n Node) Elsewhere() (all []Reference) {
+	for _, r := range n.runtimes() {
+		said, err := r.Configured()
+		if err != nil {
+			n.Log.Debug("the runtime's configuration cannot be read", "runtime", r, "error", err)
+		}
+		dir := cmp.Or(said.NetDir, defaultNetDir)
+		isBinDir := func(dir string) bool { return r.SameDir(dir, n.BinDir) }
+		if said.NoPods || r.SameDir(dir, n.NetDir) || len(said.BinDirs) > 0 && !slices.ContainsFunc(said.BinDirs, isBinDir) {
+			continue
+		}
+		found, err := referencesOf(r, dir)
+		if err != nil {
+			n.Log.Warn("failed to read the runtime's network configurations", "runtime", r, "dir", dir, "error", err)
+		}
+		all = append(all, found...)
+	}
+	return all
+}
+
+// referencesOf returns the references in a directory as the runtime sees it, among them those in files that Join wrote.
+func referencesOf(r runtimes.Runtime, dir string) ([]Reference, error) {
+	opened, err := r.Root().Open(dir)
+	if err != nil {
+		return nil, skipGone(err)
+	}
+	defer opened.Close() //nolint:errcheck // read only
+	here := fmt.Sprintf("/proc/self/fd/%d", opened.Fd())
+	found, err := Node{NetDir: here}.referencesIn(here, nil, false)
+	for i := range found {
+		found[i].File = filepath.Join(dir, strings.TrimPrefix(found[i].File, here))
+	}
+	return found, err
+}
 
 // referencesIn looks into a directory, unless it is one of those that it has been reached by: links may lead in circles.
-func (n Node) referencesIn(dir string, by []os.FileInfo) (all []Reference, err error) {
+func (n Node) referencesIn(dir string, by []os.FileInfo, butOurs bool) (all []Reference, err error) {
 	this, err := os.Stat(dir)
 	if err != nil || slices.ContainsFunc(by, func(one os.FileInfo) bool { return os.SameFile(one, this) }) {
 		return nil, skipGone(err)
@@ -42,14 +86,17 @@ func (n Node) referencesIn(dir string, by []os.FileInfo) (all []Reference, err e
 	if err != nil {
 		return nil, skipGone(err)
 	}
-	ours := n.ours()
+	var ours []string
+	if butOurs {
+		ours = n.ours()
+	}
 	for _, entry := range entries {
 		file := filepath.Join(dir, entry.Name())
 		info, err := os.Stat(file)
 		switch {
 		case err != nil: // gone, or a link that leads nowhere
 		case info.IsDir():
-			below, err := n.referencesIn(file, append(slices.Clone(by), this))
+			below, err := n.referencesIn(file, append(slices.Clone(by), this), butOurs)
 			if err != nil {
 				return nil, err
 			}
