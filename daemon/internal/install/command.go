@@ -16,26 +16,26 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-const installHelp = `Puts the CNI plugin onto the node: its binary into the plugins' directory, and then the plugin into the chain of the
-network that the runtime takes, which is the first file in the directory of network configurations. If there is none yet, it
-waits. No file of somebody else's is edited, and whatever is there at any moment is whole.
+const installHelp = `Installs the CNI plugin on the node: copies its binary into the plugin directory, then adds it to the chain of the
+network that the runtime uses, which is the first file in the directory of network configurations. If there is no network
+yet, install waits for one. It never edits another component's file, and it replaces its own files atomically.
 
-The plugin joins (--chain)
+How the plugin joins the chain (--chain):
 
-  dropin  by a file of its own, <net-dir>/<network>/10-probelet.conf, which libcni 1.3 and newer adds to the network
-  copy    by a copy of the network's configuration, under a name that sorts first; "probeletd run --cni-net-dir" keeps it as its
-          original is
-  auto    by the first if the runtime's process tells that it has such a libcni, and is not CRI-O; otherwise by the second
+  dropin  a file of its own, <net-dir>/<network>/10-probelet.conf, which libcni 1.3 and later adds to the network
+  copy    a copy of the network's configuration under a name that sorts first; "probeletd run --cni-net-dir" keeps the copy
+          in step with the original
+  auto    dropin if the runtime's binary was built with libcni 1.3 or later and the runtime is not CRI-O, copy otherwise
 
-Pods that run already are not attached by this; the daemon adopts them.`
+Pods that are already running are not attached by install; the daemon adopts them.`
 
-const uninstallHelp = `Takes probelet off the node: the plugin leaves the chain; when the runtime has had the time to notice, everything is
-detached from the pods, what is pinned and recorded is removed, and the plugin's binary last. Running pods stay as they are,
-and their probes reach them. The daemon must have ended.
+const uninstallHelp = `Removes probelet from the node: takes the plugin out of the chain, gives the runtime time to notice, detaches all pods, and
+removes the pins, the state and, last, the plugin's binary. Running pods are not disturbed, and their probes reach them
+again. The daemon must not be running.
 
-Plugins that the runtime runs by the configuration of before are waited for (--in-flight). Nothing is taken any more before anything
-is detached, and connections that were handed over have the time to end (--drain). It can be run again, whenever it was
-interrupted.`
+Uninstall waits for plugins that the runtime started with the previous configuration (--in-flight). Before it detaches
+anything it stops new connections from being answered and lets connections that were handed over finish (--drain). If it is
+interrupted, run it again.`
 
 func (o *Options) flags(cmd *cobra.Command) {
 	flags := cmd.Flags()
@@ -48,23 +48,23 @@ func (o *Options) flags(cmd *cobra.Command) {
 	}
 }
 
-// CheckDirs returns an error that names flag and value of each directory that the plugin would refuse, or not find: where the chain
-// names such a one, no pod can start, or none can be deleted.
+// CheckDirs returns an error that names the flag and value of each directory that the plugin would reject or not find. With such a
+// directory in the chain no pod could start or be deleted.
 func CheckDirs(flags *pflag.FlagSet) error {
 	var errs []error
 	for _, name := range []string{"cni-net-dir", "cni-bin-dir", "bpf-dir", "state-dir"} {
 		switch dir := flags.Lookup(name).Value.String(); {
-		case dir == "" && flags.Lookup(name).DefValue == "": // not asked for
+		case dir == "" && flags.Lookup(name).DefValue == "": // optional and not set
 		case !filepath.IsAbs(dir):
 			errs = append(errs, fmt.Errorf("--%s %q: must be an absolute path", name, dir))
 		case name == "bpf-dir" && strings.Contains(filepath.Base(dir), "."):
-			errs = append(errs, fmt.Errorf("--%s %q: must have no dot in its name, which a BPF file system does not take", name, dir))
+			errs = append(errs, fmt.Errorf("--%s %q: must not have a dot in its last element: BPF file systems do not allow it", name, dir))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// checkDurations returns an error that names flag and value of each negative duration.
+// checkDurations returns an error that names the flag and value of each negative duration.
 func checkDurations(flags *pflag.FlagSet) error {
 	var errs []error
 	flags.VisitAll(func(f *pflag.Flag) {
@@ -75,12 +75,12 @@ func checkDurations(flags *pflag.FlagSet) error {
 	return errors.Join(errs...)
 }
 
-// Command returns the command that installs.
+// Command returns the install command.
 func Command(stderr io.Writer) *cobra.Command {
 	var o Options
 	cmd := &cobra.Command{
 		Use:   "install",
-		Short: "Put the CNI plugin onto the node and into the chain",
+		Short: "Install the CNI plugin on the node and add it to the chain",
 		Long:  installHelp,
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -89,18 +89,18 @@ func Command(stderr io.Writer) *cobra.Command {
 		},
 	}
 	o.flags(cmd)
-	cmd.Flags().StringVar(&o.Chain, "chain", "auto", "how to join the chain: `auto|dropin|copy`")
+	cmd.Flags().StringVar(&o.Chain, "chain", "auto", "how the plugin joins the chain: `auto|dropin|copy`")
 	HookFlag(cmd.Flags(), &o.Hook)
-	cmd.Flags().StringVar(&o.Plugin, "plugin", "", "`FILE` of the plugin's binary (default: probelet beside this one)")
+	cmd.Flags().StringVar(&o.Plugin, "plugin", "", "`FILE` of the plugin's binary (default: probelet, next to this binary)")
 	return cmd
 }
 
-// UninstallCommand returns the command that uninstalls.
+// UninstallCommand returns the uninstall command.
 func UninstallCommand(stderr io.Writer) *cobra.Command {
 	var o Options
 	cmd := &cobra.Command{
 		Use:   "uninstall",
-		Short: "Take probelet off the node",
+		Short: "Remove probelet from the node",
 		Long:  uninstallHelp,
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -109,25 +109,25 @@ func UninstallCommand(stderr io.Writer) *cobra.Command {
 		},
 	}
 	o.flags(cmd)
-	cmd.Flags().DurationVar(&o.Settle, "settle", 5*time.Second, "how long the runtime may take to notice a change of its configuration")
-	cmd.Flags().DurationVar(&o.InFlight, "in-flight", 4*time.Minute, "how long plugins are waited for that the runtime ran by the configuration of before")
-	cmd.Flags().DurationVar(&o.ForDaemon, "wait-for-daemon", 0, "how long the daemon may take to end; 0: it must have ended")
-	cmd.Flags().DurationVar(&o.Drain, "drain", 10*time.Second, "how long connections that were handed over are waited for")
+	cmd.Flags().DurationVar(&o.Settle, "settle", 5*time.Second, "how long to give the runtime to notice the change of its configuration")
+	cmd.Flags().DurationVar(&o.InFlight, "in-flight", 4*time.Minute, "how long to wait for plugins that the runtime started with the previous configuration")
+	cmd.Flags().DurationVar(&o.ForDaemon, "wait-for-daemon", 0, "how long to wait for the daemon to exit; 0: fail if it is running")
+	cmd.Flags().DurationVar(&o.Drain, "drain", 10*time.Second, "how long to wait for connections that were handed over to finish")
 	return cmd
 }
 
-// hookValue is the value of --hook.
+// hookValue implements pflag.Value for --hook.
 type hookValue struct{ hook *attach.Hook }
 
-// HookFlag adds --hook.
+// HookFlag adds --hook, with HookTC as its default.
 func HookFlag(flags *pflag.FlagSet, hook *attach.Hook) {
 	*hook = attach.HookTC
-	flags.Var(hookValue{hook}, "hook", "where the answers to pods that are attached from now on are made: `tc|xdp` (xdp slows a pod's bulk traffic down to two thirds or less)")
+	flags.Var(hookValue{hook}, "hook", "where probes of newly attached pods are answered: `tc|xdp` (xdp cuts a pod's bulk throughput to two thirds or less)")
 }
 
 // String implements pflag.Value.
 func (v hookValue) String() string {
-	if v.hook == nil { // pflag compares with the zero value
+	if v.hook == nil { // pflag calls it on the zero value
 		return ""
 	}
 	return string(*v.hook)

@@ -17,7 +17,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/store"
 )
 
-// lock keeps a daemon from attaching what is being detached.
+// lock keeps a daemon from attaching pods again while they are being detached.
 func (u uninstaller) lock(ctx context.Context) (unlock func(), err error) {
 	deadline := time.Now().Add(u.ForDaemon)
 	unlock, err = u.tryLock()
@@ -25,12 +25,12 @@ func (u uninstaller) lock(ctx context.Context) (unlock func(), err error) {
 		unlock, err = u.tryLock()
 	}
 	if errors.Is(err, statedir.ErrRunning) {
-		err = fmt.Errorf("%w; end it first", err)
+		err = fmt.Errorf("%w; stop it first", err)
 	}
 	return unlock, err
 }
 
-// tryLock returns statedir.ErrRunning if there is a daemon of the same state directory or of the same pins.
+// tryLock returns statedir.ErrRunning if a daemon uses the same state directory or the same pins.
 func (u uninstaller) tryLock() (unlock func(), err error) {
 	release, err := statedir.ClaimPins(u.BPFDir)
 	if err != nil {
@@ -47,17 +47,18 @@ func (u uninstaller) tryLock() (unlock func(), err error) {
 	return func() { _ = held.Release(); release() }, nil
 }
 
-// lookForDaemon is how often it is looked whether the daemon has ended.
+// lookForDaemon is the interval at which lock checks whether the daemon has exited.
 const lookForDaemon = 200 * time.Millisecond
 
-// drainInterval separates looks at the connections that are left. It is longer than a taken one may still be answered.
+// drainInterval is the interval at which quiesce counts the remaining connections. It exceeds the time for which a taken connection
+// may still be answered.
 const drainInterval = datapath.TakenGrace + 500*time.Millisecond
 
 func (u uninstaller) detach(ctx context.Context) error {
 	d, err := datapath.Open(u.BPFDir)
 	switch {
 	case errors.Is(err, datapath.ErrNotLoaded) || errors.Is(err, fs.ErrNotExist):
-		d = nil // or what is left of it when uninstall was killed
+		d = nil // or only parts of it are left, because uninstall was killed
 	case err != nil:
 		return err
 	default:
@@ -74,7 +75,7 @@ func (u uninstaller) detach(ctx context.Context) error {
 	}
 	records, err := attach.ReadRecords(u.StateDir)
 	if err != nil {
-		u.Log.Warn("records of attachments that cannot be read", "error", err)
+		u.Log.Warn("failed to read attachment records", "error", err)
 	}
 	for _, id := range ids {
 		if err := attach.Detach(d, u.BPFDir, id); err != nil {
@@ -91,8 +92,8 @@ func (u uninstaller) detach(ctx context.Context) error {
 	return attach.Prune(ctx, d, u.BPFDir)
 }
 
-// removeFilters removes filters whose pins are lost from the devices on record. The records themselves go later: should this
-// be killed, they are needed again.
+// removeFilters removes filters whose pins are lost from the devices on record. The records themselves are removed later, because
+// they are needed again if this is killed.
 func removeFilters(records []attach.Record) error {
 	links, err := attach.Links()
 	if err != nil {
@@ -109,23 +110,22 @@ func removeFilters(records []attach.Record) error {
 	return nil
 }
 
-// removePins removes the directory of pins, but never a whole file system of others' pins.
+// removePins removes the directory of pins, unless its parent is not a BPF file system: then the directory may be the root of one.
 func (u uninstaller) removePins() error {
 	var fs unix.Statfs_t
 	if parent := filepath.Dir(u.BPFDir); unix.Statfs(parent, &fs) != nil || fs.Type != unix.BPF_FS_MAGIC {
-		u.Log.Info("no pins", "reason", parent+" is not a BPF file system")
+		u.Log.Info("no pins to remove", "reason", parent+" is not a BPF file system")
 		return nil
 	}
 	return os.RemoveAll(u.BPFDir)
 }
 
-// quiesce makes the programs take no connection any more, by leaving them nothing to answer from, and waits for those that
-// they have.
+// quiesce stops the programs from taking connections, by removing all evidence, and waits for the connections that they have.
 func (u uninstaller) quiesce(ctx context.Context, d *datapath.Datapath, ids []attach.ID) error {
 	for _, id := range ids {
 		known, err := attach.OpenPod(d, u.BPFDir, id)
 		if errors.Is(err, os.ErrNotExist) {
-			continue // deleted meanwhile, or never whole
+			continue // deleted meanwhile, or incomplete
 		}
 		if err != nil {
 			return err
@@ -147,13 +147,13 @@ func (u uninstaller) quiesce(ctx context.Context, d *datapath.Datapath, ids []at
 			return err
 		}
 		if time.Now().After(deadline) {
-			u.Log.Warn("connections that were handed over, or observed, have not ended", "connections", flows)
+			u.Log.Warn("handed-over or observed connections are still open", "connections", flows)
 			return nil
 		}
 	}
 }
 
-// removeState removes the daemon's files and the records, but nothing of others.
+// removeState removes the daemon's files and the attachment records. Other files in the state directory stay.
 func (u uninstaller) removeState() error {
 	records := attach.RecordsDir(u.StateDir)
 	if err := os.RemoveAll(records); err != nil {
@@ -162,10 +162,10 @@ func (u uninstaller) removeState() error {
 	if err := statedir.Remove(u.StateDir); err != nil {
 		return err
 	}
-	// In a pod the directory is a mount: only where the host has it can it be removed.
+	// In a pod the directory is a mount point, so remove it through the host's root.
 	err := os.Remove(filepath.Join(u.procDir(), "1/root", u.StateDir))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		u.Log.Info("the empty directory of the state is left", "reason", err)
+		u.Log.Info("keeping the state directory", "reason", err)
 	}
 	return nil
 }

@@ -1,4 +1,4 @@
-// Package install puts the CNI plugin onto a node, keeps it in the chain, and takes probelet off the node again.
+// Package install installs the CNI plugin on a node, keeps it in the chain, and removes probelet from the node.
 package install
 
 import (
@@ -19,31 +19,35 @@ import (
 	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 )
 
-// Options is what install and uninstall are told.
+// Options configures Install, Keep and Uninstall.
 type Options struct {
-	NetDir, BinDir   string // of network configurations and plugins
+	NetDir, BinDir   string // CNI's network configurations and plugins
 	BPFDir, StateDir string
 	Log              *slog.Logger
 
-	Chain  string // how to join the chain: auto, dropin, copy
-	Plugin string // the file of its binary
-	Hook   attach.Hook
+	// Install and Keep.
+	Chain string // how the plugin joins the chain: auto, dropin or copy
+	Hook  attach.Hook
+	// Plugin is the binary to install. The default is PluginType in the directory of this program.
+	Plugin string
 
-	// How long is waited: for the runtime to notice, for plugins that it runs, for connections, for the daemon.
-	Settle, InFlight, Drain time.Duration
-	ForDaemon               time.Duration // to end
+	// Uninstall.
+	Settle    time.Duration // for the runtime to notice that the plugin left the chain
+	InFlight  time.Duration // for plugins that the runtime started before
+	Drain     time.Duration // for connections that were handed over
+	ForDaemon time.Duration // for the daemon to exit
 
-	proc string // where the host's processes are; empty: /proc
+	proc string // default: /proc
 }
 
 func (o *Options) procDir() string { return cmp.Or(o.proc, "/proc") }
 
-// way resolves Chain, and logs what it was resolved by.
+// way resolves Chain and logs the runtimes it was derived from.
 func (o *Options) way() (chain.Way, error) {
 	switch o.Chain {
 	case "auto":
 		found := runtimes.Find(o.procDir())
-		o.Log.Info("container runtime", "found", found, "chain", chain.BestWay(found))
+		o.Log.Info("found container runtimes", "runtimes", found, "chain", chain.BestWay(found))
 		return chain.BestWay(found), nil
 	case string(chain.DropIn), string(chain.Copy):
 		return chain.Way(o.Chain), nil
@@ -51,7 +55,7 @@ func (o *Options) way() (chain.Way, error) {
 	return "", fmt.Errorf("--chain %q: must be auto, dropin or copy", o.Chain)
 }
 
-// pluginConf returns the plugin's fields that are not its defaults.
+// pluginConf returns the fields of the plugin's configuration that differ from the plugin's defaults.
 func pluginConf(bpfDir, stateDir string, hook attach.Hook) map[string]string {
 	conf := map[string]string{}
 	if hook == attach.HookXDP {
@@ -66,7 +70,6 @@ func pluginConf(bpfDir, stateDir string, hook attach.Hook) map[string]string {
 	return conf
 }
 
-// node is what the options say of the chain.
 func (o *Options) node() chain.Node {
 	return chain.Node{
 		NetDir: o.NetDir, BinDir: o.BinDir, StateDir: o.StateDir, Log: o.Log,
@@ -74,7 +77,7 @@ func (o *Options) node() chain.Node {
 	}
 }
 
-// Install puts the plugin onto the node and into the chain.
+// Install copies the plugin onto the node and adds it to the chain. It waits for a network to join.
 func Install(ctx context.Context, o Options) error {
 	way, err := o.way()
 	if err != nil {
@@ -92,18 +95,19 @@ func Install(ctx context.Context, o Options) error {
 		return err
 	}
 	if err := node.CanJoin(); err != nil {
-		return fmt.Errorf("nothing has been changed: %w", err)
+		return fmt.Errorf("nothing was changed: %w", err)
 	}
-	// First: a chain that names a plugin that is not there would keep pods from starting.
+	// The binary goes first: with a chain that names a missing plugin no pod could start.
 	changed, err := node.PutPlugin(ctx, o.Plugin)
 	if err != nil {
 		return fmt.Errorf("plugin: %w", err)
 	}
-	o.Log.Info("plugin", "dir", o.BinDir, "new", changed)
+	o.Log.Info("plugin binary installed", "dir", o.BinDir, "changed", changed)
 	return node.Follow(ctx, way, true)
 }
 
-// Keep keeps the plugin in the chain until ctx ends. After each look looked gets what keeps it out, or nil.
+// Keep keeps the plugin in the chain until ctx ends. It calls looked after each check, with the reason why the plugin is not in the
+// chain, or nil.
 func Keep(ctx context.Context, o Options, looked func(error)) error {
 	way, err := o.way()
 	if err != nil {
@@ -114,7 +118,7 @@ func Keep(ctx context.Context, o Options, looked func(error)) error {
 	return node.Follow(ctx, way, false)
 }
 
-// checkPlugin returns an error unless file is an executable of the architecture that this program is built for.
+// checkPlugin returns an error unless file is an executable for the architecture of this program.
 func checkPlugin(file string) error {
 	want, err := headerOf("/proc/self/exe")
 	if err != nil {

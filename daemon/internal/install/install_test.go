@@ -26,7 +26,7 @@ func execute(t *testing.T, command func(io.Writer) *cobra.Command, args ...strin
 	return cmd.ExecuteContext(t.Context())
 }
 
-// program returns an ELF file's header, with the changes made to it.
+// program returns the header of an ELF executable for this machine, after change.
 func program(t *testing.T, change func(*elf.Header64)) []byte {
 	t.Helper()
 	own, err := headerOf("/proc/self/exe")
@@ -54,12 +54,12 @@ func TestCheckPlugin(t *testing.T) {
 		text []byte
 		want string // in the error; empty: none
 	}{
-		"a program":                {program(t, nil), ""},
-		"position-independent":     {program(t, func(h *elf.Header64) { h.Type = uint16(elf.ET_DYN) }), ""},
-		"a script":                 {[]byte("#!/bin/sh\n"), "must be an ELF executable: "},
-		"an empty file":            {nil, "must be an ELF executable: "},
-		"an object file":           {program(t, func(h *elf.Header64) { h.Type = uint16(elf.ET_REL) }), "must be an ELF executable, not ET_REL"},
-		"for another architecture": {program(t, func(h *elf.Header64) { h.Machine = uint16(elf.EM_S390) }), "built for EM_S390"},
+		"executable":           {program(t, nil), ""},
+		"position-independent": {program(t, func(h *elf.Header64) { h.Type = uint16(elf.ET_DYN) }), ""},
+		"script":               {[]byte("#!/bin/sh\n"), "must be an ELF executable: "},
+		"empty file":           {nil, "must be an ELF executable: "},
+		"object file":          {program(t, func(h *elf.Header64) { h.Type = uint16(elf.ET_REL) }), "must be an ELF executable, not ET_REL"},
+		"another architecture": {program(t, func(h *elf.Header64) { h.Machine = uint16(elf.EM_S390) }), "built for EM_S390"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			file := filepath.Join(t.TempDir(), "probelet")
@@ -71,18 +71,17 @@ func TestCheckPlugin(t *testing.T) {
 				t.Error(err)
 			}
 			if test.want != "" && (err == nil || !strings.Contains(err.Error(), "--plugin \""+file+"\": ") || !strings.Contains(err.Error(), test.want)) {
-				t.Errorf("got %v, want an error that names the file and has %q in it", err, test.want)
+				t.Errorf("got %v, want an error that names the file and contains %q", err, test.want)
 			}
 		})
 	}
 	none := filepath.Join(t.TempDir(), "none")
 	if err := checkPlugin(none); err == nil || !strings.Contains(err.Error(), "--plugin: ") || !strings.Contains(err.Error(), none) {
-		t.Errorf("no such file: %v", err)
+		t.Errorf("missing file: %v", err)
 	}
 }
 
-// The plugin's configuration has the fields that are not the plugin's defaults, and no more.
-func TestPluginConf(t *testing.T) {
+func TestPluginConfOmitsDefaults(t *testing.T) {
 	for _, test := range []struct {
 		bpfDir, stateDir string
 		hook             attach.Hook
@@ -99,7 +98,7 @@ func TestPluginConf(t *testing.T) {
 	}
 }
 
-// What install writes into the chain. The default is not written: it is the plugin's.
+// The default is omitted, because it is the plugin's own.
 func TestInstallWritesTheHook(t *testing.T) {
 	for hook, want := range map[string]string{"": "", "tc": "", "xdp": `"hook": "xdp"`} {
 		netDir, binDir, plugin := t.TempDir(), t.TempDir(), filepath.Join(t.TempDir(), "probelet")
@@ -133,8 +132,8 @@ func TestInstallWritesTheHook(t *testing.T) {
 	}
 }
 
-// Where the runtime would not find the plugin nothing is installed, whatever the daemon's mode, and no directory is made.
-func TestInstallRefusesAWrongDirectory(t *testing.T) {
+// Install changes nothing and creates no directory if the runtime would not find the plugin.
+func TestInstallRefusesWrongDirectory(t *testing.T) {
 	netDir, plugin := t.TempDir(), filepath.Join(t.TempDir(), "probelet")
 	file := filepath.Join(netDir, "10-net.conflist")
 	for name, text := range map[string]string{file: `{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "ptp"}]}`, plugin: string(program(t, nil))} {
@@ -144,9 +143,9 @@ func TestInstallRefusesAWrongDirectory(t *testing.T) {
 	}
 	empty, none := t.TempDir(), filepath.Join(t.TempDir(), "none")
 	for name, dirs := range map[string]struct{ net, bin, want string }{
-		"others' plugins are not there": {netDir, empty, "would not find the plugin"},
-		"no plugins' directory":         {netDir, none, "--cni-bin-dir"},
-		"no networks' directory":        {none, empty, "--cni-net-dir"},
+		"other plugins missing": {netDir, empty, "would not find the plugin"},
+		"no plugin directory":   {netDir, none, "--cni-bin-dir"},
+		"no network directory":  {none, empty, "--cni-net-dir"},
 	} {
 		o := Options{
 			NetDir: dirs.net, BinDir: dirs.bin, StateDir: t.TempDir(), Log: slog.New(slog.DiscardHandler), Chain: "copy", Plugin: plugin,
@@ -158,7 +157,7 @@ func TestInstallRefusesAWrongDirectory(t *testing.T) {
 		left, _ := filepath.Glob(filepath.Join(netDir, "*"))
 		more, _ := filepath.Glob(filepath.Join(empty, "*"))
 		if _, err := os.Stat(none); !os.IsNotExist(err) || len(left) != 1 || len(more) > 0 {
-			t.Errorf("%s: left %s, %s, %v", name, left, more, err)
+			t.Errorf("%s: found %s, %s, %v afterwards", name, left, more, err)
 		}
 	}
 }

@@ -14,13 +14,12 @@ import (
 	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 )
 
-// uninstaller takes probelet off a node.
 type uninstaller struct {
 	Options
 	node chain.Node
 }
 
-// Uninstall takes probelet off the node.
+// Uninstall removes probelet from the node. It is idempotent: it may be run again after it was interrupted at any point.
 func Uninstall(ctx context.Context, o Options) error {
 	return uninstaller{o, o.node()}.run(ctx)
 }
@@ -40,14 +39,14 @@ func (u uninstaller) run(ctx context.Context) error {
 		return err
 	}
 	if len(references) > 0 {
-		return fmt.Errorf("files that are not ours name the plugin, and without it no pod could start: %s: take it out there, and run uninstall again; nothing has been changed",
+		return fmt.Errorf("files that probelet does not own name the plugin, and without it no pod could start: %s; remove the plugin there and run uninstall again; nothing was changed",
 			join(references))
 	}
 	changed, err := u.node.Leave(ctx)
 	if err != nil {
 		return fmt.Errorf("leaving the chain: %w", err)
 	}
-	log.Info("left the chain", "was in it", changed)
+	log.Info("left the chain", "changed", changed)
 	if changed || u.node.HasPlugin() {
 		if err := u.settleDown(ctx); err != nil {
 			return err
@@ -68,21 +67,21 @@ func (u uninstaller) run(ctx context.Context) error {
 	if err := u.node.RemovePlugin(); err != nil {
 		return err
 	}
-	log.Info("nothing of probelet is left on the node")
+	log.Info("probelet removed from the node")
 	return nil
 }
 
-// checkNetDir returns an error if the plugin is there, but NetDir is not, or a runtime reads networks that name the plugin from
-// another directory: without the binary pods could not start.
+// checkNetDir guards against a wrong NetDir. If the plugin's binary is installed, NetDir must exist, and no runtime may read a network
+// that names the plugin from another directory: without the binary no pod of that network could start.
 func (u uninstaller) checkNetDir() error {
 	if !u.node.HasPlugin() {
 		return nil
 	}
 	if _, err := os.Stat(u.NetDir); err != nil {
-		return fmt.Errorf("--cni-net-dir: %w: without the plugin in %s no pod could start where a network names it; nothing has been changed", err, u.BinDir)
+		return fmt.Errorf("--cni-net-dir: %w: a network elsewhere may name the plugin, and without its binary in %s no pod could start; nothing was changed", err, u.BinDir)
 	}
 	if elsewhere := u.node.Elsewhere(); len(elsewhere) > 0 {
-		return fmt.Errorf("--cni-net-dir %q: the runtime reads its networks from another directory, and there the plugin is named: %s; nothing has been changed",
+		return fmt.Errorf("--cni-net-dir %q: the runtime reads networks from another directory, where files name the plugin: %s; nothing was changed",
 			u.NetDir, join(elsewhere))
 	}
 	return nil
@@ -96,15 +95,16 @@ func join(references []chain.Reference) string {
 	return strings.Join(words, ", ")
 }
 
-// A chain is run by one process after the other. One that is not seen at so many looks, this far apart, has ended.
+// A runtime runs the plugins of a chain one process after another, with gaps. A chain has ended when none of its processes is seen in
+// this many looks, this far apart.
 const (
 	inFlightLooks    = 5
 	inFlightInterval = 100 * time.Millisecond
 )
 
-// settleDown waits until the runtime has read its configuration, and until those have ended that it ran by the one before.
+// settleDown waits until the runtime has read its configuration and the plugins that it started with the previous one have exited.
 func (u uninstaller) settleDown(ctx context.Context) error {
-	if err := u.node.Wake(); err != nil { // whoever left the chain may have been killed before
+	if err := u.node.Wake(); err != nil { // an uninstall that left the chain may have been killed before its own Wake
 		return err
 	}
 	if !wait(ctx, u.Settle) {
@@ -118,7 +118,7 @@ func (u uninstaller) settleDown(ctx context.Context) error {
 		}
 	}
 	if len(began) > 0 {
-		u.Log.Info("waiting for CNI plugins that are at work", "containers", len(began))
+		u.Log.Info("waiting for running CNI plugins", "containers", len(began))
 	}
 	deadline := time.Now().Add(u.InFlight)
 	for unseen := 0; unseen < inFlightLooks && len(began) > 0; unseen++ {
@@ -128,7 +128,7 @@ func (u uninstaller) settleDown(ctx context.Context) error {
 			}
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("CNI plugins are still at work after %s, by a configuration that may name the plugin; run uninstall again", u.InFlight)
+			return fmt.Errorf("CNI plugins are still at work after %s, with a configuration that may name the plugin; run uninstall again", u.InFlight)
 		}
 		if !wait(ctx, inFlightInterval) {
 			return ctx.Err()
@@ -137,12 +137,12 @@ func (u uninstaller) settleDown(ctx context.Context) error {
 	return nil
 }
 
-// pluginIsNeeded is whether the runtime will still run the plugin, to delete pods that are there.
+// pluginIsNeeded reports whether the runtime will still run the plugin to delete existing pods.
 func (u uninstaller) pluginIsNeeded() bool {
 	if !runtimes.Find(u.procDir()).KeepConfiguration() {
 		return false
 	}
-	const hint = "the plugin's binary is left, which does nothing now: the runtime deletes a pod with the network configuration of its ADD. Run uninstall again when pods of before are gone"
+	const hint = "keeping the plugin's binary, now a no-op: the runtime deletes a pod with the network configuration of its ADD; run uninstall again once the existing pods are gone"
 	pods, err := adopt.Node{Root: filepath.Join(u.procDir(), "1/root"), CacheDir: adopt.DefaultCacheDir}.Naming(chain.PluginType)
 	if err != nil {
 		u.Log.Warn(hint, "error", err)

@@ -18,8 +18,8 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// Networks that are not where uninstall looks may name the plugin: without it no pod could start.
-func TestUninstallLooksElsewhere(t *testing.T) {
+// Networks in another directory may name the plugin, and without its binary no pod could start.
+func TestUninstallRefusesMissingNetDir(t *testing.T) {
 	dir := t.TempDir()
 	plugin := filepath.Join(dir, "probelet")
 	if err := os.WriteFile(plugin, nil, 0o755); err != nil { //nolint:gosec // a program
@@ -36,18 +36,18 @@ func TestUninstallLooksElsewhere(t *testing.T) {
 	}
 }
 
-// A runtime that reads its networks from a directory that uninstall does not look into may name the plugin there.
-func TestUninstallChecksTheRuntimesDirectory(t *testing.T) {
+// Uninstall refuses if a runtime reads networks that name the plugin from a directory other than --cni-net-dir.
+func TestUninstallChecksRuntimeNetDir(t *testing.T) {
 	const list = `{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "ptp"}, {"type": "probelet"}]}`
 	for name, test := range map[string]struct {
 		conf, text string
 		refused    bool
 	}{
-		"the plugin is named there":             {"conf_dir = '/net'\nbin_dir = 'BIN'\n", list, true},
-		"and plugins are anywhere":              {"conf_dir = '/net'\n", list, true},
-		"by a file of install":                  {"conf_dir = '/net'\n", strings.Replace(list, `"name"`, `"probelet.dev/derivedFrom": "10-net.conflist", "name"`, 1), true},
-		"another plugin is":                     {"conf_dir = '/net'\n", strings.Replace(list, "probelet", "portmap", 1), false},
-		"by a runtime whose plugins are others": {"conf_dir = '/net'\nbin_dir = '/usr/lib/cni'\n", list, false},
+		"plugin named":                           {"conf_dir = '/net'\nbin_dir = 'BIN'\n", list, true},
+		"plugin named, plugin directory unknown": {"conf_dir = '/net'\n", list, true},
+		"plugin named in a copy":                 {"conf_dir = '/net'\n", strings.Replace(list, `"name"`, `"probelet.dev/derivedFrom": "10-net.conflist", "name"`, 1), true},
+		"plugin not named":                       {"conf_dir = '/net'\n", strings.Replace(list, "probelet", "portmap", 1), false},
+		"runtime with another plugin directory":  {"conf_dir = '/net'\nbin_dir = '/usr/lib/cni'\n", list, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -71,10 +71,10 @@ func TestUninstallChecksTheRuntimesDirectory(t *testing.T) {
 			}
 			err := Uninstall(t.Context(), o)
 			if _, gone := os.Stat(plugin); test.refused != (err != nil) || test.refused == os.IsNotExist(gone) {
-				t.Errorf("got %v, plugin: %v; want it refused: %v", err, gone, test.refused)
+				t.Errorf("got %v, plugin: %v; want refusal: %v", err, gone, test.refused)
 			}
 			if err != nil && (!strings.Contains(err.Error(), "--cni-net-dir") || !strings.Contains(err.Error(), "/net/00-probelet.conflist: plugins[1].type")) {
-				t.Errorf("%v: must name the flag and the place", err)
+				t.Errorf("got %v, want an error that names the flag and the place", err)
 			}
 		})
 	}
@@ -89,7 +89,7 @@ func TestNegativeDurations(t *testing.T) {
 	}
 }
 
-// attached returns a pod that is attached and on record.
+// attached adds a pod, attaches it and writes its record.
 func attached(t *testing.T, node *bpftest.Node, o Options, via attach.Via) *bpftest.Pod {
 	t.Helper()
 	d, err := datapath.Ensure(t.Context(), o.BPFDir)
@@ -106,7 +106,7 @@ func attached(t *testing.T, node *bpftest.Node, o Options, via attach.Via) *bpft
 	return p
 }
 
-// wantBare expects no program on the pod's device.
+// wantBare checks that no program is attached to the pod's device.
 func wantBare(t *testing.T, p *bpftest.Pod) {
 	t.Helper()
 	bpftest.Do(t, p.Node.NS, func() error {
@@ -116,7 +116,7 @@ func wantBare(t *testing.T, p *bpftest.Pod) {
 		}
 		for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
 			if filters, err := netlinksafe.FilterList(device, parent); err == nil && len(filters) > 0 {
-				t.Errorf("filters are left on %s: %v", p.HostIfName, filters)
+				t.Errorf("filters still on %s: %v", p.HostIfName, filters)
 			}
 		}
 		for _, side := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
@@ -128,15 +128,14 @@ func wantBare(t *testing.T, p *bpftest.Pod) {
 				return err
 			}
 			if len(result.Programs) > 0 {
-				t.Errorf("%s of %s: %d programs are left", side, p.HostIfName, len(result.Programs))
+				t.Errorf("%s of %s: %d programs still attached", side, p.HostIfName, len(result.Programs))
 			}
 		}
 		return nil
 	})
 }
 
-// An uninstall that was killed is run again, from wherever it was.
-func TestUninstallAgain(t *testing.T) {
+func TestUninstallAfterInterruption(t *testing.T) {
 	o := Options{
 		NetDir: t.TempDir(), BinDir: t.TempDir(), BPFDir: bpftest.BPFDir(t), StateDir: filepath.Join(t.TempDir(), "state"),
 		Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
@@ -152,7 +151,7 @@ func TestUninstallAgain(t *testing.T) {
 	}
 	for _, dir := range []string{o.BPFDir, o.StateDir} {
 		if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("%s is left: %v", dir, err)
+			t.Errorf("%s still exists: %v", dir, err)
 		}
 	}
 }
