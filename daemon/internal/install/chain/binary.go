@@ -9,7 +9,7 @@ import (
 	"path/filepath"
 )
 
-// PutPlugin puts the plugin's binary where the runtime finds it. changed is whether it was not there, or another one.
+// PutPlugin copies the plugin's binary from source into BinDir. changed reports whether the binary was missing or different.
 func (n Node) PutPlugin(ctx context.Context, source string) (changed bool, err error) {
 	program, err := os.ReadFile(source)
 	if err != nil {
@@ -30,18 +30,18 @@ func (n Node) PutPlugin(ctx context.Context, source string) (changed bool, err e
 	return true, writeFile(target, program, 0o755, nil)
 }
 
-// removeInterrupted removes what writing the binary left when it was interrupted.
+// removeInterrupted removes the temporary files of interrupted writes.
 func (n Node) removeInterrupted() error {
 	return removeAll(filepath.Join(n.BinDir, "."+PluginType+"[0-9]*"))
 }
 
-// HasPlugin is whether the binary is there.
+// HasPlugin reports whether the plugin's binary is in BinDir.
 func (n Node) HasPlugin() bool {
 	_, err := os.Lstat(n.pluginFile())
 	return err == nil
 }
 
-// RemovePlugin removes the binary. It takes no lock, because the state directory is gone by then.
+// RemovePlugin removes the plugin's binary. It takes no lock, because by then the state directory is gone.
 func (n Node) RemovePlugin() error {
 	if err := os.Remove(n.pluginFile()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err

@@ -1,5 +1,5 @@
-// Package chain puts the CNI plugin onto a node and into the chain of the node's network, and takes it out again. It
-// never edits a file of somebody else's, and whatever is there at any moment is whole.
+// Package chain adds the CNI plugin to the chain of the node's network and removes it. It never edits a file that it does not own, and
+// it replaces its own files atomically.
 package chain
 
 import (
@@ -19,7 +19,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
-// PluginType is the plugin's type in a network configuration, and the name of its binary.
+// PluginType is the plugin's type in network configurations and the name of its binary.
 const PluginType = "probelet"
 
 // Way is how the plugin joins the chain.
@@ -27,13 +27,13 @@ type Way string
 
 // Ways.
 const (
-	// DropIn is a file of its own in the directory that is named after the network (libcni 1.3 and newer).
+	// DropIn is a separate file in the directory named after the network (libcni 1.3 and later).
 	DropIn Way = "dropin"
-	// Copy is a copy of the primary network's configuration, with the plugin in it, under a name that sorts first.
+	// Copy is a copy of the primary network's configuration that includes the plugin, under a name that sorts first.
 	Copy Way = "copy"
 )
 
-// BestWay is the better one that all runtimes are known to understand.
+// BestWay returns DropIn if all runtimes are known to support it, otherwise Copy.
 func BestWay(all runtimes.List) Way {
 	if all.ReadDropIns() {
 		return DropIn
@@ -41,45 +41,46 @@ func BestWay(all runtimes.List) Way {
 	return Copy
 }
 
-// Node is where CNI keeps its files.
+// Node locates CNI's files on a node.
 type Node struct {
-	NetDir string // of network configurations
-	BinDir string // of plugins
-	// StateDir is where whoever changes the two directories takes a lock.
+	NetDir string // network configurations
+	BinDir string // plugins
+	// StateDir holds the lock that every process takes before it changes the two directories.
 	StateDir string
-	// Conf are the plugin's own fields in the configuration, beside its type.
+	// Conf holds the plugin's own fields in the configuration, besides its type.
 	Conf map[string]string
 	Log  *slog.Logger
-	// Looked, if set, is told by Follow after each look how the plugin is in the chain, or why it is not.
+	// Looked, if set, receives what Follow found after each check: how the plugin joined the chain, or why it did not.
 	Looked func(Joined, error)
-	// Runtimes finds the node's runtimes, whose configuration says where they look for plugins. nil: none is asked.
+	// Runtimes returns the node's runtimes, whose configuration names their plugin directories. It may be nil.
 	Runtimes func() runtimes.List
-	// proc is where the host's processes are; empty: /proc.
+	// proc is the host's proc file system. The default is /proc.
 	proc string
 }
 
-// What may be otherwise in a moment.
+// Transient errors.
 var (
 	// ErrNoNetwork: there is no network configuration.
 	ErrNoNetwork = errors.New("no network configuration")
-	// ErrUnusable: the one that there is cannot be read.
+	// ErrUnusable: the network configuration cannot be read or parsed.
 	ErrUnusable = errors.New("not a network configuration")
-	// ErrUnsupported: it can, but the plugin would keep its pods from starting.
+	// ErrUnsupported: the configuration is valid, but with the plugin in it pods could not start.
 	ErrUnsupported = errors.New("the plugin cannot be in this network")
 )
 
-// Joined says how the plugin is in the chain.
+// Joined describes how the plugin joined the chain.
 type Joined struct {
-	Way     Way    // empty: by somebody else's hand
-	Network string // its name
-	Primary string // the file of its configuration
-	File    string // ours; empty with Way
-	Changed bool   // just now
+	Way     Way    // empty: the network's own configuration has the plugin
+	Network string // name of the network
+	Primary string // file of its configuration
+	File    string // file that adds the plugin; empty if Way is
+	Changed bool   // whether this Join changed a file
 }
 
-// Join puts the plugin into the chain of the primary network, or adapts what is there to how that is now. The error is
-// ErrNoNetwork if there is none, ErrUnsupported if the plugin cannot be in it, and ErrMisplaced if the runtime would not find the
-// plugin; then nothing of ours is left either, lest a network outlive its configuration or its pods do not start. It is ErrUnusable if that cannot be read; then everything stays as it is.
+// Join adds the plugin to the chain of the primary network, or updates a previous Join to the network's current configuration.
+//
+// On ErrNoNetwork, ErrUnsupported and ErrMisplaced it removes the plugin from the chain, so that no network outlives its configuration
+// and no pod is kept from starting. On ErrUnusable it changes nothing.
 func (n Node) Join(ctx context.Context, way Way) (Joined, error) {
 	locked, err := n.lock(ctx)
 	if err != nil {
@@ -111,7 +112,7 @@ func (n Node) Join(ctx context.Context, way Way) (Joined, error) {
 	return p.Joined, err
 }
 
-// hasDropIn reports whether the plugin is in a drop-in of the network by somebody's hand.
+// hasDropIn reports whether a drop-in of the network that Join did not write has the plugin.
 func (n Node) hasDropIn(w *network) bool {
 	files, _ := filepath.Glob(filepath.Join(n.NetDir, w.name, "*.conf"))
 	ours := n.ours()
@@ -121,7 +122,7 @@ func (n Node) hasDropIn(w *network) bool {
 	})
 }
 
-// joinable returns the primary network, if the plugin can be in it.
+// joinable returns the primary network. The error is ErrUnsupported if the plugin cannot be in it.
 func (n Node) joinable() (w *network, j Joined, err error) {
 	if w, err = n.primary(); err != nil {
 		return nil, j, err
@@ -133,8 +134,8 @@ func (n Node) joinable() (w *network, j Joined, err error) {
 	return w, j, err
 }
 
-// Look finds out how the plugin is in the chain of the primary network, and changes nothing. in is whether it is there as Join
-// would have it. The errors are Join's.
+// Look reports how the plugin is in the chain of the primary network, without changing anything. in reports whether Join would change
+// nothing either. The errors are those of Join.
 func (n Node) Look() (j Joined, in bool, err error) {
 	w, j, err := n.joinable()
 	if err == nil {
@@ -165,17 +166,17 @@ func (n Node) Look() (j Joined, in bool, err error) {
 	return j, false, nil
 }
 
-// lockDeadline bounds the wait for another process that changes the chain, which takes a moment.
+// lockDeadline bounds the wait for another process that is changing the chain, which takes milliseconds.
 const lockDeadline = 10 * time.Second
 
-// lock keeps other processes from changing the chain or the plugin's binary, until it is released.
+// lock keeps other processes from changing the chain or the plugin's binary until the lock is released.
 func (n Node) lock(ctx context.Context) (*lock.Lock, error) {
 	ctx, cancel := context.WithTimeout(ctx, lockDeadline)
 	defer cancel()
 	return statedir.LockChain(ctx, n.StateDir)
 }
 
-// plugin is our entry.
+// plugin returns our entry in the list of plugins.
 func (n Node) plugin() (json.RawMessage, error) {
 	conf := map[string]string{"type": PluginType}
 	for name, value := range n.Conf {

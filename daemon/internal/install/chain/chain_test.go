@@ -226,18 +226,18 @@ func TestJoinErrors(t *testing.T) {
 	}{
 		"nothing":                     {nil, []string{"no network configuration"}},
 		"no plugins":                  {files{"10-x.conflist": `{"name":"x","plugins":[]}`}, []string{"10-x.conflist", "not a network configuration", "no plugins in list"}},
-		"a list that is a single one": {files{"10-x.conflist": single}, []string{"10-x.conflist", "plugins: there are none"}},
+		"a list that is a single one": {files{"10-x.conflist": single}, []string{"10-x.conflist", "plugins: empty"}},
 		"a single one that is a list": {files{"10-x.conf": list}, []string{"10-x.conf", "not a network configuration", "missing 'type'"}},
 		"a list in .json":             {files{"10-x.json": list}, []string{"10-x.json", "not a network configuration", "missing 'type'"}},
 		"the next is none":            {files{"10-x.conflist": "", "20-y.conflist": list}, []string{"10-x.conflist", "not a network configuration"}},
 		"of our name":                 {files{"00-probelet.conflist": "{", "10-x.conflist": list}, []string{"00-probelet.conflist", "not a network configuration"}},
 		"no name":                     {files{"10-x.conflist": `{"plugins":[{"type":"a"}]}`}, []string{"10-x.conflist", "name: must be set"}},
 		"no type":                     {files{"10-x.conflist": `{"name":"x","plugins":[{"type":"a"},{}]}`}, []string{"plugin config 1", "missing 'type'"}},
-		"a name with a way":           {files{"10-x.conflist": `{"cniVersion":"1.0.0","name":"../x","plugins":[{"type":"a"}]}`}, []string{`"../x"`, "no file's name"}},
+		"a name with a way":           {files{"10-x.conflist": `{"cniVersion":"1.0.0","name":"../x","plugins":[{"type":"a"}]}`}, []string{`"../x"`, "must be a file name"}},
 		"no name is left":             {files{"!00-a.conf": single}, []string{"!00-a.conf", "no free name sorts before"}},
 		"too old":                     {files{"10-x.conflist": strings.Replace(list, "1.0.0", "0.2.0", 1)}, []string{"10-x.conflist", `cniVersion: "0.2.0"`, "0.3.0 or newer"}},
 		"of no version":               {files{"10-x.conf": `{"name":"x","type":"bridge"}`}, []string{"10-x.conf", `cniVersion: ""`}},
-		"drop-ins only":               {files{"10-x.conflist": `{"cniVersion":"1.1.0","name":"x"}`, "x/1-a.conf": `{"type":"a"}`}, []string{"10-x.conflist", "plugins: there are none"}},
+		"drop-ins only":               {files{"10-x.conflist": `{"cniVersion":"1.1.0","name":"x"}`, "x/1-a.conf": `{"type":"a"}`}, []string{"10-x.conflist", "plugins: empty"}},
 		"another's boolean":           {files{"10-x.conflist": strings.Replace(list, `"x":`, `"loadOnlyInlinedPlugins":"perhaps","x":`, 1)}, []string{"loadOnlyInlinedPlugins", `"perhaps"`}},
 	} {
 		t.Run(name, func(t *testing.T) {

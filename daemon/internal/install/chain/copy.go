@@ -12,13 +12,13 @@ import (
 	"slices"
 )
 
-// derivedFrom is the member of a copy that says what it is a copy of.
+// derivedFrom is the key in a copy that names the original.
 const derivedFrom = "probelet.dev/derivedFrom"
 
-// copyNames are those that a copy may have: the first one that sorts before what it is a copy of.
+// copyNames are the file names for copies. A copy takes the first one that sorts before its original.
 var copyNames = []string{"00-probelet.conflist", "00-0-probelet.conflist", "!00-probelet.conflist"}
 
-// copyFile returns the file that a copy of a network's configuration takes.
+// copyFile returns the path for a copy of a network's configuration.
 func (n Node) copyFile(w *network) (string, error) {
 	ours := n.ours()
 	for _, name := range copyNames {
@@ -31,7 +31,7 @@ func (n Node) copyFile(w *network) (string, error) {
 	return "", fmt.Errorf("%s: no free name sorts before it", filepath.Join(n.NetDir, w.file))
 }
 
-// withPlugin is the text of a copy.
+// withPlugin returns a copy of a network's configuration, with the plugin appended.
 func (n Node) withPlugin(w *network) ([]byte, error) {
 	entry, err := n.plugin()
 	if err != nil {
@@ -40,7 +40,7 @@ func (n Node) withPlugin(w *network) ([]byte, error) {
 	return w.derived(w.file, append(slices.Clone(w.plugins), entry))
 }
 
-// derived is the text of a configuration that has these plugins, and is otherwise the network's.
+// derived returns the network's configuration with other plugins, marked as a copy of from.
 func (w *network) derived(from string, plugins []json.RawMessage) ([]byte, error) {
 	members := map[string]any{}
 	for member, value := range w.members {
@@ -51,9 +51,10 @@ func (w *network) derived(from string, plugins []json.RawMessage) ([]byte, error
 	return append(text, '\n'), err
 }
 
-// throughOther returns the network that a copy of ours is of, and that copy, if the primary network, such as Multus', takes its own from
-// it: by its path, or because what was in it has been copied. Then the copy must stay, under its name, and as its original is. The error is
-// ErrUnusable if the path of a copy is in the network and its original cannot be read, as while its owner writes it.
+// throughOther handles a primary network that delegates to our copy of another one, as Multus does, either by the copy's path or by an
+// inlined copy of its content. It returns the original network and the path of the copy, which must then keep its name and follow its
+// original. The error is ErrUnusable if the network names the path of a copy whose original cannot be read, for example while its owner
+// is writing it.
 func (n Node) throughOther(w *network) (original *network, copied string, err error) {
 	if !w.has() || slices.ContainsFunc(w.plugins, isPlugin) {
 		return nil, "", nil
@@ -62,7 +63,7 @@ func (n Node) throughOther(w *network) (original *network, copied string, err er
 		original, err := n.original(file)
 		switch {
 		case err != nil && w.names(file):
-			return nil, "", fmt.Errorf("%s: %w: it takes its network from %s: %w", filepath.Join(n.NetDir, w.file), ErrUnusable, file, err)
+			return nil, "", fmt.Errorf("%s: %w: it delegates to %s: %w", filepath.Join(n.NetDir, w.file), ErrUnusable, file, err)
 		case err == nil && original.file != w.file:
 			return original, file, nil
 		}
@@ -70,7 +71,7 @@ func (n Node) throughOther(w *network) (original *network, copied string, err er
 	return nil, "", nil
 }
 
-// original returns the network that a copy is of, if the plugin can be in it.
+// original returns the network that a file is a copy of. It returns an error if the plugin cannot be in that network.
 func (n Node) original(copied string) (*network, error) {
 	found, err := read(copied)
 	if err != nil {
@@ -78,11 +79,11 @@ func (n Node) original(copied string) (*network, error) {
 	}
 	var from string
 	if err := json.Unmarshal(found.members[derivedFrom], &from); err != nil || filepath.Base(from) != from {
-		return nil, fmt.Errorf("%s: %s: no file's name", copied, derivedFrom)
+		return nil, fmt.Errorf("%s: %s: must be a file name", copied, derivedFrom)
 	}
 	w, err := read(filepath.Join(n.NetDir, from))
 	if err == nil && (w.members[derivedFrom] != nil || w.has()) {
-		err = fmt.Errorf("%s has the plugin itself", filepath.Join(n.NetDir, from))
+		err = fmt.Errorf("%s includes the plugin", filepath.Join(n.NetDir, from))
 	}
 	if err != nil {
 		return nil, err
@@ -90,7 +91,7 @@ func (n Node) original(copied string) (*network, error) {
 	return w, w.unsupported
 }
 
-// isCopy is whether a copy comes before its original, and has what that has now. Our own fields may be others.
+// isCopy reports whether a copy sorts before its original and matches it, apart from the plugin's own fields.
 func (n Node) isCopy(file string, w *network) bool {
 	text, err := os.ReadFile(file)
 	if err != nil || filepath.Base(file) >= w.file {
@@ -110,7 +111,7 @@ func (n Node) isCopy(file string, w *network) bool {
 		maps.EqualFunc(found.members, w.members, func(a, b json.RawMessage) bool { return a == nil && b == nil || same(a, b) })
 }
 
-// disarm takes the plugin out of a copy.
+// disarm removes the plugin from a copy.
 func (n Node) disarm(file string) (changed bool, err error) {
 	w, err := read(file)
 	if err != nil {

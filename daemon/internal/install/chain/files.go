@@ -12,16 +12,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// writeFile replaces a file, whole and for good: also should the machine lose its power now. owner, if not nil, is a file
-// whose owner it has.
+// writeFile replaces a file atomically and durably: it survives a power failure right afterwards. The file gets the owner of owner,
+// unless that is nil.
 func writeFile(file string, text []byte, mode fs.FileMode, owner fs.FileInfo) error {
 	dir := filepath.Dir(file)
-	// Beside the file: a runtime sees a file that is renamed within the directory, not one that comes from elsewhere.
+	// Rename within the directory: runtimes miss a file that is moved in from elsewhere.
 	f, err := renameio.NewPendingFile(file, renameio.WithTempDir(dir), renameio.WithStaticPermissions(mode))
 	if err != nil {
 		return err
 	}
-	defer f.Cleanup() //nolint:errcheck // nothing is left but after an error
+	defer f.Cleanup() //nolint:errcheck // removes the temporary file after an error
 	if owner != nil {
 		if err := f.Chown(ownerOf(owner)); err != nil {
 			return err
@@ -47,13 +47,13 @@ func syncDir(dir string) error {
 		return err
 	}
 	err = f.Sync()
-	if errors.Is(err, unix.EINVAL) { // a file system that has nothing to be synced
+	if errors.Is(err, unix.EINVAL) { // a file system that does not support fsync on directories
 		err = nil
 	}
 	return errors.Join(err, f.Close())
 }
 
-// put writes a file if it does not have that text, and has the runtime read it. It gets the mode and the owner of like.
+// put writes a file with the mode and owner of like, and makes the runtime read it. It does nothing if the file is already up to date.
 func (n Node) put(file string, text []byte, like fs.FileInfo) (changed bool, err error) {
 	if isAs(file, text, like) {
 		return false, nil
@@ -76,7 +76,7 @@ func (n Node) put(file string, text []byte, like fs.FileInfo) (changed bool, err
 	return true, n.Wake()
 }
 
-// isAs reports whether a file has that text, and the mode and the owner of like.
+// isAs reports whether a file has this content, and the mode and owner of like.
 func isAs(file string, text []byte, like fs.FileInfo) bool {
 	old, err := os.ReadFile(file)
 	if err != nil || !bytes.Equal(old, text) {
@@ -94,26 +94,26 @@ func isAs(file string, text []byte, like fs.FileInfo) bool {
 	return uid == wantUID && gid == wantGID
 }
 
-// bell begins the name of the file that comes and goes to wake the runtime.
+// bell is the name prefix of the temporary file that Wake creates and removes.
 const bell = "." + PluginType
 
-// Wake makes the runtime read its configuration again: it watches NetDir, and not the directories in it.
+// Wake makes the runtime reread its configuration. It is needed for drop-ins, because runtimes watch NetDir but not its subdirectories.
 func (n Node) Wake() error {
 	f, err := os.CreateTemp(n.NetDir, bell)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil // nothing to be read
+		return nil // nothing to read
 	}
 	if err != nil {
 		return err
 	}
 	err = errors.Join(f.Close(), os.Remove(f.Name()))
-	if errors.Is(err, fs.ErrNotExist) { // somebody has cleaned up
+	if errors.Is(err, fs.ErrNotExist) { // another process cleaned up
 		return nil
 	}
 	return err
 }
 
-// interrupted are patterns of the files that writing in NetDir leaves when it is interrupted.
+// interrupted returns glob patterns for the temporary files that an interrupted write leaves in NetDir.
 func (n Node) interrupted() []string {
 	patterns := []string{
 		filepath.Join(n.NetDir, bell+"[0-9]*"), filepath.Join(n.NetDir, "*", "."+dropInName+"[0-9]*"),
@@ -124,7 +124,7 @@ func (n Node) interrupted() []string {
 	return patterns
 }
 
-// removeAll removes the files that a pattern matches.
+// removeAll removes the files that match a pattern.
 func removeAll(pattern string) error {
 	files, err := filepath.Glob(pattern)
 	errs := []error{err}
@@ -136,7 +136,7 @@ func removeAll(pattern string) error {
 	return errors.Join(errs...)
 }
 
-// removeEmpty removes a network's directory if nobody has a file in it.
+// removeEmpty removes a network's directory if it is empty.
 func (n Node) removeEmpty(dir string) {
 	if dir != n.NetDir {
 		_ = os.Remove(dir)

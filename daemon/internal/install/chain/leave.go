@@ -8,7 +8,7 @@ import (
 	"path/filepath"
 )
 
-// Leave takes the plugin out of the chain. changed is whether it was in there.
+// Leave removes the plugin from the chain. changed reports whether it was there.
 func (n Node) Leave(ctx context.Context) (changed bool, err error) {
 	locked, err := n.lock(ctx)
 	if err != nil {
@@ -16,15 +16,15 @@ func (n Node) Leave(ctx context.Context) (changed bool, err error) {
 	}
 	defer locked.Release()
 	changed, err = n.leaveBut("")
-	// The directory for a drop-in, if making or removing that was interrupted.
+	// An interrupted Join or Leave may have left an empty directory for drop-ins.
 	if w, err := n.primary(); err == nil && filepath.Base(w.name) == w.name {
 		n.removeEmpty(filepath.Join(n.NetDir, w.name))
 	}
 	return changed, err
 }
 
-// leaveBut removes all files of ours but one, and what writing them left when it was interrupted. A copy by whose path another
-// plugin finds its network, as Multus does, stays, without the plugin: no pod could start if it were gone.
+// leaveBut removes all of our files except keep, and the leftovers of interrupted writes. A copy whose path another plugin uses, as
+// Multus does, stays without our plugin in it: without the file no pod could start.
 func (n Node) leaveBut(keep string) (changed bool, err error) {
 	var errs []error
 	for _, file := range n.ours() {
@@ -55,7 +55,7 @@ func (n Node) leaveBut(keep string) (changed bool, err error) {
 	return changed, errors.Join(errs...)
 }
 
-// ours are the files that Join has made.
+// ours returns the files that Join wrote.
 func (n Node) ours() []string {
 	var files []string
 	for _, name := range copyNames {
@@ -64,7 +64,7 @@ func (n Node) ours() []string {
 		if err != nil {
 			continue
 		}
-		// One that is not whole was not written by us, who never leave one.
+		// A truncated file is not ours: we write atomically.
 		if found, err := parse(name, text); err == nil && found.members[derivedFrom] != nil {
 			files = append(files, file)
 		}

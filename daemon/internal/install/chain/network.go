@@ -14,22 +14,22 @@ import (
 	"golang.org/x/mod/semver"
 )
 
-// network is the configuration that the runtime takes: the first one that it can read.
+// network is a parsed network configuration.
 type network struct {
-	file    string // name in NetDir
+	file    string // base name in NetDir
 	name    string
 	members map[string]json.RawMessage
 	plugins []json.RawMessage
-	// inlinedOnly: drop-in files are not read.
+	// inlinedOnly disables drop-in files.
 	inlinedOnly bool
-	// unsupported is why the plugin cannot be in it; nil if it can.
+	// unsupported says why the plugin cannot be in the network; nil if it can.
 	unsupported error
 }
 
 const dropInName = "10-probelet.conf"
 
-// primary finds the network that the runtime would take without us. The first file is it, or nothing: a runtime may take
-// the next one if that cannot be used, but more often its owner is just writing it.
+// primary returns the network that the runtime would use without us, which is that of the first file. If the first file is invalid, a
+// runtime may use the next one; primary returns an error instead, because most likely the file's owner is still writing it.
 func (n Node) primary() (*network, error) {
 	entries, err := os.ReadDir(n.NetDir) // sorted
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -41,9 +41,9 @@ func (n Node) primary() (*network, error) {
 		}
 		text, err := os.ReadFile(filepath.Join(n.NetDir, e.Name()))
 		if _, link := os.Lstat(filepath.Join(n.NetDir, e.Name())); errors.Is(err, fs.ErrNotExist) && link != nil {
-			continue // renamed or removed meanwhile, which somebody will tell of
+			continue // renamed or removed meanwhile; the watcher will notice
 		}
-		if err != nil { // such as: a link that leads nowhere from here; the runtime may see more
+		if err != nil { // for example a symlink that dangles in our mount namespace but not in the runtime's
 			return nil, fmt.Errorf("%w: %w", ErrUnusable, err)
 		}
 		found, err := parse(e.Name(), text)
@@ -59,8 +59,8 @@ func (n Node) primary() (*network, error) {
 	return nil, fmt.Errorf("%w in %s", ErrNoNetwork, n.NetDir)
 }
 
-// parse reads a configuration as libcni does, for whom the file's name decides: a .conflist is a list of plugins, any other
-// a single plugin's configuration, which becomes a list. What libcni refuses is refused.
+// parse parses a configuration as libcni does: the extension .conflist means a list of plugins, any other a single plugin, which
+// becomes a list. It rejects what libcni rejects.
 func parse(file string, text []byte) (*network, error) {
 	n := &network{file: file}
 	if err := json.Unmarshal(text, &n.members); err != nil {
@@ -100,35 +100,35 @@ func (w *network) parseList(text []byte) error {
 	}
 	w.inlinedOnly = list.LoadOnlyInlinedPlugins
 	if len(list.Plugins) == 0 {
-		w.unsupported = errors.New("plugins: there are none in its own file, so nothing is certain to come before the plugin")
+		w.unsupported = errors.New("plugins: empty in the network's own file, so the plugin might come first in the chain")
 		return nil
 	}
 	return json.Unmarshal(w.members["plugins"], &w.plugins)
 }
 
-// oldestCNI is the oldest version of the CNI specification whose results the plugin reads; before it there was no prevResult.
+// oldestCNI is the oldest version of the CNI specification that the plugin supports: older ones have no prevResult.
 const oldestCNI = "0.3.0"
 
 func (w *network) tooOld() error {
 	var version string
 	var versions []string
-	_ = json.Unmarshal(w.members["cniVersion"], &version) // of what is no string: none
+	_ = json.Unmarshal(w.members["cniVersion"], &version) // not a string: no version
 	_ = json.Unmarshal(w.members["cniVersions"], &versions)
 	if slices.ContainsFunc(append(versions, version), func(v string) bool { return semver.Compare("v"+v, "v"+oldestCNI) >= 0 }) {
 		return nil
 	}
-	return fmt.Errorf("cniVersion: %q: must be %s or newer", version, oldestCNI)
+	return fmt.Errorf("cniVersion %q: must be %s or later", version, oldestCNI)
 }
 
 func pluginType(conf json.RawMessage) string {
 	var plugin struct {
 		Type string `json:"type"`
 	}
-	_ = json.Unmarshal(conf, &plugin) // of what is no object: none
+	_ = json.Unmarshal(conf, &plugin) // not an object: no type
 	return plugin.Type
 }
 
-// has reports whether the plugin is in the network already and not by Join: in its list, or in what one of its plugins delegates to.
+// has reports whether the network has the plugin without Join: in its list, or in a network that one of its plugins delegates to.
 func (w *network) has() bool {
 	return slices.ContainsFunc(w.plugins, func(conf json.RawMessage) bool { return len(places(conf)) > 0 })
 }
@@ -147,5 +147,5 @@ func read(file string) (*network, error) {
 	return w, nil
 }
 
-// readsDropIns is whether a runtime that knows drop-ins looks for those of this network: they are of lists only.
+// readsDropIns reports whether runtimes that support drop-ins read those of this network. Only lists have drop-ins.
 func (w *network) readsDropIns() bool { return !w.inlinedOnly && filepath.Ext(w.file) == ".conflist" }

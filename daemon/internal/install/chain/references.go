@@ -15,10 +15,10 @@ import (
 	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 )
 
-// Reference is a place in a file, not written by Join, that makes a runtime or another plugin run ours, or read a file of ours.
+// Reference is a place in a file that makes a runtime or another plugin run our plugin or read one of our files.
 type Reference struct {
 	File  string
-	Place string // such as delegates[0].plugins[1].type; empty: the file is no JSON
+	Place string // such as delegates[0].plugins[1].type; empty: the file is not JSON
 }
 
 func (r Reference) String() string {
@@ -28,28 +28,28 @@ func (r Reference) String() string {
 	return r.File + ": " + r.Place
 }
 
-// maxReferring is the size of the largest file that is looked into, in bytes. Network configurations are far smaller.
+// maxReferring is the largest file that is searched, in bytes. Network configurations are far smaller.
 const maxReferring = 1 << 20
 
-// References returns all references in NetDir and the directories in it, whatever the files' names: one that was renamed, as
-// Cilium does (*.cilium_bak), may be renamed again. Links are followed; NetDir itself may be one.
+// References returns all references below NetDir in files that Join did not write. It searches files of any name: a configuration that
+// was renamed, as Cilium does (*.cilium_bak), may be renamed back. It follows symlinks, and NetDir itself may be one.
 func (n Node) References() ([]Reference, error) { return n.referencesIn(n.NetDir, nil, true) }
 
 // defaultNetDir is the directory of network configurations that runtimes read unless told otherwise (DefaultConfig in containerd's
 // internal/cri/config, defaultNetworkDir in CRI-O's pkg/config, --cni-conf-dir of cri-dockerd).
 const defaultNetDir = "/etc/cni/net.d"
 
-// Elsewhere returns the references in directories other than NetDir from which a runtime that may find the plugin in BinDir reads
-// networks. Files that Join wrote there count as well: Leave does not reach them.
+// Elsewhere returns the references in other directories than NetDir that runtimes read networks from, unless the runtime does not look
+// for plugins in BinDir. It includes files that Join wrote there, because Leave does not reach them. It is best effort.
 func (n Node) Elsewhere() (all []Reference) {
 	for _, r := range n.runtimes() {
-		said, err := r.Configured()
+		conf, err := r.Configured()
 		if err != nil {
-			n.Log.Debug("the runtime's configuration cannot be read", "runtime", r, "error", err)
+			n.Log.Debug("failed to read the runtime's configuration", "runtime", r, "error", err)
 		}
-		dir := cmp.Or(said.NetDir, defaultNetDir)
+		dir := cmp.Or(conf.NetDir, defaultNetDir)
 		isBinDir := func(dir string) bool { return r.SameDir(dir, n.BinDir) }
-		if said.NoPods || r.SameDir(dir, n.NetDir) || len(said.BinDirs) > 0 && !slices.ContainsFunc(said.BinDirs, isBinDir) {
+		if conf.NoPods || r.SameDir(dir, n.NetDir) || len(conf.BinDirs) > 0 && !slices.ContainsFunc(conf.BinDirs, isBinDir) {
 			continue
 		}
 		found, err := referencesOf(r, dir)
@@ -61,7 +61,7 @@ func (n Node) Elsewhere() (all []Reference) {
 	return all
 }
 
-// referencesOf returns the references in a directory as the runtime sees it, among them those in files that Join wrote.
+// referencesOf returns the references below a directory of the runtime's file system, including files that Join wrote.
 func referencesOf(r runtimes.Runtime, dir string) ([]Reference, error) {
 	opened, err := r.Root().Open(dir)
 	if err != nil {
@@ -76,7 +76,7 @@ func referencesOf(r runtimes.Runtime, dir string) ([]Reference, error) {
 	return found, err
 }
 
-// referencesIn looks into a directory, unless it is one of those that it has been reached by: links may lead in circles.
+// referencesIn searches a directory, unless it is one of its own ancestors (by): symlinks may form cycles.
 func (n Node) referencesIn(dir string, by []os.FileInfo, butOurs bool) (all []Reference, err error) {
 	this, err := os.Stat(dir)
 	if err != nil || slices.ContainsFunc(by, func(one os.FileInfo) bool { return os.SameFile(one, this) }) {
@@ -94,7 +94,7 @@ func (n Node) referencesIn(dir string, by []os.FileInfo, butOurs bool) (all []Re
 		file := filepath.Join(dir, entry.Name())
 		info, err := os.Stat(file)
 		switch {
-		case err != nil: // gone, or a link that leads nowhere
+		case err != nil: // removed meanwhile, or a dangling symlink
 		case info.IsDir():
 			below, err := n.referencesIn(file, append(slices.Clone(by), this), butOurs)
 			if err != nil {
@@ -114,7 +114,7 @@ func (n Node) referencesIn(dir string, by []os.FileInfo, butOurs bool) (all []Re
 	return all, nil
 }
 
-// isNamed reports whether a file that is not ours has the path of one that is.
+// isNamed reports whether a file that is not ours contains the path of our file.
 func (n Node) isNamed(file string) (bool, error) {
 	all, err := n.References()
 	return slices.ContainsFunc(all, func(r Reference) bool {
@@ -123,12 +123,12 @@ func (n Node) isNamed(file string) (bool, error) {
 	}), err
 }
 
-// names reports whether the path of a file is in the network.
+// names reports whether the network contains the path of a file.
 func (w *network) names(file string) bool {
 	return slices.ContainsFunc(w.plugins, func(conf json.RawMessage) bool { return bytes.Contains(conf, []byte("/"+filepath.Base(file))) })
 }
 
-// isInterrupted reports whether a file is what writing one of ours left when it was interrupted.
+// isInterrupted reports whether a file was left by an interrupted write of ours.
 func (n Node) isInterrupted(file string) bool {
 	return slices.ContainsFunc(n.interrupted(), func(pattern string) bool {
 		matches, _ := filepath.Match(pattern, file)
@@ -143,7 +143,7 @@ func skipGone(err error) error {
 	return err
 }
 
-// places returns the places in a text that refer to the plugin.
+// places returns the places in a file that refer to the plugin.
 func places(text []byte) []string {
 	var value any
 	if json.Unmarshal(text, &value) != nil {
@@ -177,10 +177,10 @@ func placesIn(value any, at string) (all []string) {
 	return all
 }
 
-// namesPlugin finds the plugin's type in YAML, and in JSON within a text.
+// namesPlugin matches the plugin's type in YAML and in JSON inside a string.
 var namesPlugin = regexp.MustCompile(`\btype\\?["']?\s*:\s*\\?["']?` + regexp.QuoteMeta(PluginType) + `(?:[\\"'\s,}\]]|$)`)
 
-// namesCopy reports whether a text is the path of a copy that Join makes, as Multus has it (clusterNetwork).
+// namesCopy reports whether a string is the path of a copy that Join writes, as in Multus' clusterNetwork.
 func namesCopy(text string) bool {
 	return filepath.IsAbs(text) && slices.Contains(copyNames, filepath.Base(text))
 }

@@ -14,11 +14,11 @@ import (
 	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 )
 
-// ErrMisplaced: the runtime would not find the plugin, so that no pod could start.
+// ErrMisplaced: the runtime would not find the plugin, so no pod could start.
 var ErrMisplaced = errors.New("the runtime would not find the plugin")
 
-// CanJoin returns an error if the plugin must not join: a directory is missing, or ErrMisplaced. A network that is not there
-// yet, or cannot be read, is no reason.
+// CanJoin returns an error if the plugin must not join: a directory is missing, or the error is ErrMisplaced. A missing or unreadable
+// network is not an error, because it may still come.
 func (n Node) CanJoin() error {
 	if err := errors.Join(flagged("--cni-net-dir", CheckDir(n.NetDir)), flagged("--cni-bin-dir", CheckDir(n.BinDir))); err != nil {
 		return err
@@ -33,7 +33,7 @@ func (n Node) CanJoin() error {
 	return n.searched(w)
 }
 
-// flagged adds the name of a flag to an error about its value.
+// flagged prefixes an error about the value of a flag with the flag's name.
 func flagged(flag string, err error) error {
 	if err != nil {
 		err = fmt.Errorf("%s: %w", flag, err)
@@ -58,39 +58,39 @@ func (n Node) findable(w *network) error {
 	return n.searched(w)
 }
 
-// searched returns ErrMisplaced unless every runtime looks for plugins in BinDir: its configuration says so, or, where that does not
-// say where it looks, all plugins of the network are there. A runtime with other networks than NetDir's does not matter.
+// searched returns ErrMisplaced unless every runtime looks for plugins in BinDir: its configuration must name BinDir or, if it names no
+// directory, BinDir must have all plugins of the network. A runtime that reads networks from another directory does not matter.
 func (n Node) searched(w *network) error {
 	found := n.runtimes()
-	silent := len(found) == 0
+	silent := len(found) == 0 // no configuration names a directory
 	for _, r := range found {
-		said, err := r.Configured()
+		conf, err := r.Configured()
 		if err != nil {
-			n.Log.Debug("the runtime's configuration cannot be read", "runtime", r, "error", err)
+			n.Log.Debug("failed to read the runtime's configuration", "runtime", r, "error", err)
 		}
 		switch {
-		case said.NoPods || said.NetDir != "" && !r.SameDir(said.NetDir, n.NetDir):
-		case len(said.BinDirs) == 0:
+		case conf.NoPods || conf.NetDir != "" && !r.SameDir(conf.NetDir, n.NetDir):
+		case len(conf.BinDirs) == 0:
 			silent = true
 			if err := n.ambiguous(w, r); err != nil {
 				return err
 			}
-		case !slices.ContainsFunc(said.BinDirs, func(dir string) bool { return r.SameDir(dir, n.BinDir) }):
-			return fmt.Errorf("%w: the configuration of %s says that plugins are in %s, not in %s: set --cni-bin-dir (chart: cni.binDir)",
-				ErrMisplaced, r.Name, strings.Join(said.BinDirs, ", "), n.BinDir)
+		case !slices.ContainsFunc(conf.BinDirs, func(dir string) bool { return r.SameDir(dir, n.BinDir) }):
+			return fmt.Errorf("%w: %s looks for plugins in %s, not in %s: set --cni-bin-dir (chart: cni.binDir)",
+				ErrMisplaced, r.Name, strings.Join(conf.BinDirs, ", "), n.BinDir)
 		}
 	}
 	if !silent {
 		return nil
 	}
 	if name, err := w.lacking(n.program); err != nil {
-		return fmt.Errorf("%w: %s of network %s (%s) is not in %s, so its plugins are elsewhere: set --cni-bin-dir (chart: cni.binDir): %w",
+		return fmt.Errorf("%w: %s of network %s (%s) is not in %s: set --cni-bin-dir (chart: cni.binDir): %w",
 			ErrMisplaced, name, w.name, filepath.Join(n.NetDir, w.file), n.BinDir, err)
 	}
 	return nil
 }
 
-// lacking returns the first of a network's plugins, but for ours, that look does not find; nil: it finds all.
+// lacking returns the first of a network's plugins, other than ours, for which look returns an error, and that error.
 func (w *network) lacking(look func(name string) error) (name string, err error) {
 	for _, p := range w.plugins {
 		if name = pluginType(p); name == PluginType {
@@ -103,12 +103,12 @@ func (w *network) lacking(look func(name string) error) (name string, err error)
 	return "", nil
 }
 
-// defaultBinDir is where runtimes look that are not told otherwise (defaultNetworkPluginBinDirs in containerd's internal/cri/config,
-// cniBinDir in CRI-O's pkg/config, --cni-bin-dir of cri-dockerd), if a distribution has not built in another directory.
+// defaultBinDir is the plugin directory of runtimes whose configuration names none (defaultNetworkPluginBinDirs in containerd's
+// internal/cri/config, cniBinDir in CRI-O's pkg/config, --cni-bin-dir of cri-dockerd), unless a distribution changed the default.
 const defaultBinDir = "/opt/cni/bin"
 
-// ambiguous returns ErrMisplaced if a network's plugins are in the runtime's default directory, and that is not BinDir. That they are in
-// BinDir too says nothing then: distributions have packages that put the same ones into another directory.
+// ambiguous returns ErrMisplaced if the runtime's default directory is not BinDir and has all plugins of the network. That BinDir has
+// them too proves nothing then: distributions package the same plugins in another directory.
 func (n Node) ambiguous(w *network, r runtimes.Runtime) error {
 	if r.SameDir(defaultBinDir, n.BinDir) {
 		return nil
@@ -120,8 +120,8 @@ func (n Node) ambiguous(w *network, r runtimes.Runtime) error {
 	if err != nil {
 		return nil
 	}
-	return fmt.Errorf("%w: the configuration of %s does not say where plugins are, and those of network %s are in its default, %s, not only in %s: set --cni-bin-dir (chart: cni.binDir)",
-		ErrMisplaced, r.Name, w.name, defaultBinDir, n.BinDir)
+	return fmt.Errorf("%w: the configuration of %s names no plugin directory, and its default, %s, has all plugins of network %s, as does %s: set --cni-bin-dir (chart: cni.binDir)",
+		ErrMisplaced, r.Name, defaultBinDir, w.name, n.BinDir)
 }
 
 func (n Node) runtimes() runtimes.List {
@@ -131,7 +131,7 @@ func (n Node) runtimes() runtimes.List {
 	return n.Runtimes()
 }
 
-// program returns an error unless BinDir has a program of that name, put there by root or the directory's owner.
+// program returns an error unless BinDir has an executable of that name that belongs to root or to the directory's owner.
 func (n Node) program(name string) error {
 	file := filepath.Join(n.BinDir, name)
 	fs := n.view()
@@ -144,17 +144,17 @@ func (n Node) program(name string) error {
 		return err
 	}
 	if !info.Mode().IsRegular() || info.Mode().Perm()&0o111 == 0 {
-		return fmt.Errorf("%s: there is no program, but %s", file, info.Mode())
+		return fmt.Errorf("%s: not an executable file (mode %s)", file, info.Mode())
 	}
 	owner := info.Sys().(*syscall.Stat_t).Uid
 	if owner != 0 && owner != dir.Sys().(*syscall.Stat_t).Uid {
-		return fmt.Errorf("%s: belongs to user %d, neither root nor the owner of the directory", file, owner)
+		return fmt.Errorf("%s: belongs to user %d, must belong to root or the owner of the directory", file, owner)
 	}
 	return nil
 }
 
-// view is the file system in which programs are looked for: the host's, if NetDir is the same directory there, since a pod's mount of
-// BinDir keeps to the directory that a link led to when the pod started, and the runtime follows the link. Otherwise it is ours.
+// view returns the file system in which program looks: the host's if NetDir is the same directory there, otherwise ours. If BinDir is a
+// symlink, the runtime follows it each time, but a pod's mount keeps the target that it had when the pod started.
 func (n Node) view() hostfs.FS {
 	host := hostfs.FS{Root: filepath.Join(cmp.Or(n.proc, "/proc"), "1/root")}
 	ours, err := os.Stat(n.NetDir)

@@ -78,7 +78,7 @@ func TestMisplaced(t *testing.T) {
 			naming("BIN")(t, n)
 			one, other := n.Runtimes()[0], process(t, "crio", []string{"--cni-plugin-dir=/usr/lib/cni"}, nil)
 			n.Runtimes = func() runtimes.List { return runtimes.List{one, other} }
-		}, "crio says that plugins are in /usr/lib/cni"},
+		}, "crio looks for plugins in /usr/lib/cni"},
 		"beside one that runs no pods": {func(t *testing.T, n *Node) {
 			naming("BIN")(t, n)
 			docker := process(t, "containerd", nil, files{"etc/containerd/config.toml": "disabled_plugins = ['cri']\n[plugins.cri.cni]\nbin_dir = '/usr/lib/cni'\n"})
@@ -87,7 +87,7 @@ func TestMisplaced(t *testing.T) {
 		}, ""},
 		"the runtime says nothing":                     {silent(), ""},
 		"it says nothing, and some are in its default": {silent("ptp"), ""},
-		"it says nothing, and all are in its default":  {silent("ptp", "portmap"), "does not say where"},
+		"it says nothing, and all are in its default":  {silent("ptp", "portmap"), "names no plugin directory"},
 		"one that has another network does": {func(t *testing.T, n *Node) {
 			r := process(t, "crio", []string{"--cni-config-dir=/net", "--cni-plugin-dir=/usr/lib/cni"}, nil)
 			n.Runtimes = func() runtimes.List { return runtimes.List{r} }
