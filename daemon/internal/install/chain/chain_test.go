@@ -50,7 +50,7 @@ func newNode(t *testing.T, network files) Node {
 	return n
 }
 
-// addProgram puts a program into BinDir.
+// addProgram writes an executable to BinDir.
 func (n Node) addProgram(t *testing.T, name string) {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(n.BinDir, name), []byte("#!"), 0o755); err != nil {
@@ -69,7 +69,7 @@ func (n Node) write(t *testing.T, name, text string) {
 	}
 }
 
-// contents are all files and directories below a directory.
+// contents returns the files and directories below a directory.
 func contents(t *testing.T, dir string) files {
 	t.Helper()
 	all := files{}
@@ -92,7 +92,7 @@ func contents(t *testing.T, dir string) files {
 	return all
 }
 
-// chainIn is what the runtime would take: the first network's plugins, by type.
+// chainIn returns the chain that the runtime would run: the types of the first network's plugins.
 func (n Node) chainIn(t *testing.T) string {
 	t.Helper()
 	entries, err := os.ReadDir(n.NetDir)
@@ -105,7 +105,7 @@ func (n Node) chainIn(t *testing.T) string {
 		}
 		text, err := os.ReadFile(filepath.Join(n.NetDir, e.Name()))
 		if err != nil {
-			continue // gone meanwhile
+			continue // removed meanwhile
 		}
 		w, err := parse(e.Name(), text)
 		if err != nil {
@@ -134,23 +134,23 @@ func TestJoinAndLeave(t *testing.T) {
 		by      Way
 		file    string
 	}{
-		"drop-in":               {DropIn, files{"10-pods.conflist": list}, "pods: ptp portmap probelet", DropIn, "pods/10-probelet.conf"},
-		"drop-in beside others": {DropIn, files{"10-pods.conflist": list, "pods/20-other.conf": `{"type":"other"}`}, "pods: ptp portmap probelet other", DropIn, "pods/10-probelet.conf"},
-		"copy":                  {Copy, files{"10-pods.conflist": list}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
-		"copy of a single one":  {Copy, files{"10-pods.conf": single}, "pods: bridge probelet", Copy, "00-probelet.conflist"},
-		"copy before 00-multus": {Copy, files{"00-multus.conf": single}, "pods: bridge probelet", Copy, "00-0-probelet.conflist"},
-		"copy before 00-":       {Copy, files{"00-.conf": single}, "pods: bridge probelet", Copy, "!00-probelet.conflist"},
+		"drop-in":                 {DropIn, files{"10-pods.conflist": list}, "pods: ptp portmap probelet", DropIn, "pods/10-probelet.conf"},
+		"drop-in beside others":   {DropIn, files{"10-pods.conflist": list, "pods/20-other.conf": `{"type":"other"}`}, "pods: ptp portmap probelet other", DropIn, "pods/10-probelet.conf"},
+		"copy":                    {Copy, files{"10-pods.conflist": list}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
+		"copy of a single plugin": {Copy, files{"10-pods.conf": single}, "pods: bridge probelet", Copy, "00-probelet.conflist"},
+		"copy before 00-multus":   {Copy, files{"00-multus.conf": single}, "pods: bridge probelet", Copy, "00-0-probelet.conflist"},
+		"copy before 00-":         {Copy, files{"00-.conf": single}, "pods: bridge probelet", Copy, "!00-probelet.conflist"},
 		"drop-ins not read": {DropIn, files{"10-pods.conflist": strings.Replace(list, `"x":`, `"loadOnlyInlinedPlugins":true,"x":`, 1)},
 			"pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
-		"the first of two":         {Copy, files{"10-pods.conflist": list, "20-more.conf": single}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
-		"there by hand":            {Copy, files{"10-pods.conflist": strings.Replace(list, `"portmap"`, `"probelet"`, 1)}, "pods: ptp probelet", "", ""},
-		"somebody's of a name":     {Copy, files{"00-probelet.conflist": list}, "pods: ptp portmap probelet", Copy, "00-0-probelet.conflist"},
-		"a single one, no drop-in": {DropIn, files{"10-pods.conf": single}, "pods: bridge probelet", Copy, "00-probelet.conflist"},
-		"a drop-in by hand":        {DropIn, files{"10-pods.conflist": list, "pods/50-mine.conf": `{"type":"probelet"}`}, "pods: ptp portmap probelet", "", ""},
-		"a drop-in by hand, unread": {Copy, files{"10-pods.conflist": strings.Replace(list, `"x":`, `"loadOnlyInlinedPlugins":"True","x":`, 1),
+		"first of two networks":          {Copy, files{"10-pods.conflist": list, "20-more.conf": single}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
+		"added manually":                 {Copy, files{"10-pods.conflist": strings.Replace(list, `"portmap"`, `"probelet"`, 1)}, "pods: ptp probelet", "", ""},
+		"copy name taken":                {Copy, files{"00-probelet.conflist": list}, "pods: ptp portmap probelet", Copy, "00-0-probelet.conflist"},
+		"no drop-in for a single plugin": {DropIn, files{"10-pods.conf": single}, "pods: bridge probelet", Copy, "00-probelet.conflist"},
+		"drop-in added manually":         {DropIn, files{"10-pods.conflist": list, "pods/50-mine.conf": `{"type":"probelet"}`}, "pods: ptp portmap probelet", "", ""},
+		"drop-in added manually, not read": {Copy, files{"10-pods.conflist": strings.Replace(list, `"x":`, `"loadOnlyInlinedPlugins":"True","x":`, 1),
 			"pods/50-mine.conf": `{"type":"probelet"}`}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
-		"of many versions": {Copy, files{"10-pods.conflist": strings.Replace(list, `"cniVersion":"1.0.0"`, `"cniVersions":["0.2.0","1.1.0"]`, 1)}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
-		"others' files":    {Copy, files{"05-a.txt": "-", "10-pods.conflist": list}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
+		"several versions": {Copy, files{"10-pods.conflist": strings.Replace(list, `"cniVersion":"1.0.0"`, `"cniVersions":["0.2.0","1.1.0"]`, 1)}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
+		"unrelated files":  {Copy, files{"05-a.txt": "-", "10-pods.conflist": list}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t, test.network)
@@ -168,7 +168,7 @@ func TestJoinAndLeave(t *testing.T) {
 					t.Fatalf("%+v", j)
 				}
 				if got := n.chainIn(t); got != test.chain {
-					t.Fatalf("the chain is %q, want %q", got, test.chain)
+					t.Fatalf("chain %q, want %q", got, test.chain)
 				}
 			}
 			for file, text := range before {
@@ -180,16 +180,16 @@ func TestJoinAndLeave(t *testing.T) {
 				t.Fatal(err)
 			}
 			if got := n.chainIn(t); got != plain {
-				t.Errorf("afterwards the chain is %q, was %q", got, plain)
+				t.Errorf("chain %q after Leave, want %q", got, plain)
 			}
 			if after := contents(t, n.NetDir); !reflect.DeepEqual(after, before) {
-				t.Errorf("left %v, want %v", after, before)
+				t.Errorf("files after Leave: %v, want %v", after, before)
 			}
 		})
 	}
 }
 
-// A copy has all that its original has, to the digit.
+// A copy preserves its original down to the digits of numbers.
 func TestCopyIsFaithful(t *testing.T) {
 	n := newNode(t, files{"10-pods.conflist": list})
 	n.Conf = map[string]string{"bpfDir": "/sys/fs/bpf/other"}
@@ -224,21 +224,21 @@ func TestJoinErrors(t *testing.T) {
 		network files
 		want    []string
 	}{
-		"nothing":                     {nil, []string{"no network configuration"}},
-		"no plugins":                  {files{"10-x.conflist": `{"name":"x","plugins":[]}`}, []string{"10-x.conflist", "not a network configuration", "no plugins in list"}},
-		"a list that is a single one": {files{"10-x.conflist": single}, []string{"10-x.conflist", "plugins: empty"}},
-		"a single one that is a list": {files{"10-x.conf": list}, []string{"10-x.conf", "not a network configuration", "missing 'type'"}},
-		"a list in .json":             {files{"10-x.json": list}, []string{"10-x.json", "not a network configuration", "missing 'type'"}},
-		"the next is none":            {files{"10-x.conflist": "", "20-y.conflist": list}, []string{"10-x.conflist", "not a network configuration"}},
-		"of our name":                 {files{"00-probelet.conflist": "{", "10-x.conflist": list}, []string{"00-probelet.conflist", "not a network configuration"}},
-		"no name":                     {files{"10-x.conflist": `{"plugins":[{"type":"a"}]}`}, []string{"10-x.conflist", "name: must be set"}},
-		"no type":                     {files{"10-x.conflist": `{"name":"x","plugins":[{"type":"a"},{}]}`}, []string{"plugin config 1", "missing 'type'"}},
-		"a name with a way":           {files{"10-x.conflist": `{"cniVersion":"1.0.0","name":"../x","plugins":[{"type":"a"}]}`}, []string{`"../x"`, "must be a file name"}},
-		"no name is left":             {files{"!00-a.conf": single}, []string{"!00-a.conf", "no free name sorts before"}},
-		"too old":                     {files{"10-x.conflist": strings.Replace(list, "1.0.0", "0.2.0", 1)}, []string{"10-x.conflist", `cniVersion: "0.2.0"`, "0.3.0 or newer"}},
-		"of no version":               {files{"10-x.conf": `{"name":"x","type":"bridge"}`}, []string{"10-x.conf", `cniVersion: ""`}},
-		"drop-ins only":               {files{"10-x.conflist": `{"cniVersion":"1.1.0","name":"x"}`, "x/1-a.conf": `{"type":"a"}`}, []string{"10-x.conflist", "plugins: empty"}},
-		"another's boolean":           {files{"10-x.conflist": strings.Replace(list, `"x":`, `"loadOnlyInlinedPlugins":"perhaps","x":`, 1)}, []string{"loadOnlyInlinedPlugins", `"perhaps"`}},
+		"no file":                    {nil, []string{"no network configuration"}},
+		"no plugins":                 {files{"10-x.conflist": `{"name":"x","plugins":[]}`}, []string{"10-x.conflist", "not a network configuration", "no plugins in list"}},
+		"single plugin in .conflist": {files{"10-x.conflist": single}, []string{"10-x.conflist", "plugins: empty"}},
+		"list in .conf":              {files{"10-x.conf": list}, []string{"10-x.conf", "not a network configuration", "missing 'type'"}},
+		"list in .json":              {files{"10-x.json": list}, []string{"10-x.json", "not a network configuration", "missing 'type'"}},
+		"first file invalid":         {files{"10-x.conflist": "", "20-y.conflist": list}, []string{"10-x.conflist", "not a network configuration"}},
+		"invalid file with our name": {files{"00-probelet.conflist": "{", "10-x.conflist": list}, []string{"00-probelet.conflist", "not a network configuration"}},
+		"no name":                    {files{"10-x.conflist": `{"plugins":[{"type":"a"}]}`}, []string{"10-x.conflist", "name: must be set"}},
+		"no type":                    {files{"10-x.conflist": `{"name":"x","plugins":[{"type":"a"},{}]}`}, []string{"plugin config 1", "missing 'type'"}},
+		"path as a name":             {files{"10-x.conflist": `{"cniVersion":"1.0.0","name":"../x","plugins":[{"type":"a"}]}`}, []string{`"../x"`, "must be a file name"}},
+		"no free file name":          {files{"!00-a.conf": single}, []string{"!00-a.conf", "no free name sorts before"}},
+		"version too old":            {files{"10-x.conflist": strings.Replace(list, "1.0.0", "0.2.0", 1)}, []string{"10-x.conflist", `cniVersion "0.2.0"`, "0.3.0 or later"}},
+		"no version":                 {files{"10-x.conf": `{"name":"x","type":"bridge"}`}, []string{"10-x.conf", `cniVersion ""`}},
+		"drop-ins only":              {files{"10-x.conflist": `{"cniVersion":"1.1.0","name":"x"}`, "x/1-a.conf": `{"type":"a"}`}, []string{"10-x.conflist", "plugins: empty"}},
+		"invalid boolean":            {files{"10-x.conflist": strings.Replace(list, `"x":`, `"loadOnlyInlinedPlugins":"perhaps","x":`, 1)}, []string{"loadOnlyInlinedPlugins", `"perhaps"`}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t, test.network)
@@ -246,11 +246,11 @@ func TestJoinErrors(t *testing.T) {
 			_, err := n.Join(t.Context(), Copy)
 			for _, part := range test.want {
 				if err == nil || !strings.Contains(err.Error(), part) {
-					t.Errorf("%v does not say %q", err, part)
+					t.Errorf("got error %v, want it to contain %q", err, part)
 				}
 			}
 			if got := contents(t, n.NetDir); !reflect.DeepEqual(got, before) {
-				t.Errorf("left %v", got)
+				t.Errorf("leftover files: %v", got)
 			}
 		})
 	}
@@ -259,8 +259,8 @@ func TestJoinErrors(t *testing.T) {
 	}
 }
 
-// What is not to be seen from here may be there for the runtime: it is not passed over for the next network.
-func TestLinkThatLeadsNowhere(t *testing.T) {
+// A dangling symlink may have a target in the runtime's mount namespace, so Join must not skip to the next network.
+func TestDanglingSymlink(t *testing.T) {
 	n := newNode(t, files{"20-other.conflist": list})
 	if err := os.Symlink("/nowhere/10-pods.conflist", filepath.Join(n.NetDir, "10-pods.conflist")); err != nil {
 		t.Fatal(err)
@@ -269,12 +269,11 @@ func TestLinkThatLeadsNowhere(t *testing.T) {
 		t.Errorf("not ErrUnusable: %v", err)
 	}
 	if got := n.ours(); len(got) > 0 {
-		t.Errorf("there is %v", got)
+		t.Errorf("files: %v", got)
 	}
 }
 
-// A network that becomes one that the plugin cannot be in is left.
-func TestLeftWhenUnsupported(t *testing.T) {
+func TestJoinLeavesUnsupportedNetwork(t *testing.T) {
 	n := newNode(t, files{"10-pods.conflist": list})
 	if _, err := n.Join(t.Context(), Copy); err != nil {
 		t.Fatal(err)
@@ -284,11 +283,11 @@ func TestLeftWhenUnsupported(t *testing.T) {
 		t.Errorf("not ErrUnsupported: %v", err)
 	}
 	if got := n.chainIn(t); got != "pods: ptp portmap" {
-		t.Errorf("the chain is %q", got)
+		t.Errorf("chain %q", got)
 	}
 }
 
-// What Look calls well is what Join would have.
+// Look agrees with Join.
 func TestLook(t *testing.T) {
 	n := newNode(t, files{"10-pods.conflist": list})
 	expect := func(when string, want bool) {
@@ -318,31 +317,31 @@ func TestLook(t *testing.T) {
 	expect("a list is not first any more", false)
 }
 
-// Whatever runs the plugin, or reads a file of ours, is found, and nothing else.
+// References finds everything that runs the plugin or reads a file of ours, and nothing else.
 func TestReferences(t *testing.T) {
 	byHand := strings.Replace(list, `"portmap"`, `"probelet"`, 1)
 	const multus = `{"cniVersion":"0.3.1","name":"multus-cni-network","type":"multus","delegates":[%s]}`
 	for name, test := range map[string]struct {
-		file, text, place string // place: of the reference; empty: there is none
+		file, text, place string // place: "": no reference; "?": one without a place
 	}{
-		"a list":                     {"20-a.conflist", byHand, "plugins[1].type"},
-		"a single plugin":            {"30-b.conf", `{"name":"b","type":"probelet"}`, "type"},
-		"a drop-in by hand":          {"pods/50-c.conf", `{"type":"probelet"}`, "type"},
-		"renamed":                    {"05-x.conflist.cilium_bak", byHand, "plugins[1].type"},
-		"renamed, of ours":           {"00-probelet.conflist.cilium_bak", strings.Replace(byHand, `"x"`, `"probelet.dev/derivedFrom":"x","x"`, 1), "plugins[1].type"},
-		"Multus: a delegate":         {"00-multus.conf", fmt.Sprintf(multus, byHand), "delegates[0].plugins[1].type"},
-		"Multus: a path":             {"00-multus.conf", `{"name":"m","type":"multus","clusterNetwork":"/host/etc/cni/net.d/00-probelet.conflist"}`, "clusterNetwork"},
-		"Multus: several paths":      {"00-multus.conf", `{"name":"m","type":"multus","defaultNetworks":["x","/etc/cni/net.d/00-0-probelet.conflist"]}`, "defaultNetworks[1]"},
-		"in a directory of another":  {"multus/net.d/10-m.conf", byHand, "plugins[1].type"},
-		"YAML":                       {"multus.d/x.yaml", "plugins:\n- type: ptp\n- type: probelet\n", "?"},
-		"JSON in JSON":               {"multus.d/x.json", `{"config":"{\"type\": \"probelet\"}"}`, "config"},
-		"YAML of another":            {"multus.d/x.yaml", "- type: probelet2\n", ""},
-		"half-written":               {"20-a.conflist", byHand[:len(byHand)-3], "?"},
-		"half-written, with a path":  {"00-multus.conf", `{"name":"m","clusterNetwork":"/etc/cni/net.d/00-probelet.conflist",`, "?"},
-		"a network of another type":  {"50-e.conf", single, ""},
-		"of that name":               {"60-f.conflist", strings.Replace(list, `"pods"`, `"probelet"`, 1), ""},
-		"no configuration":           {"kubeconfig", "kind: Config # probelet", ""},
-		"a copy with another's name": {"70-g.conf", `{"name":"m","type":"bridge","of":"00-probelet.conflist"}`, ""},
+		"list":                          {"20-a.conflist", byHand, "plugins[1].type"},
+		"single plugin":                 {"30-b.conf", `{"name":"b","type":"probelet"}`, "type"},
+		"drop-in":                       {"pods/50-c.conf", `{"type":"probelet"}`, "type"},
+		"renamed":                       {"05-x.conflist.cilium_bak", byHand, "plugins[1].type"},
+		"renamed copy":                  {"00-probelet.conflist.cilium_bak", strings.Replace(byHand, `"x"`, `"probelet.dev/derivedFrom":"x","x"`, 1), "plugins[1].type"},
+		"Multus: delegate":              {"00-multus.conf", fmt.Sprintf(multus, byHand), "delegates[0].plugins[1].type"},
+		"Multus: path":                  {"00-multus.conf", `{"name":"m","type":"multus","clusterNetwork":"/host/etc/cni/net.d/00-probelet.conflist"}`, "clusterNetwork"},
+		"Multus: several paths":         {"00-multus.conf", `{"name":"m","type":"multus","defaultNetworks":["x","/etc/cni/net.d/00-0-probelet.conflist"]}`, "defaultNetworks[1]"},
+		"in another plugin's directory": {"multus/net.d/10-m.conf", byHand, "plugins[1].type"},
+		"YAML":                          {"multus.d/x.yaml", "plugins:\n- type: ptp\n- type: probelet\n", "?"},
+		"JSON in JSON":                  {"multus.d/x.json", `{"config":"{\"type\": \"probelet\"}"}`, "config"},
+		"YAML, another type":            {"multus.d/x.yaml", "- type: probelet2\n", ""},
+		"truncated":                     {"20-a.conflist", byHand[:len(byHand)-3], "?"},
+		"truncated, with a path":        {"00-multus.conf", `{"name":"m","clusterNetwork":"/etc/cni/net.d/00-probelet.conflist",`, "?"},
+		"another type":                  {"50-e.conf", single, ""},
+		"network name":                  {"60-f.conflist", strings.Replace(list, `"pods"`, `"probelet"`, 1), ""},
+		"not a configuration":           {"kubeconfig", "kind: Config # probelet", ""},
+		"copy name outside a path":      {"70-g.conf", `{"name":"m","type":"bridge","of":"00-probelet.conflist"}`, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t, files{"10-pods.conflist": list})
@@ -366,7 +365,7 @@ func TestReferences(t *testing.T) {
 	}
 }
 
-// Links are followed, be it the directory itself that is one.
+// References follows symlinks, including NetDir itself.
 func TestReferencesThroughLinks(t *testing.T) {
 	n := newNode(t, files{"10-pods.conflist": list})
 	elsewhere := newNode(t, files{"a/20-x.conf": `{"name":"x","type":"probelet"}`})
@@ -391,7 +390,7 @@ func TestReferencesThroughLinks(t *testing.T) {
 	}
 }
 
-// The binary can be run, whatever was there.
+// The binary is executable whatever the mode of the source or of a previous binary.
 func TestPluginMode(t *testing.T) {
 	n := newNode(t, nil)
 	source := filepath.Join(t.TempDir(), "new")
@@ -410,8 +409,8 @@ func TestPluginMode(t *testing.T) {
 	}
 }
 
-// runtime keeps the chain that a runtime has in mind: containerd reads when it is told of a write, a rename or a removal
-// (cni_conf_syncer.go).
+// runtime models a container runtime: the returned function gives the chain that the runtime last read. containerd reads on write,
+// rename and remove events (cni_conf_syncer.go).
 func (n Node) runtime(t *testing.T) (chain func() string) {
 	t.Helper()
 	watcher, err := fsnotify.NewWatcher()
@@ -459,11 +458,11 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	t.Fatal(what)
 }
 
-// The runtime notices, also what somebody wrote who was killed before he could ring.
+// The runtime notices every change, including that of a process that was killed before it could wake the runtime.
 func TestRuntimeNotices(t *testing.T) {
 	t.Parallel()
 	for _, way := range []Way{Copy, DropIn} {
-		for range 10 { // or it was by chance
+		for range 10 { // to rule out chance
 			n := newNode(t, files{"10-pods.conflist": list, "pods/20-other.conf": `{"type":"other"}`})
 			chain := n.runtime(t)
 			expect := func(what, want string) {
@@ -486,16 +485,16 @@ func TestRuntimeNotices(t *testing.T) {
 	n.write(t, "pods/10-probelet.conf", "{\n  \"type\": \"probelet\"\n}\n")
 	time.Sleep(settle)
 	if got := chain(); strings.Contains(got, PluginType) {
-		t.Fatalf("the runtime knew without being told: %s", got)
+		t.Fatalf("the runtime noticed without being woken: %s", got)
 	}
 	if err := n.Follow(t.Context(), DropIn, true); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the runtime was not told", func() bool { return strings.Contains(chain(), PluginType) })
+	eventually(t, "the runtime was not woken", func() bool { return strings.Contains(chain(), PluginType) })
 }
 
-// Whatever happens to the primary's file, the chain is the primary's with the plugin behind it; and without a primary
-// there is no network.
+// Whatever happens to the primary network's file, the chain is that network's plugins followed by ours. Without a primary network there
+// is no chain.
 func TestFollow(t *testing.T) {
 	t.Parallel()
 	for _, way := range []Way{Copy, DropIn} {
@@ -517,13 +516,13 @@ func TestFollow(t *testing.T) {
 			n.write(t, "10-pods.conflist", strings.Replace(list, "portmap", "firewall", 1))
 			expect("it changes", "pods: ptp firewall probelet")
 			whole := contents(t, n.NetDir)
-			maps.DeleteFunc(whole, func(name, _ string) bool { return strings.HasPrefix(name, bell) }) // just being rung
+			maps.DeleteFunc(whole, func(name, _ string) bool { return strings.HasPrefix(name, bell) }) // a Wake in progress
 			n.write(t, "10-pods.conflist", list[:40])
 			n.write(t, "99-other.conflist", strings.Replace(list, `"pods"`, `"other"`, 1))
 			time.Sleep(3 * settle)
 			whole["10-pods.conflist"], whole["99-other.conflist"] = list[:40], strings.Replace(list, `"pods"`, `"other"`, 1)
 			if got := contents(t, n.NetDir); !reflect.DeepEqual(got, whole) {
-				t.Fatalf("it is half written: there is\n%v, want\n%v", got, whole)
+				t.Fatalf("partly written: got\n%v, want\n%v", got, whole)
 			}
 			n.write(t, "new", strings.Replace(list, "portmap", "bandwidth", 1))
 			if err := os.Remove(filepath.Join(n.NetDir, "99-other.conflist")); err != nil {
@@ -563,8 +562,8 @@ func (n Node) follow(t *testing.T, way Way) {
 	})
 }
 
-// The directory is replaced by another one, and what lies behind a link changes, of which nobody tells.
-func TestFollowWhatIsNotToldOf(t *testing.T) {
+// NetDir is replaced, or a symlink's target changes: no notification arrives.
+func TestFollowWithoutNotification(t *testing.T) {
 	t.Parallel()
 	n := newNode(t, files{"10-pods.conflist": list})
 	n.follow(t, Copy)
@@ -592,7 +591,7 @@ func TestFollowWhatIsNotToldOf(t *testing.T) {
 	eventually(t, "it does not follow the link", late("pods: ptp firewall probelet"))
 }
 
-// Somebody who removes every file but his own, at once, is not fought without end.
+// Follow backs off from a process that immediately removes every file but its own.
 func TestContested(t *testing.T) {
 	t.Parallel()
 	n := newNode(t, files{"10-pods.conflist": list})
@@ -603,7 +602,7 @@ func TestContested(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer watcher.Close() //nolint:errcheck // over
+	defer watcher.Close() //nolint:errcheck // read only
 	n.follow(t, Copy)
 	rounds := 0
 	for end := time.After(5 * time.Second); ; {
@@ -619,23 +618,23 @@ func TestContested(t *testing.T) {
 		break
 	}
 	if rounds < 2 || rounds > 8 { // the pauses double: 0.1 s, 0.2 s, …
-		t.Errorf("%d rounds in 5 s", rounds)
+		t.Errorf("%d rounds in 5 s, want 2 to 8", rounds)
 	}
 }
 
-// To wait for a network, or for its owner to have written it, is no contest: it is joined as soon as it is whole.
-func TestWaitingIsNoContest(t *testing.T) {
+// Waiting for a network, or for its owner to finish writing it, causes no backoff: Follow joins as soon as the file is complete.
+func TestNoBackoffWhileWaiting(t *testing.T) {
 	n := newNode(t, nil)
 	f := follower{Node: n, way: Copy, pause: settle}
 	for i := range 20 {
 		if err := f.join(t.Context()); !passes(err) || f.pause != settle {
-			t.Fatalf("look %d: the next one is after %s: %v", i, f.pause, err)
+			t.Fatalf("check %d: next one after %s: %v", i, f.pause, err)
 		}
 		n.write(t, "10-pods.conflist", list[:10+i])
 	}
 }
 
-// To be told to end before there is a network is not to have joined.
+// If ctx ends before there is a network, Follow with once returns an error.
 func TestInstallInterrupted(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
@@ -645,7 +644,7 @@ func TestInstallInterrupted(t *testing.T) {
 	}
 }
 
-// Two at once: an init container, and somebody by hand.
+// Concurrent processes, such as an init container and an administrator.
 func TestJoinConcurrently(t *testing.T) {
 	n := newNode(t, files{"10-pods.conflist": list})
 	var all sync.WaitGroup
@@ -653,7 +652,7 @@ func TestJoinConcurrently(t *testing.T) {
 		all.Go(func() {
 			mine := n
 			for i := range 50 {
-				mine.Conf = map[string]string{"logFile": fmt.Sprintf("/%d-%d", worker, i)} // so that each writes anew
+				mine.Conf = map[string]string{"logFile": fmt.Sprintf("/%d-%d", worker, i)} // so that each Join writes
 				if _, err := mine.Join(t.Context(), Copy); err != nil {
 					t.Error(err)
 				}
@@ -662,21 +661,21 @@ func TestJoinConcurrently(t *testing.T) {
 	}
 	all.Wait()
 	if got := n.chainIn(t); got != "pods: ptp portmap probelet" {
-		t.Errorf("the chain is %q", got)
+		t.Errorf("chain %q", got)
 	}
 	if got := contents(t, n.NetDir); len(got) != 2 {
-		t.Errorf("there is %v", got)
+		t.Errorf("files: %v", got)
 	}
 }
 
 const victim = "PROBELET_TEST_INSTALL"
 
-// TestMain plays the process that is killed in TestKilledAtAnyMoment.
+// TestMain runs as the process that TestKilledAtAnyMoment kills, if its variables are set.
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(victim); dir != "" {
 		n := Node{NetDir: filepath.Join(dir, "net.d"), BinDir: filepath.Join(dir, "bin"), StateDir: filepath.Join(dir, "state"), Log: slog.New(slog.DiscardHandler)}
 		for i := 0; ; i++ {
-			n.Conf = map[string]string{"logFile": fmt.Sprintf("/%d", i)} // so that each writes anew
+			n.Conf = map[string]string{"logFile": fmt.Sprintf("/%d", i)} // so that each Join writes
 			_, err := n.PutPlugin(context.Background(), filepath.Join(dir, fmt.Sprintf("program%d", i%2)))
 			if err == nil {
 				_, err = n.Join(context.Background(), []Way{Copy, DropIn}[i/2%2])
@@ -720,11 +719,11 @@ func TestKilledAtAnyMoment(t *testing.T) {
 		time.Sleep(20*time.Millisecond + rand.N(40*time.Millisecond))
 		_ = cmd.Process.Kill()
 		if err := cmd.Wait(); err == nil || cmd.ProcessState.ExitCode() >= 0 {
-			t.Fatalf("it ended by itself: %v", err)
+			t.Fatalf("the process exited on its own: %v", err)
 		}
-		// Once may be too early, twice while one file takes the place of the other.
+		// The plugin may not be there yet, or twice while one file replaces the other.
 		if got := n.chainIn(t); got != "pods: ptp portmap" && strings.ReplaceAll(got, " probelet", "") != "pods: ptp portmap" {
-			t.Fatalf("the chain is %q", got)
+			t.Fatalf("chain %q", got)
 		}
 		for _, file := range n.ours() {
 			if text, err := os.ReadFile(file); err != nil || !json.Valid(text) {
@@ -732,11 +731,11 @@ func TestKilledAtAnyMoment(t *testing.T) {
 			}
 		}
 		if program, err := os.ReadFile(n.pluginFile()); err == nil && !programs[string(program)] {
-			t.Fatalf("a plugin of %d bytes", len(program))
+			t.Fatalf("plugin has %d bytes", len(program))
 		}
 	}
 	if got := n.chainIn(t); !strings.Contains(got, "probelet") {
-		t.Errorf("it never came to join: %q", got)
+		t.Errorf("the process never joined: %q", got)
 	}
 	if _, err := n.Join(t.Context(), Copy); err != nil {
 		t.Fatal(err)
@@ -745,22 +744,21 @@ func TestKilledAtAnyMoment(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := contents(t, n.NetDir); !reflect.DeepEqual(got, before) {
-		t.Errorf("left %v", got)
+		t.Errorf("leftover files: %v", got)
 	}
 	if _, err := n.PutPlugin(t.Context(), filepath.Join(dir, "program0")); err != nil {
 		t.Fatal(err)
 	}
 	if got := contents(t, n.BinDir); len(got) != 3 {
-		t.Errorf("in the plugins' directory: %d files", len(got))
+		t.Errorf("%d files in the plugin directory", len(got))
 	}
 	if err := n.RemovePlugin(); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// Any user can lock the directories, which everybody can read. That keeps nobody from joining, leaving or removing the plugin, and
-// of our own locks nothing is left.
-func TestLockedByAnybody(t *testing.T) {
+// Any user can flock the world-readable directories. That must not block Join, Leave or RemovePlugin, and our own locks leave no files.
+func TestDirectoriesLockedByUser(t *testing.T) {
 	n := newNode(t, files{"10-net.conflist": list})
 	for _, dir := range []string{n.NetDir, n.BinDir} {
 		f, err := os.Open(dir)
@@ -770,7 +768,7 @@ func TestLockedByAnybody(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer f.Close() //nolint:errcheck // a test's
+		defer f.Close() //nolint:errcheck // read only
 	}
 	program := filepath.Join(t.TempDir(), PluginType)
 	if err := os.WriteFile(program, []byte("program"), 0o755); err != nil {
@@ -789,11 +787,11 @@ func TestLockedByAnybody(t *testing.T) {
 			t.Error(err)
 		}
 	case <-time.After(10 * time.Second):
-		t.Fatal("waits for the lock of another user")
+		t.Fatal("blocked by another user's lock")
 	}
 	for _, dir := range []string{n.NetDir, n.BinDir} {
 		if left, err := filepath.Glob(filepath.Join(dir, ".*")); err != nil || len(left) > 0 {
-			t.Errorf("left: %v, %v", left, err)
+			t.Errorf("leftover files: %v, %v", left, err)
 		}
 	}
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 )
 
-// process makes a directory as a runtime's in proc, with files below its root.
+// process makes the proc directory of a runtime's process, with files below its root.
 func process(t *testing.T, name string, args []string, root files) runtimes.Runtime {
 	t.Helper()
 	r := runtimes.Runtime{Name: name, PID: "17", Dir: t.TempDir()}
@@ -33,8 +33,7 @@ func process(t *testing.T, name string, args []string, root files) runtimes.Runt
 	return r
 }
 
-// The chain is joined only where the runtime finds the plugin, and left, in whichever way it was joined, when it does not any
-// more.
+// Join joins only if the runtime would find the plugin, and leaves the chain, however it was joined, once the runtime would not.
 func TestMisplaced(t *testing.T) {
 	naming := func(dir string) func(*testing.T, *Node) {
 		return func(t *testing.T, n *Node) {
@@ -66,38 +65,38 @@ func TestMisplaced(t *testing.T) {
 	}
 	for name, test := range map[string]struct {
 		change func(*testing.T, *Node)
-		want   string // in the error; empty: it is joined
+		want   string // in the error; empty: joined
 	}{
-		"as it should be":               {func(*testing.T, *Node) {}, ""},
-		"the plugin is not there":       {removed(PluginType), "no such file"},
-		"one of the network's is not":   {removed("portmap"), "portmap of network pods"},
-		"one cannot be run":             {func(_ *testing.T, n *Node) { _ = os.Chmod(filepath.Join(n.BinDir, "ptp"), 0o644) }, "ptp of network pods"},
-		"the runtime names it":          {func(t *testing.T, n *Node) { removed("portmap")(t, n); naming("BIN/")(t, n) }, ""},
-		"the runtime names another one": {naming("/usr/lib/cni"), "/usr/lib/cni, not in"},
-		"one of two runtimes names another one": {func(t *testing.T, n *Node) {
+		"complete":                        {func(*testing.T, *Node) {}, ""},
+		"plugin missing":                  {removed(PluginType), "no such file"},
+		"network's plugin missing":        {removed("portmap"), "portmap of network pods"},
+		"network's plugin not executable": {func(_ *testing.T, n *Node) { _ = os.Chmod(filepath.Join(n.BinDir, "ptp"), 0o644) }, "ptp of network pods"},
+		"runtime names BinDir":            {func(t *testing.T, n *Node) { removed("portmap")(t, n); naming("BIN/")(t, n) }, ""},
+		"runtime names another directory": {naming("/usr/lib/cni"), "/usr/lib/cni, not in"},
+		"one of two runtimes names another directory": {func(t *testing.T, n *Node) {
 			naming("BIN")(t, n)
 			one, other := n.Runtimes()[0], process(t, "crio", []string{"--cni-plugin-dir=/usr/lib/cni"}, nil)
 			n.Runtimes = func() runtimes.List { return runtimes.List{one, other} }
 		}, "crio looks for plugins in /usr/lib/cni"},
-		"beside one that runs no pods": {func(t *testing.T, n *Node) {
+		"next to a runtime without pods": {func(t *testing.T, n *Node) {
 			naming("BIN")(t, n)
 			docker := process(t, "containerd", nil, files{"etc/containerd/config.toml": "disabled_plugins = ['cri']\n[plugins.cri.cni]\nbin_dir = '/usr/lib/cni'\n"})
 			one := n.Runtimes()[0]
 			n.Runtimes = func() runtimes.List { return runtimes.List{docker, one} }
 		}, ""},
-		"the runtime says nothing":                     {silent(), ""},
-		"it says nothing, and some are in its default": {silent("ptp"), ""},
-		"it says nothing, and all are in its default":  {silent("ptp", "portmap"), "names no plugin directory"},
-		"one that has another network does": {func(t *testing.T, n *Node) {
+		"runtime names no directory":             {silent(), ""},
+		"no directory, default has some plugins": {silent("ptp"), ""},
+		"no directory, default has all plugins":  {silent("ptp", "portmap"), "names no plugin directory"},
+		"runtime with another network directory": {func(t *testing.T, n *Node) {
 			r := process(t, "crio", []string{"--cni-config-dir=/net", "--cni-plugin-dir=/usr/lib/cni"}, nil)
 			n.Runtimes = func() runtimes.List { return runtimes.List{r} }
 		}, ""},
-		"one is another user's": {func(t *testing.T, n *Node) {
+		"plugin of another user": {func(t *testing.T, n *Node) {
 			if err := os.Chown(filepath.Join(n.BinDir, "ptp"), 12345, 0); err != nil {
 				t.Skip(err) // not root
 			}
 		}, "belongs to user 12345"},
-		"not to be seen on the host": {func(t *testing.T, n *Node) {
+		"missing on the host": {func(t *testing.T, n *Node) {
 			host := filepath.Join(t.TempDir(), "1/root")
 			theirs := filepath.Join(host, n.NetDir)
 			if err := errors.Join(os.MkdirAll(theirs, 0o755), os.MkdirAll(filepath.Join(host, n.BinDir), 0o755)); err != nil {
@@ -109,7 +108,7 @@ func TestMisplaced(t *testing.T) {
 			t.Cleanup(func() { _ = unix.Unmount(theirs, unix.MNT_DETACH) })
 			n.proc = filepath.Dir(filepath.Dir(host))
 		}, "no such file"},
-		"the host has another network": {func(t *testing.T, n *Node) {
+		"host has another NetDir": {func(t *testing.T, n *Node) {
 			n.proc = t.TempDir()
 			if err := os.MkdirAll(filepath.Join(n.proc, "1/root", n.NetDir), 0o755); err != nil {
 				t.Fatal(err)
@@ -126,7 +125,7 @@ func TestMisplaced(t *testing.T) {
 					t.Fatalf("%v, want %q", err, test.want)
 				}
 				if got := contents(t, n.NetDir); (len(got) > len(before)) != (test.want == "") {
-					t.Errorf("left %v", got)
+					t.Errorf("files: %v", got)
 				}
 				if _, _, err := n.Look(); errors.Is(err, ErrMisplaced) != (test.want != "") {
 					t.Errorf("Look: %v", err)
@@ -139,14 +138,14 @@ func TestMisplaced(t *testing.T) {
 				test.change(t, &n)
 				_, err = n.Join(t.Context(), way)
 				if got := n.chainIn(t); errors.Is(err, ErrMisplaced) != (test.want != "") || strings.Contains(got, PluginType) != (test.want == "") {
-					t.Errorf("afterwards the chain is %q, %v", got, err)
+					t.Errorf("chain %q afterwards, %v", got, err)
 				}
 			}
 		})
 	}
 }
 
-// add makes a pod's network as a runtime does that looks for plugins in binDir.
+// add runs ADD as a runtime does that looks for plugins in binDir.
 func (n Node) add(t *testing.T, binDir string) error {
 	t.Helper()
 	file := ""
@@ -168,8 +167,8 @@ func (n Node) add(t *testing.T, binDir string) error {
 	return err
 }
 
-// Wherever BinDir leads, pods start: the runtime looks elsewhere, and has no plugin of ours there.
-func TestPodsStartAllTheSame(t *testing.T) {
+// Pods start even if the runtime looks for plugins in a directory other than BinDir, which does not have ours.
+func TestPodsStartWhenMisplaced(t *testing.T) {
 	for _, way := range []Way{Copy, DropIn} {
 		n := newNode(t, files{"10-pods.conflist": list})
 		succeeding := func(dir string, names ...string) {
@@ -187,10 +186,10 @@ func TestPodsStartAllTheSame(t *testing.T) {
 			t.Fatal(err)
 		}
 		if err := n.add(t, n.BinDir); err != nil {
-			t.Fatalf("%s: where the runtime finds it: %v", way, err)
+			t.Fatalf("%s: ADD with BinDir: %v", way, err)
 		}
 		if err := n.add(t, looks); err == nil || !strings.Contains(err.Error(), PluginType) {
-			t.Fatalf("%s: the test does not notice a plugin that is not found: %v", way, err)
+			t.Fatalf("%s: the test does not detect a missing plugin: %v", way, err)
 		}
 		r := process(t, "crio", []string{"--cni-plugin-dir=" + looks}, nil)
 		n.Runtimes = func() runtimes.List { return runtimes.List{r} }
@@ -198,13 +197,13 @@ func TestPodsStartAllTheSame(t *testing.T) {
 			t.Errorf("%s: %v", way, err)
 		}
 		if err := n.add(t, looks); err != nil {
-			t.Errorf("%s: no pod can start: %v", way, err)
+			t.Errorf("%s: pods cannot start: %v", way, err)
 		}
 	}
 }
 
-// Follow leaves the chain when the programs go, and joins again when they are back: nobody waits for its next look.
-func TestFollowProgramsThatGo(t *testing.T) {
+// Follow leaves the chain when the binary is removed and joins again when it is back, without waiting for its next periodic check.
+func TestFollowRemovedBinary(t *testing.T) {
 	n := newNode(t, files{"10-pods.conflist": list})
 	n.follow(t, Copy)
 	eventually(t, "joined", func() bool { return n.chainIn(t) == "pods: ptp portmap probelet" })
@@ -221,14 +220,14 @@ func TestFollowProgramsThatGo(t *testing.T) {
 func TestCanJoin(t *testing.T) {
 	n := newNode(t, nil)
 	if err := n.CanJoin(); err != nil {
-		t.Errorf("there is no network yet: %v", err)
+		t.Errorf("no network yet: %v", err)
 	}
 	n.write(t, "10-pods.conflist", list)
 	if err := os.Remove(n.pluginFile()); err != nil {
 		t.Fatal(err)
 	}
 	if err := n.CanJoin(); err != nil {
-		t.Errorf("the plugin is yet to come: %v", err)
+		t.Errorf("plugin not installed yet: %v", err)
 	}
 	if err := os.Remove(filepath.Join(n.BinDir, "ptp")); err != nil {
 		t.Fatal(err)
@@ -245,8 +244,8 @@ func TestCanJoin(t *testing.T) {
 	}
 }
 
-// A copy has the mode and the owner of its original, which may have a key in it, and follows them.
-func TestCopyIsAsPrivateAsItsOriginal(t *testing.T) {
+// A copy takes over the mode and owner of its original, which may contain a key, and follows their changes.
+func TestCopyHasModeOfOriginal(t *testing.T) {
 	n := newNode(t, files{"10-pods.conflist": list})
 	original := filepath.Join(n.NetDir, "10-pods.conflist")
 	for _, want := range []struct {
