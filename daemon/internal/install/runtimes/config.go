@@ -16,7 +16,8 @@ import (
 	"github.com/probelet/probelet/daemon/internal/hostfs"
 )
 
-// SameDir reports whether a directory of the runtime's is one of ours. In a pod they may be different mounts of the same.
+// SameDir reports whether a directory of the runtime's file system is the same as one of ours. In a pod ours may be another mount of
+// it.
 func (r Runtime) SameDir(theirs, ours string) bool {
 	if filepath.Clean(theirs) == filepath.Clean(ours) {
 		return true
@@ -26,19 +27,19 @@ func (r Runtime) SameDir(theirs, ours string) bool {
 	return err == nil && ourErr == nil && os.SameFile(a, b)
 }
 
-// Root returns the file system that the runtime sees.
+// Root returns the runtime's file system.
 func (r Runtime) Root() hostfs.FS { return hostfs.FS{Root: filepath.Join(r.Dir, "root")} }
 
-// Configuration is what a runtime's command line and configuration say of CNI. What they do not say is empty: defaults differ from
-// build to build (Debian's containerd looks for plugins in /usr/lib/cni).
+// Configuration holds the CNI settings from a runtime's command line and configuration files. Fields are empty where these are silent:
+// defaults vary between builds (Debian's containerd looks for plugins in /usr/lib/cni).
 type Configuration struct {
 	NetDir  string
 	BinDirs []string
-	// NoPods: it runs none, as Docker's containerd.
+	// NoPods reports that the runtime runs no pods, like Docker's containerd.
 	NoPods bool
 }
 
-// override takes what is said elsewhere.
+// override applies settings that take precedence.
 func (c *Configuration) override(netDir, binDirs []string) {
 	if len(netDir) > 0 {
 		c.NetDir = netDir[len(netDir)-1]
@@ -48,7 +49,7 @@ func (c *Configuration) override(netDir, binDirs []string) {
 	}
 }
 
-// Configured reads a runtime's command line and configuration.
+// Configured reads the runtime's command line and configuration files.
 func (r Runtime) Configured() (c Configuration, err error) {
 	text, err := os.ReadFile(filepath.Join(r.Dir, "cmdline"))
 	if err != nil {
@@ -68,7 +69,7 @@ func (r Runtime) Configured() (c Configuration, err error) {
 	return c, err
 }
 
-// flagValues returns the values of a flag, in any of its spellings.
+// flagValues returns the values of a flag, under any of its names.
 func flagValues(args []string, names ...string) (values []string) {
 	for i, arg := range args {
 		name, value, has := strings.Cut(arg, "=")
@@ -83,9 +84,9 @@ func flagValues(args []string, names ...string) (values []string) {
 	return values
 }
 
-func last(values []string, otherwise string) string {
+func last(values []string, fallback string) string {
 	if len(values) == 0 {
-		return otherwise
+		return fallback
 	}
 	return values[len(values)-1]
 }
@@ -97,10 +98,10 @@ func commas(values []string) (all []string) {
 	return all
 }
 
-// criPlugins are the names of containerd's plugin that runs pods, in versions 1, 2 and 3 of its configuration.
+// criPlugins are the names of containerd's CRI plugin in versions 1, 2 and 3 of its configuration.
 var criPlugins = []string{"cri", "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"}
 
-// readContainerd reads a file of containerd's and then those that are imported, which override it (LoadConfig in
+// readContainerd reads a containerd configuration file and the files that it imports, which override it (LoadConfig in
 // cmd/containerd/server/config/config.go).
 func (r Runtime) readContainerd(file string, c *Configuration) error {
 	seen := map[string]bool{}
@@ -114,8 +115,8 @@ func (r Runtime) readContainerd(file string, c *Configuration) error {
 		if err != nil {
 			return err
 		}
-		c.overrideContainerd(conf, semver.Compare(r.Version, "v2") < 0) // one that is not known is older
-		for _, pattern := range stringsOf(lookUp(conf, "imports")) {
+		c.overrideContainerd(conf, semver.Compare(r.Version, "v2") < 0) // an unknown version counts as older
+		for _, pattern := range stringsOf(lookup(conf, "imports")) {
 			if !filepath.IsAbs(pattern) {
 				pattern = filepath.Join(filepath.Dir(file), pattern)
 			}
@@ -129,21 +130,21 @@ func (r Runtime) readContainerd(file string, c *Configuration) error {
 	return nil
 }
 
-// overrideContainerd takes what another file says. containerd 2 merges what two files say of a plugin. Before, the later file's section
-// took the place of the other one, and what it does not say is the default (mergeConfig).
+// overrideContainerd applies another file. containerd 2 merges the sections that two files have for a plugin. Before, the later file's
+// section replaced the earlier one, and settings missing from it got their defaults (mergeConfig).
 func (c *Configuration) overrideContainerd(conf map[string]any, replaces bool) {
 	for _, plugin := range criPlugins {
-		c.NoPods = c.NoPods || slices.Contains(stringsOf(lookUp(conf, "disabled_plugins")), plugin)
-		if replaces && lookUp(conf, "plugins", plugin) != nil {
+		c.NoPods = c.NoPods || slices.Contains(stringsOf(lookup(conf, "disabled_plugins")), plugin)
+		if replaces && lookup(conf, "plugins", plugin) != nil {
 			c.NetDir, c.BinDirs = "", nil
 		}
 		cni := []string{"plugins", plugin, "cni"}
-		c.override(stringsOf(lookUp(conf, append(cni, "conf_dir")...)), stringsOf(lookUp(conf, append(cni, "bin_dir")...)))
-		c.override(nil, stringsOf(lookUp(conf, append(cni, "bin_dirs")...)))
+		c.override(stringsOf(lookup(conf, append(cni, "conf_dir")...)), stringsOf(lookup(conf, append(cni, "bin_dir")...)))
+		c.override(nil, stringsOf(lookup(conf, append(cni, "bin_dirs")...)))
 	}
 }
 
-// readCRIO reads CRI-O's file and those in its directory, which override it.
+// readCRIO reads CRI-O's configuration file and its drop-in directory, which overrides the file.
 func (r Runtime) readCRIO(file, dir string, c *Configuration) error {
 	dropIns, err := r.Root().Glob(filepath.Join(dir, "*"))
 	if err != nil {
@@ -154,13 +155,13 @@ func (r Runtime) readCRIO(file, dir string, c *Configuration) error {
 		if err != nil {
 			return err
 		}
-		network, _ := lookUp(conf, "crio", "network").(map[string]any) // none: nothing
+		network, _ := lookup(conf, "crio", "network").(map[string]any) // nil if there is none
 		c.override(stringsOf(network["network_dir"]), append(stringsOf(network["plugin_dirs"]), stringsOf(network["plugin_dir"])...))
 	}
 	return nil
 }
 
-// readTOML returns nil of a file that is not there, as runtimes take it.
+// readTOML parses a file. It returns nil if the file does not exist, as runtimes ignore that.
 func (r Runtime) readTOML(file string) (conf map[string]any, err error) {
 	text, err := r.Root().ReadFile(file)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -175,8 +176,8 @@ func (r Runtime) readTOML(file string) (conf map[string]any, err error) {
 	return conf, nil
 }
 
-// lookUp returns the value at a path of keys, or nil.
-func lookUp(conf map[string]any, path ...string) any {
+// lookup returns the value at a path of keys, or nil.
+func lookup(conf map[string]any, path ...string) any {
 	var value any = conf
 	for _, key := range path {
 		table, _ := value.(map[string]any)
@@ -185,7 +186,7 @@ func lookUp(conf map[string]any, path ...string) any {
 	return value
 }
 
-// stringsOf returns a string, or a list of them, that is not empty.
+// stringsOf returns the non-empty strings in a value, which may be a string or a list.
 func stringsOf(value any) (all []string) {
 	switch v := value.(type) {
 	case string:

@@ -1,4 +1,5 @@
-// Package runtimes finds the container runtimes of a node, what their configuration says of CNI, and the plugins that they run.
+// Package runtimes finds the container runtimes of a node, reads the CNI settings in their configuration, and finds the CNI plugins that
+// they are running.
 package runtimes
 
 import (
@@ -16,24 +17,26 @@ import (
 	"github.com/probelet/probelet/daemon/internal/procfs"
 )
 
-// Runtime is a container runtime, as far as its configuration of networks goes.
+// Runtime is the process of a container runtime.
 type Runtime struct {
-	Name string // of its process
+	Name string // process name
 	PID  string
-	Dir  string // of its process in proc
-	// Version is its own, and Libcni that of libcni in it; empty: its build does not tell.
+	Dir  string // directory in proc
+	// Version is the runtime's version, and Libcni that of the libcni it was built with. They are empty if the binary does not record
+	// them.
 	Version, Libcni string
 }
 
-// List is those of a node. There is one, but for some that have Docker besides.
+// List holds the runtimes of a node: one, unless the node runs Docker as well.
 type List []Runtime
 
-// names are those of processes that run pods.
+// names are the process names of runtimes that run pods.
 var names = []string{"containerd", "crio", "cri-dockerd"}
 
 const libcniPath = "github.com/containernetworking/cni"
 
-// Find looks for them among the processes in proc. Those that run in containers are no concern of the node.
+// Find returns the runtimes among the processes in proc. It prefers those in the mount namespace of process 1: others run in
+// containers and are not the node's.
 func Find(proc string) List {
 	processes, _ := filepath.Glob(filepath.Join(proc, "[0-9]*"))
 	host := mounts(filepath.Join(proc, "1"))
@@ -56,10 +59,10 @@ func Find(proc string) List {
 	return all
 }
 
-// lookAgain is how often Cached looks at most.
+// lookAgain is the minimum interval between two searches by Cached.
 const lookAgain = 10 * time.Second
 
-// Cached returns a Find that looks again only when one of those found has ended, and at most every lookAgain.
+// Cached returns a caching Find. It searches again only after one of the runtimes has exited, and no more often than every lookAgain.
 func Cached(proc string) func() List {
 	var found List
 	var looked time.Time
@@ -75,22 +78,22 @@ func Cached(proc string) func() List {
 	}
 }
 
-// mounts names the mount namespace of a process; empty if that cannot be read.
+// mounts identifies the mount namespace of a process. It returns "" if that cannot be read.
 func mounts(process string) string {
 	link, _ := os.Readlink(filepath.Join(process, "ns/mnt"))
 	return link
 }
 
-// KeepConfiguration is whether one deletes a pod with the network configuration of that pod's ADD. CRI-O does so
-// (TearDownPodWithContext in ocicni.go); the others take the configuration that there is at DEL.
+// KeepConfiguration reports whether a runtime deletes each pod with the network configuration of that pod's ADD. CRI-O does
+// (TearDownPodWithContext in ocicni.go); the others use the current configuration.
 func (all List) KeepConfiguration() bool {
 	return slices.ContainsFunc(all, func(r Runtime) bool { return r.Name == "crio" })
 }
 
-// versionStamp is how runtimes are told their version when they are linked, where the build notes that.
+// versionStamp matches the linker flag that sets the version of a runtime.
 var versionStamp = regexp.MustCompile(`version\.Version=([^ '"]+)`)
 
-// versionsOf reads what the Go linker notes of a program and its modules.
+// versionsOf returns the versions of a Go program and of its libcni, from the build information in the binary.
 func versionsOf(program string) (own, ofLibcni string) {
 	info, err := buildinfo.ReadFile(program)
 	if err != nil {
@@ -115,8 +118,8 @@ func versionsOf(program string) (own, ofLibcni string) {
 	return own, ofLibcni
 }
 
-// ReadDropIns reports whether all of them are known to read drop-ins, and to run what was in them at DEL. What CRI-O keeps of an ADD
-// lacks drop-ins, so its DEL would not run the plugin.
+// ReadDropIns reports whether all runtimes are known to run plugins from drop-ins, at ADD and DEL. CRI-O does not at DEL: the
+// configuration that it keeps of an ADD lacks drop-ins.
 func (all List) ReadDropIns() bool {
 	return len(all) > 0 && !all.KeepConfiguration() && !slices.ContainsFunc(all, func(r Runtime) bool {
 		return !semver.IsValid(r.Libcni) || semver.Compare(r.Libcni, "v1.3.0") < 0
@@ -135,7 +138,7 @@ func (r Runtime) String() string {
 
 func (all List) String() string {
 	if len(all) == 0 {
-		return "none is to be seen"
+		return "none found"
 	}
 	var words []string
 	for _, r := range all {

@@ -15,7 +15,7 @@ import (
 
 func TestRuntimes(t *testing.T) {
 	proc, programs := t.TempDir(), t.TempDir()
-	program := filepath.Join(programs, "plugin") // has libcni in it, as a runtime has
+	program := filepath.Join(programs, "plugin") // contains libcni, as a runtime does
 	build := exec.Command("go", "build", "-ldflags", "-X github.com/containerd/containerd/v2/version.Version=2.9.1", "-o", program, "github.com/probelet/probelet/plugin")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -51,7 +51,7 @@ func TestRuntimes(t *testing.T) {
 	process("1", "systemd", "host", "/bin/bash")
 	process("17", "bash", "host", "/bin/bash")
 	expect("", false, false)
-	process("230", "containerd", "pod", program) // Docker's, in a pod
+	process("230", "containerd", "pod", program) // in a container
 	expect("containerd", true, false)
 	process("2300", "cri-dockerd", "host", "/bin/bash")
 	expect("cri-dockerd", false, false)
@@ -71,14 +71,14 @@ func TestRuntimes(t *testing.T) {
 		}
 	}
 	if own, libcni := versionsOf("/bin/bash"); own+libcni != "" {
-		t.Errorf("of a program without modules: %s, %s", own, libcni)
+		t.Errorf("binary without modules: %s, %s", own, libcni)
 	}
 }
 
-// A user can run a program that is root's, under a runtime's name and with arguments of his own.
-func TestNoUsersRuntime(t *testing.T) {
+// A user can run a setuid-root program under a runtime's name with arbitrary arguments.
+func TestUserProcessIsNoRuntime(t *testing.T) {
 	bpftest.RequireRoot(t)
-	dir, err := os.MkdirTemp("", "runtime") // where another user can run it
+	dir, err := os.MkdirTemp("", "runtime") // accessible to other users
 	if err != nil {
 		t.Fatal(err)
 	}

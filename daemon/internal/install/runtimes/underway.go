@@ -10,9 +10,9 @@ import (
 	"github.com/probelet/probelet/daemon/internal/procfs"
 )
 
-// UnderWay are the containers that CNI plugins are at work for, by the environments of processes in proc (CNI specification,
-// section 2). A plugin is root's, runs in the runtime's mount namespace, and below the runtime: nobody else's process and no pod's
-// counts, whatever is in its environment. If no runtime is found, any of root's counts that is not in a pod.
+// UnderWay returns the IDs of the containers for which CNI plugins are running, taken from the environment of the processes in proc (CNI
+// specification, section 2). To count as a plugin a process must belong to root, be in the runtime's mount namespace and descend from the
+// runtime, so that no user or pod can pose as one. If no runtime is found, any process of root in the host's mount namespace counts.
 func UnderWay(proc string) map[string]bool {
 	containers := map[string]bool{}
 	all := Find(proc)
@@ -25,9 +25,9 @@ func UnderWay(proc string) map[string]bool {
 	return containers
 }
 
-// containerOf returns the container that a process is asked to do something for, if it is a CNI plugin by its environment.
+// containerOf returns the container ID from the environment of a CNI plugin's process, or "" for any other process.
 func containerOf(process string) string {
-	text, _ := os.ReadFile(filepath.Join(process, "environ")) // of one that has ended: nothing
+	text, _ := os.ReadFile(filepath.Join(process, "environ")) // empty if it has exited
 	var command, container string
 	for variable := range strings.SplitSeq(string(text), "\x00") {
 		if value, ok := strings.CutPrefix(variable, "CNI_COMMAND="); ok {
@@ -43,7 +43,7 @@ func containerOf(process string) string {
 	return container
 }
 
-// run reports whether a process may be one that they run: it is below one of them and in its mount namespace.
+// run reports whether a process descends from one of the runtimes and is in its mount namespace.
 func (all List) run(proc, process string) bool {
 	if len(all) == 0 {
 		host := mounts(filepath.Join(proc, "1"))
@@ -57,10 +57,10 @@ func (all List) run(proc, process string) bool {
 	return false
 }
 
-// parentOf returns the number of a process' parent (proc_pid_stat(5)); empty if it has ended.
+// parentOf returns the PID of a process's parent (proc_pid_stat(5)), or "" if the process has exited.
 func parentOf(process string) string {
 	text, _ := os.ReadFile(filepath.Join(process, "stat"))
-	// The name, in parentheses, may have anything in it.
+	// The name, in parentheses, may contain spaces and parentheses.
 	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
 	if len(fields) < 2 {
 		return ""

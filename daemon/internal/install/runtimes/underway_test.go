@@ -12,12 +12,11 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 )
 
-// Only what root's runtime runs is a plugin at work. Processes are real; whoever has the variables in its environment besides, in
-// a runtime's name or below one that is not root's, keeps nobody from anything.
+// Only processes that root's runtime runs count as plugins, not other processes with the same environment, even under a runtime's name.
 func TestUnderWay(t *testing.T) {
 	bpftest.RequireRoot(t)
 	if all := Find("/proc"); len(all) > 0 {
-		t.Skipf("there is a container runtime on this machine: %s", all)
+		t.Skipf("container runtime on this machine: %s", all)
 	}
 	start := func(name string, attributes *syscall.SysProcAttr, script string) {
 		t.Helper()
@@ -30,16 +29,16 @@ func TestUnderWay(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { _ = in.Close(); _ = cmd.Wait() }) // cat ends, and with it the rest
+		t.Cleanup(func() { _ = in.Close(); _ = cmd.Wait() }) // cat exits, and the shell with it
 	}
-	const ours = "underway-" // other tests may run plugins meanwhile
+	const ours = "underway-" // other tests may be running plugins
 	plugin := func(container string) string {
 		return "CNI_COMMAND=ADD CNI_CONTAINERID=" + ours + container + " cat"
 	}
 	user := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	expect := func(running int, want ...string) {
 		t.Helper()
-		for range 500 { // until all have been started
+		for range 500 { // until all have started
 			processes, _ := filepath.Glob("/proc/[0-9]*")
 			processes = slices.DeleteFunc(processes, func(p string) bool { return !strings.HasPrefix(containerOf(p), ours) })
 			if len(processes) == running {
@@ -54,13 +53,13 @@ func TestUnderWay(t *testing.T) {
 			}
 		}
 		if slices.Sort(got); !slices.Equal(got, want) {
-			t.Fatalf("under way: %v, want %v", got, want)
+			t.Fatalf("got %v, want %v", got, want)
 		}
 	}
 
 	start("sh", nil, plugin("of-root"))
 	start("sh", user, plugin("of-a-user"))
-	expect(2, "of-root") // as no runtime was found
+	expect(2, "of-root") // no runtime is found
 
 	start("containerd", user, plugin("of-a-false-runtime")+"; :")
 	expect(3, "of-root")
