@@ -49,7 +49,7 @@ initContainers:
           - NET_ADMIN
           # The CNI directories may belong to another user and be writable by that user only (kube with Kubespray).
           - DAC_OVERRIDE
-          # To find running CNI plugins, and the host's records of pods that CRI-O will delete.
+          # To find the runtime's configuration, running CNI plugins, and the host's records of pods that CRI-O will delete.
           - SYS_PTRACE
   {{- else }}
   - name: install
