@@ -44,7 +44,7 @@ test: build ## Run all tests; the privileged ones need root
 
 .PHONY: churn
 churn: ## Have 100,000 pods come and go, and see that the daemon stays as large as it is
-	go test -count=1 -timeout 30m -v -run 'TestChurn$$' ./daemon/cmd/probeletd -churn 100000
+	go test -count=1 -timeout 30m -v -run 'TestChurn$$' ./daemon/internal/agent -churn 100000
 
 FUZZTIME ?= 10m
 .PHONY: fuzz

@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"github.com/spf13/pflag"
+
+	"github.com/probelet/probelet/daemon/internal/flagenv"
 )
 
 const (
@@ -68,7 +70,7 @@ func TestChartKnowsTheFlags(t *testing.T) {
 // An environment that was written by hand may have anything.
 func TestMisspeltVariables(t *testing.T) {
 	environ := []string{"PATH=/bin", "PROBELET_MODE=answer", "PROBELET_STALENES=2", "PROBELET_CNI_BIN_DIR=/x", "PROBELETS=1"}
-	if got := misspelt(runCommand(io.Discard).Flags(), environ); !slices.Equal(got, []string{"PROBELET_STALENES"}) {
+	if got := flagenv.Unknown(runCommand(io.Discard).Flags(), environ); !slices.Equal(got, []string{"PROBELET_STALENES"}) {
 		t.Errorf("%q", got)
 	}
 }

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"encoding/json"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -10,6 +12,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"github.com/probelet/probelet/daemon/internal/flagenv"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
@@ -33,7 +36,7 @@ func TestChosenStaleness(t *testing.T) {
 			if err := flags.Parse(test.args); err != nil {
 				t.Fatal(err)
 			}
-			if err := fromEnvironment(flags); err != nil {
+			if err := flagenv.Apply(flags); err != nil {
 				t.Fatal(err)
 			}
 			noteChosen(flags, &got)
@@ -72,5 +75,22 @@ func TestDirectories(t *testing.T) {
 				})
 			}
 		}
+	}
+}
+
+func TestLogFormats(t *testing.T) {
+	var text strings.Builder
+	log, err := newLog(&text, "json", &slog.LevelVar{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	log.Info("hello", "pod", "a/b")
+	log.Debug("not this")
+	var line map[string]any
+	if err := json.Unmarshal([]byte(text.String()), &line); err != nil || line["msg"] != "hello" || line["pod"] != "a/b" {
+		t.Errorf("%s: %v", &text, err)
+	}
+	if _, err := newLog(io.Discard, "xml", nil); err == nil || !strings.Contains(err.Error(), `--log-format "xml"`) {
+		t.Errorf("%v", err)
 	}
 }

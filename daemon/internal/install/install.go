@@ -19,13 +19,13 @@ import (
 	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 )
 
-// Options configures Install, Keep and Uninstall.
+// Options configures Install, Keeper and Uninstall.
 type Options struct {
 	NetDir, BinDir   string // CNI's network configurations and plugins
 	BPFDir, StateDir string
 	Log              *slog.Logger
 
-	// Install and Keep.
+	// Install and Keeper.
 	Chain string // how the plugin joins the chain: auto, dropin or copy
 	Hook  attach.Hook
 	// Plugin is the binary to install. The default is PluginType in the directory of this program.
@@ -106,16 +106,18 @@ func Install(ctx context.Context, o Options) error {
 	return node.Follow(ctx, way, true)
 }
 
-// Keep keeps the plugin in the chain until ctx ends. It calls looked after each check, with the reason why the plugin is not in the
-// chain, or nil.
-func Keep(ctx context.Context, o Options, looked func(error)) error {
+// Keeper returns a function that keeps the plugin in the chain until ctx ends. It calls looked after each check, with the reason why the
+// plugin is not in the chain, or nil.
+func Keeper(o Options) (keep func(ctx context.Context, looked func(error)) error, err error) {
 	way, err := o.way()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	node := o.node()
-	node.Looked = func(_ chain.Joined, err error) { looked(err) }
-	return node.Follow(ctx, way, false)
+	return func(ctx context.Context, looked func(error)) error {
+		node := o.node()
+		node.Looked = func(_ chain.Joined, err error) { looked(err) }
+		return node.Follow(ctx, way, false)
+	}, nil
 }
 
 // checkPlugin returns an error unless file is an executable for the architecture of this program.

@@ -33,6 +33,19 @@ type Report struct {
 	Err      error // it could not look, or not at everything
 }
 
+// Action is what a repair did about an attachment.
+type Action string
+
+// Actions of repairs.
+const (
+	Reattached Action = "reattached" // part of it was lost
+	Removed    Action = "removed"    // its device is gone
+	Adopted    Action = "adopted"    // the pod was started before probelet
+)
+
+// Actions lists all of them.
+var Actions = []Action{Reattached, Removed, Adopted}
+
 // Looker looks at attachments.
 type Looker struct {
 	datapath  *datapath.Datapath

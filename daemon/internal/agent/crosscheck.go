@@ -1,0 +1,218 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/probelet/probelet/bpf/attach"
+	"github.com/probelet/probelet/daemon/internal/crosscheck"
+	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/daemon/internal/store"
+)
+
+// crosscheck starts to compare the kubelet's verdicts with what is observed, where the prober is the kubelet.
+func (l *loop) crosscheck(ctx context.Context, c Config, in *inputs) error {
+	if c.Crosscheck == 0 || c.sourceName() == "file" || l.who.AnyLocal {
+		return nil
+	}
+	checker, err := crosscheck.New(c.Kubelet.Config, l, c.Crosscheck, l.log)
+	if err != nil {
+		return fmt.Errorf("--crosscheck: --kubelet-url: %w", err)
+	}
+	in.all.Go(func() { checker.Run(ctx) })
+	return nil
+}
+
+// Observed implements crosscheck.Node.
+func (l *loop) Observed(ctx context.Context) (all map[crosscheck.ID]crosscheck.Endpoint, err error) {
+	err = l.call(ctx, func() { all = l.counted() })
+	return all, err
+}
+
+// Disagree implements crosscheck.Node.
+func (l *loop) Disagree(ctx context.Context, d crosscheck.Disagreement) error {
+	return l.call(ctx, func() { l.disagree(d) })
+}
+
+// crosschecked is what is held against the kubelet's verdicts on an attachment's pod, and what came of it.
+type crosschecked struct {
+	counts map[probe.Endpoint]crosscheck.Counts
+	barred map[probe.Endpoint]bar
+	// shared are endpoints that may be asked by others than their own probes, and by whom. The kubelet does not count those as
+	// the pod's, so nothing follows from its counts.
+	shared map[probe.Endpoint]string
+}
+
+// tally counts what was observed of a prober's probe.
+func (a *attachment) tally(o probe.Outcome) {
+	if o.Refresh {
+		return
+	}
+	for endpoint, result := range a.tracker.Verdicts(o) {
+		c := a.counts[endpoint]
+		if result == probe.Success {
+			c.Succeeded++
+		} else {
+			c.Other++
+		}
+		a.counts[endpoint] = c
+	}
+}
+
+// counted returns what was counted of each endpoint that is observed, and asked by its own probes only, of pods that the
+// kubelet's counts tell apart.
+func (d *daemon) counted() map[crosscheck.ID]crosscheck.Endpoint {
+	all := map[crosscheck.ID]crosscheck.Endpoint{}
+	for id, a := range d.attachments {
+		if a.pod == nil || a.pod.UID == "" || a.maps == nil {
+			continue
+		}
+		evidence := a.tracker.Evidence()
+		for _, s := range a.tracker.Endpoints() {
+			if counts, ok := a.countsOf(s, evidence[s.Endpoint].Question); ok && a.shared[s.Endpoint] == "" {
+				all[crosscheck.ID{Attachment: id, Endpoint: s.Endpoint}] = crosscheck.Endpoint{
+					Workers: a.workers(s), Period: s.Period, Counts: counts, Discards: s.Kind == probe.HTTP,
+				}
+			}
+		}
+	}
+	return all
+}
+
+func (a *attachment) countsOf(s probe.EndpointSpec, q probe.Question) (counts crosscheck.Counts, ok bool) {
+	key, hasRecord := store.Key(s.Endpoint, q)
+	if !s.Observed || !hasRecord {
+		return counts, false
+	}
+	tally, err := a.maps.Tally(key)
+	counts = a.counts[s.Endpoint]
+	counts.Answered = tally.Hits
+	return counts, err == nil
+}
+
+func (a *attachment) workers(s probe.EndpointSpec) []crosscheck.Worker {
+	var all []crosscheck.Worker
+	for _, asker := range s.Askers {
+		all = append(all, crosscheck.Worker{
+			Namespace: a.pod.Namespace, Pod: a.pod.Name, UID: a.pod.UID, Container: asker.Container, Type: asker.Type,
+		})
+	}
+	return all
+}
+
+// stranger is a probe or a hook that dials another host than its pod: perhaps another pod of the node.
+type stranger struct {
+	probe.Spec
+	pod string
+}
+
+func (s stranger) String() string { return s.Asker().String() + " of pod " + s.pod }
+
+func strangersAmong(pods []probe.Pod) []stranger {
+	var all []stranger
+	for i := range pods {
+		for _, p := range slices.Concat(pods[i].Probes, pods[i].Hooks) {
+			if p.Host != "" {
+				p.Instance = ""
+				all = append(all, stranger{p, pods[i].String()})
+			}
+		}
+	}
+	return all
+}
+
+// share notes who else may ask the endpoints: strangers, and the pod's own hooks.
+func (d *daemon) share(a *attachment, endpoints []probe.EndpointSpec) {
+	a.shared = map[probe.Endpoint]string{}
+	if a.pod == nil {
+		return
+	}
+	others := slices.Clone(d.strangers)
+	for _, p := range a.pod.Hooks {
+		if p.Host == "" {
+			others = append(others, stranger{p, a.pod.String()})
+		}
+	}
+	for _, s := range endpoints {
+		i := slices.IndexFunc(others, func(o stranger) bool {
+			return s.Observed && s.MayBeAskedBy(o.Spec, a.pod.IPs)
+		})
+		if i >= 0 {
+			a.shared[s.Endpoint] = others[i].String() + " may ask the same"
+		}
+	}
+}
+
+// bar keeps an endpoint from being answered for as long as it is asked the same, by whatever containers: others of the same
+// specs answer like those that the verdict was on.
+type bar struct {
+	kind   crosscheck.Kind
+	probes []statedir.Probe // that asked when the verdict came
+}
+
+var barReasons = map[crosscheck.Kind]string{
+	crosscheck.Failed:    "the kubelet's verdict differs: it counted failures of probes that were taken for successes",
+	crosscheck.Discarded: "the kubelet's verdict differs: it discarded probes that were taken for successes",
+}
+
+func (d *daemon) disagree(x crosscheck.Disagreement) {
+	a := d.attachments[x.Attachment]
+	if a == nil || a.pod == nil || a.barred[x.Endpoint].kind != "" {
+		return
+	}
+	i := slices.IndexFunc(a.tracker.Endpoints(), func(s probe.EndpointSpec) bool { return s.Endpoint == x.Endpoint })
+	if i < 0 {
+		return
+	}
+	a.barred[x.Endpoint] = bar{x.Kind, statedir.EndpointOf(a.tracker.Endpoints()[i], probe.Question{}).Probes}
+	d.metrics.Disagreed(x.Kind)
+	d.log.Error("endpoint is not answered any more, until its specs change", "pod", a.podName(), "endpoint", x.Endpoint,
+		"because", barReasons[x.Kind], "probes", x.Probes)
+	for _, c := range a.withdraw(func(e probe.Endpoint) bool { return e == x.Endpoint }) {
+		c.Cause = probe.ByVerdict
+		d.note(a, c, nil)
+	}
+	d.ask(a)
+	d.sync(a)
+	d.describe() // now: another daemon, should this one die, must know it
+}
+
+// bar gives a reason to the endpoints that are barred, and lifts the bars of those that are not asked as they were then.
+func (a *attachment) bar(endpoints []probe.EndpointSpec) {
+	maps.DeleteFunc(a.counts, func(e probe.Endpoint, _ crosscheck.Counts) bool {
+		return !slices.ContainsFunc(endpoints, func(s probe.EndpointSpec) bool { return s.Endpoint == e })
+	})
+	maps.DeleteFunc(a.barred, func(e probe.Endpoint, b bar) bool {
+		return !slices.ContainsFunc(endpoints, func(s probe.EndpointSpec) bool {
+			return s.Endpoint == e && slices.EqualFunc(b.probes, statedir.EndpointOf(s, probe.Question{}).Probes, sameProbe)
+		})
+	})
+	for i := range endpoints {
+		if b, ok := a.barred[endpoints[i].Endpoint]; ok && endpoints[i].Observed {
+			endpoints[i].Bar(probe.Reason{Code: probe.ReasonVerdict, Text: barReasons[b.kind]})
+		}
+	}
+}
+
+func sameProbe(a, b statedir.Probe) bool {
+	return a.Asker == b.Asker && a.Period == b.Period && a.Timeout == b.Timeout && a.FailureThreshold == b.FailureThreshold
+}
+
+// crosscheckedBefore begins to count, with the bars of an earlier run.
+func (d *daemon) crosscheckedBefore(id attach.ID) crosschecked {
+	counts, barred := map[probe.Endpoint]crosscheck.Counts{}, map[probe.Endpoint]bar{}
+	for _, a := range d.previous.Attachments {
+		if a.ContainerID != id.ContainerID || a.IfName != id.IfName {
+			continue
+		}
+		for _, e := range a.Endpoints {
+			if e.Disagreement != "" {
+				barred[e.Endpoint()] = bar{crosscheck.Kind(e.Disagreement), e.Probes}
+			}
+		}
+	}
+	return crosschecked{counts: counts, barred: barred}
+}
