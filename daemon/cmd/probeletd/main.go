@@ -14,6 +14,7 @@ import (
 
 	"github.com/probelet/probelet/daemon/internal/agent/metrics"
 	"github.com/probelet/probelet/daemon/internal/install"
+	"github.com/probelet/probelet/daemon/internal/versioncmd"
 	"github.com/probelet/probelet/internal/version"
 )
 
@@ -35,6 +36,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		SilenceErrors: true,
 	}
 	root.AddCommand(runCommand(stderr), install.Command(stderr), install.UninstallCommand(stderr), metrics.ProxyCommand(stderr), install.WaitCommand(stderr))
+	root.AddCommand(versioncmd.New())
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)

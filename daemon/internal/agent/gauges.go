@@ -7,6 +7,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/agent/metrics"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/store"
 )
 
@@ -86,30 +87,18 @@ func worsen(detection map[probe.Mode]probe.Delay, mode probe.Mode, s probe.Endpo
 	detection[mode] = worst
 }
 
-// state is the endpoint's, as probeletctl status has it, but for those that are never answered. In mode observe it is what it
-// would be: the kernel side is never told of it.
-func (a *attachment) state(s probe.EndpointSpec, e probe.Evidence) string {
-	if s.Withheld {
-		e.FreshUntil = e.ObservedAt + uint64(s.Staleness)
-	}
-	switch {
-	case s.Reason.Code != "" && !s.Withheld:
-		return metrics.Never
-	case e.Result == probe.Failure:
-		return metrics.Failed
-	case e.Result != probe.Success:
-		return metrics.Unknown
-	case a.maps == nil:
-		return metrics.Stale
-	}
-	if e.FreshUntil <= datapath.Now() || e.ObservedAt <= a.withdrawnAt(s.Endpoint) {
-		return metrics.Stale
-	}
-	return metrics.Fresh
+// state returns the state that an endpoint is counted under.
+func (a *attachment) state(s probe.EndpointSpec, e probe.Evidence) status.State {
+	return status.Endpoint{
+		Kind: s.Kind, Never: s.Reason, Withheld: s.Withheld, Bound: s.Staleness, Evidence: e, WithdrawnAt: a.withdrawnAt(s.Endpoint),
+	}.Counted(datapath.Now())
 }
 
 // withdrawnAt is when the kernel side last voided what was known of an endpoint, by itself or with its port.
 func (a *attachment) withdrawnAt(e probe.Endpoint) uint64 {
+	if a.maps == nil {
+		return datapath.Now() // the kernel holds nothing that it could answer with
+	}
 	key, _ := store.Key(e, a.tracker.Evidence()[e].Question)
 	own, err := a.maps.Tally(key)
 	port, portErr := a.maps.Tally(datapath.PortKey(e.Port))
