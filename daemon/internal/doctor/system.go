@@ -56,8 +56,8 @@ func (d *Doctor) cgroup() {
 
 // needed lists the daemon's capabilities; the chart says what each is for.
 var needed = []struct {
-	name string
-	bit  int
+	name    string
+	bit     int
 	implied bool // by CAP_SYS_ADMIN, see capabilities(7)
 }{
 	{"BPF", unix.CAP_BPF, true},
