@@ -110,7 +110,8 @@ func removeFilters(records []attach.Record) error {
 	return nil
 }
 
-// removePins removes the directory of pins, unless its parent is not a BPF file system: then the directory may be the root of one.
+// removePins removes the directory of pins if its parent is in a BPF file system. Otherwise the directory may itself be the mount point of
+// one, which may have the pins of other programs in it.
 func (u uninstaller) removePins() error {
 	var fs unix.Statfs_t
 	if parent := filepath.Dir(u.BPFDir); unix.Statfs(parent, &fs) != nil || fs.Type != unix.BPF_FS_MAGIC {

@@ -73,7 +73,7 @@ func passes(err error) bool {
 	return errors.Is(err, ErrNoNetwork) || errors.Is(err, ErrUnusable) || errors.Is(err, ErrUnsupported)
 }
 
-// quiet reports whether an error is no sign that another process undoes our changes.
+// quiet reports whether an outcome gives no reason to suspect that another process undoes our changes.
 func quiet(err error) bool { return err == nil || passes(err) || errors.Is(err, ErrMisplaced) }
 
 // follower is the state of Follow.
@@ -88,7 +88,7 @@ type follower struct {
 	pause   time.Duration
 }
 
-// watch watches NetDir. It notices if that is now another directory.
+// watch watches NetDir, and starts over if that is now another directory.
 func (f *follower) watch() error {
 	now, err := os.Stat(f.NetDir)
 	if err == nil && (f.watched == nil || !os.SameFile(f.watched, now)) {
