@@ -5,10 +5,11 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 BIN := $(CURDIR)/bin
-CLANG_PACKAGES := clang-19 llvm-19 clang-format-19 libbpf-dev linux-libc-dev
+CLANG_PACKAGES := clang-19 llvm-19 clang-format-19
 
 # The CNI plugin is run by the runtime, once for each pod, on any distribution: small and static.
-# VERSION=v1.2.3 for builds that know nothing of version control; otherwise Go notes the revision.
+# What the binaries say their version is. Set it (VERSION=v1.2.3) where there is no repository, such as in an image build.
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 GO_BUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X github.com/probelet/probelet/internal/version.linked=$(VERSION)'
 # The kubelet's prober tells Kubernetes' version in its User-Agent, which the kubelet's own build sets.
 KUBE_VERSION := -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=37
@@ -137,7 +138,6 @@ generate: clang ## Compile the BPF programs anew (after a change in bpf/)
 .PHONY: clang
 clang:
 	$(call need,clang-19 clang-format-19 llvm-strip-19,$(CLANG_PACKAGES))
-	@[ -e /usr/include/bpf/bpf_helpers.h ] || { echo "bpf_helpers.h is missing: apt-get install $(CLANG_PACKAGES)"; exit 1; }
 
 .PHONY: clean
 clean: ## Remove what was built

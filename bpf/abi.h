@@ -15,9 +15,8 @@
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
+#include <linux/stddef.h>
 #include <linux/tcp.h>
-#include <stdbool.h>
-#include <stddef.h>
 
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
@@ -336,40 +335,9 @@ struct reply_text {
 #define STATUS_MIN 200
 #define STATUS_MAX 299
 
-/* HOOK_XDP: the answer that respond is to make of a packet. steer writes it behind the packet's TCP header. */
-struct order {
-	__u64 token; /* order_token, so that a pod cannot forge an order */
-	__u32 seq;
-	__u32 ack;
-	__u16 mss; /* 0: no MSS option */
-	__u16 window;
-	__u16 status; /* of the reply to append; 0: none */
-	__u8 tcp_flags;
-	__u8 pad;
-};
-
-/* Room behind a steered packet's TCP header for an MSS option and the longest reply, so that respond only shrinks it.
- */
-#define STEERED_ROOM (4 + REPLY_MAX)
-_Static_assert(sizeof(struct order) <= STEERED_ROOM, "an order must fit into a steered packet");
-
-/*
- * EtherType of a packet on its way from steer to respond (IEEE 802 Local Experimental 1). If respond has been detached,
- * no protocol of the host and no bridge takes the packet for the client's. A pod may use the EtherType itself.
- */
-#define ETH_P_STEERED 0x88B5
-
-/*
- * skb->tc_index of a packet that our programs are done with: an answer on its way up, a packet redirected to the pod,
- * or a translated one. While attach.Promote has a device attached twice, it tells the second copy to leave it alone.
- */
-#define HANDLED 0x7062
-#define HANDLED_TRIAL 0x7063 /* the answer to a trial's SYN */
-
 #pragma clang diagnostic pop
 
 /* These make the compiler describe the types in BTF, from which the Go side is generated. */
-const struct order *btf_order __attribute__((unused));
 const struct record *btf_record __attribute__((unused));
 const enum endpoint_kind *btf_endpoint_kind __attribute__((unused));
 const enum evidence_result *btf_evidence_result __attribute__((unused));

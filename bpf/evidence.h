@@ -3,6 +3,7 @@
 #ifndef PROBELET_EVIDENCE_H
 #define PROBELET_EVIDENCE_H
 
+#include "count.h"
 #include "maps.h"
 
 /* Prime of the 64-bit FNV hash. sealOf in bpf/datapath computes the same seal. */

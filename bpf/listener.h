@@ -11,9 +11,12 @@
 
 #include <bpf/bpf_core_read.h>
 
+#include "count.h"
 #include "evidence.h"
+#include "kernel.h"
 #include "maps.h"
 #include "parse.h"
+#include "scratch.h"
 
 /* Set by the loader: 1 where the kernel describes its types (BTF) and lets this program follow them (CAP_PERFMON). */
 const volatile __u8 sees_listeners = 0;
@@ -21,72 +24,6 @@ const volatile __u8 sees_listeners = 0;
 /* A connection that waits longer to be accepted tells of a process that is stuck, not of one that is busy. */
 #define LISTENER_WAIT_US 50000
 #define ANSWERS_MAX 9
-
-#define STATE_CLOSE 7	/* TCP_CLOSE in include/net/tcp_states.h */
-#define STATE_LISTEN 10 /* TCP_LISTEN */
-#define STATE_NEW_SYN_RECV 12
-
-/* The fields that are read of the kernel's types. CO-RE relocates their offsets to the running kernel's. */
-#define KERNEL_TYPE __attribute__((preserve_access_index))
-struct ns_common {
-	unsigned int inum;
-} KERNEL_TYPE;
-struct net {
-	struct ns_common ns;
-	__u64 net_cookie;
-} KERNEL_TYPE;
-typedef struct {
-	struct net *net;
-} KERNEL_TYPE possible_net_t;
-struct sock;
-struct sock_common {
-	struct sock *skc_listener; /* of a request_sock */
-	volatile unsigned char skc_state;
-	unsigned char skc_reuseport : 1;
-	int skc_bound_dev_if;
-	__u16 skc_num;
-	possible_net_t skc_net;
-} KERNEL_TYPE;
-struct sk_filter;
-struct sock {
-	struct sock_common __sk_common;
-	struct sk_filter *sk_filter;
-	__u32 sk_ack_backlog;
-	__u32 sk_max_ack_backlog;
-} KERNEL_TYPE;
-struct ipv6_pinfo {
-	__u8 min_hopcount;
-} KERNEL_TYPE;
-struct inet_sock {
-	struct sock sk;
-	struct ipv6_pinfo *pinet6;
-	__u8 min_ttl;
-} KERNEL_TYPE;
-typedef struct {
-	int counter;
-} KERNEL_TYPE atomic_t;
-struct request_sock {
-	struct sock_common __req_common;
-	struct request_sock *dl_next;
-} KERNEL_TYPE;
-struct request_sock_queue {
-	atomic_t qlen;
-	struct request_sock *rskq_accept_head;
-} KERNEL_TYPE;
-struct inet_connection_sock {
-	struct inet_sock icsk_inet;
-	struct request_sock_queue icsk_accept_queue;
-} KERNEL_TYPE;
-struct tcp_md5sig_info;
-struct tcp_ao_info;
-struct tcp_sock {
-	struct inet_connection_sock inet_conn;
-	struct tcp_md5sig_info *md5sig_info; /* CONFIG_TCP_MD5SIG */
-	struct tcp_ao_info *ao_info;	     /* CONFIG_TCP_AO, since 6.7 */
-} KERNEL_TYPE;
-struct tcp_request_sock {
-	__u64 snt_synack;
-} KERNEL_TYPE;
 
 static __always_inline __u64 now_us(void)
 {
@@ -137,6 +74,14 @@ static __always_inline int examine(const struct tcp_sock *tcp, struct listener *
 	return 0;
 }
 
+/* Returns the socket to which the pod's kernel would give a packet with s->tuple, or NULL. The caller releases it. */
+static __always_inline struct bpf_sock *look_up_tuple(struct __sk_buff *skb, struct scratch *s, int nsid)
+{
+	if (s->is_ipv4)
+		return bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv4), nsid, 0);
+	return bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv6), nsid, 0);
+}
+
 enum found {
 	FOUND_NONE,
 	FOUND_LISTENER, /* and s->listener is filled in */
@@ -150,10 +95,7 @@ static __always_inline enum found look_up(struct __sk_buff *skb, struct scratch 
 	const struct tcp_sock *tcp;
 	struct bpf_sock *found;
 
-	if (s->is_ipv4)
-		found = bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv4), nsid, 0);
-	else
-		found = bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv6), nsid, 0);
+	found = look_up_tuple(skb, s, nsid);
 	if (!found)
 		return FOUND_NONE;
 	tcp = bpf_skc_to_tcp_sock(found);
@@ -197,10 +139,7 @@ __noinline __u64 find_answering(struct __sk_buff *skb, struct scratch *s, int ns
 
 	if (!s || !sees_listeners || nsid < 0)
 		return 0;
-	if (s->is_ipv4)
-		found = bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv4), nsid, 0);
-	else
-		found = bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv6), nsid, 0);
+	found = look_up_tuple(skb, s, nsid);
 	if (!found)
 		return 0;
 	if (found->state == STATE_NEW_SYN_RECV) {

@@ -6,26 +6,12 @@
 #ifndef PROBELET_MARK_H
 #define PROBELET_MARK_H
 
-#include "listener.h"
+#include <bpf/bpf_core_read.h>
 
-#define SOCK_STREAM 1	      /* enum sock_type in include/linux/net.h */
+#include "kernel.h"
+#include "maps.h"
+
 #define PID_NAMESPACES_MAX 33 /* MAX_PID_NS_LEVEL in include/linux/pid_namespace.h, and the first one */
-
-struct pid_namespace {
-	struct ns_common ns;
-} KERNEL_TYPE;
-struct upid {
-	int nr;
-	struct pid_namespace *ns;
-} KERNEL_TYPE;
-struct pid {
-	unsigned int level;
-	struct upid numbers[1];
-} KERNEL_TYPE;
-struct task_struct {
-	struct task_struct *group_leader;
-	struct pid *thread_pid;
-} KERNEL_TYPE;
 
 /* The current process's number in a namespace, which need not be the first: a node may be a container. 0: it has none.
  */

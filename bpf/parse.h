@@ -4,6 +4,7 @@
 #define PROBELET_PARSE_H
 
 #include "maps.h"
+#include "scratch.h"
 
 #define TCP_FIN 0x01
 #define TCP_SYN 0x02
@@ -183,44 +184,6 @@ static __always_inline bool parse(struct __sk_buff *skb, struct segment *s, bool
 	return read_segment(skb, s, from_pod, tcp);
 }
 
-/* What was found of a listening socket (listener.h). */
-struct listener {
-	__u64 id; /* its address in the kernel's memory */
-	__u64 netns_cookie;
-	__u64 head_at;	/* when the first connection in the accept queue got its SYN-ACK, in us of CLOCK_MONOTONIC */
-	__u32 netns;	/* inode number */
-	__u32 limit;	/* a SYN is dropped once more connections than this wait to be accepted */
-	__u32 waiting;	/* connections in the accept queue */
-	__u32 requests; /* connections that are being made */
-	bool waits;	/* there is one in the accept queue */
-	bool special;	/* it does not take packets from everywhere */
-	bool shared;	/* others may listen on the same port (SO_REUSEPORT) */
-};
-
-/* Working memory too large for the stack. */
-struct scratch {
-	struct flow flow;      /* the one being created */
-	struct flow_key other; /* of the flow watched on a port */
-	struct question asked; /* set by hash_request */
-	union {		       /* copied from a packet, of which len are valid */
-		__u8 bytes[REQUEST_MAX];
-		__u64 words[REQUEST_MAX / 8];
-	};
-	__u32 len;
-	__u16 mss;		     /* set by read_syn_options */
-	bool is_ipv4;		     /* of tuple */
-	struct bpf_sock_tuple tuple; /* of a SYN to the pod */
-	struct listener listener;    /* set by find_listener */
-};
-
-/* key: 0; value: working memory of steer and observe, per CPU. Nothing in it outlives one packet. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct scratch);
-} scratch SEC(".maps");
-
 /*
  * The loops below are global functions, so that the verifier checks each once, and not again for every exit of the one
  * before.
@@ -295,25 +258,6 @@ __noinline int read_syn_options(struct scratch *s)
 		}
 	}
 	return position ? -1 : 0;
-}
-
-static __always_inline struct scratch *get_scratch(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&scratch, &zero);
-}
-
-/* Copies len bytes of the packet to s->bytes. Returns false unless there are 1 to max of them. */
-static __always_inline bool load_scratch(struct __sk_buff *skb, struct scratch *s, __u32 offset, __u32 len, __u32 max)
-{
-	if (len < 1 || len > max)
-		return false;
-	s->len = len;
-	/* Changes nothing: verifiers before 6.3 do not conclude from the comparison that len is not 0. */
-	asm volatile("" : "+r"(len));
-	len = ((len - 1) & (REQUEST_MAX - 1)) + 1;
-	return !bpf_skb_load_bytes(skb, offset, s->bytes, len);
 }
 
 /* The start and the end of every request that is answered. */

@@ -19,13 +19,18 @@
  *   sweep, run by the daemon: removes flows past their deadline, and those of detached devices.
  */
 #include "abi.h"
+#include "count.h"
 #include "emit.h"
 #include "evidence.h"
 #include "flow.h"
+#include "flow_record.h"
+#include "kernel.h"
 #include "listener.h"
 #include "maps.h"
 #include "mark.h"
+#include "order.h"
 #include "parse.h"
+#include "scratch.h"
 
 #define PASS TC_ACT_UNSPEC /* TCX_NEXT: leaves the verdict to the programs after us */
 #define DROP TC_ACT_SHOT

@@ -4,16 +4,23 @@
 package main
 
 import (
+	"fmt"
 	"io"
 	"os"
 
 	"github.com/cilium/ebpf/features"
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
-	"github.com/containernetworking/cni/pkg/version"
+	cniversion "github.com/containernetworking/cni/pkg/version"
+
+	"github.com/probelet/probelet/internal/version"
 )
 
 func main() {
+	if asksVersion(os.Args) {
+		fmt.Println("probelet version", version.String())
+		return
+	}
 	p := &plugin{stdout: os.Stdout, stderr: os.Stderr, kernelVersion: features.LinuxVersionCode}
 	funcs := p.funcs()
 	if os.Getenv("CNI_COMMAND") == "DEL" {
@@ -22,8 +29,13 @@ func main() {
 			os.Exit(1)
 		}
 	}
-	skel.PluginMainFuncs(funcs, version.PluginSupports("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"),
-		"CNI plugin probelet: answers kubelet probes in the kernel; chained behind a plugin that makes a veth")
+	skel.PluginMainFuncs(funcs, cniversion.PluginSupports("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"),
+		"CNI plugin probelet "+version.String()+": answers kubelet probes in the kernel; must be chained after a plugin that creates a veth")
+}
+
+// asksVersion reports whether the plugin was started by a person who wants to know its version. Runtimes pass no arguments.
+func asksVersion(args []string) bool {
+	return os.Getenv("CNI_COMMAND") == "" && len(args) == 2 && (args[1] == "--version" || args[1] == "version")
 }
 
 // takeAnyConf makes DEL accept anything on stdin. skel would refuse a configuration that is not JSON, has no name or an unsupported

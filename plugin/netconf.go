@@ -56,8 +56,8 @@ func defaultConf() *netConf {
 var ownFields = map[string]func(c *netConf, value string) error{
 	"hook":     setHook,
 	"onError":  setOnError,
-	"bpfDir":   func(c *netConf, value string) error { return setPath(&c.bpfDir, value) },
-	"stateDir": func(c *netConf, value string) error { return setPath(&c.stateDir, value) },
+	"bpfDir":   setBPFDir,
+	"stateDir": setStateDir,
 	"logFile":  func(c *netConf, value string) error { return setPath(&c.logFile, value) },
 }
 
@@ -100,6 +100,40 @@ func setPath(path *string, value string) error {
 	}
 	*path = filepath.Clean(value)
 	return nil
+}
+
+func setBPFDir(c *netConf, value string) error {
+	var dir string
+	if err := setPath(&dir, value); err != nil {
+		return err
+	}
+	if err := datapath.CheckDir(dir); err != nil {
+		return err
+	}
+	c.bpfDir = dir
+	return nil
+}
+
+func setStateDir(c *netConf, value string) error {
+	var dir string
+	if err := setPath(&dir, value); err != nil {
+		return err
+	}
+	if onBPFFS(dir) {
+		return errors.New("must not be on a BPF file system, which holds no regular files")
+	}
+	c.stateDir = dir
+	return nil
+}
+
+// onBPFFS reports whether a path is on a BPF file system, or would be if it were created.
+func onBPFFS(path string) bool {
+	var fs unix.Statfs_t
+	err := unix.Statfs(path, &fs)
+	if err != nil && path != "/" {
+		return onBPFFS(filepath.Dir(path))
+	}
+	return err == nil && fs.Type == unix.BPF_FS_MAGIC
 }
 
 // parseConf reads a configuration. Its errors name the field and the value.

@@ -1,7 +1,6 @@
 package attach
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -109,124 +108,6 @@ func (c *Checker) programAt(s side) ebpf.ProgramID {
 func (c *Checker) Device(ifindex int) (device datapath.Device, ok bool) {
 	device, ok = c.devices[uint32(ifindex)]
 	return device, ok
-}
-
-// Neighbour is another agent's program or filter at one of our hooks.
-type Neighbour struct {
-	Hook   string // "xdp", "tcx ingress", "tc filter egress" …
-	What   string // for people
-	Before bool   // it runs before ours, and so may keep packets from it
-}
-
-func (n Neighbour) String() string {
-	order := "after ours"
-	if n.Before {
-		order = "before ours"
-	}
-	return fmt.Sprintf("%s at %s, %s", n.What, n.Hook, order)
-}
-
-// Neighbours returns the neighbours at the device's hooks, each hook's in the order in which they run. Where ours are not attached,
-// all count as after.
-func (c *Checker) Neighbours(ifindex int) ([]Neighbour, error) {
-	var all []Neighbour
-	link, err := linkAt(ifindex)
-	if err != nil {
-		return nil, err
-	}
-	xdp := xdpOn(link)
-	_, attached := c.Device(ifindex)
-	if xdp != 0 && xdp != c.respond {
-		all = append(all, Neighbour{"xdp", fmt.Sprintf("XDP program %s", describe(xdp)), attached})
-	}
-	for _, side := range sides {
-		line, err := lineAt(link, side)
-		if err != nil {
-			return nil, err
-		}
-		ours := line.index(c.programAt(side))
-		for i, place := range line {
-			if place.program == 0 || place.program != c.programAt(side) {
-				all = append(all, Neighbour{place.hook + " " + side.name, place.String(), i < ours})
-			}
-		}
-	}
-	return all, nil
-}
-
-// place is one program or filter in a line.
-type place struct {
-	hook    string         // "tcx" or "tc filter"
-	program ebpf.ProgramID // 0 if it is not a BPF program
-	filter  netlink.Filter // nil if it is a tcx program
-}
-
-func (p place) String() string {
-	if p.filter == nil {
-		return "program " + describe(p.program)
-	}
-	what := fmt.Sprintf("%s filter, priority %d", p.filter.Type(), p.filter.Attrs().Priority)
-	if b, ok := p.filter.(*netlink.BpfFilter); ok {
-		what += ", " + cmp.Or(b.Name, describe(p.program))
-	}
-	return what
-}
-
-// line is what runs at one side of a device, in order.
-type line []place
-
-// index returns where in the line a program is, -1 if it is not.
-func (l line) index(program ebpf.ProgramID) int {
-	for i, p := range l {
-		if program != 0 && p.program == program {
-			return i
-		}
-	}
-	return -1
-}
-
-// lineAt returns the line at one side of a device: tcx programs, then filters.
-func lineAt(device netlink.Link, s side) (line, error) {
-	ifindex := device.Attrs().Index
-	programs, err := tcxPrograms(ifindex, s.tcx)
-	if err != nil {
-		return nil, err
-	}
-	var all line
-	for _, p := range programs {
-		all = append(all, place{hook: "tcx", program: p.ID})
-	}
-	filters, err := filterLine(device, s)
-	return append(all, filters...), err
-}
-
-// filterLine returns the filters at one side of a device.
-func filterLine(device netlink.Link, s side) (all line, err error) {
-	filters, err := filtersOf(device, s.parent)
-	if err != nil {
-		return nil, err
-	}
-	if len(filters) > 0 && s.parent == netlink.HANDLE_MIN_EGRESS {
-		// An ingress qdisc lists its filters at any parent that is asked for.
-		if kind, err := ingressQdisc(device.Attrs().Index); err != nil || kind != "clsact" {
-			return nil, err
-		}
-	}
-	for _, f := range filters {
-		one := place{hook: "tc filter", filter: f}
-		if b, ok := f.(*netlink.BpfFilter); ok {
-			one.program = ebpf.ProgramID(b.Id)
-		}
-		all = append(all, one)
-	}
-	return all, nil
-}
-
-func describe(id ebpf.ProgramID) string {
-	if name := programName(id); name != "" {
-		return fmt.Sprintf("%d (%s)", id, name)
-	}
-	return fmt.Sprint(id)
 }
 
 // Check is Checker.Check, for a single attachment.

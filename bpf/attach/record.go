@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/google/renameio/v2"
-	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/bpf/lock"
@@ -54,19 +53,6 @@ type Record struct {
 
 // Unfinished is the Error of a record while ADD attaches. It stays if ADD is killed.
 const Unfinished = "ADD has not finished"
-
-// maxName is the longest name of an attachment, in bytes. Its longest file name must fit into NAME_MAX, 255 bytes: that of a record
-// being written, for which renameio puts a dot before the name, and up to 19 digits after ".json".
-const maxName = unix.NAME_MAX - len("..json") - 19
-
-// Check returns an error if the ID is too long for file names.
-func (id ID) Check() error {
-	if name := id.name(); len(name) > maxName {
-		return fmt.Errorf("container ID of %d characters: files named after it would have %d, more than %d",
-			len(id.ContainerID), len(name), maxName)
-	}
-	return nil
-}
 
 // Target returns what the record says is attached to.
 func (r Record) Target() Target {

@@ -44,20 +44,6 @@ func xdpUser(ifindex int) string {
 	}
 }
 
-// programName returns a program's name, or nothing without CAP_SYS_ADMIN.
-func programName(id ebpf.ProgramID) string {
-	p, err := ebpf.NewProgramFromID(id)
-	if err != nil {
-		return ""
-	}
-	defer p.Close() //nolint:errcheck // read only
-	info, err := p.Info()
-	if err != nil {
-		return ""
-	}
-	return info.Name
-}
-
 // xdpProgram returns the id of the XDP program on the device, 0 if there is none.
 func xdpProgram(ifindex int) (ebpf.ProgramID, error) {
 	device, err := linkAt(ifindex)

@@ -6,9 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
-	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -29,27 +27,6 @@ const (
 	HookTC  = Hook(probeletHookHOOK_TC)  // by steer, in place
 	HookXDP = Hook(probeletHookHOOK_XDP) // by respond, from steer's orders
 )
-
-// Trust tells whether a device's answers are known to reach their clients.
-type Trust uint16
-
-// Trusts.
-const (
-	TrustUnproven = Trust(probeletTrustTRUST_UNPROVEN) // not tried yet
-	TrustProven   = Trust(probeletTrustTRUST_PROVEN)
-	TrustLost     = Trust(probeletTrustTRUST_LOST) // an answer was lost: nothing is taken
-)
-
-// losses are the names of enum loss.
-var losses = map[uint16]string{
-	uint16(probeletLossLOSS_SYN_REPEATED):     "syn_repeated",
-	uint16(probeletLossLOSS_UNACKNOWLEDGED):   "unacknowledged",
-	uint16(probeletLossLOSS_REQUEST_REPEATED): "request_repeated",
-	uint16(probeletLossLOSS_UNOBSERVED):       "unobserved",
-}
-
-// Losses returns the possible values of Device.Loss, sorted, without the empty one.
-func Losses() []string { return slices.Sorted(maps.Values(losses)) }
 
 // Device is a host-side veth as the programs know it.
 type Device struct {
@@ -213,101 +190,6 @@ func (d *Datapath) Devices() (map[uint32]Device, error) {
 	}
 }
 
-// TrustAgain puts a device on trial again, as if it had just been attached. The error is os.ErrNotExist as for Device.
-//
-// A listening socket of the pod's that closes while the device is replaced may be noted in the old one. But watch counts each one, of
-// whatever pod, after it has noted it: if the count has moved once all programs have ended that may know of the old one, the pod's
-// evidence is voided, too.
-func (d *Datapath) TrustAgain(key DeviceKey) error {
-	for withdrawn := uint64(0); ; withdrawn = Now() {
-		before, err := d.counter(probeletCounterCOUNT_WITHDRAWN_LISTENER_CLOSED)
-		if err != nil {
-			return err
-		}
-		err = d.changeDevice(key, func(device *probeletDevice) {
-			*device = probeletDevice{
-				Generation: key.Generation, Netns: device.Netns, Hook: device.Hook, Nsid: device.Nsid,
-				NetnsCookie: device.NetnsCookie, WithdrawnAt: max(device.WithdrawnAt, withdrawn),
-			}
-		})
-		if err != nil {
-			return err
-		}
-		certain := awaitPrograms()
-		after, err := d.counter(probeletCounterCOUNT_WITHDRAWN_LISTENER_CLOSED)
-		if err != nil || after == before && (certain || withdrawn != 0) {
-			return err
-		}
-	}
-}
-
-// awaitPrograms waits until all programs have ended that run now: each runs in an RCU read-side critical section, and the command is
-// synchronize_rcu (membarrier(2); kernel/sched/membarrier.c). Returns false on kernels that refuse it (nohz_full).
-func awaitPrograms() bool {
-	const global = 1 // MEMBARRIER_CMD_GLOBAL in linux/membarrier.h
-	_, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, global, 0, 0)
-	return errno == 0
-}
-
-// strayLists returns devices that have endpoints although the programs do not know them: left by a process that died in the
-// middle of RemoveDevice.
-func (d *Datapath) strayLists() ([]DeviceKey, error) {
-	var strays []DeviceKey
-	var key DeviceKey
-	var list probeletEndpointList
-	entries := d.objects.EndpointLists.Iterate()
-	for entries.Next(&key, &list) {
-		if _, err := d.Device(key); errors.Is(err, os.ErrNotExist) {
-			strays = append(strays, key)
-		}
-	}
-	return strays, entries.Err()
-}
-
-// RemoveStrays removes what interrupted calls of RemoveDevice and AddDevice left of devices that the programs do not know.
-func (d *Datapath) RemoveStrays() error {
-	strays, err := d.strayLists()
-	errs := []error{err}
-	for _, key := range strays {
-		errs = append(errs, d.RemoveDevice(key))
-	}
-	return errors.Join(append(errs, d.removeStraysFromNetns())...)
-}
-
-// removeStraysFromNetns takes devices off the lists of network namespaces that they are not in.
-func (d *Datapath) removeStraysFromNetns() error {
-	known, err := d.Devices()
-	if err != nil {
-		return err
-	}
-	errs := []error{}
-	var netns uint32
-	var devices probeletNetnsDevices
-	entries := d.objects.PodNetns.Iterate()
-	for entries.Next(&netns, &devices) {
-		for _, ifindex := range devices.Ifindex {
-			if device, ok := known[ifindex]; ifindex != 0 && (!ok || device.Netns != netns) {
-				errs = append(errs, d.removeStrayFromNetns(ifindex, netns))
-			}
-		}
-	}
-	return errors.Join(append(errs, entries.Err())...)
-}
-
-// removeStrayFromNetns does nothing if the device was added meanwhile.
-func (d *Datapath) removeStrayFromNetns(ifindex, netns uint32) error {
-	unlock, err := d.lock()
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	device, err := d.device(ifindex)
-	if err == nil && device.Netns == netns || err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	return d.removeFromNetns(ifindex, netns)
-}
-
 func ignoreAbsent(err error) error {
 	if errors.Is(err, ebpf.ErrKeyNotExist) {
 		return nil
@@ -331,46 +213,4 @@ func (d *Datapath) lock() (unlock func(), err error) {
 		return nil, err
 	}
 	return locked.Release, nil
-}
-
-func (d *Datapath) addToNetns(ifindex, netns uint32) error {
-	return d.changeNetns(netns, func(devices []uint32) error {
-		if slices.Contains(devices, ifindex) {
-			return nil
-		}
-		slot := slices.Index(devices, 0)
-		if slot < 0 {
-			return fmt.Errorf("network namespace %d has %d devices attached already", netns, len(devices))
-		}
-		devices[slot] = ifindex
-		return nil
-	})
-}
-
-func (d *Datapath) removeFromNetns(ifindex, netns uint32) error {
-	return d.changeNetns(netns, func(devices []uint32) error {
-		if slot := slices.Index(devices, ifindex); slot >= 0 {
-			devices[slot] = 0
-		}
-		return nil
-	})
-}
-
-func (d *Datapath) changeNetns(netns uint32, change func(devices []uint32) error) error {
-	var devices probeletNetnsDevices
-	err := ignoreAbsent(d.objects.PodNetns.Lookup(netns, &devices))
-	if err == nil {
-		err = change(devices.Ifindex[:])
-	}
-	switch {
-	case err != nil:
-	case devices == (probeletNetnsDevices{}):
-		err = ignoreAbsent(d.objects.PodNetns.Delete(netns))
-	default:
-		err = d.objects.PodNetns.Put(netns, &devices)
-	}
-	if err != nil {
-		return fmt.Errorf("devices of network namespace %d: %w", netns, err)
-	}
-	return nil
 }

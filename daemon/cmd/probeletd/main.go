@@ -13,6 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/daemon/internal/agent/metrics"
+	"github.com/probelet/probelet/daemon/internal/install"
+	"github.com/probelet/probelet/daemon/internal/versioncmd"
 	"github.com/probelet/probelet/internal/version"
 )
 
@@ -33,7 +35,8 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(runCommand(stderr), installCommand(stderr), uninstallCommand(stderr), metrics.ProxyCommand(stderr), waitCommand(stderr))
+	root.AddCommand(runCommand(stderr), install.Command(stderr), install.UninstallCommand(stderr), metrics.ProxyCommand(stderr), install.WaitCommand(stderr))
+	root.AddCommand(versioncmd.New())
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)

@@ -2,7 +2,6 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"fmt"
 	"io"
 	"log/slog"
@@ -17,9 +16,9 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/adopt"
 	"github.com/probelet/probelet/daemon/internal/agent"
-	"github.com/probelet/probelet/daemon/internal/chain"
 	"github.com/probelet/probelet/daemon/internal/crosscheck"
 	"github.com/probelet/probelet/daemon/internal/flagenv"
+	"github.com/probelet/probelet/daemon/internal/install"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/source"
@@ -114,7 +113,7 @@ const serviceAccount = "/var/run/secrets/kubernetes.io/serviceaccount/"
 
 func runCommand(stderr io.Writer) *cobra.Command {
 	c := agent.Config{LogLevel: &slog.LevelVar{}}
-	var network network
+	var network install.Options
 	var logFormat string
 	c.Kubelet.SelfSigned = func() ([]byte, error) { return prober.KubeletCertificate("/proc") }
 	cmd := &cobra.Command{
@@ -130,8 +129,11 @@ func runCommand(stderr io.Writer) *cobra.Command {
 			if unknown := flagenv.Unknown(cmd.Flags(), os.Environ()); len(unknown) > 0 {
 				log.Warn("ignoring environment variables that match no flag", "names", unknown)
 			}
-			if c.FollowChain, err = network.follow(c, log); err != nil {
-				return err
+			if network.NetDir != "" {
+				network.BPFDir, network.StateDir, network.Hook, network.Log = c.BPFDir, c.StateDir, c.Hook, log
+				if c.FollowChain, err = install.Keeper(network); err != nil {
+					return err
+				}
 			}
 			return agent.Run(cmd.Context(), c, log)
 		},
@@ -150,15 +152,15 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags.StringVar(&c.Kubeconfig, "kubeconfig", "", "kubeconfig `FILE` for the API server (default: the service account of the pod)")
 	flags.StringVar(&c.NodeName, "node-name", os.Getenv("NODE_NAME"), "`NAME` of this node at the API server (default: $NODE_NAME)")
 	flags.StringVar(&c.Prober, "prober", "", "whose connections are probes: `kubelet|cgroup:PATH|host` (default: kubelet, except for specs from a file)")
-	hookFlag(flags, &c.Hook)
+	install.HookFlag(flags, &c.Hook)
 	flags.StringVar(&c.BPFDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
 	flags.StringVar(&c.StateDir, "state-dir", attach.DefaultStateDir, "`directory` with attachment records and the daemon's state")
 	policyFlags(flags, &c.Defaults)
 	flags.BoolVar(&c.Repair, "repair", true, "repair attachments, and adopt pods that were started before probelet")
 	flags.StringVar(&c.CNICacheDir, "cni-cache-dir", adopt.DefaultCacheDir, "`directory` on the host where libcni caches results, which has the pods to adopt")
-	flags.StringVar(&network.netDir, "cni-net-dir", "", "`directory` with network configurations, to keep the plugin in their chain (default: do not)")
-	flags.StringVar(&network.binDir, "cni-bin-dir", "/opt/cni/bin", "`directory` with CNI plugins; the plugin is kept out of the chain while the runtime would not find it there")
-	flags.StringVar(&network.chain, "chain", "auto", "how the plugin joins the chain: `auto|dropin|copy`, as for install")
+	flags.StringVar(&network.NetDir, "cni-net-dir", "", "`directory` with network configurations, to keep the plugin in their chain (default: do not)")
+	flags.StringVar(&network.BinDir, "cni-bin-dir", "/opt/cni/bin", "`directory` with CNI plugins; the plugin is kept out of the chain while the runtime would not find it there")
+	flags.StringVar(&network.Chain, "chain", "auto", "how the plugin joins the chain: `auto|dropin|copy`, as for install")
 	flags.StringVar(&c.MetricsListen, "metrics-listen", "127.0.0.1:9553", "`ADDRESS` to serve /metrics, /healthz and /readyz on, in plain HTTP; empty: none")
 	flags.BoolVar(&c.MetricsPerPod, "metrics-per-pod", false, "add a metric per pod: as many time series as there are pods")
 	flags.StringVar(&c.API.Listen, "api-listen", "", "`ADDRESS` to serve the API for controllers on, over TLS with client certificates")
@@ -169,7 +171,7 @@ func runCommand(stderr io.Writer) *cobra.Command {
 		if err := flagenv.Apply(cmd.Flags()); err != nil {
 			return err
 		}
-		if err := checkDirs(cmd.Flags()); err != nil {
+		if err := install.CheckDirs(cmd.Flags()); err != nil {
 			return err
 		}
 		noteChosen(cmd.Flags(), &c.Defaults)
@@ -185,31 +187,6 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags.TextVar(c.LogLevel, "log-level", &slog.LevelVar{}, "lowest `level` to log: debug, info, warn or error; probeletctl log-level changes it at run time")
 	flags.StringVar(&logFormat, "log-format", "text", "log format: `text|json`")
 	return cmd
-}
-
-// network has the chain that the plugin is kept in.
-type network struct {
-	netDir, binDir string // netDir empty: the chain is not maintained
-	chain          string // --chain
-}
-
-// follow returns agent.Config.FollowChain.
-func (n network) follow(c agent.Config, log *slog.Logger) (func(context.Context, func(error)) error, error) {
-	if n.netDir == "" {
-		return nil, nil
-	}
-	way, err := chainWay(n.chain, log)
-	if err != nil {
-		return nil, err
-	}
-	return func(ctx context.Context, looked func(error)) error {
-		node := chain.Node{
-			NetDir: n.netDir, BinDir: n.binDir, StateDir: c.StateDir, Conf: pluginConf(c.BPFDir, c.StateDir, c.Hook), Log: log,
-			Runtimes: chain.CachedRuntimes("/proc"),
-			Looked:   func(_ chain.Joined, err error) { looked(err) },
-		}
-		return node.Follow(ctx, way, false)
-	}, nil
 }
 
 func policyFlags(flags *pflag.FlagSet, d *probe.Defaults) {

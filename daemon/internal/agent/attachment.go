@@ -86,9 +86,12 @@ func (a *attachment) withdraw(meant func(probe.Endpoint) bool) []probe.Change {
 	return a.tracker.Withdraw(meant, now)
 }
 
-// withdrawnAt returns when the kernel last withdrew the evidence of an endpoint or its port. If it cannot be read, it is now, so that
-// nothing counts as fresh.
+// withdrawnAt returns when the kernel last withdrew the evidence of an endpoint or its port. If there are no maps, or they cannot be
+// read, it is now, so that nothing counts as fresh.
 func (a *attachment) withdrawnAt(e probe.Endpoint) uint64 {
+	if a.maps == nil {
+		return datapath.Now()
+	}
 	key, _ := store.Key(e, a.tracker.Evidence()[e].Question)
 	own, err := a.maps.Tally(key)
 	port, portErr := a.maps.Tally(datapath.PortKey(e.Port))

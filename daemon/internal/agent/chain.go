@@ -4,7 +4,7 @@ import (
 	"errors"
 	"sync/atomic"
 
-	"github.com/probelet/probelet/daemon/internal/chain"
+	"github.com/probelet/probelet/daemon/internal/install/chain"
 )
 
 // chainStatus has the outcome of the last look at the chain. It is safe for concurrent use.

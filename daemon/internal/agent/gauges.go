@@ -6,6 +6,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/agent/metrics"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/store"
 )
 
@@ -70,24 +71,9 @@ func worsen(detection map[probe.Mode]probe.Delay, mode probe.Mode, s probe.Endpo
 	detection[mode] = worst
 }
 
-// state returns the state of an endpoint, as in probeletctl status except for those that are never answered. In mode observe it is
-// the state that mode answer would have, which the kernel is never told.
-func (a *attachment) state(s probe.EndpointSpec, e probe.Evidence) string {
-	if s.Withheld {
-		e.FreshUntil = e.ObservedAt + uint64(s.Staleness)
-	}
-	switch {
-	case s.Reason.Code != "" && !s.Withheld:
-		return metrics.Never
-	case e.Result == probe.Failure:
-		return metrics.Failed
-	case e.Result != probe.Success:
-		return metrics.Unknown
-	case a.maps == nil:
-		return metrics.Stale
-	}
-	if e.FreshUntil <= datapath.Now() || e.ObservedAt <= a.withdrawnAt(s.Endpoint) {
-		return metrics.Stale
-	}
-	return metrics.Fresh
+// state returns the state that an endpoint is counted under.
+func (a *attachment) state(s probe.EndpointSpec, e probe.Evidence) status.State {
+	return status.Endpoint{
+		Kind: s.Kind, Never: s.Reason, Withheld: s.Withheld, Bound: s.Staleness, Evidence: e, WithdrawnAt: a.withdrawnAt(s.Endpoint),
+	}.Counted(datapath.Now())
 }

@@ -123,9 +123,11 @@ type Endpoint struct {
 	Observed bool `json:"observed"`
 	// StartupOnly: only startup probes ask it. If it is TCP, it does not keep its port from being answered.
 	StartupOnly bool `json:"startupOnly,omitempty"`
-	// NotAnswered is why it is never answered; empty if it may be. Withheld: only because of mode observe.
-	NotAnswered string `json:"notAnswered,omitempty"`
-	Withheld    bool   `json:"withheld,omitempty"`
+	// NotAnswered is why it is never answered, and NotAnsweredCode the code of that reason; empty if it may be. Withheld: only
+	// because of mode observe.
+	NotAnswered     string           `json:"notAnswered,omitempty"`
+	NotAnsweredCode probe.ReasonCode `json:"notAnsweredCode,omitempty"`
+	Withheld        bool             `json:"withheld,omitempty"`
 	// Question is the one by which it was asked last, as the kernel's maps name it; zero if that is not known.
 	Question probe.Question `json:"question,omitzero"`
 	// Disagreement is how the kubelet's own verdict on its probes differed from what was observed, since when it is not
@@ -155,6 +157,7 @@ func EndpointOf(s probe.EndpointSpec, question probe.Question) Endpoint {
 		Observed:        s.Observed,
 		StartupOnly:     s.Startup,
 		NotAnswered:     s.Reason.Text,
+		NotAnsweredCode: s.Reason.Code,
 		Withheld:        s.Withheld,
 		Question:        question,
 	}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/status"
 )
 
 func describe(name, help string, labels ...string) *prometheus.Desc {
@@ -41,19 +42,10 @@ var (
 	perPodDesc      = describe("pod_answered_probes_total", "Probes of a pod that were answered in the kernel.", "namespace", "pod")
 )
 
-// Names of endpoint states, as in probeletctl status. Never stands for endpoints that have a reason not to be answered.
-const (
-	Fresh   = "fresh"
-	Stale   = "stale"
-	Failed  = "failed"
-	Unknown = "unknown"
-	Never   = "never"
-)
-
 // ModeState is what endpoints are counted by.
 type ModeState struct {
 	Mode  probe.Mode
-	State string
+	State status.State
 }
 
 // Pod names a pod.
@@ -204,8 +196,8 @@ func collectFills(d *datapath.Datapath, to sink) error {
 
 func (g Gauges) collect(to sink, perPod bool) {
 	for _, mode := range []probe.Mode{probe.Answer, probe.Observe, probe.Off} {
-		for _, state := range []string{Fresh, Stale, Failed, Unknown, Never} {
-			to.gauge(endpointsDesc, g.Endpoints[ModeState{mode, state}], string(mode), state)
+		for _, state := range status.States() {
+			to.gauge(endpointsDesc, g.Endpoints[ModeState{mode, state}], string(mode), string(state))
 		}
 	}
 	for _, code := range probe.ReasonCodes() {
