@@ -16,7 +16,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/api"
-	"github.com/probelet/probelet/daemon/internal/chain"
+	"github.com/probelet/probelet/daemon/internal/install/chain"
 	"github.com/probelet/probelet/daemon/internal/doctor"
 	"github.com/probelet/probelet/daemon/internal/doctor/doctortest"
 	"github.com/probelet/probelet/daemon/internal/probe"
