@@ -158,7 +158,7 @@ func TestRefusedValues(t *testing.T) {
 		`image: {repository: ""}`:          "helm upgrade --reset-then-reuse-values",
 		"platform: eks-anywhere":           "platform",
 		"mode: on":                         "mode",
-		"mode: off":                        `must be quoted where it is "off"`,
+		"mode: off":                        `must be quoted if it is "off"`,
 		"moed: answer":                     "moed",
 		"stateDir: run":                    "stateDir",
 		"hook: tcx":                        "hook",

@@ -11,25 +11,23 @@ import (
 )
 
 const (
-	// settle is how long after a change the configuration is read: whoever changes it may truncate and write.
+	// settle is the delay between a change and reading the configuration: its owner may truncate the file and then write it.
 	settle = 100 * time.Millisecond
-	// lookAgain is how often it is read although nobody tells of a change: a link may lead to another directory, and that one
-	// itself may have been replaced.
+	// lookAgain is the interval of checks without a notification: NetDir may be a symlink whose target changes, or may be replaced.
 	lookAgain = 10 * time.Second
-	// Somebody else may undo what we do, whenever we do it. Then changes follow each other within contested, and we wait
-	// longer and longer, up to longestPause.
+	// Another process may undo each of our changes. If we have to make the next one within contested, we back off, up to longestPause.
 	contested    = 5 * time.Second
 	longestPause = time.Minute
 )
 
-// Follow joins the chain, and keeps to the primary network when its configuration changes, is renamed, goes or comes. It
-// returns when ctx ends, or, if once, as soon as it has joined; not to have joined by then is an error.
+// Follow joins the chain and joins again whenever the primary network's configuration is changed, renamed, removed or created. It
+// returns when ctx ends. With once it returns as soon as it has joined, and returns an error if ctx ends first.
 func (n Node) Follow(ctx context.Context, way Way, once bool) error {
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
 		return err
 	}
-	defer watcher.Close() //nolint:errcheck // nothing is lost
+	defer watcher.Close() //nolint:errcheck // read only
 	f := follower{Node: n, way: way, watcher: watcher, pause: settle}
 	if err := f.watch(); err != nil {
 		return err
@@ -41,7 +39,7 @@ func (n Node) Follow(ctx context.Context, way Way, once bool) error {
 		select {
 		case <-ctx.Done():
 			if once {
-				return fmt.Errorf("not in the chain yet (%s): %w", f.said, ctx.Err())
+				return fmt.Errorf("not in the chain yet (%s): %w", f.last, ctx.Err())
 			}
 			return nil
 		case _, ok := <-watcher.Events:
@@ -52,11 +50,11 @@ func (n Node) Follow(ctx context.Context, way Way, once bool) error {
 				due = time.After(f.pause)
 			}
 		case err := <-watcher.Errors:
-			n.Log.Warn("watching network configurations", "error", err)
-			due = time.After(f.pause) // events may be lost
+			n.Log.Warn("failed to watch network configurations", "error", err)
+			due = time.After(f.pause) // events may have been lost
 		case <-again.C:
 			if err := f.watch(); err != nil {
-				n.Log.Warn("watching network configurations", "error", err)
+				n.Log.Warn("failed to watch network configurations", "error", err)
 			}
 			if due == nil {
 				due = time.After(0)
@@ -70,46 +68,46 @@ func (n Node) Follow(ctx context.Context, way Way, once bool) error {
 	}
 }
 
-// passes is of errors that the network's owner ends, by writing its configuration.
+// passes reports whether an error goes away once the network's owner has written its configuration.
 func passes(err error) bool {
 	return errors.Is(err, ErrNoNetwork) || errors.Is(err, ErrUnusable) || errors.Is(err, ErrUnsupported)
 }
 
-// quiet is of errors that do not mean that somebody undoes what we do.
+// quiet reports whether an outcome gives no reason to suspect that another process undoes our changes.
 func quiet(err error) bool { return err == nil || passes(err) || errors.Is(err, ErrMisplaced) }
 
-// follower is what Follow remembers.
+// follower is the state of Follow.
 type follower struct {
 	Node
 	way     Way
 	watcher *fsnotify.Watcher
 	watched os.FileInfo
-	joined  bool      // once at least
-	said    string    // last
-	changed time.Time // when we last changed something
+	joined  bool      // at least once
+	last    string    // outcome that was logged
+	changed time.Time // when we last changed a file
 	pause   time.Duration
 }
 
-// watch watches the directory that there is now.
+// watch watches NetDir, and starts over if that is now another directory.
 func (f *follower) watch() error {
 	now, err := os.Stat(f.NetDir)
 	if err == nil && (f.watched == nil || !os.SameFile(f.watched, now)) {
-		_ = f.watcher.Remove(f.NetDir) // the one before, if that is still watched
+		_ = f.watcher.Remove(f.NetDir) // the previous directory, if still watched
 		err = f.watcher.Add(f.NetDir)
 	}
 	if err != nil {
 		return fmt.Errorf("watching %s: %w", f.NetDir, err)
 	}
 	f.watched = now
-	_ = f.watcher.Add(f.BinDir) // of programs that go, Follow hears at its next look otherwise
+	_ = f.watcher.Add(f.BinDir) // best effort: without it Follow notices removed programs at its next check
 	return nil
 }
 
-// join joins, says what is new, and decides how soon the next change is followed.
+// join joins, logs changes, and sets the pause until the next change is handled.
 func (f *follower) join(ctx context.Context) error {
 	joined, err := f.Join(ctx, f.way)
 	if err == nil && !f.joined {
-		// Whoever joined before us may have been killed before the runtime was told.
+		// A previous process may have joined and been killed before its own Wake.
 		f.joined, err = true, f.Wake()
 	}
 	if f.Looked != nil {
@@ -120,21 +118,21 @@ func (f *follower) join(ctx context.Context) error {
 		word = err.Error()
 	}
 	switch {
-	case err == nil && (joined.Changed || word != f.said):
+	case err == nil && (joined.Changed || word != f.last):
 		f.Log.Info("in the chain", "network", joined.Network, "primary", joined.Primary, "by", joined.Way, "file", joined.File)
-	case err != nil && word != f.said && (errors.Is(err, ErrNoNetwork) || errors.Is(err, ErrUnusable)):
+	case err != nil && word != f.last && (errors.Is(err, ErrNoNetwork) || errors.Is(err, ErrUnusable)):
 		f.Log.Info("waiting for a network to join", "reason", err)
-	case err != nil && word != f.said:
+	case err != nil && word != f.last:
 		f.Log.Error("not in the chain", "error", err)
 	}
-	f.said = word
+	f.last = word
 	if !joined.Changed && quiet(err) {
 		return err
 	}
 	if time.Since(f.changed) > f.pause+contested {
 		f.pause = settle
 	} else if f.pause = min(2*f.pause, longestPause); f.pause > contested {
-		f.Log.Warn("somebody else keeps changing the network configuration; the chain follows less often", "pause", f.pause)
+		f.Log.Warn("another process keeps changing the network configuration; backing off", "pause", f.pause)
 	}
 	f.changed = time.Now()
 	return err

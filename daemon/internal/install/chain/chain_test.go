@@ -14,18 +14,16 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
 	"golang.org/x/sys/unix"
 
-	"github.com/probelet/probelet/bpf/bpftest"
+	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 )
 
 const (
@@ -52,7 +50,7 @@ func newNode(t *testing.T, network files) Node {
 	return n
 }
 
-// addProgram puts a program into BinDir.
+// addProgram writes an executable to BinDir.
 func (n Node) addProgram(t *testing.T, name string) {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(n.BinDir, name), []byte("#!"), 0o755); err != nil {
@@ -71,7 +69,7 @@ func (n Node) write(t *testing.T, name, text string) {
 	}
 }
 
-// contents are all files and directories below a directory.
+// contents returns the files and directories below a directory.
 func contents(t *testing.T, dir string) files {
 	t.Helper()
 	all := files{}
@@ -94,7 +92,7 @@ func contents(t *testing.T, dir string) files {
 	return all
 }
 
-// chainIn is what the runtime would take: the first network's plugins, by type.
+// chainIn returns the chain that the runtime would run: the types of the first network's plugins.
 func (n Node) chainIn(t *testing.T) string {
 	t.Helper()
 	entries, err := os.ReadDir(n.NetDir)
@@ -107,7 +105,7 @@ func (n Node) chainIn(t *testing.T) string {
 		}
 		text, err := os.ReadFile(filepath.Join(n.NetDir, e.Name()))
 		if err != nil {
-			continue // gone meanwhile
+			continue // removed meanwhile
 		}
 		w, err := parse(e.Name(), text)
 		if err != nil {
@@ -136,23 +134,23 @@ func TestJoinAndLeave(t *testing.T) {
 		by      Way
 		file    string
 	}{
-		"drop-in":               {DropIn, files{"10-pods.conflist": list}, "pods: ptp portmap probelet", DropIn, "pods/10-probelet.conf"},
-		"drop-in beside others": {DropIn, files{"10-pods.conflist": list, "pods/20-other.conf": `{"type":"other"}`}, "pods: ptp portmap probelet other", DropIn, "pods/10-probelet.conf"},
-		"copy":                  {Copy, files{"10-pods.conflist": list}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
-		"copy of a single one":  {Copy, files{"10-pods.conf": single}, "pods: bridge probelet", Copy, "00-probelet.conflist"},
-		"copy before 00-multus": {Copy, files{"00-multus.conf": single}, "pods: bridge probelet", Copy, "00-0-probelet.conflist"},
-		"copy before 00-":       {Copy, files{"00-.conf": single}, "pods: bridge probelet", Copy, "!00-probelet.conflist"},
+		"drop-in":                 {DropIn, files{"10-pods.conflist": list}, "pods: ptp portmap probelet", DropIn, "pods/10-probelet.conf"},
+		"drop-in beside others":   {DropIn, files{"10-pods.conflist": list, "pods/20-other.conf": `{"type":"other"}`}, "pods: ptp portmap probelet other", DropIn, "pods/10-probelet.conf"},
+		"copy":                    {Copy, files{"10-pods.conflist": list}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
+		"copy of a single plugin": {Copy, files{"10-pods.conf": single}, "pods: bridge probelet", Copy, "00-probelet.conflist"},
+		"copy before 00-multus":   {Copy, files{"00-multus.conf": single}, "pods: bridge probelet", Copy, "00-0-probelet.conflist"},
+		"copy before 00-":         {Copy, files{"00-.conf": single}, "pods: bridge probelet", Copy, "!00-probelet.conflist"},
 		"drop-ins not read": {DropIn, files{"10-pods.conflist": strings.Replace(list, `"x":`, `"loadOnlyInlinedPlugins":true,"x":`, 1)},
 			"pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
-		"the first of two":         {Copy, files{"10-pods.conflist": list, "20-more.conf": single}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
-		"there by hand":            {Copy, files{"10-pods.conflist": strings.Replace(list, `"portmap"`, `"probelet"`, 1)}, "pods: ptp probelet", "", ""},
-		"somebody's of a name":     {Copy, files{"00-probelet.conflist": list}, "pods: ptp portmap probelet", Copy, "00-0-probelet.conflist"},
-		"a single one, no drop-in": {DropIn, files{"10-pods.conf": single}, "pods: bridge probelet", Copy, "00-probelet.conflist"},
-		"a drop-in by hand":        {DropIn, files{"10-pods.conflist": list, "pods/50-mine.conf": `{"type":"probelet"}`}, "pods: ptp portmap probelet", "", ""},
-		"a drop-in by hand, unread": {Copy, files{"10-pods.conflist": strings.Replace(list, `"x":`, `"loadOnlyInlinedPlugins":"True","x":`, 1),
+		"first of two networks":          {Copy, files{"10-pods.conflist": list, "20-more.conf": single}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
+		"added manually":                 {Copy, files{"10-pods.conflist": strings.Replace(list, `"portmap"`, `"probelet"`, 1)}, "pods: ptp probelet", "", ""},
+		"copy name taken":                {Copy, files{"00-probelet.conflist": list}, "pods: ptp portmap probelet", Copy, "00-0-probelet.conflist"},
+		"no drop-in for a single plugin": {DropIn, files{"10-pods.conf": single}, "pods: bridge probelet", Copy, "00-probelet.conflist"},
+		"drop-in added manually":         {DropIn, files{"10-pods.conflist": list, "pods/50-mine.conf": `{"type":"probelet"}`}, "pods: ptp portmap probelet", "", ""},
+		"drop-in added manually, not read": {Copy, files{"10-pods.conflist": strings.Replace(list, `"x":`, `"loadOnlyInlinedPlugins":"True","x":`, 1),
 			"pods/50-mine.conf": `{"type":"probelet"}`}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
-		"of many versions": {Copy, files{"10-pods.conflist": strings.Replace(list, `"cniVersion":"1.0.0"`, `"cniVersions":["0.2.0","1.1.0"]`, 1)}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
-		"others' files":    {Copy, files{"05-a.txt": "-", "10-pods.conflist": list}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
+		"several versions": {Copy, files{"10-pods.conflist": strings.Replace(list, `"cniVersion":"1.0.0"`, `"cniVersions":["0.2.0","1.1.0"]`, 1)}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
+		"unrelated files":  {Copy, files{"05-a.txt": "-", "10-pods.conflist": list}, "pods: ptp portmap probelet", Copy, "00-probelet.conflist"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t, test.network)
@@ -170,7 +168,7 @@ func TestJoinAndLeave(t *testing.T) {
 					t.Fatalf("%+v", j)
 				}
 				if got := n.chainIn(t); got != test.chain {
-					t.Fatalf("the chain is %q, want %q", got, test.chain)
+					t.Fatalf("chain %q, want %q", got, test.chain)
 				}
 			}
 			for file, text := range before {
@@ -182,16 +180,16 @@ func TestJoinAndLeave(t *testing.T) {
 				t.Fatal(err)
 			}
 			if got := n.chainIn(t); got != plain {
-				t.Errorf("afterwards the chain is %q, was %q", got, plain)
+				t.Errorf("chain %q after Leave, want %q", got, plain)
 			}
 			if after := contents(t, n.NetDir); !reflect.DeepEqual(after, before) {
-				t.Errorf("left %v, want %v", after, before)
+				t.Errorf("files after Leave: %v, want %v", after, before)
 			}
 		})
 	}
 }
 
-// A copy has all that its original has, to the digit.
+// A copy preserves its original down to the digits of numbers.
 func TestCopyIsFaithful(t *testing.T) {
 	n := newNode(t, files{"10-pods.conflist": list})
 	n.Conf = map[string]string{"bpfDir": "/sys/fs/bpf/other"}
@@ -226,21 +224,21 @@ func TestJoinErrors(t *testing.T) {
 		network files
 		want    []string
 	}{
-		"nothing":                     {nil, []string{"no network configuration"}},
-		"no plugins":                  {files{"10-x.conflist": `{"name":"x","plugins":[]}`}, []string{"10-x.conflist", "not a network configuration", "no plugins in list"}},
-		"a list that is a single one": {files{"10-x.conflist": single}, []string{"10-x.conflist", "plugins: there are none"}},
-		"a single one that is a list": {files{"10-x.conf": list}, []string{"10-x.conf", "not a network configuration", "missing 'type'"}},
-		"a list in .json":             {files{"10-x.json": list}, []string{"10-x.json", "not a network configuration", "missing 'type'"}},
-		"the next is none":            {files{"10-x.conflist": "", "20-y.conflist": list}, []string{"10-x.conflist", "not a network configuration"}},
-		"of our name":                 {files{"00-probelet.conflist": "{", "10-x.conflist": list}, []string{"00-probelet.conflist", "not a network configuration"}},
-		"no name":                     {files{"10-x.conflist": `{"plugins":[{"type":"a"}]}`}, []string{"10-x.conflist", "name: must be set"}},
-		"no type":                     {files{"10-x.conflist": `{"name":"x","plugins":[{"type":"a"},{}]}`}, []string{"plugin config 1", "missing 'type'"}},
-		"a name with a way":           {files{"10-x.conflist": `{"cniVersion":"1.0.0","name":"../x","plugins":[{"type":"a"}]}`}, []string{`"../x"`, "no file's name"}},
-		"no name is left":             {files{"!00-a.conf": single}, []string{"!00-a.conf", "no free name sorts before"}},
-		"too old":                     {files{"10-x.conflist": strings.Replace(list, "1.0.0", "0.2.0", 1)}, []string{"10-x.conflist", `cniVersion: "0.2.0"`, "0.3.0 or newer"}},
-		"of no version":               {files{"10-x.conf": `{"name":"x","type":"bridge"}`}, []string{"10-x.conf", `cniVersion: ""`}},
-		"drop-ins only":               {files{"10-x.conflist": `{"cniVersion":"1.1.0","name":"x"}`, "x/1-a.conf": `{"type":"a"}`}, []string{"10-x.conflist", "plugins: there are none"}},
-		"another's boolean":           {files{"10-x.conflist": strings.Replace(list, `"x":`, `"loadOnlyInlinedPlugins":"perhaps","x":`, 1)}, []string{"loadOnlyInlinedPlugins", `"perhaps"`}},
+		"no file":                    {nil, []string{"no network configuration"}},
+		"no plugins":                 {files{"10-x.conflist": `{"name":"x","plugins":[]}`}, []string{"10-x.conflist", "not a network configuration", "no plugins in list"}},
+		"single plugin in .conflist": {files{"10-x.conflist": single}, []string{"10-x.conflist", "plugins: empty"}},
+		"list in .conf":              {files{"10-x.conf": list}, []string{"10-x.conf", "not a network configuration", "missing 'type'"}},
+		"list in .json":              {files{"10-x.json": list}, []string{"10-x.json", "not a network configuration", "missing 'type'"}},
+		"first file invalid":         {files{"10-x.conflist": "", "20-y.conflist": list}, []string{"10-x.conflist", "not a network configuration"}},
+		"invalid file with our name": {files{"00-probelet.conflist": "{", "10-x.conflist": list}, []string{"00-probelet.conflist", "not a network configuration"}},
+		"no name":                    {files{"10-x.conflist": `{"plugins":[{"type":"a"}]}`}, []string{"10-x.conflist", "name: must be set"}},
+		"no type":                    {files{"10-x.conflist": `{"name":"x","plugins":[{"type":"a"},{}]}`}, []string{"plugin config 1", "missing 'type'"}},
+		"path as a name":             {files{"10-x.conflist": `{"cniVersion":"1.0.0","name":"../x","plugins":[{"type":"a"}]}`}, []string{`"../x"`, "must be a file name"}},
+		"no free file name":          {files{"!00-a.conf": single}, []string{"!00-a.conf", "no free name sorts before"}},
+		"version too old":            {files{"10-x.conflist": strings.Replace(list, "1.0.0", "0.2.0", 1)}, []string{"10-x.conflist", `cniVersion "0.2.0"`, "0.3.0 or later"}},
+		"no version":                 {files{"10-x.conf": `{"name":"x","type":"bridge"}`}, []string{"10-x.conf", `cniVersion ""`}},
+		"drop-ins only":              {files{"10-x.conflist": `{"cniVersion":"1.1.0","name":"x"}`, "x/1-a.conf": `{"type":"a"}`}, []string{"10-x.conflist", "plugins: empty"}},
+		"invalid boolean":            {files{"10-x.conflist": strings.Replace(list, `"x":`, `"loadOnlyInlinedPlugins":"perhaps","x":`, 1)}, []string{"loadOnlyInlinedPlugins", `"perhaps"`}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t, test.network)
@@ -248,11 +246,11 @@ func TestJoinErrors(t *testing.T) {
 			_, err := n.Join(t.Context(), Copy)
 			for _, part := range test.want {
 				if err == nil || !strings.Contains(err.Error(), part) {
-					t.Errorf("%v does not say %q", err, part)
+					t.Errorf("got error %v, want it to contain %q", err, part)
 				}
 			}
 			if got := contents(t, n.NetDir); !reflect.DeepEqual(got, before) {
-				t.Errorf("left %v", got)
+				t.Errorf("leftover files: %v", got)
 			}
 		})
 	}
@@ -261,8 +259,8 @@ func TestJoinErrors(t *testing.T) {
 	}
 }
 
-// What is not to be seen from here may be there for the runtime: it is not passed over for the next network.
-func TestLinkThatLeadsNowhere(t *testing.T) {
+// A dangling symlink may have a target in the runtime's mount namespace, so Join must not skip to the next network.
+func TestDanglingSymlink(t *testing.T) {
 	n := newNode(t, files{"20-other.conflist": list})
 	if err := os.Symlink("/nowhere/10-pods.conflist", filepath.Join(n.NetDir, "10-pods.conflist")); err != nil {
 		t.Fatal(err)
@@ -271,12 +269,11 @@ func TestLinkThatLeadsNowhere(t *testing.T) {
 		t.Errorf("not ErrUnusable: %v", err)
 	}
 	if got := n.ours(); len(got) > 0 {
-		t.Errorf("there is %v", got)
+		t.Errorf("files: %v", got)
 	}
 }
 
-// A network that becomes one that the plugin cannot be in is left.
-func TestLeftWhenUnsupported(t *testing.T) {
+func TestJoinLeavesUnsupportedNetwork(t *testing.T) {
 	n := newNode(t, files{"10-pods.conflist": list})
 	if _, err := n.Join(t.Context(), Copy); err != nil {
 		t.Fatal(err)
@@ -286,11 +283,11 @@ func TestLeftWhenUnsupported(t *testing.T) {
 		t.Errorf("not ErrUnsupported: %v", err)
 	}
 	if got := n.chainIn(t); got != "pods: ptp portmap" {
-		t.Errorf("the chain is %q", got)
+		t.Errorf("chain %q", got)
 	}
 }
 
-// What Look calls well is what Join would have.
+// Look agrees with Join.
 func TestLook(t *testing.T) {
 	n := newNode(t, files{"10-pods.conflist": list})
 	expect := func(when string, want bool) {
@@ -320,31 +317,31 @@ func TestLook(t *testing.T) {
 	expect("a list is not first any more", false)
 }
 
-// Whatever runs the plugin, or reads a file of ours, is found, and nothing else.
+// References finds everything that runs the plugin or reads a file of ours, and nothing else.
 func TestReferences(t *testing.T) {
 	byHand := strings.Replace(list, `"portmap"`, `"probelet"`, 1)
 	const multus = `{"cniVersion":"0.3.1","name":"multus-cni-network","type":"multus","delegates":[%s]}`
 	for name, test := range map[string]struct {
-		file, text, place string // place: of the reference; empty: there is none
+		file, text, place string // place: "": no reference; "?": one without a place
 	}{
-		"a list":                     {"20-a.conflist", byHand, "plugins[1].type"},
-		"a single plugin":            {"30-b.conf", `{"name":"b","type":"probelet"}`, "type"},
-		"a drop-in by hand":          {"pods/50-c.conf", `{"type":"probelet"}`, "type"},
-		"renamed":                    {"05-x.conflist.cilium_bak", byHand, "plugins[1].type"},
-		"renamed, of ours":           {"00-probelet.conflist.cilium_bak", strings.Replace(byHand, `"x"`, `"probelet.dev/derivedFrom":"x","x"`, 1), "plugins[1].type"},
-		"Multus: a delegate":         {"00-multus.conf", fmt.Sprintf(multus, byHand), "delegates[0].plugins[1].type"},
-		"Multus: a path":             {"00-multus.conf", `{"name":"m","type":"multus","clusterNetwork":"/host/etc/cni/net.d/00-probelet.conflist"}`, "clusterNetwork"},
-		"Multus: several paths":      {"00-multus.conf", `{"name":"m","type":"multus","defaultNetworks":["x","/etc/cni/net.d/00-0-probelet.conflist"]}`, "defaultNetworks[1]"},
-		"in a directory of another":  {"multus/net.d/10-m.conf", byHand, "plugins[1].type"},
-		"YAML":                       {"multus.d/x.yaml", "plugins:\n- type: ptp\n- type: probelet\n", "?"},
-		"JSON in JSON":               {"multus.d/x.json", `{"config":"{\"type\": \"probelet\"}"}`, "config"},
-		"YAML of another":            {"multus.d/x.yaml", "- type: probelet2\n", ""},
-		"half-written":               {"20-a.conflist", byHand[:len(byHand)-3], "?"},
-		"half-written, with a path":  {"00-multus.conf", `{"name":"m","clusterNetwork":"/etc/cni/net.d/00-probelet.conflist",`, "?"},
-		"a network of another type":  {"50-e.conf", single, ""},
-		"of that name":               {"60-f.conflist", strings.Replace(list, `"pods"`, `"probelet"`, 1), ""},
-		"no configuration":           {"kubeconfig", "kind: Config # probelet", ""},
-		"a copy with another's name": {"70-g.conf", `{"name":"m","type":"bridge","of":"00-probelet.conflist"}`, ""},
+		"list":                          {"20-a.conflist", byHand, "plugins[1].type"},
+		"single plugin":                 {"30-b.conf", `{"name":"b","type":"probelet"}`, "type"},
+		"drop-in":                       {"pods/50-c.conf", `{"type":"probelet"}`, "type"},
+		"renamed":                       {"05-x.conflist.cilium_bak", byHand, "plugins[1].type"},
+		"renamed copy":                  {"00-probelet.conflist.cilium_bak", strings.Replace(byHand, `"x"`, `"probelet.dev/derivedFrom":"x","x"`, 1), "plugins[1].type"},
+		"Multus: delegate":              {"00-multus.conf", fmt.Sprintf(multus, byHand), "delegates[0].plugins[1].type"},
+		"Multus: path":                  {"00-multus.conf", `{"name":"m","type":"multus","clusterNetwork":"/host/etc/cni/net.d/00-probelet.conflist"}`, "clusterNetwork"},
+		"Multus: several paths":         {"00-multus.conf", `{"name":"m","type":"multus","defaultNetworks":["x","/etc/cni/net.d/00-0-probelet.conflist"]}`, "defaultNetworks[1]"},
+		"in another plugin's directory": {"multus/net.d/10-m.conf", byHand, "plugins[1].type"},
+		"YAML":                          {"multus.d/x.yaml", "plugins:\n- type: ptp\n- type: probelet\n", "?"},
+		"JSON in JSON":                  {"multus.d/x.json", `{"config":"{\"type\": \"probelet\"}"}`, "config"},
+		"YAML, another type":            {"multus.d/x.yaml", "- type: probelet2\n", ""},
+		"truncated":                     {"20-a.conflist", byHand[:len(byHand)-3], "?"},
+		"truncated, with a path":        {"00-multus.conf", `{"name":"m","clusterNetwork":"/etc/cni/net.d/00-probelet.conflist",`, "?"},
+		"another type":                  {"50-e.conf", single, ""},
+		"network name":                  {"60-f.conflist", strings.Replace(list, `"pods"`, `"probelet"`, 1), ""},
+		"not a configuration":           {"kubeconfig", "kind: Config # probelet", ""},
+		"copy name outside a path":      {"70-g.conf", `{"name":"m","type":"bridge","of":"00-probelet.conflist"}`, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t, files{"10-pods.conflist": list})
@@ -368,7 +365,7 @@ func TestReferences(t *testing.T) {
 	}
 }
 
-// Links are followed, be it the directory itself that is one.
+// References follows symlinks, including NetDir itself.
 func TestReferencesThroughLinks(t *testing.T) {
 	n := newNode(t, files{"10-pods.conflist": list})
 	elsewhere := newNode(t, files{"a/20-x.conf": `{"name":"x","type":"probelet"}`})
@@ -393,7 +390,7 @@ func TestReferencesThroughLinks(t *testing.T) {
 	}
 }
 
-// The binary can be run, whatever was there.
+// The binary is executable whatever the mode of the source or of a previous binary.
 func TestPluginMode(t *testing.T) {
 	n := newNode(t, nil)
 	source := filepath.Join(t.TempDir(), "new")
@@ -412,8 +409,8 @@ func TestPluginMode(t *testing.T) {
 	}
 }
 
-// runtime keeps the chain that a runtime has in mind: containerd reads when it is told of a write, a rename or a removal
-// (cni_conf_syncer.go).
+// runtime models a container runtime: the returned function gives the chain that the runtime last read. containerd reads on write,
+// rename and remove events (cni_conf_syncer.go).
 func (n Node) runtime(t *testing.T) (chain func() string) {
 	t.Helper()
 	watcher, err := fsnotify.NewWatcher()
@@ -436,6 +433,20 @@ func (n Node) runtime(t *testing.T) (chain func() string) {
 	return func() string { return now.Load().(string) }
 }
 
+func TestBestWay(t *testing.T) {
+	for want, all := range map[Way]runtimes.List{
+		DropIn: {{Name: "containerd", Libcni: "v1.3.0"}},
+		Copy:   {{Name: "containerd", Libcni: "v1.3.0"}, {Name: "crio", Libcni: "v1.3.0"}},
+	} {
+		if got := BestWay(all); got != want {
+			t.Errorf("%s: %s, want %s", all, got, want)
+		}
+	}
+	if got := BestWay(nil); got != Copy {
+		t.Errorf("no runtime: %s", got)
+	}
+}
+
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	for range 1000 {
@@ -447,11 +458,11 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	t.Fatal(what)
 }
 
-// The runtime notices, also what somebody wrote who was killed before he could ring.
+// The runtime notices every change, including that of a process that was killed before it could wake the runtime.
 func TestRuntimeNotices(t *testing.T) {
 	t.Parallel()
 	for _, way := range []Way{Copy, DropIn} {
-		for range 10 { // or it was by chance
+		for range 10 { // to rule out chance
 			n := newNode(t, files{"10-pods.conflist": list, "pods/20-other.conf": `{"type":"other"}`})
 			chain := n.runtime(t)
 			expect := func(what, want string) {
@@ -474,16 +485,16 @@ func TestRuntimeNotices(t *testing.T) {
 	n.write(t, "pods/10-probelet.conf", "{\n  \"type\": \"probelet\"\n}\n")
 	time.Sleep(settle)
 	if got := chain(); strings.Contains(got, PluginType) {
-		t.Fatalf("the runtime knew without being told: %s", got)
+		t.Fatalf("the runtime noticed without being woken: %s", got)
 	}
 	if err := n.Follow(t.Context(), DropIn, true); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the runtime was not told", func() bool { return strings.Contains(chain(), PluginType) })
+	eventually(t, "the runtime was not woken", func() bool { return strings.Contains(chain(), PluginType) })
 }
 
-// Whatever happens to the primary's file, the chain is the primary's with the plugin behind it; and without a primary
-// there is no network.
+// Whatever happens to the primary network's file, the chain is that network's plugins followed by ours. Without a primary network there
+// is no chain.
 func TestFollow(t *testing.T) {
 	t.Parallel()
 	for _, way := range []Way{Copy, DropIn} {
@@ -505,13 +516,13 @@ func TestFollow(t *testing.T) {
 			n.write(t, "10-pods.conflist", strings.Replace(list, "portmap", "firewall", 1))
 			expect("it changes", "pods: ptp firewall probelet")
 			whole := contents(t, n.NetDir)
-			maps.DeleteFunc(whole, func(name, _ string) bool { return strings.HasPrefix(name, bell) }) // just being rung
+			maps.DeleteFunc(whole, func(name, _ string) bool { return strings.HasPrefix(name, bell) }) // a Wake in progress
 			n.write(t, "10-pods.conflist", list[:40])
 			n.write(t, "99-other.conflist", strings.Replace(list, `"pods"`, `"other"`, 1))
 			time.Sleep(3 * settle)
 			whole["10-pods.conflist"], whole["99-other.conflist"] = list[:40], strings.Replace(list, `"pods"`, `"other"`, 1)
 			if got := contents(t, n.NetDir); !reflect.DeepEqual(got, whole) {
-				t.Fatalf("it is half written: there is\n%v, want\n%v", got, whole)
+				t.Fatalf("partly written: got\n%v, want\n%v", got, whole)
 			}
 			n.write(t, "new", strings.Replace(list, "portmap", "bandwidth", 1))
 			if err := os.Remove(filepath.Join(n.NetDir, "99-other.conflist")); err != nil {
@@ -551,8 +562,8 @@ func (n Node) follow(t *testing.T, way Way) {
 	})
 }
 
-// The directory is replaced by another one, and what lies behind a link changes, of which nobody tells.
-func TestFollowWhatIsNotToldOf(t *testing.T) {
+// NetDir is replaced, or a symlink's target changes: no notification arrives.
+func TestFollowWithoutNotification(t *testing.T) {
 	t.Parallel()
 	n := newNode(t, files{"10-pods.conflist": list})
 	n.follow(t, Copy)
@@ -580,7 +591,7 @@ func TestFollowWhatIsNotToldOf(t *testing.T) {
 	eventually(t, "it does not follow the link", late("pods: ptp firewall probelet"))
 }
 
-// Somebody who removes every file but his own, at once, is not fought without end.
+// Follow backs off from a process that immediately removes every file but its own.
 func TestContested(t *testing.T) {
 	t.Parallel()
 	n := newNode(t, files{"10-pods.conflist": list})
@@ -591,7 +602,7 @@ func TestContested(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer watcher.Close() //nolint:errcheck // over
+	defer watcher.Close() //nolint:errcheck // read only
 	n.follow(t, Copy)
 	rounds := 0
 	for end := time.After(5 * time.Second); ; {
@@ -607,23 +618,23 @@ func TestContested(t *testing.T) {
 		break
 	}
 	if rounds < 2 || rounds > 8 { // the pauses double: 0.1 s, 0.2 s, …
-		t.Errorf("%d rounds in 5 s", rounds)
+		t.Errorf("%d rounds in 5 s, want 2 to 8", rounds)
 	}
 }
 
-// To wait for a network, or for its owner to have written it, is no contest: it is joined as soon as it is whole.
-func TestWaitingIsNoContest(t *testing.T) {
+// Waiting for a network, or for its owner to finish writing it, causes no backoff: Follow joins as soon as the file is complete.
+func TestNoBackoffWhileWaiting(t *testing.T) {
 	n := newNode(t, nil)
 	f := follower{Node: n, way: Copy, pause: settle}
 	for i := range 20 {
 		if err := f.join(t.Context()); !passes(err) || f.pause != settle {
-			t.Fatalf("look %d: the next one is after %s: %v", i, f.pause, err)
+			t.Fatalf("check %d: next one after %s: %v", i, f.pause, err)
 		}
 		n.write(t, "10-pods.conflist", list[:10+i])
 	}
 }
 
-// To be told to end before there is a network is not to have joined.
+// If ctx ends before there is a network, Follow with once returns an error.
 func TestInstallInterrupted(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
@@ -633,7 +644,7 @@ func TestInstallInterrupted(t *testing.T) {
 	}
 }
 
-// Two at once: an init container, and somebody by hand.
+// Concurrent processes, such as an init container and an administrator.
 func TestJoinConcurrently(t *testing.T) {
 	n := newNode(t, files{"10-pods.conflist": list})
 	var all sync.WaitGroup
@@ -641,7 +652,7 @@ func TestJoinConcurrently(t *testing.T) {
 		all.Go(func() {
 			mine := n
 			for i := range 50 {
-				mine.Conf = map[string]string{"logFile": fmt.Sprintf("/%d-%d", worker, i)} // so that each writes anew
+				mine.Conf = map[string]string{"logFile": fmt.Sprintf("/%d-%d", worker, i)} // so that each Join writes
 				if _, err := mine.Join(t.Context(), Copy); err != nil {
 					t.Error(err)
 				}
@@ -650,21 +661,21 @@ func TestJoinConcurrently(t *testing.T) {
 	}
 	all.Wait()
 	if got := n.chainIn(t); got != "pods: ptp portmap probelet" {
-		t.Errorf("the chain is %q", got)
+		t.Errorf("chain %q", got)
 	}
 	if got := contents(t, n.NetDir); len(got) != 2 {
-		t.Errorf("there is %v", got)
+		t.Errorf("files: %v", got)
 	}
 }
 
 const victim = "PROBELET_TEST_INSTALL"
 
-// TestMain plays the process that is killed in TestKilledAtAnyMoment.
+// TestMain runs as the process that TestKilledAtAnyMoment kills, if its variables are set.
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(victim); dir != "" {
 		n := Node{NetDir: filepath.Join(dir, "net.d"), BinDir: filepath.Join(dir, "bin"), StateDir: filepath.Join(dir, "state"), Log: slog.New(slog.DiscardHandler)}
 		for i := 0; ; i++ {
-			n.Conf = map[string]string{"logFile": fmt.Sprintf("/%d", i)} // so that each writes anew
+			n.Conf = map[string]string{"logFile": fmt.Sprintf("/%d", i)} // so that each Join writes
 			_, err := n.PutPlugin(context.Background(), filepath.Join(dir, fmt.Sprintf("program%d", i%2)))
 			if err == nil {
 				_, err = n.Join(context.Background(), []Way{Copy, DropIn}[i/2%2])
@@ -708,11 +719,11 @@ func TestKilledAtAnyMoment(t *testing.T) {
 		time.Sleep(20*time.Millisecond + rand.N(40*time.Millisecond))
 		_ = cmd.Process.Kill()
 		if err := cmd.Wait(); err == nil || cmd.ProcessState.ExitCode() >= 0 {
-			t.Fatalf("it ended by itself: %v", err)
+			t.Fatalf("the process exited on its own: %v", err)
 		}
-		// Once may be too early, twice while one file takes the place of the other.
+		// The plugin may not be there yet, or twice while one file replaces the other.
 		if got := n.chainIn(t); got != "pods: ptp portmap" && strings.ReplaceAll(got, " probelet", "") != "pods: ptp portmap" {
-			t.Fatalf("the chain is %q", got)
+			t.Fatalf("chain %q", got)
 		}
 		for _, file := range n.ours() {
 			if text, err := os.ReadFile(file); err != nil || !json.Valid(text) {
@@ -720,11 +731,11 @@ func TestKilledAtAnyMoment(t *testing.T) {
 			}
 		}
 		if program, err := os.ReadFile(n.pluginFile()); err == nil && !programs[string(program)] {
-			t.Fatalf("a plugin of %d bytes", len(program))
+			t.Fatalf("plugin has %d bytes", len(program))
 		}
 	}
 	if got := n.chainIn(t); !strings.Contains(got, "probelet") {
-		t.Errorf("it never came to join: %q", got)
+		t.Errorf("the process never joined: %q", got)
 	}
 	if _, err := n.Join(t.Context(), Copy); err != nil {
 		t.Fatal(err)
@@ -733,172 +744,21 @@ func TestKilledAtAnyMoment(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := contents(t, n.NetDir); !reflect.DeepEqual(got, before) {
-		t.Errorf("left %v", got)
+		t.Errorf("leftover files: %v", got)
 	}
 	if _, err := n.PutPlugin(t.Context(), filepath.Join(dir, "program0")); err != nil {
 		t.Fatal(err)
 	}
 	if got := contents(t, n.BinDir); len(got) != 3 {
-		t.Errorf("in the plugins' directory: %d files", len(got))
+		t.Errorf("%d files in the plugin directory", len(got))
 	}
 	if err := n.RemovePlugin(); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func TestRuntimes(t *testing.T) {
-	proc, programs := t.TempDir(), t.TempDir()
-	program := filepath.Join(programs, "plugin") // has libcni in it, as a runtime has
-	build := exec.Command("go", "build", "-ldflags", "-X github.com/containerd/containerd/v2/version.Version=2.9.1", "-o", program, "github.com/probelet/probelet/plugin")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	process := func(pid, name, mounts, program string) {
-		t.Helper()
-		dir := filepath.Join(proc, pid)
-		err := os.MkdirAll(filepath.Join(dir, "ns"), 0o755)
-		if err == nil {
-			err = os.WriteFile(filepath.Join(dir, "comm"), []byte(name+"\n"), 0o644)
-		}
-		if err == nil {
-			err = os.Symlink(program, filepath.Join(dir, "exe"))
-		}
-		if err == nil {
-			err = os.Symlink(mounts, filepath.Join(dir, "ns/mnt"))
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	expect := func(names string, way Way, keeps bool) {
-		t.Helper()
-		var found []string
-		all := FindRuntimes(proc)
-		for _, r := range all {
-			found = append(found, r.Name)
-		}
-		if got := strings.Join(found, " "); got != names || all.Way() != way || all.KeepConfiguration() != keeps {
-			t.Errorf("found %s (%s), %s, keeps %v; want %s, %s, %v", got, all, all.Way(), all.KeepConfiguration(), names, way, keeps)
-		}
-	}
-	process("1", "systemd", "host", "/bin/bash")
-	process("17", "bash", "host", "/bin/bash")
-	expect("", Copy, false)
-	process("230", "containerd", "pod", program) // Docker's, in a pod
-	expect("containerd", DropIn, false)
-	process("2300", "cri-dockerd", "host", "/bin/bash")
-	expect("cri-dockerd", Copy, false)
-	process("900", "crio", "host", program)
-	expect("cri-dockerd crio", Copy, true)
-
-	r := Runtime{Name: "containerd", PID: "230"}
-	if r.Version, r.Libcni = versionsOf(program); r.Version != "2.9.1" || !strings.HasPrefix(r.Libcni, "v1.") || (Runtimes{r}).Way() != DropIn {
-		t.Errorf("%+v", r)
-	}
-	for libcni, want := range map[string]Way{"": Copy, "(devel)": Copy, "v1.2.3": Copy, "v1.3.0": DropIn, "v1.3.0-rc1": Copy, "v1.10.0": DropIn, "v0.8.1": Copy} {
-		if got := (Runtimes{{Libcni: libcni}}).Way(); got != want {
-			t.Errorf("libcni %s: %s", libcni, got)
-		}
-		if got := (Runtimes{{Name: "crio", Libcni: libcni}}).Way(); got != Copy {
-			t.Errorf("libcni %s in CRI-O: %s", libcni, got)
-		}
-	}
-	if own, libcni := versionsOf("/bin/bash"); own+libcni != "" {
-		t.Errorf("of a program without modules: %s, %s", own, libcni)
-	}
-}
-
-// Only what root's runtime runs is a plugin at work. Processes are real; whoever has the variables in its environment besides, in
-// a runtime's name or below one that is not root's, keeps nobody from anything.
-// A user can run a program that is root's, under a runtime's name and with arguments of his own.
-func TestNoUsersRuntime(t *testing.T) {
-	bpftest.RequireRoot(t)
-	dir, err := os.MkdirTemp("", "runtime") // where another user can run it
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	program := filepath.Join(dir, "crio")
-	text, err := os.ReadFile("/bin/sleep")
-	if err == nil {
-		err = errors.Join(os.Chmod(dir, 0o755), os.WriteFile(program, text, 0o755), os.Chmod(program, 0o755|os.ModeSetuid))
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(program, "300")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer cmd.Wait()         //nolint:errcheck // killed
-	defer cmd.Process.Kill() //nolint:errcheck // before that
-	for _, r := range FindRuntimes("/proc") {
-		if r.PID == strconv.Itoa(cmd.Process.Pid) {
-			t.Errorf("found %s", r)
-		}
-	}
-}
-
-func TestUnderWay(t *testing.T) {
-	bpftest.RequireRoot(t)
-	if all := FindRuntimes("/proc"); len(all) > 0 {
-		t.Skipf("there is a container runtime on this machine: %s", all)
-	}
-	start := func(name string, attributes *syscall.SysProcAttr, script string) {
-		t.Helper()
-		cmd := exec.Command("/bin/sh", "-c", "echo -n $0 > /proc/self/comm; "+script, name)
-		cmd.SysProcAttr = attributes
-		in, err := cmd.StdinPipe()
-		if err == nil {
-			err = cmd.Start()
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = in.Close(); _ = cmd.Wait() }) // cat ends, and with it the rest
-	}
-	const ours = "underway-" // other tests may run plugins meanwhile
-	plugin := func(container string) string {
-		return "CNI_COMMAND=ADD CNI_CONTAINERID=" + ours + container + " cat"
-	}
-	user := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	expect := func(running int, want ...string) {
-		t.Helper()
-		for range 500 { // until all have been started
-			processes, _ := filepath.Glob("/proc/[0-9]*")
-			processes = slices.DeleteFunc(processes, func(p string) bool { return !strings.HasPrefix(containerOf(p), ours) })
-			if len(processes) == running {
-				break
-			}
-			time.Sleep(10 * time.Millisecond)
-		}
-		var got []string
-		for container := range UnderWay("/proc") {
-			if name, isOurs := strings.CutPrefix(container, ours); isOurs {
-				got = append(got, name)
-			}
-		}
-		if slices.Sort(got); !slices.Equal(got, want) {
-			t.Fatalf("under way: %v, want %v", got, want)
-		}
-	}
-
-	start("sh", nil, plugin("of-root"))
-	start("sh", user, plugin("of-a-user"))
-	expect(2, "of-root") // as no runtime was found
-
-	start("containerd", user, plugin("of-a-false-runtime")+"; :")
-	expect(3, "of-root")
-	start("containerd", nil, plugin("direct")+"; :")
-	start("containerd", nil, "sh -c '"+plugin("delegated")+"; :'; :")
-	start("containerd", nil, "unshare --mount sh -c '"+plugin("of-a-pod")+"; :'; :")
-	expect(6, "delegated", "direct")
-}
-
-// Any user can lock the directories, which everybody can read. That keeps nobody from joining, leaving or removing the plugin, and
-// of our own locks nothing is left.
-func TestLockedByAnybody(t *testing.T) {
+// Any user can flock the world-readable directories. That must not block Join, Leave or RemovePlugin, and our own locks leave no files.
+func TestDirectoriesLockedByUser(t *testing.T) {
 	n := newNode(t, files{"10-net.conflist": list})
 	for _, dir := range []string{n.NetDir, n.BinDir} {
 		f, err := os.Open(dir)
@@ -908,7 +768,7 @@ func TestLockedByAnybody(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer f.Close() //nolint:errcheck // a test's
+		defer f.Close() //nolint:errcheck // read only
 	}
 	program := filepath.Join(t.TempDir(), PluginType)
 	if err := os.WriteFile(program, []byte("program"), 0o755); err != nil {
@@ -927,11 +787,11 @@ func TestLockedByAnybody(t *testing.T) {
 			t.Error(err)
 		}
 	case <-time.After(10 * time.Second):
-		t.Fatal("waits for the lock of another user")
+		t.Fatal("blocked by another user's lock")
 	}
 	for _, dir := range []string{n.NetDir, n.BinDir} {
 		if left, err := filepath.Glob(filepath.Join(dir, ".*")); err != nil || len(left) > 0 {
-			t.Errorf("left: %v, %v", left, err)
+			t.Errorf("leftover files: %v, %v", left, err)
 		}
 	}
 }

@@ -1,4 +1,4 @@
-package main
+package install
 
 import (
 	"context"
@@ -31,12 +31,12 @@ func TestWaitForDaemonSet(t *testing.T) {
 		set  *appsv1.DaemonSet
 		done bool
 	}{
-		"nobody has looked at it": {set(1, 0, 0, 0, 0), false},
-		"one node is left":        {set(1, 1, 3, 3, 2), false},
-		"old pods are ready":      {set(2, 2, 3, 2, 3), false},
-		"all":                     {set(2, 2, 3, 3, 3), true},
+		"not observed yet":        {set(1, 0, 0, 0, 0), false},
+		"one node not ready":      {set(1, 1, 3, 3, 2), false},
+		"only old pods are ready": {set(2, 2, 3, 2, 3), false},
+		"all nodes ready":         {set(2, 2, 3, 3, 3), true},
 		"no nodes":                {set(1, 1, 0, 0, 0), true},
-		"it is not there":         {nil, false},
+		"not found":               {nil, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -12,51 +12,39 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// call has f run between two decisions.
-func (l *loop) call(ctx context.Context, f func()) error {
-	done := make(chan struct{})
-	select {
-	case <-ctx.Done():
-		return fmt.Errorf("the daemon is busy: %w", ctx.Err())
-	case l.calls <- func() { defer close(done); f() }:
-	}
-	<-done
-	return nil
-}
-
 // Alive implements api.Node.
-func (l *loop) Alive(ctx context.Context) error { return l.call(ctx, func() {}) }
+func (ag *agent) Alive(ctx context.Context) error { return ag.call(ctx, func() {}) }
 
 // Unready implements api.Node.
-func (l *loop) Unready(ctx context.Context) (missing []string, err error) {
-	err = l.call(ctx, func() {
-		if !l.podsKnown {
+func (ag *agent) Unready(ctx context.Context) (missing []string, err error) {
+	err = ag.call(ctx, func() {
+		if !ag.podsKnown {
 			missing = append(missing, "it is not known yet what is probed")
 		}
-		if l.lost != "" {
-			missing = append(missing, "no prober was found, so nothing is answered: "+l.lost)
+		if ag.prober.lost != "" {
+			missing = append(missing, "no prober was found, so nothing is answered: "+ag.prober.lost)
 		}
-		if err := l.misplaced(); err != nil {
+		if err := ag.chain.misplaced(); err != nil {
 			missing = append(missing, "new pods are not attached: "+err.Error())
 		}
-		if l.unreadable != "" {
-			missing = append(missing, "records of attachments cannot be read: "+l.unreadable)
+		if ag.unreadable != "" {
+			missing = append(missing, "records of attachments cannot be read: "+ag.unreadable)
 		}
 	})
 	return missing, err
 }
 
 // Invalidate implements api.Node. When it returns, the kernel side answers nothing from what was known.
-func (l *loop) Invalidate(ctx context.Context, r api.InvalidateRequest) (reply api.InvalidateReply, err error) {
-	called := l.call(ctx, func() { reply, err = l.invalidate(r) })
+func (ag *agent) Invalidate(ctx context.Context, r api.InvalidateRequest) (reply api.InvalidateReply, err error) {
+	called := ag.call(ctx, func() { reply, err = ag.invalidate(r) })
 	return reply, errors.Join(called, err)
 }
 
-func (d *daemon) invalidate(r api.InvalidateRequest) (api.InvalidateReply, error) {
+func (ag *agent) invalidate(r api.InvalidateRequest) (api.InvalidateReply, error) {
 	name := r.Namespace + "/" + r.Pod
 	reply := api.InvalidateReply{Pod: name, Withdrawn: []string{}}
-	attachments := d.ofPod(name)
-	if len(attachments) == 0 && !d.knows(name) {
+	attachments := ag.ofPod(name)
+	if len(attachments) == 0 && !ag.knows(name) {
 		return reply, api.NotFound("pod %s is not known on this node", name)
 	}
 	var asked []string
@@ -71,14 +59,14 @@ func (d *daemon) invalidate(r api.InvalidateRequest) (api.InvalidateReply, error
 			continue
 		}
 		for _, c := range changes {
-			d.note(a, c, nil)
+			ag.note(a, c, nil)
 			reply.Withdrawn = append(reply.Withdrawn, c.Endpoint.String())
 		}
-		if d.sync(a); a.pending && a.problem != "" {
+		if ag.sync(a); a.pending && a.problem != "" {
 			return reply, fmt.Errorf("pod %s: what is known could not be taken from the kernel side: %s", name, a.problem)
 		}
 	}
-	d.log.Info("invalidated", "pod", name, "port", r.Port, "path", r.Path, "endpoints", len(reply.Withdrawn))
+	ag.log.Info("invalidated", "pod", name, "port", r.Port, "path", r.Path, "endpoints", len(reply.Withdrawn))
 	if len(reply.Withdrawn) == 0 && (r.Port != 0 || r.Path != "") {
 		slices.Sort(asked)
 		return reply, api.NotFound("pod %s has no such endpoint; it has: %s", name, strings.Join(slices.Compact(asked), ", "))
@@ -86,26 +74,12 @@ func (d *daemon) invalidate(r api.InvalidateRequest) (api.InvalidateReply, error
 	return reply, nil
 }
 
-func (d *daemon) ofPod(name string) []*attachment {
-	var all []*attachment
-	for _, a := range d.attachments {
-		if a.podName() == name {
-			all = append(all, a)
-		}
-	}
-	return all
-}
-
-func (d *daemon) knows(name string) bool {
-	return slices.ContainsFunc(d.pods, func(p probe.Pod) bool { return p.String() == name })
-}
-
 // Events implements api.Node.
-func (l *loop) Events(ctx context.Context, namespace, pod string) (reply api.EventsReply, err error) {
+func (ag *agent) Events(ctx context.Context, namespace, pod string) (reply api.EventsReply, err error) {
 	reply = api.EventsReply{Pod: namespace + "/" + pod, Events: []api.Event{}}
-	called := l.call(ctx, func() {
-		attachments := l.ofPod(reply.Pod)
-		if len(attachments) == 0 && !l.knows(reply.Pod) {
+	called := ag.call(ctx, func() {
+		attachments := ag.ofPod(reply.Pod)
+		if len(attachments) == 0 && !ag.knows(reply.Pod) {
 			err = api.NotFound("pod %s is not known on this node", reply.Pod)
 		}
 		for _, a := range attachments {
@@ -119,13 +93,13 @@ func (l *loop) Events(ctx context.Context, namespace, pod string) (reply api.Eve
 }
 
 // Endpoints implements api.Node.
-func (l *loop) Endpoints(ctx context.Context) (reply api.EndpointsReply, err error) {
+func (ag *agent) Endpoints(ctx context.Context) (reply api.EndpointsReply, err error) {
 	reply.Endpoints, reply.Inconclusive = []api.Endpoint{}, []api.Inconclusive{}
-	return reply, l.call(ctx, func() {
-		if l.outdated {
-			l.describe() // whoever asks this reads that next
+	return reply, ag.call(ctx, func() {
+		if ag.outdated {
+			ag.describe() // whoever asks this reads that next
 		}
-		for _, a := range l.attachments {
+		for _, a := range ag.attachments {
 			reply.Endpoints = append(reply.Endpoints, a.known()...)
 			if len(a.inconclusive) == 0 {
 				continue
@@ -140,8 +114,8 @@ func (l *loop) Endpoints(ctx context.Context) (reply api.EndpointsReply, err err
 }
 
 // Source implements api.Node.
-func (l *loop) Source() api.SourceReply {
-	d := l.delivery()
+func (ag *agent) Source() api.SourceReply {
+	d := ag.source.Delivery()
 	return api.SourceReply{Pushed: d.Pushed, Why: d.Why}
 }
 

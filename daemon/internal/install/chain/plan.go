@@ -7,11 +7,11 @@ import (
 	"path/filepath"
 )
 
-// Plan says how Join would put the plugin into the chain, and changes nothing. The errors are those of Join.
+// Plan returns what Join would do, without doing it. The errors are those of Join.
 func (n Node) Plan(way Way) (Joined, error) {
 	w, j, err := n.joinable()
 	if err == nil {
-		err = n.searched(w) // the plugin itself is yet to come
+		err = n.searched(w) // not findable: the plugin's binary is yet to be installed
 	}
 	if err != nil {
 		return j, err
@@ -20,14 +20,14 @@ func (n Node) Plan(way Way) (Joined, error) {
 	return p.Joined, err
 }
 
-// planned is how the plugin is to be in the chain, with the file that it takes, if it takes one.
+// planned extends Joined by the content of the file to write, if File is set.
 type planned struct {
 	Joined
 	text []byte
-	like fs.FileInfo // whose mode and owner the file has; nil: it is readable for all, as there is nothing secret in it
+	like fs.FileInfo // supplies the mode and owner of the file; nil: readable by everyone, as it contains no secrets
 }
 
-// plan decides how the plugin is to be in the chain of a network.
+// plan decides how the plugin joins the chain of a network.
 func (n Node) plan(w *network, way Way, j Joined) (p planned, err error) {
 	p.Joined = j
 	original, file, err := n.throughOther(w)
@@ -37,9 +37,9 @@ func (n Node) plan(w *network, way Way, j Joined) (p planned, err error) {
 	case original != nil:
 		return p.copied(n, file, original)
 	case w.has() || way == DropIn && n.hasDropIn(w):
-		return p, nil // nothing is to be done
+		return p, nil // nothing to do
 	case filepath.Base(w.name) != w.name || w.name == "." || w.name == "..":
-		return p, fmt.Errorf("%s: name: %q: is no file's name", j.Primary, w.name)
+		return p, fmt.Errorf("%s: name %q: must be a file name", j.Primary, w.name)
 	case way == DropIn && w.readsDropIns():
 		p.Way, p.File = DropIn, filepath.Join(n.NetDir, w.name, dropInName)
 		p.text, err = n.plugin()
@@ -52,13 +52,13 @@ func (n Node) plan(w *network, way Way, j Joined) (p planned, err error) {
 	return p.copied(n, file, w)
 }
 
-// copied is a plan to copy a network's configuration.
+// copied completes a plan to copy a network's configuration.
 func (p planned) copied(n Node, file string, w *network) (planned, error) {
 	p.Way, p.File = Copy, file
 	var err error
 	if p.text, err = n.withPlugin(w); err != nil {
 		return p, err
 	}
-	p.like, err = os.Stat(filepath.Join(n.NetDir, w.file)) // a key may be in it
+	p.like, err = os.Stat(filepath.Join(n.NetDir, w.file)) // it may contain a key
 	return p, err
 }

@@ -1,4 +1,4 @@
-package main
+package install
 
 import (
 	"context"
@@ -16,13 +16,13 @@ import (
 	"github.com/probelet/probelet/daemon/internal/kubeapi"
 )
 
-// waitCommand is what the pods of a DaemonSet run that have nothing to do any more, but must not end, and what the Job runs
-// that waits for all of them.
-func waitCommand(stderr io.Writer) *cobra.Command {
+// WaitCommand returns the wait command. Pods of a DaemonSet run it once they have nothing left to do but must not exit; the Job that
+// waits for all of these pods runs it too.
+func WaitCommand(stderr io.Writer) *cobra.Command {
 	var daemonSet string
 	cmd := &cobra.Command{
 		Use:    "wait",
-		Short:  "Do nothing until SIGTERM, or until a DaemonSet is ready on all nodes",
+		Short:  "Do nothing until SIGTERM, or wait until a DaemonSet is ready on all nodes",
 		Args:   cobra.NoArgs,
 		Hidden: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -45,17 +45,17 @@ func waitCommand(stderr io.Writer) *cobra.Command {
 			return waitForDaemonSet(cmd.Context(), client, namespace, name, slog.New(slog.NewTextHandler(stderr, nil)))
 		},
 	}
-	cmd.Flags().StringVar(&daemonSet, "daemonset", "", "`NAMESPACE/NAME` of a DaemonSet whose pods are waited for")
+	cmd.Flags().StringVar(&daemonSet, "daemonset", "", "`NAMESPACE/NAME` of a DaemonSet to wait for")
 	return cmd
 }
 
-// rolloutInterval is how often a DaemonSet is looked at.
+// rolloutInterval is the interval at which waitForDaemonSet polls.
 const rolloutInterval = time.Second
 
-// waitForDaemonSet waits until the DaemonSet's pods are ready on all nodes that are to have one. The error is ctx's, or the API
-// server's last one.
+// waitForDaemonSet waits until the DaemonSet's pods are ready on all nodes that it selects. If ctx ends first, the error includes the
+// API server's last one.
 func waitForDaemonSet(ctx context.Context, client rest.Interface, namespace, name string, log *slog.Logger) error {
-	said := ""
+	last := ""
 	for {
 		set := &appsv1.DaemonSet{}
 		err := client.Get().Namespace(namespace).Resource("daemonsets").Name(name).Do(ctx).Into(set)
@@ -64,14 +64,14 @@ func waitForDaemonSet(ctx context.Context, client rest.Interface, namespace, nam
 		case err != nil:
 			word = err.Error()
 		case isRolledOut(set):
-			log.Info("done", "nodes", set.Status.NumberReady)
+			log.Info("DaemonSet ready", "daemonset", namespace+"/"+name, "nodes", set.Status.NumberReady)
 			return nil
 		default:
-			word = fmt.Sprintf("%d of %d nodes are done", set.Status.NumberReady, set.Status.DesiredNumberScheduled)
+			word = fmt.Sprintf("%d of %d nodes ready", set.Status.NumberReady, set.Status.DesiredNumberScheduled)
 		}
-		if word != said {
-			said = word
-			log.Info("waiting", "daemonset", namespace+"/"+name, "status", word)
+		if word != last {
+			last = word
+			log.Info("waiting for the DaemonSet", "daemonset", namespace+"/"+name, "status", word)
 		}
 		if !wait(ctx, rolloutInterval) {
 			return errors.Join(ctx.Err(), err)
@@ -79,9 +79,19 @@ func waitForDaemonSet(ctx context.Context, client rest.Interface, namespace, nam
 	}
 }
 
-// isRolledOut is true as for "kubectl rollout status" (k8s.io/kubectl/pkg/polymorphichelpers/rollout_status.go), with all pods
-// ready.
+// isRolledOut applies the rule of "kubectl rollout status" (k8s.io/kubectl/pkg/polymorphichelpers/rollout_status.go), and requires that
+// all pods are ready.
 func isRolledOut(set *appsv1.DaemonSet) bool {
 	s := set.Status
 	return s.ObservedGeneration >= set.Generation && s.UpdatedNumberScheduled >= s.DesiredNumberScheduled && s.NumberReady >= s.DesiredNumberScheduled
+}
+
+// wait waits for d. It returns false if ctx ended first.
+func wait(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
+	}
 }
