@@ -27,7 +27,7 @@ func TestDoctor(t *testing.T) {
 	expectText(t, text,
 		`ok +kernel +Linux \d`, `ok +bpffs`, `ok +cgroup v2`, `ok +capabilities +the daemon has all`, `ok +BPF objects`,
 		`ok +chain +network `, `ok +plugin`, `ok +daemon +process \d+, ready`,
-		`note +states +container changes are not pushed: a file of specs does not tell of containers`, `note +prober +cgroup \d+, which is not a kubelet's`,
+		`note +states +container changes are not pushed: a specs file does not report container states`, `note +prober +cgroup \d+, which is not a kubelet's`,
 		`ok +attachments +1, all complete`)
 
 	device, err := netlinksafe.LinkByName(p.HostDevice)

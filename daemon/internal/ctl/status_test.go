@@ -247,7 +247,7 @@ func TestFailureWithoutRequest(t *testing.T) {
 func TestRefreshOff(t *testing.T) {
 	m := newMachine(t)
 	e := surveytest.Endpoint(probe.HTTP, 80, "/x")
-	e.RefreshOff = "the specs do not say the pod's address"
+	e.RefreshOff = "the specs do not give the pod's address"
 	m.Web(surveytest.Maps{}, e)
 	m.Describe(statedir.Endpoints{Attachments: []statedir.Attachment{{
 		ContainerID: "c0ffee", IfName: "eth0", Pod: "shop/web", Endpoints: []statedir.Endpoint{e},
