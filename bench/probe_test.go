@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"github.com/probelet/probelet/bpf/bpftest"
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
 // loopback stands for the least a server can do: accept, reply, close, without a pod in between.

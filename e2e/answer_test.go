@@ -14,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
 // The promise as a whole, over both chains and both families.

@@ -8,7 +8,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
 // The bandwidth plugin puts an ingress qdisc on the device of a pod with an egress limit, which fails where clsact is. Wherever

@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
 // Pods that come and go on a node that is well are no reason for a warning, whichever of plugin, source and servers is first; nor are

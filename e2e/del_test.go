@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
 // Whatever state a pod is in, nothing of it stays, and its neighbour notices nothing.

@@ -14,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
 // snapshot is all that lies below directories: files with mode and contents.

@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 	"github.com/probelet/probelet/e2e/role"
 )
 

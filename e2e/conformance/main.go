@@ -16,7 +16,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
 // variant is a way in which the specs are run.

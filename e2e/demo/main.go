@@ -9,7 +9,7 @@ import (
 	"os"
 	"strconv"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 	"github.com/probelet/probelet/e2e/role"
 )
 
