@@ -14,7 +14,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/e2e/harness/node"
-	"github.com/probelet/probelet/e2e/role"
+	"github.com/probelet/probelet/e2e/harness/role"
 )
 
 var (

@@ -25,7 +25,7 @@ import (
 	httpprobe "k8s.io/kubernetes/pkg/probe/http"
 	tcpprobe "k8s.io/kubernetes/pkg/probe/tcp"
 
-	"github.com/probelet/probelet/e2e/role"
+	"github.com/probelet/probelet/e2e/harness/role"
 )
 
 // worker is a process of its own, in a network namespace and a cgroup: a pod's server, a prober, or somebody who loads a pod.

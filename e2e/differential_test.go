@@ -7,8 +7,8 @@ import (
 	"time"
 
 	"github.com/probelet/probelet/e2e/harness/node"
+	"github.com/probelet/probelet/e2e/harness/role"
 	"github.com/probelet/probelet/e2e/replies"
-	"github.com/probelet/probelet/e2e/role"
 )
 
 // Whatever a pod replies, the kubelet's prober is answered by the kernel only where it called the reply itself a success.

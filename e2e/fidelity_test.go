@@ -8,7 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/e2e/harness/node"
-	"github.com/probelet/probelet/e2e/role"
+	"github.com/probelet/probelet/e2e/harness/role"
 )
 
 // A pod that fails, in whatever way, is found out by the kubelet's prober within the stated bound, counted in probes: at

@@ -9,7 +9,7 @@ import (
 	"testing"
 
 	"github.com/probelet/probelet/e2e/harness/node"
-	"github.com/probelet/probelet/e2e/role"
+	"github.com/probelet/probelet/e2e/harness/role"
 )
 
 // machine is where all tests run.

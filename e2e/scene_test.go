@@ -12,7 +12,7 @@ import (
 	"time"
 
 	"github.com/probelet/probelet/e2e/harness/node"
-	"github.com/probelet/probelet/e2e/role"
+	"github.com/probelet/probelet/e2e/harness/role"
 )
 
 const (

@@ -10,7 +10,7 @@ import (
 	"strconv"
 
 	"github.com/probelet/probelet/e2e/harness/node"
-	"github.com/probelet/probelet/e2e/role"
+	"github.com/probelet/probelet/e2e/harness/role"
 )
 
 // probesByDefault of each kind are sent in each run. DEMO_N says otherwise.
