@@ -26,7 +26,7 @@ build: ## Build everything into bin/
 	$(GO_BUILD) -o $(BIN)/ ./daemon/cmd/...
 	cd e2e && CGO_ENABLED=0 go build -trimpath -o $(BIN)/ tool
 	cd e2e && CGO_ENABLED=0 go build -trimpath -ldflags '$(KUBE_VERSION)' -o $(BIN)/demo ./demo
-	cd e2e && $(GO_BUILD) -o $(BIN)/app ./app
+	cd e2e && $(GO_BUILD) -o $(BIN)/app ./harness/app
 	cd bench && CGO_ENABLED=0 go build -trimpath -o $(BIN)/ tool
 
 .PHONY: demo
