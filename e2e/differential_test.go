@@ -7,8 +7,8 @@ import (
 	"time"
 
 	"github.com/probelet/probelet/e2e/harness/node"
+	"github.com/probelet/probelet/e2e/harness/replies"
 	"github.com/probelet/probelet/e2e/harness/role"
-	"github.com/probelet/probelet/e2e/replies"
 )
 
 // Whatever a pod replies, the kubelet's prober is answered by the kernel only where it called the reply itself a success.

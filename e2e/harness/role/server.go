@@ -18,7 +18,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/probelet/probelet/e2e/replies"
+	"github.com/probelet/probelet/e2e/harness/replies"
 )
 
 const serverRole = "server"
