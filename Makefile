@@ -78,7 +78,7 @@ bench: build ## Measure probelet against its marks, in ten minutes; writes docs/
 
 .PHONY: image
 image: build ## Write the container image into bin/probelet-image.tar, without Docker (IMAGE=NAME:TAG)
-	cd e2e && go run ./image/write -o $(BIN)/probelet-image.tar -bin $(BIN) $(if $(IMAGE),-t $(IMAGE))
+	cd e2e && go run ./harness/image/write -o $(BIN)/probelet-image.tar -bin $(BIN) $(if $(IMAGE),-t $(IMAGE))
 
 .PHONY: simulate
 simulate: ## Hold the freshness policy against plain Kubernetes, over simulated days; writes docs/simulation.*

@@ -13,7 +13,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"github.com/probelet/probelet/e2e/image"
+	"github.com/probelet/probelet/e2e/harness/image"
 	"github.com/probelet/probelet/e2e/manifests"
 )
 

@@ -16,8 +16,8 @@ import (
 	imageutils "k8s.io/kubernetes/test/utils/image"
 
 	"github.com/probelet/probelet/e2e/cluster"
+	"github.com/probelet/probelet/e2e/harness/image"
 	"github.com/probelet/probelet/e2e/harness/node"
-	"github.com/probelet/probelet/e2e/image"
 )
 
 const (

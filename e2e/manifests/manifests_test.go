@@ -27,7 +27,7 @@ import (
 	"sigs.k8s.io/kustomize/kyaml/filesys"
 	"sigs.k8s.io/yaml"
 
-	"github.com/probelet/probelet/e2e/image"
+	"github.com/probelet/probelet/e2e/harness/image"
 )
 
 var update = flag.Bool("update", false, "write what is rendered into cni-conf/kustomize")

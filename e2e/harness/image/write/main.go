@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"os"
 
-	"github.com/probelet/probelet/e2e/image"
+	"github.com/probelet/probelet/e2e/harness/image"
 )
 
 func main() {
