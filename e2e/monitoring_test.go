@@ -16,7 +16,7 @@ import (
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/prometheus/prometheus/promql/parser"
 
-	"github.com/probelet/probelet/e2e/alerts"
+	"github.com/probelet/probelet/e2e/harness/alerts"
 	"github.com/probelet/probelet/e2e/harness/node"
 )
 

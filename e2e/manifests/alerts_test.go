@@ -9,7 +9,7 @@ import (
 
 	"github.com/prometheus/prometheus/model/rulefmt"
 
-	"github.com/probelet/probelet/e2e/alerts"
+	"github.com/probelet/probelet/e2e/harness/alerts"
 )
 
 const alertsFile = chart + "/alerts.yaml"
