@@ -9,6 +9,8 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
 // These tests are the first ones, by this file's name: what is measured and seen without probelet is of a node that it has
@@ -44,7 +46,7 @@ func runAlike(t *testing.T, name string, annotations map[string]string) (pods []
 		pod.Annotations = annotations
 		pods = append(pods, create(t, pod))
 	}
-	ready = timesUntil(t, begin, pods, time.Minute, "ready", Ready)
+	ready = timesUntil(t, begin, pods, time.Minute, "ready", kube.Ready)
 	for i := range pods {
 		pods[i] = awaitReady(t, pods[i])
 	}
@@ -122,7 +124,7 @@ func testComingAndGoing(t *testing.T, way string) {
 
 // Where an attachment leaves something.
 const (
-	pinsDir    = BPFFS + "/probelet/v5/attachments"
+	pinsDir    = kube.BPFFS + "/probelet/v5/attachments"
 	recordsDir = stateDir + "/attachments"
 )
 
@@ -156,18 +158,18 @@ func TestDoctor(t *testing.T) {
 	if !strings.Contains(text, "the kubelet, cgroup") || !strings.Contains(text, "containerd v") {
 		t.Error(text)
 	}
-	daemons, err := cluster.daemonPods(t.Context())
+	daemons, err := cluster.DaemonPods(t.Context())
 	must(t, err)
 	if len(daemons) != 1 {
 		t.Fatalf("%d pods of the daemon", len(daemons))
 	}
 	_, id, _ := strings.Cut(daemons[0].Status.ContainerStatuses[0].ContainerID, "://")
-	must(t, cluster.ctr("tasks", "exec", "--exec-id", "doctor", id, "/usr/local/bin/probeletctl", "doctor"))
+	must(t, cluster.Ctr("tasks", "exec", "--exec-id", "doctor", id, "/usr/local/bin/probeletctl", "doctor"))
 
 	// Off again, it is a preflight, which this node passes.
 	uninstall(t)
 	text = ctl(t, "doctor")
-	for _, want := range []string{"note     probelet      is not installed", "ok       prober        the kubelet, cgroup", "would    chain         write " + NetDir, "would    plugin        put it at " + BinDir} {
+	for _, want := range []string{"note     probelet      is not installed", "ok       prober        the kubelet, cgroup", "would    chain         write " + kube.NetDir, "would    plugin        put it at " + kube.BinDir} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q:\n%s", want, text)
 		}

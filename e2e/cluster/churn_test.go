@@ -11,6 +11,8 @@ import (
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
 // churn creates and deletes pods until it is told to stop.
@@ -51,7 +53,7 @@ func (c *churn) one(name string) {
 	ctx, begin := context.Background(), time.Now()
 	pod, err := cluster.Create(ctx, web(name))
 	if err == nil {
-		_, err = cluster.Await(ctx, pod, time.Minute, "ready", Ready)
+		_, err = cluster.Await(ctx, pod, time.Minute, "ready", kube.Ready)
 		err = errors.Join(err, cluster.Delete(ctx, pod))
 	}
 	c.mu.Lock()
@@ -107,7 +109,7 @@ func (c *churn) end() {
 	if c.broken != nil {
 		c.t.Error(c.broken)
 	}
-	list, err := cluster.Client.CoreV1().Events(Namespace).List(context.Background(), metav1.ListOptions{})
+	list, err := cluster.Client.CoreV1().Events(kube.Namespace).List(context.Background(), metav1.ListOptions{})
 	must(c.t, err)
 	primary, retried := map[string]int{}, map[string]bool{}
 	byPrimary := func(message string) (string, bool) {

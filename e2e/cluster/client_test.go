@@ -9,6 +9,8 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
 // clientPort is where a client tells what it has sent.
@@ -18,7 +20,7 @@ const clientPort = 9100
 type client struct {
 	t          *testing.T
 	self, pod  *corev1.Pod
-	before     Seen
+	before     kube.Seen
 	handedOver int
 }
 
@@ -27,11 +29,11 @@ func startClient(t *testing.T, pod *corev1.Pod) *client {
 	t.Helper()
 	c := &client{t: t, pod: pod, handedOver: readStatus(t).Counters["handed_over"]}
 	var err error
-	c.before, err = SeenBy(t.Context(), pod, 8080)
+	c.before, err = kube.SeenBy(t.Context(), pod, 8080)
 	must(t, err)
-	program := App("client", clientPort)
+	program := kube.App("client", clientPort)
 	program.Command = append(program.Command, "-ask", net.JoinHostPort(pod.Status.PodIP, "8080"))
-	self := Pod("client", program)
+	self := kube.Pod("client", program)
 	self.Spec.HostNetwork = true
 	c.self = run(t, self)
 	return c
@@ -40,16 +42,16 @@ func startClient(t *testing.T, pod *corev1.Pod) *client {
 // end says what was answered by somebody else than the pod, or failed.
 func (c *client) end() {
 	c.t.Helper()
-	text, err := Ask(context.Background(), c.self, clientPort, "/asked")
+	text, err := kube.Ask(context.Background(), c.self, clientPort, "/asked")
 	must(c.t, err)
-	var asked Asked
+	var asked kube.Asked
 	must(c.t, json.Unmarshal(text, &asked))
 	if asked.Failed > 0 || asked.ByKernel > 0 || asked.Requests < 10 {
 		c.t.Errorf("a client that is no prober: %+v", asked)
 	}
 	// The program counts a connection when it notices that it has ended.
-	err = until(context.Background(), 5*time.Second, func(ctx context.Context) error {
-		seen, err := SeenBy(ctx, c.pod, 8080)
+	err = kube.Until(context.Background(), 5*time.Second, func(ctx context.Context) error {
+		seen, err := kube.SeenBy(ctx, c.pod, 8080)
 		if err == nil && (seen.Others-c.before.Others != asked.Requests || seen.Empty-c.before.Empty != asked.Connections) {
 			err = fmt.Errorf("a client that is no prober: %+v; the pod saw %+v, and %+v before", asked, seen, c.before)
 		}

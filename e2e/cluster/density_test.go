@@ -21,6 +21,8 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
 const (
@@ -94,7 +96,7 @@ ThreadingHTTPServer(("", 8080), Healthy).serve_forever()
 // dense is a pod that is asked each second by HTTP and by TCP.
 func dense(s server, number int) *corev1.Pod {
 	pod := web(fmt.Sprintf("dense-%d", number))
-	liveness := TCP(intstr.FromInt32(8080))
+	liveness := kube.TCP(intstr.FromInt32(8080))
 	liveness.FailureThreshold = 60 // all start at once, and none is to be restarted for being slow
 	pod.Spec.Containers[0].LivenessProbe = liveness
 	s.serve(&pod.Spec.Containers[0], &pod.Spec)
@@ -131,7 +133,7 @@ func compareDensity(t *testing.T, s server) (off, on load) {
 	}
 	for i, pod := range pods {
 		var err error
-		pods[i], err = cluster.Await(t.Context(), pod, 5*time.Minute, "ready", Ready)
+		pods[i], err = cluster.Await(t.Context(), pod, 5*time.Minute, "ready", kube.Ready)
 		must(t, err)
 		if i%20 == 19 {
 			say("%s: %d of %d pods are ready", s.name, i+1, density)
@@ -182,7 +184,7 @@ func trackConnections(t *testing.T) {
 // sayUnhealthy prints the failures of probes since begin, as the kubelet reports them.
 func sayUnhealthy(t *testing.T, begin time.Time) {
 	t.Helper()
-	list, err := cluster.Client.CoreV1().Events(Namespace).List(t.Context(), metav1.ListOptions{})
+	list, err := cluster.Client.CoreV1().Events(kube.Namespace).List(t.Context(), metav1.ListOptions{})
 	must(t, err)
 	for _, e := range list.Items {
 		if e.Reason == "Unhealthy" && e.LastTimestamp.After(begin) {
@@ -205,7 +207,7 @@ func measure(t *testing.T, s server, mode string) load {
 			l.timeWait++
 		}
 	}
-	_, pods, err := net.ParseCIDR(IPv4)
+	_, pods, err := net.ParseCIDR(kube.IPv4)
 	must(t, err)
 	entries, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET) //nolint:forbidigo // netlinksafe has none
 	must(t, err)
@@ -248,12 +250,12 @@ func total(t *testing.T, s server) (l load) {
 		fields := strings.Fields(line)
 		n, err := strconv.ParseFloat(fields[len(fields)-1], 64)
 		must(t, err)
-		if label(line, "probe_type") == "Liveness" {
+		if kube.Label(line, "probe_type") == "Liveness" {
 			l.tcp += int(n)
 		} else {
 			l.http += int(n)
 		}
-		if label(line, "result") != "successful" {
+		if kube.Label(line, "result") != "successful" {
 			l.failed += int(n)
 		}
 	}
@@ -305,8 +307,8 @@ func deleteAll(t *testing.T, pods []*corev1.Pod) {
 			t.Error(err)
 		}
 	}
-	err := until(ctx, 5*time.Minute, func(ctx context.Context) error {
-		list, err := cluster.Client.CoreV1().Pods(Namespace).List(ctx, metav1.ListOptions{})
+	err := kube.Until(ctx, 5*time.Minute, func(ctx context.Context) error {
+		list, err := cluster.Client.CoreV1().Pods(kube.Namespace).List(ctx, metav1.ListOptions{})
 		if err == nil && len(list.Items) > 0 {
 			err = fmt.Errorf("%d pods are left", len(list.Items))
 		}

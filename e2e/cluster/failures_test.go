@@ -12,6 +12,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
 // slack is what the kubelet needs to act, and to tell the API server, and a busy machine to come round to it.
@@ -24,7 +26,7 @@ type act func(*testing.T, *corev1.Pod)
 func set(query string) act {
 	return func(t *testing.T, pod *corev1.Pod) {
 		t.Helper()
-		_, err := Ask(t.Context(), pod, 8081, "/set?"+query)
+		_, err := kube.Ask(t.Context(), pod, 8081, "/set?"+query)
 		if err != nil && !strings.Contains(query, "exit") {
 			t.Fatal(err)
 		}
@@ -48,23 +50,23 @@ type failure struct {
 
 // failing is a pod with these probes on port 8080.
 func (f failure) pod(mode string) *corev1.Pod {
-	probe := HTTP("/healthz", intstr.FromInt32(8080))
+	probe := kube.HTTP("/healthz", intstr.FromInt32(8080))
 	if f.tcp {
-		probe = TCP(intstr.FromInt32(8080))
+		probe = kube.TCP(intstr.FromInt32(8080))
 	}
-	c := App("app", 8080, 8081)
+	c := kube.App("app", 8080, 8081)
 	c.ReadinessProbe = probe
 	if f.liveness {
 		c.LivenessProbe = probe
 	}
-	pod := Pod("fails-"+f.name+"-"+mode, c)
+	pod := kube.Pod("fails-"+f.name+"-"+mode, c)
 	pod.Annotations = map[string]string{"probelet.dev/mode": mode}
 	return pod
 }
 
-func notReady(pod *corev1.Pod) bool { return !Ready(pod) }
+func notReady(pod *corev1.Pod) bool { return !kube.Ready(pod) }
 
-func restarted(pod *corev1.Pod) bool { return Restarts(pod) == 1 }
+func restarted(pod *corev1.Pod) bool { return kube.Restarts(pod) == 1 }
 
 // bounds are how long a failure of a pod's may go unnoticed, as probelet states it, and without probelet.
 func bounds(t *testing.T, pod *corev1.Pod, kind string) (stated, plain time.Duration) {
@@ -165,7 +167,7 @@ func mustBeFailed(t *testing.T, pod *corev1.Pod) {
 // mustHaveBeenAsked is about a program that was started anew and is Ready: not by what was known of the one before.
 func mustHaveBeenAsked(t *testing.T, pod *corev1.Pod) {
 	t.Helper()
-	lines, err := AccessLog(pod, "app", 1)
+	lines, err := kube.AccessLog(pod, "app", 1)
 	must(t, err)
 	if text := strings.Join(lines, "\n"); !strings.Contains(text, "kube-probe/") && !strings.Contains(text, "no request") {
 		t.Errorf("%s was started anew and is Ready, and nobody has asked it: %q", pod.Name, lines)
@@ -183,11 +185,11 @@ func TestSlowStart(t *testing.T) {
 		pod := f.pod(mode)
 		c := &pod.Spec.Containers[0]
 		c.Command = append(c.Command, "-startup", closed.String())
-		c.StartupProbe = HTTP("/healthz", intstr.FromInt32(8080))
+		c.StartupProbe = kube.HTTP("/healthz", intstr.FromInt32(8080))
 		c.StartupProbe.FailureThreshold = 30
 		pods = append(pods, create(t, pod))
 	}
-	times := timesUntil(t, begin, pods, time.Minute, "ready", Ready)
+	times := timesUntil(t, begin, pods, time.Minute, "ready", kube.Ready)
 	if times[0] < closed || times[0] > times[1]+2*time.Second {
 		t.Errorf("ready after %s, without probelet %s, of a program that is closed for %s", times[0], times[1], closed)
 	}

@@ -13,6 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
 // The kubelet pushes that a container was restarted: here of a pod in which another container, which goes on, has the port
@@ -25,9 +27,9 @@ func TestRestartsArePushed(t *testing.T) {
 	if !strings.Contains(daemonLog(), "pods are watched") {
 		t.Fatal(daemonLog())
 	}
-	app, proxy := App("app", 8081), App("proxy", 8080)
-	app.ReadinessProbe = HTTP("/healthz", intstr.FromInt32(8080))
-	pod := run(t, Pod("behind-proxy", app, proxy))
+	app, proxy := kube.App("app", 8081), kube.App("proxy", 8080)
+	app.ReadinessProbe = kube.HTTP("/healthz", intstr.FromInt32(8080))
+	pod := run(t, kube.Pod("behind-proxy", app, proxy))
 	awaitHits(t, pod.Name, 2)
 	instance := func() string { return readStatus(t).of(pod.Name).Endpoints[0].InstanceID }
 	before := instance()
@@ -44,9 +46,9 @@ func TestRestartsArePushed(t *testing.T) {
 func TestTheKubeletIsRight(t *testing.T) {
 	deploy(t, map[string]any{"config": map[string]any{"crosscheck": "5s"}})
 	other := run(t, web("unspoilt"))
-	c := App("app", 8080)
-	c.ReadinessProbe = HTTP("/healthz", intstr.FromInt32(8080))
-	pod := run(t, Pod("spoilt", c))
+	c := kube.App("app", 8080)
+	c.ReadinessProbe = kube.HTTP("/healthz", intstr.FromInt32(8080))
+	pod := run(t, kube.Pod("spoilt", c))
 	awaitHits(t, pod.Name, 2)
 	watch := watchSteady(t, other)
 	spoil(t, pod)
@@ -57,7 +59,7 @@ func TestTheKubeletIsRight(t *testing.T) {
 		now, err := cluster.Get(t.Context(), pod)
 		return err == nil && notReady(now)
 	})
-	if explained := ctl(t, "explain", Namespace+"/"+pod.Name); !strings.Contains(explained, "the kubelet's verdict differs") {
+	if explained := ctl(t, "explain", kube.Namespace+"/"+pod.Name); !strings.Contains(explained, "the kubelet's verdict differs") {
 		t.Error(explained)
 	}
 	if after := readStatus(t).hits(pod.Name); after != before {

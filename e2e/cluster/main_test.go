@@ -1,3 +1,4 @@
+// Package cluster tests probelet on a real kubelet, API server and containerd (make e2e), or on the node of a kind cluster (make e2e-kind).
 package cluster
 
 import (
@@ -9,11 +10,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/probelet/probelet/e2e/harness/kube"
 	"github.com/probelet/probelet/e2e/harness/node"
 )
 
 // cluster is where all tests run.
-var cluster *Cluster
+var cluster *kube.Cluster
 
 // hook is the chart's value, of every release that the tests deploy.
 var hook = flag.String("hook", "tc", "where answers are made: `tc|xdp`")
@@ -33,7 +35,7 @@ func TestMain(m *testing.M) {
 	}
 	if os.Getenv("PROBELET_KIND") != "" {
 		var err error
-		cluster, err = OnKind(context.Background(), os.Getenv("PROBELET_BIN"), func(what string) { say("preparing: %s", what) })
+		cluster, err = kube.OnKind(context.Background(), os.Getenv("PROBELET_BIN"), func(what string) { say("preparing: %s", what) })
 		os.Exit(runAll(m, err))
 	}
 	tools := os.Getenv("PROBELET_CLUSTER")
@@ -44,7 +46,7 @@ func TestMain(m *testing.M) {
 	os.Exit(node.Run(func(inner *node.Machine) int {
 		tools, err := filepath.Abs(tools)
 		if err == nil {
-			cluster, err = Start(context.Background(), inner, tools, Network("ptp", IPv4, IPv6), "", func(what string) { say("starting: %s", what) })
+			cluster, err = kube.Start(context.Background(), inner, tools, kube.Network("ptp", kube.IPv4, kube.IPv6), "", func(what string) { say("starting: %s", what) })
 		}
 		code := runAll(m, err)
 		if code != 0 && cluster != nil {

@@ -14,6 +14,8 @@ import (
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
 	"github.com/containernetworking/plugins/pkg/ns"
 	corev1 "k8s.io/api/core/v1"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
 // setNetwork rewrites the primary's configuration, as its owner does, and puts the usual one back at the end of the test.
@@ -44,11 +46,11 @@ func inChain(t *testing.T) bool {
 	primary := readList(t, file)
 	byHand := strings.Contains(fmt.Sprint(primary.Plugins), "type:probelet")
 	copied := ""
-	if _, err := os.Stat(filepath.Join(NetDir, "00-probelet.conflist")); err == nil {
-		plugins := readList(t, filepath.Join(NetDir, "00-probelet.conflist")).Plugins
+	if _, err := os.Stat(filepath.Join(kube.NetDir, "00-probelet.conflist")); err == nil {
+		plugins := readList(t, filepath.Join(kube.NetDir, "00-probelet.conflist")).Plugins
 		copied = fmt.Sprint(plugins[:len(plugins)-1])
 	}
-	dropIns, err := filepath.Glob(filepath.Join(NetDir, "*", "10-probelet.conf"))
+	dropIns, err := filepath.Glob(filepath.Join(kube.NetDir, "*", "10-probelet.conf"))
 	must(t, err)
 	switch {
 	case byHand:
@@ -133,7 +135,7 @@ func TestOthersInTheChain(t *testing.T) {
 				}
 			})
 			t.Run("a bridge", func(t *testing.T) {
-				setNetwork(t, Network("bridge", "10.90.0.0/16"))
+				setNetwork(t, kube.Network("bridge", "10.90.0.0/16"))
 				pod := run(t, web("in"))
 				awaitHits(t, pod.Name, 3)
 				if !strings.HasPrefix(pod.Status.PodIP, "10.90.") {
@@ -160,7 +162,7 @@ func TestOthersInTheChain(t *testing.T) {
 // Another's drop-in comes after ours, and stays when ours goes.
 func testAnothersDropIn(t *testing.T, churn *churn) {
 	_, network := cluster.Primary()
-	file := filepath.Join(NetDir, network, "20-tuning.conf")
+	file := filepath.Join(kube.NetDir, network, "20-tuning.conf")
 	text, err := json.Marshal(tuning())
 	must(t, err)
 	must(t, os.WriteFile(file, text, 0o644))
@@ -188,15 +190,15 @@ func TestFamilies(t *testing.T) {
 	}
 	awaitHits(t, dual.Name, 3)
 	t.Run("IPv6 alone", func(t *testing.T) {
-		setNetwork(t, Network("ptp", IPv6))
+		setNetwork(t, kube.Network("ptp", kube.IPv6))
 		testIPv6(t, "six", 1)
 	})
 	t.Run("IPv6 first", func(t *testing.T) {
 		if cluster.Kind {
 			t.Skip("the kubelet of kind has the node's IPv4 address first, and so its pods")
 		}
-		restartKubelet(t, nodeIPv6+","+nodeIP)
-		t.Cleanup(func() { restartKubelet(t, nodeIP) })
+		restartKubelet(t, kube.NodeIPv6+","+kube.NodeIP)
+		t.Cleanup(func() { restartKubelet(t, kube.NodeIP) })
 		// The daemon's pod is told the node's address when it is created.
 		deploy(t, map[string]any{"podAnnotations": map[string]any{"first": "IPv6"}})
 		testIPv6(t, "dual-six", 2)
@@ -206,7 +208,7 @@ func TestFamilies(t *testing.T) {
 func restartKubelet(t *testing.T, nodeIPs string) {
 	t.Helper()
 	must(t, cluster.Stop("kubelet", syscall.SIGTERM))
-	cluster.nodeIPs = nodeIPs
+	cluster.NodeIPs = nodeIPs
 	must(t, cluster.StartKubelet())
 	eventually(t, "the kubelet is there", time.Minute, func() bool {
 		_, err := cluster.Kubelet(context.Background(), "/healthz")

@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
 // The parts of a node come and go, and no probe fails for it.
@@ -97,7 +99,7 @@ func stopAPIServer(t *testing.T) (start func()) {
 
 // killDaemon kills the daemon's process, in its pod.
 func killDaemon() error {
-	pids, err := processes("cmdline", func(text string) bool { return strings.HasPrefix(text, "/usr/local/bin/probeletd\x00run") })
+	pids, err := kube.Processes("cmdline", func(text string) bool { return strings.HasPrefix(text, "/usr/local/bin/probeletd\x00run") })
 	if err != nil || len(pids) != 1 {
 		return fmt.Errorf("processes of the daemon: %v, %w", pids, err)
 	}

@@ -11,27 +11,29 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
 // everything is a pod with all kinds of probes that are answered.
 func everything(name string) *corev1.Pod {
-	first := App("first", 8080, 8081)
+	first := kube.App("first", 8080, 8081)
 	first.Ports = []corev1.ContainerPort{{Name: "web", ContainerPort: 8080}}
-	first.StartupProbe = HTTP("/healthz", intstr.FromString("web"))
-	first.ReadinessProbe = HTTP("/healthz", intstr.FromString("web"))
-	first.LivenessProbe = HTTP("/live?full=1", intstr.FromInt32(8081))
-	second := App("second", 9090)
+	first.StartupProbe = kube.HTTP("/healthz", intstr.FromString("web"))
+	first.ReadinessProbe = kube.HTTP("/healthz", intstr.FromString("web"))
+	first.LivenessProbe = kube.HTTP("/live?full=1", intstr.FromInt32(8081))
+	second := kube.App("second", 9090)
 	second.Ports = []corev1.ContainerPort{{Name: "store", ContainerPort: 9090}}
-	second.StartupProbe = TCP(intstr.FromInt32(9090))
-	second.ReadinessProbe = TCP(intstr.FromString("store"))
-	second.LivenessProbe = TCP(intstr.FromInt32(9090))
-	sidecar := App("sidecar", 7070)
+	second.StartupProbe = kube.TCP(intstr.FromInt32(9090))
+	second.ReadinessProbe = kube.TCP(intstr.FromString("store"))
+	second.LivenessProbe = kube.TCP(intstr.FromInt32(9090))
+	sidecar := kube.App("sidecar", 7070)
 	always := corev1.ContainerRestartPolicyAlways
 	sidecar.RestartPolicy = &always
-	sidecar.StartupProbe = HTTP("/", intstr.FromInt32(7070))
-	sidecar.ReadinessProbe = HTTP("/", intstr.FromInt32(7070))
-	sidecar.LivenessProbe = HTTP("/", intstr.FromInt32(7070))
-	pod := Pod(name, first, second)
+	sidecar.StartupProbe = kube.HTTP("/", intstr.FromInt32(7070))
+	sidecar.ReadinessProbe = kube.HTTP("/", intstr.FromInt32(7070))
+	sidecar.LivenessProbe = kube.HTTP("/", intstr.FromInt32(7070))
+	pod := kube.Pod(name, first, second)
 	pod.Spec.InitContainers = []corev1.Container{sidecar}
 	return pod
 }
@@ -74,7 +76,7 @@ func accounts(t *testing.T, pods []*corev1.Pod) map[string]account {
 // logged is how many of an endpoint's probes are in the access log of its program.
 func logged(t *testing.T, pod *corev1.Pod, e endpoint) (n int) {
 	t.Helper()
-	lines, err := AccessLog(pod, e.Probes[0].Container, 0)
+	lines, err := kube.AccessLog(pod, e.Probes[0].Container, 0)
 	must(t, err)
 	prefix := fmt.Sprintf("%d GET %s kube-probe/", e.Port, e.Path)
 	if e.Path == "" {

@@ -15,6 +15,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
 // Everything that does not outlive a reboot is gone: processes, /run, BPF file systems, devices.
@@ -37,14 +39,14 @@ func TestReboot(t *testing.T) {
 			must(t, netlink.LinkDel(device))
 		}
 	}
-	must(t, cluster.emptyRun())
-	must(t, unix.Unmount(BPFFS, unix.MNT_DETACH))
+	must(t, cluster.EmptyRun())
+	must(t, unix.Unmount(kube.BPFFS, unix.MNT_DETACH))
 	must(t, cluster.MountBPFFS())
 
-	must(t, cluster.startContainerd())
+	must(t, cluster.StartContainerd())
 	must(t, cluster.StartKubelet())
 	pod, err = cluster.Await(t.Context(), pod, 2*time.Minute, "made anew", func(now *corev1.Pod) bool {
-		return Ready(now) && Restarts(now) == 1
+		return kube.Ready(now) && kube.Restarts(now) == 1
 	})
 	if err != nil {
 		t.Fatalf("%v\n%v\n%v", err, events(t, nil), cluster.Log("kubelet"))
@@ -65,7 +67,7 @@ func testRebootOnKind(t *testing.T) {
 		awaitHits(t, pod.Name, 3)
 	case "rebooted":
 		now, err := cluster.Await(t.Context(), pod, 5*time.Minute, "made anew", func(now *corev1.Pod) bool {
-			return Ready(now) && Restarts(now) > 0
+			return kube.Ready(now) && kube.Restarts(now) > 0
 		})
 		must(t, err)
 		awaitHits(t, pod.Name, 5)
@@ -77,7 +79,7 @@ func testRebootOnKind(t *testing.T) {
 
 // killAllContainers kills what the runtime has started.
 func killAllContainers() error {
-	pids, err := processes("cmdline", func(text string) bool {
+	pids, err := kube.Processes("cmdline", func(text string) bool {
 		program, _, _ := strings.Cut(text, "\x00")
 		return slices.Contains([]string{"containerd-shim-runc-v2", "app", "probeletd"}, filepath.Base(program))
 	})
@@ -99,8 +101,8 @@ func TestRepair(t *testing.T) {
 	}{
 		{"links", func() { detachLinks(t, attachmentOf(t, pod)) }},
 		{"pins", func() { must(t, os.RemoveAll(filepath.Join(pinsDir, attachmentOf(t, pod)))) }},
-		{"bpffs", func() { must(t, unix.Unmount(BPFFS, unix.MNT_DETACH)); must(t, cluster.MountBPFFS()) }},
-		{"all", func() { must(t, os.RemoveAll(BPFFS+"/probelet")) }},
+		{"bpffs", func() { must(t, unix.Unmount(kube.BPFFS, unix.MNT_DETACH)); must(t, cluster.MountBPFFS()) }},
+		{"all", func() { must(t, os.RemoveAll(kube.BPFFS+"/probelet")) }},
 	} {
 		t.Run(lost.name, func(t *testing.T) {
 			lost.lose()

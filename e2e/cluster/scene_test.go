@@ -19,6 +19,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
+	"github.com/probelet/probelet/e2e/harness/kube"
 	"github.com/probelet/probelet/e2e/harness/node"
 )
 
@@ -80,13 +81,13 @@ func uninstall(t *testing.T) {
 
 // installed is whether the plugin is on the node.
 func installed() bool {
-	_, err := os.Stat(filepath.Join(BinDir, "probelet"))
+	_, err := os.Stat(filepath.Join(kube.BinDir, "probelet"))
 	return err == nil
 }
 
 // daemonLog is what the daemon's pods have written.
 func daemonLog() string {
-	files, _ := filepath.Glob("/var/log/pods/" + System + "_*/*/*.log")
+	files, _ := filepath.Glob("/var/log/pods/" + kube.System + "_*/*/*.log")
 	var all strings.Builder
 	for _, file := range files {
 		text, _ := os.ReadFile(file)
@@ -115,7 +116,7 @@ func create(t *testing.T, pod *corev1.Pod) *corev1.Pod {
 
 func awaitReady(t *testing.T, pod *corev1.Pod) *corev1.Pod {
 	t.Helper()
-	pod, err := cluster.Await(t.Context(), pod, time.Minute, "ready", Ready)
+	pod, err := cluster.Await(t.Context(), pod, time.Minute, "ready", kube.Ready)
 	if err != nil {
 		t.Fatalf("%v\n%v", err, events(t, pod))
 	}
@@ -124,10 +125,10 @@ func awaitReady(t *testing.T, pod *corev1.Pod) *corev1.Pod {
 
 // web is a pod that is asked each second, by two probes on one path.
 func web(name string) *corev1.Pod {
-	c := App("app", 8080)
-	c.ReadinessProbe = HTTP("/healthz", intstr.FromInt32(8080))
-	c.LivenessProbe = HTTP("/healthz", intstr.FromInt32(8080))
-	return Pod(name, c)
+	c := kube.App("app", 8080)
+	c.ReadinessProbe = kube.HTTP("/healthz", intstr.FromInt32(8080))
+	c.LivenessProbe = kube.HTTP("/healthz", intstr.FromInt32(8080))
+	return kube.Pod(name, c)
 }
 
 // events are those of a pod, or all.
@@ -171,7 +172,7 @@ type endpoint struct {
 // of is the attachment of a pod, or an empty one.
 func (s status) of(pod string) attachment {
 	for _, a := range s.Attachments {
-		if a.Pod == Namespace+"/"+pod {
+		if a.Pod == kube.Namespace+"/"+pod {
 			return a
 		}
 	}
@@ -226,7 +227,7 @@ func process(t *testing.T, pod *corev1.Pod) (pid int) {
 	now, err := cluster.Get(t.Context(), pod)
 	must(t, err)
 	_, id, _ := strings.Cut(now.Status.ContainerStatuses[0].ContainerID, "://")
-	pids, err := processes("cgroup", func(text string) bool { return strings.Contains(text, id) })
+	pids, err := kube.Processes("cgroup", func(text string) bool { return strings.Contains(text, id) })
 	must(t, err)
 	if len(pids) == 0 {
 		t.Fatalf("no process of container %s", id)

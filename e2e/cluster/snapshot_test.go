@@ -17,6 +17,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
 const stateDir = "/run/probelet"
@@ -37,7 +39,7 @@ func snapshot() (map[string]string, error) {
 }
 
 func addFiles(all map[string]string) error {
-	for _, dir := range []string{NetDir, BinDir, BPFFS, stateDir} {
+	for _, dir := range []string{kube.NetDir, kube.BinDir, kube.BPFFS, stateDir} {
 		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 			if err != nil {
 				return err
@@ -47,7 +49,7 @@ func addFiles(all map[string]string) error {
 				return err
 			}
 			text := []byte(nil)
-			if dir != BPFFS && info.Mode().IsRegular() {
+			if dir != kube.BPFFS && info.Mode().IsRegular() {
 				if text, err = os.ReadFile(path); err != nil {
 					return err
 				}
@@ -166,7 +168,7 @@ func mustBeAs(t *testing.T, before map[string]string) {
 // pinnedLinks are the attachments of BPF programs that probelet has made.
 func pinnedLinks(t *testing.T) (ids []link.ID) {
 	t.Helper()
-	must(t, filepath.WalkDir(BPFFS+"/probelet", func(path string, d fs.DirEntry, err error) error {
+	must(t, filepath.WalkDir(kube.BPFFS+"/probelet", func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
 		}

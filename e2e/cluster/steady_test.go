@@ -6,6 +6,8 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
 // steady watches pods that are well: that they stay Ready, are not restarted, and that no probe of theirs fails.
@@ -39,7 +41,7 @@ func conditionOf(t *testing.T, pod *corev1.Pod) (now condition) {
 			now.ready = c.LastTransitionTime.Time
 		}
 	}
-	now.restarts, now.failed = Restarts(pod), failures(t, pod)
+	now.restarts, now.failed = kube.Restarts(pod), failures(t, pod)
 	return now
 }
 

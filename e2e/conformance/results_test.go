@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/probelet/probelet/e2e/cluster"
+	"github.com/probelet/probelet/e2e/harness/kube"
 	"github.com/probelet/probelet/e2e/manifests"
 )
 
@@ -114,7 +114,7 @@ func TestVariants(t *testing.T) {
 				t.Errorf("%s is without probelet", v.name)
 			}
 		}
-		if _, err := manifests.Render(cluster.Chart, "probelet", cluster.System, cluster.Values(v.values)); err != nil {
+		if _, err := manifests.Render(kube.Chart, "probelet", kube.System, kube.Values(v.values)); err != nil {
 			t.Errorf("%s: %v", v.name, err)
 		}
 	}

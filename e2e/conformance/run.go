@@ -15,8 +15,8 @@ import (
 
 	imageutils "k8s.io/kubernetes/test/utils/image"
 
-	"github.com/probelet/probelet/e2e/cluster"
 	"github.com/probelet/probelet/e2e/harness/image"
+	"github.com/probelet/probelet/e2e/harness/kube"
 	"github.com/probelet/probelet/e2e/harness/node"
 )
 
@@ -36,7 +36,7 @@ func (o options) run(m *node.Machine, name string) (err error) {
 	if err != nil {
 		return err
 	}
-	c, err := cluster.Start(ctx, m, o.tools, cluster.Network("ptp", cluster.IPv4, cluster.IPv6), gates, func(string) {})
+	c, err := kube.Start(ctx, m, o.tools, kube.Network("ptp", kube.IPv4, kube.IPv6), gates, func(string) {})
 	if c != nil {
 		defer func() { err = errors.Join(err, c.KeepLogs(filepath.Join(o.out, "logs"))) }()
 	}
@@ -69,7 +69,7 @@ func (o options) run(m *node.Machine, name string) (err error) {
 const reportFile = "report.json"
 
 // runSpecs runs e2e.test, and meanwhile counts answers. Specs that fail are in the report, and no error.
-func (o options) runSpecs(c *cluster.Cluster, v variant, answered answers) error {
+func (o options) runSpecs(c *kube.Cluster, v variant, answered answers) error {
 	log, err := os.Create(filepath.Join(o.out, "e2e.log"))
 	if err != nil {
 		return err

@@ -1,4 +1,4 @@
-package cluster
+package kube
 
 import (
 	"context"
@@ -91,8 +91,8 @@ func (c *Cluster) stopOnKind(name string, signal os.Signal) error {
 
 // killAll kills processes of a name until there is none.
 func killAll(name string) error {
-	return until(context.Background(), time.Minute, func(context.Context) error {
-		pids, err := processes("comm", func(text string) bool {
+	return Until(context.Background(), time.Minute, func(context.Context) error {
+		pids, err := Processes("comm", func(text string) bool {
 			return strings.TrimSpace(text) == name[:min(len(name), 15)] // as much as the kernel keeps of it
 		})
 		if err != nil {

@@ -1,4 +1,4 @@
-package cluster
+package kube
 
 import (
 	"context"
@@ -84,7 +84,7 @@ func createOrUpdate[T any](ctx context.Context, object T, create func(context.Co
 
 // awaitRollout waits for the controller.
 func (c *Cluster) awaitRollout(ctx context.Context, set *appsv1.DaemonSet) (*corev1.Pod, error) {
-	err := until(ctx, 3*time.Minute, func(ctx context.Context) error {
+	err := Until(ctx, 3*time.Minute, func(ctx context.Context) error {
 		now, err := c.Client.AppsV1().DaemonSets(System).Get(ctx, set.Name, metav1.GetOptions{})
 		if err != nil {
 			return err
@@ -98,15 +98,15 @@ func (c *Cluster) awaitRollout(ctx context.Context, set *appsv1.DaemonSet) (*cor
 	if err != nil {
 		return nil, err
 	}
-	pods, err := c.daemonPods(ctx)
+	pods, err := c.DaemonPods(ctx)
 	if err != nil || len(pods) == 0 {
 		return nil, fmt.Errorf("pods of DaemonSet %s: %d, %w", set.Name, len(pods), err)
 	}
 	return &pods[0], nil
 }
 
-// daemonPods are those that the controller has made.
-func (c *Cluster) daemonPods(ctx context.Context) ([]corev1.Pod, error) {
+// DaemonPods are those that the controller has made.
+func (c *Cluster) DaemonPods(ctx context.Context) ([]corev1.Pod, error) {
 	list, err := c.Client.CoreV1().Pods(System).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=probelet"})
 	if err != nil {
 		return nil, err
@@ -126,8 +126,8 @@ func (c *Cluster) Undeploy(ctx context.Context) error {
 			return err
 		}
 	}
-	return until(ctx, time.Minute, func(ctx context.Context) error {
-		pods, err := c.daemonPods(ctx)
+	return Until(ctx, time.Minute, func(ctx context.Context) error {
+		pods, err := c.DaemonPods(ctx)
 		if err == nil && len(pods) > 0 {
 			err = fmt.Errorf("pod %s is still there", pods[0].Name)
 		}

@@ -1,7 +1,7 @@
-// Package cluster runs a Kubernetes cluster of one node: the real etcd, API server, controller manager, scheduler, kubelet,
+// Package kube runs a Kubernetes cluster of one node: the real etcd, API server, controller manager, scheduler, kubelet,
 // containerd, runc and CNI plugins, in the namespaces of package node. Their files are where a node has them: what they
 // write goes to memory, and is gone with the namespaces. Or it runs on the node of a kind cluster, as a process of that node.
-package cluster
+package kube
 
 import (
 	"bytes"
@@ -36,9 +36,9 @@ const (
 	BPFFS  = "/sys/fs/bpf"
 
 	ownNode    = "node1"
-	nodeIP     = "192.168.177.1"
-	nodeIPv6   = "fd00:177::1"
-	apiAddress = "https://" + nodeIP
+	NodeIP     = "192.168.177.1"
+	NodeIPv6   = "fd00:177::1"
+	apiAddress = "https://" + NodeIP
 	// serviceIP is the API server's own in its service network. There is no kube-proxy: the node has it as an address.
 	serviceIP = "10.96.0.1"
 )
@@ -58,7 +58,7 @@ type Cluster struct {
 
 	kubelet  *rest.Config // its own server
 	kubelets int          // that were started
-	nodeIPs  string       // with a comma between
+	NodeIPs  string       // with a comma between
 	gates    string       // features of Kubernetes that are switched on, such as "A=true,B=true"
 	tools    string       // directory of its binaries; empty with Kind: in the PATH
 	dir      string       // of its own files
@@ -69,10 +69,10 @@ type Cluster struct {
 // gates, such as "A=true,B=true", on.
 func Start(ctx context.Context, m *node.Machine, tools, networkConf, gates string, say func(string)) (*Cluster, error) {
 	c := &Cluster{
-		Machine: m, NodeName: ownNode, nodeIPs: nodeIP, tools: tools, gates: gates,
+		Machine: m, NodeName: ownNode, NodeIPs: NodeIP, tools: tools, gates: gates,
 		dir: filepath.Join(m.Dir, "cluster"), running: map[string]*exec.Cmd{},
 	}
-	c.kubelet = &rest.Config{Host: "https://" + nodeIP + ":10250", BearerToken: adminToken, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}
+	c.kubelet = &rest.Config{Host: "https://" + NodeIP + ":10250", BearerToken: AdminToken, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}
 	for _, step := range []struct {
 		what string
 		do   func() error
@@ -83,7 +83,7 @@ func Start(ctx context.Context, m *node.Machine, tools, networkConf, gates strin
 		{"kube-apiserver", func() error { return c.startAPIServer(ctx) }},
 		{"kube-controller-manager, kube-scheduler", func() error { return c.startControllers(ctx) }},
 		{"CNI", func() error { return c.installCNI(networkConf) }},
-		{"containerd", c.startContainerd},
+		{"containerd", c.StartContainerd},
 		{"images", c.importImages},
 		{"kubelet", func() error { return c.StartKubelet() }},
 		{"node ready", func() error { return c.awaitNode(ctx) }},
@@ -132,8 +132,8 @@ func (c *Cluster) prepareFiles() error {
 // MountBPFFS mounts a BPF file system, as systemd does at boot.
 func (c *Cluster) MountBPFFS() error { return unix.Mount("bpf", BPFFS, "bpf", 0, "") }
 
-// emptyRun is what a reboot makes of /run.
-func (c *Cluster) emptyRun() error {
+// EmptyRun is what a reboot makes of /run.
+func (c *Cluster) EmptyRun() error {
 	mounts, err := filepath.Glob("/run/netns/*")
 	if err != nil {
 		return err
@@ -164,7 +164,7 @@ func (c *Cluster) prepareNetwork() error {
 		if name != "uplink" {
 			continue
 		}
-		for _, text := range []string{nodeIP + "/24", nodeIPv6 + "/64", serviceIP + "/32"} {
+		for _, text := range []string{NodeIP + "/24", NodeIPv6 + "/64", serviceIP + "/32"} {
 			address, err := netlink.ParseAddr(text)
 			if err != nil {
 				return err
@@ -240,7 +240,7 @@ const (
 	IPv6 = "fd00:89::/64"
 )
 
-func (c *Cluster) startContainerd() error {
+func (c *Cluster) StartContainerd() error {
 	config := fmt.Sprintf(`version = 3
 root = "/var/lib/containerd"
 state = "/run/containerd"
@@ -265,10 +265,10 @@ state = "/run/containerd"
 	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
 		return err
 	}
-	if err := c.start("containerd", node.OtherCgroup, c.tool("containerd"), "--config", file); err != nil {
+	if err := c.start("containerd", node.OtherCgroup, c.Tool("containerd"), "--config", file); err != nil {
 		return err
 	}
-	return until(context.Background(), 30*time.Second, func(context.Context) error { return c.ctr("version") })
+	return Until(context.Background(), 30*time.Second, func(context.Context) error { return c.Ctr("version") })
 }
 
 const pauseImage = "probelet.test/pause:test"
@@ -290,19 +290,19 @@ func (c *Cluster) Import(images ...image.Image) error {
 		if err := i.Write(file); err != nil {
 			return fmt.Errorf("%s: %w", i.Reference, err)
 		}
-		if err := c.ctr("images", "import", file); err != nil {
+		if err := c.Ctr("images", "import", file); err != nil {
 			return err
 		}
 	}
 	return os.Remove(file)
 }
 
-func (c *Cluster) ctr(args ...string) error {
-	return node.RunCommand(exec.Command(c.tool("ctr"), append([]string{"-n", "k8s.io"}, args...)...))
+func (c *Cluster) Ctr(args ...string) error {
+	return node.RunCommand(exec.Command(c.Tool("ctr"), append([]string{"-n", "k8s.io"}, args...)...))
 }
 
-// tool is one of the cluster's own binaries.
-func (c *Cluster) tool(name string) string {
+// Tool is one of the cluster's own binaries.
+func (c *Cluster) Tool(name string) string {
 	if c.tools == "" {
 		return name
 	}
@@ -349,14 +349,14 @@ volumePluginDir: %s
 	if err := os.Mkdir(c.CgroupPath(c.kubeletCgroup()), 0o755); err != nil {
 		return err
 	}
-	return c.start("kubelet", c.kubeletCgroup(), c.tool("kubelet"),
-		"--config", file, "--kubeconfig", c.kubeconfig(nodeToken),
-		"--hostname-override", c.NodeName, "--node-ip", c.nodeIPs)
+	return c.start("kubelet", c.kubeletCgroup(), c.Tool("kubelet"),
+		"--config", file, "--kubeconfig", c.Kubeconfig(NodeToken),
+		"--hostname-override", c.NodeName, "--node-ip", c.NodeIPs)
 }
 
 // awaitNode waits until the node is Ready and pods may be put there.
 func (c *Cluster) awaitNode(ctx context.Context) error {
-	err := until(ctx, time.Minute, func(ctx context.Context) error {
+	err := Until(ctx, time.Minute, func(ctx context.Context) error {
 		n, err := c.Client.CoreV1().Nodes().Get(ctx, c.NodeName, metav1.GetOptions{})
 		if err != nil {
 			return err
@@ -461,8 +461,8 @@ func (c *Cluster) Kubelet(ctx context.Context, path string) ([]byte, error) {
 	return client.Get().AbsPath(path).DoRaw(ctx)
 }
 
-// until tries until there is no error, or it has taken too long.
-func until(ctx context.Context, limit time.Duration, try func(context.Context) error) error {
+// Until tries until there is no error, or it has taken too long.
+func Until(ctx context.Context, limit time.Duration, try func(context.Context) error) error {
 	deadline := time.Now().Add(limit)
 	for {
 		err := try(ctx)
@@ -476,8 +476,8 @@ func until(ctx context.Context, limit time.Duration, try func(context.Context) e
 	}
 }
 
-// processes are those whose file of that name in /proc is as wanted.
-func processes(file string, wanted func(text string) bool) (pids []int, err error) {
+// Processes are those whose file of that name in /proc is as wanted.
+func Processes(file string, wanted func(text string) bool) (pids []int, err error) {
 	entries, err := os.ReadDir("/proc")
 	for _, e := range entries {
 		pid, noProcess := strconv.Atoi(e.Name())

@@ -1,4 +1,4 @@
-package cluster
+package kube
 
 import (
 	"context"
@@ -19,17 +19,17 @@ import (
 
 // Tokens of the API server's users.
 const (
-	adminToken      = "admin"
-	nodeToken       = "node"
+	AdminToken      = "admin"
+	NodeToken       = "node"
 	controllerToken = "controller-manager"
-	schedulerToken  = "scheduler"
+	SchedulerToken  = "scheduler"
 )
 
 // tokens is the API server's file of users: token, name, identity and group.
-const tokens = adminToken + ",admin,admin,system:masters\n" +
-	nodeToken + ",system:node:" + ownNode + ",node,system:nodes\n" +
+const tokens = AdminToken + ",admin,admin,system:masters\n" +
+	NodeToken + ",system:node:" + ownNode + ",node,system:nodes\n" +
 	controllerToken + ",system:kube-controller-manager,controller-manager,\n" +
-	schedulerToken + ",system:kube-scheduler,scheduler,\n"
+	SchedulerToken + ",system:kube-scheduler,scheduler,\n"
 
 // file is the path of one of the cluster's own files.
 func (c *Cluster) file(name string) string { return filepath.Join(c.dir, name) }
@@ -52,9 +52,9 @@ func (c *Cluster) startAPIServer(ctx context.Context) error {
 		return err
 	}
 	c.Config = &rest.Config{
-		Host: apiAddress, BearerToken: adminToken, TLSClientConfig: rest.TLSClientConfig{CAFile: c.apiCertificate()}, QPS: 1000, Burst: 1000,
+		Host: apiAddress, BearerToken: AdminToken, TLSClientConfig: rest.TLSClientConfig{CAFile: c.apiCertificate()}, QPS: 1000, Burst: 1000,
 	}
-	err := until(ctx, time.Minute, func(context.Context) (err error) {
+	err := Until(ctx, time.Minute, func(context.Context) (err error) {
 		c.Client, err = kubernetes.NewForConfig(c.Config) // as soon as the server has made its certificate
 		return err
 	})
@@ -68,18 +68,18 @@ func (c *Cluster) startAPIServer(ctx context.Context) error {
 }
 
 // AdminKubeconfig is the administrator's file.
-func (c *Cluster) AdminKubeconfig() string { return c.kubeconfig(adminToken) }
+func (c *Cluster) AdminKubeconfig() string { return c.Kubeconfig(AdminToken) }
 
-// kubeconfig is the file of the user with that token.
-func (c *Cluster) kubeconfig(token string) string { return c.file(token + ".kubeconfig") }
+// Kubeconfig is the file of the user with that token.
+func (c *Cluster) Kubeconfig(token string) string { return c.file(token + ".kubeconfig") }
 
 func (c *Cluster) writeKubeconfigs() error {
-	for _, token := range []string{adminToken, nodeToken, controllerToken, schedulerToken} {
+	for _, token := range []string{AdminToken, NodeToken, controllerToken, SchedulerToken} {
 		text := fmt.Sprintf(`{"apiVersion": "v1", "kind": "Config", "current-context": "c",
 			"clusters": [{"name": "c", "cluster": {"server": %q, "certificate-authority": %q}}],
 			"users": [{"name": "u", "user": {"token": %q}}],
 			"contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}]}`, apiAddress, c.apiCertificate(), token)
-		if err := os.WriteFile(c.kubeconfig(token), []byte(text), 0o600); err != nil {
+		if err := os.WriteFile(c.Kubeconfig(token), []byte(text), 0o600); err != nil {
 			return err
 		}
 	}
@@ -91,9 +91,9 @@ func (c *Cluster) StartAPIServer() error {
 	if c.Kind {
 		return startAPIServerOnKind()
 	}
-	return c.start("kube-apiserver", node.OtherCgroup, c.tool("kube-apiserver"),
+	return c.start("kube-apiserver", node.OtherCgroup, c.Tool("kube-apiserver"),
 		"--etcd-servers=http://127.0.0.1:2379",
-		"--secure-port=443", "--advertise-address="+nodeIP, "--external-hostname="+nodeIP,
+		"--secure-port=443", "--advertise-address="+NodeIP, "--external-hostname="+NodeIP,
 		"--cert-dir="+c.file("apiserver"),
 		"--service-cluster-ip-range=10.96.0.0/16",
 		"--service-account-issuer="+apiAddress,
@@ -109,8 +109,8 @@ func (c *Cluster) StartAPIServer() error {
 
 // startControllers starts the controller manager and the scheduler.
 func (c *Cluster) startControllers(ctx context.Context) error {
-	manager, scheduler := c.kubeconfig(controllerToken), c.kubeconfig(schedulerToken)
-	err := c.start("kube-controller-manager", node.OtherCgroup, c.tool("kube-controller-manager"),
+	manager, scheduler := c.Kubeconfig(controllerToken), c.Kubeconfig(SchedulerToken)
+	err := c.start("kube-controller-manager", node.OtherCgroup, c.Tool("kube-controller-manager"),
 		"--kubeconfig="+manager, "--authentication-kubeconfig="+manager, "--authorization-kubeconfig="+manager,
 		"--service-account-private-key-file="+c.file(serviceAccountsKey), "--root-ca-file="+c.apiCertificate(),
 		"--use-service-account-credentials", "--leader-elect=false",
@@ -119,7 +119,7 @@ func (c *Cluster) startControllers(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = c.start("kube-scheduler", node.OtherCgroup, c.tool("kube-scheduler"),
+	err = c.start("kube-scheduler", node.OtherCgroup, c.Tool("kube-scheduler"),
 		"--kubeconfig="+scheduler, "--authentication-kubeconfig="+scheduler, "--authorization-kubeconfig="+scheduler,
 		"--leader-elect=false", "--cert-dir="+c.file("scheduler"), "--bind-address=127.0.0.1",
 	)
@@ -127,7 +127,7 @@ func (c *Cluster) startControllers(ctx context.Context) error {
 		return err
 	}
 	// Pods cannot be created before that.
-	err = until(ctx, time.Minute, func(ctx context.Context) error {
+	err = Until(ctx, time.Minute, func(ctx context.Context) error {
 		_, err := c.Client.CoreV1().ServiceAccounts(Namespace).Get(ctx, "default", metav1.GetOptions{})
 		return err
 	})
@@ -153,7 +153,7 @@ func (c *Cluster) RestartControllers(ctx context.Context) error {
 
 // AwaitAPIServer waits until the API server answers.
 func (c *Cluster) AwaitAPIServer(ctx context.Context) error {
-	return until(ctx, 2*time.Minute, func(ctx context.Context) error {
+	return Until(ctx, 2*time.Minute, func(ctx context.Context) error {
 		_, err := c.Client.Discovery().RESTClient().Get().AbsPath("/readyz").DoRaw(ctx)
 		return err
 	})

@@ -1,4 +1,4 @@
-package cluster
+package kube
 
 import (
 	"context"
@@ -69,7 +69,7 @@ func (c *Cluster) Get(ctx context.Context, pod *corev1.Pod) (*corev1.Pod, error)
 // Await waits until the pod is as wanted, and returns it.
 func (c *Cluster) Await(ctx context.Context, pod *corev1.Pod, limit time.Duration, what string, wanted func(*corev1.Pod) bool) (*corev1.Pod, error) {
 	var now *corev1.Pod
-	err := until(ctx, limit, func(ctx context.Context) (err error) {
+	err := Until(ctx, limit, func(ctx context.Context) (err error) {
 		if now, err = c.Get(ctx, pod); err != nil {
 			return err
 		}
@@ -108,7 +108,7 @@ func (c *Cluster) Delete(ctx context.Context, pod *corev1.Pod) error {
 	if err != nil {
 		return err
 	}
-	return until(ctx, time.Minute, func(ctx context.Context) error {
+	return Until(ctx, time.Minute, func(ctx context.Context) error {
 		_, err := c.Get(ctx, pod)
 		if apierrors.IsNotFound(err) {
 			return nil
@@ -177,12 +177,12 @@ func (c *Cluster) ProbeCounts(ctx context.Context, pod *corev1.Pod) (map[string]
 		if _, err := fmt.Sscan(fields[len(fields)-1], &value); err != nil {
 			return nil, fmt.Errorf("%s: %w", line, err)
 		}
-		container, kind := label(line, "container"), strings.ToLower(label(line, "probe_type"))
+		container, kind := Label(line, "container"), strings.ToLower(Label(line, "probe_type"))
 		if counts[container] == nil {
 			counts[container] = map[string]ProbeCount{}
 		}
 		count := counts[container][kind]
-		if label(line, "result") == "successful" {
+		if Label(line, "result") == "successful" {
 			count.Successful += int(value)
 		} else {
 			count.Failed += int(value)
@@ -192,8 +192,8 @@ func (c *Cluster) ProbeCounts(ctx context.Context, pod *corev1.Pod) (map[string]
 	return counts, nil
 }
 
-// label is the value of a label in a line of metrics.
-func label(line, name string) string {
+// Label is the value of a label in a line of metrics.
+func Label(line, name string) string {
 	_, rest, _ := strings.Cut(line, name+`="`)
 	value, _, _ := strings.Cut(rest, `"`)
 	return value
