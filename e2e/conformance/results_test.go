@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/probelet/probelet/e2e/harness/kube"
-	"github.com/probelet/probelet/e2e/manifests"
+	"github.com/probelet/probelet/e2e/harness/manifests"
 )
 
 // The specs' logs, as the e2e framework writes them.

@@ -1,4 +1,4 @@
-package manifests
+package manifests_test
 
 import (
 	"cmp"
@@ -28,6 +28,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/probelet/probelet/e2e/harness/image"
+	"github.com/probelet/probelet/e2e/harness/manifests"
 )
 
 var update = flag.Bool("update", false, "write what is rendered into cni-conf/kustomize")
@@ -39,11 +40,11 @@ const (
 
 func render(t *testing.T, values map[string]any) []runtime.Object {
 	t.Helper()
-	text, err := Render(chart, "probelet", "probelet", withImage(values))
+	text, err := manifests.Render(chart, "probelet", "probelet", withImage(values))
 	if err != nil {
 		t.Fatal(err)
 	}
-	objects, err := Decode(text)
+	objects, err := manifests.Decode(text)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -152,7 +153,7 @@ func TestRefusedValues(t *testing.T) {
 		"updateStrategy: {type: OnDelete}": "type",
 		"updateStrategy: {rollingUpdate: {maxSurge: 1, maxUnavailable: 0}}": "maxSurge",
 	} {
-		if _, err := Render(chart, "probelet", "probelet", with(t, values)); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := manifests.Render(chart, "probelet", "probelet", with(t, values)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", values, err, want)
 		}
 	}
@@ -168,7 +169,7 @@ func TestOldClusters(t *testing.T) {
 		"v1.33.1": {"", "", "Kubelets before 1.33"},
 		"v1.36.1": {"", "", "mode is observe"},
 	} {
-		files, err := files(chart, "probelet", "probelet", with(t, test.values), version)
+		files, err := manifests.Files(chart, "probelet", "probelet", with(t, test.values), version)
 		if test.fails != "" {
 			if err == nil || !strings.Contains(err.Error(), test.fails) {
 				t.Errorf("%s: %v", version, err)
@@ -326,11 +327,11 @@ func TestPermissions(t *testing.T) {
 func TestUninstallHooks(t *testing.T) {
 	for name, values := range variants {
 		t.Run(name, func(t *testing.T) {
-			text, err := RenderHooks(chart, "probelet", "probelet", with(t, values))
+			text, err := manifests.RenderHooks(chart, "probelet", "probelet", with(t, values))
 			if err != nil {
 				t.Fatal(err)
 			}
-			objects, err := Decode(text)
+			objects, err := manifests.Decode(text)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -560,7 +561,7 @@ func TestDecodeIsStrict(t *testing.T) {
 		"apiVersion: monitoring.coreos.com/v1\nkind: PodMonitor\nspec: {podMetricsEndpoints: [{prot: metrics}]}": "prot",
 		"apiVersion: monitoring.coreos.com/v1\nkind: PodMoniter":                                                 "no kind",
 	} {
-		if _, err := Decode(text); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := manifests.Decode(text); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", text, err, want)
 		}
 	}
@@ -569,7 +570,7 @@ func TestDecodeIsStrict(t *testing.T) {
 // The kustomize bases are what the chart gives.
 func TestKustomize(t *testing.T) {
 	for dir, values := range map[string]map[string]any{"base": nil, "answer": {"mode": "answer"}, "uninstall": {"uninstall": true}} {
-		text, err := Render(chart, "probelet", "probelet", withImage(values))
+		text, err := manifests.Render(chart, "probelet", "probelet", withImage(values))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -606,7 +607,7 @@ func build(t *testing.T, dir string) []runtime.Object {
 	if err != nil {
 		t.Fatal(err)
 	}
-	objects, err := Decode(string(whole))
+	objects, err := manifests.Decode(string(whole))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,7 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/probelet/probelet/e2e/harness/image"
-	"github.com/probelet/probelet/e2e/manifests"
+	"github.com/probelet/probelet/e2e/harness/manifests"
 )
 
 // Chart is the Helm chart's directory, as seen from here.

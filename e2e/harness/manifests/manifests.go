@@ -27,7 +27,7 @@ const kubernetes = "v1.37.2"
 
 // Render is what "helm template NAME CHART --namespace NAMESPACE --no-hooks" prints, without the notes.
 func Render(chartDir, name, namespace string, values map[string]any) (string, error) {
-	files, err := files(chartDir, name, namespace, values, kubernetes)
+	files, err := Files(chartDir, name, namespace, values, kubernetes)
 	if err != nil {
 		return "", err
 	}
@@ -46,12 +46,12 @@ const hooks = "hooks.yaml"
 
 // RenderHooks is what Helm makes when the release is uninstalled.
 func RenderHooks(chartDir, name, namespace string, values map[string]any) (string, error) {
-	files, err := files(chartDir, name, namespace, values, kubernetes)
+	files, err := Files(chartDir, name, namespace, values, kubernetes)
 	return files[filepath.Join("probelet", "templates", hooks)], err
 }
 
-// files are the chart's templates, rendered for a cluster of this version.
-func files(chartDir, name, namespace string, values map[string]any, version string) (map[string]string, error) {
+// Files are the chart's templates, rendered for a cluster of this version.
+func Files(chartDir, name, namespace string, values map[string]any, version string) (map[string]string, error) {
 	chart, err := loader.Load(chartDir)
 	if err != nil {
 		return nil, err
