@@ -54,7 +54,7 @@ fuzz: ## Look for replies that are taken for a success, but not by the kubelet's
 .PHONY: e2e
 e2e: build ## Test on a real kubelet, API server and containerd (root; etcd-server runc python3; the first build takes 15 minutes; HOOK=xdp)
 	$(call need,etcd runc /usr/bin/python3,etcd-server runc python3)
-	e2e/cluster/build.sh $(BIN)/cluster cluster
+	e2e/tools/build.sh $(BIN)/cluster cluster
 	cd e2e && PROBELET_BIN=$(BIN) PROBELET_CLUSTER=$(BIN)/cluster CGO_ENABLED=0 go test -count=1 -timeout 40m -v ./cluster $(if $(HOOK),-hook $(HOOK))
 
 # Variants, with commas between: none is without probelet. Each takes ten minutes.
@@ -62,8 +62,8 @@ CONFORMANCE ?= none,default,stale5,refresh,xdp
 .PHONY: conformance
 conformance: build ## Run Kubernetes' own probe specs without probelet and with it (root; etcd-server runc busybox-static; CONFORMANCE=none,default)
 	$(call need,etcd runc busybox,etcd-server runc busybox-static)
-	e2e/cluster/build.sh $(BIN)/cluster cluster
-	e2e/cluster/build.sh $(BIN)/cluster conformance
+	e2e/tools/build.sh $(BIN)/cluster cluster
+	e2e/tools/build.sh $(BIN)/cluster conformance
 	cd e2e && CGO_ENABLED=0 go build -trimpath -o $(BIN)/conformance ./conformance
 	cd e2e/conformance && $(BIN)/conformance -variants $(CONFORMANCE) -tools $(BIN)/cluster -out $(BIN)/conformance-results
 
@@ -116,7 +116,7 @@ vet:
 
 .PHONY: lint
 lint:
-	cd e2e/lint && go build -o $(BIN)/ tool
+	cd e2e/tools/lint && go build -o $(BIN)/ tool
 	$(BIN)/golangci-lint run
 	cd e2e && $(BIN)/golangci-lint run --config ../.golangci.yml
 	cd daemon/differential && $(BIN)/golangci-lint run --config ../../.golangci.yml

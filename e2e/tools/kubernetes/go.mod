@@ -1,4 +1,4 @@
-module github.com/probelet/probelet/e2e/kubernetes
+module github.com/probelet/probelet/e2e/tools/kubernetes
 
 go 1.26.0
 

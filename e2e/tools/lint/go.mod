@@ -1,4 +1,4 @@
-module github.com/probelet/probelet/e2e/lint
+module github.com/probelet/probelet/e2e/tools/lint
 
 go 1.26.0
 

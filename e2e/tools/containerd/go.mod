@@ -1,4 +1,4 @@
-module github.com/probelet/probelet/e2e/containerd
+module github.com/probelet/probelet/e2e/tools/containerd
 
 go 1.26.6
 
