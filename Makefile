@@ -116,7 +116,7 @@ vet:
 
 .PHONY: lint
 lint:
-	cd e2e/tools/lint && go build -o $(BIN)/ tool
+	cd e2e/tools/golangci-lint && go build -o $(BIN)/ tool
 	$(BIN)/golangci-lint run
 	cd e2e && $(BIN)/golangci-lint run --config ../.golangci.yml
 	cd daemon/differential && $(BIN)/golangci-lint run --config ../../.golangci.yml

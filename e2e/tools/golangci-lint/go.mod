@@ -1,4 +1,4 @@
-module github.com/probelet/probelet/e2e/tools/lint
+module github.com/probelet/probelet/e2e/tools/golangci-lint
 
 go 1.26.0
 
