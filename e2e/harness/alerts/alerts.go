@@ -1,4 +1,4 @@
-// Package alerts reads alerting rules and evaluates them as Prometheus does, over series in memory.
+// Package alerts reads alerting rules and evaluates them over in-memory series, as Prometheus does.
 package alerts
 
 import (
@@ -19,10 +19,10 @@ import (
 	"github.com/prometheus/prometheus/util/annotations"
 )
 
-// Minutes is how long series last, with a sample and an evaluation each minute.
+// Minutes is the length of a series, with one sample and one evaluation per minute.
 const Minutes = 120
 
-// Read reads a file of rules, which are all in one group.
+// Read reads a file of rules, which must form a single group.
 func Read(file string) ([]rulefmt.Rule, error) {
 	groups, errs := rulefmt.ParseFile(file, false, model.UTF8Validation, newParser(), slog.Default())
 	if len(errs) > 0 {
@@ -36,10 +36,10 @@ func Read(file string) ([]rulefmt.Rule, error) {
 
 func newParser() parser.Parser { return parser.NewParser(parser.Options{}) }
 
-// Series are series in memory.
+// Series holds series in memory.
 type Series []promql.Series
 
-// Load reads series in the notation of Prometheus' own tests, such as m{a="b"} 0x5 1x5, one a line.
+// Load parses series in the notation of Prometheus' rule tests, such as m{a="b"} 0x5 1x5, one per line.
 func Load(text string) (all Series, err error) {
 	for line := range strings.Lines(text) {
 		if line = strings.TrimSpace(line); line == "" {
@@ -60,7 +60,7 @@ func Load(text string) (all Series, err error) {
 	return all, nil
 }
 
-// Scraped reads what a target exposes, as if it had always been so.
+// Scraped parses what a target exposes, as if the values had always been the same.
 func Scraped(text string) (Series, error) {
 	var lines strings.Builder
 	for line := range strings.Lines(text) {
@@ -71,13 +71,13 @@ func Scraped(text string) (Series, error) {
 	return Load(lines.String())
 }
 
-// Firing is an alert that has fired, and for what.
+// Firing is an alert that fired, with its labels.
 type Firing struct {
 	Alert  string
 	Labels labels.Labels
 }
 
-// Evaluate returns what fires, in the order of the rules.
+// Evaluate returns the alerts that fire, in the order of the rules.
 func (s Series) Evaluate(rules []rulefmt.Rule) (all []Firing, err error) {
 	engine := promql.NewEngine(promql.EngineOpts{MaxSamples: 1e6, Timeout: time.Minute, LookbackDelta: 5 * time.Minute, Parser: newParser()})
 	defer engine.Close() //nolint:errcheck // nothing is lost

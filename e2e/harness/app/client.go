@@ -9,23 +9,23 @@ import (
 	"time"
 )
 
-// Asked is what a client has sent, and what became of it.
+// Asked counts what a client sent, and the outcomes.
 type Asked struct {
 	Requests, Connections int64 // connections are those without a request
 	Failed, ByKernel      int64
-	Failure               string // the last one
+	Failure               string // the most recent one
 }
 
-// client asks a server as the kubelet does, byte for byte but for the name it gives itself, and connects to it as for a
-// TCP probe. It is not the kubelet.
+// client sends the same requests as the kubelet, byte for byte except for the User-Agent, and opens connections like a TCP
+// probe. It is not the prober.
 type client struct {
 	target     string
 	stop, done chan struct{}
 	once       sync.Once
-	asked      Asked // while it runs: its own
+	asked      Asked // the client's own while it runs
 }
 
-// A pause between two requests, and how long one may take.
+// Pause between two requests, and the timeout of one.
 const (
 	pace     = 20 * time.Millisecond
 	patience = 5 * time.Second

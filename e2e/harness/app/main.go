@@ -1,5 +1,5 @@
-// Command app is what runs in the pods of the cluster's tests: HTTP servers whose health can be set and that tell who
-// asked them, in an access log too; with -ask, a client; and, as "app pause", the sandbox of a pod.
+// Command app runs in the pods of the cluster tests: HTTP servers with adjustable health that report who asked them, also in
+// an access log; with -ask, a client; and, as "app pause", the sandbox of a pod.
 package main
 
 import (
@@ -24,9 +24,9 @@ func main() {
 		pause()
 		return
 	}
-	ports := flag.String("listen", "8080", "`PORTS` to listen on, with commas between")
-	startup := flag.Duration("startup", 0, "how `long` the first ports stay closed")
-	ask := flag.String("ask", "", "`ADDRESS` of a server to ask all the while")
+	ports := flag.String("listen", "8080", "comma-separated `PORTS` to listen on")
+	startup := flag.Duration("startup", 0, "how `long` these ports stay closed after the start")
+	ask := flag.String("ask", "", "`ADDRESS` of a server to send requests to")
 	flag.Parse()
 	time.Sleep(*startup)
 	a := &app{listeners: map[string]net.Listener{}}
@@ -42,7 +42,7 @@ func main() {
 	pause()
 }
 
-// pause waits for the end, and takes over and forgets orphans, as a sandbox does.
+// pause waits until it is terminated and reaps orphans, as the sandbox process must.
 func pause() {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGCHLD)
@@ -58,14 +58,14 @@ func pause() {
 	}
 }
 
-// Seen is what has reached the program: requests of the prober and of others, and connections that ended without one.
+// Seen counts what reached the program: requests of the prober, other requests, and connections that ended without a request.
 type Seen struct {
 	Probes, Others, Empty int64
 }
 
 type app struct {
 	status                atomic.Int64
-	hang                  atomic.Int64 // until then, in Unix nanoseconds
+	hang                  atomic.Int64 // deadline in Unix nanoseconds
 	probes, others, empty atomic.Int64
 	silent                sync.Map // connections without a request so far
 	client                *client  // nil without -ask
@@ -89,7 +89,7 @@ func (a *app) listen(port string) error {
 	return nil
 }
 
-// watch counts, and logs, connections that end without a request.
+// watch counts and logs connections that end without a request.
 func (a *app) watch(port string, c net.Conn, s http.ConnState) {
 	switch s {
 	case http.StateNew:
@@ -128,7 +128,7 @@ func (a *app) handler(port string) http.Handler {
 	return mux
 }
 
-// set changes what the program does: ?status=500, ?hang=10s, ?close=PORT, ?open=PORT, ?exit=1.
+// set changes the program's behavior: ?status=500, ?hang=10s, ?close=PORT, ?open=PORT, ?exit=1.
 func (a *app) set(w http.ResponseWriter, r *http.Request) {
 	query := r.URL.Query()
 	var err error

@@ -1,4 +1,4 @@
-// Package image makes container images of static binaries, without Docker and without a registry.
+// Package image builds container images of static binaries, without Docker or a registry.
 package image
 
 import (
@@ -18,20 +18,20 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 )
 
-// Image describes an image of one layer.
+// Image describes an image with a single layer.
 type Image struct {
 	Reference       string
 	Entrypoint, Cmd []string
 	Files           []File
 }
 
-// File is a file of an image: a copy of Source, or a symbolic link to Link, or, with neither, a directory that all may write to.
+// File is a file in an image: a copy of Source, a symbolic link to Link or, with neither, a world-writable directory.
 type File struct{ Path, Source, Link string }
 
-// Reference names the image of the chart's default values.
+// Reference is the image reference in the chart's default values.
 const Reference = "registry.example/probelet:dev"
 
-// Probelet describes the image that the Dockerfile does, of binaries in directory bin.
+// Probelet describes the same image as the Dockerfile, made of the binaries in directory bin.
 func Probelet(reference, bin string) Image {
 	const dir = "/usr/local/bin/"
 	i := Image{Reference: reference, Entrypoint: []string{dir + "probeletd"}}
@@ -41,10 +41,10 @@ func Probelet(reference, bin string) Image {
 	return i
 }
 
-// searchPath is the PATH of every image.
+// searchPath is the PATH in every image.
 const searchPath = "PATH=/usr/local/bin:/usr/bin:/bin"
 
-// Write writes an image into a file that containerd and Docker import.
+// Write writes the image to a file that containerd and Docker can import.
 func (i Image) Write(file string) error {
 	tag, err := name.NewTag(i.Reference)
 	if err != nil {

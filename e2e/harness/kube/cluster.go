@@ -1,6 +1,6 @@
 // Package kube runs a Kubernetes cluster of one node: the real etcd, API server, controller manager, scheduler, kubelet,
-// containerd, runc and CNI plugins, in the namespaces of package node. Their files are where a node has them: what they
-// write goes to memory, and is gone with the namespaces. Or it runs on the node of a kind cluster, as a process of that node.
+// containerd, runc and CNI plugins, in the namespaces of package node. Files are in the usual places, but writes go to memory
+// and disappear with the namespaces. Alternatively, it uses the node of a kind cluster, as a process on that node.
 package kube
 
 import (
@@ -29,7 +29,7 @@ import (
 	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// Where things are on the node.
+// Locations on the node.
 const (
 	NetDir = "/etc/cni/net.d"
 	BinDir = "/opt/cni/bin"
@@ -39,11 +39,11 @@ const (
 	NodeIP     = "192.168.177.1"
 	NodeIPv6   = "fd00:177::1"
 	apiAddress = "https://" + NodeIP
-	// serviceIP is the API server's own in its service network. There is no kube-proxy: the node has it as an address.
+	// serviceIP is the address of the API server's service. There is no kube-proxy: the address is assigned to the node.
 	serviceIP = "10.96.0.1"
 )
 
-// AppImage is the image of the app that the tests probe.
+// AppImage is the image of the app in the tests' pods.
 const AppImage = "probelet.test/app:test"
 
 // Cluster is a running cluster.
@@ -53,20 +53,20 @@ type Cluster struct {
 	Config *rest.Config
 
 	NodeName string
-	// Kind: this is the node of a kind cluster, whose parts systemd and the kubelet run.
+	// Kind is set on the node of a kind cluster, whose components are run by systemd and the kubelet.
 	Kind bool
 
-	kubelet  *rest.Config // its own server
-	kubelets int          // that were started
-	NodeIPs  string       // with a comma between
-	gates    string       // features of Kubernetes that are switched on, such as "A=true,B=true"
-	tools    string       // directory of its binaries; empty with Kind: in the PATH
-	dir      string       // of its own files
+	kubelet  *rest.Config // the kubelet's server
+	kubelets int          // number of starts
+	NodeIPs  string       // separated by a comma
+	gates    string       // feature gates, such as "A=true,B=true"
+	tools    string       // directory of its binaries; empty with Kind, where they are in the PATH
+	dir      string       // directory of its own files
 	running  map[string]*exec.Cmd
 }
 
-// Start starts a cluster whose node is Ready, with pods on the network that networkConf configures, and with these feature
-// gates, such as "A=true,B=true", on.
+// Start starts a cluster, with pods on the network that networkConf configures and with feature gates such as
+// "A=true,B=true", and waits until its node is Ready.
 func Start(ctx context.Context, m *node.Machine, tools, networkConf, gates string, say func(string)) (*Cluster, error) {
 	c := &Cluster{
 		Machine: m, NodeName: ownNode, NodeIPs: NodeIP, tools: tools, gates: gates,
@@ -96,7 +96,7 @@ func Start(ctx context.Context, m *node.Machine, tools, networkConf, gates strin
 	return c, nil
 }
 
-// prepareFiles covers the directories that a node's parts write to.
+// prepareFiles covers the directories that the components of a node write to.
 func (c *Cluster) prepareFiles() error {
 	if err := os.Mkdir(c.dir, 0o700); err != nil {
 		return err
@@ -117,7 +117,7 @@ func (c *Cluster) prepareFiles() error {
 	if err := c.MountBPFFS(); err != nil {
 		return err
 	}
-	// What a pod mounts of the host is to see mounts to come, as on a machine with systemd.
+	// Host paths mounted into pods must see later mounts, as on a machine with systemd.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
 		return err
 	}
@@ -132,7 +132,7 @@ func (c *Cluster) prepareFiles() error {
 // MountBPFFS mounts a BPF file system, as systemd does at boot.
 func (c *Cluster) MountBPFFS() error { return unix.Mount("bpf", BPFFS, "bpf", 0, "") }
 
-// EmptyRun is what a reboot makes of /run.
+// EmptyRun empties /run, as a reboot does.
 func (c *Cluster) EmptyRun() error {
 	mounts, err := filepath.Glob("/run/netns/*")
 	if err != nil {
@@ -182,7 +182,7 @@ func (c *Cluster) prepareNetwork() error {
 	return nil
 }
 
-// installCNI puts the primary network onto the node.
+// installCNI installs the plugins and the primary network.
 func (c *Cluster) installCNI(conf string) error {
 	if err := c.installPlugins(); err != nil {
 		return err
@@ -190,7 +190,7 @@ func (c *Cluster) installCNI(conf string) error {
 	return os.WriteFile(filepath.Join(NetDir, "10-pods.conflist"), []byte(conf), 0o644)
 }
 
-// installPlugins puts those CNI plugins onto the node that the tests use and it does not have.
+// installPlugins installs the CNI plugins that the tests use and the node lacks.
 func (c *Cluster) installPlugins() error {
 	for _, plugin := range []string{"ptp", "bridge", "host-local", "loopback", "tuning"} {
 		if _, err := os.Stat(filepath.Join(BinDir, plugin)); err == nil {
@@ -207,7 +207,7 @@ func (c *Cluster) installPlugins() error {
 	return nil
 }
 
-// Primary is the file of the primary network, and the network's name.
+// Primary returns the file and the name of the primary network.
 func (c *Cluster) Primary() (file, name string) {
 	if c.Kind {
 		return filepath.Join(NetDir, "10-kindnet.conflist"), "kindnet"
@@ -215,7 +215,7 @@ func (c *Cluster) Primary() (file, name string) {
 	return filepath.Join(NetDir, "10-pods.conflist"), "pods"
 }
 
-// Network is the configuration of a network of both families, or of some.
+// Network returns a network configuration with a range of addresses per subnet.
 func Network(main string, families ...string) string {
 	ranges := [][]map[string]string{}
 	for _, subnet := range families {
@@ -234,12 +234,13 @@ func Network(main string, families ...string) string {
 	return string(text)
 }
 
-// Subnets of pods.
+// Subnets for pods.
 const (
 	IPv4 = "10.89.0.0/16"
 	IPv6 = "fd00:89::/64"
 )
 
+// StartContainerd starts containerd, for example after Stop, and waits until it answers.
 func (c *Cluster) StartContainerd() error {
 	config := fmt.Sprintf(`version = 3
 root = "/var/lib/containerd"
@@ -283,7 +284,7 @@ func (c *Cluster) importImages() error {
 	)
 }
 
-// Import puts images onto the node.
+// Import imports images on the node.
 func (c *Cluster) Import(images ...image.Image) error {
 	file := c.file("image.tar")
 	for _, i := range images {
@@ -297,11 +298,12 @@ func (c *Cluster) Import(images ...image.Image) error {
 	return os.Remove(file)
 }
 
+// Ctr runs a command of ctr in the namespace of Kubernetes.
 func (c *Cluster) Ctr(args ...string) error {
 	return node.RunCommand(exec.Command(c.Tool("ctr"), append([]string{"-n", "k8s.io"}, args...)...))
 }
 
-// Tool is one of the cluster's own binaries.
+// Tool returns the path of one of the cluster's binaries.
 func (c *Cluster) Tool(name string) string {
 	if c.tools == "" {
 		return name
@@ -309,7 +311,8 @@ func (c *Cluster) Tool(name string) string {
 	return filepath.Join(c.tools, name)
 }
 
-// kubeletCgroup names the cgroup of the kubelet started last. Each start has a new one, as with systemd.
+// kubeletCgroup returns the name of the cgroup of the most recently started kubelet. Each start gets a new one, as with
+// systemd.
 func (c *Cluster) kubeletCgroup() string { return fmt.Sprintf("kubelet-%d", c.kubelets) }
 
 // StartKubelet starts the kubelet, for example after Stop.
@@ -354,7 +357,7 @@ volumePluginDir: %s
 		"--hostname-override", c.NodeName, "--node-ip", c.NodeIPs)
 }
 
-// awaitNode waits until the node is Ready and pods may be put there.
+// awaitNode waits until the node is Ready and accepts pods.
 func (c *Cluster) awaitNode(ctx context.Context) error {
 	err := Until(ctx, time.Minute, func(ctx context.Context) error {
 		n, err := c.Client.CoreV1().Nodes().Get(ctx, c.NodeName, metav1.GetOptions{})
@@ -369,7 +372,7 @@ func (c *Cluster) awaitNode(ctx context.Context) error {
 				return nil
 			}
 		}
-		return fmt.Errorf("the node is %+v", n.Status.Conditions)
+		return fmt.Errorf("the node is not Ready: %+v", n.Status.Conditions)
 	})
 	if err != nil {
 		return errors.Join(err, c.Log("kubelet"), c.Log("containerd"))
@@ -377,13 +380,13 @@ func (c *Cluster) awaitNode(ctx context.Context) error {
 	return nil
 }
 
-// start starts a part in one of the cgroups of the machine.
+// start starts a component in one of the machine's cgroups.
 func (c *Cluster) start(name, cgroup, program string, args ...string) error {
 	log, err := os.OpenFile(c.logFile(name), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return err
 	}
-	defer log.Close() //nolint:errcheck // the part's
+	defer log.Close() //nolint:errcheck // the component's
 	dir, err := os.Open(c.CgroupPath(cgroup))
 	if err != nil {
 		return err
@@ -400,7 +403,7 @@ func (c *Cluster) start(name, cgroup, program string, args ...string) error {
 	return nil
 }
 
-// Stop ends a part, in an orderly manner or not.
+// Stop stops a component with a signal and waits for it to exit.
 func (c *Cluster) Stop(name string, signal os.Signal) error {
 	if c.Kind {
 		return c.stopOnKind(name, signal)
@@ -413,7 +416,7 @@ func (c *Cluster) Stop(name string, signal os.Signal) error {
 	if err := cmd.Process.Signal(signal); err != nil {
 		return err
 	}
-	_ = cmd.Wait() // it was told to
+	_ = cmd.Wait() // killed by the signal
 	if name == "kubelet" {
 		return os.Remove(c.CgroupPath(c.kubeletCgroup()))
 	}
@@ -422,7 +425,7 @@ func (c *Cluster) Stop(name string, signal os.Signal) error {
 
 func (c *Cluster) logFile(name string) string { return c.file(name + ".log") }
 
-// Log is the end of what a part has written, as an error.
+// Log returns the end of a component's log, as an error.
 func (c *Cluster) Log(name string) error {
 	if c.Kind {
 		return fmt.Errorf("%s: see journalctl on the node", name)
@@ -435,7 +438,7 @@ func (c *Cluster) Log(name string) error {
 	return fmt.Errorf("the log of %s ends with\n%s", name, bytes.Join(lines[max(0, len(lines)-15):], []byte("\n")))
 }
 
-// KeepLogs copies what parts and pods have written into a directory, which it makes anew.
+// KeepLogs copies the logs of components and pods into a directory, replacing it.
 func (c *Cluster) KeepLogs(dir string) error {
 	if err := os.RemoveAll(dir); err != nil {
 		return err
@@ -450,7 +453,7 @@ func (c *Cluster) KeepLogs(dir string) error {
 	return node.RunCommand(exec.Command("cp", append(append([]string{"-r"}, logs...), "/var/log/pods", dir)...))
 }
 
-// Kubelet gets a path of the kubelet's own server.
+// Kubelet requests a path from the kubelet's server.
 func (c *Cluster) Kubelet(ctx context.Context, path string) ([]byte, error) {
 	config := rest.CopyConfig(c.kubelet)
 	config.GroupVersion, config.NegotiatedSerializer = &corev1.SchemeGroupVersion, scheme.Codecs
@@ -461,7 +464,7 @@ func (c *Cluster) Kubelet(ctx context.Context, path string) ([]byte, error) {
 	return client.Get().AbsPath(path).DoRaw(ctx)
 }
 
-// Until tries until there is no error, or it has taken too long.
+// Until retries until there is no error or the limit is reached.
 func Until(ctx context.Context, limit time.Duration, try func(context.Context) error) error {
 	deadline := time.Now().Add(limit)
 	for {
@@ -476,7 +479,7 @@ func Until(ctx context.Context, limit time.Duration, try func(context.Context) e
 	}
 }
 
-// Processes are those whose file of that name in /proc is as wanted.
+// Processes returns the processes whose file of this name in /proc satisfies wanted.
 func Processes(file string, wanted func(text string) bool) (pids []int, err error) {
 	entries, err := os.ReadDir("/proc")
 	for _, e := range entries {

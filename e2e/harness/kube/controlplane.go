@@ -31,10 +31,10 @@ const tokens = AdminToken + ",admin,admin,system:masters\n" +
 	controllerToken + ",system:kube-controller-manager,controller-manager,\n" +
 	SchedulerToken + ",system:kube-scheduler,scheduler,\n"
 
-// file is the path of one of the cluster's own files.
+// file returns the path of a file in the cluster's own directory.
 func (c *Cluster) file(name string) string { return filepath.Join(c.dir, name) }
 
-// apiCertificate is the API server's own, which signs itself.
+// apiCertificate returns the path of the API server's self-signed certificate.
 func (c *Cluster) apiCertificate() string { return c.file("apiserver/apiserver.crt") }
 
 func (c *Cluster) startEtcd() error {
@@ -55,7 +55,7 @@ func (c *Cluster) startAPIServer(ctx context.Context) error {
 		Host: apiAddress, BearerToken: AdminToken, TLSClientConfig: rest.TLSClientConfig{CAFile: c.apiCertificate()}, QPS: 1000, Burst: 1000,
 	}
 	err := Until(ctx, time.Minute, func(context.Context) (err error) {
-		c.Client, err = kubernetes.NewForConfig(c.Config) // as soon as the server has made its certificate
+		c.Client, err = kubernetes.NewForConfig(c.Config) // succeeds once the server has generated its certificate
 		return err
 	})
 	if err == nil {
@@ -67,10 +67,10 @@ func (c *Cluster) startAPIServer(ctx context.Context) error {
 	return c.writeKubeconfigs()
 }
 
-// AdminKubeconfig is the administrator's file.
+// AdminKubeconfig returns the path of the administrator's kubeconfig.
 func (c *Cluster) AdminKubeconfig() string { return c.Kubeconfig(AdminToken) }
 
-// Kubeconfig is the file of the user with that token.
+// Kubeconfig returns the path of the kubeconfig of the user with this token.
 func (c *Cluster) Kubeconfig(token string) string { return c.file(token + ".kubeconfig") }
 
 func (c *Cluster) writeKubeconfigs() error {
@@ -126,7 +126,7 @@ func (c *Cluster) startControllers(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// Pods cannot be created before that.
+	// Pods cannot be created until this account exists.
 	err = Until(ctx, time.Minute, func(ctx context.Context) error {
 		_, err := c.Client.CoreV1().ServiceAccounts(Namespace).Get(ctx, "default", metav1.GetOptions{})
 		return err
@@ -137,8 +137,8 @@ func (c *Cluster) startControllers(ctx context.Context) error {
 	return nil
 }
 
-// RestartControllers restarts the controller manager and the scheduler. Of an API server that was away they try again more and more
-// rarely, up to a minute apart, and schedule no pod meanwhile.
+// RestartControllers restarts the controller manager and the scheduler. After an outage of the API server they retry with a
+// growing backoff of up to a minute, and schedule no pods meanwhile.
 func (c *Cluster) RestartControllers(ctx context.Context) error {
 	if c.Kind {
 		return nil
@@ -159,7 +159,7 @@ func (c *Cluster) AwaitAPIServer(ctx context.Context) error {
 	})
 }
 
-// kubeletGates is the field of the kubelet's configuration for gates such as "A=true,B=true".
+// kubeletGates converts gates such as "A=true,B=true" to the syntax of the kubelet's configuration.
 func kubeletGates(gates string) string {
 	return "{" + strings.ReplaceAll(strings.ReplaceAll(gates, "=", ": "), ",", ", ") + "}"
 }

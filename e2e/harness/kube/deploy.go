@@ -17,14 +17,14 @@ import (
 	"github.com/probelet/probelet/e2e/harness/manifests"
 )
 
-// Chart is the Helm chart's directory, as seen from here.
+// Chart is the directory of the Helm chart, relative to the directory of the tests.
 const Chart = "../../cni-conf/helm/probelet"
 
-// System is the namespace that probelet is in.
+// System is the namespace that probelet runs in.
 const System = "kube-system"
 
-// Deploy does what helm upgrade --install --wait does: it applies what the chart gives for the values, and returns the
-// daemon's pod once it is Ready.
+// Deploy does what "helm upgrade --install --wait" does: it applies the objects that the chart renders for the values, and
+// returns the daemon's pod once it is Ready.
 func (c *Cluster) Deploy(ctx context.Context, values map[string]any) (*corev1.Pod, error) {
 	text, err := manifests.Render(Chart, "probelet", System, Values(values))
 	if err != nil {
@@ -54,7 +54,7 @@ func (c *Cluster) Deploy(ctx context.Context, values map[string]any) (*corev1.Po
 			client := c.Client.RbacV1().ClusterRoleBindings()
 			_, err = createOrUpdate(ctx, o, client.Create, client.Update)
 		default:
-			err = fmt.Errorf("nobody knows what to do with a %T", o)
+			err = fmt.Errorf("unexpected object of type %T", o)
 		}
 		if err != nil {
 			return nil, err
@@ -63,7 +63,7 @@ func (c *Cluster) Deploy(ctx context.Context, values map[string]any) (*corev1.Po
 	return c.awaitRollout(ctx, set)
 }
 
-// Values adds to values of the chart the image that the cluster has.
+// Values adds the image that the cluster has to values of the chart.
 func Values(values map[string]any) map[string]any {
 	repository, _, _ := strings.Cut(image.Reference, ":")
 	all := map[string]any{"image": map[string]any{"repository": repository, "pullPolicy": "Never"}}
@@ -82,7 +82,7 @@ func createOrUpdate[T any](ctx context.Context, object T, create func(context.Co
 	return made, err
 }
 
-// awaitRollout waits for the controller.
+// awaitRollout waits until the controller has rolled out the set.
 func (c *Cluster) awaitRollout(ctx context.Context, set *appsv1.DaemonSet) (*corev1.Pod, error) {
 	err := Until(ctx, 3*time.Minute, func(ctx context.Context) error {
 		now, err := c.Client.AppsV1().DaemonSets(System).Get(ctx, set.Name, metav1.GetOptions{})
@@ -105,7 +105,7 @@ func (c *Cluster) awaitRollout(ctx context.Context, set *appsv1.DaemonSet) (*cor
 	return &pods[0], nil
 }
 
-// DaemonPods are those that the controller has made.
+// DaemonPods returns the pods that the controller created.
 func (c *Cluster) DaemonPods(ctx context.Context) ([]corev1.Pod, error) {
 	list, err := c.Client.CoreV1().Pods(System).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=probelet"})
 	if err != nil {
@@ -114,7 +114,7 @@ func (c *Cluster) DaemonPods(ctx context.Context) ([]corev1.Pod, error) {
 	return list.Items, nil
 }
 
-// Undeploy deletes the DaemonSet, and with it the daemon's pod, if there is one, in an orderly manner.
+// Undeploy deletes the DaemonSet, and waits until the daemon's pod, if any, has shut down.
 func (c *Cluster) Undeploy(ctx context.Context) error {
 	sets := c.Client.AppsV1().DaemonSets(System)
 	list, err := sets.List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=probelet"})
@@ -129,7 +129,7 @@ func (c *Cluster) Undeploy(ctx context.Context) error {
 	return Until(ctx, time.Minute, func(ctx context.Context) error {
 		pods, err := c.DaemonPods(ctx)
 		if err == nil && len(pods) > 0 {
-			err = fmt.Errorf("pod %s is still there", pods[0].Name)
+			err = fmt.Errorf("pod %s still exists", pods[0].Name)
 		}
 		return err
 	})

@@ -13,14 +13,14 @@ import (
 	"time"
 )
 
-// Files of keys and certificates.
+// Files with keys and certificates.
 const (
 	serviceAccountsKey = "service-accounts.key"
-	clientAuthority    = "client-authority.crt" // which the kubelet's server accepts clients of
-	kubeletClient      = "kubelet-client"       // the API server's as such a client: .crt and .key
+	clientAuthority    = "client-authority.crt" // signs the clients of the kubelet's server
+	kubeletClient      = "kubelet-client"       // the API server, as such a client: .crt and .key
 )
 
-// writeKeys writes what the parts of a cluster need to recognise each other.
+// writeKeys writes the keys and certificates that the components of a cluster authenticate each other with.
 func (c *Cluster) writeKeys() error {
 	accounts, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
@@ -63,7 +63,7 @@ func (c *Cluster) writeKey(name string, key any) error {
 	return os.WriteFile(c.file(name), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600)
 }
 
-// writeCertificate writes the certificate of a key, issued by the authority with the other key.
+// writeCertificate writes the certificate for key, signed by the authority with authorityKey.
 func (c *Cluster) writeCertificate(name string, certificate, authority *x509.Certificate, key, authorityKey *ecdsa.PrivateKey) error {
 	der, err := x509.CreateCertificate(rand.Reader, certificate, authority, &key.PublicKey, authorityKey)
 	if err != nil {

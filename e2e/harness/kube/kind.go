@@ -21,7 +21,7 @@ import (
 // adminConfig is where kubeadm puts the administrator's kubeconfig.
 const adminConfig = "/etc/kubernetes/admin.conf"
 
-// OnKind takes the node of a kind cluster that this process runs on. There is nothing to be torn down: that is the node's.
+// OnKind uses the node of a kind cluster, on which this process is running. There is nothing to tear down.
 func OnKind(ctx context.Context, bin string, say func(string)) (*Cluster, error) {
 	dir, err := os.MkdirTemp("", "probelet")
 	if err != nil {
@@ -38,7 +38,7 @@ func OnKind(ctx context.Context, bin string, say func(string)) (*Cluster, error)
 	if c.Client, err = kubernetes.NewForConfig(c.Config); err != nil {
 		return c, err
 	}
-	// The kubelet knows the cluster's authority, and its certificate is its own.
+	// The kubelet accepts the cluster's CA for clients, but its own certificate is self-signed.
 	c.kubelet = rest.CopyConfig(c.Config)
 	c.kubelet.Host = "https://127.0.0.1:10250"
 	c.kubelet.Insecure, c.kubelet.CAData, c.kubelet.CAFile = true, nil, ""
@@ -65,7 +65,7 @@ func OnKind(ctx context.Context, bin string, say func(string)) (*Cluster, error)
 	return c, nil
 }
 
-// The API server of kind is a static pod: it is there as long as this file is.
+// kind runs the API server as a static pod, which exists as long as this file does.
 const (
 	apiServerManifest = "/etc/kubernetes/manifests/kube-apiserver.yaml"
 	parked            = "/etc/kubernetes/kube-apiserver.yaml.parked"
@@ -73,7 +73,7 @@ const (
 
 func startAPIServerOnKind() error { return os.Rename(parked, apiServerManifest) }
 
-// stopOnKind stops what would be started again if it were only killed.
+// stopOnKind stops a component in a way that it is not restarted.
 func (c *Cluster) stopOnKind(name string, signal os.Signal) error {
 	if name == "kube-apiserver" {
 		if err := os.Rename(apiServerManifest, parked); err != nil {
@@ -89,11 +89,11 @@ func (c *Cluster) stopOnKind(name string, signal os.Signal) error {
 	return node.RunCommand(exec.Command("systemctl", "stop", name))
 }
 
-// killAll kills processes of a name until there is none.
+// killAll kills the processes with this name until none is left.
 func killAll(name string) error {
 	return Until(context.Background(), time.Minute, func(context.Context) error {
 		pids, err := Processes("comm", func(text string) bool {
-			return strings.TrimSpace(text) == name[:min(len(name), 15)] // as much as the kernel keeps of it
+			return strings.TrimSpace(text) == name[:min(len(name), 15)] // the kernel truncates names
 		})
 		if err != nil {
 			return err
@@ -101,7 +101,7 @@ func killAll(name string) error {
 		var left error
 		for _, pid := range pids {
 			_ = syscall.Kill(pid, syscall.SIGKILL)
-			left = errors.Join(left, fmt.Errorf("%s still runs, process %d", name, pid))
+			left = errors.Join(left, fmt.Errorf("%s is still running as process %d", name, pid))
 		}
 		return left
 	})

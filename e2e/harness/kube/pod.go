@@ -18,10 +18,10 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
-// Namespace is that of the tests' pods.
+// Namespace is the namespace of the tests' pods.
 const Namespace = "default"
 
-// App is a container of the tests' program that listens on ports.
+// App returns a container of the test app that listens on ports.
 func App(name string, ports ...int) corev1.Container {
 	var list []string
 	for _, p := range ports {
@@ -33,17 +33,17 @@ func App(name string, ports ...int) corev1.Container {
 	}
 }
 
-// HTTP is a probe each second.
+// HTTP returns a probe with a period of one second.
 func HTTP(path string, port intstr.IntOrString) *corev1.Probe {
 	return &corev1.Probe{PeriodSeconds: 1, ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: path, Port: port}}}
 }
 
-// TCP is a probe each second.
+// TCP returns a probe with a period of one second.
 func TCP(port intstr.IntOrString) *corev1.Probe {
 	return &corev1.Probe{PeriodSeconds: 1, ProbeHandler: corev1.ProbeHandler{TCPSocket: &corev1.TCPSocketAction{Port: port}}}
 }
 
-// Pod is a pod on the node that ends at once when it is told to.
+// Pod returns a pod without a grace period.
 func Pod(name string, containers ...corev1.Container) *corev1.Pod {
 	none := int64(0)
 	no := false
@@ -61,12 +61,12 @@ func (c *Cluster) Create(ctx context.Context, pod *corev1.Pod) (*corev1.Pod, err
 	return c.Client.CoreV1().Pods(pod.Namespace).Create(ctx, pod, metav1.CreateOptions{})
 }
 
-// Get returns a pod as it is now.
+// Get returns the current state of a pod.
 func (c *Cluster) Get(ctx context.Context, pod *corev1.Pod) (*corev1.Pod, error) {
 	return c.Client.CoreV1().Pods(pod.Namespace).Get(ctx, pod.Name, metav1.GetOptions{})
 }
 
-// Await waits until the pod is as wanted, and returns it.
+// Await waits until the pod satisfies wanted, and returns it.
 func (c *Cluster) Await(ctx context.Context, pod *corev1.Pod, limit time.Duration, what string, wanted func(*corev1.Pod) bool) (*corev1.Pod, error) {
 	var now *corev1.Pod
 	err := Until(ctx, limit, func(ctx context.Context) (err error) {
@@ -82,7 +82,7 @@ func (c *Cluster) Await(ctx context.Context, pod *corev1.Pod, limit time.Duratio
 	return now, err
 }
 
-// Ready is whether a pod is.
+// Ready reports whether a pod is Ready.
 func Ready(pod *corev1.Pod) bool {
 	for _, condition := range pod.Status.Conditions {
 		if condition.Type == corev1.PodReady {
@@ -92,7 +92,7 @@ func Ready(pod *corev1.Pod) bool {
 	return false
 }
 
-// Restarts counts those of all containers.
+// Restarts returns the number of restarts of all containers.
 func Restarts(pod *corev1.Pod) (n int) {
 	for _, list := range [][]corev1.ContainerStatus{pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses} {
 		for _, status := range list {
@@ -102,7 +102,7 @@ func Restarts(pod *corev1.Pod) (n int) {
 	return n
 }
 
-// Delete deletes a pod, and waits until it is gone.
+// Delete deletes a pod and waits until it is gone.
 func (c *Cluster) Delete(ctx context.Context, pod *corev1.Pod) error {
 	err := c.Client.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{})
 	if err != nil {
@@ -113,21 +113,21 @@ func (c *Cluster) Delete(ctx context.Context, pod *corev1.Pod) error {
 		if apierrors.IsNotFound(err) {
 			return nil
 		}
-		return fmt.Errorf("%s is still there: %w", pod.Name, err)
+		return fmt.Errorf("%s still exists: %w", pod.Name, err)
 	})
 }
 
-// Seen is what has reached the test's program: command app has the same.
+// Seen counts what reached the test app; it mirrors the type of command app.
 type Seen struct{ Probes, Others, Empty int64 }
 
-// Asked is what a client has sent: command app has the same.
+// Asked counts what a client sent; it mirrors the type of command app.
 type Asked struct {
 	Requests, Connections int64
 	Failed, ByKernel      int64
 	Failure               string
 }
 
-// Ask sends a request to the program in a pod, as somebody on the node who is not the prober.
+// Ask sends a request to the app in a pod, from the node but not as the prober.
 func Ask(ctx context.Context, pod *corev1.Pod, port int, path string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -158,10 +158,10 @@ func SeenBy(ctx context.Context, pod *corev1.Pod, port int) (seen Seen, err erro
 	return seen, json.Unmarshal(text, &seen)
 }
 
-// ProbeCount is of the kubelet's probes of a container.
+// ProbeCount counts the kubelet's probes of a container.
 type ProbeCount struct{ Successful, Failed int }
 
-// ProbeCounts are the kubelet's, by container and type of the probe (prober_probe_total of /metrics/probes).
+// ProbeCounts returns the kubelet's counts (prober_probe_total in /metrics/probes), by container and probe type.
 func (c *Cluster) ProbeCounts(ctx context.Context, pod *corev1.Pod) (map[string]map[string]ProbeCount, error) {
 	text, err := c.Kubelet(ctx, "/metrics/probes")
 	if err != nil {
@@ -192,15 +192,15 @@ func (c *Cluster) ProbeCounts(ctx context.Context, pod *corev1.Pod) (map[string]
 	return counts, nil
 }
 
-// Label is the value of a label in a line of metrics.
+// Label returns the value of a label in a line of metrics.
 func Label(line, name string) string {
 	_, rest, _ := strings.Cut(line, name+`="`)
 	value, _, _ := strings.Cut(rest, `"`)
 	return value
 }
 
-// AccessLog is what a container's program has written, from the files that the kubelet keeps of it. Instance 0 is the one
-// before any restart.
+// AccessLog returns the lines that a container logged, from the kubelet's log files. Instance 0 is the one before any
+// restart.
 func AccessLog(pod *corev1.Pod, container string, instance int) ([]string, error) {
 	file := fmt.Sprintf("/var/log/pods/%s_%s_%s/%s/%d.log", pod.Namespace, pod.Name, pod.UID, container, instance)
 	text, err := os.ReadFile(file)
@@ -209,7 +209,7 @@ func AccessLog(pod *corev1.Pod, container string, instance int) ([]string, error
 	}
 	var lines []string
 	for line := range strings.Lines(string(text)) {
-		// The runtime puts the time, the stream and a mark before each line.
+		// The runtime prefixes each line with the time, the stream and a tag.
 		if parts := strings.SplitN(strings.TrimSpace(line), " ", 4); len(parts) == 4 {
 			lines = append(lines, parts[3])
 		}

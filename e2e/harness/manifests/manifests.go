@@ -1,4 +1,4 @@
-// Package manifests renders the Helm chart and reads Kubernetes objects, as strictly as the API server does.
+// Package manifests renders the Helm chart and decodes Kubernetes objects as strictly as the API server does.
 package manifests
 
 import (
@@ -22,10 +22,10 @@ import (
 	"k8s.io/client-go/kubernetes/scheme"
 )
 
-// kubernetes is the version that the tests have (go.mod).
+// kubernetes is the version that the tests use (go.mod).
 const kubernetes = "v1.37.2"
 
-// Render is what "helm template NAME CHART --namespace NAMESPACE --no-hooks" prints, without the notes.
+// Render returns what "helm template NAME CHART --namespace NAMESPACE --no-hooks" prints, except for the notes.
 func Render(chartDir, name, namespace string, values map[string]any) (string, error) {
 	files, err := Files(chartDir, name, namespace, values, kubernetes)
 	if err != nil {
@@ -41,16 +41,16 @@ func Render(chartDir, name, namespace string, values map[string]any) (string, er
 	return text.String(), nil
 }
 
-// hooks is the template of what only Helm makes, when a release is uninstalled.
+// hooks is the template of the objects that Helm creates when it uninstalls a release.
 const hooks = "hooks.yaml"
 
-// RenderHooks is what Helm makes when the release is uninstalled.
+// RenderHooks returns the objects that Helm creates when it uninstalls a release.
 func RenderHooks(chartDir, name, namespace string, values map[string]any) (string, error) {
 	files, err := Files(chartDir, name, namespace, values, kubernetes)
 	return files[filepath.Join("probelet", "templates", hooks)], err
 }
 
-// Files are the chart's templates, rendered for a cluster of this version.
+// Files returns the chart's templates, rendered for a cluster of this version.
 func Files(chartDir, name, namespace string, values map[string]any, version string) (map[string]string, error) {
 	chart, err := loader.Load(chartDir)
 	if err != nil {
@@ -68,7 +68,7 @@ func Files(chartDir, name, namespace string, values map[string]any, version stri
 	return engine.Render(chart, all)
 }
 
-// Decode reads YAML documents. A field or a kind that is not known, and a field that is there twice, are errors.
+// Decode decodes YAML documents. Unknown fields, unknown kinds and duplicate fields are errors.
 func Decode(text string) ([]runtime.Object, error) {
 	known := runtime.NewScheme()
 	if err := errors.Join(scheme.AddToScheme(known), monitoringv1.AddToScheme(known)); err != nil {

@@ -14,7 +14,7 @@ import (
 // Daemon is a running probeletd.
 type Daemon struct{ cmd *exec.Cmd }
 
-// StartDaemon starts probeletd with the node's specs and these flags besides; the prober is ProberCgroup.
+// StartDaemon starts probeletd with the node's specs and additional flags. The prober is ProberCgroup.
 func (n *Node) StartDaemon(flags ...string) (*Daemon, error) {
 	log, err := os.OpenFile(n.DaemonLog(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
@@ -26,7 +26,7 @@ func (n *Node) StartDaemon(flags ...string) (*Daemon, error) {
 		"--specs", n.specsFile(),
 		"--prober", "cgroup:" + n.CgroupPath(ProberCgroup),
 		"--bpf-dir", n.BPFDir, "--state-dir", n.StateDir,
-		"--metrics-listen", "", // there may be other daemons
+		"--metrics-listen", "", // other daemons may be running
 	}, flags...)...)
 	cmd.Stdout, cmd.Stderr = log, log
 	if err := cmd.Start(); err != nil {
@@ -35,16 +35,16 @@ func (n *Node) StartDaemon(flags ...string) (*Daemon, error) {
 	return &Daemon{cmd}, nil
 }
 
-// DaemonLog is the file that probeletd writes to.
+// DaemonLog returns the file that probeletd logs to.
 func (n *Node) DaemonLog() string { return filepath.Join(n.dir, "probeletd.log") }
 
-// Kill ends the daemon at once, as a crash would.
+// Kill ends the daemon abruptly, like a crash.
 func (d *Daemon) Kill() {
 	_ = d.cmd.Process.Kill()
 	_ = d.cmd.Wait()
 }
 
-// Stop ends the daemon as an orderly shutdown does.
+// Stop shuts the daemon down in an orderly way.
 func (d *Daemon) Stop() error {
 	if err := d.cmd.Process.Signal(unix.SIGTERM); err != nil {
 		return err
@@ -54,24 +54,24 @@ func (d *Daemon) Stop() error {
 
 func (n *Node) specsFile() string { return filepath.Join(n.dir, "specs.yaml") }
 
-// Probed is a pod with a container's probes, as in a pod's specification.
+// Probed is a pod with the probes of its containers.
 type Probed struct {
 	Pod       *Pod
 	Readiness []Probe
-	IPv6      bool // it is probed by its IPv6 address
+	IPv6      bool // probed at its IPv6 address
 }
 
-// Probe is a readiness probe: HTTP if it has a path, TCP otherwise.
+// Probe is a readiness probe: HTTP with a path, TCP without.
 type Probe struct {
 	Path           string
-	Host           string // is dialled; empty: the pod
+	Host           string // address to dial; the pod's if empty
 	Headers        []v1.HTTPHeader
 	Port           int
 	PeriodSeconds  int
 	TimeoutSeconds int
 }
 
-// addresses begins with the one that is probed.
+// addresses returns the pod's addresses, the probed one first.
 func (p Probed) addresses() []string {
 	if p.IPv6 {
 		return []string{p.Pod.IPv6.String(), p.Pod.IPv4.String()}
@@ -79,12 +79,12 @@ func (p Probed) addresses() []string {
 	return []string{p.Pod.IPv4.String(), p.Pod.IPv6.String()}
 }
 
-// WriteSpecs replaces the node's specs. A running daemon notices.
+// WriteSpecs replaces the node's specs. A running daemon picks up the change.
 func (n *Node) WriteSpecs(pods ...Probed) error {
 	list := []any{}
 	for _, p := range pods {
 		var containers []any
-		for i, probe := range p.Readiness { // a container has one readiness probe
+		for i, probe := range p.Readiness { // a container has only one readiness probe
 			containers = append(containers, map[string]any{
 				"name": fmt.Sprintf("container%d", i), "readinessProbe": probe.spec(),
 			})

@@ -16,12 +16,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Node is a network with pods, and what probelet keeps for them. Nodes of one machine know nothing of each other.
+// Node is a network with pods and the state that probelet keeps for them. Nodes of one machine are independent of each other.
 type Node struct {
 	*Machine
 	BPFDir   string
 	StateDir string
-	LogFile  string // of the CNI plugin
+	LogFile  string // the CNI plugin's
 
 	dir       string
 	network   string
@@ -30,16 +30,15 @@ type Node struct {
 	pods      int
 }
 
-// Chain is the main plugin of a network, before probelet.
+// Chain names the main plugin of a network, which runs before probelet.
 type Chain string
 
-// Chains.
 const (
 	PTP    Chain = "ptp"
 	Bridge Chain = "bridge"
 )
 
-// NewNode writes the configuration of a network: chain, host-local addresses of both families, probelet.
+// NewNode writes the configuration of a network: the chain, host-local addresses of both families, probelet.
 func (m *Machine) NewNode(chain Chain) (*Node, error) {
 	number := m.nodes.Add(1)
 	network := fmt.Sprintf("net%d", number)
@@ -79,7 +78,7 @@ func (m *Machine) NewNode(chain Chain) (*Node, error) {
 	return n, n.WriteChain(nil, nil)
 }
 
-// WriteChain writes the network's configuration, with these plugins before and after probelet.
+// WriteChain writes the network's configuration, with the given plugins before and after probelet.
 func (n *Node) WriteChain(before, after []map[string]any) error {
 	plugins := slices.Concat([]map[string]any{n.main}, before, []map[string]any{n.own}, after)
 	text, err := json.MarshalIndent(map[string]any{"cniVersion": "1.1.0", "name": n.network, "plugins": plugins}, "", "  ")
@@ -89,13 +88,13 @@ func (n *Node) WriteChain(before, after []map[string]any) error {
 	return os.WriteFile(filepath.Join(n.NetDir(), n.network+".conflist"), text, 0o644)
 }
 
-// NetDir is where the node's network configurations are.
+// NetDir returns the directory of the node's network configurations.
 func (n *Node) NetDir() string { return filepath.Join(n.dir, "net.d") }
 
-// PluginDir is where its CNI plugins are.
+// PluginDir returns the directory of the node's CNI plugins.
 func (n *Node) PluginDir() string { return n.plugins }
 
-// OwnPlugins gives the node a directory of plugins of its own, with these in it.
+// OwnPlugins gives the node a plugin directory of its own that contains the named plugins.
 func (n *Node) OwnPlugins(names ...string) error {
 	n.plugins = filepath.Join(n.dir, "plugins")
 	if err := os.Mkdir(n.plugins, 0o755); err != nil {
@@ -109,7 +108,7 @@ func (n *Node) OwnPlugins(names ...string) error {
 	return nil
 }
 
-// OwnPlugin puts a program into it.
+// OwnPlugin puts a program into the node's plugin directory.
 func (n *Node) OwnPlugin(name, program string) error {
 	program, err := filepath.EvalSymlinks(program)
 	if err != nil {
@@ -119,7 +118,7 @@ func (n *Node) OwnPlugin(name, program string) error {
 	if os.Link(program, target) == nil {
 		return nil
 	}
-	_, err = output(exec.Command("cp", program, target)) // from another file system
+	_, err = output(exec.Command("cp", program, target)) // across file systems
 	return err
 }
 
@@ -136,10 +135,10 @@ type Pod struct {
 	node *Node
 }
 
-// Namespace is that of all pods.
+// Namespace is the namespace of all pods.
 const Namespace = "default"
 
-// NewPod makes a network namespace that is not yet in the network.
+// NewPod creates a network namespace that is not part of the network yet.
 func (n *Node) NewPod() (*Pod, error) {
 	n.pods++
 	name := fmt.Sprintf("pod%d", n.pods)
@@ -147,14 +146,14 @@ func (n *Node) NewPod() (*Pod, error) {
 	return p, newNetns(p.Netns)
 }
 
-// newNetns makes a network namespace that lives while it is mounted at path.
+// newNetns creates a network namespace that lives as long as it is mounted at path.
 func newNetns(path string) error {
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		return err
 	}
 	done := make(chan error)
 	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends, and is not used for anything else
+		runtime.LockOSThread() // never unlocked: the thread exits instead of being reused
 		err := unix.Unshare(unix.CLONE_NEWNET)
 		if err == nil {
 			err = unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
@@ -167,7 +166,7 @@ func newNetns(path string) error {
 	return <-done
 }
 
-// Add brings the pod into the network, as a container runtime does: cnitool runs the chain.
+// Add adds the pod to the network, as a container runtime does: cnitool runs the chain.
 func (p *Pod) Add() error {
 	out, err := p.cni("add")
 	if err != nil {
@@ -181,7 +180,7 @@ func (p *Pod) Add() error {
 		return fmt.Errorf("result of ADD: %w: %s", err, out)
 	}
 	for _, i := range result.Interfaces {
-		if i.Sandbox == "" && strings.HasPrefix(i.Name, "veth") { // not a bridge, nor what the bandwidth plugin adds
+		if i.Sandbox == "" && strings.HasPrefix(i.Name, "veth") { // neither a bridge nor a device of the bandwidth plugin
 			p.HostDevice = i.Name
 		}
 	}
@@ -198,13 +197,13 @@ func (p *Pod) Add() error {
 	return nil
 }
 
-// Check has the chain compare the pod with what ADD made.
+// Check makes the chain compare the pod with what ADD set up.
 func (p *Pod) Check() error {
 	_, err := p.cni("check")
 	return err
 }
 
-// Del takes the pod out of the network.
+// Del removes the pod from the network.
 func (p *Pod) Del() error {
 	_, err := p.cni("del")
 	return err
@@ -212,8 +211,8 @@ func (p *Pod) Del() error {
 
 func (p *Pod) cni(verb string) ([]byte, error) {
 	out, err := p.cniOnce(verb)
-	// The library lists the directory, and then opens each file that it found: a file that is removed in between is its error,
-	// before any plugin is run. A runtime reads again when the directory changes; this command reads only once.
+	// libcni lists the directory, then opens each file it found, and fails before it runs any plugin if a file was removed in
+	// between. A runtime reads the directory again when it changes; cnitool reads it only once.
 	if err != nil && strings.Contains(err.Error(), "error reading "+p.node.NetDir()) && strings.Contains(err.Error(), "no such file") {
 		return p.cniOnce(verb)
 	}
@@ -231,13 +230,13 @@ func (p *Pod) cniOnce(verb string) ([]byte, error) {
 	return output(cmd)
 }
 
-// RunCommand runs a command. The error says what it printed.
+// RunCommand runs a command. The error includes its output.
 func RunCommand(cmd *exec.Cmd) error {
 	_, err := output(cmd)
 	return err
 }
 
-// output is what a command prints. The error says what it printed otherwise.
+// output returns the standard output of a command. The error includes all its output.
 func output(cmd *exec.Cmd) ([]byte, error) {
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
@@ -248,7 +247,7 @@ func output(cmd *exec.Cmd) ([]byte, error) {
 	return stdout.Bytes(), nil
 }
 
-// Remove removes the pod's network namespace, and with it the veth, as if the sandbox had gone without DEL.
+// Remove removes the pod's network namespace, and its veth with it, as if the sandbox had vanished without DEL.
 func (p *Pod) Remove() error {
 	return errors.Join(unix.Unmount(p.Netns, unix.MNT_DETACH), os.Remove(p.Netns))
 }

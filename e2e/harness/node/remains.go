@@ -16,7 +16,7 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// Remains lists where pods leave traces: pins, records, entries of maps, devices and their qdiscs and filters.
+// Remains lists every trace that pods leave: pins, records, map entries, devices with their qdiscs and filters.
 func (n *Node) Remains() ([]string, error) {
 	found, err := n.entries()
 	if err != nil {
@@ -46,7 +46,7 @@ func (n *Node) Remains() ([]string, error) {
 		}
 		for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
 			filters, err := netlinksafe.FilterList(d, parent)
-			if err != nil { // there is no qdisc that could have any
+			if err != nil { // without a qdisc, there are no filters
 				continue
 			}
 			for _, f := range filters {
@@ -58,7 +58,7 @@ func (n *Node) Remains() ([]string, error) {
 	return found, nil
 }
 
-// entries lists how many each pinned map has. Connections come and go by themselves.
+// entries counts the entries of each pinned map, except for connections, which come and go.
 func (n *Node) entries() ([]string, error) {
 	pins, err := filepath.Glob(filepath.Join(n.BPFDir, "*", "*"))
 	if err != nil {
@@ -68,7 +68,7 @@ func (n *Node) entries() ([]string, error) {
 	for _, pin := range pins {
 		m, err := ebpf.LoadPinnedMap(pin, nil)
 		if err != nil {
-			continue // no map
+			continue // not a map
 		}
 		if m.Type() == ebpf.Hash && filepath.Base(pin) != "flows" {
 			if count := countEntries(m); count > 0 {
@@ -90,13 +90,13 @@ func countEntries(m *ebpf.Map) (n int) {
 	return n
 }
 
-// Object is a BPF object of the kernel.
+// Object identifies a BPF object in the kernel.
 type Object struct {
 	Kind string // map, link or program
 	ID   uint32
 }
 
-// Pinned returns what is pinned for the node's pods.
+// Pinned returns the objects that are pinned for the node's pods.
 func (n *Node) Pinned() (map[Object]bool, error) {
 	found := map[Object]bool{}
 	err := filepath.WalkDir(n.BPFDir, func(path string, entry fs.DirEntry, err error) error {
@@ -141,7 +141,7 @@ func openPin(pin string) (Object, error) {
 	return Object{"program", uint32(id)}, nil
 }
 
-// Exists asks whether the kernel still has the object.
+// Exists reports whether the kernel still has the object.
 func (o Object) Exists() (bool, error) {
 	var object io.Closer
 	var err error

@@ -1,5 +1,5 @@
-// Package node makes what the demo and the tests run on: a network namespace that plays the node, with a mount
-// namespace, a BPF file system, cgroups and pods of its own. All of it lives and dies with one process.
+// Package node sets up the machine that the demo and the tests run on: a network namespace that plays the node, with its own
+// mount namespace, BPF file system, cgroups and pods. All of it lives and dies with one process.
 package node
 
 import (
@@ -21,17 +21,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Machine is what all nodes of one process share.
+// Machine is shared by all nodes of a process.
 type Machine struct {
 	Dir string // temporary, removed at the end
-	Bin string // where the built binaries are
+	Bin string // directory of the built binaries
 
 	bpffs  string
 	cgroup string
 	nodes  atomic.Int32
 }
 
-// The main thread cannot end. Were it to run newNetns, it would stay in a pod's namespace, and /proc/self/net with it.
+// The main thread cannot exit. If it ran newNetns, it would stay in a pod's namespace, and /proc/self/net with it.
 func init() { runtime.LockOSThread() }
 
 const (
@@ -39,8 +39,8 @@ const (
 	cgroupEnv = "PROBELET_MACHINE_CGROUP"
 )
 
-// ErrUnsuited says that this machine cannot run what was asked for, and why.
-var ErrUnsuited = errors.New("not possible here")
+// ErrUnsuited means that this machine cannot run what was requested.
+var ErrUnsuited = errors.New("unsuited machine")
 
 // Suited returns an error that wraps ErrUnsuited unless the caller is root on a kernel that is new enough.
 func Suited() error {
@@ -57,7 +57,7 @@ func Suited() error {
 		return fmt.Errorf("kernel release %q: %w", release, err)
 	}
 	if major < 5 || major == 5 && minor < 15 {
-		return fmt.Errorf("%w: kernel %s, needed is 5.15 or later", ErrUnsuited, release)
+		return fmt.Errorf("%w: kernel %s: must be 5.15 or later", ErrUnsuited, release)
 	}
 	if _, err := cgroupRoot(); err != nil {
 		return err
@@ -65,14 +65,15 @@ func Suited() error {
 	return nil
 }
 
-// Environment is that of the process without what Run adds to it, for a program that is to have a machine of its own.
+// Environment returns the process's environment without the variables that Run adds, for a program that sets up its own
+// machine.
 func Environment() []string {
 	return slices.DeleteFunc(os.Environ(), func(v string) bool {
 		return strings.HasPrefix(v, dirEnv+"=") || strings.HasPrefix(v, cgroupEnv+"=")
 	})
 }
 
-// Kernel is the release of the running kernel.
+// Kernel returns the release of the running kernel.
 func Kernel() string {
 	var uts unix.Utsname
 	if err := unix.Uname(&uts); err != nil {
@@ -81,9 +82,9 @@ func Kernel() string {
 	return unix.ByteSliceToString(uts.Release[:])
 }
 
-// Run calls inner in a process of its own, with namespaces of its own for mounts, network and processes, and returns
-// what inner returned. The program is started again for that, with the same arguments. Whatever inner leaves behind
-// ends with the namespaces, however it ends; what lies outside of them is removed here.
+// Run calls inner in a process with its own mount, network and PID namespaces, and returns what inner returned. To do so, it
+// runs the program again with the same arguments. Whatever inner leaves behind disappears with the namespaces, however the
+// process ends; Run removes what lies outside them.
 func Run(inner func(*Machine) int) int {
 	if dir := os.Getenv(dirEnv); dir != "" {
 		m, err := enter(dir, os.Getenv(cgroupEnv))
@@ -137,9 +138,9 @@ func runOuter() (code int, err error) {
 	go func() { ended <- cmd.Wait() }()
 	select {
 	case s := <-interrupted:
-		_ = cmd.Process.Kill() // init of its process namespace: nothing of it survives
+		_ = cmd.Process.Kill() // init of its PID namespace: nothing in there survives
 		<-ended
-		return 128 + int(s.(syscall.Signal)), fmt.Errorf("%s: everything is removed", s)
+		return 128 + int(s.(syscall.Signal)), fmt.Errorf("%s: cleaned up", s)
 	case err := <-ended:
 		var exit *exec.ExitError
 		if err != nil && !errors.As(err, &exit) {
@@ -156,8 +157,8 @@ func innerCommand(dir, cgroup string) *exec.Cmd {
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID,
-		Pdeathsig:  unix.SIGKILL, // when the thread that started it ends, here the main one
-		// Ctrl-C is for the outer process only.
+		Pdeathsig:  unix.SIGKILL, // sent when the thread that started it exits, here the main one
+		// Ctrl-C is meant for the outer process only.
 		Setpgid: true,
 	}
 	return cmd
@@ -182,7 +183,7 @@ func enter(dir, cgroup string) (*Machine, error) {
 	if err := unix.Mount("bpf", m.bpffs, "bpf", 0, ""); err != nil {
 		return nil, fmt.Errorf("mounting a BPF file system: %w", err)
 	}
-	// cnitool keeps results in /var/lib/cni, whatever one tells it.
+	// cnitool keeps results in /var/lib/cni, regardless of its configuration.
 	if err := Cover("/var/lib", filepath.Join(dir, "varlib")); err != nil {
 		return nil, err
 	}
@@ -194,7 +195,7 @@ func enter(dir, cgroup string) (*Machine, error) {
 	return m, setUpNetns()
 }
 
-// Cover makes what is written to a directory go to memory, mounted at scratch.
+// Cover redirects writes to a directory into memory, mounted at scratch.
 func Cover(dir, scratch string) error {
 	if err := os.Mkdir(scratch, 0o700); err != nil {
 		return err
@@ -233,7 +234,7 @@ func setUpNetns() error {
 	return nil
 }
 
-// binDir is what PROBELET_BIN says, or where the running program is.
+// binDir returns PROBELET_BIN or, if it is unset, the directory of the running program.
 func binDir() (string, error) {
 	if dir := os.Getenv("PROBELET_BIN"); dir != "" {
 		return filepath.Abs(dir)
@@ -242,20 +243,20 @@ func binDir() (string, error) {
 	return filepath.Dir(exe), err
 }
 
-// Cgroups that programs can be started in: that of the prober, and one that is nobody's.
+// Cgroups that programs can be started in: the prober's, and one without a role.
 const (
 	ProberCgroup = "prober"
 	OtherCgroup  = "other"
 )
 
-// CgroupPath is the directory of one of the cgroups above.
+// CgroupPath returns the directory of one of the cgroups above.
 func (m *Machine) CgroupPath(name string) string { return filepath.Join(m.cgroup, name) }
 
-// CgroupName is the path of the machine's cgroup in its hierarchy, and of what container runtimes may make in those of
-// version 1.
+// CgroupName returns the path of the machine's cgroup in its hierarchy. Container runtimes may use the same path in the
+// hierarchies of version 1.
 func (m *Machine) CgroupName() string { return "/" + filepath.Base(m.cgroup) }
 
-// cgroupRoot is where cgroup v2 is mounted.
+// cgroupRoot returns the mount point of cgroup v2.
 func cgroupRoot() (string, error) {
 	roots, err := mounts("cgroup2")
 	if err == nil && len(roots) == 0 {
@@ -267,7 +268,7 @@ func cgroupRoot() (string, error) {
 	return roots[0], nil
 }
 
-// mounts are where file systems of a type are mounted.
+// mounts returns the mount points of file systems of a type.
 func mounts(kind string) ([]string, error) {
 	text, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -275,7 +276,7 @@ func mounts(kind string) ([]string, error) {
 	}
 	var found []string
 	for line := range strings.Lines(string(text)) {
-		// proc(5): the file system's type is the first field behind the separator.
+		// proc(5): the file system type is the first field after the separator.
 		before, after, ok := strings.Cut(line, " - ")
 		fields := strings.Fields(before)
 		if ok && strings.HasPrefix(after, kind+" ") && len(fields) > 4 {
@@ -285,7 +286,7 @@ func mounts(kind string) ([]string, error) {
 	return found, nil
 }
 
-// removeCgroupsV1 removes what container runtimes have made under that name.
+// removeCgroupsV1 removes the cgroups of this name that container runtimes created.
 func removeCgroupsV1(name string) error {
 	roots, err := mounts("cgroup")
 	if err != nil {
@@ -301,10 +302,10 @@ func removeCgroupsV1(name string) error {
 	return errors.Join(errs...)
 }
 
-// runtimeCgroup is where containerd puts containers that are told no cgroup of a parent, in all hierarchies.
+// runtimeCgroup is where containerd puts containers without a parent cgroup, in all hierarchies.
 const runtimeCgroup = "k8s.io"
 
-// runtimeCgroups are those that there are, each after the one that it is in.
+// runtimeCgroups lists the existing ones, parents first.
 func runtimeCgroups() ([]string, error) {
 	var all []string
 	for _, version := range []string{"cgroup", "cgroup2"} {
@@ -330,7 +331,7 @@ func runtimeCgroups() ([]string, error) {
 	return all, nil
 }
 
-// removeRuntimeCgroups removes those that are new and empty: others may run containers, too.
+// removeRuntimeCgroups removes those that are new and empty; other programs may be running containers as well.
 func removeRuntimeCgroups(old []string) error {
 	all, err := runtimeCgroups()
 	for _, dir := range slices.Backward(all) {
@@ -343,7 +344,7 @@ func removeRuntimeCgroups(old []string) error {
 	return err
 }
 
-// removeCgroup removes a cgroup and those in it.
+// removeCgroup removes a cgroup and its children.
 func removeCgroup(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -359,7 +360,7 @@ func removeCgroup(dir string) error {
 	return removeEmptyCgroup(dir)
 }
 
-// removeEmptyCgroup removes a cgroup. Processes that have ended may count for a moment longer.
+// removeEmptyCgroup removes a cgroup. Processes that have exited may still be counted for a moment.
 func removeEmptyCgroup(dir string) error {
 	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		err := os.Remove(dir)

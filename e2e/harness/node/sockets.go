@@ -13,11 +13,11 @@ import (
 // Connection is a TCP connection as one side sees it.
 type Connection struct{ Local, Remote netip.AddrPort }
 
-// TimeWait returns the sockets in TIME_WAIT in the network namespace of a process, that involve the endpoint.
+// TimeWait returns the sockets in TIME_WAIT that involve the endpoint, in the network namespace of a process.
 func TimeWait(pid int, endpoint netip.AddrPort) (map[Connection]bool, error) {
 	const timeWait = "06" // TCP_TIME_WAIT
 	found := map[Connection]bool{}
-	// A socket that listens on all addresses has its IPv4 connections in tcp6.
+	// IPv4 connections to a socket that listens on all addresses are in tcp6.
 	for _, file := range []string{"tcp", "tcp6"} {
 		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", pid, file))
 		if err != nil {
@@ -44,7 +44,7 @@ func TimeWait(pid int, endpoint netip.AddrPort) (map[Connection]bool, error) {
 	return found, nil
 }
 
-// parseSocket reads an address of /proc/net/tcp: words in the machine's byte order, in hexadecimal.
+// parseSocket parses an address in /proc/net/tcp: hexadecimal words in the machine's byte order.
 func parseSocket(text string) (netip.AddrPort, error) {
 	address, port, _ := strings.Cut(text, ":")
 	words, err := hex.DecodeString(address)
@@ -62,11 +62,11 @@ func parseSocket(text string) (netip.AddrPort, error) {
 	return netip.AddrPortFrom(ip.Unmap(), uint16(number)), nil
 }
 
-// SegmentsOfTCPProbe is how many segments of a TCP probe reach the pod at most: SYN, ACK, FIN, the last ACK, and one of them that
-// Linux sends twice now and then.
+// SegmentsOfTCPProbe is the largest number of segments that a TCP probe sends to the pod: SYN, ACK, FIN, the last ACK, and
+// one of these that Linux occasionally sends twice.
 const SegmentsOfTCPProbe = 5
 
-// SegmentsIn is how many TCP segments have been received in the network namespace of a process.
+// SegmentsIn returns how many TCP segments the network namespace of a process has received.
 func SegmentsIn(pid int) (int, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/snmp", pid))
 	if err != nil {

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// Status is what `probeletctl status -o json` says, of which a part is read here.
+// Status is the part of the output of "probeletctl status -o json" that the tests read.
 type Status struct {
 	Counters    map[string]int `json:"counters"`
 	Attachments []struct {
@@ -20,7 +20,7 @@ type Status struct {
 	} `json:"attachments"`
 }
 
-// EndpointStatus is an endpoint's part of Status.
+// EndpointStatus is the status of one endpoint.
 type EndpointStatus struct {
 	Port           int     `json:"port"`
 	Path           string  `json:"path"`
@@ -30,7 +30,7 @@ type EndpointStatus struct {
 	WhyNotAnswered string  `json:"whyNotAnswered"`
 }
 
-// States of an endpoint. Absent is one that probeletctl does not list.
+// States of an endpoint. Absent stands for an endpoint that probeletctl does not list.
 const (
 	Absent  = ""
 	Unknown = "unknown"
@@ -39,7 +39,7 @@ const (
 	Failed  = "failed"
 )
 
-// Names of counters.
+// Counter names.
 const (
 	AnsweredHTTP = "answered_http"
 	AnsweredTCP  = "answered_tcp"
@@ -51,8 +51,8 @@ func (n *Node) Ctl(args ...string) (string, error) {
 	return RunCtl(filepath.Join(n.Bin, "probeletctl"), append(args, "--bpf-dir", n.BPFDir, "--state-dir", n.StateDir)...)
 }
 
-// RunCtl runs probeletctl and returns what it prints. Code 3 is no error here: the daemon is down, and what is known without it was
-// shown; a command that had nothing to show says so on stderr.
+// RunCtl runs probeletctl and returns what it prints. Exit code 3 is not an error here: the daemon is down, and probeletctl
+// showed what it knows without it. A command with nothing to show reports that on stderr.
 func RunCtl(program string, args ...string) (string, error) {
 	cmd := exec.Command(program, args...)
 	var stdout, stderr strings.Builder
@@ -68,7 +68,7 @@ func RunCtl(program string, args ...string) (string, error) {
 	return stdout.String(), err
 }
 
-// Status asks probeletctl.
+// Status runs probeletctl status and decodes its output.
 func (n *Node) Status() (s Status, err error) {
 	out, err := n.Ctl("status", "-o", "json")
 	if err != nil {
@@ -77,12 +77,12 @@ func (n *Node) Status() (s Status, err error) {
 	return s, json.Unmarshal([]byte(out), &s)
 }
 
-// StatusTable is what probeletctl shows to a person.
+// StatusTable returns the table that probeletctl prints for people.
 func (n *Node) StatusTable() (string, error) {
 	return n.Ctl("status")
 }
 
-// Endpoint returns the status of a pod's endpoint: Absent if probeletctl does not list it.
+// Endpoint returns the status of a pod's endpoint, Absent if probeletctl does not list it.
 func (n *Node) Endpoint(p *Pod, port int, path string) (EndpointStatus, error) {
 	s, err := n.Status()
 	if err != nil {
@@ -101,7 +101,7 @@ func (n *Node) Endpoint(p *Pod, port int, path string) (EndpointStatus, error) {
 	return EndpointStatus{}, nil
 }
 
-// AwaitState waits until a pod's endpoint is in one of the states; Fresh means that it is answered, too.
+// AwaitState waits until a pod's endpoint is in one of the states. For Fresh, it must be answered as well.
 func (n *Node) AwaitState(p *Pod, port int, path string, states ...string) error {
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		e, err := n.Endpoint(p, port, path)

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// Known are replies that no prober calls a success, and that are easily taken for one.
+// Known lists replies that no prober judges a success, but that are easily mistaken for one.
 var Known = func() []Reply {
 	var all []Reply
 	for _, text := range []string{
@@ -28,10 +28,10 @@ var Known = func() []Reply {
 	return all
 }()
 
-// Healthy is the first seed of replies that are successes, and nothing else.
+// Healthy is the first seed whose replies are plain successes.
 const Healthy = math.MaxUint64 - 1000
 
-// Generate makes up a reply, the same one for the same seed. The first seeds give those of Known.
+// Generate makes up a reply, always the same one for the same seed. The first seeds give those of Known.
 func Generate(seed uint64) Reply {
 	switch {
 	case seed < uint64(len(Known)):
@@ -55,7 +55,7 @@ type generator struct{ *rand.Rand }
 
 func (g generator) oneIn(n int) bool { return g.IntN(n) == 0 }
 
-// pick returns one of them; most often, one time out of two, the first.
+// pick returns one of the choices; half of the time, the first.
 func (g generator) pick(all ...string) string {
 	if g.oneIn(2) {
 		return all[0]
@@ -63,7 +63,7 @@ func (g generator) pick(all ...string) string {
 	return all[g.IntN(len(all))]
 }
 
-// usually returns the usual text, or one time out of n another one.
+// usually returns the usual text, and another one with a probability of 1/n.
 func (g generator) usually(n int, usual string, others ...string) string {
 	if !g.oneIn(n) {
 		return usual
@@ -136,7 +136,7 @@ func (g generator) headers() []string {
 
 var bodySizes = []int{0, 1, 2, 5, 100, 1000, 4095, 4096, 9000, 10238, 10239, 10240, 10241, 10242, 12000, 16000, 16384, 20000, 200000}
 
-// body returns a body with the headers that say how long it is.
+// body returns a body with the headers that announce its length.
 func (g generator) body() (headers []string, body string) {
 	size := g.IntN(40)
 	if g.oneIn(4) {
@@ -195,13 +195,13 @@ func (g generator) chunks(body string) string {
 	return b.String()
 }
 
-// size is the line before a chunk, without its end.
+// size returns the line before a chunk, without its line ending.
 func (g generator) size(n int) string {
 	return fmt.Sprintf(g.usually(100, "%x", "%X", "0%x", "%x;a=b", "%x ", " %x", "%xg", "0x%x", "%x0", "-%x", "+%x", "1%x",
 		"%x;"+strings.Repeat("e", 4090), "00000000000000000%x", "ffffffffffffffff%x", "%.0x"), n)
 }
 
-// mutate changes some bytes.
+// mutate changes some of the bytes.
 func (g generator) mutate(text []byte) []byte {
 	text = bytes.Clone(text)
 	for range 1 + g.IntN(3) {
@@ -216,9 +216,9 @@ func (g generator) mutate(text []byte) []byte {
 			text = append(text[:at], text[min(len(text), at+1+g.IntN(3)):]...)
 		case 2:
 			text = append(text[:at:at], append([]byte{"\r\n :x0\x00"[g.IntN(7)]}, text[at:]...)...)
-		case 3: // cut short
+		case 3: // truncated
 			text = text[:at]
-		case 4: // said twice
+		case 4: // repeated
 			end := min(len(text), at+1+g.IntN(30))
 			text = append(text[:end:end], append(bytes.Clone(text[at:end]), text[end:]...)...)
 		}
@@ -226,7 +226,7 @@ func (g generator) mutate(text []byte) []byte {
 	return text
 }
 
-// split decides what is written at once.
+// split decides which bytes are written together.
 func (g generator) split(text []byte) []Part {
 	cuts := g.cuts(text)
 	var parts []Part
@@ -238,7 +238,7 @@ func (g generator) split(text []byte) []Part {
 	return append(parts, Part{g.pause(), text})
 }
 
-// cuts are lengths of parts.
+// cuts returns the lengths of the parts.
 func (g generator) cuts(text []byte) []int {
 	switch g.IntN(10) {
 	case 0: // anywhere
@@ -247,25 +247,25 @@ func (g generator) cuts(text []byte) []int {
 			cuts = append(cuts, g.IntN(1+len(text)/2))
 		}
 		return cuts
-	case 1: // a byte each
+	case 1: // one byte each
 		cuts := make([]int, min(len(text), 150))
 		for i := range cuts {
 			cuts[i] = 1
 		}
 		return cuts
-	case 2: // beside the end of a line
+	case 2: // next to the end of a line
 		if at := bytes.LastIndex(text[:g.IntN(1+len(text))], []byte("\r\n")); at >= 0 {
 			return []int{at + g.IntN(4)}
 		}
-	case 3: // beside the end of the headers
+	case 3: // next to the end of the headers
 		if at := bytes.Index(text, []byte("\r\n\r\n")); at >= 0 {
 			return []int{at + g.IntN(6)}
 		}
-	case 4: // beside the last byte that the kubelet reads
+	case 4: // next to the last byte that the kubelet reads
 		if at := bytes.Index(text, []byte("\r\n\r\n")); at >= 0 {
 			return []int{at + 4 + 10240 + g.IntN(20) - 5}
 		}
-	case 5: // the end alone
+	case 5: // only the last byte
 		return []int{max(0, len(text)-1-g.IntN(8))}
 	}
 	return nil

@@ -1,5 +1,5 @@
-// Package replies makes up what servers may reply to a probe: valid responses, and responses that are wrong in their status
-// line, headers, lengths, chunks, end or timing.
+// Package replies makes up replies of a server to a probe: valid responses, and responses with a wrong status line, header,
+// length, chunk, ending or timing.
 package replies
 
 import (
@@ -11,36 +11,35 @@ import (
 	"time"
 )
 
-// End is what the server does after its last byte.
+// End says what the server does after its last byte.
 type End string
 
-// Ends.
 const (
 	Close     End = "close"
-	HalfClose End = "half-close" // and leave the rest to the client
-	Hold      End = "hold"       // leave all to the client
+	HalfClose End = "half-close" // wait for the client to close
+	Hold      End = "hold"       // leave closing to the client
 	Reset     End = "reset"
 )
 
-// Reply is what a server does on one connection.
+// Reply describes what a server does on one connection.
 type Reply struct {
 	Parts []Part
 	End   End
-	// Early: without waiting for the request.
+	// Early replies do not wait for the request.
 	Early bool
 }
 
-// Part is written at once, after a pause.
+// Part is written in one go, after a pause.
 type Part struct {
 	Pause time.Duration
 	Text  []byte
 }
 
-// Racy reports whether a client's verdict is a matter of luck: whether it has read what came before a reset, or sent its
-// request before it was answered.
+// Racy reports whether the client's verdict depends on timing: whether it read everything before a reset, or sent its request
+// before the answer arrived.
 func (r Reply) Racy() bool { return r.Early || r.End == Reset }
 
-// Text is all that is sent.
+// Text returns everything that is sent.
 func (r Reply) Text() []byte {
 	var text []byte
 	for _, p := range r.Parts {
@@ -65,7 +64,7 @@ func shorten(text []byte) string {
 	return fmt.Sprintf("%q…(%d bytes)…%q", text[:most/2], len(text)-most, text[len(text)-most/2:])
 }
 
-// ReadRequest reads a request without a body, up to its end.
+// ReadRequest reads a request that has no body.
 func ReadRequest(conn net.Conn) ([]byte, error) {
 	var text []byte
 	buffer := make([]byte, 4096)
@@ -79,7 +78,8 @@ func ReadRequest(conn net.Conn) ([]byte, error) {
 	return text, nil
 }
 
-// Serve replies on a connection whose request was read, unless the reply is early. It returns when the connection is closed.
+// Serve replies on a connection whose request has been read, unless the reply is early. It returns once the connection is
+// closed.
 func (r Reply) Serve(conn *net.TCPConn) {
 	defer conn.Close() //nolint:errcheck // of no interest
 	for _, p := range r.Parts {

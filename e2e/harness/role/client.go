@@ -22,7 +22,7 @@ const clientRole = "client"
 type Client struct {
 	*Process
 
-	mu      sync.Mutex // the order of calls is the order of sockets
+	mu      sync.Mutex // keeps sockets in the order of calls
 	sockets *net.UnixConn
 }
 
@@ -46,13 +46,13 @@ func StartClient(cgroup string) (*Client, error) {
 	return &Client{Process: p, sockets: sockets.(*net.UnixConn)}, nil
 }
 
-// Stop kills the client. Connections that it dialled live on.
+// Stop kills the client. Connections that it dialled stay open.
 func (c *Client) Stop() {
 	c.Process.Stop()
 	_ = c.sockets.Close()
 }
 
-// Dial connects to a pod. The connection is the caller's, but its socket belongs to the client's cgroup for good.
+// Dial connects to a pod. The caller owns the connection, but its socket stays in the client's cgroup.
 func (c *Client) Dial(address string) (net.Conn, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -77,19 +77,19 @@ func (c *Client) Dial(address string) (net.Conn, error) {
 	return net.FileConn(f)
 }
 
-// Probes is a number of probes, one after the other.
+// Probes describes a series of probes.
 type Probes struct {
 	Path    string // empty for a TCP probe
 	Headers []v1.HTTPHeader
-	Address string // or a name
+	Address string // or a host name
 	Port    int
 	Count   int
 	Timeout time.Duration
-	// Every is the time from one probe's beginning to the next one's; 0: at once.
+	// Every is the time from the start of one probe to the start of the next; 0 means no pause.
 	Every time.Duration
 }
 
-// Result is what became of them.
+// Result counts the outcomes.
 type Result struct {
 	Failures  int
 	Messages  []string // of the first failures
@@ -98,12 +98,12 @@ type Result struct {
 
 const messagesMax = 3
 
-// Probe has the kubelet's own prober (k8s.io/kubernetes/pkg/probe) do the probes.
+// Probe runs the probes with the kubelet's own prober (k8s.io/kubernetes/pkg/probe).
 func (c *Client) Probe(p Probes) (result Result, err error) {
 	return result, c.Call("Probe", p, &result)
 }
 
-// client is what runs in the cgroup.
+// client is the service that runs in the cgroup.
 type client struct{}
 
 func (*client) Dial(address string, _ *struct{}) error {
@@ -139,7 +139,7 @@ func (*client) Probe(p Probes, result *Result) error {
 	return nil
 }
 
-// prober does what the kubelet does for one probe (pkg/kubelet/prober, runProbe).
+// prober runs one probe the way the kubelet does (pkg/kubelet/prober, runProbe).
 func prober(p Probes) func() (probe.Result, string, error) {
 	if p.Path == "" {
 		tcp := tcpprobe.New()

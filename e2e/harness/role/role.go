@@ -1,5 +1,5 @@
-// Package role starts the running binary again as another program, in a network namespace and cgroup of its choice, and calls
-// its methods. It brings a server for pods and a client with the kubelet's prober; benchmarks register more.
+// Package role runs the current binary again as another program, in a network namespace and cgroup of the caller's choice,
+// and calls its methods. It includes a server for pods and a client with the kubelet's prober; benchmarks register more.
 package role
 
 import (
@@ -19,11 +19,11 @@ const roleEnv = "PROBELET_ROLE"
 
 var services = map[string]any{serverRole: &server{}, clientRole: &client{}}
 
-// Register adds a role. service has its methods, as net/rpc wants them. Call it before Main.
+// Register adds a role whose service has methods as net/rpc requires. Call it before Main.
 func Register(name string, service any) { services[name] = service }
 
-// Main runs the role that this process was started for, and then does not return. It returns at once in a process that was
-// started for none. Call it first in main.
+// Main runs the role that this process was started for, and then does not return. In a process without a role, it returns at
+// once. Call it first in main.
 func Main() {
 	name := os.Getenv(roleEnv)
 	if name == "" {
@@ -38,7 +38,7 @@ func Main() {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(2)
 	}
-	rpc.ServeConn(stdio{os.Stdin, os.Stdout}) // until the starter is gone or closes it
+	rpc.ServeConn(stdio{os.Stdin, os.Stdout}) // until the parent exits or closes it
 	os.Exit(0)
 }
 
@@ -55,8 +55,8 @@ type Process struct {
 	rpc *rpc.Client
 }
 
-// Start starts a role in a network namespace and a cgroup, both given by path; empty keeps the caller's. extra, unless nil,
-// becomes its file descriptor 3.
+// Start starts a role in a network namespace and a cgroup, both given by path; an empty path keeps the caller's. If extra is
+// not nil, it becomes file descriptor 3.
 func Start(name, netns, cgroup string, extra *os.File) (*Process, error) {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), roleEnv+"="+name)
@@ -94,7 +94,7 @@ func inNetns(path string, do func() error) error {
 	return ns.WithNetNSPath(path, func(ns.NetNS) error { return do() })
 }
 
-// Call calls a method of the role's service and waits for it to return.
+// Call calls a method of the role's service and waits for the result.
 func (p *Process) Call(method string, args, reply any) error {
 	return p.rpc.Call("role."+method, args, reply)
 }

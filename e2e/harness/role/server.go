@@ -26,7 +26,7 @@ const serverRole = "server"
 // Server is a program in a pod: an HTTP server on any number of ports.
 type Server struct{ *Process }
 
-// StartServer starts a server in a network namespace. It listens nowhere yet.
+// StartServer starts a server in a network namespace. It does not listen on any port yet.
 func StartServer(netns string) (*Server, error) {
 	p, err := Start(serverRole, netns, "", nil)
 	if err != nil {
@@ -35,7 +35,7 @@ func StartServer(netns string) (*Server, error) {
 	return &Server{p}, nil
 }
 
-// Seen is what reached a port of the server.
+// Seen counts what reached a port of the server.
 type Seen struct {
 	Connections int // accepted
 	Requests    int // HTTP requests
@@ -44,35 +44,35 @@ type Seen struct {
 // Listen makes the server listen on all addresses of its pod.
 func (s *Server) Listen(ports ...int) error { return s.Call("Listen", ports, &struct{}{}) }
 
-// ListenTLS makes the server speak HTTP over TLS on a port, with a certificate that nobody signed.
+// ListenTLS makes the server speak HTTP over TLS on a port, with a self-signed certificate.
 func (s *Server) ListenTLS(port int) error { return s.Call("ListenTLS", port, &struct{}{}) }
 
-// ListenReplies makes the server reply to GET /SEED as replies.Generate(SEED) says, on a port.
+// ListenReplies makes the server on a port reply to GET /SEED with replies.Generate(SEED).
 func (s *Server) ListenReplies(port int) error { return s.Call("ListenReplies", port, &struct{}{}) }
 
-// Close makes the server no longer listen on a port. Connections that it has there live on.
+// Close makes the server stop listening on a port. Existing connections stay open.
 func (s *Server) Close(port int) error { return s.Call("Close", port, &struct{}{}) }
 
-// Seen tells what has reached a port so far.
+// Seen returns what has reached a port so far.
 func (s *Server) Seen(port int) (seen Seen, err error) {
 	return seen, s.Call("Seen", port, &seen)
 }
 
-// SetStatus makes the server answer /healthz on all ports with that status.
+// SetStatus makes the server answer /healthz with this status on all ports.
 func (s *Server) SetStatus(status int) error {
 	return s.Call("SetStatus", status, &struct{}{})
 }
 
-// OnlyHeader is looked at by what is at OnlyPath.
+// OnlyHeader is a header that OnlyPath requires.
 const OnlyHeader = "X-Auth"
 
-// OnlyPath is where the server answers only requests that came to an address of its pod's with these headers, Host and
-// OnlyHeader; others get 403.
+// OnlyPath answers only requests with these values of Host and OnlyHeader that were sent to one of the pod's addresses; other
+// requests get 403.
 func OnlyPath(host, header, address string) string {
 	return "/only?" + url.Values{"host": {host}, "header": {header}, "address": {address}}.Encode()
 }
 
-// server is what runs in the pod.
+// server is the service that runs in the pod.
 type server struct {
 	mu     sync.Mutex
 	ports  map[int]*port
@@ -84,7 +84,7 @@ type port struct {
 	connections, requests atomic.Int64
 }
 
-// Accept counts. It makes *port a net.Listener.
+// Accept counts connections. It makes *port a net.Listener.
 func (p *port) Accept() (net.Conn, error) {
 	conn, err := p.listener.Accept()
 	if err == nil {
@@ -140,7 +140,8 @@ func (s *server) listen(number int, config *tls.Config) error {
 	return nil
 }
 
-// handler is what the pod's server does. Its responses have no Date, so that the same request has the same response.
+// handler handles the requests of the pod's server. Its responses have no Date header, so that equal requests get equal
+// responses.
 func (s *server) handler(p *port) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) {

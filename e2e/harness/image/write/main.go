@@ -1,4 +1,4 @@
-// Command write writes the container image of the built binaries into a file, for "docker load" or "ctr images import".
+// Command write writes the container image of the built binaries to a file, for "docker load" or "ctr images import".
 package main
 
 import (
@@ -11,7 +11,7 @@ import (
 
 func main() {
 	file := flag.String("o", "probelet-image.tar", "`file` to write")
-	reference := flag.String("t", image.Reference, "`name` of the image, with tag")
+	reference := flag.String("t", image.Reference, "`name` of the image, with a tag")
 	bin := flag.String("bin", "bin", "`directory` of the binaries")
 	flag.Parse()
 	if err := image.Probelet(*reference, *bin).Write(*file); err != nil {
