@@ -14,7 +14,7 @@ import (
 	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// What is not well is named, with what to do about it; what is well is no matter.
+// doctor names problems together with their remedies, and does not report what is healthy.
 func TestDoctor(t *testing.T) {
 	s := newScene(t, node.PTP)
 	p := s.newFreshPod(longHTTP)

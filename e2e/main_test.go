@@ -1,4 +1,4 @@
-// Package e2e tests probelet as it is used: built binaries, real CNI plugins, real sockets, the kubelet's prober.
+// Package e2e tests probelet the way it is used: built binaries, real CNI plugins, real sockets, the kubelet's prober.
 package e2e
 
 import (
@@ -13,10 +13,10 @@ import (
 	"github.com/probelet/probelet/e2e/harness/role"
 )
 
-// machine is where all tests run.
+// machine is shared by all tests.
 var machine *node.Machine
 
-// skipAll is the reason why no test but TestMachine runs, if any.
+// skipAll is why all tests but TestMachine are skipped, if they are.
 var skipAll error
 
 // TestMachine reports all end-to-end tests as skipped where the machine is unsuited.

@@ -128,7 +128,7 @@ func (a *app) handler(port string) http.Handler {
 	return mux
 }
 
-// set changes the program's behavior: ?status=500, ?hang=10s, ?close=PORT, ?open=PORT, ?exit=1.
+// set changes the program's behaviour: ?status=500, ?hang=10s, ?close=PORT, ?open=PORT, ?exit=1.
 func (a *app) set(w http.ResponseWriter, r *http.Request) {
 	query := r.URL.Query()
 	var err error
