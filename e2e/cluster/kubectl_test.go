@@ -12,8 +12,8 @@ import (
 	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
-// kubectl runs a command of kubectl's with the plugin in its PATH, and returns what is printed and the exit code. kubectl itself is
-// built with what the conformance tests need; without it the plugin is run as kubectl would do it, which adds nothing.
+// kubectl runs a kubectl command with the plugin in the PATH, and returns its output and exit code. kubectl itself is built
+// together with the conformance tests; without it, the plugin is executed directly, which is all that kubectl would do.
 func kubectl(t *testing.T, kubeconfig string, args ...string) (text string, code int) {
 	t.Helper()
 	dir := t.TempDir()
@@ -36,16 +36,16 @@ func kubectl(t *testing.T, kubeconfig string, args ...string) (text string, code
 	return string(out), cmd.ProcessState.ExitCode()
 }
 
-// From a workstation: through the real API server and kubelet, into the daemon's pod.
+// From a workstation, through the real API server and kubelet, to the daemon's pod.
 func TestKubectl(t *testing.T) {
 	if cluster.Kind {
-		t.Skip("its kubeconfigs are those of this package's own API server")
+		t.Skip("the kubeconfigs are those of the harness's own API server")
 	}
 	deploy(t, nil)
 	pod := run(t, web("asked"))
 	awaitHits(t, pod.Name, 3)
 	admin := cluster.AdminKubeconfig()
-	// The scheduler may list pods, and ask none; a node may not even list all.
+	// The scheduler may list pods but not access them; a node may not even list all of them.
 	scheduler, node := cluster.Kubeconfig(kube.SchedulerToken), cluster.Kubeconfig(kube.NodeToken)
 	for _, test := range []struct {
 		kubeconfig string

@@ -1,4 +1,5 @@
-// Package cluster tests probelet on a real kubelet, API server and containerd (make e2e), or on the node of a kind cluster (make e2e-kind).
+// Package cluster tests probelet on a real kubelet, API server and containerd (make e2e), or on the node of a kind cluster
+// (make e2e-kind).
 package cluster
 
 import (
@@ -14,15 +15,15 @@ import (
 	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// cluster is where all tests run.
+// cluster is shared by all tests.
 var cluster *kube.Cluster
 
-// hook is the chart's value, of every release that the tests deploy.
+// hook is the chart's value of that name in every release that the tests deploy.
 var hook = flag.String("hook", "tc", "where answers are made: `tc|xdp`")
 
 var begin = time.Now()
 
-// say shows what is going on.
+// say prints progress.
 func say(format string, args ...any) {
 	fmt.Printf("%4.0fs %s\n", time.Since(begin).Seconds(), fmt.Sprintf(format, args...))
 }
@@ -36,7 +37,7 @@ func TestCluster(t *testing.T) {
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	// Tests that run side by side wait, most of the time.
+	// Parallel tests spend most of their time waiting.
 	if err := flag.Set("test.parallel", "32"); err != nil {
 		panic(err)
 	}
@@ -58,13 +59,13 @@ func TestMain(m *testing.M) {
 		code := runAll(m, err)
 		if code != 0 && cluster != nil {
 			dir := filepath.Join(cluster.Bin, "e2e-logs")
-			say("logs of the cluster's parts and pods are kept in %s (%v)", dir, cluster.KeepLogs(dir))
+			say("logs of the cluster's components and pods are in %s (%v)", dir, cluster.KeepLogs(dir))
 		}
 		return code
 	}))
 }
 
-// runAll runs the tests on the cluster, unless that is not there.
+// runAll runs the tests, unless the cluster failed to start.
 func runAll(m *testing.M, err error) int {
 	if err == nil {
 		pristine, err = snapshot()
@@ -74,6 +75,6 @@ func runAll(m *testing.M, err error) int {
 		return 1
 	}
 	code := m.Run()
-	say("all tests together")
+	say("all tests finished")
 	return code
 }

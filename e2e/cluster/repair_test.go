@@ -19,7 +19,7 @@ import (
 	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
-// Everything that does not outlive a reboot is gone: processes, /run, BPF file systems, devices.
+// After a reboot, everything volatile is gone: processes, /run, BPF file systems, devices.
 func TestReboot(t *testing.T) {
 	if cluster.Kind {
 		testRebootOnKind(t)
@@ -55,7 +55,7 @@ func TestReboot(t *testing.T) {
 	awaitHits(t, pod.Name, 5)
 }
 
-// testRebootOnKind is run before the node is restarted, and after that: kind/run.sh does so.
+// testRebootOnKind runs before and after kind/run.sh restarts the node.
 func testRebootOnKind(t *testing.T) {
 	pod := web("rebooted")
 	switch os.Getenv("PROBELET_KIND") {
@@ -73,23 +73,23 @@ func testRebootOnKind(t *testing.T) {
 		awaitHits(t, pod.Name, 5)
 		must(t, cluster.Delete(t.Context(), now))
 	default:
-		t.Skip("the node is restarted by kind/run.sh, later")
+		t.Skip("kind/run.sh restarts the node later")
 	}
 }
 
-// killAllContainers kills what the runtime has started.
+// killAllContainers kills the processes that the runtime started.
 func killAllContainers() error {
 	pids, err := kube.Processes("cmdline", func(text string) bool {
 		program, _, _ := strings.Cut(text, "\x00")
 		return slices.Contains([]string{"containerd-shim-runc-v2", "app", "probeletd"}, filepath.Base(program))
 	})
 	for _, pid := range pids {
-		_ = syscall.Kill(pid, syscall.SIGKILL) // or it has ended
+		_ = syscall.Kill(pid, syscall.SIGKILL) // may have exited already
 	}
 	return err
 }
 
-// What was lost by somebody's hand is put back.
+// The daemon repairs what was removed by accident.
 func TestRepair(t *testing.T) {
 	deploy(t, nil)
 	pod := run(t, web("repaired"))
@@ -107,7 +107,7 @@ func TestRepair(t *testing.T) {
 		t.Run(lost.name, func(t *testing.T) {
 			lost.lose()
 			hits := 0
-			eventually(t, "it is answered again", 2*time.Minute, func() bool {
+			eventually(t, "the pod is answered again", 2*time.Minute, func() bool {
 				was := hits
 				hits = readStatus(t).hits(pod.Name)
 				return hits > was && was > 0
@@ -117,7 +117,8 @@ func TestRepair(t *testing.T) {
 	watch.end()
 }
 
-// detachLinks takes the programs off a pod's device, as bpftool link detach does. The daemon makes them links after ADD.
+// detachLinks detaches the programs from a pod's device, as bpftool link detach does. The daemon turns them into links after
+// ADD.
 func detachLinks(t *testing.T, attachment string) {
 	t.Helper()
 	want := 2 // steer and observe
@@ -146,7 +147,7 @@ func linksOf(t *testing.T, attachment string) (links []link.Link) {
 	return links
 }
 
-// attachmentOf is the name of an attachment's directory.
+// attachmentOf returns the name of an attachment's directory.
 func attachmentOf(t *testing.T, pod *corev1.Pod) string {
 	t.Helper()
 	a := readStatus(t).of(pod.Name)

@@ -1,4 +1,4 @@
-// Package kind has what make e2e-kind needs. Its tests are about what can be said without Docker.
+// Package kind runs the cluster tests on kind (make e2e-kind). Its own tests cover what can be checked without Docker.
 package kind
 
 import (
@@ -12,7 +12,7 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-func TestConfigIsKinds(t *testing.T) {
+func TestKindConfig(t *testing.T) {
 	text, err := os.ReadFile("kind.yaml")
 	if err != nil {
 		t.Fatal(err)
@@ -27,8 +27,8 @@ func TestConfigIsKinds(t *testing.T) {
 	}
 }
 
-// What is handed on to kubeadm is the kubelet's, field by field.
-func TestPatchesAreTheKubelets(t *testing.T) {
+// The patches that kind passes to kubeadm are valid kubelet configurations.
+func TestKubeadmPatches(t *testing.T) {
 	text, err := os.ReadFile("kind.yaml")
 	if err != nil {
 		t.Fatal(err)
@@ -47,13 +47,13 @@ func TestPatchesAreTheKubelets(t *testing.T) {
 	}
 }
 
-func TestScriptIsBash(t *testing.T) {
+func TestScriptSyntax(t *testing.T) {
 	if out, err := exec.Command("bash", "-n", "run.sh").CombinedOutput(); err != nil {
 		t.Errorf("%v: %s", err, out)
 	}
 }
 
-// What the workflow runs is there to be run.
+// The workflow runs an existing target.
 func TestWorkflow(t *testing.T) {
 	text, err := os.ReadFile("../../.github/workflows/e2e-kind.yaml")
 	if err != nil {
