@@ -127,11 +127,11 @@ func (s *suite) addPrice(verb string, took times) {
 	rounds := len(took[alone])
 	for _, v := range hooks {
 		of := bootstrap(rounds, func(picked []int) float64 { return added(v, picked) / added(bandwidth, picked) })
-		s.add(verb+", what probelet adds", v, bandwidth, of, ratio, v.mark(atMost(1)))
+		s.add(verb+", time added by probelet", v, bandwidth, of, ratio, v.mark(atMost(1)))
 	}
 	for _, v := range append([]variant{bandwidth}, hooks...) {
 		of := bootstrap(rounds, func(picked []int) float64 { return added(v, picked) })
-		s.add(verb+", added to ptp", v, alone, of, "ms", nil)
+		s.add(verb+", time added to ptp", v, alone, of, "ms", nil)
 	}
 	s.add(verb, alone, "", medianOf(took[alone]), "ms", nil)
 }

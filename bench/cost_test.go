@@ -94,10 +94,10 @@ func (s *suite) measureOthersPackets(t *testing.T, n *bpftest.Node, pods map[var
 		}
 	}
 	for _, v := range hooks {
-		s.add("BPF time, packet to the pod, not a prober's", v, empty, medianOf(differences(toPod[v], toPod[empty])), "ns", v.mark(atMost(30)))
+		s.add("BPF time, packet to the pod from another client", v, empty, medianOf(differences(toPod[v], toPod[empty])), "ns", v.mark(atMost(30)))
 		s.add("BPF time, packet from the pod", v, empty, medianOf(differences(fromPod[v], fromPod[empty])), "ns", v.mark(atMost(25)))
 	}
-	s.add("BPF time, packet to the pod, not a prober's", empty, "", medianOf(toPod[empty]), "ns", nil)
+	s.add("BPF time, packet to the pod from another client", empty, "", medianOf(toPod[empty]), "ns", nil)
 }
 
 func sumPerRun(used []usage) (sum float64) {

@@ -79,10 +79,10 @@ func TestMarks(t *testing.T) {
 		{"bulk", "Bulk throughput of a pod", measureBulk},
 		{"http", "HTTP of a pod", measureHTTP},
 		{"latency", "Latency of answered probes", measureLatency},
-		{"handover", "Latency of requests that are handed over", measureHandover},
+		{"handover", "Latency of handed-over requests", measureHandover},
 		{"cost", "Time in the BPF programs", measureCost},
 		{"cni", "CNI ADD and DEL", measureCNI},
-		{"scale", "Memory, and many pods", measureScale},
+		{"scale", "Memory and many pods", measureScale},
 	} {
 		t.Run(m.name, func(t *testing.T) {
 			s.section = m.section

@@ -89,9 +89,9 @@ func (s *suite) addMemory(hook variant, batches map[way][]memory, mapBytes float
 		s.progress("  a pod by %s has %v", w.name, perPod(batches[w], each(len(batches[w]))))
 		total := estimate{all(pod.value), all(pod.low), all(pod.high), pod.rounds}
 		s.add("kernel memory of an attached pod with 4 endpoints", v, "", pod, "KiB", hook.mark(atMost(8)))
-		s.add(fmt.Sprintf("kernel memory of %d of them and all maps", mostPods), v, "", total, "MiB", hook.mark(atMost(64)))
+		s.add(fmt.Sprintf("kernel memory of %d such pods and all maps", mostPods), v, "", total, "MiB", hook.mark(atMost(64)))
 	}
-	s.add("kernel memory of the maps before there is a pod", hook, "", estimate{fixed, fixed, fixed, 1}, "MiB", nil)
+	s.add("kernel memory of the maps without any pod", hook, "", estimate{fixed, fixed, fixed, 1}, "MiB", nil)
 }
 
 // What a pod has is told from what other processes allocate and free beside it.

@@ -96,7 +96,7 @@ func rounded(value float64) float64 {
 
 func number(value float64) string { return strconv.FormatFloat(value, 'f', -1, 64) }
 
-var columns = []string{"MEASURE", "VARIANT", "AGAINST", "VALUE", "95 % INTERVAL", "MARK", "HOLDS", "ROUNDS"}
+var columns = []string{"MEASURE", "VARIANT", "AGAINST", "VALUE", "95 % INTERVAL", "MARK", "MET", "ROUNDS"}
 
 func (r row) cells() []string {
 	against, limit, holds := variant("-"), "-", "-"
