@@ -14,13 +14,13 @@ const (
 	strainMin, strainMax                    = 0.1, 10
 )
 
-// strainX is where a strain is drawn. What lies beyond an end of the axis, as a negative one does, is drawn at that end.
+// strainX returns the position of a strain. Values beyond an end of the axis, including negative ones, are drawn at that end.
 func strainX(strain float64) float64 {
 	within := min(max(strain, strainMin), strainMax)
 	return plotLeft + math.Log(within/strainMin)/math.Log(strainMax/strainMin)*(plotWidth-plotLeft-plotRight)
 }
 
-// plot draws, for each row with a mark, how near the value comes to it: on the line is the mark, to the left it is met.
+// plot draws, for each row with a mark, how close the value is to it: the line is the mark, and values to its left meet it.
 func plot(rows []row) []byte {
 	var marked []row
 	for _, r := range rows {
