@@ -27,11 +27,11 @@ func TestWithBandwidthPlugin(t *testing.T) {
 		before, after []map[string]any
 		egressLimit   bool
 	}{
-		{"before us", bandwidth("ingress", "egress"), nil, true},
-		{"after us", nil, bandwidth("ingress", "egress"), true},
-		{"before us, ingress only", bandwidth("ingress"), nil, false},
-		{"after us, ingress only", nil, bandwidth("ingress"), false},
-		{"after us, no limits", nil, bandwidth(), false},
+		{"before probelet", bandwidth("ingress", "egress"), nil, true},
+		{"after probelet", nil, bandwidth("ingress", "egress"), true},
+		{"before probelet, ingress only", bandwidth("ingress"), nil, false},
+		{"after probelet, ingress only", nil, bandwidth("ingress"), false},
+		{"after probelet, no limits", nil, bandwidth(), false},
 	} {
 		for _, onDisk := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s, chain on disk %v", test.name, onDisk), func(t *testing.T) {

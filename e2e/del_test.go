@@ -26,7 +26,7 @@ func TestDelLeavesNothing(t *testing.T) {
 		{"a connection observed", func(t *testing.T, s *scene, p *pod) {
 			s.dial(t, s.prober, p.address(httpPort))
 		}},
-		{"a connection taken", func(t *testing.T, s *scene, p *pod) {
+		{"a connection accepted", func(t *testing.T, s *scene, p *pod) {
 			p.makeFresh(probes...)
 			s.dial(t, s.prober, p.address(httpPort))
 		}},
@@ -56,7 +56,7 @@ func TestDelLeavesNothing(t *testing.T) {
 			must(t, err)
 			must(t, os.RemoveAll(pins[0]))
 		}},
-		{"deleted already", func(t *testing.T, _ *scene, p *pod) { must(t, p.Del()) }},
+		{"already deleted", func(t *testing.T, _ *scene, p *pod) { must(t, p.Del()) }},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			s := newScene(t, node.PTP)

@@ -44,11 +44,11 @@ func TestDoctor(t *testing.T) {
 		FilterAttrs: netlink.FilterAttrs{
 			LinkIndex: device.Attrs().Index, Parent: netlink.HANDLE_MIN_INGRESS, Priority: 7, Protocol: unix.ETH_P_ALL,
 		},
-		Fd: program.FD(), Name: "somebody's", DirectAction: true,
+		Fd: program.FD(), Name: "other", DirectAction: true,
 	}))
 	text, err = doctor(s.NetDir())
 	must(t, err)
-	expectText(t, text, `note +attachments +others on `+p.HostDevice+` of default/pod1: bpf filter, priority 7, somebody's at tc filter ingress, after ours`)
+	expectText(t, text, `note +attachments +others on `+p.HostDevice+` of default/pod1: bpf filter, priority 7, other at tc filter ingress, after ours`)
 
 	must(t, s.daemon.Stop())
 	pins, err := filepath.Glob(filepath.Join(s.BPFDir, "*", "attachments", "*"))

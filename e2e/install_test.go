@@ -231,7 +231,7 @@ func TestUninstallResumesAfterKill(t *testing.T) {
 			must(t, p.Del())
 		})
 	}
-	t.Run("while it removes pins", func(t *testing.T) {
+	t.Run("while removing pins", func(t *testing.T) {
 		s, plain := newPlainScene(t)
 		must(t, s.install())
 		p := plain.add(t)

@@ -83,12 +83,12 @@ func TestInstallUpgradeUninstall(t *testing.T) {
 	}
 	measureWithout(t)
 	for _, way := range []string{"copy", "dropin"} {
-		t.Run(way, func(t *testing.T) { testComingAndGoing(t, way) })
+		t.Run(way, func(t *testing.T) { testInstallCycle(t, way) })
 	}
 	mustBeAs(t, pristine)
 }
 
-func testComingAndGoing(t *testing.T, way string) {
+func testInstallCycle(t *testing.T, way string) {
 	mustBeAs(t, pristine) // wait until the devices of deleted pods are gone
 	pod := run(t, web("before"))
 	before := takeSnapshot(t)

@@ -143,7 +143,7 @@ func (f failure) test(t *testing.T) (line string) {
 		both[i] = awaitReady(t, p)
 	}
 	if f.liveness {
-		mustHaveBeenAsked(t, pod)
+		mustHaveBeenProbed(t, pod)
 	}
 	watch := watchSteady(t, both...)
 	awaitHits(t, pod.Name, 3)
@@ -164,9 +164,9 @@ func mustBeFailed(t *testing.T, pod *corev1.Pod) {
 	eventually(t, "the kubelet's event", slack, func() bool { return strings.Contains(events(t, pod), "Unhealthy") })
 }
 
-// mustHaveBeenAsked checks that a restarted app is Ready because it was probed, not because of evidence about its
+// mustHaveBeenProbed checks that a restarted app is Ready because it was probed, not because of evidence about its
 // predecessor.
-func mustHaveBeenAsked(t *testing.T, pod *corev1.Pod) {
+func mustHaveBeenProbed(t *testing.T, pod *corev1.Pod) {
 	t.Helper()
 	lines, err := kube.AccessLog(pod, "app", 1)
 	must(t, err)

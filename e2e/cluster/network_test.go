@@ -152,7 +152,7 @@ func TestOtherPluginsInTheChain(t *testing.T) {
 				mustBeTuned(t, pod)
 			})
 			if way == "dropin" {
-				t.Run("another drop-in", func(t *testing.T) { testAnothersDropIn(t, churn) })
+				t.Run("another drop-in", func(t *testing.T) { testOtherDropIn(t, churn) })
 			}
 			churn.end()
 			watch.end()
@@ -161,7 +161,7 @@ func TestOtherPluginsInTheChain(t *testing.T) {
 }
 
 // A drop-in of another plugin runs after probelet's and stays when that is removed.
-func testAnothersDropIn(t *testing.T, churn *churn) {
+func testOtherDropIn(t *testing.T, churn *churn) {
 	_, network := cluster.Primary()
 	file := filepath.Join(kube.NetDir, network, "20-tuning.conf")
 	text, err := json.Marshal(tuning())

@@ -21,7 +21,7 @@ func TestComponentsRestart(t *testing.T) {
 	awaitHits(t, pod.Name, 3)
 	client := startClient(t, pod)
 
-	t.Run("daemon rolled", func(t *testing.T) {
+	t.Run("daemon rollout", func(t *testing.T) {
 		watch := watchSteady(t, pod)
 		deploy(t, map[string]any{"podAnnotations": map[string]any{"release": "2"}})
 		awaitHits(t, pod.Name, 3)

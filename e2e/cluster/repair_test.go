@@ -45,7 +45,7 @@ func TestReboot(t *testing.T) {
 
 	must(t, cluster.StartContainerd())
 	must(t, cluster.StartKubelet())
-	pod, err = cluster.Await(t.Context(), pod, 2*time.Minute, "made anew", func(now *corev1.Pod) bool {
+	pod, err = cluster.Await(t.Context(), pod, 2*time.Minute, "recreated", func(now *corev1.Pod) bool {
 		return kube.Ready(now) && kube.Restarts(now) == 1
 	})
 	if err != nil {
@@ -66,7 +66,7 @@ func testRebootOnKind(t *testing.T) {
 		awaitReady(t, made)
 		awaitHits(t, pod.Name, 3)
 	case "rebooted":
-		now, err := cluster.Await(t.Context(), pod, 5*time.Minute, "made anew", func(now *corev1.Pod) bool {
+		now, err := cluster.Await(t.Context(), pod, 5*time.Minute, "recreated", func(now *corev1.Pod) bool {
 			return kube.Ready(now) && kube.Restarts(now) > 0
 		})
 		must(t, err)
