@@ -33,6 +33,7 @@ type Node struct {
 // Chain names the main plugin of a network, which runs before probelet.
 type Chain string
 
+// The main plugins that a network can have.
 const (
 	PTP    Chain = "ptp"
 	Bridge Chain = "bridge"

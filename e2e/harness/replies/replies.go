@@ -14,6 +14,7 @@ import (
 // End says what the server does after its last byte.
 type End string
 
+// The ways in which a server can end a connection.
 const (
 	Close     End = "close"
 	HalfClose End = "half-close" // wait for the client to close
