@@ -4,7 +4,9 @@ package kind
 import (
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"k8s.io/kubelet/config/v1beta1"
@@ -53,32 +55,45 @@ func TestScriptSyntax(t *testing.T) {
 	}
 }
 
-// The workflow runs an existing target.
-func TestWorkflow(t *testing.T) {
-	text, err := os.ReadFile("../../.github/workflows/e2e-kind.yaml")
+// The workflows run existing targets of the Makefile, this one among them.
+func TestWorkflows(t *testing.T) {
+	files, err := filepath.Glob("../../.github/workflows/*.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}
-	var workflow struct {
-		Jobs map[string]struct {
-			Steps []struct {
-				Run string `json:"run"`
-			} `json:"steps"`
-		} `json:"jobs"`
-	}
-	if err := yaml.Unmarshal(text, &workflow); err != nil {
-		t.Fatal(err)
-	}
 	var commands []string
-	for _, job := range workflow.Jobs {
-		for _, step := range job.Steps {
-			commands = append(commands, step.Run)
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var workflow struct {
+			Jobs map[string]struct {
+				Steps []struct {
+					Run string `json:"run"`
+				} `json:"steps"`
+			} `json:"jobs"`
+		}
+		if err := yaml.Unmarshal(text, &workflow); err != nil {
+			t.Fatalf("%s: %v", file, err)
+		}
+		for _, job := range workflow.Jobs {
+			for _, step := range job.Steps {
+				commands = append(commands, strings.Split(strings.TrimSpace(step.Run), "\n")...)
+			}
 		}
 	}
 	if !slices.Contains(commands, "make e2e-kind") {
 		t.Errorf("commands: %q", commands)
 	}
-	if out, err := exec.Command("make", "-n", "-C", "../..", "e2e-kind").CombinedOutput(); err != nil {
-		t.Errorf("%v: %s", err, out)
+	for _, command := range commands {
+		target, isMake := strings.CutPrefix(command, "make ")
+		if !isMake {
+			continue
+		}
+		args := append([]string{"-n", "-C", "../.."}, strings.Fields(target)...)
+		if out, err := exec.Command("make", args...).CombinedOutput(); err != nil {
+			t.Errorf("%s: %v: %s", command, err, out)
+		}
 	}
 }
