@@ -260,8 +260,8 @@ func TestFlagsAreDocumented(t *testing.T) {
 	}
 }
 
-// What pages quote is what the programs say: doctor's rows, and lines of the log.
-func TestQuotesAreWhatTheProgramsSay(t *testing.T) {
+// Pages quote the programs verbatim: doctor's rows and lines of the log.
+func TestQuotedOutputExists(t *testing.T) {
 	var source strings.Builder
 	for name, text := range files(t, "*.go") {
 		if strings.HasPrefix(name, "daemon/") && !strings.HasSuffix(name, "_test.go") {
@@ -300,7 +300,7 @@ func TestQuotesAreWhatTheProgramsSay(t *testing.T) {
 	}
 }
 
-// Whoever opens the repository sees the whole README without scrolling for ever.
+// The README is the first screen, not the manual.
 func TestReadmeIsShort(t *testing.T) {
 	readme := files(t, "README.md")["README.md"]
 	if lines := strings.Count(readme, "\n"); lines > 130 {
@@ -322,7 +322,7 @@ func TestPicturesAreXML(t *testing.T) {
 	}
 }
 
-// Workflows may only read, and run actions that nobody can exchange.
+// Workflows have read permissions only, and run actions by their commits, which cannot be moved.
 func TestWorkflows(t *testing.T) {
 	workflows, err := filepath.Glob(filepath.Join(root, ".github/workflows/*.y*ml"))
 	if err != nil || len(workflows) == 0 {
