@@ -401,3 +401,52 @@ func TestIssueTemplates(t *testing.T) {
 		}
 	}
 }
+
+// The walks of ARCHITECTURE.md lead to where things are: each step defines what it names.
+func TestWalksLeadThere(t *testing.T) {
+	_, walks, ok := strings.Cut(files(t, "ARCHITECTURE.md")["ARCHITECTURE.md"], "\n## Three walks\n")
+	walks, _, ended := strings.Cut(walks, "\n## ")
+	if !ok || !ended {
+		t.Fatal("ARCHITECTURE.md has no section of three walks")
+	}
+	sources := files(t, "*.go")
+	var programs strings.Builder
+	for _, pattern := range []string{"*.c", "*.h"} {
+		for _, text := range files(t, pattern) {
+			programs.WriteString(text)
+		}
+	}
+	quote := regexp.MustCompile("`([^`]+)`")
+	isPath := regexp.MustCompile(`^(bpf|daemon|plugin)/`)
+	isName := regexp.MustCompile(`^(?:([A-Z]\w+)\.)?([A-Za-z]\w+)$`)
+	checked := 0
+	for _, step := range regexp.MustCompile(`(?m)^\d\. (?:.+\n(?:   .+\n)*)`).FindAllString(walks, -1) {
+		var text strings.Builder
+		var named [][]string
+		for _, found := range quote.FindAllStringSubmatch(step, -1) {
+			if name := isName.FindStringSubmatch(found[1]); name != nil {
+				named = append(named, name)
+			} else if isPath.MatchString(found[1]) {
+				for file, source := range sources {
+					if !strings.HasSuffix(file, "_test.go") && (file == found[1] || filepath.Dir(file) == found[1]) {
+						text.WriteString(source)
+					}
+				}
+			}
+		}
+		for _, name := range named {
+			checked++
+			definition := `(?m)^(?:func (?:\(\w+ \*?\w+\) )?|type )` + name[2] + `\b`
+			if name[1] != "" {
+				definition = `(?m)^func \(\w+ \*?` + name[1] + `\) ` + name[2] + `\(`
+			}
+			inKernel := regexp.MustCompile(`(?m)^int ` + name[2] + `\(|^} ` + name[2] + ` SEC\(|\b` + name[2] + `;`).MatchString(programs.String())
+			if !inKernel && !regexp.MustCompile(definition).MatchString(text.String()) {
+				t.Errorf("%s is not where this step is:\n%s", name[0], step)
+			}
+		}
+	}
+	if checked < 20 {
+		t.Errorf("only %d names were found", checked)
+	}
+}
