@@ -72,7 +72,7 @@ func anchors(page string) map[string]bool {
 	all := map[string]bool{}
 	for _, h := range heading.FindAllStringSubmatch(fence.ReplaceAllString(page, ""), -1) {
 		title := link.ReplaceAllString(h[1], "")
-		slug := strings.ToLower(regexp.MustCompile("[^\\pL\\pN _-]").ReplaceAllString(title, ""))
+		slug := strings.ToLower(regexp.MustCompile(`[^\pL\pN _-]`).ReplaceAllString(title, ""))
 		slug = strings.ReplaceAll(slug, " ", "-")
 		for unique, n := slug, 1; ; n++ {
 			if !all[unique] {
@@ -104,7 +104,7 @@ func TestLinksResolve(t *testing.T) {
 				t.Errorf("%s: %s: %v", name, target, err)
 				continue
 			}
-			if page, isPage := pages[file]; hasAnchor && !(isPage && anchors(page)[anchor]) {
+			if page, isPage := pages[file]; hasAnchor && (!isPage || !anchors(page)[anchor]) {
 				t.Errorf("%s: %s: no such heading", name, target)
 			}
 		}
