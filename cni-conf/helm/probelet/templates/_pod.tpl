@@ -91,10 +91,8 @@ containers:
   - name: probeletd
     {{- include "probelet.image" . | nindent 4 }}
     args: [run]
-    envFrom:
-      - configMapRef:
-          name: {{ .Release.Name }}
     env:
+      {{- include "probelet.environment" . | nindent 6 }}
       - name: NODE_NAME
         valueFrom:
           fieldRef:
