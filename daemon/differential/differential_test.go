@@ -23,7 +23,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/probe"
-	"github.com/probelet/probelet/e2e/replies"
+	"github.com/probelet/probelet/e2e/harness/replies"
 )
 
 var (

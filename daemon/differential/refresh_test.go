@@ -15,7 +15,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/refresh"
-	"github.com/probelet/probelet/e2e/replies"
+	"github.com/probelet/probelet/e2e/harness/replies"
 )
 
 // sockets opens ordinary sockets, and counts them.

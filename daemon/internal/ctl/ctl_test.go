@@ -143,11 +143,11 @@ func TestDaemonDown(t *testing.T) {
 		still  string
 	}{
 		"fresh":         {func(*clinic) {}, `1 endpoint is still answered in the kernel, ` + until},
-		"expired":       {func(c *clinic) { c.Kernel.Pods["c0ffee"] = surveytest.Maps{} }, "nothing is answered: every probe reaches its pod"},
-		"closed":        {func(c *clinic) { delete(c.Kernel.Pods["c0ffee"], datapath.PortKey(80)) }, "nothing is answered: every probe reaches its pod"},
-		"no prober":     {func(c *clinic) { c.Kernel.ProberSet = datapath.Prober{} }, "nothing is answered: every probe reaches its pod"},
-		"shared cgroup": {func(c *clinic) { c.Kernel.ProberSet.Process = &datapath.Process{PID: 12} }, "nothing is answered: every probe reaches its pod"},
-		"answers lost":  {func(c *clinic) { c.Lose("unobserved") }, "nothing is answered: every probe reaches its pod"},
+		"expired":       {func(c *clinic) { c.Kernel.Pods["c0ffee"] = surveytest.Maps{} }, "nothing is answered, so every probe reaches its pod"},
+		"closed":        {func(c *clinic) { delete(c.Kernel.Pods["c0ffee"], datapath.PortKey(80)) }, "nothing is answered, so every probe reaches its pod"},
+		"no prober":     {func(c *clinic) { c.Kernel.ProberSet = datapath.Prober{} }, "nothing is answered, so every probe reaches its pod"},
+		"shared cgroup": {func(c *clinic) { c.Kernel.ProberSet.Process = &datapath.Process{PID: 12} }, "nothing is answered, so every probe reaches its pod"},
+		"answers lost":  {func(c *clinic) { c.Lose("unobserved") }, "nothing is answered, so every probe reaches its pod"},
 		// The pod's next accepted connection lets the kernel answer again.
 		"a real probe is due": {func(c *clinic) {
 			tcp := surveytest.Endpoint(probe.TCP, 80, "")

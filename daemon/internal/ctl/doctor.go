@@ -11,8 +11,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/probelet/probelet/daemon/internal/chain"
 	"github.com/probelet/probelet/daemon/internal/doctor"
+	"github.com/probelet/probelet/daemon/internal/install/chain"
 	"github.com/probelet/probelet/daemon/internal/status"
 )
 

@@ -74,7 +74,7 @@ func TestNothingLoaded(t *testing.T) {
 	m.Kernel = nil
 	m.StateDir = filepath.Join(m.StateDir, "missing")
 	want := "nothing attached\n" +
-		"probeletd: NOT RUNNING; nothing is answered: every probe reaches its pod\n" +
+		"probeletd: NOT RUNNING; nothing is answered, so every probe reaches its pod\n" +
 		"kernel: the BPF objects are not loaded\n"
 	if got := m.status(); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)

@@ -11,7 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/datapath"
-	"github.com/probelet/probelet/daemon/internal/chain"
+	"github.com/probelet/probelet/daemon/internal/install/chain"
+	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/survey"
@@ -34,7 +35,7 @@ type Host struct {
 	Proc, Sys string // mount points of procfs and sysfs
 	Version   func() (uint32, error)
 	IsFS      func(dir string, magic int64) bool
-	Runtimes  func() chain.Runtimes
+	Runtimes  func() runtimes.List
 	Kubelet   func() (datapath.Prober, error)
 	Devices   func(bpfDir string) ([]Device, error)
 }
@@ -43,7 +44,7 @@ type Host struct {
 func ThisHost() Host {
 	return Host{
 		UID: os.Geteuid(), Proc: "/proc", Sys: "/sys", Version: features.LinuxVersionCode, IsFS: isFS, Devices: devices,
-		Runtimes: func() chain.Runtimes { return chain.FindRuntimes("/proc") },
+		Runtimes: func() runtimes.List { return runtimes.Find("/proc") },
 		Kubelet:  func() (datapath.Prober, error) { return (&prober.Finder{Kubelet: true}).Find() },
 	}
 }

@@ -8,21 +8,22 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/probelet/probelet/daemon/internal/chain"
+	"github.com/probelet/probelet/daemon/internal/install/chain"
+	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 	"github.com/probelet/probelet/daemon/internal/status"
 )
 
 // runtime checks which runtime reads the chain.
-func (d *Doctor) runtime(found chain.Runtimes) {
+func (d *Doctor) runtime(found runtimes.List) {
 	switch {
 	case len(found) == 0:
 		d.says(status.Note, "runtime", "no containerd, crio or cri-dockerd process was found", "run doctor where the node's processes are visible (hostPID)")
 	case len(found) > 1:
-		d.says(status.Note, "runtime", fmt.Sprintf("several are running: %s; all of them read %s", found, found.Way()), "")
+		d.says(status.Note, "runtime", fmt.Sprintf("several are running: %s; all of them read %s", found, chain.BestWay(found)), "")
 	case found[0].Libcni == "":
 		d.says(status.Note, "runtime", found.String(), "install with --chain copy, which every runtime reads")
 	default:
-		d.says(status.Well, "runtime", fmt.Sprintf("%s, reads %s", found, found.Way()), "")
+		d.says(status.Well, "runtime", fmt.Sprintf("%s, reads %s", found, chain.BestWay(found)), "")
 	}
 }
 
@@ -42,7 +43,7 @@ func (d *Doctor) network() {
 			what += "; " + joined.File + " is outdated, or the runtime does not read it"
 		}
 		d.says(status.Problem, "chain", what, "run probeletd install --cni-net-dir "+d.Chain.NetDir)
-	case joined.Way == chain.DropIn && len(found) > 0 && found.Way() != chain.DropIn:
+	case joined.Way == chain.DropIn && len(found) > 0 && chain.BestWay(found) != chain.DropIn:
 		d.says(status.Problem, "chain", joined.File+", which this runtime is not known to read, so new pods may not be attached",
 			"run probeletd install --chain copy, or use a runtime with libcni 1.3 or newer")
 	case joined.File == "":

@@ -5,11 +5,10 @@ package doctor
 import (
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 
 	"github.com/probelet/probelet/bpf/attach"
-	"github.com/probelet/probelet/daemon/internal/chain"
+	"github.com/probelet/probelet/daemon/internal/install/chain"
 	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/survey"
 )
@@ -38,7 +37,7 @@ func (d *Doctor) preflight() {
 	} else {
 		d.says(status.Well, "prober", fmt.Sprintf("the kubelet, %s", survey.ProberOf(prober)), "")
 	}
-	joined, err := d.Chain.Plan(found.Way())
+	joined, err := d.Chain.Plan(chain.BestWay(found))
 	switch {
 	case errors.Is(err, chain.ErrMisplaced):
 		d.says(status.Problem, "chain", err.Error(), "correct that first; until then install refuses")
@@ -56,13 +55,9 @@ func (d *Doctor) preflight() {
 
 // directory checks a directory that must exist before an install.
 func (d *Doctor) directory(about, dir, flag string) {
-	info, err := os.Stat(dir)
-	switch {
-	case err != nil:
+	if err := chain.CheckDir(dir); err != nil {
 		d.says(status.Problem, about, err.Error(), "set "+flag+" to the directory that the runtime uses")
-	case !info.IsDir():
-		d.says(status.Problem, about, dir+" is not a directory", "set "+flag+" to the directory that the runtime uses")
-	default:
-		d.says(status.Well, about, dir, "")
+		return
 	}
+	d.says(status.Well, about, dir, "")
 }

@@ -1,6 +1,6 @@
 {{- /*
-The flags of "probeletd run", as environment variables. They are part of the pod template rather than of a ConfigMap: while a kubelet
-cannot reach the API server, and for half a minute afterwards, it starts pods with the ConfigMap that it last read.
+The flags of "probeletd run" as environment variables. They are part of the pod template rather than of a ConfigMap: while a kubelet
+cannot reach the API server, and for half a minute afterwards, it starts pods with the ConfigMap that it read last.
 */ -}}
 {{- define "probelet.environment" -}}
 - name: PROBELET_MODE

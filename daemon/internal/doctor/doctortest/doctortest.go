@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/datapath"
-	"github.com/probelet/probelet/daemon/internal/chain"
 	"github.com/probelet/probelet/daemon/internal/doctor"
+	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 	"github.com/probelet/probelet/daemon/internal/survey/surveytest"
 )
 
@@ -26,7 +26,7 @@ type Clinic struct {
 	Capabilities   uint64
 	Linux          uint32
 	FileSystems    []int64
-	Found          chain.Runtimes
+	Found          runtimes.List
 	Devices        []doctor.Device
 	KubeletGone    error
 }
@@ -43,13 +43,13 @@ func NewClinic(t *testing.T) *Clinic {
 	c := &Clinic{
 		Machine: surveytest.NewMachine(t), NetDir: t.TempDir(), BinDir: t.TempDir(), Capabilities: 1<<41 - 1, Linux: 6<<16 | 1<<8,
 		FileSystems: []int64{unix.BPF_FS_MAGIC, unix.CGROUP2_SUPER_MAGIC},
-		Found:       chain.Runtimes{{Name: "containerd", Version: "v2.2.0", Libcni: "v1.3.0"}},
+		Found:       runtimes.List{{Name: "containerd", Version: "v2.2.0", Libcni: "v1.3.0"}},
 	}
 	c.Host = doctor.Host{
 		Proc: t.TempDir(), Sys: t.TempDir(),
 		Version:  func() (uint32, error) { return c.Linux, nil },
 		IsFS:     func(_ string, magic int64) bool { return slices.Contains(c.FileSystems, magic) },
-		Runtimes: func() chain.Runtimes { return c.Found },
+		Runtimes: func() runtimes.List { return c.Found },
 		Kubelet:  func() (datapath.Prober, error) { return datapath.Prober{CgroupIDs: []uint64{4711}}, c.KubeletGone },
 		Devices:  func(string) ([]doctor.Device, error) { return c.Devices, nil },
 	}
