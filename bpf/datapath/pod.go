@@ -28,11 +28,6 @@ func (p *Pod) Device() DeviceKey { return p.device }
 // Put sets the evidence of an endpoint, and creates its tally if there is none. The error is os.ErrNotExist if the device has been
 // removed meanwhile, in which case Put leaves nothing behind.
 func (p *Pod) Put(key EndpointKey, e Evidence) error {
-	if key.Kind == KindPort && e.TrafficUntil != 0 {
-		if err := p.wantTraffic(key.Port); err != nil {
-			return err
-		}
-	}
 	if err := p.Renew(key, e); !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return err
 	}

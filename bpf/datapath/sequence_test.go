@@ -196,8 +196,11 @@ func (s *sequence) learn(p probed) {
 		e.TrafficUntil = e.ObservedAt + uint64(fairly(s.rt, "traffic until", time.Hour, time.Second))
 		e.TrafficWindowMs = fairly(s.rt, "traffic window", uint32(1000), 60_000)
 	}
+	if key.Kind == KindPort && e.TrafficUntil != 0 {
+		must(s.t, s.pod.WantTraffic(key.Port))
+		s.m.wanted = true
+	}
 	s.put(key, e)
-	s.m.wanted = s.m.wanted || key.Kind == KindPort && e.TrafficUntil != 0
 	s.m.evidence[key] = e
 	if _, ok := s.m.tallies[key]; !ok {
 		s.m.tallies[key] = Tally{}

@@ -31,8 +31,8 @@ func trafficSlot(ifindex uint32, port uint16) uint32 {
 	return (ifindex*31 + uint32(port)) & (trafficSlots - 1)
 }
 
-// wantTraffic makes observe look at what the pod sends from a port.
-func (p *Pod) wantTraffic(port uint16) error {
+// WantTraffic makes observe note what the pod's traffic on a port shows, for evidence with a TrafficUntil.
+func (p *Pod) WantTraffic(port uint16) error {
 	slot := trafficSlot(p.device.Ifindex, port)
 	if err := p.d.objects.TrafficSlots.Put(slot, uint32(1)); err != nil {
 		return fmt.Errorf("looking at the traffic of port %d: %w", port, err)
@@ -40,8 +40,8 @@ func (p *Pod) wantTraffic(port uint16) error {
 	return nil
 }
 
-// IgnoreTraffic makes observe look at no port's traffic, until evidence that traffic may speak for is put again. A daemon
-// calls it when it starts, because nothing else clears what earlier pods wanted.
+// IgnoreTraffic reverts all calls of WantTraffic. The daemon calls it when it starts, because nothing else reverts those for
+// earlier pods.
 func (d *Datapath) IgnoreTraffic() error {
 	for slot := range uint32(trafficSlots) {
 		if err := d.objects.TrafficSlots.Put(slot, uint32(0)); err != nil {

@@ -84,7 +84,15 @@ count beside others.) The smallest timeout of these probes is added, but at most
 exactly that many periods is still answered. Where the kernel can inspect the pod's listening socket, a TCP probe is answered for
 as long as the socket accepts connections, up to 9 times in a row (fewer if its backlog is short), and the staleness is 10 periods
 unless a lower one is set. No pod exceeds --staleness-ceiling, if it is set, whatever its annotation requests. Raising the
-staleness affects only successes observed from then on.
+staleness affects only successes observed from then on. Two numbers, as in 1-5, are for an endpoint that is new, or has failed
+lately, and for a steady one, which has succeeded without a failure for ten minutes in the same container.
+
+With liveness traffic (--liveness, or the annotation probelet.dev/liveness of a pod: probes or traffic) a busy pod is not restarted
+for being busy. Probes of endpoints that only liveness and startup probes ask are also answered while the pod serves its clients:
+within one period before, it began an HTTP response with a status below 500 on the probed port, or, for TCP, closed a connection
+there. The endpoint must have succeeded for real in this container. A timeout of a probe then changes nothing, but an error does:
+a refused or reset connection, another status than 2xx, an invalid response. At least every tenth probe reaches the pod, whatever
+its traffic shows. Not noticed is a hang of the probed request alone while others on the port are served.
 
 With refresh (--refresh, or the annotation probelet.dev/refresh of a pod, if --refresh-by-annotation allows it: true, or the longest
 interval, from 100ms) the daemon sends the requests of the probes itself, byte for byte, at least once per staleness, so that all
@@ -192,7 +200,8 @@ func runCommand(stderr io.Writer) *cobra.Command {
 func policyFlags(flags *pflag.FlagSet, d *probe.Defaults) {
 	builtIn := probe.NewDefaults()
 	flags.TextVar(&d.Mode, "mode", builtIn.Mode, "mode of pods without an annotation: `answer|observe|off`")
-	flags.TextVar(&d.Staleness, "staleness", builtIn.Staleness, "how many `periods` a success is answered for")
+	flags.TextVar(&d.Staleness, "staleness", builtIn.Staleness, "how many `periods` a success is answered for; 1-5: 1, and 5 once an endpoint is steady")
+	flags.TextVar(&d.Liveness, "liveness", builtIn.Liveness, "what is evidence for liveness probes: `probes|traffic`")
 	flags.TextVar(&d.Ceiling, "staleness-ceiling", builtIn.Ceiling, "most `periods` that an annotation can request")
 	flags.TextVar(&d.Refresh, "refresh", builtIn.Refresh, "whether the daemon sends requests of its own: `true|false`, or the longest interval between them")
 	flags.BoolVar(&d.RefreshByAnnotation, "refresh-by-annotation", false, "let pods request refresh by annotation, at the node's expense")

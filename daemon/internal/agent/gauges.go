@@ -71,9 +71,22 @@ func worsen(detection map[probe.Mode]probe.Delay, mode probe.Mode, s probe.Endpo
 	detection[mode] = worst
 }
 
+// servedAt returns when the pod was last seen serving its clients, if that is evidence for the endpoint; 0 otherwise.
+func (a *attachment) servedAt(s probe.EndpointSpec) uint64 {
+	if s.Traffic == 0 || a.maps == nil {
+		return 0
+	}
+	port, _ := a.maps.Tally(datapath.PortKey(s.Port)) // errors are reported when the maps are written
+	if s.Kind.Keying() == probe.KeyedByPort {
+		return max(port.ServedAt, port.ClosedAt)
+	}
+	return port.ServedAt
+}
+
 // state returns the state that an endpoint is counted under.
 func (a *attachment) state(s probe.EndpointSpec, e probe.Evidence) status.State {
 	return status.Endpoint{
 		Kind: s.Kind, Never: s.Reason, Withheld: s.Withheld, Bound: s.Staleness, Evidence: e, WithdrawnAt: a.withdrawnAt(s.Endpoint),
+		ServedAt: a.servedAt(s),
 	}.Counted(datapath.Now())
 }

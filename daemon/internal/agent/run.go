@@ -111,6 +111,9 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 		return fmt.Errorf("--bpf-dir %s: %w", c.BPFDir, err)
 	}
 	defer release()
+	if err := d.IgnoreTraffic(); err != nil {
+		return err
+	}
 	// The previous prober stays set if it is still the one. Without any for a moment, a failure that it found then would go unseen, and
 	// the success before it would still be answered.
 	who, err := d.Prober()

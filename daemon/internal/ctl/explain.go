@@ -104,8 +104,8 @@ func (x Explanation) print(env *environment) error {
 			line("attached by the daemon: the pod is older than probelet on this node")
 		}
 		if s := a.Settings; s != nil {
-			line(fmt.Sprintf("mode %s (%s), staleness %s (%s), refresh %s (%s)",
-				s.Mode, s.ModeFrom, s.Staleness, s.StalenessFrom, s.Refresh, s.RefreshFrom))
+			line(fmt.Sprintf("mode %s (%s), staleness %s (%s), refresh %s (%s), liveness %s (%s)",
+				s.Mode, s.ModeFrom, s.Staleness, s.StalenessFrom, s.Refresh, s.RefreshFrom, s.Liveness, s.LivenessFrom))
 		}
 		if a.Trust != "" {
 			line(fmt.Sprintf("hook %s; %s", a.Hook, a.Answers()))
@@ -152,6 +152,11 @@ func (x Explanation) printEndpoint(text *table.Text, e survey.Endpoint) {
 	if e.Listener != nil {
 		text.Pair("listening socket", listener(*e.Listener))
 	}
+	if e.Traffic > 0 {
+		text.Pair("traffic", traffic(e))
+	} else if e.TrafficOff != "" {
+		text.Pair("traffic", "no evidence: "+e.TrafficOff)
+	}
 	if e.RefreshOff != "" {
 		text.Pair("refresh", "off: "+e.RefreshOff)
 	}
@@ -164,6 +169,11 @@ func (x Explanation) printEndpoint(text *table.Text, e survey.Endpoint) {
 	for _, p := range e.Probes {
 		text.Pair(p.String(), fmt.Sprintf("every %s, timeout %s, threshold %d: a failure %s detected within %s (%s without probelet)",
 			status.Duration(p.Period), status.Duration(p.Timeout), p.FailureThreshold, would(e), status.Duration(p.DetectionAnswered), status.Duration(p.DetectionPlain)))
+		if e.Traffic > 0 {
+			hang := p.DetectionPlain + max(e.StalenessBound, e.SteadyBound, e.TrafficWindow)
+			text.Pair("", fmt.Sprintf("that is for an error; a pod that serves nobody any more is detected within %s, "+
+				"and timeouts of this probe alone are not while it serves others", status.Duration(hang)))
+		}
 	}
 	for _, event := range x.eventsOf(e) {
 		text.Pair(status.Duration(event.age).String()+" ago", event.text)
@@ -181,6 +191,9 @@ func would(e survey.Endpoint) string {
 // bound says how long a success is answered, and what else limits that.
 func bound(e survey.Endpoint) string {
 	text := fmt.Sprintf("a success %s answered for %s", would(e), status.Duration(e.StalenessBound))
+	if e.SteadyBound != 0 {
+		text += fmt.Sprintf(", and for %s once it has succeeded for %s", status.Duration(e.SteadyBound), probe.SteadyAfter)
+	}
 	if e.StalenessCapped {
 		text += ", the node's ceiling"
 	}
@@ -194,6 +207,16 @@ func bound(e survey.Endpoint) string {
 		text += fmt.Sprintf("; the daemon refreshes it every %s", status.Duration(e.Refresh))
 	}
 	return text
+}
+
+// traffic says what the pod's traffic means for an endpoint.
+func traffic(e survey.Endpoint) string {
+	text := "not seen serving yet"
+	if e.ServedAge != nil {
+		text = fmt.Sprintf("last seen serving %s ago", status.Duration(*e.ServedAge))
+	}
+	return text + fmt.Sprintf("; within %s of that, probes are answered even if the last one timed out, at most %d in a row and for %s after a real one began",
+		status.Duration(e.TrafficWindow), e.Traffic, status.Duration(e.TrafficBound))
 }
 
 // listener describes the checks of a listening socket.

@@ -136,6 +136,9 @@ func settings(s *statedir.Settings) string {
 	if s.StalenessFrom != probe.FromDefault {
 		said = append(said, fmt.Sprintf("staleness %s (%s)", s.Staleness, s.StalenessFrom))
 	}
+	if s.LivenessFrom != probe.FromDefault && s.LivenessFrom != "" {
+		said = append(said, fmt.Sprintf("liveness %s (%s)", s.Liveness, s.LivenessFrom))
+	}
 	if s.RefreshFrom != probe.FromDefault {
 		said = append(said, fmt.Sprintf("refresh %s (%s)", s.Refresh, s.RefreshFrom))
 	}

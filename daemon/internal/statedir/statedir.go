@@ -107,6 +107,8 @@ type Endpoint struct {
 	Period         float64 `json:"periodSeconds"`
 	Timeout        float64 `json:"timeoutSeconds"`
 	StalenessBound float64 `json:"stalenessBoundSeconds"`
+	// SteadyBound is how long a success is answered once the endpoint is steady; missing if that makes no difference.
+	SteadyBound float64 `json:"steadyBoundSeconds,omitempty"`
 	// StalenessCapped is set if the node's ceiling lowered the bound.
 	StalenessCapped bool `json:"stalenessCapped,omitempty"`
 	// HeadersID is a digest of the headers that custom httpHeaders add or change; empty if they do neither.
@@ -122,6 +124,13 @@ type Endpoint struct {
 	// request it nevertheless.
 	Refresh    float64 `json:"refreshSeconds,omitempty"`
 	RefreshOff string  `json:"refreshOff,omitempty"`
+	// Traffic is the most probes in a row that are answered because the pod serves its clients; 0 if its traffic is no evidence.
+	// TrafficOff is the reason if the settings request it nevertheless. TrafficBound is how long after a real probe such answers end,
+	// and TrafficWindow how recently the pod must have served.
+	Traffic       int     `json:"traffic,omitempty"`
+	TrafficOff    string  `json:"trafficOff,omitempty"`
+	TrafficBound  float64 `json:"trafficBoundSeconds,omitempty"`
+	TrafficWindow float64 `json:"trafficWindowSeconds,omitempty"`
 	// Observed is set if the probes are observed.
 	Observed bool `json:"observed"`
 	// StartupOnly is set if only startup probes ask the endpoint. A TCP endpoint like that does not keep its port from being answered.
@@ -143,12 +152,21 @@ type Endpoint struct {
 
 // EndpointOf returns the description of an endpoint, and of the question that it was asked, which is zero if it is unknown.
 func EndpointOf(s probe.EndpointSpec, question probe.Question) Endpoint {
+	steady := s.SteadyStaleness.Seconds()
+	if s.SteadyStaleness == s.Staleness {
+		steady = 0
+	}
 	return Endpoint{
 		Kind: s.Kind, Port: s.Port, Path: s.Path, Host: s.Host,
 		Probes:         probesOf(s),
 		Period:         s.Period.Seconds(),
 		Timeout:        s.Timeout.Seconds(),
 		StalenessBound: s.Staleness.Seconds(),
+		SteadyBound:    steady,
+		Traffic:        s.Traffic,
+		TrafficOff:     s.TrafficOff,
+		TrafficBound:   s.TrafficBound().Seconds(),
+		TrafficWindow:  s.TrafficWindow().Seconds(),
 
 		StalenessCapped: s.Capped,
 		HeadersID:       s.Headers,

@@ -31,6 +31,7 @@ const (
 	Limit      = probe.ReasonCode(probe.WhyLimit)
 	Redirect   = probe.ReasonCode("redirect")
 	PortClosed = probe.ReasonCode("port_closed")
+	NoTraffic  = probe.ReasonCode("no_traffic")
 	// Unclassified stands for a reason that an older daemon recorded without a code.
 	Unclassified = probe.ReasonCode("unclassified")
 )
@@ -39,7 +40,7 @@ const (
 func Codes() []probe.ReasonCode {
 	return append(probe.ReasonCodes(),
 		AttachFailed, NotLoaded, UnknownDevice, NotSeen, NoDaemon, NoProbes, NoProber, ProberShared, AnswersLost,
-		Unobserved, LastFailed, Threshold, Withdrawn, Expired, BesideTCP, Limit, Redirect, PortClosed, Unclassified)
+		Unobserved, LastFailed, Threshold, Withdrawn, Expired, BesideTCP, Limit, Redirect, PortClosed, NoTraffic, Unclassified)
 }
 
 // Detached reports whether a reason means that the pod is not attached, and if so, why.
@@ -64,6 +65,11 @@ func ReasonPortClosed() probe.Reason {
 // ReasonLimit returns why a fresh endpoint is not answered once the maximum of n probes of its port were answered in a row.
 func ReasonLimit(n uint32) probe.Reason {
 	return probe.Reason{Code: Limit, Text: fmt.Sprintf("the maximum of %d probes in a row were answered, so the pod must accept one", n)}
+}
+
+// ReasonRealDue returns why an endpoint that traffic may speak for is not answered once n of its probes were answered in a row.
+func ReasonRealDue(n uint32) probe.Reason {
+	return probe.Reason{Code: Limit, Text: fmt.Sprintf("%d probes in a row were answered, so one must reach the pod, whatever its traffic shows", n)}
 }
 
 // text returns what a code means. A code from a newer version stands for itself.

@@ -33,6 +33,8 @@ type Endpoint struct {
 	Withheld bool
 	// Bound is how long after its observation a success may be answered.
 	Bound time.Duration
+	// ServedAt is when the pod was last seen serving its clients; 0: never.
+	ServedAt uint64
 	// Successes is how many probes in a row must succeed before one is answered.
 	Successes int
 
@@ -63,10 +65,19 @@ func (e Endpoint) State(now uint64) State {
 		return StateFailed
 	case known.Result != probe.Success:
 		return StateUnknown
-	case now < known.FreshUntil && known.ObservedAt > e.WithdrawnAt:
+	case now < e.until() && known.ObservedAt > e.WithdrawnAt:
 		return StateFresh
 	}
 	return StateStale
+}
+
+// until returns until when a success may be answered, as far as is known now.
+func (e Endpoint) until() uint64 {
+	known := e.evidence()
+	if e.ServedAt == 0 {
+		return known.FreshUntil
+	}
+	return max(known.FreshUntil, min(known.TrafficUntil, e.ServedAt+uint64(known.TrafficWindow)))
 }
 
 // Counted returns the state that metrics count the endpoint under: StateNever if it is never answered, State otherwise.
@@ -79,7 +90,7 @@ func (e Endpoint) Counted(now uint64) State {
 
 // FreshFor returns for how long a fresh endpoint will be answered.
 func (e Endpoint) FreshFor(now uint64) time.Duration {
-	until := e.evidence().FreshUntil
+	until := e.until()
 	return time.Duration(until - min(until, now))
 }
 
@@ -99,6 +110,8 @@ func (e Endpoint) Reason(now uint64) probe.Reason {
 		return probe.Reason{Code: Withdrawn, Text: "withdrawn: " + WithdrawalText(e.Cause)}
 	case known.FreshUntil == 0 && e.Never == (probe.Reason{}) && e.Successes > 1:
 		return probe.Reason{Code: Threshold, Text: fmt.Sprintf("%d probes in a row must succeed first (successThreshold)", e.Successes)}
+	case known.TrafficUntil > now:
+		return probe.Reason{Code: NoTraffic, Text: "the last probe timed out or expired, and the pod has not served anybody since"}
 	case known.FreshUntil == 0:
 		return probe.Reason{Code: Expired, Text: "expired"}
 	}

@@ -180,6 +180,8 @@ func compareKeys(a, b datapath.EndpointKey) int {
 type Pod struct {
 	maps *datapath.Pod
 	have Records // what the maps hold
+	// traffic has the ports whose traffic the programs have been asked to look at.
+	traffic map[uint16]bool
 }
 
 // Open reads what the maps hold of a pod.
@@ -188,7 +190,7 @@ func Open(maps *datapath.Pod) (*Pod, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Pod{maps, have}, nil
+	return &Pod{maps, have, map[uint16]bool{}}, nil
 }
 
 // Device is the device that the pod is behind. If the programs know another life of it by now, what is written here has no
@@ -203,12 +205,29 @@ func (p *Pod) Tally(key datapath.EndpointKey) (datapath.Tally, error) { return p
 
 // Sync makes the maps hold the records. After an error it is not known what they hold: the pod must be opened anew.
 func (p *Pod) Sync(want Records) error {
+	if err := p.wantTraffic(want); err != nil {
+		return err
+	}
 	for _, s := range diff(p.have, want) {
 		if err := p.apply(s); err != nil {
 			return err
 		}
 	}
 	p.have = want
+	return nil
+}
+
+// wantTraffic makes the programs look at the traffic of ports where it is evidence, before the records say that it is.
+func (p *Pod) wantTraffic(records Records) error {
+	for key, record := range records {
+		if key.Kind != datapath.KindPort || record.TrafficUntil == 0 || p.traffic[key.Port] {
+			continue
+		}
+		if err := p.maps.WantTraffic(key.Port); err != nil {
+			return err
+		}
+		p.traffic[key.Port] = true
+	}
 	return nil
 }
 

@@ -125,7 +125,7 @@ const daemonPatience = 2 * time.Second
 func (e *Endpoint) add(k api.Endpoint, now uint64) {
 	e.Estimate = k.Estimate
 	if e.Age == nil && k.ObservedAt != 0 && k.Result == probe.Failure.String() {
-		known := e.decides(probe.Evidence{Result: probe.Failure, Status: k.Status, ObservedAt: k.ObservedAt}, 0)
+		known := e.decides(probe.Evidence{Result: probe.Failure, Status: k.Status, ObservedAt: k.ObservedAt}, 0, 0)
 		e.State, e.Status, e.Age = known.State(now), uint16(k.Status), seconds(now, k.ObservedAt)
 		e.explain(e.never(), known.Reason(now))
 	}

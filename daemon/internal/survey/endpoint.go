@@ -56,13 +56,24 @@ func (a *Attachment) readMaps(maps PodMaps, now uint64) error {
 			e.WithdrawnAge, e.WithdrawnCause = seconds(now, last.WithdrawnAt), datapath.WithdrawalCauses[last.WithdrawnCause]
 		}
 		e.Listener = a.listener(e.Port, ports[e.Port].tally)
-		e.judge(evidence, last, now)
+		servedAt := e.servedAt(ports[e.Port].tally)
+		if servedAt != 0 {
+			e.ServedAge = seconds(now, servedAt)
+		}
+		e.judge(evidence, last, servedAt, now)
+		if e.State == status.StateFresh && datapath.IsRealDue(evidence, tally) {
+			e.explain(status.ReasonRealDue(tally.Answered))
+			e.due = true
+		}
 	}
 	for i := range a.Endpoints {
 		e := &a.Endpoints[i]
 		p := ports[e.Port]
 		switch {
 		case e.State != status.StateFresh:
+		case e.due:
+			e.due = e.never() == (probe.Reason{}) && a.WhyNotAnsweredCode == ""
+		case a.isServing(e.Port, p, now):
 		case !datapath.PortFresh(p.evidence, p.tally, now):
 			e.explain(a.heldBack(*e))
 		case a.asksListener(e.Port) && realDue(p.tally):
@@ -72,6 +83,27 @@ func (a *Attachment) readMaps(maps PodMaps, now uint64) error {
 		e.explain(e.never(), e.why(), a.why())
 	}
 	return nil
+}
+
+// servedAt returns when the endpoint's pod was last seen serving its clients, if that is evidence; 0 otherwise. For TCP it
+// suffices that it closed a connection.
+func (e *Endpoint) servedAt(port datapath.Tally) uint64 {
+	switch {
+	case e.Traffic == 0:
+		return 0
+	case e.Kind.Keying() == probe.KeyedByPort:
+		return max(port.ServedAt, port.ClosedAt)
+	}
+	return port.ServedAt
+}
+
+// isServing reports whether connections to a port are taken because the pod serves its clients there.
+func (a *Attachment) isServing(number uint16, p port, now uint64) bool {
+	kind := datapath.KindHTTP
+	if slices.ContainsFunc(a.Endpoints, func(e Endpoint) bool { return e.Port == number && e.Observed && e.Kind.Keying() == probe.KeyedByPort }) {
+		kind = datapath.KindTCP
+	}
+	return p.evidence.ObservedAt > p.tally.WithdrawnAt && datapath.IsServing(p.evidence, p.tally, kind, now)
 }
 
 // get returns zero values for an endpoint without a record.
@@ -84,17 +116,18 @@ func get(maps PodMaps, key datapath.EndpointKey) (datapath.Evidence, datapath.Ta
 }
 
 // decides returns what the endpoint's state depends on.
-func (e *Endpoint) decides(known probe.Evidence, withdrawnAt uint64) status.Endpoint {
+func (e *Endpoint) decides(known probe.Evidence, withdrawnAt, servedAt uint64) status.Endpoint {
 	return status.Endpoint{
 		Kind: e.Kind, Never: e.never(), Withheld: e.Withheld, Bound: time.Duration(e.StalenessBound * float64(time.Second)),
 		Successes: e.Successes, Evidence: known, WithdrawnAt: withdrawnAt, Cause: e.WithdrawnCause,
+		ServedAt: servedAt,
 	}
 }
 
 // judge sets the endpoint's state, and why its own evidence keeps it from being answered. withdrawn is the tally of the latest
 // withdrawal that affects it, its own or its port's.
-func (e *Endpoint) judge(record datapath.Evidence, withdrawn datapath.Tally, now uint64) {
-	known := e.decides(store.Evidence(e.Question, record), withdrawn.WithdrawnAt)
+func (e *Endpoint) judge(record datapath.Evidence, withdrawn datapath.Tally, servedAt, now uint64) {
+	known := e.decides(store.Evidence(e.Question, record), withdrawn.WithdrawnAt, servedAt)
 	e.Status, e.State = record.Status, known.State(now)
 	e.explain(known.Reason(now))
 	if record.ObservedAt != 0 {

@@ -122,6 +122,8 @@ type Endpoint struct {
 	// Listener describes the checks of the port's listening socket; null if the socket is not checked, or if the port has no TCP probe
 	// and no check kept its probes from being answered.
 	Listener *store.Listener `json:"listener" jsonschema:"nullable"`
+	// ServedAge is the time since the pod was last seen serving its clients; null if it was not, or if that is no evidence.
+	ServedAge *float64 `json:"servedAgeSeconds" jsonschema:"nullable"`
 	// Estimate says what mode answer would have done with the probes seen in mode observe; null in other modes, if no probe was
 	// seen, or if the daemon is not running.
 	Estimate *api.Estimate `json:"estimate" jsonschema:"nullable"`
