@@ -1,0 +1,176 @@
+package datapath
+
+import (
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/probelet/probelet/bpf/bpftest"
+)
+
+// armByTraffic makes the endpoint answerable by the pod's traffic only: its last success has expired.
+func (b *bench) armByTraffic(keys ...EndpointKey) {
+	b.t.Helper()
+	for _, key := range keys {
+		e := success(b.t, 200, -time.Second)
+		e.ObservedAt -= uint64(2 * time.Second)
+		e.TrafficUntil, e.TrafficWindowMs = Now()+uint64(time.Hour), 10_000
+		if key.Kind == KindHTTP {
+			e.Check = question(request).Check
+		}
+		b.put(key, e)
+	}
+	b.trust(TrustProven)
+	must(b.t, b.pod.WantTraffic(b.srv.Port()))
+}
+
+// serves passes a packet of the pod to another client.
+func (b *bench) serves(flags, payload string) {
+	b.t.Helper()
+	s := b.fromPod(flags, 1, 1, payload)
+	s.Dst = netip.AddrPortFrom(b.client.Addr(), 50123)
+	if got, _ := b.receives(s.Bytes(b.t, nil)); got != untouched {
+		b.t.Fatalf("the pod's packet to a client %s", got)
+	}
+}
+
+// probes sends an HTTP or TCP probe, and reports whether it is answered. The pod refuses none, and says nothing.
+func (b *bench) probes(http bool) bool {
+	b.t.Helper()
+	b.isn += 0x01000000
+	got, frame := b.sends(b.syn().Bytes(b.t, nil))
+	if got != toClient {
+		b.resets()
+		return false
+	}
+	x := bpftest.ParseSegment(b.t, frame).Seq
+	if !http {
+		b.expect(b.reply(b.toPod("FA", b.isn+1, x+1, "")), "RA", x+1, b.isn+2, "")
+		return true
+	}
+	got, _ = b.sends(b.toPod("PA", b.isn+1, x+1, request).Bytes(b.t, nil))
+	b.resets()
+	return got == toClient
+}
+
+// resets makes the client give up.
+func (b *bench) resets() {
+	b.t.Helper()
+	_, _ = b.sends(b.toPod("R", b.isn+1, 0, "").Bytes(b.t, nil))
+	port := b.tally(PortKey(b.srv.Port()))
+	port.AskedAt = 0 // as if the pod had answered the SYN
+	b.setTally(PortKey(b.srv.Port()), port)
+}
+
+// What shows that a pod serves, and for which probes.
+func TestWhatTrafficShows(t *testing.T) {
+	onBench(t, func(t *testing.T, b *bench) {
+		for name, test := range map[string]struct {
+			flags, payload string
+			http, tcp      bool
+		}{
+			"nothing":                  {"A", "", false, false},
+			"a response":               {"PA", "HTTP/1.1 200 OK\r\n", true, true},
+			"the last response":        {"FPA", "HTTP/1.0 204 No Content\r\n\r\n", true, true},
+			"a client's error":         {"PA", "HTTP/1.1 404 Not Found\r\n", true, true},
+			"the last client's error":  {"PA", "HTTP/1.1 499 \r\n\r\n", true, true},
+			"a server's error":         {"PA", "HTTP/1.1 500 Internal\r\n", false, false},
+			"a server's error, closed": {"FPA", "HTTP/1.1 503 Unavailable\r\n", false, true},
+			"an interim response":      {"PA", "HTTP/1.1 100 Continue\r\n\r\n", false, false},
+			"a body":                   {"PA", "body: HTTP/1.1 200 OK", false, false},
+			"another protocol":         {"PA", "SSH-2.0-OpenSSH_9.9\r\n", false, false},
+			"an end":                   {"FA", "", false, true},
+			"a reset":                  {"RA", "", false, false},
+			"a response and a reset":   {"RPA", "HTTP/1.1 200 OK\r\n", false, false},
+			"a short packet":           {"PA", "HTTP/1.1 20", false, false},
+		} {
+			for _, http := range []bool{true, false} {
+				b.reset()
+				must(t, b.d.IgnoreTraffic())
+				keys := []EndpointKey{PortKey(8080), b.asked()}
+				if !http {
+					keys[1] = TCPKey(8080)
+				}
+				b.armByTraffic(keys...)
+				b.serves(test.flags, test.payload)
+				want := test.tcp
+				if http {
+					want = test.http
+				}
+				if got := b.probes(http); got != want {
+					t.Errorf("%s, HTTP %v: answered %v, want %v", name, http, got, want)
+				}
+			}
+		}
+	})
+}
+
+// Traffic speaks for a while, for the port that sent it, while the evidence permits, and not after an error.
+func TestTrafficHasBounds(t *testing.T) {
+	const ok = "HTTP/1.1 200 OK\r\n\r\n"
+	onBench(t, func(t *testing.T, b *bench) {
+		for name, test := range map[string]struct {
+			change func()
+			want   bool
+		}{
+			"as is":                  {func() {}, true},
+			"within the window":      {func() { b.wait(9 * time.Second) }, true},
+			"after the window":       {func() { b.wait(11 * time.Second) }, false},
+			"after the evidence":     {func() { b.wait(2 * time.Hour); b.serves("PA", ok) }, false},
+			"a reset probe":          {func() { b.withdraws(PortKey(8080)) }, false},
+			"an error status":        {func() { b.withdraws(b.asked()) }, false},
+			"a listener that closed": {func() { b.voidPod(Now()) }, false},
+			"a failure":              {func() { e := success(t, 200, time.Hour); e.Result = ResultFailure; b.putFor(request, e) }, false},
+			"ignored":                {func() { must(t, b.d.IgnoreTraffic()); b.wait(11 * time.Second); b.serves("PA", ok) }, false},
+			"another life of it":     {func() { b.attach(); b.armByTraffic(PortKey(8080), b.asked()) }, false},
+			"untrusted":              {func() { b.trust(TrustLost) }, false},
+		} {
+			b.reset()
+			must(t, b.d.IgnoreTraffic())
+			b.armByTraffic(PortKey(8080), b.asked())
+			b.serves("PA", ok)
+			test.change()
+			if got := b.probes(true); got != test.want {
+				t.Errorf("%s: answered %v, want %v", name, got, test.want)
+			}
+		}
+	})
+}
+
+// Every tenth probe reaches the pod, whatever the traffic, and whatever else is known.
+func TestEveryTenthProbeIsReal(t *testing.T) {
+	onBench(t, func(t *testing.T, b *bench) {
+		for _, http := range []bool{true, false} {
+			for _, fresh := range []bool{false, true} {
+				b.reset()
+				key := b.asked()
+				if !http {
+					key = TCPKey(8080)
+				}
+				b.armByTraffic(PortKey(8080), key)
+				if fresh {
+					for _, k := range []EndpointKey{PortKey(8080), key} {
+						e, _, err := b.pod.Get(k)
+						must(t, err)
+						e.FreshUntil = Now() + uint64(time.Hour)
+						b.put(k, e)
+					}
+				}
+				b.serves("FPA", "HTTP/1.1 200 OK\r\n\r\n")
+				for i := 1; i <= 3*(MaxTrafficAnswers+1); i++ {
+					if got, want := b.probes(http), i%(MaxTrafficAnswers+1) != 0; got != want {
+						t.Fatalf("HTTP %v, fresh %v: probe %d answered %v, want %v", http, fresh, i, got, want)
+					}
+				}
+			}
+		}
+	})
+}
+
+// withdraws acts as if the kernel had withdrawn the evidence under a key.
+func (b *bench) withdraws(key EndpointKey) {
+	b.t.Helper()
+	tally := b.tally(key)
+	tally.WithdrawnAt = Now()
+	b.setTally(key, tally)
+}
