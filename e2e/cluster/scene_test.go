@@ -167,6 +167,8 @@ type endpoint struct {
 		Container, Type                                   string
 		WorstDetectionSeconds, WorstDetectionPlainSeconds float64
 	}
+
+	StalenessBoundSeconds, TrafficWindowSeconds float64
 }
 
 // of returns the attachment of a pod, or an empty one.

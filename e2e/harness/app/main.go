@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -118,6 +119,15 @@ func (a *app) handler(port string) http.Handler {
 		_, _ = io.WriteString(w, "healthy, says the program\n")
 	}
 	mux.HandleFunc("/", healthy)
+	mux.HandleFunc("/work", func(w http.ResponseWriter, r *http.Request) {
+		cpu, err := time.ParseDuration(r.URL.Query().Get("cpu"))
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		burn(cpu)
+		w.WriteHeader(int(a.status.Load()))
+	})
 	mux.HandleFunc("/seen", func(w http.ResponseWriter, _ *http.Request) {
 		_ = json.NewEncoder(w).Encode(Seen{a.probes.Load(), a.others.Load(), a.empty.Load()})
 	})
@@ -126,6 +136,24 @@ func (a *app) handler(port string) http.Handler {
 		_ = json.NewEncoder(w).Encode(a.client.end())
 	})
 	return mux
+}
+
+// burn uses CPU time, however long that takes.
+func burn(cpu time.Duration) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	for end := used() + cpu; used() < end; {
+	}
+}
+
+// used returns the CPU time of this thread.
+func used() time.Duration {
+	const thread = 1 // RUSAGE_THREAD, which package syscall lacks
+	var usage syscall.Rusage
+	if err := syscall.Getrusage(thread, &usage); err != nil {
+		log.Fatal(err)
+	}
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
 
 // set changes the program's behaviour: ?status=500, ?hang=10s, ?close=PORT, ?open=PORT, ?exit=1.
