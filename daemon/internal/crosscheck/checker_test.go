@@ -175,14 +175,14 @@ func TestCheckerOfAnotherKubelet(t *testing.T) {
 	}
 }
 
-// What keeps the verdicts from being had is said once, as is that they can be had again.
+// The verdicts becoming unavailable is logged once, and so is their return.
 func TestCheckerRefused(t *testing.T) {
 	s := newScene(t)
 	s.probe(Counts{Succeeded: 5}, Verdicts{5, 0})
 	s.refuse.Store(true)
 	s.run(t)
 	s.refuse.Store(false)
-	eventually(t, "said", func() bool { return strings.Contains(s.log(), "can be had again") })
+	eventually(t, "said", func() bool { return strings.Contains(s.log(), "are available again") })
 	if log := s.log(); strings.Count(log, "level=WARN") != 1 || !strings.Contains(log, "403 Forbidden") {
 		t.Errorf("logged:\n%s", log)
 	}
