@@ -7,7 +7,7 @@ import (
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
 func (s *scene) ctl(t *testing.T, args ...string) string {
@@ -26,7 +26,7 @@ func expectText(t *testing.T, text string, patterns ...string) {
 	}
 }
 
-// What a person asks about a pod, with the daemon and without.
+// The answers to a user's questions about a pod, with and without the daemon.
 func TestExplainAndInvalidate(t *testing.T) {
 	s := newScene(t, node.PTP)
 	p := s.newFreshPod(longHTTP, longTCP)
@@ -77,13 +77,13 @@ func TestExplainAndInvalidate(t *testing.T) {
 		`(?s)TCP :9090\n +state +stale, observed .*reaches the pod: withdrawn: a listening socket of the pod was closed`,
 		`ago +withdrawn by the kernel: a listening socket of the pod was closed`)
 
-	p.probe(longHTTP, p.IPv4, 1) // what is known of it was void, too
+	p.probe(longHTTP, p.IPv4, 1) // closing the socket withdrew this evidence, too
 	must(t, s.AwaitState(p.Pod, longHTTP.Port, longHTTP.Path, node.Fresh))
 	s.daemon.Kill()
 	text := s.ctl(t, "explain", name)
 	expectText(t, text, `probeletd: NOT RUNNING; [12] endpoints? (is|are) still answered in the kernel, until \d\d:\d\d:\d\d \S+ \(\d+m.* from now\)`, `next probe +answered in the kernel`, `answered in the kernel \(3 times so far\)`)
 	if strings.Contains(text, "observed by probe") {
-		t.Errorf("remembered what only the daemon knows:\n%s", text)
+		t.Errorf("shows what only the daemon knows:\n%s", text)
 	}
 	for want, args := range map[string][]string{
 		`probeletd is not running, and only it can withdraw evidence; default/pod1: 1 endpoint is still answered in the kernel, until `: {"invalidate", name},

@@ -11,10 +11,10 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// What is not well is named, with what to do about it; what is well is no matter.
+// doctor names problems together with their remedies, and does not report what is healthy.
 func TestDoctor(t *testing.T) {
 	s := newScene(t, node.PTP)
 	p := s.newFreshPod(longHTTP)
@@ -27,7 +27,7 @@ func TestDoctor(t *testing.T) {
 	expectText(t, text,
 		`ok +kernel +Linux \d`, `ok +bpffs`, `ok +cgroup v2`, `ok +capabilities +the daemon has all`, `ok +BPF objects`,
 		`ok +chain +network `, `ok +plugin`, `ok +daemon +process \d+, ready`,
-		`note +states +container changes are not pushed: a file of specs does not tell of containers`, `note +prober +cgroup \d+, which is not a kubelet's`,
+		`note +states +container changes are not pushed: a specs file does not report container states`, `note +prober +cgroup \d+, which is not a kubelet's`,
 		`ok +attachments +1, all complete`)
 
 	device, err := netlinksafe.LinkByName(p.HostDevice)
@@ -44,11 +44,11 @@ func TestDoctor(t *testing.T) {
 		FilterAttrs: netlink.FilterAttrs{
 			LinkIndex: device.Attrs().Index, Parent: netlink.HANDLE_MIN_INGRESS, Priority: 7, Protocol: unix.ETH_P_ALL,
 		},
-		Fd: program.FD(), Name: "somebody's", DirectAction: true,
+		Fd: program.FD(), Name: "other", DirectAction: true,
 	}))
 	text, err = doctor(s.NetDir())
 	must(t, err)
-	expectText(t, text, `note +attachments +other programs on `+p.HostDevice+` of default/pod1: bpf filter, priority 7, somebody's at tc filter ingress, after ours`)
+	expectText(t, text, `note +attachments +other programs on `+p.HostDevice+` of default/pod1: bpf filter, priority 7, other at tc filter ingress, after ours`)
 
 	must(t, s.daemon.Stop())
 	pins, err := filepath.Glob(filepath.Join(s.BPFDir, "*", "attachments", "*"))

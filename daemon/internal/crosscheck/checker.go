@@ -3,8 +3,6 @@ package crosscheck
 import (
 	"context"
 	"errors"
-	"fmt"
-	"io"
 	"log/slog"
 	"net/http/httptrace"
 	"time"
@@ -18,12 +16,6 @@ const Path = "/metrics/probes"
 const (
 	// settle is how long either side may take to count a probe that has ended. The daemon reads observations 20 times a second.
 	settle = time.Second
-	// timeout is for one request to the kubelet.
-	timeout = 10 * time.Second
-	// share limits requests to the kubelet to one part in so many of the time.
-	share = 10
-	// maxAnswer is the size limit of a response, in bytes.
-	maxAnswer = 256 << 20
 	// LongestInterval is short enough to keep the connection to the kubelet open, which closes it after 90 s
 	// (pkg/kubelet/server/server.go). The same connection means the same kubelet.
 	LongestInterval = time.Minute
@@ -68,7 +60,7 @@ func (c *Checker) Run(ctx context.Context) {
 			return
 		}
 		c.note(err)
-		rest = max(c.interval, share*took)
+		rest = max(c.interval, kubelet.Share*took)
 	}
 }
 
@@ -116,7 +108,7 @@ func (c *Checker) observed(ctx context.Context) (map[ID]Endpoint, error) {
 
 // verdicts also reports whether the kubelet may have restarted: it has not if the connection is still the same.
 func (c *Checker) verdicts(ctx context.Context) (all map[Worker]Verdicts, restarted bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+	ctx, cancel := context.WithTimeout(ctx, kubelet.Timeout)
 	defer cancel()
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GotConn: func(i httptrace.GotConnInfo) { restarted = !i.Reused },
@@ -126,10 +118,7 @@ func (c *Checker) verdicts(ctx context.Context) (all map[Worker]Verdicts, restar
 		return nil, true, err
 	}
 	defer response.Body.Close() //nolint:errcheck // read only
-	answer := &io.LimitedReader{R: response.Body, N: maxAnswer}
-	if all, err = parse(answer); err == nil && answer.N == 0 {
-		err = fmt.Errorf("response of more than %d MiB", maxAnswer>>20)
-	}
+	all, err = parse(kubelet.Limit(response.Body, kubelet.MaxAnswer))
 	return all, restarted, err
 }
 

@@ -19,7 +19,7 @@ import (
 
 func TestMain(m *testing.M) { bpftest.RunInOwnCgroup(m.Run) }
 
-// On a real device: a program of another agent drops an answer; what is said of that, and what trust does about it.
+// On a real device, another agent's program drops an answer: the commands show that, and trust resolves it.
 func TestTrustOfARealDevice(t *testing.T) {
 	pod := bpftest.NewNode(t).AddPod(t)
 	bpfDir, stateDir := bpftest.BPFDir(t), t.TempDir()
@@ -68,7 +68,7 @@ func TestTrustOfARealDevice(t *testing.T) {
 
 	bpftest.AcceptAll(pod.Listen(t, 8080))
 	pod.NewDropper(t).At(t, bpftest.HostIn, 8080, bpftest.Drop{Mask: bpftest.SYN, Flags: bpftest.SYN, First: 1})
-	_ = pod.Dial(t, fmt.Sprintf("%s:8080", pod.IPv4)).Close() // held up until its SYN comes again
+	_ = pod.Dial(t, fmt.Sprintf("%s:8080", pod.IPv4)).Close() // delayed until the SYN is repeated
 	for _, args := range [][]string{{"status"}, {"explain", "shop/web"}} {
 		said := run(args...)
 		for _, want := range []string{"answers through " + pod.HostIfName + " stopped arriving ", "a prober repeated its SYN", "dropper at tc filter ingress, after ours"} {
@@ -82,7 +82,7 @@ func TestTrustOfARealDevice(t *testing.T) {
 		t.Errorf("said %q", said)
 	}
 	var said string
-	for range 50 { // the server may be slow to accept, and then the next connection is not taken
+	for range 50 { // if the server is slow to accept, the next connection is not taken
 		_ = pod.Dial(t, fmt.Sprintf("%s:8080", pod.IPv4)).Close()
 		if said = run("explain", "shop/web"); strings.Contains(said, "answers through "+pod.HostIfName+" arrive") {
 			return

@@ -152,7 +152,7 @@ func (s *Still) Words(now time.Time) string {
 		return "what the kernel still answers is unknown"
 	}
 	if s.Endpoints == 0 {
-		return "nothing is answered: every probe reaches its pod"
+		return "nothing is answered, so every probe reaches its pod"
 	}
 	left := time.Duration(s.For * float64(time.Second))
 	what := "1 endpoint is"

@@ -51,7 +51,7 @@ func TestStill(t *testing.T) {
 		want  string
 	}{
 		{nil, "what the kernel still answers is unknown"},
-		{&Still{}, "nothing is answered: every probe reaches its pod"},
+		{&Still{}, "nothing is answered, so every probe reaches its pod"},
 		{&Still{1, 0.25}, "1 endpoint is still answered in the kernel, until 12:00:00 UTC (300ms from now) at the latest; nothing renews that"},
 		{&Still{3, 90}, "3 endpoints are still answered in the kernel, until 12:01:30 UTC (1m30s from now) at the latest; nothing renews that"},
 	} {
