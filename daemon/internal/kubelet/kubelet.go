@@ -71,13 +71,13 @@ func (e *Error) Error() string { return e.Err.Error() }
 func (e *Error) Unwrap() error { return e.Err }
 
 // Unreachable is the kind of failures to connect, or to get a complete response in time.
-const Unreachable = "is not reachable"
+const Unreachable = "is unreachable"
 
 // Get returns a response with status 200, whose body the caller must close. The error is an *Error.
 func (c *Client) Get(ctx context.Context, accept string) (*http.Response, error) {
 	request, err := c.request(ctx, accept)
 	if err != nil {
-		return nil, &Error{"cannot be asked", err}
+		return nil, &Error{"cannot be queried", err}
 	}
 	response, err := c.client.Do(request)
 	if err != nil {
@@ -85,7 +85,7 @@ func (c *Client) Get(ctx context.Context, accept string) (*http.Response, error)
 	}
 	if response.StatusCode != http.StatusOK {
 		_ = response.Body.Close()
-		return nil, &Error{"refuses: " + response.Status, errors.New(response.Status)}
+		return nil, &Error{"refuses the request: " + response.Status, errors.New(response.Status)}
 	}
 	return response, nil
 }
