@@ -36,7 +36,6 @@ type apiServer struct {
 	forbidden []string
 	// says has the output and exit code of probeletctl, by the daemon's pod.
 	says map[string]func(args []string) (text string, code int)
-	ran  []string // pods and arguments
 }
 
 func newAPIServer(t *testing.T) *apiServer {
@@ -120,7 +119,6 @@ type executor struct{ *apiServer }
 func (e executor) ExecInContainer(_ context.Context, pod, _, _ string, command []string, _ io.Reader, stdout, stderr io.WriteCloser,
 	_ bool, _ <-chan remotecommand.TerminalSize, _ time.Duration,
 ) error {
-	e.ran = append(e.ran, pod+": "+strings.Join(command, " "))
 	says := e.says[pod]
 	if says == nil {
 		return errors.New("container not found")
