@@ -5,10 +5,11 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 BIN := $(CURDIR)/bin
-CLANG_PACKAGES := clang-19 llvm-19 clang-format-19 libbpf-dev linux-libc-dev
+CLANG_PACKAGES := clang-19 llvm-19 clang-format-19
 
 # The runtime executes the CNI plugin once per pod, on any distribution: keep it small and static.
-# Set VERSION=v1.2.3 where there is no version control to stamp; elsewhere Go records the revision.
+# The version that the binaries report. Set it (VERSION=v1.2.3) where there is no repository, such as in an image build.
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 GO_BUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X github.com/probelet/probelet/internal/version.linked=$(VERSION)'
 # The kubelet's prober reports the Kubernetes version in its User-Agent; the kubelet's own build sets it like this.
 KUBE_VERSION := -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=37
@@ -73,7 +74,7 @@ race: ## Run the tests under Go's race detector (root; gcc)
 
 .PHONY: churn
 churn: ## Create and delete 100,000 pods, and check that the daemon does not grow (root)
-	go test -count=1 -timeout 30m -v -run 'TestChurn$$' ./daemon/cmd/probeletd -churn 100000
+	go test -count=1 -timeout 30m -v -run 'TestChurn$$' ./daemon/internal/agent -churn 100000
 
 FUZZTIME ?= 10m
 .PHONY: fuzz
@@ -174,7 +175,6 @@ generate: clang ## Recompile the BPF programs (after a change in bpf/)
 .PHONY: clang
 clang:
 	$(call need,clang-19 clang-format-19 llvm-strip-19,$(CLANG_PACKAGES))
-	@[ -e /usr/include/bpf/bpf_helpers.h ] || { echo "bpf_helpers.h is missing: apt-get install $(CLANG_PACKAGES)"; exit 1; }
 
 .PHONY: clean
 clean: ## Remove bin/

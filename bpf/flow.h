@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
 /*
- * Connections of a prober. What each packet does in each state; "drop" does not tell the client's TCP:
+ * Connections of a prober. The table shows what each packet does in each state. "drop" is hidden from the client's TCP:
  *
  *   packet of           | OBSERVING        | TAKEN                    | HANDING                 | HANDED
  *   --------------------|------------------|--------------------------|-------------------------|----------------------
@@ -38,36 +38,36 @@
  *                       | OBSERVING_NS, the|                          |                         |
  *                       | pod's SYN-ACK    |                          |                         |
  *
- * A flow whose owner vanished without a FIN or RST that passed here stays until sweep removes it after its deadline.
- * Until then it does no harm, since no other sender's packets are taken for its owner's.
+ * If an owner vanishes without a FIN or RST passing here, its flow stays until sweep removes it after the deadline. It
+ * is harmless until then, because packets of other senders are never mistaken for the owner's.
  *
- * DONE: a handed-over connection is not recorded any more, because its client has closed or it is not a probe's.
- * ANSWERED: the first bytes of an answer were seen. Whether a reset after them is a failure is for the daemon to judge.
+ * DONE: a handed-over connection is no longer recorded, because its client has closed or it is not a probe.
+ * ANSWERED: the first bytes of an answer were seen. The daemon judges whether a reset after them is a failure.
  *
- * The last acknowledgement ends a flow as it passes. Should it get lost between us and its receiver, the repeated FIN
- * is no longer translated, and that side's socket waits in LAST_ACK until its kernel gives up. All data has arrived by
- * then.
+ * The last acknowledgement ends a flow as it passes. If it gets lost between us and its receiver, the repeated FIN is
+ * no longer translated, and that side's socket waits in LAST_ACK until its kernel gives up. By then all data has
+ * arrived.
  */
 #ifndef PROBELET_FLOW_H
 #define PROBELET_FLOW_H
 
+#include "kernel.h"
 #include "maps.h"
 #include "parse.h"
 
 #define CONNECTING_NS (30 * SECOND_NS) /* a client that gives up connecting sends nothing */
 #define OBSERVING_NS (600 * SECOND_NS)
-#define TAKEN_NS (3 * 3600 * SECOND_NS) /* above 2 h, after which Linux sends a keep-alive (tcp_keepalive_time) */
-#define HANDING_NS (130 * SECOND_NS)	/* above 120 s, the longest that Linux waits to retransmit (TCP_RTO_MAX) */
+#define TAKEN_NS (3 * 3600 * SECOND_NS) /* more than 2 h, after which Linux sends a keep-alive (tcp_keepalive_time) */
+#define HANDING_NS (130 * SECOND_NS)	/* more than 120 s, Linux's longest retransmission timeout (TCP_RTO_MAX) */
 #define HANDED_NS (3 * 3600 * SECOND_NS)
 
 #define DEFAULT_MSS 536 /* RFC 9293, section 3.7.1 */
 
-/* linux/socket.h, enum sock_type */
 #define SOCK_STREAM 1
 
 /*
  * Reports whether a packet to the pod comes from the flow's socket, or from the kernel on behalf of one that is gone (a
- * RST, an ACK in TIME_WAIT). The kernel's own have no socket, or one of its raw ones.
+ * RST, or an ACK in TIME_WAIT). The kernel's own packets have no socket, or a raw one.
  */
 static __always_inline bool is_from_owner(struct __sk_buff *skb, const struct flow *flow)
 {
@@ -84,7 +84,7 @@ static __always_inline bool is_from_owner(struct __sk_buff *skb, const struct fl
 	return !sk || sk->type != SOCK_STREAM;
 }
 
-/* Sets flags of a flow in the map, and returns all its flags. steer and observe may do so at the same time. */
+/* Sets flags of a flow in the map and returns all its flags. steer and observe may do so at the same time. */
 static __always_inline __u32 set_flags(struct flow *flow, __u32 flags)
 {
 	return __sync_fetch_and_or(&flow->flags, flags) | flags;
@@ -95,7 +95,7 @@ static __always_inline void clear_flags(struct flow *flow, __u32 flags)
 	__sync_fetch_and_and(&flow->flags, ~flags);
 }
 
-/* A barrier too: steer and observe may both set it, for a flow that is just being handed over. */
+/* Sets the deadline of a flow. Also a barrier: steer and observe may both set it while a flow is being handed over. */
 static __always_inline void set_deadline(struct flow *flow, __u64 from_now)
 {
 	__sync_lock_test_and_set(&flow->deadline, bpf_ktime_get_boot_ns() + from_now);
@@ -120,7 +120,7 @@ static __always_inline void forget_stored(const struct flow_key *key, struct flo
 	bpf_map_delete_elem(&requests, key);
 }
 
-/* Removes a flow. Don't touch it afterwards: its memory may already be another flow's. */
+/* Removes a flow. Do not touch it afterwards: its memory may already be another flow's. */
 static __always_inline void end_flow(const struct flow_key *key, struct flow *flow)
 {
 	forget_stored(key, flow);
@@ -129,8 +129,8 @@ static __always_inline void end_flow(const struct flow_key *key, struct flow *fl
 }
 
 /*
- * Stores a segment's payload and FIN, offset bytes into the client's data, until the pod accepts the connection.
- * Returns false if they do not follow what is stored, or do not fit.
+ * Stores a segment's payload and FIN, at an offset in the client's data, until the pod accepts the connection. Returns
+ * false if they do not follow what is already stored, or do not fit.
  */
 static __always_inline bool store(struct __sk_buff *skb, const struct segment *seg, struct flow *flow, __u32 offset)
 {
@@ -164,91 +164,10 @@ static __always_inline bool store(struct __sk_buff *skb, const struct segment *s
 	for (int i = 0; i < STORED_MAX / 512; i++) /* the helper takes 512 bytes at a time */
 		stored->sum = bpf_csum_diff(NULL, 0, (void *)(stored->bytes + 512 * i), 512, stored->sum);
 	stored->owner = flow->owner;
-	/* The length first, with a barrier: observe must not find the FIN with the length of before. */
+	/* Set the length first, with a barrier: observe must not see the FIN together with the previous length. */
 	__sync_lock_test_and_set(&stored->len, offset + len);
 	stored->fin = !!(seg->tcp_flags & TCP_FIN);
 	return true;
-}
-
-/* A record while it is assembled. */
-struct recording {
-	struct record record;
-	__u8 payload[RECORDED_MAX];
-};
-
-/* key: 0; value: working memory of record_packet, per CPU. Nothing in it outlives one packet. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct recording);
-} recording SEC(".maps");
-
-/* Returns how many of len bytes at an offset are recorded. */
-static __always_inline __u32 recorded_of(__u32 offset, __u32 len)
-{
-	if (offset >= RECORDED_MAX)
-		return 0;
-	return len < RECORDED_MAX - offset ? len : RECORDED_MAX - offset;
-}
-
-/* Appends a record to the ring. ends: it is the last of its connection. Returns false if there is no room. */
-static __always_inline bool append(const struct recording *r, __u32 size, bool ends)
-{
-	/* The daemon is woken for a whole exchange, or before records get lost. */
-	bool wake = ends || bpf_ringbuf_query(&records, BPF_RB_AVAIL_DATA) > RECORDS_BYTES / 4;
-
-	return !bpf_ringbuf_output(&records, (void *)r, size, wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
-}
-
-/*
- * Records a packet of an observed connection, if it has something to record. Call it before the packet is changed.
- * Returns 0. A global function, so that the verifier checks it once.
- */
-__noinline int record_packet(struct __sk_buff *skb, const struct segment *seg, struct flow *flow, __u32 from_pod)
-{
-	__u32 zero = 0, bytes;
-	struct recording *r;
-	bool ends;
-
-	if (!seg || !flow || flow->flags & (FLOW_DONE | FLOW_UNRECORDED))
-		return 0;
-	r = bpf_map_lookup_elem(&recording, &zero);
-	if (!r)
-		return 0;
-	r->record.offset = r->record.len = 0;
-	if (!(seg->tcp_flags & (TCP_SYN | TCP_RST))) {
-		r->record.offset = seg->seq - 1 - (from_pod ? flow->pod_isn : flow->client_isn);
-		r->record.len = seg->payload;
-	}
-	bytes = recorded_of(r->record.offset, r->record.len);
-	if (!bytes && !(seg->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)))
-		return 0;
-	if (bytes) {
-		asm volatile("" : "+r"(bytes)); /* as in store, for verifiers before 6.3 */
-		bytes = ((bytes - 1) & (RECORDED_MAX - 1)) + 1;
-		if (bpf_skb_load_bytes(skb, ETH_HLEN + seg->l3_len + seg->tcp_len, r->payload, bytes))
-			bytes = 0;
-	}
-	r->record.owner = flow->owner;
-	r->record.started_at = flow->started_at;
-	r->record.observed_at = bpf_ktime_get_boot_ns();
-	r->record.question = flow->question;
-	r->record.device.ifindex = seg->flow.ifindex;
-	r->record.device.generation = flow->generation;
-	r->record.port = seg->flow.pod_port;
-	r->record.from_pod = from_pod;
-	r->record.tcp_flags = seg->tcp_flags;
-	r->record.recorded = bytes;
-	ends = seg->tcp_flags & TCP_RST || (!from_pod && seg->tcp_flags & TCP_FIN);
-	if (!append(r, sizeof(r->record) + bytes, ends)) {
-		set_flags(flow, FLOW_UNRECORDED);
-		count(COUNT_RECORDS_LOST);
-	} else if (ends) {
-		set_flags(flow, FLOW_DONE);
-		count(COUNT_OBSERVED);
-	}
-	return 0;
 }
 
 #endif

@@ -1,99 +1,36 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
 /*
- * The listening socket that a SYN would meet in its pod: finding it, and judging whether an answer in its name would be
- * true. A TCP probe asks whether the kernel would accept a connection, so the kernel's own socket is the evidence. A
- * process that accepts nothing any more fills its queue with the probes that reach it, until the kernel refuses them.
- * Answers would keep the queue from filling, so they end while it shows that somebody waits in it, and a few may be
- * given (answers_max) before one must reach the pod and wait there.
+ * The listening socket that a SYN would meet in its pod: finding it, and judging whether an answer on its behalf would
+ * be true. A TCP probe asks whether the kernel would accept a connection, so the kernel's own socket is the evidence.
+ * If a process stops accepting, the probes that reach it fill its queue until the kernel refuses them. Answers would
+ * keep the queue from filling. So none is given while connections wait in it, and only a few in a row (answers_max)
+ * before a probe must reach the pod and wait there.
  */
 #ifndef PROBELET_LISTENER_H
 #define PROBELET_LISTENER_H
 
 #include <bpf/bpf_core_read.h>
 
+#include "count.h"
 #include "evidence.h"
+#include "kernel.h"
 #include "maps.h"
 #include "parse.h"
+#include "scratch.h"
 
-/* Set by the loader: 1 where the kernel describes its types (BTF) and lets this program follow them (CAP_PERFMON). */
+/* Set by the loader: 1 if the kernel describes its types (BTF) and lets this program read them (CAP_PERFMON). */
 const volatile __u8 sees_listeners = 0;
 
-/* A connection that waits longer to be accepted tells of a process that is stuck, not of one that is busy. */
+/* A connection that waits longer than this to be accepted indicates a process that is stuck, not merely busy. */
 #define LISTENER_WAIT_US 50000
 #define ANSWERS_MAX 9
-
-#define STATE_CLOSE 7	/* TCP_CLOSE in include/net/tcp_states.h */
-#define STATE_LISTEN 10 /* TCP_LISTEN */
-#define STATE_NEW_SYN_RECV 12
-
-/* The fields that are read of the kernel's types. CO-RE relocates their offsets to the running kernel's. */
-#define KERNEL_TYPE __attribute__((preserve_access_index))
-struct ns_common {
-	unsigned int inum;
-} KERNEL_TYPE;
-struct net {
-	struct ns_common ns;
-	__u64 net_cookie;
-} KERNEL_TYPE;
-typedef struct {
-	struct net *net;
-} KERNEL_TYPE possible_net_t;
-struct sock;
-struct sock_common {
-	struct sock *skc_listener; /* of a request_sock */
-	volatile unsigned char skc_state;
-	unsigned char skc_reuseport : 1;
-	int skc_bound_dev_if;
-	__u16 skc_num;
-	possible_net_t skc_net;
-} KERNEL_TYPE;
-struct sk_filter;
-struct sock {
-	struct sock_common __sk_common;
-	struct sk_filter *sk_filter;
-	__u32 sk_ack_backlog;
-	__u32 sk_max_ack_backlog;
-} KERNEL_TYPE;
-struct ipv6_pinfo {
-	__u8 min_hopcount;
-} KERNEL_TYPE;
-struct inet_sock {
-	struct sock sk;
-	struct ipv6_pinfo *pinet6;
-	__u8 min_ttl;
-} KERNEL_TYPE;
-typedef struct {
-	int counter;
-} KERNEL_TYPE atomic_t;
-struct request_sock {
-	struct sock_common __req_common;
-	struct request_sock *dl_next;
-} KERNEL_TYPE;
-struct request_sock_queue {
-	atomic_t qlen;
-	struct request_sock *rskq_accept_head;
-} KERNEL_TYPE;
-struct inet_connection_sock {
-	struct inet_sock icsk_inet;
-	struct request_sock_queue icsk_accept_queue;
-} KERNEL_TYPE;
-struct tcp_md5sig_info;
-struct tcp_ao_info;
-struct tcp_sock {
-	struct inet_connection_sock inet_conn;
-	struct tcp_md5sig_info *md5sig_info; /* CONFIG_TCP_MD5SIG */
-	struct tcp_ao_info *ao_info;	     /* CONFIG_TCP_AO, since 6.7 */
-} KERNEL_TYPE;
-struct tcp_request_sock {
-	__u64 snt_synack;
-} KERNEL_TYPE;
 
 static __always_inline __u64 now_us(void)
 {
 	return bpf_ktime_get_ns() / 1000; /* tcp_clock_us in include/net/tcp.h */
 }
 
-/* Reports whether a listening socket refuses packets that others would take. */
+/* Reports whether a listening socket refuses packets that an ordinary one would accept. */
 static __always_inline bool is_special(const struct tcp_sock *tcp)
 {
 	const struct inet_sock *inet = &tcp->inet_conn.icsk_inet;
@@ -108,8 +45,8 @@ static __always_inline bool is_special(const struct tcp_sock *tcp)
 }
 
 /*
- * Looks at a listening socket, which is released afterwards. Returns 0, or -1 unless it is one. The queues are read
- * without their locks: a connection that comes or goes just now may be counted or not.
+ * Copies the state of a socket to l. Returns 0, or -1 if it is not a listening socket. The queues are read without
+ * their locks, so a connection that comes or goes meanwhile may or may not be counted.
  */
 static __always_inline int examine(const struct tcp_sock *tcp, struct listener *l)
 {
@@ -137,23 +74,28 @@ static __always_inline int examine(const struct tcp_sock *tcp, struct listener *
 	return 0;
 }
 
+/* Returns the pod's socket that would receive a packet with s->tuple, or NULL. The caller must release it. */
+static __always_inline struct bpf_sock *look_up_tuple(struct __sk_buff *skb, struct scratch *s, int nsid)
+{
+	if (s->is_ipv4)
+		return bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv4), nsid, 0);
+	return bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv6), nsid, 0);
+}
+
 enum found {
 	FOUND_NONE,
-	FOUND_LISTENER, /* and s->listener is filled in */
+	FOUND_LISTENER, /* s->listener is filled in */
 	FOUND_OTHER,
 };
 
-/* Finds the socket to which the pod's kernel would give the SYN in s->tuple. */
+/* Looks up the socket that would receive the SYN in s->tuple. */
 static __always_inline enum found look_up(struct __sk_buff *skb, struct scratch *s, int nsid)
 {
 	enum found result = FOUND_OTHER;
 	const struct tcp_sock *tcp;
 	struct bpf_sock *found;
 
-	if (s->is_ipv4)
-		found = bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv4), nsid, 0);
-	else
-		found = bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv6), nsid, 0);
+	found = look_up_tuple(skb, s, nsid);
 	if (!found)
 		return FOUND_NONE;
 	tcp = bpf_skc_to_tcp_sock(found);
@@ -164,8 +106,8 @@ static __always_inline enum found look_up(struct __sk_buff *skb, struct scratch 
 }
 
 /*
- * Finds the listening socket that the SYN in s->tuple would meet. Returns 0, or -1 if there is none. A global function,
- * so that the verifier checks it once.
+ * Finds the listening socket that the SYN in s->tuple would meet. Returns 0, or -1 if there is none. It is a global
+ * function so that the verifier checks it only once.
  */
 __noinline int find_listener(struct __sk_buff *skb, struct scratch *s, int nsid)
 {
@@ -175,7 +117,7 @@ __noinline int find_listener(struct __sk_buff *skb, struct scratch *s, int nsid)
 		return -1;
 	found = look_up(skb, s, nsid);
 	if (found == FOUND_OTHER) {
-		/* The pod still has an earlier connection on these ports; a listener may be behind it. */
+		/* The pod still has an earlier connection on these ports, which may hide a listener. */
 		if (s->is_ipv4)
 			s->tuple.ipv4.sport = 0;
 		else
@@ -186,8 +128,8 @@ __noinline int find_listener(struct __sk_buff *skb, struct scratch *s, int nsid)
 }
 
 /*
- * Finds the listening socket that has answered the SYN in s->tuple, while the connection is being made: its id, or 0. A
- * global function, as above.
+ * Returns the id of the listening socket that has answered the SYN in s->tuple, or 0. It can be found only while the
+ * connection is being established. It is a global function like the one above.
  */
 __noinline __u64 find_answering(struct __sk_buff *skb, struct scratch *s, int nsid)
 {
@@ -197,16 +139,13 @@ __noinline __u64 find_answering(struct __sk_buff *skb, struct scratch *s, int ns
 
 	if (!s || !sees_listeners || nsid < 0)
 		return 0;
-	if (s->is_ipv4)
-		found = bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv4), nsid, 0);
-	else
-		found = bpf_skc_lookup_tcp(skb, &s->tuple, sizeof(s->tuple.ipv6), nsid, 0);
+	found = look_up_tuple(skb, s, nsid);
 	if (!found)
 		return 0;
 	if (found->state == STATE_NEW_SYN_RECV) {
 		/*
-		 * bpf_skc_to_tcp_request_sock does not know those of MPTCP's listeners. Read like this, the verifier
-		 * takes the address for a number, on which a field's offset can be added.
+		 * bpf_skc_to_tcp_request_sock rejects request sockets of MPTCP listeners. Read like this, the address
+		 * is a number to the verifier, so that the offset of a field can be added.
 		 */
 		bpf_probe_read_kernel(&request, sizeof(request), &found);
 		id = (__u64)(long)BPF_CORE_READ(request, __req_common.skc_listener);
@@ -234,8 +173,8 @@ static __always_inline void set_tuple(const struct segment *seg, struct scratch 
 }
 
 /*
- * Reports whether a socket is the pod's: another pod's namespace may have got the id that the device's had. The inode
- * number is reused as well, though not while a device of its namespace exists, which this one's peer is.
+ * Reports whether a socket belongs to the pod: the id of the pod's namespace may have been reused for another pod's.
+ * The inode number is reused as well, but not while a device exists in the namespace, such as the peer of this one.
  */
 static __always_inline bool is_in_pod(const struct listener *l, struct device *device)
 {
@@ -245,9 +184,9 @@ static __always_inline bool is_in_pod(const struct listener *l, struct device *d
 }
 
 /*
- * Returns how many probes in a row may be answered in a socket's name. Without answers, a process that accepts nothing
- * is found out after limit + 2 probes; this is how many more it may take. In a group that shares the port, only the
- * socket that this SYN would meet was looked at.
+ * Returns how many probes in a row may be answered on behalf of a socket. Without answers, a process that accepts
+ * nothing is detected after limit + 2 probes; this is by how many more probes the detection may be delayed. In a group
+ * of sockets that share the port, only the one that this SYN would meet was examined.
  */
 static __always_inline __u32 answers_max(const struct listener *l)
 {
@@ -259,12 +198,12 @@ static __always_inline __u32 answers_max(const struct listener *l)
 }
 
 /*
- * Returns what keeps a probe from being answered, 0 if nothing does. A TCP probe that may be answered is counted.
+ * Returns what keeps a probe from being answered, or 0. A TCP probe that may be answered is counted.
  *
- * The count restarts once a prober's connection is known to have been accepted. Its SYN-ACK alone tells nothing of the
- * process, since the kernel sends it. But if both queues of the socket that sent it are empty, the connection has left
- * them; and so it has if the SYN-ACK is LISTENER_WAIT_US ago, and nothing in the queue is that old: connections are
- * accepted in the order in which they came. connected_at is the port's, as of before the look at the queues.
+ * The count restarts once a prober's connection is known to have been accepted. Its SYN-ACK alone proves nothing about
+ * the process, since the kernel sends it. But if both queues of the socket that sent it are empty, the connection has
+ * left them. The same holds if the SYN-ACK was sent LISTENER_WAIT_US ago and nothing in the queue is that old, because
+ * connections are accepted in order of arrival. connected_at is that of the port, read before the queues.
  */
 static __always_inline enum obstacle judge(const struct listener *l, struct tally *port, __u64 connected_at,
 					   bool is_tcp)
@@ -290,7 +229,7 @@ static __always_inline enum obstacle judge(const struct listener *l, struct tall
 	return 0;
 }
 
-/* Looks at the listening socket that a SYN would meet. Returns false if there is none, or it is not the pod's. */
+/* Examines the listening socket that a SYN would meet. Returns false if there is none, or it is not the pod's. */
 static __always_inline bool look(struct __sk_buff *skb, const struct segment *seg, struct device *device,
 				 struct tally *port, struct scratch *s)
 {
@@ -309,9 +248,9 @@ static __always_inline void note_obstacle(struct tally *port, enum obstacle obst
 }
 
 /*
- * Reports whether the pod's listening socket lets a port be answered, if it is fresh. For a port with a TCP probe that
- * is the answer; for others it is a veto. Where nothing can be looked at, it does. The socket is looked at in any case,
- * to tell how many probes could be answered.
+ * Reports whether the pod's listening socket permits answers on a port, provided that the port is fresh. On a port with
+ * a TCP probe it decides alone; on others it has a veto. Where sockets cannot be examined, the result is true. The
+ * socket is examined even if the port is not fresh, to update answered_max.
  */
 static __always_inline bool is_listening(struct __sk_buff *skb, const struct segment *seg, struct device *device,
 					 struct tally *port, bool fresh)
@@ -338,7 +277,7 @@ static __always_inline bool is_listening(struct __sk_buff *skb, const struct seg
 	return false;
 }
 
-/* Notes that the pod has answered a SYN, be it by a refusal. Returns the tally of the port, if there is one. */
+/* Notes that the pod has answered a SYN, even if by a refusal. Returns the tally of the port, or NULL. */
 static __always_inline struct tally *note_answered(const struct segment *seg, const struct flow *flow)
 {
 	struct endpoint_key key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_PORT, 0);
@@ -350,8 +289,8 @@ static __always_inline struct tally *note_answered(const struct segment *seg, co
 }
 
 /*
- * Notes that the pod's kernel has answered a prober's SYN, for judge to see what becomes of the connection. A rule of
- * netfilter, a program or a bound socket may have brought it to another socket than the one that steer finds.
+ * Notes that the pod's kernel has answered a prober's SYN, so that judge can tell whether the connection is accepted. A
+ * netfilter rule, a program or a bound socket may have led it to a different socket than the one that steer finds.
  */
 static __always_inline void note_connected(struct __sk_buff *skb, const struct segment *seg, const struct flow *flow)
 {
@@ -368,11 +307,12 @@ static __always_inline void note_connected(struct __sk_buff *skb, const struct s
 	if (!id || (port->connected_at && port->connected_to == id))
 		return;
 	port->connected_at = 0;
-	__sync_lock_test_and_set(&port->connected_to, id); /* a barrier: judge takes the time for this socket's */
+	__sync_lock_test_and_set(&port->connected_to,
+				 id); /* a barrier: judge must not pair the time with another socket */
 	port->connected_at = now_us();
 }
 
-/* Voids all evidence of the pod in whose network namespace a listening socket closed. */
+/* Voids all evidence about the pod in whose network namespace a listening socket closed. */
 static __always_inline void note_closed(const struct sock *sk)
 {
 	__u32 netns = sk->__sk_common.skc_net.net->ns.inum, ifindex;

@@ -1,33 +1,22 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
 /*
- * Whose a socket is, where the prober shares its cgroup with other processes. A packet tells the cgroup of its socket,
- * but not the process. That is known when the socket is created, so mark notes it there, in the socket's own storage.
+ * Recognising a prober's sockets where it shares its cgroup with other processes. A packet reveals the cgroup of its
+ * socket but not the process, which is known only when the socket is created. So mark notes it then, in the storage of
+ * the socket.
  */
 #ifndef PROBELET_MARK_H
 #define PROBELET_MARK_H
 
-#include "listener.h"
+#include <bpf/bpf_core_read.h>
 
-#define SOCK_STREAM 1	      /* enum sock_type in include/linux/net.h */
-#define PID_NAMESPACES_MAX 33 /* MAX_PID_NS_LEVEL in include/linux/pid_namespace.h, and the first one */
+#include "kernel.h"
+#include "maps.h"
 
-struct pid_namespace {
-	struct ns_common ns;
-} KERNEL_TYPE;
-struct upid {
-	int nr;
-	struct pid_namespace *ns;
-} KERNEL_TYPE;
-struct pid {
-	unsigned int level;
-	struct upid numbers[1];
-} KERNEL_TYPE;
-struct task_struct {
-	struct task_struct *group_leader;
-	struct pid *thread_pid;
-} KERNEL_TYPE;
+#define PID_NAMESPACES_MAX 33 /* MAX_PID_NS_LEVEL in include/linux/pid_namespace.h, plus the initial one */
 
-/* The current process's number in a namespace, which need not be the first: a node may be a container. 0: it has none.
+/*
+ * Returns the PID of the current process in a namespace, or 0 if it has none there. The namespace need not be the
+ * initial one, because a node may be a container.
  */
 static __always_inline __u32 current_pid(__u32 namespace)
 {
@@ -47,7 +36,7 @@ static __always_inline __u32 current_pid(__u32 namespace)
 	return 0;
 }
 
-/* Whether the socket of a packet was created by that process. */
+/* Reports whether the socket of a packet was created by the process with the given PID. */
 static __always_inline bool is_marked(struct __sk_buff *skb, __u32 pid)
 {
 	struct bpf_sock *sk = skb->sk;

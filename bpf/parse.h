@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
-/* Parsing packets. What is not fully understood is reported as such, never guessed. */
+/* Parsing packets. Anything not fully understood is rejected, never guessed. */
 #ifndef PROBELET_PARSE_H
 #define PROBELET_PARSE_H
 
 #include "maps.h"
+#include "scratch.h"
 
 #define TCP_FIN 0x01
 #define TCP_SYN 0x02
@@ -17,10 +18,10 @@
 /* A TCP segment between a client and a pod, seen from either side. */
 struct segment {
 	struct flow_key flow;
-	bool may_have_flow; /* false: it certainly has none */
+	bool may_have_flow; /* false: it has none */
 	__u32 l3_len;
 	__u32 tcp_len; /* header with options */
-	__u32 payload; /* bytes, without padding of the frame */
+	__u32 payload; /* bytes, without padding */
 	__u32 seq;
 	__u32 ack;
 	__u16 window;
@@ -34,7 +35,7 @@ static __always_inline void map_ipv4(__u8 addr[16], __be32 ipv4)
 	__builtin_memcpy(addr + 12, &ipv4, 4);
 }
 
-/* Hop-by-hop header of a packet above 64 KiB, with that option only (RFC 2675; the kernel's ipv6_has_hopopt_jumbo). */
+/* Hop-by-hop header of a packet above 64 KiB, with only this option (RFC 2675; ipv6_has_hopopt_jumbo in the kernel). */
 struct jumbo_header {
 	__u8 next;
 	__u8 len;
@@ -45,15 +46,15 @@ struct jumbo_header {
 #define JUMBO_OPTION 0xc2
 
 enum finding {
-	NOT_TCP,   /* or TCP in a form that no flow has: a fragment, IP options, extension headers */
+	NOT_TCP,   /* or TCP in a form that no flow takes: a fragment, IP options, extension headers */
 	CUT_SHORT, /* the headers are not all in the linear part of the skb */
 	FOUND,
 };
 
 /*
- * Finds the TCP header and the length of the headers before it. Packets are read directly, because most are not ours
- * and pay for this only. None is written directly, because the kernel makes every packet writable for a program that
- * does.
+ * Finds the TCP header and the length of the headers before it. This reads packets directly, because most are not ours
+ * and pay for nothing else. Packets are never written directly, because for a program that does, the kernel makes every
+ * packet writable.
  */
 static __always_inline enum finding find_tcp(struct __sk_buff *skb, struct tcphdr **tcp, __u32 *l3_len)
 {
@@ -113,12 +114,12 @@ static __always_inline __u32 *flow_port_slot(__u16 client_port)
 {
 	__u32 slot = client_port;
 
-	/* Keeps the mask below behind the byte swap: verifiers before 6.4 lose bounds in a swap. */
+	/* Keeps the mask after the byte swap: verifiers before 6.4 lose bounds in a swap. */
 	asm volatile("" : "+r"(slot));
 	return &flow_ports[slot & (FLOW_PORT_SLOTS - 1)];
 }
 
-/* Reads the segment whose TCP header find_tcp found. Returns false if its lengths contradict each other. */
+/* Reads the segment whose TCP header find_tcp has found. Returns false if its lengths are inconsistent. */
 static __always_inline bool read_segment(struct __sk_buff *skb, struct segment *s, bool from_pod,
 					 const struct tcphdr *tcp)
 {
@@ -126,7 +127,7 @@ static __always_inline bool read_segment(struct __sk_buff *skb, struct segment *
 	__u16 source = bpf_ntohs(tcp->source), dest = bpf_ntohs(tcp->dest);
 	__u8 *from = from_pod ? s->flow.pod_addr : s->flow.client_addr;
 	__u8 *to = from_pod ? s->flow.client_addr : s->flow.pod_addr;
-	__u32 bytes; /* of the segment with its header */
+	__u32 bytes; /* of the segment including its header */
 
 	s->tcp_flags = flags_of(tcp);
 	s->tcp_len = tcp->doff * 4;
@@ -156,7 +157,7 @@ static __always_inline bool read_segment(struct __sk_buff *skb, struct segment *
 		__builtin_memcpy(to, &ip->daddr, 16);
 		bytes = bpf_ntohs(ip->payload_len);
 	}
-	if (!bytes) /* above 64 KiB (BIG TCP) only the skb has the length */
+	if (!bytes) /* above 64 KiB (BIG TCP) only the skb knows the length */
 		bytes = skb->len - ETH_HLEN - s->l3_len;
 	if (s->tcp_len < sizeof(*tcp) || bytes < s->tcp_len || ETH_HLEN + s->l3_len + bytes > skb->len)
 		return false;
@@ -164,7 +165,7 @@ static __always_inline bool read_segment(struct __sk_buff *skb, struct segment *
 	return true;
 }
 
-/* Parses a packet that may belong to a flow, or begin one. Returns false for all others. */
+/* Parses a packet that may belong to a flow or begin one. Returns false for all others. */
 static __always_inline bool parse(struct __sk_buff *skb, struct segment *s, bool from_pod)
 {
 	struct tcphdr *tcp = NULL;
@@ -183,53 +184,15 @@ static __always_inline bool parse(struct __sk_buff *skb, struct segment *s, bool
 	return read_segment(skb, s, from_pod, tcp);
 }
 
-/* What was found of a listening socket (listener.h). */
-struct listener {
-	__u64 id; /* its address in the kernel's memory */
-	__u64 netns_cookie;
-	__u64 head_at;	/* when the first connection in the accept queue got its SYN-ACK, in us of CLOCK_MONOTONIC */
-	__u32 netns;	/* inode number */
-	__u32 limit;	/* a SYN is dropped once more connections than this wait to be accepted */
-	__u32 waiting;	/* connections in the accept queue */
-	__u32 requests; /* connections that are being made */
-	bool waits;	/* there is one in the accept queue */
-	bool special;	/* it does not take packets from everywhere */
-	bool shared;	/* others may listen on the same port (SO_REUSEPORT) */
-};
-
-/* Working memory too large for the stack. */
-struct scratch {
-	struct flow flow;      /* the one being created */
-	struct flow_key other; /* of the flow watched on a port */
-	struct question asked; /* set by hash_request */
-	union {		       /* copied from a packet, of which len are valid */
-		__u8 bytes[REQUEST_MAX];
-		__u64 words[REQUEST_MAX / 8];
-	};
-	__u32 len;
-	__u16 mss;		     /* set by read_syn_options */
-	bool is_ipv4;		     /* of tuple */
-	struct bpf_sock_tuple tuple; /* of a SYN to the pod */
-	struct listener listener;    /* set by find_listener */
-};
-
-/* key: 0; value: working memory of steer and observe, per CPU. Nothing in it outlives one packet. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct scratch);
-} scratch SEC(".maps");
-
 /*
- * The loops below are global functions, so that the verifier checks each once, and not again for every exit of the one
- * before.
+ * The loops below are in global functions, so that the verifier checks each only once, instead of once per exit of the
+ * preceding one.
  */
 
 /*
- * Hashes the request in s->bytes: NH (RFC 4418, section 5.2) under two independent keys. That two different requests
- * agree in one of them has a probability of 2^-32 over the keys (Black et al., UMAC, CRYPTO 1999, theorem 4.2). Returns
- * 0.
+ * Hashes the request in s->bytes: NH (RFC 4418, section 5.2) under two independent keys. Two different requests have
+ * the same hash under one of them with a probability of 2^-32 over the keys (Black et al., UMAC, CRYPTO 1999, theorem
+ * 4.2). Returns 0.
  */
 __noinline int hash_request(struct scratch *s)
 {
@@ -240,7 +203,7 @@ __noinline int hash_request(struct scratch *s)
 		return 0;
 	hash = check = s->len;
 	last = s->len / 8;
-	if (last < REQUEST_MAX / 8) /* bytes of an earlier packet behind it do not count */
+	if (last < REQUEST_MAX / 8) /* clear what an earlier packet left behind the request */
 		s->words[last] &= (1ULL << s->len % 8 * 8) - 1;
 	for (__u32 i = 0; i < REQUEST_MAX / 8; i++) {
 		__u64 word = s->words[i];
@@ -257,8 +220,8 @@ __noinline int hash_request(struct scratch *s)
 }
 
 /*
- * Reads a SYN's options from s->bytes, and its MSS into s->mss. Returns 0, or -1 if they are malformed or include one
- * that an answer would have to honour (MD5, authentication, fast open …).
+ * Parses a SYN's options in s->bytes and stores its MSS in s->mss. Returns 0, or -1 if they are malformed or include
+ * one that an answer would have to honour (MD5, authentication, fast open …).
  */
 __noinline int read_syn_options(struct scratch *s)
 {
@@ -297,25 +260,6 @@ __noinline int read_syn_options(struct scratch *s)
 	return position ? -1 : 0;
 }
 
-static __always_inline struct scratch *get_scratch(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&scratch, &zero);
-}
-
-/* Copies len bytes of the packet to s->bytes. Returns false unless there are 1 to max of them. */
-static __always_inline bool load_scratch(struct __sk_buff *skb, struct scratch *s, __u32 offset, __u32 len, __u32 max)
-{
-	if (len < 1 || len > max)
-		return false;
-	s->len = len;
-	/* Changes nothing: verifiers before 6.3 do not conclude from the comparison that len is not 0. */
-	asm volatile("" : "+r"(len));
-	len = ((len - 1) & (REQUEST_MAX - 1)) + 1;
-	return !bpf_skb_load_bytes(skb, offset, s->bytes, len);
-}
-
 /* The start and the end of every request that is answered. */
 static const char http_get[] = "GET /";
 static const char http_end[] = "\r\n\r\n";
@@ -323,9 +267,9 @@ static const char http_end[] = "\r\n\r\n";
 #define LITERAL_LEN(literal) (sizeof(literal) - 1)
 
 /*
- * Returns the question that a segment asks, or NULL unless it may be a whole request without a body. Whether it is one
- * is for the daemon to say, once: it takes a question for an endpoint's only if all of its bytes are, and nothing else
- * was sent on the connection.
+ * Returns the question that a segment asks, or NULL if it cannot be a whole request without a body. The daemon checks
+ * once whether it is one: it attributes a question to an endpoint only if all bytes match, and nothing else was sent on
+ * the connection.
  */
 static __always_inline const struct question *read_question(struct __sk_buff *skb, const struct segment *seg)
 {
@@ -346,7 +290,7 @@ static __always_inline const struct question *read_question(struct __sk_buff *sk
 	return &s->asked;
 }
 
-/* A SYN's options in the order in which Linux sends them (tcp_options_write). */
+/* The options of a SYN in the order in which Linux sends them (tcp_options_write). */
 struct linux_syn_options {
 	__u8 mss_kind, mss_len;
 	__be16 mss;
@@ -355,7 +299,7 @@ struct linux_syn_options {
 	__u8 nop, scale[2], shift;
 };
 
-/* Reports whether the options are those, which spares the loop. */
+/* Reports whether a SYN has the usual options, which saves the loop. */
 static __always_inline bool is_linux(const struct linux_syn_options *o)
 {
 	return o->mss_kind == 2 && o->mss_len == 4 && o->sack[0] == 4 && o->sack[1] == 2 && o->timestamps[0] == 8 &&

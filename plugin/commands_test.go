@@ -640,7 +640,7 @@ func TestCheckFinds(t *testing.T) {
 				}
 				attachForeignXDP(w.t, p)
 				return nil
-			}, "not respond"},
+			}, "want respond"},
 		},
 	}
 	inEachWay(t, func(t *testing.T, w *world, way way) {
@@ -1043,6 +1043,7 @@ func TestDelWithAnythingOnStdin(t *testing.T) {
 	}
 	for _, dir := range []string{
 		"", "/", "/proc", "/proc/self/fd", "/sys", "/dev/null", "/etc/hostname", "/nonexistent", "/\x00", "/" + strings.Repeat("d", 300),
+		"/sys/fs/bpf", "/sys/fs/bpf/state", "/sys/fs/bpf/a.b", "/sys/fs/bpf/a.b/probelet",
 		strings.Repeat("/d", 2500), strings.Repeat("/d", 2040), strings.Repeat("/d", 1000), strings.Repeat("/proc/self/root", 50),
 	} {
 		for _, field := range []string{"bpfDir", "stateDir"} {

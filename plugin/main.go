@@ -1,19 +1,26 @@
-// probelet is a chained CNI plugin. It attaches the programs of package datapath to the host side of the pod's veth, and
-// leaves a record of the pod for the daemon. It changes nothing that the plugins before it made, and works with the daemon
-// down.
+// probelet is a chained CNI plugin. It attaches the programs of package datapath to the host side of the pod's veth and
+// leaves a record of the pod for the daemon. It changes nothing that earlier plugins created, and it works while the daemon
+// is down.
 package main
 
 import (
+	"fmt"
 	"io"
 	"os"
 
 	"github.com/cilium/ebpf/features"
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
-	"github.com/containernetworking/cni/pkg/version"
+	cniversion "github.com/containernetworking/cni/pkg/version"
+
+	"github.com/probelet/probelet/internal/version"
 )
 
 func main() {
+	if asksVersion(os.Args) {
+		fmt.Println("probelet version", version.String())
+		return
+	}
 	p := &plugin{stdout: os.Stdout, stderr: os.Stderr, kernelVersion: features.LinuxVersionCode}
 	funcs := p.funcs()
 	if os.Getenv("CNI_COMMAND") == "DEL" {
@@ -22,14 +29,19 @@ func main() {
 			os.Exit(1)
 		}
 	}
-	skel.PluginMainFuncs(funcs, version.PluginSupports("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"),
-		"CNI plugin probelet: answers kubelet probes in the kernel; chained behind a plugin that makes a veth")
+	skel.PluginMainFuncs(funcs, cniversion.PluginSupports("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"),
+		"CNI plugin probelet "+version.String()+": answers kubelet probes in the kernel; must be chained after a plugin that creates a veth")
 }
 
-// takeAnyConf makes DEL accept anything on stdin. skel would refuse a configuration that is not JSON, has no name or an unsupported
-// version. So skel gets one that it accepts, and funcs.Del gets the real one.
+// asksVersion reports whether the command line asks for the version. Runtimes pass no arguments.
+func asksVersion(args []string) bool {
+	return os.Getenv("CNI_COMMAND") == "" && len(args) == 2 && (args[1] == "--version" || args[1] == "version")
+}
+
+// takeAnyConf makes DEL accept anything on stdin. skel rejects a configuration that is not JSON, lacks a name, or has an unsupported
+// version, so it is given one that it accepts, while funcs.Del receives the real one.
 func takeAnyConf(funcs *skel.CNIFuncs) error {
-	conf, _ := io.ReadAll(os.Stdin) // unreadable counts as empty
+	conf, _ := io.ReadAll(os.Stdin) // treat unreadable as empty
 	stdin, acceptable, err := os.Pipe()
 	if err != nil {
 		return err

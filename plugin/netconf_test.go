@@ -43,6 +43,7 @@ func TestParseConfNamesWhatIsWrong(t *testing.T) {
 		{`"onError": null`, types.ErrInvalidNetworkConfig, []string{"onError", "null"}},
 		{`"onError": true`, types.ErrInvalidNetworkConfig, []string{"onError", "true"}},
 		{`"bpfDir": "sys/fs/bpf"`, types.ErrInvalidNetworkConfig, []string{"bpfDir", `"sys/fs/bpf"`, "absolute"}},
+		{`"bpfDir": "/sys/fs/bpf/probelet.d"`, types.ErrInvalidNetworkConfig, []string{"bpfDir", `"/sys/fs/bpf/probelet.d"`, "dot"}},
 		{`"bpfDir": {}`, types.ErrInvalidNetworkConfig, []string{"bpfDir", "{}"}},
 		{`"stateDir": "./state"`, types.ErrInvalidNetworkConfig, []string{"stateDir", `"./state"`, "absolute"}},
 		{`"stateDir": ["/run"]`, types.ErrInvalidNetworkConfig, []string{"stateDir", `["/run"]`}},
@@ -63,6 +64,12 @@ func TestParseConfNamesWhatIsWrong(t *testing.T) {
 	}
 	_, err := parseConf([]byte("["))
 	wantFault(t, err, types.ErrDecodingFailure, "JSON")
+}
+
+func TestParseConfRejectsStateDirOnBPFFS(t *testing.T) {
+	dir := newWorld(t).bpfDir() + "-state"
+	_, err := parseConf(fmt.Appendf(nil, `{"cniVersion": "1.0.0", "name": "net", "type": "probelet", "stateDir": %q}`, dir))
+	wantFault(t, err, types.ErrInvalidNetworkConfig, "stateDir", dir, "BPF file system")
 }
 
 func TestParseConfDefaults(t *testing.T) {
@@ -106,6 +113,7 @@ func TestParseConfForDelTakesAnything(t *testing.T) {
 		{`{"name": "net", "type": "probelet"}`, "net", datapath.DefaultDir, attach.DefaultStateDir},
 		{`{"name": "net", "bpfDir": "/b", "stateDir": "/s", "onError": 7, "what": {}, "prevResult": 1}`, "net", "/b", "/s"},
 		{`{"name": "net", "xdpMode": "generic", "hook": "warp", "stateDir": "/s"}`, "net", datapath.DefaultDir, "/s"},
+		{`{"name": "net", "bpfDir": "/sys/fs/bpf/probelet.d", "stateDir": "/s"}`, "net", datapath.DefaultDir, "/s"},
 		{`{"name": 1, "bpfDir": "b", "stateDir": null}`, "", datapath.DefaultDir, attach.DefaultStateDir},
 	}
 	for _, test := range tests {

@@ -1,7 +1,6 @@
 package attach
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -13,15 +12,15 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// Checker compares attachments with what Attach made. It reads what they have in common once.
+// Checker compares attachments with what Attach made. It reads what they have in common only once.
 type Checker struct {
 	bpfDir                  string
 	devices                 map[uint32]datapath.Device
 	steer, observe, respond ebpf.ProgramID
-	memory                  *memory // nil: everything is read anew
+	memory                  *memory // nil: nothing is cached
 }
 
-// NewChecker reads which devices the programs know now, and the ids of the programs.
+// NewChecker reads the devices that the programs currently know, and the ids of the programs.
 func NewChecker(d *datapath.Datapath, bpfDir string) (*Checker, error) {
 	c := &Checker{bpfDir: bpfDir}
 	var err error
@@ -36,8 +35,8 @@ func NewChecker(d *datapath.Datapath, bpfDir string) (*Checker, error) {
 	return c, nil
 }
 
-// Check compares the attachment to the device ifindex. The error is ErrNotAttached, or ErrIncomplete with what is wrong; any other
-// error means that the check itself failed.
+// Check verifies the attachment to the device ifindex. The error is ErrNotAttached, or ErrIncomplete with the reason; any other error
+// means that the check itself failed.
 func (c *Checker) Check(id ID, ifindex int) error {
 	wrong := func(format string, args ...any) error {
 		return fmt.Errorf("%s: %w: %s", id, ErrIncomplete, fmt.Sprintf(format, args...))
@@ -51,18 +50,18 @@ func (c *Checker) Check(id ID, ifindex int) error {
 	}
 	device, known := c.devices[uint32(ifindex)]
 	if !known || device.Key != pins.device {
-		return wrong("the programs know device %d as %+v, not as %+v", ifindex, device.Key, pins.device)
+		return wrong("the programs know device %d as %+v, want %+v", ifindex, device.Key, pins.device)
 	}
 	link, err := c.memory.link(ifindex)
 	if err != nil {
 		return err
 	}
 	if link.NSID != device.NSID {
-		return wrong("device %d leads to the network namespace with id %d (-1: unknown), and steer looks into that with %d",
+		return wrong("the peer of device %d is in the network namespace with id %d (-1: unknown), but steer looks into the one with id %d",
 			ifindex, link.NSID, device.NSID)
 	}
 	if device.Hook == datapath.HookXDP && link.XDP != c.respond {
-		return wrong("XDP program of device %d is %d (0: none), not respond, which is %d", ifindex, link.XDP, c.respond)
+		return wrong("the XDP program of device %d is %d (0: none), want respond, %d", ifindex, link.XDP, c.respond)
 	}
 	for _, side := range sides {
 		program := c.programAt(side)
@@ -77,7 +76,7 @@ func (c *Checker) Check(id ID, ifindex int) error {
 	return nil
 }
 
-// isOn reports whether the side's program is there, as a tcx program or as a filter.
+// isOn reports whether the side's program is attached, by tcx or as a filter.
 func (c *Checker) isOn(ifindex int, s side) (bool, error) {
 	programs, err := tcxPrograms(ifindex, s.tcx)
 	if err != nil {
@@ -105,131 +104,13 @@ func (c *Checker) programAt(s side) ebpf.ProgramID {
 	return c.observe
 }
 
-// Device returns a device as the programs knew it; ok is false if they did not.
+// Device returns a device as the programs knew it. ok is false if they did not know it.
 func (c *Checker) Device(ifindex int) (device datapath.Device, ok bool) {
 	device, ok = c.devices[uint32(ifindex)]
 	return device, ok
 }
 
-// Neighbour is another agent's program or filter at one of our hooks.
-type Neighbour struct {
-	Hook   string // "xdp", "tcx ingress", "tc filter egress" …
-	What   string // for people
-	Before bool   // it runs before ours, and so may keep packets from it
-}
-
-func (n Neighbour) String() string {
-	order := "after ours"
-	if n.Before {
-		order = "before ours"
-	}
-	return fmt.Sprintf("%s at %s, %s", n.What, n.Hook, order)
-}
-
-// Neighbours returns the neighbours at the device's hooks, each hook's in the order in which they run. Where ours are not attached,
-// all count as after.
-func (c *Checker) Neighbours(ifindex int) ([]Neighbour, error) {
-	var all []Neighbour
-	link, err := linkAt(ifindex)
-	if err != nil {
-		return nil, err
-	}
-	xdp := xdpOn(link)
-	_, attached := c.Device(ifindex)
-	if xdp != 0 && xdp != c.respond {
-		all = append(all, Neighbour{"xdp", fmt.Sprintf("XDP program %s", describe(xdp)), attached})
-	}
-	for _, side := range sides {
-		line, err := lineAt(link, side)
-		if err != nil {
-			return nil, err
-		}
-		ours := line.index(c.programAt(side))
-		for i, place := range line {
-			if place.program == 0 || place.program != c.programAt(side) {
-				all = append(all, Neighbour{place.hook + " " + side.name, place.String(), i < ours})
-			}
-		}
-	}
-	return all, nil
-}
-
-// place is one program or filter in a line.
-type place struct {
-	hook    string         // "tcx" or "tc filter"
-	program ebpf.ProgramID // 0 if it is not a BPF program
-	filter  netlink.Filter // nil if it is a tcx program
-}
-
-func (p place) String() string {
-	if p.filter == nil {
-		return "program " + describe(p.program)
-	}
-	what := fmt.Sprintf("%s filter, priority %d", p.filter.Type(), p.filter.Attrs().Priority)
-	if b, ok := p.filter.(*netlink.BpfFilter); ok {
-		what += ", " + cmp.Or(b.Name, describe(p.program))
-	}
-	return what
-}
-
-// line is what runs at one side of a device, in order.
-type line []place
-
-// index returns where in the line a program is, -1 if it is not.
-func (l line) index(program ebpf.ProgramID) int {
-	for i, p := range l {
-		if program != 0 && p.program == program {
-			return i
-		}
-	}
-	return -1
-}
-
-// lineAt returns the line at one side of a device: tcx programs, then filters.
-func lineAt(device netlink.Link, s side) (line, error) {
-	ifindex := device.Attrs().Index
-	programs, err := tcxPrograms(ifindex, s.tcx)
-	if err != nil {
-		return nil, err
-	}
-	var all line
-	for _, p := range programs {
-		all = append(all, place{hook: "tcx", program: p.ID})
-	}
-	filters, err := filterLine(device, s)
-	return append(all, filters...), err
-}
-
-// filterLine returns the filters at one side of a device.
-func filterLine(device netlink.Link, s side) (all line, err error) {
-	filters, err := filtersOf(device, s.parent)
-	if err != nil {
-		return nil, err
-	}
-	if len(filters) > 0 && s.parent == netlink.HANDLE_MIN_EGRESS {
-		// An ingress qdisc lists its filters at any parent that is asked for.
-		if kind, err := ingressQdisc(device.Attrs().Index); err != nil || kind != "clsact" {
-			return nil, err
-		}
-	}
-	for _, f := range filters {
-		one := place{hook: "tc filter", filter: f}
-		if b, ok := f.(*netlink.BpfFilter); ok {
-			one.program = ebpf.ProgramID(b.Id)
-		}
-		all = append(all, one)
-	}
-	return all, nil
-}
-
-func describe(id ebpf.ProgramID) string {
-	if name := programName(id); name != "" {
-		return fmt.Sprintf("%d (%s)", id, name)
-	}
-	return fmt.Sprint(id)
-}
-
-// Check is Checker.Check, for a single attachment.
+// Check is like Checker.Check, for a single attachment.
 func Check(d *datapath.Datapath, bpfDir string, id ID, ifindex int) error {
 	c, err := NewChecker(d, bpfDir)
 	if err != nil {

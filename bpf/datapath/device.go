@@ -6,9 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
-	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -17,11 +15,11 @@ import (
 	"github.com/probelet/probelet/bpf/lock"
 )
 
-// DeviceKey names one attachment of a host-side veth. A device that gets the same index later has another generation, and so
+// DeviceKey identifies one attachment of a host-side veth. A device that later gets the same index has another generation, and so
 // inherits nothing.
 type DeviceKey = probeletDeviceKey
 
-// Hook tells where a device's answers are made.
+// Hook selects where answers are made for a device.
 type Hook uint8
 
 // Hooks.
@@ -30,49 +28,27 @@ const (
 	HookXDP = Hook(probeletHookHOOK_XDP) // by respond, from steer's orders
 )
 
-// Trust tells whether a device's answers are known to reach their clients.
-type Trust uint16
-
-// Trusts.
-const (
-	TrustUnproven = Trust(probeletTrustTRUST_UNPROVEN) // not tried yet
-	TrustProven   = Trust(probeletTrustTRUST_PROVEN)
-	TrustLost     = Trust(probeletTrustTRUST_LOST) // an answer was lost: nothing is taken
-)
-
-// losses are the names of enum loss.
-var losses = map[uint16]string{
-	uint16(probeletLossLOSS_SYN_REPEATED):     "syn_repeated",
-	uint16(probeletLossLOSS_UNACKNOWLEDGED):   "unacknowledged",
-	uint16(probeletLossLOSS_REQUEST_REPEATED): "request_repeated",
-	uint16(probeletLossLOSS_UNOBSERVED):       "unobserved",
-}
-
-// Losses returns the possible values of Device.Loss, sorted, without the empty one.
-func Losses() []string { return slices.Sorted(maps.Values(losses)) }
-
-// Device is a host-side veth as the programs know it.
+// Device describes a host-side veth as the programs know it.
 type Device struct {
 	Key   DeviceKey
 	Netns uint32 // inode number of the pod's network namespace
 	Hook  Hook
 	Trust Trust
-	// Loss tells how a lost answer was noticed, and LostAt when, in terms of Now; empty and 0 unless Trust is TrustLost.
+	// Loss tells how a lost answer was detected, and LostAt when (see Now). They are empty and 0 unless Trust is TrustLost.
 	Loss   string
 	LostAt uint64
-	// NSID is the id by which the host's network namespace knows the pod's; -1 if it is not known.
+	// NSID is the id by which the host's network namespace knows the pod's; -1 if unknown.
 	NSID int
-	// NetnsCookie is the pod's network namespace's (SO_NETNS_COOKIE); 0 if it is not known yet.
+	// NetnsCookie is the cookie of the pod's network namespace (SO_NETNS_COOKIE); 0 if not known yet.
 	NetnsCookie uint64
-	// WithdrawnAt is when one of the pod's listening sockets last closed, in terms of Now, which voids all evidence observed until
-	// then; 0 if none did.
+	// WithdrawnAt is when one of the pod's listening sockets last closed (see Now), which voids all earlier evidence; 0 if none did.
 	WithdrawnAt uint64
 }
 
-// lockDeadline is far longer than it takes to add or remove a device.
+// lockDeadline bounds the wait for the lock. Adding or removing a device takes far less time.
 const lockDeadline = 5 * time.Second
 
-// NewDeviceKey draws a random generation for the device ifindex.
+// NewDeviceKey returns a key with a random generation for the device ifindex.
 func NewDeviceKey(ifindex int) (DeviceKey, error) {
 	var random [4]byte
 	for {
@@ -85,8 +61,9 @@ func NewDeviceKey(ifindex int) (DeviceKey, error) {
 	}
 }
 
-// AddDevice makes a device known to the programs, with no evidence and no trust. steer does not look at the pod's sockets before LookInto.
-// netns is the inode number of the pod's network namespace. What an earlier attachment of the device left behind is removed.
+// AddDevice makes a device known to the programs, with no evidence and no trust. netns is the inode number of the pod's network
+// namespace. steer does not look at the pod's sockets until LookInto is called. Whatever a previous attachment of the device left
+// behind is removed.
 func (d *Datapath) AddDevice(key DeviceKey, netns uint32, hook Hook) error {
 	unlock, err := d.lock()
 	if err != nil {
@@ -111,14 +88,14 @@ func (d *Datapath) AddDevice(key DeviceKey, netns uint32, hook Hook) error {
 }
 
 // LookInto makes steer look at listening sockets in the device's pod. nsid is the id by which the host's network namespace knows the
-// pod's. The cookie keeps another pod's namespace that gets the id later from being taken for it. If it is 0, steer takes the cookie of
-// the first socket that it finds in the namespace with AddDevice's inode number. Call it before the programs are attached, because it
+// pod's. The cookie guards against reuse of the id by another pod's namespace. If it is 0, steer adopts the cookie of the first socket
+// that it finds in the namespace with the inode number passed to AddDevice. Call LookInto before the programs are attached, because it
 // overwrites what they note. The error is os.ErrNotExist as for Device.
 func (d *Datapath) LookInto(key DeviceKey, nsid int, cookie uint64) error {
 	return d.changeDevice(key, func(device *probeletDevice) { device.Nsid, device.NetnsCookie = int32(nsid), cookie })
 }
 
-// changeDevice replaces a device. What the programs note of it meanwhile is lost.
+// changeDevice replaces a device. Whatever the programs note about it meanwhile is lost.
 func (d *Datapath) changeDevice(key DeviceKey, change func(*probeletDevice)) error {
 	unlock, err := d.lock()
 	if err != nil {
@@ -139,7 +116,7 @@ func (d *Datapath) changeDevice(key DeviceKey, change func(*probeletDevice)) err
 	return nil
 }
 
-// RemoveDevice makes the programs forget a device and all evidence of its pod. A device that they do not know is no error.
+// RemoveDevice removes a device and all evidence about its pod. It is no error if the programs do not know the device.
 func (d *Datapath) RemoveDevice(key DeviceKey) error {
 	unlock, err := d.lock()
 	if err != nil {
@@ -152,23 +129,23 @@ func (d *Datapath) RemoveDevice(key DeviceKey) error {
 func (d *Datapath) removeDevice(key DeviceKey) error {
 	device, err := d.Device(key)
 	if err == nil {
-		// From here on the programs reach nothing of it.
+		// From here on the programs can no longer reach anything of it.
 		err = errors.Join(ignoreAbsent(d.objects.Devices.Delete(key.Ifindex)), d.removeFromNetns(key.Ifindex, device.Netns))
 	}
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("forgetting device %d: %w", key.Ifindex, err)
+		return fmt.Errorf("removing device %d: %w", key.Ifindex, err)
 	}
 	if err := (&Pod{d, key}).clear(); err != nil {
-		return fmt.Errorf("forgetting what is known of device %d: %w", key.Ifindex, err)
+		return fmt.Errorf("removing the evidence of device %d: %w", key.Ifindex, err)
 	}
 	return nil
 }
 
-// Device returns a device. The error is os.ErrNotExist if the programs do not know it, or only another attachment of it.
+// Device returns a device. The error is os.ErrNotExist if the programs do not know it, or if they know another attachment of it.
 func (d *Datapath) Device(key DeviceKey) (Device, error) {
 	device, err := d.device(key.Ifindex)
 	if err == nil && device.Key != key {
-		err = fmt.Errorf("device %d: it was attached again: %w", key.Ifindex, os.ErrNotExist)
+		err = fmt.Errorf("device %d: attached again meanwhile: %w", key.Ifindex, os.ErrNotExist)
 	}
 	return device, err
 }
@@ -194,7 +171,7 @@ func deviceOf(ifindex uint32, device probeletDevice) Device {
 	}
 }
 
-// Devices returns all devices that the programs know, by ifindex.
+// Devices returns all devices that the programs know by ifindex.
 func (d *Datapath) Devices() (map[uint32]Device, error) {
 	devices := map[uint32]Device{}
 	const batch = 256
@@ -204,108 +181,13 @@ func (d *Datapath) Devices() (map[uint32]Device, error) {
 		for i := range n {
 			devices[indexes[i]] = deviceOf(indexes[i], values[i])
 		}
-		if errors.Is(err, ebpf.ErrKeyNotExist) { // that was all
+		if errors.Is(err, ebpf.ErrKeyNotExist) { // end of the map
 			return devices, nil
 		}
 		if err != nil {
 			return nil, fmt.Errorf("devices: %w", err)
 		}
 	}
-}
-
-// TrustAgain puts a device on trial again, as if it had just been attached. The error is os.ErrNotExist as for Device.
-//
-// A listening socket of the pod's that closes while the device is replaced may be noted in the old one. But watch counts each one, of
-// whatever pod, after it has noted it: if the count has moved once all programs have ended that may know of the old one, the pod's
-// evidence is voided, too.
-func (d *Datapath) TrustAgain(key DeviceKey) error {
-	for withdrawn := uint64(0); ; withdrawn = Now() {
-		before, err := d.counter(probeletCounterCOUNT_WITHDRAWN_LISTENER_CLOSED)
-		if err != nil {
-			return err
-		}
-		err = d.changeDevice(key, func(device *probeletDevice) {
-			*device = probeletDevice{
-				Generation: key.Generation, Netns: device.Netns, Hook: device.Hook, Nsid: device.Nsid,
-				NetnsCookie: device.NetnsCookie, WithdrawnAt: max(device.WithdrawnAt, withdrawn),
-			}
-		})
-		if err != nil {
-			return err
-		}
-		certain := awaitPrograms()
-		after, err := d.counter(probeletCounterCOUNT_WITHDRAWN_LISTENER_CLOSED)
-		if err != nil || after == before && (certain || withdrawn != 0) {
-			return err
-		}
-	}
-}
-
-// awaitPrograms waits until all programs have ended that run now: each runs in an RCU read-side critical section, and the command is
-// synchronize_rcu (membarrier(2); kernel/sched/membarrier.c). Returns false on kernels that refuse it (nohz_full).
-func awaitPrograms() bool {
-	const global = 1 // MEMBARRIER_CMD_GLOBAL in linux/membarrier.h
-	_, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, global, 0, 0)
-	return errno == 0
-}
-
-// strayLists returns devices that have endpoints although the programs do not know them: left by a process that died in the
-// middle of RemoveDevice.
-func (d *Datapath) strayLists() ([]DeviceKey, error) {
-	var strays []DeviceKey
-	var key DeviceKey
-	var list probeletEndpointList
-	entries := d.objects.EndpointLists.Iterate()
-	for entries.Next(&key, &list) {
-		if _, err := d.Device(key); errors.Is(err, os.ErrNotExist) {
-			strays = append(strays, key)
-		}
-	}
-	return strays, entries.Err()
-}
-
-// RemoveStrays removes what interrupted calls of RemoveDevice and AddDevice left of devices that the programs do not know.
-func (d *Datapath) RemoveStrays() error {
-	strays, err := d.strayLists()
-	errs := []error{err}
-	for _, key := range strays {
-		errs = append(errs, d.RemoveDevice(key))
-	}
-	return errors.Join(append(errs, d.removeStraysFromNetns())...)
-}
-
-// removeStraysFromNetns takes devices off the lists of network namespaces that they are not in.
-func (d *Datapath) removeStraysFromNetns() error {
-	known, err := d.Devices()
-	if err != nil {
-		return err
-	}
-	errs := []error{}
-	var netns uint32
-	var devices probeletNetnsDevices
-	entries := d.objects.PodNetns.Iterate()
-	for entries.Next(&netns, &devices) {
-		for _, ifindex := range devices.Ifindex {
-			if device, ok := known[ifindex]; ifindex != 0 && (!ok || device.Netns != netns) {
-				errs = append(errs, d.removeStrayFromNetns(ifindex, netns))
-			}
-		}
-	}
-	return errors.Join(append(errs, entries.Err())...)
-}
-
-// removeStrayFromNetns does nothing if the device was added meanwhile.
-func (d *Datapath) removeStrayFromNetns(ifindex, netns uint32) error {
-	unlock, err := d.lock()
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	device, err := d.device(ifindex)
-	if err == nil && device.Netns == netns || err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	return d.removeFromNetns(ifindex, netns)
 }
 
 func ignoreAbsent(err error) error {
@@ -315,8 +197,8 @@ func ignoreAbsent(err error) error {
 	return err
 }
 
-// lock keeps other processes, and other users of this Datapath, from adding or removing devices and endpoints. Objects that are
-// not pinned need no lock, because no other process has them.
+// lock keeps other processes, and other users of this Datapath, from adding or removing devices and endpoints. Objects that are not
+// pinned need no lock, because no other process has access to them.
 func (d *Datapath) lock() (unlock func(), err error) {
 	if d.dir == "" {
 		return func() {}, nil
@@ -324,53 +206,11 @@ func (d *Datapath) lock() (unlock func(), err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), lockDeadline)
 	defer cancel()
 	locked, err := lock.Dir(ctx, d.dir, unix.LOCK_EX)
-	if Absent(err) { // removed with all that was pinned
+	if Absent(err) { // all pins were removed
 		return func() {}, nil
 	}
 	if err != nil {
 		return nil, err
 	}
 	return locked.Release, nil
-}
-
-func (d *Datapath) addToNetns(ifindex, netns uint32) error {
-	return d.changeNetns(netns, func(devices []uint32) error {
-		if slices.Contains(devices, ifindex) {
-			return nil
-		}
-		slot := slices.Index(devices, 0)
-		if slot < 0 {
-			return fmt.Errorf("network namespace %d has %d devices attached already", netns, len(devices))
-		}
-		devices[slot] = ifindex
-		return nil
-	})
-}
-
-func (d *Datapath) removeFromNetns(ifindex, netns uint32) error {
-	return d.changeNetns(netns, func(devices []uint32) error {
-		if slot := slices.Index(devices, ifindex); slot >= 0 {
-			devices[slot] = 0
-		}
-		return nil
-	})
-}
-
-func (d *Datapath) changeNetns(netns uint32, change func(devices []uint32) error) error {
-	var devices probeletNetnsDevices
-	err := ignoreAbsent(d.objects.PodNetns.Lookup(netns, &devices))
-	if err == nil {
-		err = change(devices.Ifindex[:])
-	}
-	switch {
-	case err != nil:
-	case devices == (probeletNetnsDevices{}):
-		err = ignoreAbsent(d.objects.PodNetns.Delete(netns))
-	default:
-		err = d.objects.PodNetns.Put(netns, &devices)
-	}
-	if err != nil {
-		return fmt.Errorf("devices of network namespace %d: %w", netns, err)
-	}
-	return nil
 }

@@ -24,7 +24,7 @@ func TestRestartedContainerIsReported(t *testing.T) {
 		t.Skip("this kubelet lacks the pods API: ", err)
 	}
 	deploy(t, map[string]any{"config": map[string]any{"kubelet-poll": "1h"}})
-	if !strings.Contains(daemonLog(), "pods are watched") {
+	if !strings.Contains(daemonLog(), "pod watch established") {
 		t.Fatal(daemonLog())
 	}
 	app, proxy := kube.App("app", 8081), kube.App("proxy", 8080)

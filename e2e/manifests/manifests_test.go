@@ -66,6 +66,24 @@ func one[T runtime.Object](t *testing.T, objects []runtime.Object) T {
 	return found[0]
 }
 
+// environment returns the variables of the daemon's container. They must be in the pod template itself: one kept in a ConfigMap can
+// be stale when the pod starts.
+func environment(t *testing.T, objects []runtime.Object) map[string]string {
+	t.Helper()
+	container := daemonSet(t, objects).Spec.Template.Spec.Containers[0]
+	if len(container.EnvFrom) > 0 {
+		t.Fatalf("container %s has variables from elsewhere: %+v", container.Name, container.EnvFrom)
+	}
+	variables := map[string]string{}
+	for _, v := range container.Env {
+		if _, twice := variables[v.Name]; twice {
+			t.Errorf("container %s has variable %s twice", container.Name, v.Name)
+		}
+		variables[v.Name] = v.Value
+	}
+	return variables
+}
+
 // daemonSet returns the daemon's DaemonSet.
 func daemonSet(t *testing.T, objects []runtime.Object) *appsv1.DaemonSet {
 	t.Helper()
@@ -141,7 +159,7 @@ func TestRefusedValues(t *testing.T) {
 		`image: {repository: ""}`:          "helm upgrade --reset-then-reuse-values",
 		"platform: eks-anywhere":           "platform",
 		"mode: on":                         "mode",
-		"mode: off":                        `must be quoted where it is "off"`,
+		"mode: off":                        `must be quoted if it is "off"`,
 		"moed: answer":                     "moed",
 		"stateDir: run":                    "stateDir",
 		"hook: tcx":                        "hook",
@@ -287,7 +305,7 @@ func TestPodsAPISocket(t *testing.T) {
 				mounted = m.MountPath
 			}
 		}
-		socket := one[*corev1.ConfigMap](t, objects).Data["PROBELET_KUBELET_PODS_SOCKET"]
+		socket := environment(t, objects)["PROBELET_KUBELET_PODS_SOCKET"]
 		if mounted != want || want != "" && socket != want+"/pods-api.sock" {
 			t.Errorf("%s: mounts %q, configured with %q; want %q", name, mounted, socket, want)
 		}
@@ -377,7 +395,7 @@ func TestUninstallHooks(t *testing.T) {
 }
 
 func TestSafeFirstStep(t *testing.T) {
-	if mode := one[*corev1.ConfigMap](t, render(t, nil)).Data["PROBELET_MODE"]; mode != "observe" {
+	if mode := environment(t, render(t, nil))["PROBELET_MODE"]; mode != "observe" {
 		t.Errorf("the default mode is %s, want observe", mode)
 	}
 }
@@ -386,7 +404,7 @@ func TestSafeFirstStep(t *testing.T) {
 func TestHook(t *testing.T) {
 	for values, want := range map[string]string{"": "tc", "hook: xdp": "xdp"} {
 		objects := render(t, with(t, values))
-		if got := one[*corev1.ConfigMap](t, objects).Data["PROBELET_HOOK"]; got != want {
+		if got := environment(t, objects)["PROBELET_HOOK"]; got != want {
 			t.Errorf("the daemon has %q, want %s", got, want)
 		}
 		args := daemonSet(t, objects).Spec.Template.Spec.InitContainers[0].Args
@@ -416,7 +434,7 @@ func TestPlatforms(t *testing.T) {
 	expect := func(values, netDir, binDir string) {
 		t.Helper()
 		objects := render(t, with(t, values))
-		data := one[*corev1.ConfigMap](t, objects).Data
+		data := environment(t, objects)
 		if data["PROBELET_CNI_NET_DIR"] != netDir || data["PROBELET_CNI_BIN_DIR"] != binDir {
 			t.Errorf("%s: %s", values, data)
 		}
@@ -443,10 +461,7 @@ func TestPlatforms(t *testing.T) {
 // probeletctl gets the directories from the environment of the daemon's container.
 func TestDirectories(t *testing.T) {
 	objects := render(t, with(t, variants["all sorts"]))
-	variables := maps.Clone(one[*corev1.ConfigMap](t, objects).Data)
-	for _, v := range daemonSet(t, objects).Spec.Template.Spec.Containers[0].Env {
-		variables[v.Name] = v.Value
-	}
+	variables := environment(t, objects)
 	for name, want := range map[string]string{
 		"PROBELET_CNI_NET_DIR": "/net", "PROBELET_CNI_BIN_DIR": "/bin", "PROBELET_STATE_DIR": "/state", "PROBELET_BPF_DIR": "/bpf/probelet",
 	} {
@@ -464,7 +479,7 @@ func TestPorts(t *testing.T) {
 		if daemon.Name != "probeletd" {
 			continue
 		}
-		host, port, err := net.SplitHostPort(one[*corev1.ConfigMap](t, objects).Data["PROBELET_METRICS_LISTEN"])
+		host, port, err := net.SplitHostPort(environment(t, objects)["PROBELET_METRICS_LISTEN"])
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -514,7 +529,7 @@ func TestPodMonitor(t *testing.T) {
 	if len(s.Capabilities.Add) > 0 || !*s.ReadOnlyRootFilesystem || *s.AllowPrivilegeEscalation || !pod.Containers[0].VolumeMounts[0].ReadOnly {
 		t.Errorf("%+v", s)
 	}
-	if listen := one[*corev1.ConfigMap](t, objects).Data["PROBELET_METRICS_LISTEN"]; !strings.HasPrefix(listen, "127.0.0.1:") {
+	if listen := environment(t, objects)["PROBELET_METRICS_LISTEN"]; !strings.HasPrefix(listen, "127.0.0.1:") {
 		t.Errorf("the daemon listens on %s, want a loopback address", listen)
 	}
 }

@@ -1,4 +1,4 @@
-// Package version tells which version of probelet a program is.
+// Package version reports the version of the running program.
 package version
 
 import (
@@ -6,12 +6,12 @@ import (
 	"runtime/debug"
 )
 
-// linked is set by packagers whose builds know nothing of version control, such as that of the container image:
+// linked is set at link time by make, and by packagers whose builds see no repository:
 // -ldflags "-X github.com/probelet/probelet/internal/version.linked=v1.2.3".
 var linked string
 
-// String returns the version given at link time; otherwise what the Go toolchain noted of the module and its revision
-// (debug.BuildInfo), such as v0.0.0-20261127001640-a1457187ac30; or "devel" if nothing did.
+// String returns the version given at link time. Without one it falls back to what the Go toolchain recorded of the module and its
+// revision (debug.BuildInfo), such as v0.0.0-20261127001640-a1457187ac30, and then to "devel".
 func String() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
@@ -21,9 +21,9 @@ func String() string {
 }
 
 func of(linked string, info *debug.BuildInfo) string {
-	noted := info.Main.Version
-	if noted == "(devel)" { // no version control, or told not to look
-		noted = ""
+	recorded := info.Main.Version
+	if recorded == "(devel)" { // built without VCS stamping
+		recorded = ""
 	}
-	return cmp.Or(linked, noted, "devel")
+	return cmp.Or(linked, recorded, "devel")
 }

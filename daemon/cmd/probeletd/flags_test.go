@@ -1,7 +1,9 @@
 package main
 
 import (
+	"encoding/json"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -10,6 +12,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"github.com/probelet/probelet/daemon/internal/flagenv"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
@@ -33,7 +36,7 @@ func TestChosenStaleness(t *testing.T) {
 			if err := flags.Parse(test.args); err != nil {
 				t.Fatal(err)
 			}
-			if err := fromEnvironment(flags); err != nil {
+			if err := flagenv.Apply(flags); err != nil {
 				t.Fatal(err)
 			}
 			noteChosen(flags, &got)
@@ -75,20 +78,19 @@ func TestDirectories(t *testing.T) {
 	}
 }
 
-// Networks that are not where uninstall looks may name the plugin: without it no pod could start.
-func TestUninstallLooksElsewhere(t *testing.T) {
-	dir := t.TempDir()
-	plugin := filepath.Join(dir, "probelet")
-	if err := os.WriteFile(plugin, nil, 0o755); err != nil { //nolint:gosec // a program
+func TestLogFormats(t *testing.T) {
+	var text strings.Builder
+	log, err := newLog(&text, "json", &slog.LevelVar{})
+	if err != nil {
 		t.Fatal(err)
 	}
-	nets := filepath.Join(dir, "net")
-	err := execute(t.Context(), []string{"uninstall", "--cni-net-dir", nets, "--cni-bin-dir", dir, "--settle", "1ms",
-		"--state-dir", filepath.Join(dir, "state"), "--bpf-dir", filepath.Join(dir, "bpf")}, io.Discard, io.Discard)
-	if err == nil || !strings.Contains(err.Error(), "--cni-net-dir") || !strings.Contains(err.Error(), nets) {
-		t.Errorf("got %v, want an error that names --cni-net-dir and %s", err, nets)
+	log.Info("hello", "pod", "a/b")
+	log.Debug("not this")
+	var line map[string]any
+	if err := json.Unmarshal([]byte(text.String()), &line); err != nil || line["msg"] != "hello" || line["pod"] != "a/b" {
+		t.Errorf("%s: %v", &text, err)
 	}
-	if _, err := os.Stat(plugin); err != nil {
-		t.Error(err)
+	if _, err := newLog(io.Discard, "xml", nil); err == nil || !strings.Contains(err.Error(), `--log-format "xml"`) {
+		t.Errorf("%v", err)
 	}
 }

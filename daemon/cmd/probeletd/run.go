@@ -1,566 +1,216 @@
 package main
 
 import (
-	"context"
-	"crypto/tls"
-	"errors"
+	"cmp"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
-	"reflect"
-	"runtime/debug"
-	"sync"
-	"sync/atomic"
 	"time"
 
-	"github.com/fsnotify/fsnotify"
-	"k8s.io/client-go/rest"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
-	"github.com/probelet/probelet/daemon/internal/api"
-	"github.com/probelet/probelet/daemon/internal/chain"
-	"github.com/probelet/probelet/daemon/internal/evidence"
-	"github.com/probelet/probelet/daemon/internal/kubeapi"
-	"github.com/probelet/probelet/daemon/internal/podevents"
+	"github.com/probelet/probelet/daemon/internal/adopt"
+	"github.com/probelet/probelet/daemon/internal/agent"
+	"github.com/probelet/probelet/daemon/internal/crosscheck"
+	"github.com/probelet/probelet/daemon/internal/flagenv"
+	"github.com/probelet/probelet/daemon/internal/install"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/prober"
-	"github.com/probelet/probelet/daemon/internal/refresh"
-	"github.com/probelet/probelet/daemon/internal/repair"
 	"github.com/probelet/probelet/daemon/internal/source"
-	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
-const (
-	// loadDeadline is how long the loading of BPF objects by another process is waited for.
-	loadDeadline = 5 * time.Second
-	// retryAfter is when maps that were not there, or not writable, are tried again: records are written before maps.
-	retryAfter = 200 * time.Millisecond
-	// resyncInterval is how often maps are compared with those that are known, and records are read if their directory
-	// has been replaced, of which nobody tells.
-	resyncInterval = 5 * time.Second
-	// proberInterval is how often a prober's cgroup is looked up, lest it was made anew.
-	proberInterval = 500 * time.Millisecond
-	// setAgain is how long after a prober could not be set it is tried again.
-	setAgain = 30 * time.Second
-	// recordsSettle is how long after a change of records they are read: a change is several events.
-	recordsSettle = 10 * time.Millisecond
-	// recordsGather is how long records are left to gather.
-	recordsGather = 50 * time.Millisecond
-	// describeInterval is the shortest time between two writings of what is probed: that takes as long as there are pods.
-	describeInterval = time.Second
-)
+const runHelp = `Runs the daemon in the foreground.
 
-// run runs the daemon until ctx ends, which is no error.
-func run(ctx context.Context, c config, log *slog.Logger) (err error) {
-	if c.prober == "" && c.sourceName() != "file" {
-		c.prober = "kubelet"
-	}
-	finder, err := prober.Parse(c.prober)
-	if err != nil {
-		return err
-	}
-	if _, err := finder.Find(); err != nil && !finder.Kubelet { // that may start later
-		return err
-	}
-	if err := os.MkdirAll(attach.RecordsDir(c.stateDir), 0o700); err != nil {
-		return err
-	}
-	held, err := statedir.Lock(c.stateDir)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, held.Release()) }()
-	specs, err := openSource(c, log)
-	if err != nil {
-		return err
-	}
-	if file, ok := specs.(*source.File); ok {
-		defer file.Close() //nolint:errcheck // nothing is lost
-	}
+Specs are read from a source (--source):
 
-	loading, cancel := context.WithTimeout(ctx, loadDeadline)
-	defer cancel()
-	d, err := datapath.Ensure(loading, c.bpfDir)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, d.Close()) }()
-	release, err := datapath.Claim(c.bpfDir)
-	if err != nil {
-		return fmt.Errorf("--bpf-dir %s: %w", c.bpfDir, oneDaemon(err))
-	}
-	defer release()
-	// The prober of before stays it if it still is. Were nobody the prober for a moment, a failure that it finds then would go unseen,
-	// and the success before it would still be answered.
-	who, err := d.Prober()
-	if err != nil {
-		return fmt.Errorf("the prober of before: %w", err)
-	}
-	l := &loop{log: log, prober: finder, who: who, set: d.SetProber, held: held.Check, calls: make(chan func())}
-	l.followProber()
-	return l.serve(ctx, c, d, specs)
-}
+  kubelet    the pods API of this node's kubelet (--kubelet-pods-socket), which pushes every change of a container's state.
+             Kubernetes 1.37 and later serve it by default. Without it, the daemon polls GET /pods, also shortly after a pod is
+             attached, but at most once a second and for at most a tenth of the time. That needs "get" on nodes/pods (before
+             Kubernetes 1.33: nodes/proxy). --kubelet-ca-file must verify the kubelet's certificate; a certificate that the
+             kubelet signed itself can be given as its own CA (/var/lib/kubelet/pki/kubelet.crt), with the name of the node as
+             --kubelet-server-name. No token is sent to an http: URL (the read-only port).
+  apiserver  the daemon watches the pods with spec.nodeName=--node-name at the API server.
+  file       a file (--specs).
 
-// oneDaemon says what it means that another process has the pinned objects.
-func oneDaemon(err error) error {
-	if errors.Is(err, datapath.ErrLocked) {
-		return fmt.Errorf("%w, with another state directory: %w", statedir.ErrRunning, err)
-	}
-	return err
-}
+With kubelet and apiserver, the daemon also compares the kubelet's own counts of its probes (/metrics/probes at the host of
+--kubelet-url) with what it observed (--crosscheck). That needs "get" on nodes/metrics. An endpoint whose counts contradict the
+observations is not answered until its specs change. Endpoints that something other than their own probes may ask are not
+compared; probeletctl explain names what.
 
-// openSource opens the source that the flags ask for.
-func openSource(c config, log *slog.Logger) (source.Source, error) {
-	name := c.sourceName()
-	if (name == "file") != (c.specs != "") {
-		return nil, fmt.Errorf("--source %s, --specs %q: a file, and only a file, needs --specs", name, c.specs)
-	}
-	var s source.Source
-	var err error
-	switch name {
-	case "file":
-		s, err = source.NewFile(c.specs, log)
-	case "kubelet":
-		s, err = source.NewKubelet(c.kubelet, log)
-	case "apiserver":
-		s, err = source.NewAPIServer(c.kubeconfig, c.node, log)
-	default:
-		return nil, fmt.Errorf("--source %q: must be kubelet, apiserver or file", name)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("--source %s: %w", name, err)
-	}
-	return s, nil
-}
+While a source cannot be read, the previous specs stay in force, and evidence expires as usual.
 
-func (c config) sourceName() string {
-	switch {
-	case c.source != "":
-		return c.source
-	case c.specs != "":
-		return "file"
-	}
-	return "kubelet"
-}
+A specs file is YAML, with probes as in a pod spec:
 
-// serve starts the inputs, and runs the loop.
-func (l *loop) serve(ctx context.Context, c config, d *datapath.Datapath, specs source.Source) error {
-	previous, err := statedir.ReadEndpoints(c.stateDir)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		l.log.Warn("evidence of an earlier run is not used", "error", err)
-	}
+  pods:
+  - name: web
+    namespace: shop          # default: default
+    ips: [10.0.0.7]          # for refresh, and for runtimes that do not pass the name of the pod to the plugin
+    annotations: {probelet.dev/staleness: "2", probelet.dev/mode: answer}   # as on a pod; see below
+    containers:
+    - name: server
+      ports: [{name: http, containerPort: 8080}]
+      readinessProbe: {httpGet: {path: /ready, port: http}, periodSeconds: 5}
 
-	// In this order: what is watched before it is read is not missed.
-	ctx, cancel := context.WithCancel(ctx)
-	in, err := watch(ctx, c.stateDir, d, specs, l.log)
-	if err != nil {
-		cancel()
-		return err
-	}
-	defer in.all.Wait()
-	defer cancel()
-	l.daemon = newDaemon(l.log, d, c, previous, nil)
-	if l.refresher, err = refresh.New(ownSockets{d, c.openSocket, l.metrics.own.Inc}, datapath.Now); err != nil {
-		return err
-	}
-	defer l.refresher.Close()
-	l.refresh, l.failing, l.delivery = specs.Refresh, specs.Failing, specs.Delivery
-	if c.keep {
-		if l.keeper, err = newKeeper(c.cniCacheDir); err != nil {
-			l.log.Warn("attachments are not looked after, and pods that had their network before are not adopted", "reason", err)
-		} else {
-			if l.keeper.looker, err = repair.New(d, c.bpfDir); err != nil {
+The file is reloaded when it changes. An invalid file is logged, and the previous one stays in force.
+
+The prober (--prober) determines whose connections are probes:
+
+  kubelet      the process named kubelet, or that of k3s or MicroK8s, that runs as root in the daemon's network and PID
+               namespaces and outside of all pods (the default, except for specs from a file). The daemon follows its
+               restarts. If it is alone in its cgroup, its child processes are probers too; otherwise only the process itself
+               is. Nothing is answered until it is found, or while it cannot be told apart from others. The daemon must see
+               the node's processes and cgroups (hostPID).
+  cgroup:PATH  the processes in the cgroup v2 directory PATH, not in those below it: the kubelet's, for example
+               cgroup:/sys/fs/cgroup/system.slice/kubelet.service
+  host         every process in the host's network namespace. This is for experiments, not for production: any local
+               connection counts as a probe, even one of a hostNetwork ingress or of a client that came in by a NodePort. The
+               kernel would answer its requests instead of the pod, and where the server speaks first both sides would wait:
+               the client for the server, which never sees the connection.
+
+The mode (--mode, or the annotation probelet.dev/mode of a pod) determines what is done about a pod's probes:
+
+  answer   they are observed, and answered while what was observed is fresh
+  observe  they are observed only
+  off      nothing
+
+The staleness (--staleness, or the annotation probelet.dev/staleness of a pod) is how long a success is answered after it was
+observed, from 0.5 to 5 periods of the shortest probe of the same endpoint. (Startup probes, which end with their success, do not
+count beside others.) The smallest timeout of these probes is added, but at most half a period, so that a probe that is due after
+exactly that many periods is still answered. Where the kernel can inspect the pod's listening socket, a TCP probe is answered for
+as long as the socket accepts connections, up to 9 times in a row (fewer if its backlog is short), and the staleness is 10 periods
+unless a lower one is set. No pod exceeds --staleness-ceiling, if it is set, whatever its annotation requests. Raising the
+staleness affects only successes observed from then on.
+
+With refresh (--refresh, or the annotation probelet.dev/refresh of a pod, if --refresh-by-annotation allows it: true, or the longest
+interval, from 100ms) the daemon sends the requests of the probes itself, byte for byte, at least once per staleness, so that all
+probes of a healthy pod are answered. It sends only requests that are known to succeed. After a failure it withdraws the evidence
+at once, and leaves it to the prober to find out that the pod has recovered. Each request has a connection of its own, which is
+reset at its end and leaves no TIME_WAIT behind. Because this costs the node CPU time, pods may only request it if the node
+allows that; they may always decline it ("false"). A pod has at most 4 such connections at a time and 20 per second, however many
+endpoints it has. Refresh is off, and probeletctl explain says why, for endpoints that are not answered, for pods whose address
+is unknown, and for TCP probes that are answered by inspecting the listening socket.
+
+A pod with an invalid annotation is not answered at all, because its author did not want the defaults. The annotation is logged,
+and shown by probeletctl status.
+
+The daemon listens on <state-dir>/probeletd.sock, which only root can open. POST /v1/invalidate takes
+{"namespace": "shop", "pod": "web", "port": 8080, "path": "/ready"} (without path and port: the whole pod) and returns once nothing
+is answered from what was known of it (404: no such pod or endpoint; 400: malformed). Controllers on other machines can be given
+access to the same request over TLS with client certificates (--api-listen).
+
+Each flag can also be set by an environment variable, for example --staleness-ceiling by PROBELET_STALENESS_CEILING. The command
+line takes precedence.
+
+On SIGTERM and SIGINT the daemon exits and leaves everything in place: evidence expires on its own.`
+
+// serviceAccount is where pods have their service account.
+const serviceAccount = "/var/run/secrets/kubernetes.io/serviceaccount/"
+
+func runCommand(stderr io.Writer) *cobra.Command {
+	c := agent.Config{LogLevel: &slog.LevelVar{}}
+	var network install.Options
+	var logFormat string
+	c.Kubelet.SelfSigned = func() ([]byte, error) { return prober.KubeletCertificate("/proc") }
+	cmd := &cobra.Command{
+		Use:   "run [--source kubelet|apiserver|file] [--prober kubelet|cgroup:PATH|host]",
+		Short: "Run the daemon in the foreground",
+		Long:  runHelp,
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			log, err := newLog(stderr, logFormat, c.LogLevel)
+			if err != nil {
 				return err
 			}
-			in.all.Go(func() { l.keeper.promoter.run(ctx, l.daemon) })
-			in.all.Go(func() {
-				l.keeper.looker.Run(ctx)
-				_ = l.keeper.looker.Close() // it only listened
-			})
-		}
-	}
-	if l.reporter = newReporter(c, l.log); l.reporter != nil {
-		in.all.Go(func() { l.reporter.Run(ctx) })
-	}
-	if err := l.listen(ctx, c, in); err != nil {
-		return err
-	}
-	if err := l.crosscheck(ctx, c, in); err != nil {
-		return err
-	}
-	if c.netDir != "" {
-		way, err := chainWay(c.chain, l.log)
-		if err != nil {
-			return err
-		}
-		l.chain = &atomic.Pointer[chainState]{}
-		network := chain.Node{
-			NetDir: c.netDir, BinDir: c.binDir, StateDir: c.stateDir, Conf: pluginConf(c.bpfDir, c.stateDir, c.hook), Log: l.log,
-			Runtimes: chain.CachedRuntimes("/proc"),
-			Looked:   func(_ chain.Joined, err error) { l.chain.Store(&chainState{err}) },
-		}
-		in.all.Go(func() { in.fail(network.Follow(ctx, way, false)) })
-	}
-	l.log.Info("running", "source", c.sourceName(), "prober", c.prober, "bpf", d.Dir(), "state", c.stateDir)
-	err = l.run(ctx, in)
-	l.log.Info("ended; evidence is left to expire")
-	return err
-}
-
-// newReporter returns nil where there is no API server to be told, as for a daemon that is not one of a cluster's pods.
-func newReporter(c config, log *slog.Logger) *podevents.Reporter {
-	if !c.events || c.sourceName() == "file" {
-		return nil
-	}
-	config, err := kubeapi.Config(c.kubeconfig)
-	if err == nil {
-		var client rest.Interface
-		if client, err = kubeapi.Core(config); err == nil {
-			return podevents.New(client, c.node, log)
-		}
-	}
-	log.Info("no events are written about pods", "reason", err)
-	return nil
-}
-
-// listen begins to serve those who ask the daemon something.
-func (l *loop) listen(ctx context.Context, c config, in *inputs) error {
-	serve := func(listener net.Listener, handler http.Handler) {
-		in.all.Go(func() { in.fail(api.Serve(ctx, listener, handler, l.log)) })
-	}
-	metrics := l.handler(c.metricsPerPod)
-	monitored, err := api.ListenMetrics(c.stateDir)
-	if err != nil {
-		return fmt.Errorf("listening on %s: %w", statedir.MetricsSocketPath(c.stateDir), err)
-	}
-	serve(monitored, api.Health(l, metrics))
-	local, err := api.Listen(c.stateDir)
-	if err != nil {
-		return fmt.Errorf("listening on %s: %w", statedir.SocketPath(c.stateDir), err)
-	}
-	serve(local, api.Local(l, metrics, c.logLevel))
-	if c.metricsListen != "" {
-		listener, err := net.Listen("tcp", c.metricsListen)
-		if err != nil {
-			return fmt.Errorf("--metrics-listen %s: %w", c.metricsListen, err)
-		}
-		serve(listener, api.Health(l, metrics))
-	}
-	if c.api == (apiConfig{}) {
-		return nil
-	}
-	if c.api.listen == "" || c.api.certFile == "" || c.api.keyFile == "" || c.api.clientCAFile == "" {
-		return errors.New("--api-listen, --api-cert-file, --api-key-file and --api-client-ca-file: all of them are needed, or none")
-	}
-	config, err := api.TLSConfig(c.api.certFile, c.api.keyFile, c.api.clientCAFile)
-	if err != nil {
-		return fmt.Errorf("--api-listen %s: %w", c.api.listen, err)
-	}
-	listener, err := tls.Listen("tcp", c.api.listen, config)
-	if err != nil {
-		return fmt.Errorf("--api-listen %s: %w", c.api.listen, err)
-	}
-	serve(listener, api.Controls(l))
-	return nil
-}
-
-// inputs are what the loop reacts to.
-type inputs struct {
-	snapshots chan []probe.Pod
-	records   chan struct{} // they changed
-	observed  chan observed
-	failed    chan error // the first of those that cannot go on
-	// recordsReplaced is whether their directory is not the one that is watched.
-	recordsReplaced func() bool
-	all             sync.WaitGroup // of goroutines, which end after ctx
-}
-
-// watch starts a goroutine for each input.
-func watch(ctx context.Context, stateDir string, d *datapath.Datapath, specs source.Source, log *slog.Logger) (*inputs, error) {
-	watcher, err := fsnotify.NewWatcher()
-	if err != nil {
-		return nil, err
-	}
-	if err := watcher.Add(attach.RecordsDir(stateDir)); err != nil {
-		return nil, errors.Join(fmt.Errorf("watching %s: %w", attach.RecordsDir(stateDir), err), watcher.Close())
-	}
-	watched, err := os.Stat(attach.RecordsDir(stateDir))
-	if err != nil {
-		return nil, errors.Join(err, watcher.Close())
-	}
-	reader, err := d.Records()
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("records of connections: %w", err), watcher.Close())
-	}
-	in := &inputs{
-		recordsReplaced: func() bool {
-			current, err := os.Stat(attach.RecordsDir(stateDir))
-			return err != nil || !os.SameFile(watched, current)
+			if unknown := flagenv.Unknown(cmd.Flags(), os.Environ()); len(unknown) > 0 {
+				log.Warn("ignoring environment variables that match no flag", "names", unknown)
+			}
+			if network.NetDir != "" {
+				network.BPFDir, network.StateDir, network.Hook, network.Log = c.BPFDir, c.StateDir, c.Hook, log
+				if c.FollowChain, err = install.Keeper(network); err != nil {
+					return err
+				}
+			}
+			return agent.Run(cmd.Context(), c, log)
 		},
-		snapshots: make(chan []probe.Pod),
-		records:   make(chan struct{}, 1),
-		observed:  make(chan observed),
-		failed:    make(chan error, 1),
 	}
-	in.all.Go(func() { in.fail(specs.Run(ctx, in.snapshots)) })
-	in.all.Go(func() { in.fail(in.watchRecords(ctx, watcher, log)) })
-	in.all.Go(func() { in.fail(in.readProbes(ctx, reader)) })
-	// A reader that waits is woken by closing it.
-	context.AfterFunc(ctx, func() { _ = reader.Close() })
-	return in, nil
-}
-
-func (in *inputs) fail(err error) {
-	if err == nil {
-		return
-	}
-	select {
-	case in.failed <- err:
-	default:
-	}
-}
-
-func (in *inputs) watchRecords(ctx context.Context, watcher *fsnotify.Watcher, log *slog.Logger) error {
-	defer watcher.Close() //nolint:errcheck // nothing is lost
-	var due <-chan time.Time
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case _, ok := <-watcher.Events:
-			if !ok {
-				return fmt.Errorf("watching records: %w", os.ErrClosed)
-			}
-			if due == nil {
-				due = time.After(recordsSettle)
-			}
-		case err := <-watcher.Errors:
-			log.Warn("watching records of attachments", "error", err)
-			due = time.After(recordsSettle)
-		case <-due:
-			due = nil
-			select {
-			case in.records <- struct{}{}:
-			default: // one is waiting already
-			}
+	flags := cmd.Flags()
+	flags.StringVar(&c.Source, "source", "", "source of specs: `kubelet|apiserver|file` (default: file with --specs, otherwise kubelet)")
+	flags.StringVar(&c.Specs, "specs", "", "YAML `FILE` with pods and their probes")
+	kubelet := "https://" + net.JoinHostPort(cmp.Or(os.Getenv("NODE_IP"), "127.0.0.1"), "10250") + "/pods"
+	flags.StringVar(&c.Kubelet.URL, "kubelet-url", kubelet, "`URL` of the kubelet's list of pods (default: at $NODE_IP, if set)")
+	flags.StringVar(&c.Kubelet.TokenFile, "kubelet-token-file", serviceAccount+"token", "`FILE` with the token for the kubelet")
+	flags.StringVar(&c.Kubelet.CAFile, "kubelet-ca-file", serviceAccount+"ca.crt", "`FILE` with the CA of the kubelet's certificate; a certificate that the kubelet generated itself is recognised without")
+	flags.StringVar(&c.Kubelet.ServerName, "kubelet-server-name", "", "`NAME` in the kubelet's certificate (default: the host of --kubelet-url)")
+	flags.StringVar(&c.Kubelet.Socket, "kubelet-pods-socket", source.PodsAPISocket, "`SOCKET` of the kubelet's pods API; empty: do not use it")
+	flags.DurationVar(&c.Kubelet.Poll, "kubelet-poll", 10*time.Second, "longest `INTERVAL` between two lists of all pods from the kubelet, from 1s")
+	flags.DurationVar(&c.Crosscheck, "crosscheck", 15*time.Second, "`INTERVAL` at which the kubelet's verdicts are compared with what was observed, up to 1m; 0: never")
+	flags.StringVar(&c.Kubeconfig, "kubeconfig", "", "kubeconfig `FILE` for the API server (default: the service account of the pod)")
+	flags.StringVar(&c.NodeName, "node-name", os.Getenv("NODE_NAME"), "`NAME` of this node at the API server (default: $NODE_NAME)")
+	flags.StringVar(&c.Prober, "prober", "", "whose connections are probes: `kubelet|cgroup:PATH|host` (default: kubelet, except for specs from a file)")
+	install.HookFlag(flags, &c.Hook)
+	flags.StringVar(&c.BPFDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
+	flags.StringVar(&c.StateDir, "state-dir", attach.DefaultStateDir, "`directory` with attachment records and the daemon's state")
+	policyFlags(flags, &c.Defaults)
+	flags.BoolVar(&c.Repair, "repair", true, "repair attachments, and adopt pods that were started before probelet")
+	flags.StringVar(&c.CNICacheDir, "cni-cache-dir", adopt.DefaultCacheDir, "`directory` on the host where libcni caches results, which has the pods to adopt")
+	flags.StringVar(&network.NetDir, "cni-net-dir", "", "`directory` with network configurations, to keep the plugin in their chain (default: do not)")
+	flags.StringVar(&network.BinDir, "cni-bin-dir", "/opt/cni/bin", "`directory` with CNI plugins; the plugin is kept out of the chain while the runtime would not find it there")
+	flags.StringVar(&network.Chain, "chain", "auto", "how the plugin joins the chain: `auto|dropin|copy`, as for install")
+	flags.StringVar(&c.MetricsListen, "metrics-listen", "127.0.0.1:9553", "`ADDRESS` to serve /metrics, /healthz and /readyz on, in plain HTTP; empty: none")
+	flags.BoolVar(&c.MetricsPerPod, "metrics-per-pod", false, "add a metric per pod: as many time series as there are pods")
+	flags.StringVar(&c.API.Listen, "api-listen", "", "`ADDRESS` to serve the API for controllers on, over TLS with client certificates")
+	flags.StringVar(&c.API.CertFile, "api-cert-file", "", "`FILE` with its certificate")
+	flags.StringVar(&c.API.KeyFile, "api-key-file", "", "`FILE` with its key")
+	flags.StringVar(&c.API.ClientCAFile, "api-client-ca-file", "", "`FILE` with the CA of its clients")
+	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error {
+		if err := flagenv.Apply(cmd.Flags()); err != nil {
+			return err
 		}
-	}
-}
-
-// observed is what became of probes, and how many exchanges there were of which that is not certain.
-type observed struct {
-	probes   []evidence.Observation
-	doubtful map[evidence.Doubtful]uint64
-}
-
-// readProbes reads as many records as there are at a time, and then lets some more come: to wake up for each would cost
-// more than all the rest. What must have an effect at once the kernel side does by itself.
-func (in *inputs) readProbes(ctx context.Context, reader *datapath.RecordReader) error {
-	assembler := evidence.NewAssembler()
-	for {
-		o, err := readBatch(reader, assembler)
-		switch {
-		case ctx.Err() != nil:
-			return nil
-		case err != nil:
-			return fmt.Errorf("reading records of connections: %w", err)
+		if err := install.CheckDirs(cmd.Flags()); err != nil {
+			return err
 		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case in.observed <- o:
+		noteChosen(cmd.Flags(), &c.Defaults)
+		if c.Kubelet.Poll < time.Second {
+			return fmt.Errorf("--kubelet-poll %s: must be 1s or more", c.Kubelet.Poll)
 		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(recordsGather):
+		if c.Crosscheck != 0 && (c.Crosscheck < time.Second || c.Crosscheck > crosscheck.LongestInterval) {
+			return fmt.Errorf("--crosscheck %s: must be between 1s and %s, or 0", c.Crosscheck, crosscheck.LongestInterval)
 		}
-	}
-}
-
-// readBatch waits for records and returns what became of the probes that end with those there are, at most 1,024.
-func readBatch(reader *datapath.RecordReader, assembler *evidence.Assembler) (o observed, err error) {
-	const most = 1024
-	var record datapath.Record
-	for first := true; (first || reader.Pending()) && len(o.probes) < most; first = false {
-		if err := reader.Next(&record); err != nil {
-			return o, err
-		}
-		if observation, ok := assembler.Add(record); ok {
-			o.probes = append(o.probes, observation)
-		}
-	}
-	o.doubtful = assembler.TakeDoubtful()
-	return o, nil
-}
-
-// loop is the one goroutine in which everything is decided.
-type loop struct {
-	*daemon
-	log    *slog.Logger
-	prober prober.Finder
-	who    datapath.Prober
-	set    func(datapath.Prober) error
-	held   func() error // reports whether this is the one daemon of the state directory
-	// refresh tells the source of a new attachment; failing is how it fails, and delivery how containers' states come in.
-	refresh  func()
-	failing  func() string
-	delivery func() source.Delivery
-	calls    chan func() // of others, to be run between two decisions
-	refused  refusal     // the last one
-	lost     string      // why nobody is the prober, as it was logged; empty: somebody is
-	keeper   *keeper     // nil: attachments are as others leave them
-	// chain is how the plugin is in the chain, as of the last look; nil: the daemon does not look after it.
-	chain *atomic.Pointer[chainState]
-	// unrepaired is what was logged last of what keeps the keeper from its work.
-	unrepaired string
-}
-
-// chainState is what a look at the chain found: nil if the plugin is in it.
-type chainState struct{ err error }
-
-// misplaced is why the daemon keeps the plugin out of the chain; nil if it does not.
-func (l *loop) misplaced() error {
-	if l.chain == nil {
 		return nil
 	}
-	if state := l.chain.Load(); state != nil && errors.Is(state.err, chain.ErrMisplaced) {
-		return state.err
-	}
-	return nil
+	flags.BoolVar(&c.Events, "events", true, "write Events about pods with invalid annotations")
+	flags.TextVar(c.LogLevel, "log-level", &slog.LevelVar{}, "lowest `level` to log: debug, info, warn or error; probeletctl log-level changes it at run time")
+	flags.StringVar(&logFormat, "log-format", "text", "log format: `text|json`")
+	return cmd
 }
 
-func (l *loop) run(ctx context.Context, in *inputs) error {
-	defer func() {
-		if l.outdated {
-			l.describe()
-		}
-	}()
-	l.readRecords()
-	// Probes mean nothing, and records of endpoints would be taken for superfluous, until it is known what is probed.
-	var probes <-chan observed
-	var retry <-chan time.Time
-	prober := time.NewTicker(proberInterval)
-	defer prober.Stop()
-	resync := time.NewTicker(resyncInterval)
-	defer resync.Stop()
-	var again, describe <-chan time.Time
-	var reports <-chan repair.Report
-	if l.keeper != nil {
-		reports = l.keeper.looker.Reports()
-	}
-	for {
-		var lookErr error
-		select {
-		case <-ctx.Done():
-			return nil
-		case err := <-in.failed:
-			return err
-		case pods := <-in.snapshots:
-			first := !l.podsKnown
-			probes = in.observed
-			l.setPods(pods)
-			if first {
-				lookErr = l.look()
-				debug.FreeOSMemory() // starting takes several times the memory that going on does
-			}
-		case <-in.records:
-			if err := l.held(); err != nil {
-				return err
-			}
-			if l.readRecords() {
-				l.refresh()
-			}
-		case o := <-probes:
-			l.doubt(o.doubtful)
-			l.observe(o.probes)
-		case call := <-l.calls:
-			call()
-		case <-l.refresher.C:
-			l.refreshed(l.refresher.Take())
-		case <-retry:
-			retry = nil
-			l.retry()
-		case <-resync.C:
-			if err := l.held(); err != nil {
-				return err
-			}
-			if in.recordsReplaced() || l.unreadable != "" {
-				l.readRecords()
-			}
-			lookErr = l.look()
-		case report := <-reports:
-			lookErr = l.repair(ctx, report)
-			if l.keeper.again {
-				again = time.After(lookAgain)
-			}
-		case <-again:
-			again = nil
-			l.keeper.request(l.daemon)
-		case <-prober.C:
-			l.followProber()
-		case <-describe:
-			describe = nil
-			l.describe()
-		}
-		if lookErr != nil {
-			return lookErr
-		}
-		if l.outdated && describe == nil {
-			describe = time.After(time.Until(l.describedAt.Add(describeInterval)))
-		}
-		if retry == nil && l.pending() {
-			retry = time.After(retryAfter)
-		}
-	}
+func policyFlags(flags *pflag.FlagSet, d *probe.Defaults) {
+	builtIn := probe.NewDefaults()
+	flags.TextVar(&d.Mode, "mode", builtIn.Mode, "mode of pods without an annotation: `answer|observe|off`")
+	flags.TextVar(&d.Staleness, "staleness", builtIn.Staleness, "how many `periods` a success is answered for")
+	flags.TextVar(&d.Ceiling, "staleness-ceiling", builtIn.Ceiling, "most `periods` that an annotation can request")
+	flags.TextVar(&d.Refresh, "refresh", builtIn.Refresh, "whether the daemon sends requests of its own: `true|false`, or the longest interval between them")
+	flags.BoolVar(&d.RefreshByAnnotation, "refresh-by-annotation", false, "let pods request refresh by annotation, at the node's expense")
 }
 
-// followProber keeps to the prober when its cgroup is made anew, the kubelet starts in another, or something else comes into it. Until
-// it is known who the prober is, and can be told from others, nobody is.
-func (l *loop) followProber() {
-	who, err := l.prober.Find()
-	if err == nil && reflect.DeepEqual(who, l.who) {
-		return
-	}
-	if err == nil {
-		err = l.setProber(who)
-	}
-	if err == nil {
-		l.who, l.lost = who, ""
-		l.log.Info("the prober", "host", who.AnyLocal, "cgroups", who.CgroupIDs, "process", who.Process)
-		return
-	}
-	if !reflect.DeepEqual(l.who, datapath.Prober{}) {
-		if err := l.set(datapath.Prober{}); err != nil {
-			l.log.Error("setting the prober", "error", err)
-			return
-		}
-		l.who = datapath.Prober{}
-	}
-	if l.lost != err.Error() {
-		l.log.Warn("no prober, so nothing is answered", "error", err)
-	}
-	l.lost = err.Error()
+// noteChosen records which values were given, as opposed to defaults that happen to be the same.
+func noteChosen(flags *pflag.FlagSet, d *probe.Defaults) {
+	d.StalenessSet, d.CeilingSet = flags.Changed("staleness"), flags.Changed("staleness-ceiling")
 }
 
-// refusal is of a prober that the kernel side could not be told.
-type refusal struct {
-	who datapath.Prober
-	err error
-	at  time.Time
-}
-
-// setProber tells the kernel side. What it refused is not tried again at once: loading a program costs more than looking.
-func (l *loop) setProber(who datapath.Prober) error {
-	if r := l.refused; reflect.DeepEqual(who, r.who) && time.Since(r.at) < setAgain {
-		return r.err
+// newLog returns a logger that writes one line per record.
+func newLog(to io.Writer, format string, level *slog.LevelVar) (*slog.Logger, error) {
+	options := &slog.HandlerOptions{Level: level}
+	switch format {
+	case "text":
+		return slog.New(slog.NewTextHandler(to, options)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(to, options)), nil
 	}
-	err := l.set(who)
-	if err != nil {
-		l.refused = refusal{who, err, time.Now()}
-	}
-	return err
+	return nil, fmt.Errorf("--log-format %q: must be text or json", format)
 }

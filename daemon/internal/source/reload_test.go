@@ -11,10 +11,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/probelet/probelet/daemon/internal/polltest"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// logBuffer is a log that may be read while it is written.
+// logBuffer is a log that can be read while it is being written.
 type logBuffer struct {
 	mu   sync.Mutex
 	text bytes.Buffer
@@ -73,17 +74,6 @@ func next(t *testing.T, snapshots <-chan []probe.Pod, name string) {
 	}
 }
 
-func eventually(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for range 1000 {
-		if ok() {
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatal("never: " + what)
-}
-
 const podA, podB, podC = "pods: [{name: a}]", "pods: [{name: b}]", "pods: [{name: c}]"
 
 func TestReload(t *testing.T) {
@@ -95,7 +85,7 @@ func TestReload(t *testing.T) {
 	write(t, path, podB)
 	next(t, snapshots, "b")
 
-	// Replaced, and then written to: the file that is watched must be the new one.
+	// The file is replaced, and then written to: the new file must be watched.
 	write(t, path+".new", podA)
 	if err := os.Rename(path+".new", path); err != nil {
 		t.Fatal(err)
@@ -111,7 +101,7 @@ func TestReload(t *testing.T) {
 	next(t, snapshots, "a")
 }
 
-// A ConfigMap's volume: the file's directory has a link to a link that is replaced.
+// In a ConfigMap volume the file is a link through a directory link that is replaced.
 func TestReloadConfigMap(t *testing.T) {
 	dir := t.TempDir()
 	version := func(name, text string) {
@@ -145,8 +135,8 @@ func TestReloadKeepsTheLastGoodState(t *testing.T) {
 
 	for _, bad := range []string{"", "pods: [{name: broken, ips: [x]}]"} {
 		write(t, path, bad)
-		eventually(t, "an error is logged", func() bool { return log.count("level=ERROR") == 1 })
-		write(t, filepath.Join(filepath.Dir(path), "other"), bad) // another event, nothing new
+		polltest.Eventually(t, "an error is logged", func() bool { return log.count("level=ERROR") == 1 })
+		write(t, filepath.Join(filepath.Dir(path), "other"), bad) // an event without a change
 		time.Sleep(3 * settle)
 		if n := log.count("level=ERROR"); n != 1 {
 			t.Errorf("%q: %d errors logged, want 1", bad, n)
@@ -157,7 +147,7 @@ func TestReloadKeepsTheLastGoodState(t *testing.T) {
 	}
 	select {
 	case pods := <-snapshots:
-		t.Fatalf("a snapshot of a bad file: %v", pods)
+		t.Fatalf("a snapshot from an invalid file: %v", pods)
 	default:
 	}
 	write(t, path, podB)

@@ -44,9 +44,6 @@ func (c *Cluster) Deploy(ctx context.Context, values map[string]any) (*corev1.Po
 		case *corev1.ServiceAccount:
 			client := c.Client.CoreV1().ServiceAccounts(System)
 			_, err = createOrUpdate(ctx, o, client.Create, client.Update)
-		case *corev1.ConfigMap:
-			client := c.Client.CoreV1().ConfigMaps(System)
-			_, err = createOrUpdate(ctx, o, client.Create, client.Update)
 		case *rbacv1.ClusterRole:
 			client := c.Client.RbacV1().ClusterRoles()
 			_, err = createOrUpdate(ctx, o, client.Create, client.Update)
