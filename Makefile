@@ -122,7 +122,7 @@ oldkernel: ## Run BPF tests on Debian's Linux 6.1 and 6.12 under emulation (qemu
 	bpf/bpftest/oldkernel.sh linux-image-6.12-cloud-amd64 '$(OLDKERNEL_TESTS)'
 
 .PHONY: check
-check: format tidy vet drift lint vulncheck ## Run all the checks that follow
+check: format tidy vet drift lint workflows vulncheck ## Run all the checks that follow
 
 .PHONY: format
 format: clang ## Check the formatting of Go and C
@@ -151,6 +151,11 @@ lint: ## Run golangci-lint
 	cd e2e && $(BIN)/golangci-lint run --config ../.golangci.yml
 	cd daemon/differential && $(BIN)/golangci-lint run --config ../../.golangci.yml
 	cd bench && $(BIN)/golangci-lint run --config ../.golangci.yml
+
+.PHONY: workflows
+workflows: ## Check the GitHub workflows with actionlint
+	$(call tool,actionlint)
+	$(BIN)/actionlint
 
 # Generates in a copy, so that the working tree stays untouched.
 .PHONY: drift
