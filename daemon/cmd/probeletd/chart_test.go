@@ -30,9 +30,9 @@ func read(t *testing.T, file string) string {
 	return string(text)
 }
 
-// A flag of the daemon is given in the chart by a value of its own, or under config; and these are all.
+// The chart sets each flag of the daemon, by a value of its own or below config, and no others.
 func TestChartKnowsTheFlags(t *testing.T) {
-	// The file of specs would be in the image, and a node's name is not all nodes'.
+	// A file of specs would have to be in the image, and the name of a node differs between nodes.
 	var said = []string{"specs", "node-name"}
 	for _, variable := range regexp.MustCompile(`(?m)^- name: PROBELET_([A-Z_]+)$`).FindAllStringSubmatch(read(t, chart+"/templates/_environment.tpl"), -1) {
 		said = append(said, strings.ToLower(strings.ReplaceAll(variable[1], "_", "-")))
@@ -53,7 +53,7 @@ func TestChartKnowsTheFlags(t *testing.T) {
 	}
 	config := schema.Properties.Config
 	if config.AdditionalProperties == nil || *config.AdditionalProperties {
-		t.Error("config takes anything")
+		t.Error("config accepts anything")
 	}
 	for name := range config.Properties {
 		said = append(said, name)
@@ -67,7 +67,7 @@ func TestChartKnowsTheFlags(t *testing.T) {
 	}
 }
 
-// An environment that was written by hand may have anything.
+// An environment that a user wrote may have anything.
 func TestMisspeltVariables(t *testing.T) {
 	environ := []string{"PATH=/bin", "PROBELET_MODE=answer", "PROBELET_STALENES=2", "PROBELET_CNI_BIN_DIR=/x", "PROBELETS=1"}
 	if got := flagenv.Unknown(runCommand(io.Discard).Flags(), environ); !slices.Equal(got, []string{"PROBELET_STALENES"}) {
@@ -75,7 +75,7 @@ func TestMisspeltVariables(t *testing.T) {
 	}
 }
 
-// What the Dockerfile copies and builds is there, is not kept from it, and is what the manifests run.
+// What the Dockerfile copies and builds exists, is not excluded by .dockerignore, and is what the manifests run.
 func TestDockerfile(t *testing.T) {
 	text := strings.ReplaceAll(read(t, repository+"/Dockerfile"), "\\\n", "")
 	var copied, built []string
@@ -100,7 +100,7 @@ func TestDockerfile(t *testing.T) {
 		t.Errorf("it builds %s", built)
 	}
 	if !strings.Contains(text, `ENTRYPOINT ["/usr/local/bin/probeletd"]`) || !strings.Contains(text, "COPY --from=build /out/ /usr/local/bin/") {
-		t.Error("the manifests' args are probeletd's")
+		t.Error("the manifests pass arguments to probeletd")
 	}
 	ignored := read(t, repository+"/.dockerignore")
 	for _, name := range append(copied, "bpf/datapath/probelet_bpfel.o") {
@@ -109,7 +109,7 @@ func TestDockerfile(t *testing.T) {
 		}
 		for lines := bufio.NewScanner(strings.NewReader(ignored)); lines.Scan(); {
 			if strings.HasPrefix(filepath.Join("/", name)+"/", lines.Text()) {
-				t.Errorf("%s is kept from the build by %q", name, lines.Text())
+				t.Errorf("%s is excluded from the build by %q", name, lines.Text())
 			}
 		}
 	}

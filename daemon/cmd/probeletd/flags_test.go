@@ -16,7 +16,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// What somebody chose is a limit, even if it is the built-in one.
+// A value that was given is a limit, even if it equals the default.
 func TestChosenStaleness(t *testing.T) {
 	for name, test := range map[string]struct {
 		args, environ      []string
@@ -49,7 +49,7 @@ func TestChosenStaleness(t *testing.T) {
 	}
 }
 
-// The plugin refuses these, so that with them in the chain no pod could start, or be deleted.
+// The plugin rejects these directories. With one of them in the chain, no pod could start, or be deleted.
 func TestDirectories(t *testing.T) {
 	for _, command := range []string{"install", "uninstall", "run"} {
 		for flag, values := range map[string][]string{
@@ -60,7 +60,7 @@ func TestDirectories(t *testing.T) {
 		} {
 			for _, value := range values {
 				t.Run(command+flag+"="+value, func(t *testing.T) {
-					// Before anything else is looked at: none of these is there, and nothing is changed.
+					// This is checked first: none of the directories exists, and nothing is changed.
 					dir := t.TempDir()
 					t.Chdir(dir)
 					args := []string{command, "--cni-net-dir", filepath.Join(dir, "net"), "--cni-bin-dir", filepath.Join(dir, "bin"),
@@ -70,7 +70,7 @@ func TestDirectories(t *testing.T) {
 						t.Errorf("got %v, want an error that names %s and %q", err, flag, value)
 					}
 					if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
-						t.Errorf("%v, %v: are there now", left, err)
+						t.Errorf("created %v, %v", left, err)
 					}
 				})
 			}

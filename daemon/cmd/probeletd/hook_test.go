@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// A hook that there is not is refused before anything is done, and by name.
+// An unknown hook is rejected by name, before anything is done.
 func TestHookFlag(t *testing.T) {
 	refused := func(name string, args ...string) {
 		t.Helper()

@@ -19,7 +19,7 @@ import (
 	"github.com/probelet/probelet/bpf/veth"
 )
 
-// cached is what libcni writes after an ADD of a pod by the ptp plugin; change makes it another.
+// cached returns what libcni writes after the ptp plugin's ADD of a pod, as modified by change.
 func cached(p *bpftest.Pod, change func(map[string]any)) map[string]any {
 	c := map[string]any{
 		"kind": "cniCacheV1", "containerId": "c-" + p.HostIfName, "ifName": "eth0", "networkName": "pods", "netns": p.NS.Path(),
@@ -40,7 +40,7 @@ func podOf(p *bpftest.Pod) Pod {
 	return Pod{Namespace: "shop", Name: p.HostIfName, UID: "u-1", IPs: []netip.Addr{p.IPv4, p.IPv6}}
 }
 
-// nodeWith is a node whose runtime has left these results.
+// nodeWith returns a node whose runtime has cached these results.
 func nodeWith(t *testing.T, results ...any) Node {
 	t.Helper()
 	dir := t.TempDir()
@@ -79,7 +79,7 @@ func find(t *testing.T, on *bpftest.Node, n Node, pods ...Pod) (records []attach
 func TestPodsThatAreCertain(t *testing.T) {
 	machine := bpftest.NewNode(t)
 	pod := machine.AddPod(t)
-	// A second interface, made before the one that is told of here: it is not mistaken for it.
+	// A second interface, created first, must not be mistaken for the one in the results.
 	bpftest.Do(t, machine.NS, func() error {
 		return netlink.LinkAdd(&netlink.Veth{
 			LinkAttrs: netlink.LinkAttrs{Name: "second"}, PeerName: "eth1", PeerNamespace: netlink.NsFd(int(pod.NS.Fd())),
@@ -87,7 +87,7 @@ func TestPodsThatAreCertain(t *testing.T) {
 	})
 	for name, change := range map[string]func(map[string]any){
 		"as ptp writes it": nil,
-		"older libcni, which does not note the namespace": func(c map[string]any) { delete(c, "netns") },
+		"older libcni, which does not cache the namespace": func(c map[string]any) { delete(c, "netns") },
 		"older libcni, a placeholder reported first": func(c map[string]any) {
 			delete(c, "netns")
 			c["result"].(map[string]any)["interfaces"] = []map[string]string{
@@ -98,21 +98,21 @@ func TestPodsThatAreCertain(t *testing.T) {
 			delete(c, "netns")
 			reporting(pod, "Calico")(c)
 		},
-		"a runtime that does not give the UID": func(c map[string]any) {
+		"a runtime that does not pass the UID": func(c map[string]any) {
 			c["cniArgs"] = [][2]string{{"K8S_POD_NAMESPACE", "shop"}, {"K8S_POD_NAME", pod.HostIfName}}
 		},
-		"a namespace by its process":                        ofProcessIn(t, pod, fmt.Sprintf(`[{"name": %q}, {"name": "eth0", "sandbox": "PATH"}]`, pod.HostIfName)),
-		"a namespace by its process, reported as by Calico": ofProcessIn(t, pod, fmt.Sprintf(`[{"name": %q, "sandbox": "PATH"}]`, pod.HostIfName)),
-		"an address that is mapped": func(c map[string]any) {
+		"a namespace named by its process":                        ofProcessIn(t, pod, fmt.Sprintf(`[{"name": %q}, {"name": "eth0", "sandbox": "PATH"}]`, pod.HostIfName)),
+		"a namespace named by its process, reported as by Calico": ofProcessIn(t, pod, fmt.Sprintf(`[{"name": %q, "sandbox": "PATH"}]`, pod.HostIfName)),
+		"an IPv4-mapped address": func(c map[string]any) {
 			c["result"].(map[string]any)["ips"] = []map[string]string{{"address": "::ffff:" + pod.IPv4.String() + "/120"}}
 		},
-		"an address more": func(c map[string]any) {
+		"an additional address": func(c map[string]any) {
 			c["result"].(map[string]any)["ips"] = []map[string]string{{"address": pod.IPv4.String() + "/24"}, {"address": "fd00::99/64"}}
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			node := nodeWith(t, cached(pod, change), `{"kind": "cniCach`)
-			// Removed between the reading of the directory and that of the file.
+			// Removed after the directory was read.
 			if err := os.Symlink("/gone", filepath.Join(node.CacheDir, "results", "gone")); err != nil {
 				t.Fatal(err)
 			}
@@ -131,7 +131,7 @@ func TestPodsThatAreCertain(t *testing.T) {
 	}
 }
 
-// TestWhateverPluginsReport: the pair of devices is the proof, and what the plugin reported is a hint.
+// The pair of devices is the proof; what the plugin reported is only a hint.
 func TestWhateverPluginsReport(t *testing.T) {
 	machine := bpftest.NewNode(t)
 	other, pod := machine.AddPod(t), machine.AddPod(t)
@@ -164,7 +164,7 @@ func reporting(p *bpftest.Pod, plugin string) func(map[string]any) {
 	return interfaces(p.Reported()[plugin])
 }
 
-// ofProcessIn makes the namespace that of a process in the pod, under which name the plugin reported it: PATH in interfaces.
+// ofProcessIn names the namespace by a process in the pod. PATH in interfaces is replaced by that name.
 func ofProcessIn(t *testing.T, p *bpftest.Pod, reported string) func(map[string]any) {
 	return func(c map[string]any) {
 		path := fmt.Sprintf("/proc/%d/ns/net", processIn(t, p))
@@ -173,7 +173,7 @@ func ofProcessIn(t *testing.T, p *bpftest.Pod, reported string) func(map[string]
 	}
 }
 
-// processIn runs a process in the pod's network namespace, as a pod's first container is one.
+// processIn runs a process in the pod's network namespace, like its first container.
 func processIn(t *testing.T, p *bpftest.Pod) (pid int) {
 	t.Helper()
 	sleep := exec.Command("sleep", "60")
@@ -182,7 +182,7 @@ func processIn(t *testing.T, p *bpftest.Pod) (pid int) {
 	return sleep.Process.Pid
 }
 
-// Nothing is guessed: a pod that is not certain is left alone with a reason, and keeps no other from being found.
+// Nothing is guessed: a pod without a certain attachment is reported with the reason, and does not keep others from being found.
 func TestPodsThatAreNotCertain(t *testing.T) {
 	machine := bpftest.NewNode(t)
 	pod, other := machine.AddPod(t), machine.AddPod(t)
@@ -194,7 +194,7 @@ func TestPodsThatAreNotCertain(t *testing.T) {
 			LinkAttrs: netlink.LinkAttrs{Name: "faraway", Index: 4711}, PeerName: "eth3", PeerNamespace: netlink.NsFd(int(odd.NS.Fd())),
 		})
 	})
-	bpftest.Do(t, machine.NS, func() error { // the other end of eth2 goes into a third namespace
+	bpftest.Do(t, machine.NS, func() error { // move the other end of eth2 into a third namespace
 		return netlink.LinkAdd(&netlink.Veth{
 			LinkAttrs: netlink.LinkAttrs{Name: "away"}, PeerName: "eth2", PeerNamespace: netlink.NsFd(int(odd.NS.Fd())),
 		})
@@ -221,14 +221,14 @@ func TestPodsThatAreNotCertain(t *testing.T) {
 		change func(map[string]any)
 		why    string
 	}{
-		"another pod of that name": {pod, func(c map[string]any) {
+		"another pod with that name": {pod, func(c map[string]any) {
 			c["cniArgs"] = [][2]string{{"K8S_POD_NAMESPACE", "shop"}, {"K8S_POD_NAME", pod.HostIfName}, {"K8S_POD_UID", "u-0"}}
 		}, "no record of its network"},
 		"another namespace": {pod, func(c map[string]any) {
 			c["cniArgs"] = [][2]string{{"K8S_POD_NAMESPACE", "bank"}, {"K8S_POD_NAME", pod.HostIfName}}
 		}, "no record of its network"},
-		"something else that is cached": {pod, func(c map[string]any) { c["kind"] = "cniCacheV9" }, "no record of its network"},
-		"the loopback device alone":     {pod, func(c map[string]any) { c["ifName"] = "lo" }, "no record of its network"},
+		"another kind of cached result": {pod, func(c map[string]any) { c["kind"] = "cniCacheV9" }, "no record of its network"},
+		"only the loopback device":      {pod, func(c map[string]any) { c["ifName"] = "lo" }, "no record of its network"},
 		"other addresses": {pod, func(c map[string]any) {
 			c["result"].(map[string]any)["ips"] = []map[string]string{{"address": "10.0.0.1/24"}}
 		}, "its addresses are [10.0.0.1], expected"},
@@ -239,9 +239,9 @@ func TestPodsThatAreNotCertain(t *testing.T) {
 			reporting(pod, "Azure")(c)
 		}, "did not record its network namespace"},
 		"a namespace that is gone":                   {pod, func(c map[string]any) { c["netns"] = "/run/netns/gone" }, "no such file"},
-		"a file that is no namespace":                {pod, func(c map[string]any) { c["netns"] = "/etc/hostname" }, "network namespace /etc/hostname"},
+		"a file that is not a namespace":             {pod, func(c map[string]any) { c["netns"] = "/etc/hostname" }, "network namespace /etc/hostname"},
 		"a process, whose device is not named":       {pod, ofProcessIn(t, pod, `[{"name": "eth0"}]`), "may belong to another process by now"},
-		"a process, of which nothing is reported":    {pod, ofProcessIn(t, pod, `[]`), "may belong to another process by now"},
+		"a process, and nothing is reported":         {pod, ofProcessIn(t, pod, `[]`), "may belong to another process by now"},
 		"another pod's process":                      {pod, ofProcessIn(t, other, `[{"name": "eth0", "sandbox": "PATH"}]`), "may belong to another process by now"},
 		"another pod's process, the device is named": {pod, ofProcessIn(t, other, pod.Reported()["ptp"]), "is " + other.HostIfName + ", not " + pod.HostIfName},
 		"a process of the host":                      {pod, func(c map[string]any) { c["netns"] = fmt.Sprintf("/proc/%d/ns/net", os.Getpid()) }, "no veth leads"},
@@ -249,7 +249,7 @@ func TestPodsThatAreNotCertain(t *testing.T) {
 			c["result"].(map[string]any)["interfaces"] = []map[string]string{{"name": other.HostIfName}, {"name": "eth0", "sandbox": pod.NS.Path()}}
 		}, "is " + pod.HostIfName + ", not " + other.HostIfName},
 		"an interface that is gone":           {odd, named("eth7"), "no eth7 in the pod"},
-		"an interface that is no veth":        {odd, named("eth1"), "of type bridge, not veth"},
+		"an interface that is not a veth":     {odd, named("eth1"), "of type bridge, not veth"},
 		"a veth between two other namespaces": {odd, named("eth2"), "decoy, is not the peer of eth2"},
 		"a veth whose other end is elsewhere": {odd, named("eth3"), "is not in this namespace"},
 		"of another machine":                  {elsewhere, reporting(elsewhere, "pod's end only"), "no veth leads"},
@@ -266,7 +266,7 @@ func TestPodsThatAreNotCertain(t *testing.T) {
 	}
 }
 
-// Links in the host's file system lead to where they would on the host.
+// Symbolic links are resolved as on the host.
 func TestLinksOfTheHost(t *testing.T) {
 	machine := bpftest.NewNode(t)
 	pod := machine.AddPod(t)

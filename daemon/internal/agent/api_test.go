@@ -35,7 +35,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
-// local speaks with the daemon on its socket.
+// local returns a client of the daemon's socket.
 func (n *node) local() *http.Client {
 	return &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
@@ -64,7 +64,7 @@ func do(t *testing.T, c *http.Client, method, url, body string) (int, string) {
 	return response.StatusCode, string(text)
 }
 
-// started runs a daemon with a pod default/web, of which /healthz on port 8080 is probed, and waits until it listens.
+// started runs a daemon with a pod default/web, whose /healthz on port 8080 is probed, and waits until it listens.
 func started(t *testing.T) *node {
 	t.Helper()
 	n := newNode(t)
@@ -94,7 +94,7 @@ func TestInvalidate(t *testing.T) {
 				t.Fatalf("%+v, %v", reply, err)
 			}
 			if n.open(8080)() {
-				t.Fatal("fresh still, when it was said not to be")
+				t.Fatal("still fresh after invalidation was confirmed")
 			}
 		})
 	}
@@ -142,7 +142,7 @@ func TestInvalidateMalformed(t *testing.T) {
 	}
 }
 
-// Only the owner may connect; and what a daemon that was killed left is replaced.
+// Only the owner may connect, and the socket of a killed daemon is replaced.
 func TestSocket(t *testing.T) {
 	n := newNode(t)
 	n.specs("exec: {}")
@@ -178,7 +178,7 @@ func TestReadiness(t *testing.T) {
 	}
 	n.start()
 	n.eventually("the socket", func() bool { _, err := os.Stat(statedir.SocketPath(n.config.StateDir)); return err == nil })
-	n.eventually("it says what is missing", func() bool {
+	n.eventually("missing parts reported", func() bool {
 		status, reply := do(t, n.local(), http.MethodGet, "http://probeletd/readyz", "")
 		return status == http.StatusServiceUnavailable && strings.HasPrefix(reply, "no prober was found, so nothing is answered: --prober kubelet: no process")
 	})
@@ -226,7 +226,7 @@ func TestEvents(t *testing.T) {
 	if _, err := client.Events(t.Context(), "default", "other"); !errors.Is(err, api.ErrNotFound) {
 		t.Errorf("of an unknown pod: %v", err)
 	}
-	// They are not kept for ever.
+	// Only the last ones are kept.
 	for i := range 3 * eventsKept {
 		n.status.Store(int32(500 + i%2))
 		n.want("/healthz", 500+i%2, false)
@@ -311,7 +311,7 @@ func TestMetrics(t *testing.T) {
 	})
 }
 
-// What a prober asks that is no probe is counted as that, of its pod too, and it is said why states are not pushed.
+// Requests of a prober that are not probes are counted as such, also for their pod. The reason why states are not pushed is reported.
 func TestInconclusive(t *testing.T) {
 	n := started(t)
 	conn := n.pod.Dial(t, n.pod.IPv4.String()+":8080")
@@ -319,7 +319,7 @@ func TestInconclusive(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = conn.Close()
-	n.want("/healthz", 200, false) // the daemon is woken by the end of a probe
+	n.want("/healthz", 200, false) // the end of a probe wakes the daemon
 	n.eventually("counted", func() bool {
 		got, _ := n.metricsOf()
 		return got[`probelet_inconclusive_probes_total{reason="no_probe"}`] == "1"
@@ -336,7 +336,7 @@ func TestInconclusive(t *testing.T) {
 	}
 }
 
-// In mode observe it is to be seen what would be answered, and nothing is: the kernel side is not told of it.
+// In mode observe, metrics show what would be answered. Nothing is answered: the kernel is not told.
 func TestObserveShowsWhatWouldBeAnswered(t *testing.T) {
 	n := newNode(t)
 	n.config.Defaults.Mode = probe.Observe
@@ -354,7 +354,7 @@ func TestObserveShowsWhatWouldBeAnswered(t *testing.T) {
 	n.eventually("would be answered", state("fresh"))
 	for _, key := range []datapath.EndpointKey{n.key("/healthz"), datapath.PortKey(8080)} {
 		if evidence := n.records()[key]; evidence.FreshUntil != 0 {
-			t.Errorf("the kernel side was told to answer: %+v", evidence)
+			t.Errorf("the kernel was told to answer: %+v", evidence)
 		}
 	}
 	n.want("/healthz", 200, false)
@@ -378,8 +378,7 @@ func TestObserveShowsWhatWouldBeAnswered(t *testing.T) {
 	}
 }
 
-// Names and units are as Prometheus' conventions have them, each is documented, and nothing that is documented is
-// missing.
+// Names and units follow Prometheus' conventions, all metrics are documented, and all documented ones exist.
 func TestMetricsAreDocumented(t *testing.T) {
 	n := newNode(t)
 	n.config.MetricsPerPod = true
@@ -428,7 +427,7 @@ func TestMetricsAreDocumented(t *testing.T) {
 	for _, match := range regexp.MustCompile("(?m)^\\| `(probelet_\\w+)` \\|").FindAllStringSubmatch(string(doc), -1) {
 		documented[match[1]] = true
 		if !exposed[match[1]] {
-			t.Errorf("%s is documented, but not there", match[1])
+			t.Errorf("%s is documented, but does not exist", match[1])
 		}
 	}
 	for name := range exposed {
@@ -470,7 +469,7 @@ func TestMetricsAreDocumented(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !json.Valid(dashboard) {
-		t.Error("the dashboard is no JSON")
+		t.Error("the dashboard is not JSON")
 	}
 	shown := regexp.MustCompile(`\bprobelet_\w+`).FindAllString(string(dashboard), -1)
 	if len(shown) < 15 {
@@ -483,7 +482,7 @@ func TestMetricsAreDocumented(t *testing.T) {
 	}
 }
 
-// certificates of an authority of their own, as files.
+// certificates of a CA of their own, as files.
 func certificates(t *testing.T, dir string, names ...string) {
 	t.Helper()
 	authorityKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -527,7 +526,7 @@ func certificates(t *testing.T, dir string, names ...string) {
 	}
 }
 
-// A controller is let in by its certificate, to invalidate and for nothing else.
+// The certificate of a controller admits it to invalidation, and to nothing else.
 func TestControllers(t *testing.T) {
 	ours, theirs := t.TempDir(), t.TempDir()
 	certificates(t, ours, "server", "client")
@@ -547,7 +546,7 @@ func TestControllers(t *testing.T) {
 	}
 	n.config.API.KeyFile, n.config.API.ClientCAFile = filepath.Join(ours, "server.key"), filepath.Join(theirs, "missing.crt")
 	if err := n.runOnce(); err == nil || !strings.Contains(err.Error(), "missing.crt") {
-		t.Fatalf("without an authority: %v", err)
+		t.Fatalf("without a CA: %v", err)
 	}
 	n.config.API.ClientCAFile = filepath.Join(ours, "ca.crt")
 	n.attach()
@@ -579,23 +578,23 @@ func TestControllers(t *testing.T) {
 			t.Errorf("%s: %d", path, status)
 		}
 	}
-	for name, stranger := range map[string]*http.Client{"nobody": client(""), "somebody else's": client(theirs)} {
+	for name, stranger := range map[string]*http.Client{"no": client(""), "another CA's": client(theirs)} {
 		response, err := stranger.Post("https://"+address+"/v1/invalidate", "application/json", strings.NewReader(body))
 		if err == nil {
 			_ = response.Body.Close()
-			t.Errorf("%s client is let in: %s", name, response.Status)
+			t.Errorf("%s client certificate is accepted: %s", name, response.Status)
 		}
 	}
 }
 
-// runOnce runs a daemon that is expected not to start.
+// runOnce runs a daemon that must fail to start.
 func (n *node) runOnce() error {
 	n.t.Helper()
 	ctx, cancel := context.WithTimeout(n.t.Context(), 20*time.Second)
 	defer cancel()
 	err := Run(ctx, n.config, n.logger())
 	if _, running, _ := statedir.Running(n.config.StateDir); running {
-		return fmt.Errorf("it runs")
+		return fmt.Errorf("the daemon is running")
 	}
 	return err
 }

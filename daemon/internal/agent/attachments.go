@@ -142,7 +142,11 @@ func (ag *agent) endpoints(a *attachment) []probe.EndpointSpec {
 	}
 	if a.notAnswered != a.pod.NotAnswered {
 		a.notAnswered = a.pod.NotAnswered
-		ag.log.Info("pod may be answered", "pod", a.podName(), "may", a.notAnswered == "", "reason", a.notAnswered)
+		if a.notAnswered != "" {
+			ag.log.Info("pod is not answered", "pod", a.podName(), "reason", a.notAnswered)
+		} else {
+			ag.log.Info("pod may be answered again", "pod", a.podName())
+		}
 	}
 	a.settings = ag.defaults.Settings(a.pod.Annotations)
 	if a.settings.Problem != "" && a.settings.Problem != a.misset {

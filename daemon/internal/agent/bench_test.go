@@ -24,9 +24,9 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// BenchmarkDaemon measures what the daemon takes of a core and of memory, with two HTTP probes of each pod, every
-// second, from real sockets, or with none (idle). Looks at attachments come on top (BenchmarkLook in daemon/internal/repair): a daemon
-// in a network namespace of its own does not look after them.
+// BenchmarkDaemon measures the CPU time and memory of the daemon, with two HTTP probes per pod and second from real sockets, or without
+// any (idle). Looks at attachments come on top (BenchmarkLook in daemon/internal/repair), because a daemon in a network namespace of its
+// own does not repair them.
 //
 //	go test ./daemon/internal/agent -run - -bench Daemon -benchtime 20x
 //
@@ -85,7 +85,7 @@ func benchDaemon(b *testing.B, program string, pods int, refresh string, probes 
 			probers.Go(func() { failed.Add(probeEverySecond(node, address, path, offset, probed)) })
 		}
 	}
-	time.Sleep(5 * time.Second) // until all is known
+	time.Sleep(5 * time.Second) // until the daemon knows all pods
 	before, counters := cpuTime(b, daemon.Process.Pid), countersOf(b, d)
 	b.ResetTimer()
 	for b.Loop() {
@@ -128,7 +128,7 @@ func benchPod(b *testing.B, node *bpftest.Node, d *datapath.Datapath, bpfDir, st
 	return pod
 }
 
-// probeEverySecond is a prober's worker; it returns how many of its probes failed.
+// probeEverySecond probes like a worker of the prober. It returns how many of its probes failed.
 func probeEverySecond(node *bpftest.Node, address, path string, offset time.Duration, done <-chan struct{}) (failed int64) {
 	time.Sleep(offset)
 	every := time.NewTicker(time.Second)
@@ -176,7 +176,7 @@ func countersOf(b *testing.B, d *datapath.Datapath) map[string]uint64 {
 	return counters
 }
 
-// cpuTime of a process, its own and the kernel's for it (proc_pid_stat(5)).
+// cpuTime returns the user and system time of a process (proc_pid_stat(5)).
 func cpuTime(b *testing.B, pid int) time.Duration {
 	b.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
@@ -195,7 +195,7 @@ func cpuTime(b *testing.B, pid int) time.Duration {
 	return time.Duration(ticks) * time.Second / 100 // USER_HZ
 }
 
-// rss is a process' resident memory in MiB.
+// rss returns the resident memory of a process, in MiB.
 func rss(b *testing.B, pid int) float64 {
 	b.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))

@@ -20,17 +20,17 @@ import (
 )
 
 const (
-	churnPods  = 100 // that there are at a time
-	churnedOff = 20  // of them that each wave replaces
+	churnPods  = 100 // at a time
+	churnedOff = 20  // of these, replaced by each wave
 )
 
 var churned = flag.Int("churn", 6000, "how many pods come and go in TestChurn")
 
-// Pods come and go, and nothing of those that have gone is left: not in memory, and not in what the next ones cost.
+// Pods come and go without leaving anything behind, neither in memory nor in the cost of the next ones.
 func TestChurn(t *testing.T) {
 	c := newChurn(t)
 	waves := *churned / churnedOff
-	c.run(waves / 4) // until all pools, maps and buffers have grown to what this takes
+	c.run(waves / 4) // until all pools, maps and buffers have grown to the size needed
 	before := c.usage()
 	c.run(waves - waves/4)
 	after := c.usage()
@@ -48,7 +48,7 @@ func TestChurn(t *testing.T) {
 	}
 }
 
-// churn is a daemon whose pods come and go. None is attached in the kernel; outcomes come from simulated records.
+// churn is a daemon whose pods come and go. None is attached in the kernel; outcomes are made from simulated records.
 type churn struct {
 	t         *testing.T
 	d         *agent
@@ -72,13 +72,13 @@ func newChurn(t *testing.T) *churn {
 	return &churn{t: t, d: d, assembler: evidence.NewAssembler(), now: datapath.Now()}
 }
 
-// noSockets has every request of the refresher fail for want of sockets.
+// noSockets fails every request of the refresher for want of sockets.
 type noSockets struct{}
 
 func (noSockets) Open(int) (int, uint64, error) { return -1, 0, errors.New("no sockets") }
 func (noSockets) Done(uint64)                   {}
 
-// run replaces pods in so many waves.
+// run replaces pods in a number of waves.
 func (c *churn) run(waves int) {
 	c.t.Helper()
 	for range waves {
@@ -99,7 +99,7 @@ func (c *churn) wave() {
 	}
 	err := attach.WriteRecord(c.d.stateDir, c.records[len(c.records)-1])
 	for id := range c.d.deleted {
-		c.d.deleted[id] = time.Now().Add(-repair.DeletionGrace - time.Second) // time goes by
+		c.d.deleted[id] = time.Now().Add(-repair.DeletionGrace - time.Second) // time passes
 	}
 	c.d.readRecords()
 	if err := errors.Join(err, attach.RemoveRecord(c.d.stateDir, c.records[len(c.records)-1].ID())); err != nil {
@@ -145,7 +145,7 @@ func (c *churn) add() {
 	})
 }
 
-// exchange returns what becomes of the records of a probe.
+// exchange returns the observations made from the records of a probe.
 func (c *churn) exchange(r attach.Record, ip netip.Addr) (all []evidence.Observation) {
 	const response = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 	c.now += uint64(600 * time.Millisecond) // a minute in a wave
@@ -165,7 +165,7 @@ func (c *churn) exchange(r attach.Record, ip netip.Addr) (all []evidence.Observa
 	one(true, datapath.FlagSYN|datapath.FlagACK, 0, "", false)
 	one(false, datapath.FlagACK, 0, request, true)
 	one(true, datapath.FlagACK, 0, response, true)
-	if r.IfIndex%10 == 0 { // one that nobody ends
+	if r.IfIndex%10 == 0 { // one that never ends
 		c.now++
 		one(true, datapath.FlagSYN|datapath.FlagACK, 0, "", false)
 		c.now--
@@ -174,7 +174,7 @@ func (c *churn) exchange(r attach.Record, ip netip.Addr) (all []evidence.Observa
 	return all
 }
 
-// look has the kubelet's verdicts compared.
+// look compares the kubelet's verdicts.
 func (c *churn) look() {
 	l := crosscheck.Look{At: time.Unix(0, int64(c.now)), Kubelet: map[crosscheck.Worker]crosscheck.Verdicts{}}
 	l.Before = map[crosscheck.ID]crosscheck.Endpoint{}
@@ -191,16 +191,16 @@ func (c *churn) look() {
 	c.history.Add(l)
 }
 
-// usage is what the daemon takes.
+// usage is what the daemon uses.
 type usage struct {
-	kept          map[string]int // how many there are of what may be left of pods
+	kept          map[string]int // counts of whatever pods may leave behind
 	heap, perWave uint64         // bytes
 }
 
 func (c *churn) usage() usage {
 	c.t.Helper()
 	runtime.GC()
-	runtime.GC() // what pools keep goes with the second
+	runtime.GC() // pools are emptied by the second
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	descriptors, err := os.ReadDir("/proc/self/fd")

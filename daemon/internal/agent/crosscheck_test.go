@@ -11,8 +11,8 @@ import (
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
-// Where the kubelet counts failures of probes that were answered, they are not answered any more: not after the container
-// was restarted, nor after the daemon was, but when they are other probes.
+// Probes that were answered, but failed according to the kubelet, are no longer answered: not after a restart of the container or the
+// daemon, but when the probes change.
 func TestTheKubeletsVerdict(t *testing.T) {
 	n := newNode(t)
 	k := newKubelet(t)
@@ -82,8 +82,7 @@ func TestTheKubeletsVerdict(t *testing.T) {
 	n.eventually("answered again", func() bool { _, byKernel := n.ask("/healthz"); return byKernel })
 }
 
-// Where a pod without an interface of its own asks the same, what the kubelet counts of the pod's own probe says nothing, until
-// that pod is gone.
+// While a hostNetwork pod's probe asks the same, the kubelet's counts of the pod's own probe prove nothing.
 func TestTheKubeletsVerdictBesideOthers(t *testing.T) {
 	n := newNode(t)
 	k := newKubelet(t)
@@ -105,7 +104,7 @@ func TestTheKubeletsVerdictBesideOthers(t *testing.T) {
 	for range 4 { // the agent's
 		n.want("/healthz", 200, true)
 	}
-	k.failed.Add(1) // in vain, so that nothing was to be seen
+	k.failed.Add(1) // without a connection, so that nothing was observed
 	n.looked(k)
 	if e := n.endpoint(); e.NotAnswered != "" || e.NotCompared != "c/readiness of pod shop/agent may ask the same" {
 		t.Fatalf("%+v", e)
@@ -127,7 +126,7 @@ func (n *node) looked(k *kubelet) {
 	n.eventually("the kubelet was asked", func() bool { return k.looks.Load() > before+2 })
 }
 
-// endpoint is what the daemon says of the only one, by now if it runs.
+// endpoint returns the description of the only endpoint, up to date if the daemon is running.
 func (n *node) endpoint() statedir.Endpoint {
 	_, _ = api.NewClient(n.config.StateDir).Endpoints(n.t.Context())
 	e, err := statedir.ReadEndpoints(n.config.StateDir)

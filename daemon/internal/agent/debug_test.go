@@ -16,7 +16,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/api"
 )
 
-// The level of the log is changed while the daemon runs.
+// The log level can be changed while the daemon runs.
 func TestLogLevel(t *testing.T) {
 	n := newNode(t)
 	n.config.LogLevel = &slog.LevelVar{}
@@ -28,7 +28,7 @@ func TestLogLevel(t *testing.T) {
 	}
 }
 
-// Profiles are for who may read the socket: root of the node. On TCP there are none.
+// Profiles are available on the socket, which only root can open, and not on TCP.
 func TestProfilesAreLocal(t *testing.T) {
 	handlers := map[bool]http.Handler{true: api.Local(nil, nil, nil), false: api.Health(nil, nil)}
 	for local, handler := range handlers {
@@ -36,13 +36,13 @@ func TestProfilesAreLocal(t *testing.T) {
 			reply := httptest.NewRecorder()
 			handler.ServeHTTP(reply, httptest.NewRequest(http.MethodGet, path, nil))
 			if found := reply.Code == http.StatusOK; found != local {
-				t.Errorf("%s is there: %v, on the socket: %v", path, found, local)
+				t.Errorf("%s is available: %v, on the socket: %v", path, found, local)
 			}
 		}
 	}
 }
 
-// Who describes a pod with an annotation that cannot be used is told so, once.
+// An invalid annotation is reported by an Event on its pod, once.
 func TestEventsOfBadAnnotations(t *testing.T) {
 	posted := make(chan string, 10)
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -80,7 +80,7 @@ func TestEventsOfBadAnnotations(t *testing.T) {
 	}
 }
 
-// The metrics are passed on, and nothing else of what the daemon's socket has.
+// The proxy passes on the metrics, and nothing else that the daemon's socket serves.
 func TestMetricsProxy(t *testing.T) {
 	n := newNode(t)
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)

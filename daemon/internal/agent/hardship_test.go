@@ -20,7 +20,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
-// programDir has it once it is built; empty until then.
+// programDir is where program is built; empty until then.
 var programDir string
 
 // program builds probeletd.
@@ -37,14 +37,14 @@ var program = sync.OnceValues(func() (string, error) {
 	return file, err
 })
 
-// process is a probeletd of its own.
+// process is a probeletd in a process of its own.
 type process struct {
 	*exec.Cmd
 	t      *testing.T
 	output *os.File
 }
 
-// said is all that it has said.
+// said returns its output so far.
 func (p *process) said() string {
 	p.t.Helper()
 	text, err := os.ReadFile(p.output.Name())
@@ -54,7 +54,7 @@ func (p *process) said() string {
 	return string(text)
 }
 
-// command starts probeletd with a subcommand, on the node.
+// command starts a subcommand of probeletd on the node.
 func (n *node) command(arguments ...string) *process {
 	n.t.Helper()
 	file, err := program()
@@ -73,7 +73,7 @@ func (n *node) command(arguments ...string) *process {
 	return p
 }
 
-// daemon starts one.
+// daemon starts a daemon.
 func (n *node) daemon() *process {
 	n.t.Helper()
 	p := n.command("run", "--specs", n.config.Specs, "--prober", "host", "--metrics-listen", "", "--repair=false")
@@ -81,10 +81,10 @@ func (n *node) daemon() *process {
 	return p
 }
 
-// running waits until one decides.
+// running waits until a daemon makes decisions.
 func (n *node) running() {
 	n.t.Helper()
-	n.eventually("a daemon that decides", func() bool {
+	n.eventually("a running daemon", func() bool {
 		response, err := n.local().Get("http://probeletd/healthz")
 		if err != nil {
 			return false
@@ -93,7 +93,7 @@ func (n *node) running() {
 	})
 }
 
-// ends waits until a daemon ends by itself, which says why, once.
+// ends waits until a daemon exits on its own, and says why, once.
 func (n *node) ends(p *process, because string) {
 	n.t.Helper()
 	late := time.AfterFunc(30*time.Second, func() { _ = p.Process.Kill() })
@@ -101,14 +101,14 @@ func (n *node) ends(p *process, because string) {
 	err := p.Wait()
 	var exit *exec.ExitError
 	if said := p.said(); !errors.As(err, &exit) || exit.ExitCode() != 1 || strings.Count(said, because) != 1 {
-		n.t.Errorf("%v, want a word of %q, once; it said:\n%s", err, because, said)
+		n.t.Errorf("%v, want an error with %q, once; the output is:\n%s", err, because, said)
 	}
 	if errors := strings.Count(p.said(), "level=ERROR"); errors > 0 {
 		n.t.Errorf("%d errors besides:\n%s", errors, p.said())
 	}
 }
 
-// gone uninstalls, and expects that nothing is left.
+// gone uninstalls, and checks that nothing is left.
 func (n *node) gone() {
 	n.t.Helper()
 	net, bin := n.t.TempDir(), n.t.TempDir()
@@ -132,32 +132,32 @@ func mount(t *testing.T, kind, options string) (dir string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		for unix.Unmount(dir, unix.MNT_DETACH) == nil { // whatever is mounted over it, too
+		for unix.Unmount(dir, unix.MNT_DETACH) == nil { // including whatever is mounted over it
 		}
 	})
 	return dir
 }
 
-// What goes wrong with what a daemon lives on, while it has answered for a pod: it ends, and says why; what it knew is answered until its bound
-// at most; and nothing keeps probelet from being taken off the node.
+// A daemon that has answered for a pod loses something that it depends on. It exits and says why, evidence is used until it expires at
+// most, and probelet can still be uninstalled.
 func TestHardship(t *testing.T) {
 	for name, test := range map[string]struct {
 		happens func(n *node) error
 		says    string
 	}{
-		"the state directory is removed": {func(n *node) error { return os.RemoveAll(n.config.StateDir) }, "the state directory was removed"},
+		"the state directory is removed": {func(n *node) error { return removeAll(n.config.StateDir) }, "the state directory was removed"},
 		"the state directory is replaced": {func(n *node) error {
 			return errors.Join(os.Rename(n.config.StateDir, n.config.StateDir+".old"), os.Mkdir(n.config.StateDir, 0o700))
 		}, "the state directory was removed"},
 		"the lock is removed":    {func(n *node) error { return os.Remove(filepath.Join(n.config.StateDir, "probeletd.lock")) }, "the state directory was removed"},
 		"bpffs is unmounted":     {func(n *node) error { return unix.Unmount(filepath.Dir(n.config.BPFDir), unix.MNT_DETACH) }, errReplaced.Error()},
-		"bpffs is mounted anew":  {func(n *node) error { return remount(filepath.Dir(n.config.BPFDir)) }, errReplaced.Error()},
+		"bpffs is remounted":     {func(n *node) error { return remount(filepath.Dir(n.config.BPFDir)) }, errReplaced.Error()},
 		"bpffs is mounted over":  {func(n *node) error { return unix.Mount("bpf", filepath.Dir(n.config.BPFDir), "bpf", 0, "") }, errReplaced.Error()},
 		"all pins are removed":   {func(n *node) error { return os.RemoveAll(n.config.BPFDir) }, errReplaced.Error()},
 		"the objects are others": {func(n *node) error { return os.RemoveAll(filepath.Join(n.d.Dir(), "devices")) }, errReplaced.Error()},
 	} {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel() // each takes seconds, of waiting
+			t.Parallel() // each waits for seconds
 			n := newNode(t)
 			n.moveTo(filepath.Join(mount(t, "bpf", ""), "probelet"))
 			n.specs("httpGet: {path: /healthz, port: 8080}, " + short)
@@ -192,11 +192,21 @@ func TestHardship(t *testing.T) {
 	}
 }
 
+// removeAll removes a directory that the daemon may be writing to.
+func removeAll(dir string) (err error) {
+	for range 100 {
+		if err = os.RemoveAll(dir); !errors.Is(err, unix.ENOTEMPTY) {
+			break
+		}
+	}
+	return err
+}
+
 func remount(dir string) error {
 	return errors.Join(unix.Unmount(dir, unix.MNT_DETACH), unix.Mount("bpf", dir, "bpf", 0, ""))
 }
 
-// moveTo has the node's objects pinned elsewhere.
+// moveTo pins the node's objects elsewhere.
 func (n *node) moveTo(bpfDir string) {
 	n.t.Helper()
 	d, err := datapath.Ensure(n.t.Context(), bpfDir)
@@ -207,7 +217,7 @@ func (n *node) moveTo(bpfDir string) {
 	n.t.Cleanup(func() { _ = d.Close() })
 }
 
-// A second daemon says so and ends, whatever it shares with the first, which goes on.
+// A second daemon reports the first and exits, whatever they share. The first continues.
 func TestTwoDaemons(t *testing.T) {
 	n := newNode(t)
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
@@ -229,7 +239,7 @@ func TestTwoDaemons(t *testing.T) {
 	n.gone()
 }
 
-// A disk that becomes full keeps nothing from being decided. The daemon says it once, and goes on to write when there is room.
+// A full disk does not keep the daemon from making decisions. It logs the problem once, and writes again once there is room.
 func TestDiskFull(t *testing.T) {
 	n := newNode(t)
 	n.config.StateDir = filepath.Join(mount(t, "tmpfs", "size=256k"), "state")
@@ -243,7 +253,7 @@ func TestDiskFull(t *testing.T) {
 	n.specs("httpGet: {path: /other, port: 8080}, " + long)
 	n.eventually("the port is known", n.has(datapath.PortKey(8080)))
 	n.eventually("asked and answered", func() bool { _, byKernel := n.ask("/other"); return byKernel })
-	n.eventually("a word of it", func() bool { return strings.Contains(p.said(), "no space left on device") })
+	n.eventually("logged", func() bool { return strings.Contains(p.said(), "no space left on device") })
 	if described, err := statedir.ReadEndpoints(n.config.StateDir); err != nil || len(described.Attachments) != 1 {
 		t.Errorf("what was written before is %+v, %v", described, err)
 	}
@@ -255,7 +265,7 @@ func TestDiskFull(t *testing.T) {
 		t.Errorf("%v\n%s", err, p.said())
 	}
 	if said := p.said(); strings.Count(said, "level=ERROR") != 1 {
-		t.Errorf("it said:\n%s", said)
+		t.Errorf("the output is:\n%s", said)
 	}
 
 	for _, name := range []string{"probeletd.lock", "endpoints.json"} {
@@ -281,7 +291,7 @@ func ignoreExit(err error) error {
 	return err
 }
 
-// fill writes to a file until there is no room for a page.
+// fill writes to a file until the disk has no room for another page.
 func fill(t *testing.T, path string) {
 	t.Helper()
 	f, err := os.Create(path)
@@ -305,14 +315,14 @@ func (n *node) written() (statedir.Endpoint, bool) {
 	return described.Attachments[0].Endpoints[0], true
 }
 
-// key0 waits until something is written.
+// key0 waits until a description is written.
 func (n *node) key0() {
 	n.t.Helper()
-	n.eventually("it is written what is asked", func() bool { _, ok := n.written(); return ok })
+	n.eventually("description written", func() bool { _, ok := n.written(); return ok })
 }
 
-// Killed at any moment, again and again, while the pod is well and while it is not: what the maps say was observed, and after a failure
-// nothing is answered; the next daemon finds nothing unfinished; uninstall leaves nothing.
+// Daemons are killed at random moments, while the pod is healthy or not. The maps only have what was observed, nothing is answered after a
+// failure, the next daemon finds nothing unfinished, and uninstall leaves nothing.
 func TestDaemonKilledAtAnyMoment(t *testing.T) {
 	n := newNode(t)
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
@@ -337,7 +347,7 @@ func TestDaemonKilledAtAnyMoment(t *testing.T) {
 			case byKernel:
 				answered++
 			case got != status:
-				t.Errorf("%d of the pod, want %d", got, status)
+				t.Errorf("%d by the pod, want %d", got, status)
 			}
 			failed = failed || !byKernel && !well
 		}

@@ -35,7 +35,7 @@ func newKept(t testing.TB) *kept {
 	return k
 }
 
-// start makes the agent one that has just been started.
+// start gives the agent the repairs of a daemon that has just started.
 func (k *kept) start() {
 	k.t.Helper()
 	k.datapath = k.Datapath
@@ -58,7 +58,7 @@ func (k *kept) run() *bpftest.Pod {
 	return p
 }
 
-// adopted is a pod of run that is attached.
+// adopted adds a pod of run, and makes the agent adopt it.
 func (k *kept) adopted() *bpftest.Pod {
 	k.t.Helper()
 	p := k.run()

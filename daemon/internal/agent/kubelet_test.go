@@ -16,7 +16,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// kubelet answers with the node's pods, as the kubelet's read-only port does, and with what it counted of one probe.
+// kubelet serves the node's pods like the kubelet's read-only port, and its counts of one probe.
 type kubelet struct {
 	*httptest.Server
 	answer                   atomic.Value // string
@@ -41,7 +41,7 @@ func newKubelet(t *testing.T) *kubelet {
 
 func (k *kubelet) says(text string) { k.answer.Store(text) }
 
-// tells of these pods.
+// tells sets the pods that the kubelet lists.
 func (k *kubelet) tells(t *testing.T, pods ...map[string]any) {
 	t.Helper()
 	text, err := json.Marshal(map[string]any{"kind": "PodList", "items": pods})
@@ -53,7 +53,7 @@ func (k *kubelet) tells(t *testing.T, pods ...map[string]any) {
 
 type fields = map[string]any
 
-// podOf is the node's pod, whose container c has been started so many times.
+// podOf returns the node's pod, whose container c has been started a number of times.
 func (n *node) podOf(uid string, starts int) fields {
 	return fields{
 		"metadata": fields{"name": "web", "namespace": "shop", "uid": uid},
@@ -73,7 +73,7 @@ func (n *node) podOf(uid string, starts int) fields {
 	}
 }
 
-// attachNamed does what the plugin does where the runtime tells it the pod's name and UID.
+// attachNamed does what the plugin does if the runtime passes the pod's name and UID.
 func (n *node) attachNamed(uid string) {
 	n.t.Helper()
 	record := attach.Record{
@@ -86,8 +86,8 @@ func (n *node) attachNamed(uid string) {
 	n.attachMaps(n.pod, record.ID())
 }
 
-// From the kubelet's list to the answer in the kernel, and back when the list says so: another container, the pod's
-// deletion, another pod of the same name. What cannot be understood changes nothing.
+// The kubelet's list leads to answers in the kernel, and ends them: with another container, the pod's deletion, or another pod with the
+// same name. Malformed lists change nothing.
 func TestWithTheKubeletsPods(t *testing.T) {
 	n := newNode(t)
 	k := newKubelet(t)
@@ -132,16 +132,16 @@ func TestWithTheKubeletsPods(t *testing.T) {
 	n.eventually("a pod that is being deleted is not answered", not(n.open(8080)))
 	n.want("/healthz", 200, false)
 
-	// Its successor has the name, and the address, but not this attachment.
+	// Its successor has the same name and address, but not this attachment.
 	k.tells(t, n.podOf("second", 1))
-	n.eventually("the attachment is nobody's", not(n.has(datapath.PortKey(8080))))
+	n.eventually("the attachment has no pod", not(n.has(datapath.PortKey(8080))))
 	n.want("/healthz", 200, false)
 }
 
-// instance is what the daemon says of the containers behind its only endpoint.
+// instance returns the instance ID of the only endpoint.
 func (n *node) instance() string { return n.endpoint().InstanceID }
 
-// What was known of a container is not believed of the one that was started while the daemon was away.
+// Evidence of a container does not apply to one that was started while the daemon was down.
 func TestRestartedContainerOverARestart(t *testing.T) {
 	n := newNode(t)
 	k := newKubelet(t)
@@ -165,7 +165,7 @@ func TestRestartedContainerOverARestart(t *testing.T) {
 	n.eventually("closed", not(n.open(8080)))
 }
 
-// An annotation of the pod turns refresh on, where the node lets it.
+// An annotation of the pod turns refresh on if the node allows it.
 func TestRefreshByAnnotation(t *testing.T) {
 	n := newNode(t)
 	n.config.Defaults.RefreshByAnnotation = true

@@ -12,8 +12,8 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// lifecycleHook sends what the kubelet sends for an httpGet lifecycle hook, as it does that (kubelet.go,
-// pkg/kubelet/lifecycle/handlers.go): a client with the defaults of net/http, but for TLS.
+// lifecycleHook sends what the kubelet sends for an httpGet lifecycle hook, in the same way (kubelet.go,
+// pkg/kubelet/lifecycle/handlers.go): by a client with the defaults of net/http, except for TLS.
 func (n *node) lifecycleHook(headers http.Header) (byKernel bool) {
 	n.t.Helper()
 	transport := &http.Transport{
@@ -57,8 +57,8 @@ func (n *node) counter(name string) uint64 {
 	return counters[name]
 }
 
-// A hook aims at a port, and a path, that is answered. Its connection is taken, for its SYN says nothing, and handed
-// over, for its request does.
+// A hook uses a port and a path that are answered. Its connection is taken, because its SYN looks like any other, and handed over, because
+// its request differs.
 func TestHook(t *testing.T) {
 	n := newNode(t)
 	n.container(`readinessProbe: {httpGet: {path: /healthz, port: 8080}, ` + long + `},

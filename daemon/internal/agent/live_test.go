@@ -6,7 +6,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// A TCP endpoint of a pod whose listening sockets can be looked at is answered for longer, and that is described.
+// A TCP endpoint of a pod whose listening sockets can be inspected is answered longer, and described accordingly.
 func TestLiveListener(t *testing.T) {
 	n := newNode(t)
 	if !n.d.SeesListeners() {
@@ -33,7 +33,7 @@ func TestLiveListener(t *testing.T) {
 	if bound := record.FreshUntil - record.ObservedAt; bound != 10_500_000_000 {
 		t.Errorf("answered for %d ns", bound)
 	}
-	n.eventually("as many as may be were answered", func() bool {
+	n.eventually("the limit was reached", func() bool {
 		connect()
 		got, _ := n.metricsOf()
 		return got[`probelet_probes_total{reason="real_due",verdict="passed"}`] != "0"

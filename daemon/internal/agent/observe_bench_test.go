@@ -12,8 +12,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// BenchmarkObserve measures what an observed probe costs the loop: a batch of recordsGather, of 40 pods with two HTTP probes each, into
-// the kernel's maps.
+// BenchmarkObserve measures what an observed probe costs the loop, up to the kernel's maps, in batches of 40 pods with two HTTP probes each.
 //
 //	go test ./daemon/internal/agent -run - -bench Observe
 func BenchmarkObserve(b *testing.B) {
@@ -31,7 +30,7 @@ func BenchmarkObserve(b *testing.B) {
 	b.ReportMetric(float64(ownCPU(b)-began)/float64(b.N*len(batch)), "cpu-ns/probe")
 }
 
-// ownCPU is what this process has taken of all cores, its own and the kernel's for it.
+// ownCPU returns the user and system time of this process.
 func ownCPU(t testing.TB) time.Duration {
 	t.Helper()
 	var u unix.Rusage
@@ -41,7 +40,7 @@ func ownCPU(t testing.TB) time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// observable attaches so many pods, and returns a success of each of their probes.
+// observable attaches a number of pods, and returns a success of each of their probes.
 func observable(k *kept, pods int) (batch []evidence.Observation) {
 	k.t.Helper()
 	for range pods {
@@ -73,7 +72,7 @@ func observable(k *kept, pods int) (batch []evidence.Observation) {
 	return batch
 }
 
-// renewed returns observations of now.
+// renewed returns the observations as if made now.
 func renewed(batch []evidence.Observation) []evidence.Observation {
 	now := datapath.Now()
 	for i := range batch {

@@ -70,7 +70,7 @@ func TestFollowProber(t *testing.T) {
 	f.follow()
 	f.follow()
 	if !slices.Equal(set, []uint64{0}) {
-		t.Errorf("without its cgroup the prober is %d, want nobody (0), said once", set)
+		t.Errorf("without its cgroup the prober is %d, want none (0), set once", set)
 	}
 	second := remake()
 	f.follow()
@@ -80,7 +80,7 @@ func TestFollowProber(t *testing.T) {
 	}
 }
 
-// Without a kubelet the daemon runs, says so at once, and nobody is the prober.
+// Without a kubelet the daemon runs without a prober, and logs that at once.
 func TestStartsWithoutAKubelet(t *testing.T) {
 	n := newNode(t)
 	if who, err := (&prober.Finder{Kubelet: true}).Find(); err == nil {
@@ -93,14 +93,14 @@ func TestStartsWithoutAKubelet(t *testing.T) {
 	n.specs("httpGet: {path: /, port: 8080}")
 	logged := n.keepLog()
 	n.start()
-	n.eventually("nobody to be the prober", func() bool {
+	n.eventually("no prober", func() bool {
 		who, err := n.d.Prober()
 		return err == nil && !who.AnyLocal && len(who.CgroupIDs) == 0
 	})
-	n.eventually("a word of it", func() bool { return logged("no prober found") == 1 })
+	n.eventually("logged", func() bool { return logged("no prober found") == 1 })
 }
 
-// ownCgroup is the directory of this process' cgroup.
+// ownCgroup returns the directory of this process's cgroup.
 func ownCgroup(t *testing.T) string {
 	t.Helper()
 	root, err := bpftest.RootCgroup()
@@ -116,12 +116,12 @@ func ownCgroup(t *testing.T) string {
 			return filepath.Join(root, strings.TrimSpace(path))
 		}
 	}
-	t.Fatal("this process is in no cgroup v2")
+	t.Fatal("this process is not in a cgroup v2")
 	return ""
 }
 
-// The prober cannot be found for a moment, or is another process: connections that were taken or handed over before go on to
-// their end, new ones reach the pod, and when it is found again its probes are answered as before.
+// For a moment the prober cannot be found, or is another process. Connections that were taken or handed over before continue to their end,
+// new ones reach the pod, and once it is found again its probes are answered as before.
 func TestTheProberIsLostForAMoment(t *testing.T) {
 	for name, elsewhere := range map[string]bool{"not found": false, "in another cgroup": true} {
 		t.Run(name, func(t *testing.T) {
@@ -180,7 +180,7 @@ func TestTheProberIsLostForAMoment(t *testing.T) {
 	}
 }
 
-// prober are the cgroups that the kernel side knows it by.
+// prober returns the cgroups of the prober that the kernel knows.
 func (n *node) prober() []uint64 {
 	n.t.Helper()
 	who, err := n.d.Prober()
@@ -203,7 +203,7 @@ func send(t *testing.T, conn net.Conn, text string) {
 	}
 }
 
-// wantAnswer sends what is left of a request. received is how many bytes of a body the pod's server says it got.
+// wantAnswer sends the rest of a request. received is the length of the body that the pod's server reports.
 func wantAnswer(t *testing.T, conn net.Conn, rest, received string, byKernel bool) {
 	t.Helper()
 	send(t, conn, rest)
@@ -219,9 +219,8 @@ func wantAnswer(t *testing.T, conn net.Conn, rest, received string, byKernel boo
 	}
 }
 
-// A prober that the kernel side cannot be told is nobody. It is tried again, but not twice a second: each time costs the loading of a
-// program.
-func TestAProberThatCannotBeSet(t *testing.T) {
+// If the kernel refuses the prober, there is none. It is retried, but not twice a second, because each attempt loads a program.
+func TestProberThatCannotBeSet(t *testing.T) {
 	bpftest.RequireRoot(t)
 	finder, err := prober.Parse("cgroup:" + ownCgroup(t))
 	if err != nil {

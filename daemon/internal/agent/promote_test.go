@@ -22,7 +22,7 @@ func (k *kept) promoting() {
 	k.t.Cleanup(func() { cancel(); <-done })
 }
 
-// What was known stays known.
+// Promotion keeps what is known.
 func TestPromotion(t *testing.T) {
 	k := newKept(t)
 	k.RequireTCX()
@@ -30,7 +30,7 @@ func TestPromotion(t *testing.T) {
 	k.attachClsact(p)
 	before := k.Device(p)
 	if k.arm(p); k.IsTCX(p) || !k.fresh(p) {
-		t.Fatal("not as the plugin makes it")
+		t.Fatal("not attached like by the plugin")
 	}
 	k.promoting()
 	k.eventually("promoted", func() bool { return k.IsTCX(p) })
@@ -42,8 +42,8 @@ func TestPromotion(t *testing.T) {
 	k.wantRepairs(repair.Reattached, 0)
 }
 
-// A device that lost trust is tried again once ours are first in line.
-func TestPromotionOfALostDevice(t *testing.T) {
+// A device that lost trust is tried again once our programs are first in line.
+func TestPromotionOfUntrustedDevice(t *testing.T) {
 	k := newKept(t)
 	k.RequireTCX()
 	p := k.adopted()

@@ -11,15 +11,14 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// Pods that come and go on a healthy node are no reason for a warning, however the daemon's looks and the source's news fall
-// among the steps of ADD and DEL.
+// Pods that come and go on a healthy node cause no warnings, however looks and snapshots interleave with the steps of ADD and DEL.
 func TestChurnWarnsOfNothing(t *testing.T) {
 	k := newKept(t)
 	listed := func(p *bpftest.Pod) func(probe.Pod) bool {
 		return func(other probe.Pod) bool { return other.Name == p.HostIfName }
 	}
 	for range 8 {
-		p := k.run() // the source tells of it early
+		p := k.run() // the source lists it early
 		r := k.BeginADD(p)
 		k.look(2)
 		k.FinishADD(p, r)
@@ -34,7 +33,7 @@ func TestChurnWarnsOfNothing(t *testing.T) {
 		if err := os.Remove(k.Cached(p)); err != nil {
 			t.Fatal(err)
 		}
-		k.look(2) // the source still tells of it
+		k.look(2) // the source still lists it
 		k.pods = slices.DeleteFunc(k.pods, listed(p))
 		k.look(1)
 	}
@@ -43,8 +42,8 @@ func TestChurnWarnsOfNothing(t *testing.T) {
 	}
 }
 
-// What lasts is said, once.
-func TestWhatLastsIsWarnedOf(t *testing.T) {
+// An ADD that never finishes is logged once.
+func TestUnfinishedADDIsLogged(t *testing.T) {
 	k := newKept(t)
 	p := k.run()
 	r := k.BeginADD(p)

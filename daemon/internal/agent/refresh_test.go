@@ -9,8 +9,8 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// With refresh one probe of the prober's is enough: then the daemon asks, the pod is asked for real each time although
-// it is fresh and every local process is a prober, and the prober's probes are all answered.
+// With refresh, one probe is enough: from then on the daemon asks the pod itself, although the pod is fresh and every local process is a
+// prober, and all further probes are answered.
 func TestRefresh(t *testing.T) {
 	n := newNode(t)
 	n.config.Defaults.Refresh = probe.Refresh{On: true, Interval: 100 * time.Millisecond}
@@ -39,7 +39,7 @@ func TestRefresh(t *testing.T) {
 		t.Errorf("the kernel answered %d of the daemon's own requests, the pod %d", counters["answered_http"], n.served.Load()-1)
 	}
 
-	// Nobody probes, and still the failure is known.
+	// The failure is noticed without a probe.
 	n.status.Store(http.StatusServiceUnavailable)
 	n.eventually("withdrawn", not(n.open(8080)))
 	n.eventually("failed", func() bool { return n.records()[healthz].Result == datapath.ResultFailure })
@@ -54,7 +54,7 @@ func TestRefresh(t *testing.T) {
 	n.eventually("asked again", func() bool { return n.served.Load() > served+5 })
 }
 
-// A TCP endpoint is asked by connecting anew.
+// A TCP endpoint is refreshed by connecting.
 func TestRefreshTCP(t *testing.T) {
 	n := newNode(t)
 	n.config.Defaults.Refresh = probe.Refresh{On: true, Interval: 100 * time.Millisecond}
@@ -68,7 +68,7 @@ func TestRefreshTCP(t *testing.T) {
 	n.eventually("known", func() bool { return n.records()[key].ObservedAt != 0 })
 	if e := n.endpoint(); e.Live > 0 {
 		if e.Refresh != 0 || e.RefreshOff == "" {
-			t.Errorf("the listening socket is looked at, and it is said: every %g s, off: %q", e.Refresh, e.RefreshOff)
+			t.Errorf("the listening socket is inspected, but refresh is every %g s, off: %q", e.Refresh, e.RefreshOff)
 		}
 		return
 	}

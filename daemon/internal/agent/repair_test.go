@@ -19,8 +19,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
-// What is lost is noticed at once: from then on nothing is answered, whatever is observed. The second look puts it back, and what was
-// known before is not known any more.
+// The first look that finds an attachment broken ends answering, whatever is observed. The second repairs it, and starts from nothing.
 func TestRepairTakesTwoLooks(t *testing.T) {
 	unpin := func(program string) func(*kept, *bpftest.Pod) {
 		return func(k *kept, p *bpftest.Pod) {
@@ -65,10 +64,10 @@ func TestRepairTakesTwoLooks(t *testing.T) {
 			k.look(1)
 			k.WantWhole(p)
 			if k.fresh(p) {
-				t.Error("fresh by what was known before")
+				t.Error("fresh because of previous evidence")
 			}
 			if k.arm(p); !k.fresh(p) || !k.fresh(other) {
-				t.Error("not fresh by what was observed since, or the other pod is not")
+				t.Error("not fresh after another observation, or the other pod is not")
 			}
 			k.look(2)
 			k.wantRepairs(repair.Reattached, 1)
@@ -79,8 +78,8 @@ func TestRepairTakesTwoLooks(t *testing.T) {
 	}
 }
 
-// A server that ended is not answered for, though everything is attached anew: the maps that knew of it are gone.
-func TestMapsMadeAnewKnowNothing(t *testing.T) {
+// Attaching a pod again loses what the maps knew of a failed server, so nothing is answered for it.
+func TestReattachedPodStartsFromNothing(t *testing.T) {
 	n := newNode(t)
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	n.attach()
@@ -139,7 +138,7 @@ func (n *node) startKept() {
 	})
 }
 
-// A program is detached by hand: the daemon's next look misses it, and the one after puts it back.
+// If a program is detached, the daemon's next look notices, and the one after attaches it again.
 func TestADaemonRepairs(t *testing.T) {
 	for _, test := range []struct {
 		hook    attach.Hook
@@ -167,7 +166,7 @@ func TestADaemonRepairs(t *testing.T) {
 			n.eventually("fresh again", n.open(8080))
 			n.want("/healthz", 200, true)
 			if logged("attachment is broken") != 1 || logged("attachment reattached") != 1 {
-				t.Error("not said once")
+				t.Error("not logged once")
 			}
 		})
 	}

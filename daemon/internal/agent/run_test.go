@@ -29,17 +29,17 @@ import (
 	"github.com/probelet/probelet/daemon/internal/store"
 )
 
-// node is a machine with one pod, in which an HTTP server listens on port 8080.
+// node is a machine with one pod, whose HTTP server listens on port 8080.
 type node struct {
 	t      *testing.T
 	pod    *bpftest.Pod
 	d      *datapath.Datapath
 	config Config
-	via    attach.Via // of what is attached
+	via    attach.Via // for attaching
 	log    io.Writer  // of the daemon
 
 	server *http.Server
-	status atomic.Int32 // that it answers with
+	status atomic.Int32 // of its responses
 	served atomic.Int32 // requests that reached it
 }
 
@@ -84,10 +84,10 @@ func newNode(t *testing.T) *node {
 	return n
 }
 
-// attach does what the plugin does at ADD, for a pod whose name is not told.
+// attach does what the plugin does at ADD if the runtime does not pass the name of the pod.
 func (n *node) attach() { n.attachPod(n.pod) }
 
-// idOf is the name of a pod's attachment, of which there is a record.
+// idOf returns the ID of a pod's attachment, which must have a record.
 func (n *node) idOf(pod *bpftest.Pod) attach.ID {
 	n.t.Helper()
 	records, err := attach.ReadRecords(n.config.StateDir)
@@ -161,7 +161,7 @@ func (n *node) start() (stop func()) {
 	return stop
 }
 
-// keepLog keeps what a daemon logs that is started afterwards. The function that it returns counts a text in it.
+// keepLog keeps the log of a daemon that is started afterwards. It returns a function that counts a text in it.
 func (n *node) keepLog() (count func(text string) int) {
 	n.t.Helper()
 	file, err := os.Create(filepath.Join(n.t.TempDir(), "log"))
@@ -207,7 +207,7 @@ func (n *node) recordsOf(pod *bpftest.Pod) store.Records {
 	return maps.Records()
 }
 
-// device is the pod's, as the programs know it.
+// device returns the pod's device, as the programs know it.
 func (n *node) device() datapath.Device {
 	n.t.Helper()
 	key, err := attach.Device(n.config.BPFDir, n.idOf(n.pod))
@@ -221,13 +221,13 @@ func (n *node) device() datapath.Device {
 	return device
 }
 
-// pin is a file of the pod's attachment.
+// pin returns a file of the pod's attachment.
 func (n *node) pin(name string) string {
 	n.t.Helper()
 	return filepath.Join(datapath.AttachmentsDir(n.config.BPFDir), n.idOf(n.pod).ContainerID+"@eth0", name)
 }
 
-// detach detaches one of the pod's programs, as bpftool does it.
+// detach detaches one of the pod's programs, as bpftool does.
 func (n *node) detach(program string) {
 	n.t.Helper()
 	if err := repairtest.DetachPinned(n.pin(program)); err != nil {
@@ -235,7 +235,7 @@ func (n *node) detach(program string) {
 	}
 }
 
-// has is whether the kernel has a record of the endpoint.
+// has reports whether the kernel has a record of the endpoint.
 func (n *node) has(key datapath.EndpointKey) func() bool {
 	return func() bool {
 		_, ok := n.records()[key]
@@ -243,7 +243,7 @@ func (n *node) has(key datapath.EndpointKey) func() bool {
 	}
 }
 
-// open is whether connections to the port are taken.
+// open reports whether connections to the port are taken.
 func (n *node) open(port uint16) func() bool {
 	return func() bool {
 		pod, err := attach.OpenPod(n.d, n.config.BPFDir, n.idOf(n.pod))
@@ -257,13 +257,13 @@ func (n *node) open(port uint16) func() bool {
 
 func not(f func() bool) func() bool { return func() bool { return !f() } }
 
-// ask is what the kubelet does. It returns the status, and whether the kernel answered.
+// ask probes like the kubelet. It returns the status, and whether the kernel answered.
 func (n *node) ask(path string) (status int, byKernel bool) {
 	n.t.Helper()
 	return n.send(netip.AddrPortFrom(n.pod.IPv4, 8080), n.probeRequest(path, ""))
 }
 
-// send sends a request to the server. Its header X-Status says which status that is to answer with.
+// send sends a request to the server. Its header X-Status sets the status of the response.
 func (n *node) send(to netip.AddrPort, request string) (status int, byKernel bool) {
 	n.t.Helper()
 	before := n.served.Load()
@@ -290,13 +290,13 @@ func (n *node) send(to netip.AddrPort, request string) (status int, byKernel boo
 	return response.StatusCode, byKernel
 }
 
-// probeRequest is the kubelet's, with another header line.
+// probeRequest returns the kubelet's request, with an additional header line.
 func (n *node) probeRequest(path, line string) string {
 	return fmt.Sprintf("GET %s HTTP/1.1\r\nHost: %s:8080\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\n%sConnection: close\r\n\r\n",
 		path, n.pod.IPv4, line)
 }
 
-// want expects an answer of the kernel or of the pod.
+// want probes, and checks the status and whether the kernel answered.
 func (n *node) want(path string, status int, byKernel bool) {
 	n.t.Helper()
 	if s, k := n.ask(path); s != status || k != byKernel {
@@ -304,10 +304,10 @@ func (n *node) want(path string, status int, byKernel bool) {
 	}
 }
 
-// key names the endpoint of a path that has been asked.
+// key returns the key of the endpoint with a path, which must have been asked.
 func (n *node) key(path string) (key datapath.EndpointKey) {
 	n.t.Helper()
-	n.eventually("it is written what "+path+" is asked by", func() bool {
+	n.eventually("the question of "+path+" is described", func() bool {
 		described, err := statedir.ReadEndpoints(n.config.StateDir)
 		if err != nil {
 			return false
@@ -324,7 +324,7 @@ func (n *node) key(path string) (key datapath.EndpointKey) {
 	return key
 }
 
-// makeFresh has the pod itself answer one probe of /healthz, so that the kernel may answer the next.
+// makeFresh makes the pod answer a probe of /healthz, so that the kernel may answer the next.
 func (n *node) makeFresh() datapath.EndpointKey {
 	n.t.Helper()
 	n.eventually("the probe's port is known", n.has(datapath.PortKey(8080)))
@@ -380,8 +380,8 @@ func TestHTTP(t *testing.T) {
 	n.want("/ready", 200, true)
 }
 
-// Requests of one path that differ in a header are each answered on their own evidence: be they of two probes, or of
-// another pod's probe with host: set to an address or name of this one.
+// Requests for the same path with different headers are each answered by evidence of their own, whether they belong to two probes, or to
+// another pod's probe with host: set to an address or name of this pod.
 func TestEachRequestCountsForItself(t *testing.T) {
 	n := newNode(t)
 	probe := func(status int) string {
@@ -419,7 +419,7 @@ func TestEachRequestCountsForItself(t *testing.T) {
 		want("its own", v4, own, 200, true)
 		want("the other", v4, n.probeRequest("/x", "X-Status: 403\r\n"), 403, false)
 		want(name, stranger.to, stranger.request, 200, false)
-		if name == "another agent" { // which is the probe's by now
+		if name == "another agent" { // which is what the probe sends by now
 			n.eventually("answered to the new one", func() bool { s, k := n.send(stranger.to, stranger.request); return s == 200 && k })
 			want("its own", v4, own, 200, false)
 			n.eventually("answered to the old one", func() bool { s, k := n.send(v4, own); return s == 200 && k })
@@ -427,7 +427,7 @@ func TestEachRequestCountsForItself(t *testing.T) {
 	}
 }
 
-// After a failure, and when the kernel side has withdrawn what was known, as many successes are needed as the prober counts.
+// After a failure, and after a withdrawal by the kernel, as many successes are needed as the prober counts.
 func TestSuccessThreshold(t *testing.T) {
 	n := newNode(t)
 	if !n.d.Watched() {
@@ -468,9 +468,9 @@ func TestSuccessThreshold(t *testing.T) {
 	}
 }
 
-// A prober that finds no connection sends nothing when it gives up: it has failed all the same. And what an exchange came to that was
-// not seen to succeed may have been a failure.
-func TestWhatIsNoOutcomeBreaksTheRow(t *testing.T) {
+// A prober that cannot connect sends nothing when it gives up, but has failed all the same. An exchange that was not seen to succeed may
+// have failed, too.
+func TestUncertainOutcomesBreakTheRow(t *testing.T) {
 	for name, between := range map[string]func(n *node) error{
 		"no connection": func(n *node) error {
 			dropper := n.pod.NewDropper(t)
@@ -573,7 +573,7 @@ func TestRefused(t *testing.T) {
 	n.eventually("failed", func() bool { return n.records()[datapath.TCPKey(7070)].Result == datapath.ResultFailure })
 }
 
-// What is known outlives the daemon, within the bounds of the specs that the next one finds.
+// Evidence outlives the daemon, within the bounds of the specs that the next one finds.
 func TestRestart(t *testing.T) {
 	n := newNode(t)
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
@@ -597,11 +597,11 @@ func TestRestart(t *testing.T) {
 	// The same path, but another request.
 	n.specs("httpGet: {path: /healthz, port: 8080, httpHeaders: [{name: X, value: z}]}, " + long)
 	n.start()
-	n.eventually("evidence is void", func() bool { return n.records()[healthz].Result == datapath.ResultUnknown })
+	n.eventually("withdrawn", func() bool { return n.records()[healthz].Result == datapath.ResultUnknown })
 	n.eventually("closed", not(n.open(8080)))
 }
 
-// One pod's evidence says nothing of another, though they are asked the same.
+// Evidence of one pod does not apply to another that is asked the same.
 func TestTwoPods(t *testing.T) {
 	n := newNode(t)
 	other := n.pod.Node.AddPod(t)
@@ -625,13 +625,13 @@ func TestTwoPods(t *testing.T) {
 	n.eventually("fresh", n.open(8080))
 	for key, r := range n.recordsOf(other) {
 		if r != (datapath.Evidence{}) {
-			t.Errorf("the other pod's %+v: %+v", key, r)
+			t.Errorf("%+v of the other pod: %+v", key, r)
 		}
 	}
 }
 
-// Whoever attaches may do it again, under the same record.
-func TestMapsMadeAnew(t *testing.T) {
+// A device may be attached again under the same record.
+func TestReattachedUnderTheSameRecord(t *testing.T) {
 	n := newNode(t)
 	n.specs("httpGet: {path: /healthz, port: 8080}, " + long)
 	n.attach()

@@ -10,7 +10,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// A socket that the kernel side could not be told of is none: it would be taken for the prober's.
+// A socket that cannot be exempted is not returned: it would be taken for the prober's.
 func TestOwnSockets(t *testing.T) {
 	bpftest.RequireRoot(t)
 	maps, err := datapath.Ensure(t.Context(), bpftest.BPFDir(t))

@@ -16,8 +16,8 @@ import (
 	"github.com/probelet/probelet/daemon/internal/repair/repairtest"
 )
 
-// The program that makes the answers is gone, which nothing notifies the daemon of. One probe is held up until its client repeats
-// the SYN; then the kernel takes none any more, until a person says so.
+// The program that makes the answers is detached, which nothing notifies the daemon of. One probe is delayed until its client repeats the
+// SYN. After that the kernel takes no more, until an operator resets the trust.
 func TestAnswersThatDoNotArrive(t *testing.T) {
 	n := newNode(t)
 	n.config.Hook = attach.HookXDP
@@ -43,16 +43,16 @@ func TestAnswersThatDoNotArrive(t *testing.T) {
 		`probelet_untrusted_devices{noticed="unobserved"}`:           "0",
 		`probelet_probes_total{reason="untrusted",verdict="passed"}`: "1",
 	})
-	n.eventually("said", func() bool { return logged("answers do not arrive") > 0 })
+	n.eventually("logged", func() bool { return logged("answers do not arrive") > 0 })
 
 	n.attachRespond()
 	if err := n.d.TrustAgain(n.device().Key); err != nil {
 		t.Fatal(err)
 	}
 	n.want("/healthz", 200, true)
-	n.eventually("said", func() bool { return logged("trying answers by the device again") > 0 })
+	n.eventually("logged", func() bool { return logged("trying answers by the device again") > 0 })
 	if n := logged("answers do not arrive"); n != 1 {
-		t.Errorf("said %d times, through several looks", n)
+		t.Errorf("logged %d times over several looks", n)
 	}
 	n.wantMetrics(map[string]string{`probelet_untrusted_devices{noticed="syn_repeated"}`: "0"})
 }
@@ -68,8 +68,8 @@ func (n *node) attachRespond() {
 	})
 }
 
-// A device that lost trust, and is then gone, is not said to be trusted again.
-func TestALostDeviceGoes(t *testing.T) {
+// A device that lost trust and then disappears is not reported as trusted again.
+func TestUntrustedDeviceGoes(t *testing.T) {
 	k := newKept(t)
 	p := k.adopted()
 	a := k.attachments[repairtest.ID(p)]
@@ -85,15 +85,14 @@ func TestALostDeviceGoes(t *testing.T) {
 	}
 }
 
-// An outcome is of one life of a device: what came of a probe of an earlier pod, or before the device was attached again,
-// says nothing of what is attached now.
-func TestOutcomesOfAnEarlierLife(t *testing.T) {
+// Outcomes belong to one attachment of a device. Those of a previous pod, or from before the device was attached again, do not apply.
+func TestOutcomesOfPreviousAttachment(t *testing.T) {
 	k := newKept(t)
 	p, other := k.adopted(), k.adopted()
 	earlier := k.Device(p)
 	k.attachClsact(p)
 	if k.Device(p) == earlier {
-		t.Fatal("it is the same life")
+		t.Fatal("the device is the same")
 	}
 	for _, key := range []datapath.DeviceKey{earlier, k.Device(other)} {
 		if k.observeAs(key); k.fresh(p) {
@@ -104,7 +103,7 @@ func TestOutcomesOfAnEarlierLife(t *testing.T) {
 		t.Errorf("not fresh\n%s", k.log)
 	}
 
-	// Before the daemon has noticed, too.
+	// Nor do they before the daemon has noticed.
 	k.In(func() error {
 		return attach.Attach(k.datapath, k.bpfDir, repairtest.ID(p), k.Record(p).Target(), attach.ViaAuto)
 	})
@@ -113,8 +112,8 @@ func TestOutcomesOfAnEarlierLife(t *testing.T) {
 	}
 }
 
-// A pod whose device has just been removed is no error, whatever was about to be written.
-func TestADeviceGoesWhileItIsWritten(t *testing.T) {
+// Writing to a pod whose device has just been removed is not an error.
+func TestDeviceGoesWhileItIsWritten(t *testing.T) {
 	k := newKept(t)
 	p := k.adopted()
 	k.arm(p)
@@ -128,7 +127,7 @@ func TestADeviceGoesWhileItIsWritten(t *testing.T) {
 	}
 }
 
-// A connection whose end nobody saw is forgotten in the end, and counted.
+// A connection whose end was not seen expires eventually, and is counted.
 func TestExpiredFlows(t *testing.T) {
 	n := started(t)
 	idle := n.connect()
@@ -144,7 +143,7 @@ func TestExpiredFlows(t *testing.T) {
 	wantAnswer(t, idle, n.probeRequest("/healthz", ""), "0", false)
 }
 
-// expireFlows makes the deadline of all flows pass.
+// expireFlows moves the deadlines of all flows into the past.
 func (n *node) expireFlows() {
 	n.t.Helper()
 	flows, err := ebpf.LoadPinnedMap(filepath.Join(n.d.Dir(), "flows"), nil)

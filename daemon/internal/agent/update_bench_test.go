@@ -11,8 +11,8 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// BenchmarkSnapshot measures what a snapshot of 500 pods with two probes each costs the loop, by how many of them have another
-// container. Nothing is attached, so no maps are written.
+// BenchmarkSnapshot measures what a snapshot of 500 pods with two probes each costs the loop, by how many of their containers have
+// changed. Nothing is attached, so no maps are written.
 //
 //	go test ./daemon/internal/agent -run - -bench Snapshot
 func BenchmarkSnapshot(b *testing.B) {
@@ -36,7 +36,7 @@ func BenchmarkSnapshot(b *testing.B) {
 	}
 }
 
-// benchPods returns so many pods, which the daemon has records of.
+// benchPods returns a number of pods, and adds records of them.
 func benchPods(n int, d *agent) []probe.Pod {
 	var pods []probe.Pod
 	for i := range n {

@@ -21,20 +21,20 @@ import (
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
-// cleaner is a test, or what rapid has of one.
+// cleaner is implemented by tests, and by what rapid has instead.
 type cleaner interface {
 	Cleanup(f func())
 	Fatal(args ...any)
 }
 
-// unattached returns a daemon that has records, and of whose pods none is attached, so that it needs no kernel.
+// unattached returns an agent whose records have no attachments, so that it needs no kernel.
 func unattached(t cleaner, stateDir string) *agent {
 	d := newAgent(slog.New(slog.DiscardHandler), nil, Config{StateDir: stateDir, Defaults: probe.NewDefaults()},
 		statedir.Endpoints{}, idleRefresher(t))
 	return d
 }
 
-// idleRefresher returns a refresher for daemons that ask nothing.
+// idleRefresher returns a refresher for agents without refresh.
 func idleRefresher(t cleaner) *refresh.Refresher {
 	r, err := refresh.New(nil, datapath.Now)
 	if err != nil {
@@ -44,7 +44,7 @@ func idleRefresher(t cleaner) *refresh.Refresher {
 	return r
 }
 
-// describes returns what a daemon writes, as JSON.
+// describes returns the description that the agent writes, as JSON.
 func describes(t cleaner, d *agent) string {
 	d.describe()
 	e, err := statedir.ReadEndpoints(d.stateDir)
@@ -58,10 +58,10 @@ func describes(t cleaner, d *agent) string {
 	return string(text)
 }
 
-// Though only what changed is looked at, all is as if it were seen for the first time.
-func TestUpdateAsIfAnew(t *testing.T) {
+// Incremental updates have the same result as starting from scratch.
+func TestUpdateIsIncremental(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
-		old, anew := unattached(rt, t.TempDir()), t.TempDir()
+		old, freshDir := unattached(rt, t.TempDir()), t.TempDir()
 		var pods []probe.Pod
 		var records []attach.Record
 		for range rapid.IntRange(1, 8).Draw(rt, "steps") {
@@ -73,7 +73,7 @@ func TestUpdateAsIfAnew(t *testing.T) {
 				old.records = slices.Clone(records)
 				old.update(false)
 			}
-			fresh := unattached(rt, anew)
+			fresh := unattached(rt, freshDir)
 			fresh.records = records
 			fresh.setPods(slices.Clone(pods))
 			if !old.podsKnown {
@@ -138,7 +138,7 @@ func randomRecords(t *rapid.T) []attach.Record {
 	return records
 }
 
-// Whose probes others may ask too, whatever pod they are of, the kubelet's verdict says nothing about.
+// Endpoints that something else may ask, in whatever pod, are not compared with the kubelet's verdicts.
 func TestNotCompared(t *testing.T) {
 	own := probe.Spec{Container: "c", Type: probe.Readiness, Kind: probe.HTTP, Port: 80, Path: "/x", Period: time.Second, Timeout: time.Second}
 	tcp := own
@@ -154,9 +154,9 @@ func TestNotCompared(t *testing.T) {
 	hook := func(s probe.Spec) probe.Spec { return with(s, func(s *probe.Spec) { s.Type = probe.PreStop }) }
 	for name, test := range map[string]struct {
 		own    probe.Spec
-		others []probe.Pod // besides a pod that is asked by its own probe
-		too    probe.Pod   // what that pod has besides
-		by     string      // who may ask it too
+		others []probe.Pod // beside a pod that is asked by its own probe
+		too    probe.Pod   // what that pod has in addition
+		by     string      // what else may ask it
 	}{
 		"alone":                  {own: own},
 		"alone, by TCP":          {own: tcp},
@@ -191,7 +191,7 @@ func TestNotCompared(t *testing.T) {
 			for i := range test.others {
 				test.others[i].Namespace = "shop"
 			}
-			for _, others := range [][]probe.Pod{nil, test.others, nil} { // they come, and go
+			for _, others := range [][]probe.Pod{nil, test.others, nil} { // they come and go
 				d.setPods(append([]probe.Pod{pod}, others...))
 				described := describes(t, d)
 				want := test.by != "" && (others != nil || test.others == nil)
@@ -203,7 +203,7 @@ func TestNotCompared(t *testing.T) {
 	}
 }
 
-// A bar is written when it is found: a daemon that dies has no time for it.
+// A bar is written at once, because the daemon may die.
 func TestBarIsWritten(t *testing.T) {
 	d := unattached(t, t.TempDir())
 	own := probe.Spec{Container: "c", Type: probe.Readiness, Kind: probe.HTTP, Port: 80, Path: "/x", Period: time.Second, Timeout: time.Second}
@@ -219,7 +219,7 @@ func TestBarIsWritten(t *testing.T) {
 	}
 }
 
-// What is probed is written at the latest when somebody asks, and when the daemon ends.
+// The description is up to date whenever a client asks, and when the daemon exits.
 func TestDescribedInTime(t *testing.T) {
 	n := newNode(t)
 	n.attach()

@@ -24,8 +24,8 @@ import (
 	"github.com/probelet/probelet/daemon/internal/repair/repairtest"
 )
 
-// v3 is what builds with ABI v3 left: under <bpfDir>/v3 the objects, and for each attachment its two maps, an XDP link, and a
-// tcx link or else the mark of a qdisc with a filter. Programs and maps are stand-ins under their names.
+// v3 stands in for what builds with ABI v3 leave: below <bpfDir>/v3 the objects, and for each attachment two maps, an XDP link, and a tcx
+// link or the marker of a qdisc with a filter. Programs and maps have the right names, but do nothing.
 type v3 struct {
 	t              *testing.T
 	dir            string
@@ -117,7 +117,7 @@ func (v *v3) addFilter(p *bpftest.Pod) error {
 	}))
 }
 
-// wantBare expects nothing on the pod's device but, if attached, this build's tc programs as tcx links.
+// wantBare checks that nothing is on the pod's device except, if attached, the tc programs of this build as tcx links.
 func wantBare(t *testing.T, p *bpftest.Pod, attached bool) {
 	t.Helper()
 	bpftest.Do(t, p.Node.NS, func() error {
@@ -151,8 +151,8 @@ func wantBare(t *testing.T, p *bpftest.Pod, attached bool) {
 	})
 }
 
-// Running pods get the programs of this build at the second look, those of the old one go, and when the last has gone, all
-// that it had loaded.
+// The second look replaces the programs of running pods with those of this build. Once the last of the old ones is gone, everything that
+// the old build had loaded is removed.
 func TestUpgradeFromV3(t *testing.T) {
 	for name, tcx := range map[string]bool{"tcx": true, "clsact": false} {
 		t.Run(name, func(t *testing.T) {
@@ -168,7 +168,7 @@ func TestUpgradeFromV3(t *testing.T) {
 			if err := attach.RemoveRecord(k.stateDir, repairtest.ID(gone)); err != nil {
 				t.Fatal(err)
 			}
-			if err := k.DEL(deleted); err != nil { // before the daemon has looked
+			if err := k.DEL(deleted); err != nil { // before the first look
 				t.Fatal(err)
 			}
 			wantBare(t, deleted, false)
@@ -180,10 +180,10 @@ func TestUpgradeFromV3(t *testing.T) {
 			k.WantWhole(p)
 			wantBare(t, p, true)
 			if k.fresh(p) {
-				t.Error("fresh by what the old build knew")
+				t.Error("fresh because of evidence of the old build")
 			}
 			if k.arm(p); !k.fresh(p) {
-				t.Error("nothing is learned of what is attached again")
+				t.Error("nothing is learned after attaching again")
 			}
 			k.look(1)
 			wantGone(t, old.dir)
@@ -193,7 +193,7 @@ func TestUpgradeFromV3(t *testing.T) {
 	}
 }
 
-// uninstall takes probelet off a node.
+// uninstall removes probelet from a node.
 func uninstall(t *testing.T, netns ns.NetNS, bpfDir, stateDir string) {
 	t.Helper()
 	o := install.Options{
@@ -212,7 +212,7 @@ func wantGone(t *testing.T, paths ...string) {
 	}
 }
 
-// An uninstall of this build removes what the old one left, whether or not a daemon of this one has run.
+// Uninstalling this build removes what the old one left, whether or not a daemon of this build has run.
 func TestUninstallOfV3(t *testing.T) {
 	for name, loaded := range map[string]bool{"only v3": false, "and this build": true} {
 		t.Run(name, func(t *testing.T) {
@@ -235,8 +235,8 @@ func TestUninstallOfV3(t *testing.T) {
 	}
 }
 
-// Filters are held by the device, not by a pin: they outlive the loss of the pins, and must not outlive probelet, nor run behind
-// what is attached in their place.
+// Filters belong to the device, not to a pin. They survive the loss of the pins, but must not survive probelet, nor run behind what is
+// attached instead.
 func TestFiltersWhosePinsAreLost(t *testing.T) {
 	lost := func(t *testing.T) (*kept, *bpftest.Pod) {
 		k := newKept(t)
@@ -267,7 +267,7 @@ func TestFiltersWhosePinsAreLost(t *testing.T) {
 	})
 }
 
-// An uninstall that was killed is run again, from wherever it was.
+// Uninstall can be repeated after it was killed.
 func TestUninstallAgain(t *testing.T) {
 	k := newKept(t)
 	p := k.adopted()

@@ -11,7 +11,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// BenchmarkParse parses the answer of a kubelet that probes 500 containers twice.
+// BenchmarkParse parses the response of a kubelet that probes 500 containers twice.
 func BenchmarkParse(b *testing.B) {
 	m := newKubeletMetrics()
 	for i := range 500 {

@@ -14,33 +14,32 @@ import (
 const Path = "/metrics/probes"
 
 const (
-	// settle is how long either side may take to count a probe that has ended. The daemon reads what was observed 20 times
-	// a second.
+	// settle is how long either side may take to count a probe that has ended. The daemon reads observations 20 times a second.
 	settle = time.Second
-	// LongestInterval keeps the connection to the kubelet open, which it closes after 90 s (pkg/kubelet/server/server.go):
-	// as long as it stays it is the same kubelet.
+	// LongestInterval is short enough to keep the connection to the kubelet open, which closes it after 90 s
+	// (pkg/kubelet/server/server.go). The same connection means the same kubelet.
 	LongestInterval = time.Minute
 )
 
-// Node is what observes probes.
+// Node observes probes.
 type Node interface {
 	// Observed returns the endpoints whose probes are observed.
 	Observed(ctx context.Context) (map[ID]Endpoint, error)
-	// Disagree is told of each disagreement once.
+	// Disagree is called once for each disagreement.
 	Disagree(ctx context.Context, d Disagreement) error
 }
 
-// Checker asks the kubelet for its verdicts.
+// Checker compares the kubelet's verdicts with a node's observations, periodically.
 type Checker struct {
 	client           *kubelet.Client
 	node             Node
 	interval, settle time.Duration
 	log              *slog.Logger
 	history          History
-	failing          string // the kind of the failure that was logged last
+	failing          string // kind of the failure logged last
 }
 
-// New returns a checker that asks the kubelet that c is about, at least interval apart.
+// New returns a checker that asks the kubelet of c at most once per interval.
 func New(c kubelet.Config, node Node, interval time.Duration, log *slog.Logger) (*Checker, error) {
 	c, err := c.At(Path)
 	if err != nil {
@@ -53,7 +52,7 @@ func New(c kubelet.Config, node Node, interval time.Duration, log *slog.Logger) 
 	return &Checker{client: client, node: node, interval: interval, settle: min(settle, interval), log: log.With("url", c.URL)}, nil
 }
 
-// Run looks again and again until ctx ends.
+// Run looks periodically until ctx ends.
 func (c *Checker) Run(ctx context.Context) {
 	for rest := c.interval; pause(ctx, rest); {
 		took, err := c.look(ctx)
@@ -74,9 +73,9 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-var errBusy = errors.New("the daemon is too busy to say what it observed")
+var errBusy = errors.New("the daemon is too busy to report its observations")
 
-// look returns how long the kubelet took.
+// look looks once. took is how long the kubelet took.
 func (c *Checker) look(ctx context.Context) (took time.Duration, err error) {
 	var l Look
 	if l.Before, err = c.observed(ctx); err != nil || !pause(ctx, c.settle) {
@@ -97,7 +96,7 @@ func (c *Checker) look(ctx context.Context) (took time.Duration, err error) {
 	return took, err
 }
 
-// observed fails where it takes so long that what is returned may not be up to date.
+// observed fails if it takes so long that the observations may be out of date.
 func (c *Checker) observed(ctx context.Context) (map[ID]Endpoint, error) {
 	start := time.Now()
 	all, err := c.node.Observed(ctx)
@@ -107,7 +106,7 @@ func (c *Checker) observed(ctx context.Context) (map[ID]Endpoint, error) {
 	return all, err
 }
 
-// verdicts also reports whether another kubelet than before may have answered: it is the same on the same connection.
+// verdicts also reports whether the kubelet may have restarted: it has not if the connection is still the same.
 func (c *Checker) verdicts(ctx context.Context) (all map[Worker]Verdicts, restarted bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, kubelet.Timeout)
 	defer cancel()
@@ -123,23 +122,23 @@ func (c *Checker) verdicts(ctx context.Context) (all map[Worker]Verdicts, restar
 	return all, restarted, err
 }
 
-// note logs when the kubelet's verdicts cannot be had, and when they can again.
+// note logs when the kubelet's verdicts become unavailable, and when they are available again.
 func (c *Checker) note(err error) {
 	kind := ""
 	var failure *kubelet.Error
 	switch {
 	case errors.As(err, &failure):
 		kind = failure.Kind
-	case errors.Is(err, errBusy): // it says so elsewhere
+	case errors.Is(err, errBusy): // reported elsewhere
 	case err != nil:
-		kind = "gives no usable answer"
+		kind = "returns no usable response"
 	}
 	switch kind {
 	case c.failing:
 	case "":
-		c.log.Info("the kubelet's verdicts can be had again")
+		c.log.Info("the kubelet's verdicts are available again")
 	default:
-		c.log.Warn("the kubelet "+kind+", so its verdicts on probes are not compared with what was observed", "error", err)
+		c.log.Warn("the kubelet "+kind+"; its verdicts are not compared with what was observed", "error", err)
 	}
 	c.failing = kind
 }

@@ -19,7 +19,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/polltest"
 )
 
-// scene is a kubelet and a node, whose probes a test makes up.
+// scene is a kubelet and a node with made-up probes.
 type scene struct {
 	*httptest.Server
 	metrics *kubeletMetrics
@@ -117,7 +117,7 @@ func (s *scene) run(t *testing.T) {
 	s.looks(t, 2)
 }
 
-// looks waits for so many more.
+// looks waits for a number of further looks.
 func (s *scene) looks(t *testing.T, n int32) {
 	t.Helper()
 	before := s.asked.Load()
@@ -141,8 +141,8 @@ func TestChecker(t *testing.T) {
 	}
 }
 
-// Another kubelet counts from 0, and may have counted more than the one before it when it is asked first.
-func TestCheckerOfAnotherKubelet(t *testing.T) {
+// A restarted kubelet counts from 0, and may have counted more than its predecessor by the first look.
+func TestCheckerOfRestartedKubelet(t *testing.T) {
 	s := newScene(t)
 	s.probe(Counts{Succeeded: 5}, Verdicts{5, 0})
 	s.run(t)
@@ -165,20 +165,20 @@ func TestCheckerOfAnotherKubelet(t *testing.T) {
 	}
 }
 
-// What keeps the verdicts from being had is said once, as is that they can be had again.
+// The verdicts becoming unavailable is logged once, and so is their return.
 func TestCheckerRefused(t *testing.T) {
 	s := newScene(t)
 	s.probe(Counts{Succeeded: 5}, Verdicts{5, 0})
 	s.refuse.Store(true)
 	s.run(t)
 	s.refuse.Store(false)
-	polltest.Eventually(t, "said", func() bool { return strings.Contains(s.log(), "can be had again") })
+	polltest.Eventually(t, "logged", func() bool { return strings.Contains(s.log(), "are available again") })
 	if log := s.log(); strings.Count(log, "level=WARN") != 1 || !strings.Contains(log, "403 Forbidden") {
 		t.Errorf("logged:\n%s", log)
 	}
 }
 
-// A daemon that comes late to say what it observed may not know all of it yet.
+// A daemon that is slow to report its observations may not have all of them yet.
 func TestCheckerOfABusyDaemon(t *testing.T) {
 	s := newScene(t)
 	s.probe(Counts{Succeeded: 5}, Verdicts{5, 0})

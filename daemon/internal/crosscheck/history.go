@@ -1,5 +1,5 @@
-// Package crosscheck compares the kubelet's own verdicts on its probes with what was observed of them. Where the kubelet
-// says otherwise, what was observed is not what the kubelet sees, and must not be answered with.
+// Package crosscheck compares the kubelet's own verdicts on its probes with what was observed of them. If they differ, the kubelet sees
+// something else than was observed, which must therefore not be used to answer.
 package crosscheck
 
 import (
@@ -16,76 +16,75 @@ type ID struct {
 	probe.Endpoint
 }
 
-// Endpoint is an endpoint that nobody but its workers asks, with what was observed of their probes.
+// Endpoint is an endpoint that only its workers ask, with what was observed of their probes.
 type Endpoint struct {
-	Workers []Worker // whose probes ask it
+	Workers []Worker
 	Period  time.Duration
-	// Discards: the kubelet may discard the outcome of a probe, as it does with HTTP probes only.
+	// Discards is set if the kubelet may discard the outcome of a probe, which it only does with HTTP probes.
 	Discards bool
 	Counts
 }
 
-// Counts are how many probes of an endpoint were answered in the kernel, and of how many the pod's answer was observed: as
-// a success, or as anything else. Each only grows while what counts it stays. Requests that are not the prober's are in none.
+// Counts counts the probes of an endpoint that were answered in the kernel, and those whose response by the pod was observed as a success
+// or as something else. Counts only grow as long as whatever counts them is not replaced. They exclude requests that are not the prober's.
 type Counts struct{ Answered, Succeeded, Other uint64 }
 
-// claimed is how many probes must have been successes for the kubelet too.
+// claimed counts the probes that must have been successes for the kubelet, too.
 func (c Counts) claimed() uint64 { return c.Answered + c.Succeeded }
 
 func (c Counts) below(d Counts) bool {
 	return c.Answered < d.Answered || c.Succeeded < d.Succeeded || c.Other < d.Other
 }
 
-// Look is a look at the kubelet's verdicts, and at what was observed a while before and a while after it: long enough for
-// what either side counted of a probe to be in the other side's counts too.
+// Look has the kubelet's verdicts at one moment, and what was observed a while before and a while after it: long enough for whatever one
+// side has counted to be in the other side's counts, too.
 type Look struct {
 	At            time.Time
 	Before, After map[ID]Endpoint
 	Kubelet       map[Worker]Verdicts
-	// Restarted: it may be another kubelet than at the last look.
+	// Restarted is set if the kubelet may have restarted since the last look.
 	Restarted bool
 }
 
-// point is what a look found of an endpoint.
+// point is what a look shows of an endpoint.
 type point struct {
 	at            time.Time
 	before, after Counts
 	kubelet       Verdicts // of all workers
 }
 
-// Kind is how the kubelet's verdict differs.
+// Kind is the way in which the kubelet's verdicts differ.
 type Kind string
 
 // Kinds.
 const (
-	// Failed: the kubelet counted failures of probes that were observed, or answered, as successes.
+	// Failed means that the kubelet counted probes as failures that were observed, or answered, as successes.
 	Failed Kind = "failed"
-	// Discarded: it counted no verdict at all on such probes.
+	// Discarded means that it did not count such probes at all.
 	Discarded Kind = "discarded"
 )
 
-// Kinds are all of them.
+// Kinds lists all of them.
 var Kinds = []Kind{Failed, Discarded}
 
-// Disagreement is how many probes of an endpoint the kubelet did not count as the successes that they were taken for.
+// Disagreement is an endpoint with probes that were taken for successes, and not counted as such by the kubelet.
 type Disagreement struct {
 	ID
 	Kind   Kind
-	Probes uint64 // at least
+	Probes uint64 // at least that many
 }
 
 const (
-	// certain is how many probes make a disagreement. A single one may be of a kubelet that came to read an answer in time
-	// only after its own timeout.
+	// certain is how many probes make a disagreement. A single one may be due to a kubelet that got around to reading a timely response
+	// only after its timeout.
 	certain = 2
-	// remembered is how many points are kept of an endpoint: as many looks, or of slower probes as many periods.
+	// remembered is how many points are kept of an endpoint, one per look, or one per period if that is longer.
 	remembered = 10
 )
 
-// compare returns how the kubelet's verdicts differ from what was observed between two points. Every probe that was
-// counted as a success after the first point and before the second must be among the kubelet's successes between its own
-// counts; and every failure among these must have been observed as something else than a success, unless it never came
-// as far as to be observed, in which case it was not claimed to be one either.
+// compare returns how the kubelet's verdicts differ from what was observed between two points. Every probe counted as a success after the
+// first point and before the second must be among the kubelet's successes between its own counts. Every failure among the kubelet's must
+// have been observed as something else than a success, unless it was not observed at all, but then it was not claimed as one either.
 func compare(from, to point, discards bool) (Kind, uint64) {
 	missing := grown(from.after.claimed(), to.before.claimed()) - grown(from.kubelet.Succeeded, to.kubelet.Succeeded)
 	unexplained := grown(from.kubelet.Failed, to.kubelet.Failed) - grown(from.before.Other, to.after.Other)
@@ -102,7 +101,7 @@ func compare(from, to point, discards bool) (Kind, uint64) {
 
 func grown(from, to uint64) int64 { return int64(to - from) }
 
-// History is what is remembered of looks.
+// History remembers looks.
 type History struct {
 	endpoints map[ID]*track
 	kubelet   map[Worker]Verdicts // of the last look
@@ -114,7 +113,7 @@ type track struct {
 	points  []point
 }
 
-// Add returns the disagreements that a look shows, compared with those before it. What led to one is forgotten.
+// Add returns the disagreements that a look reveals, compared with the previous ones. The points that led to one are forgotten.
 func (h *History) Add(l Look) []Disagreement {
 	if l.Restarted {
 		h.endpoints = nil
@@ -133,7 +132,7 @@ func (h *History) Add(l Look) []Disagreement {
 			restarted = restarted || l.Kubelet[w].below(h.kubelet[w])
 		}
 		if now.kubelet == (Verdicts{}) {
-			continue // perhaps it counts under another name
+			continue // perhaps the kubelet counts under another name
 		}
 		t := h.endpoints[id]
 		if t == nil || restarted || !t.leadsTo(now, after.Workers) {
@@ -151,7 +150,7 @@ func (h *History) Add(l Look) []Disagreement {
 	return all
 }
 
-// leadsTo reports whether all counts went on since the last look.
+// leadsTo reports whether all counts continue those of the last look.
 func (t *track) leadsTo(now point, workers []Worker) bool {
 	return slices.Equal(t.workers, workers) && !now.before.below(t.last.after) && !now.after.below(now.before)
 }

@@ -19,14 +19,14 @@ var (
 	live  = Worker{"shop", "web", "1", "app", probe.Liveness}
 )
 
-// step is what was counted since the look before, with the same before and after that look.
+// step is what was counted since the previous look, with the same observations before and after this look.
 type step struct {
 	answered, succeeded, other uint64
 	kubelet                    Verdicts
 	restarted                  bool
 }
 
-// looks are those of steps, of an endpoint that had been probed for a while.
+// looks returns the looks of steps, at an endpoint that had been probed for a while.
 func looks(steps []step, discards bool) []Look {
 	counts, kubelet := Counts{50, 50, 7}, Verdicts{100, 7}
 	var all []Look
@@ -57,7 +57,7 @@ func TestDisagreements(t *testing.T) {
 	agreed := step{answered: 5, succeeded: 5, kubelet: Verdicts{10, 0}}
 	for name, test := range map[string]struct {
 		steps []step
-		want  string // for an endpoint whose probes may be discarded; TCP's are none of that kind
+		want  string // for an endpoint whose probes may be discarded, unlike TCP's
 	}{
 		"agreed":                 {[]step{agreed, agreed}, ""},
 		"failures, seen":         {[]step{{succeeded: 5, other: 5, kubelet: Verdicts{5, 5}}}, ""},
@@ -108,15 +108,15 @@ func described(all []Disagreement) string {
 	return fmt.Sprint(texts)
 }
 
-// What began to count from 0, or is of other workers, is compared with nothing before.
-func TestHistoryBeginsAnew(t *testing.T) {
+// Counts that started from 0 again, or belong to other workers, are not compared with previous ones.
+func TestHistoryStartsOver(t *testing.T) {
 	change := func(l *Look, f func(*Endpoint)) {
 		e := l.After[id]
 		f(&e)
 		l.Before, l.After = map[ID]Endpoint{id: e}, map[ID]Endpoint{id: e}
 	}
 	for name, test := range map[string]struct {
-		disturb func(second, third *Look) // of which each shows one more failure
+		disturb func(second, third *Look) // each of which shows one more failure
 		found   bool
 	}{
 		"undisturbed": {func(_, _ *Look) {}, true},
@@ -158,7 +158,7 @@ func TestHistoryBeginsAnew(t *testing.T) {
 	}
 }
 
-// Between two looks failures that are counted late, or early, are no disagreement of their own.
+// Failures that are counted late, or early, are not a disagreement in themselves.
 func TestCompare(t *testing.T) {
 	from := point{before: Counts{10, 10, 10}, after: Counts{11, 11, 12}, kubelet: Verdicts{20, 11}}
 	for name, test := range map[string]struct {
@@ -178,7 +178,7 @@ func TestCompare(t *testing.T) {
 	}
 }
 
-// What the kubelet counts under a name that we do not know is not compared with.
+// Endpoints that the kubelet counts under an unknown name are not compared.
 func TestNotCounted(t *testing.T) {
 	all := looks([]step{{succeeded: 10}, {succeeded: 10}}, true)
 	for i := range all {
@@ -189,7 +189,7 @@ func TestNotCounted(t *testing.T) {
 	}
 }
 
-// Slow probes are remembered for as many of their periods as others.
+// Slow probes are remembered for the same number of their periods as others.
 func TestSlowProbes(t *testing.T) {
 	once := step{answered: 1, kubelet: Verdicts{0, 1}}
 	all := looks(slices.Concat([]step{once}, slices.Repeat([]step{{}}, 20), []step{once}), false)
@@ -203,7 +203,7 @@ func TestSlowProbes(t *testing.T) {
 	}
 }
 
-// The counts of several workers of one endpoint count together, and a worker that has counted nothing yet is no obstacle.
+// The counts of an endpoint's workers are added up, including those of a worker that has not counted anything yet.
 func TestWorkersOfOneEndpoint(t *testing.T) {
 	all := looks([]step{{answered: 10, kubelet: Verdicts{5, 5}}}, false)
 	for i := range all {
@@ -222,7 +222,7 @@ func TestWorkersOfOneEndpoint(t *testing.T) {
 	}
 }
 
-// trial is a probe as both sides count it.
+// trial is a probe, as counted by both sides.
 type trial struct {
 	worker   Worker
 	verdict  time.Duration // when the kubelet counts it
@@ -232,7 +232,7 @@ type trial struct {
 	claimed  bool // a success, to us
 }
 
-// node counts trials as the two sides do: each a while after the probe has ended, in whatever order.
+// node counts trials as both sides do: some time after each probe has ended, in any order.
 type node []trial
 
 func (n node) look(i int, at, settle time.Duration, workers []Worker) Look {
@@ -266,8 +266,8 @@ func (n node) look(i int, at, settle time.Duration, workers []Worker) Look {
 	return l
 }
 
-// Where we take for a success only what is one, nothing is found, whatever is late, lost or never seen. Where failures are
-// taken for successes, they are found.
+// If only successes are taken for successes, nothing is found, whatever is late, lost or never seen. If failures are taken for successes,
+// they are found.
 func TestHistoryOfNodes(t *testing.T) {
 	const settle = time.Second
 	rapid.Check(t, func(t *rapid.T) {
@@ -312,8 +312,8 @@ func TestHistoryOfNodes(t *testing.T) {
 	})
 }
 
-// surely reports whether so many failures were taken for successes that neither those lost, nor the successes that the
-// kubelet counts around two looks, can hide them.
+// surely reports whether enough failures were taken for successes that neither lost ones, nor the successes that the kubelet counts around
+// two looks, can hide them.
 func (n node) surely(duration, interval, period, settle time.Duration, workers int) bool {
 	var misjudged, hidden int
 	from := duration - min(duration/2, remembered*max(interval, period)) + interval

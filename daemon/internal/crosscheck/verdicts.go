@@ -13,14 +13,14 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// Worker is what the kubelet counts by: one probe of one container.
+// Worker is one probe of one container, which the kubelet counts separately.
 type Worker struct {
 	Namespace, Pod, UID, Container string
 	Type                           probe.Type
 }
 
-// Verdicts are how many probes of a worker succeeded and failed, as the kubelet counts, since it probes the pod. A probe
-// that ends in an error, such as a body that is cut short, is in neither: the kubelet asks up to three times, and discards it
+// Verdicts counts the probes of a worker that succeeded and failed, according to the kubelet, since it probes the pod. A probe that ends in
+// an error, such as a truncated body, counts as neither: the kubelet retries up to three times, and then discards it
 // (pkg/kubelet/prober: runProbeWithRetries in prober.go, doProbe in worker.go).
 type Verdicts struct{ Succeeded, Failed uint64 }
 
@@ -31,16 +31,15 @@ func (v Verdicts) plus(w Verdicts) Verdicts {
 func (v Verdicts) below(w Verdicts) bool { return v.Succeeded < w.Succeeded || v.Failed < w.Failed }
 
 // metric is the kubelet's counter, with labels probe_type (Liveness, …), result (successful, failed, unknown), container,
-// pod, namespace and pod_uid (ProberResults in pkg/kubelet/prober/prober_manager.go). The kubelet removes a worker's with
-// the worker.
+// pod, namespace and pod_uid (ProberResults in pkg/kubelet/prober/prober_manager.go). It disappears with the worker.
 const metric = "prober_probe_total"
 
-// maxLine is the longest line of the answer, in bytes.
+// maxLine is the longest line of a response, in bytes.
 const maxLine = 64 << 10
 
-// parse reads the kubelet's answer at /metrics/probes. A worker is in it once it has counted a probe.
+// parse reads the kubelet's response at /metrics/probes. A worker appears once a probe of it was counted.
 func parse(answer io.Reader) (map[Worker]Verdicts, error) {
-	// Most of the answer is histograms, which are not worth their parsing.
+	// Most of the response is histograms, which are not worth parsing.
 	var lines bytes.Buffer
 	scanner := bufio.NewScanner(answer)
 	scanner.Buffer(nil, maxLine)
@@ -74,7 +73,7 @@ func parse(answer io.Reader) (map[Worker]Verdicts, error) {
 			one = Verdicts{Succeeded: one.Failed}
 		case "failed", "unknown":
 		default:
-			return nil, fmt.Errorf("%s of an unknown result %q", metric, labels["result"])
+			return nil, fmt.Errorf("%s: unknown result %q", metric, labels["result"])
 		}
 		all[worker] = all[worker].plus(one)
 	}

@@ -1,4 +1,4 @@
-// Package kubelet asks the HTTP server of this node's kubelet.
+// Package kubelet is a client of the HTTP server of this node's kubelet.
 package kubelet
 
 import (
@@ -15,20 +15,20 @@ import (
 	"os"
 )
 
-// Config says how to ask the kubelet.
+// Config configures a client.
 type Config struct {
 	URL string // http://HOST:PORT/PATH or https://HOST:PORT/PATH
-	// TokenFile and CAFile are read for each request, as both are renewed. They are for https only; empty: no token, and
-	// the system's authorities.
+	// TokenFile and CAFile are read for each request, because both are rotated. They apply to https only. If empty, no token is sent,
+	// and the CAs of the system are used.
 	TokenFile, CAFile string
-	// ServerName is the name in the kubelet's certificate; empty: the host of the URL.
+	// ServerName is the name in the kubelet's certificate; by default, the host of the URL.
 	ServerName string
-	// SelfSigned returns the certificate, in PEM, that the kubelet made for itself if it was given none, as it does unless
-	// told otherwise (cmd/kubelet/app/server.go, initializeTLS). It is trusted besides what CAFile vouches for. May be nil.
+	// SelfSigned returns the certificate, in PEM, that the kubelet generates by default if it is given none
+	// (cmd/kubelet/app/server.go, initializeTLS). It is trusted in addition to CAFile. May be nil.
 	SelfSigned func() ([]byte, error)
 }
 
-// At returns the configuration for another path of the same server.
+// At returns the configuration for another path on the same server.
 func (c Config) At(path string) (Config, error) {
 	u, err := url.Parse(c.URL)
 	if err != nil {
@@ -42,10 +42,10 @@ func (c Config) At(path string) (Config, error) {
 type Client struct {
 	config Config
 	client *http.Client
-	ca     []byte // that client trusts
+	ca     []byte // content of CAFile, as client trusts it
 }
 
-// New checks the configuration; it does not connect.
+// New returns a client. It checks the configuration, but does not connect.
 func New(c Config) (*Client, error) {
 	u, err := url.Parse(c.URL)
 	if err != nil {
@@ -56,28 +56,28 @@ func New(c Config) (*Client, error) {
 	}
 	c.ServerName = cmp.Or(c.ServerName, u.Hostname())
 	if u.Scheme == "http" {
-		c.TokenFile, c.CAFile = "", "" // anyone on the way would read the token
+		c.TokenFile, c.CAFile = "", "" // anything on the path could read the token
 	}
 	return &Client{config: c}, nil
 }
 
-// Error is a failure to get an answer of status 200.
+// Error is a failure to get a response with status 200.
 type Error struct {
-	Kind string // of failure, as it is logged: the same from one attempt to the next
-	Err  error  // what happened this time
+	Kind string // completes "the kubelet …" in logs, and stays the same between attempts
+	Err  error  // of this attempt
 }
 
 func (e *Error) Error() string { return e.Err.Error() }
 func (e *Error) Unwrap() error { return e.Err }
 
-// Unreachable is the kind of a failure to connect, or to get a whole answer in time.
-const Unreachable = "is not reachable"
+// Unreachable is the kind of failures to connect, or to get a complete response in time.
+const Unreachable = "is unreachable"
 
-// Get returns an answer of status 200, whose body the caller closes; its error is an *Error.
+// Get returns a response with status 200, whose body the caller must close. The error is an *Error.
 func (c *Client) Get(ctx context.Context, accept string) (*http.Response, error) {
 	request, err := c.request(ctx, accept)
 	if err != nil {
-		return nil, &Error{"cannot be asked", err}
+		return nil, &Error{"cannot be queried", err}
 	}
 	response, err := c.client.Do(request)
 	if err != nil {
@@ -85,7 +85,7 @@ func (c *Client) Get(ctx context.Context, accept string) (*http.Response, error)
 	}
 	if response.StatusCode != http.StatusOK {
 		_ = response.Body.Close()
-		return nil, &Error{"refuses: " + response.Status, errors.New(response.Status)}
+		return nil, &Error{"refuses the request: " + response.Status, errors.New(response.Status)}
 	}
 	return response, nil
 }
@@ -110,7 +110,7 @@ func (c *Client) request(ctx context.Context, accept string) (*http.Request, err
 	return request, nil
 }
 
-// prepare makes an HTTP client, and a new one when the authority has changed.
+// prepare creates the HTTP client, and a new one whenever the CA has changed.
 func (c *Client) prepare() error {
 	var ca []byte
 	var pool *x509.CertPool
@@ -120,7 +120,7 @@ func (c *Client) prepare() error {
 			return fmt.Errorf("CA: %w", err)
 		}
 		if pool = x509.NewCertPool(); !pool.AppendCertsFromPEM(ca) {
-			return fmt.Errorf("CA: %s: no certificate in it", c.config.CAFile)
+			return fmt.Errorf("CA: %s: no certificate found", c.config.CAFile)
 		}
 	}
 	if c.client != nil && bytes.Equal(ca, c.ca) {
@@ -131,21 +131,21 @@ func (c *Client) prepare() error {
 	}
 	c.ca = ca
 	c.client = &http.Client{
-		Transport: &http.Transport{ // no proxy: it is this node
+		Transport: &http.Transport{ // without a proxy, since the kubelet is on this node
 			TLSClientConfig: &tls.Config{
 				ServerName: c.config.ServerName, MinVersion: tls.VersionTLS12,
-				InsecureSkipVerify: true, // verify does it
+				InsecureSkipVerify: true, // replaced by verify
 				VerifyConnection:   func(s tls.ConnectionState) error { return c.verify(s, pool) },
 			},
 		},
-		// Nothing elsewhere is the kubelet, and our token is not for it.
+		// Redirects would leave the kubelet, with our token.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	return nil
 }
 
-// verify accepts what package tls accepts, and the certificate that the kubelet of this node made for itself: that one
-// names neither an address nor an authority that we know.
+// verify accepts what package tls accepts, and the certificate that this node's kubelet generated itself, which has neither an address nor
+// a CA that we know.
 func (c *Client) verify(s tls.ConnectionState, roots *x509.CertPool) error {
 	intermediates := x509.NewCertPool()
 	for _, certificate := range s.PeerCertificates[1:] {
@@ -157,12 +157,12 @@ func (c *Client) verify(s tls.ConnectionState, roots *x509.CertPool) error {
 	}
 	text, readErr := c.config.SelfSigned()
 	if readErr != nil {
-		return fmt.Errorf("%w (and the certificate that the kubelet made for itself is not known: %w)", err, readErr)
+		return fmt.Errorf("%w (and failed to read the certificate that the kubelet generated: %w)", err, readErr)
 	}
 	for block, rest := pem.Decode(text); block != nil; block, rest = pem.Decode(rest) {
 		if block.Type == "CERTIFICATE" && bytes.Equal(block.Bytes, s.PeerCertificates[0].Raw) {
 			return nil
 		}
 	}
-	return fmt.Errorf("%w (and it is not the certificate that the kubelet made for itself)", err)
+	return fmt.Errorf("%w (and it is not the certificate that the kubelet generated)", err)
 }

@@ -22,7 +22,7 @@ import (
 
 var decoder = serializer.NewCodecFactory(clientscheme.Scheme).UniversalDeserializer()
 
-// server takes events as the API server does, by their names.
+// server accepts Events like the API server, one per name.
 type server struct {
 	mutex  sync.Mutex
 	events map[string]corev1.Event
@@ -84,7 +84,7 @@ func (s *server) await(t *testing.T, posted int) []corev1.Event {
 	return nil
 }
 
-// A pod's owner is told once of each thing, and by the pod that it is about.
+// Each problem is reported once, and on the pod concerned.
 func TestBadAnnotation(t *testing.T) {
 	r, s := newReporter(t)
 	go r.Run(t.Context())
@@ -102,7 +102,7 @@ func TestBadAnnotation(t *testing.T) {
 	}
 }
 
-// However many pods are wrong, nobody waits, and the API server is not flooded.
+// However many pods have problems, callers do not block, and the API server is not flooded.
 func TestMany(t *testing.T) {
 	r, s := newReporter(t)
 	pod := probe.Pod{Namespace: "shop", Name: "web", UID: "u-1"}

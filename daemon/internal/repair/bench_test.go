@@ -11,7 +11,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/repair"
 )
 
-// BenchmarkLook measures one look at all attachments of a node, of which there is one every 5 s:
+// BenchmarkLook measures a look at all attachments of a node, which happens every 5 s:
 //
 //	go test ./daemon/internal/repair -run - -bench Look -benchtime 20x
 func BenchmarkLook(b *testing.B) {

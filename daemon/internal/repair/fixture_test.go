@@ -26,7 +26,7 @@ type fixture struct {
 	records  []attach.Record // as last read
 	pods     []adopt.Pod     // known to the source
 	deleted  []string        // containers whose DEL is recent
-	// What came of the looks.
+	// Results of the looks.
 	broken  int // attachments newly found broken, at all looks
 	again   bool
 	repairs map[Action]int
@@ -46,7 +46,7 @@ func (f *fixture) config() Config {
 	}
 }
 
-// start makes repairer, looker and promoter those of a daemon that has just been started.
+// start replaces repairer, looker and promoter with those of a daemon that has just started.
 func (f *fixture) start() {
 	f.t.Helper()
 	f.repairer, f.promoter = NewRepairer(f.config()), NewPromoter(f.config())

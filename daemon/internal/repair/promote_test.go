@@ -17,13 +17,13 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 )
 
-// Nothing is left of what is deleted while others are promoted.
+// Nothing is left of pods that are deleted while others are promoted.
 func TestDELWhilePromoting(t *testing.T) {
 	f := newFixture(t)
 	f.RequireTCX()
 	pods := f.clsactPods(12)
 	f.promoting()
-	f.eventually("at work", func() bool { return slices.ContainsFunc(pods, f.IsTCX) })
+	f.eventually("promoting", func() bool { return slices.ContainsFunc(pods, f.IsTCX) })
 	for i, p := range pods {
 		if i%2 == 0 {
 			continue
@@ -54,11 +54,11 @@ func TestDELWhilePromoting(t *testing.T) {
 	}
 }
 
-// However many there are to be promoted, a DEL gets the lock within the two seconds that it waits.
+// However many attachments need promoting, a DEL gets the lock within the two seconds that it waits.
 func TestDELGetsTheLock(t *testing.T) {
 	f := newFixture(t)
 	f.promoter.promote = func(attach.ID) error {
-		time.Sleep(20 * time.Millisecond) // as a tcx link takes for both sides
+		time.Sleep(20 * time.Millisecond) // as long as the tcx links of both sides take
 		return nil
 	}
 	f.promoting()
@@ -74,7 +74,7 @@ func TestDELGetsTheLock(t *testing.T) {
 	}
 }
 
-// slowPromoter promotes nothing, and reports an error when it is told which.
+// slowPromoter promotes nothing, and returns errors on demand.
 type slowPromoter struct {
 	began chan attach.ID
 	end   chan error
@@ -101,7 +101,7 @@ func (s *slowPromoter) lookUntilItBegins(f *fixture) {
 	})
 }
 
-// clsactPods are so many, which need promoting.
+// clsactPods returns a number of pods that need promoting.
 func (f *fixture) clsactPods(n int) (pods []*bpftest.Pod) {
 	f.t.Helper()
 	for range n {
@@ -112,8 +112,8 @@ func (f *fixture) clsactPods(n int) (pods []*bpftest.Pod) {
 	return pods
 }
 
-// A promotion takes its time. The loop does not wait for it, and the daemon's end does, but for none that has not begun.
-func TestThePromoterIsSlow(t *testing.T) {
+// Promotion is slow. Looks do not wait for it. Stopping waits for the current promotion, and starts no other.
+func TestPromoterIsSlow(t *testing.T) {
 	f := newFixture(t)
 	f.clsactPods(3)
 	s := f.slowPromoter()
@@ -124,16 +124,16 @@ func TestThePromoterIsSlow(t *testing.T) {
 	go func() { stop(); close(ended) }()
 	select {
 	case <-ended:
-		t.Fatal("ended in the middle of a promotion")
+		t.Fatal("stopped in the middle of a promotion")
 	case id := <-s.began:
-		t.Fatalf("began another, %s", id)
+		t.Fatalf("started another, %s", id)
 	case <-time.After(100 * time.Millisecond):
 	}
 	s.end <- nil
 	<-ended
 }
 
-// A kernel without tcx is asked once.
+// Promotion is attempted only once on a kernel without tcx.
 func TestPromotionWithoutTCX(t *testing.T) {
 	f := newFixture(t)
 	f.clsactPods(2)
@@ -149,7 +149,7 @@ func TestPromotionWithoutTCX(t *testing.T) {
 	}
 }
 
-// What fails is tried again at each look, and said once. What a DEL has removed is no failure.
+// A failed promotion is retried at each look, and logged once. An attachment that a DEL has removed is not a failure.
 func TestPromotionFails(t *testing.T) {
 	f := newFixture(t)
 	f.clsactPods(1)
@@ -167,7 +167,7 @@ func TestPromotionFails(t *testing.T) {
 	try(os.ErrNotExist)
 	try(errors.New("other"))
 	try(busy)
-	try(nil) // so that all before it has been logged
+	try(nil) // so that everything before has been logged
 	if f.log.Count("stays on clsact") != 3 || f.log.Count("error=other") != 1 || f.log.Count("error=busy") != 2 {
 		t.Error(f.log)
 	}

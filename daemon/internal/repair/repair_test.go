@@ -20,7 +20,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/repair/repairtest"
 )
 
-// A report may be older than a DEL and another ADD, of which the daemon has not read yet: what those left stays as it is.
+// A report may be older than a DEL and another ADD that the daemon has not read of yet. What those left is not touched.
 func TestRepairLeavesWhatIsNewerThanTheLook(t *testing.T) {
 	f := newFixture(t)
 	p := f.adopted()
@@ -44,8 +44,8 @@ func TestRepairLeavesWhatIsNewerThanTheLook(t *testing.T) {
 	f.wantRepairs(Reattached, 0)
 }
 
-// Somebody else has the place. It is said once, in the log and in the record; tried again ever less often; and put right when the place
-// is free.
+// Another XDP program occupies the device. That is logged once and recorded, retried at growing intervals, and repaired once the device is
+// free.
 func TestAnotherXDPProgram(t *testing.T) {
 	f := newFixture(t)
 	f.repairer.Hook = attach.HookXDP
@@ -56,7 +56,7 @@ func TestAnotherXDPProgram(t *testing.T) {
 	defer other.Close() //nolint:errcheck // a test's
 	before, after := f.run(), f.run()
 	f.Occupy(before, other.Respond().FD())
-	for f.look(1); f.Check(after) != nil; f.look(1) { // on a busy machine one look may have time for one pod only
+	for f.look(1); f.Check(after) != nil; f.look(1) { // on a busy machine, a look may only have time for one pod
 	}
 	f.Detach(after, "respond")
 	f.Occupy(after, other.Respond().FD())
@@ -72,7 +72,7 @@ func TestAnotherXDPProgram(t *testing.T) {
 		failure.next = time.Now()
 	}
 	f.look(2)
-	if f.log.Count("failed to repair") != 3 { // adopting and attaching are two things to fail at
+	if f.log.Count("failed to repair") != 3 { // adopting and attaching fail with different errors
 		t.Error(f.log)
 	}
 	for _, p := range []*bpftest.Pod{before, after} {
@@ -90,8 +90,8 @@ func TestAnotherXDPProgram(t *testing.T) {
 	}
 }
 
-// A BPF file system was mounted over the one in which everything is pinned. What is attached stays so, out of sight. With XDP it
-// keeps the place, and the record says what to do; without, it is behind this one's, and is named as a neighbour.
+// Another BPF file system was mounted over the one with the pins. What is attached remains, out of sight. With XDP it occupies the device,
+// and the record says what to do. Otherwise it runs behind ours, and is listed as a neighbour.
 func TestAnotherBPFFS(t *testing.T) {
 	for _, hook := range []attach.Hook{attach.HookXDP, attach.HookTC} {
 		t.Run(string(hook), func(t *testing.T) {
@@ -135,7 +135,7 @@ func TestAnotherBPFFS(t *testing.T) {
 	}
 }
 
-// Running pods get the programs of a build with another ABI, and nothing is left of those before.
+// Running pods get the programs of a build with another ABI, and nothing is left of the previous ones.
 func TestAnotherABI(t *testing.T) {
 	f := newFixture(t)
 	p, gone := f.adopted(), f.adopted()
@@ -163,7 +163,7 @@ func TestAnotherABI(t *testing.T) {
 	f.wantRepairs(Removed, 1)
 }
 
-// A daemon that died while it adopted a pod has left a record; one of a build that did not call its error passing, too.
+// A daemon that died while adopting a pod left a record, perhaps of a build that did not mark its error as passing.
 func TestHalfAdopted(t *testing.T) {
 	for _, passing := range []bool{true, false} {
 		f := newFixture(t)
@@ -180,7 +180,7 @@ func TestHalfAdopted(t *testing.T) {
 	}
 }
 
-// ADD could not attach, and the pod was started all the same.
+// ADD failed to attach, and the pod was started nevertheless.
 func TestErrorsOfADD(t *testing.T) {
 	f := newFixture(t)
 	p := f.AddPod(t)
@@ -196,7 +196,7 @@ func TestErrorsOfADD(t *testing.T) {
 	write()
 	f.look(3)
 	if got := f.Record(p); got.Error != "busy" {
-		t.Errorf("one that does not pass, or an ADD that is under way: %+v", got)
+		t.Errorf("a permanent error, or an ADD in progress: %+v", got)
 	}
 	r.Passing = true
 	write()
@@ -216,7 +216,7 @@ func TestTheRecordIsLost(t *testing.T) {
 }
 
 // The pins are lost, and then the pod goes.
-func TestMapsOfNobodyAreRemoved(t *testing.T) {
+func TestDeviceWithoutPinsIsRemoved(t *testing.T) {
 	f := newFixture(t)
 	p := f.adopted()
 	if err := os.RemoveAll(f.Pin(p, "")); err != nil {
@@ -229,7 +229,7 @@ func TestMapsOfNobodyAreRemoved(t *testing.T) {
 	f.wantRepairs(Removed, 1)
 }
 
-func TestADeviceIsGone(t *testing.T) {
+func TestDeviceIsGone(t *testing.T) {
 	f := newFixture(t)
 	p := f.adopted()
 	f.DeleteDevice(p)
@@ -239,8 +239,8 @@ func TestADeviceIsGone(t *testing.T) {
 	f.wantRepairs(Removed, 1)
 }
 
-// What neither record nor device accounts for.
-func TestPinsOfNobodyAreRemoved(t *testing.T) {
+// Pins are orphaned once they have neither a record nor a device.
+func TestOrphanedPinsAreRemoved(t *testing.T) {
 	f := newFixture(t)
 	p := f.adopted()
 	if err := attach.RemoveRecord(f.StateDir, repairtest.ID(p)); err != nil {
@@ -249,7 +249,7 @@ func TestPinsOfNobodyAreRemoved(t *testing.T) {
 	f.pods = nil
 	f.look(2)
 	if err := f.Check(p); err != nil {
-		t.Errorf("its device is there: %v", err)
+		t.Errorf("its device still exists: %v", err)
 	}
 	f.DeleteDevice(p)
 	f.look(1)
@@ -257,8 +257,8 @@ func TestPinsOfNobodyAreRemoved(t *testing.T) {
 	f.wantRepairs(Removed, 1)
 }
 
-// The device's number is another pod's by now, as after a new start of the machine.
-func TestADeviceIsAnothers(t *testing.T) {
+// The ifindex belongs to another pod by now, as after a reboot.
+func TestReusedIfindex(t *testing.T) {
 	f := newFixture(t)
 	p := f.AddPod(t)
 	stale := attach.Record{ContainerID: "old", IfName: "eth0", IfIndex: p.IfIndex, HostIfName: "veth4711"}
@@ -270,8 +270,8 @@ func TestADeviceIsAnothers(t *testing.T) {
 	f.wantRepairs(Reattached, 0)
 }
 
-// Of a pod's plugins ours is the first to be told of DEL: until the last one was, the runtime has the pod's network on record.
-func TestAPodThatIsBeingDeletedIsNotAdopted(t *testing.T) {
+// Our plugin is the first in the chain to get DEL. The runtime keeps its record of the network until the last one has.
+func TestPodBeingDeletedIsNotAdopted(t *testing.T) {
 	f := newFixture(t)
 	p := f.adopted()
 	if err := f.del(p); err != nil {
@@ -284,8 +284,8 @@ func TestAPodThatIsBeingDeletedIsNotAdopted(t *testing.T) {
 	f.WantWhole(p)
 }
 
-// While a DEL is under way nothing is done, nor is it held against what it takes apart.
-func TestDELKeepsTheKeeperOut(t *testing.T) {
+// While a DEL is in progress nothing is repaired, and what it detaches is not reported as broken.
+func TestDELExcludesRepairs(t *testing.T) {
 	f := newFixture(t)
 	p := f.adopted()
 	late := f.run()
@@ -304,7 +304,7 @@ func TestDELKeepsTheKeeperOut(t *testing.T) {
 	f.WantWhole(late)
 }
 
-// A DEL that knows nothing of the lock, at any moment of a repair.
+// A DEL that does not take the lock may come at any moment of a repair.
 func TestDELWithoutLock(t *testing.T) {
 	f := newFixture(t)
 	for i := range 20 {
@@ -317,7 +317,7 @@ func TestDELWithoutLock(t *testing.T) {
 			_ = f.NS.Do(func(ns.NetNS) error { _, err := f.repair(t.Context(), f.looker.Look(f.records)); return err })
 		})
 		time.Sleep(time.Duration(i) * 4 * time.Millisecond)
-		for range 3 { // as the runtime does it
+		for range 3 { // as runtimes do
 			if f.DEL(p) == nil {
 				break
 			}
@@ -329,15 +329,15 @@ func TestDELWithoutLock(t *testing.T) {
 		f.DeleteDevice(p)
 		f.pods = nil
 		for _, failure := range f.repairer.failures {
-			failure.next = time.Time{} // a repair that failed because of DEL would be tried again in a while
+			failure.next = time.Time{} // a repair that failed because of DEL would be retried later
 		}
 		f.look(3)
 		f.WantNothing()
 	}
 }
 
-// A look that has used up its time leaves the rest to the next one.
-func TestALookEnds(t *testing.T) {
+// A repair that has used up its time leaves the rest to the next one.
+func TestRepairStopsWhenTimeIsUp(t *testing.T) {
 	f := newFixture(t)
 	p, late := f.adopted(), f.run()
 	f.Detach(p, "steer")
@@ -357,11 +357,11 @@ func TestALookEnds(t *testing.T) {
 	f.WantWhole(p)
 	f.WantWhole(late)
 	if f.look(1) || f.again {
-		t.Error("there is no end to it")
+		t.Error("repairs never end")
 	}
 }
 
-// Pods that the daemon adopts have the node's hook; one that is attached already keeps its own.
+// Adopted pods get the hook of the node. Pods that are attached already keep theirs.
 func TestAdoptedPodsHaveTheHook(t *testing.T) {
 	f := newFixture(t)
 	byTC := f.adopted()

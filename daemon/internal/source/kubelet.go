@@ -144,7 +144,7 @@ func (k *Kubelet) deliver(d Delivery) {
 }
 
 func (k *Kubelet) fail(err error) {
-	kind := "gives no usable answer"
+	kind := "returns no usable response"
 	var failure *kubelet.Error
 	if errors.As(err, &failure) {
 		kind = failure.Kind

@@ -235,8 +235,8 @@ func TestKubeletFailures(t *testing.T) {
 		"redirect": {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/elsewhere", http.StatusFound) },
 			"302 Found"},
 		"no content": {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(204) }, "204"},
-		"reset":      {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, "is not reachable"},
-		"hangs":      {func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, "is not reachable"},
+		"reset":      {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, "is unreachable"},
+		"hangs":      {func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, "is unreachable"},
 		"hangs within": {func(w http.ResponseWriter, r *http.Request) {
 			_, _ = io.WriteString(w, good[:len(good)/2])
 			w.(http.Flusher).Flush()
@@ -359,7 +359,7 @@ func TestKubeletCertificate(t *testing.T) {
 		"another host":      {kubelet.Config{CAFile: ca, URL: strings.Replace(f.URL, "127.0.0.1", "localhost", 1)}, "localhost"},
 		"another address":   {kubelet.Config{CAFile: ca, ServerName: "127.0.0.2"}, "127.0.0.2"},
 		"self-signed":       {kubelet.Config{SelfSigned: own(text, nil), ServerName: "node"}, ""},
-		"another's":         {kubelet.Config{SelfSigned: own(another, nil)}, "not the certificate that the kubelet made"},
+		"another's":         {kubelet.Config{SelfSigned: own(another, nil)}, "not the certificate that the kubelet generated"},
 		"none of its own":   {kubelet.Config{SelfSigned: own(nil, os.ErrNotExist)}, "not exist"},
 	} {
 		t.Run(name, func(t *testing.T) {

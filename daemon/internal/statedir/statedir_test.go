@@ -88,7 +88,7 @@ func TestEndpointOf(t *testing.T) {
 	}
 }
 
-// Of what a daemon had begun to write when it was killed nothing stays, neither for the next one nor for uninstall.
+// Files that a killed daemon left unfinished are removed by the next one, and by uninstall.
 func TestUnfinished(t *testing.T) {
 	for name, test := range map[string]struct {
 		end  func(stateDir string) error
@@ -119,12 +119,12 @@ func TestUnfinished(t *testing.T) {
 	}
 }
 
-// Whoever has the state directory finds out that others see another one, or none.
+// The holder of a state directory notices that others see another one, or none.
 func TestHeld(t *testing.T) {
 	for name, lose := range map[string]func(dir string) error{
 		"removed":  os.RemoveAll,
 		"replaced": func(dir string) error { return errors.Join(os.Rename(dir, dir+".old"), os.Mkdir(dir, 0o700)) },
-		"its lock is another file": func(dir string) error {
+		"its lock was replaced": func(dir string) error {
 			err := os.Remove(lockPath(dir))
 			if err != nil {
 				return err

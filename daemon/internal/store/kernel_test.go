@@ -22,8 +22,8 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// The same histories through the policy alone and through everything that stands between it and a probe: outcomes as the
-// kernel reports them, records in real maps, the verdicts of the real programs.
+// The policy is run through the same histories twice: on its own, and with everything that stands between it and a probe, that is outcomes
+// as the kernel reports them, records in real maps, and the verdicts of the real programs.
 func TestKernelDoesWhatThePolicySays(t *testing.T) {
 	node := bpftest.NewNode(t)
 	bpfDir := bpftest.BPFDir(t)
@@ -75,7 +75,7 @@ func TestKernelDoesWhatThePolicySays(t *testing.T) {
 	}
 }
 
-// attached is a pod by whose device answers are known to arrive.
+// attached is a pod with a device that answers are known to arrive by.
 type attached struct {
 	*bpftest.Pod
 	key  datapath.DeviceKey
@@ -125,7 +125,7 @@ const (
 	handedOver verdict = "handed over"
 )
 
-// What the probes of a history ask; the last one at the start only.
+// What the probes of a history ask, the last one only at startup.
 var asked = []probe.Endpoint{
 	{Port: 80, Kind: probe.HTTP, Path: "/x"}, {Port: 80, Kind: probe.HTTP, Path: "/y"}, {Port: 81, Kind: probe.HTTP, Path: "/x"},
 	{Port: 82, Kind: probe.TCP}, {Port: 82, Kind: probe.HTTP, Path: "/x"}, {Port: 81, Kind: probe.HTTP, Path: "/startup"},
@@ -133,21 +133,21 @@ var asked = []probe.Endpoint{
 
 const (
 	period, timeout = 40 * time.Millisecond, 20 * time.Millisecond
-	// A bound that is so near that this machine's speed decides is not drawn upon.
+	// near is how close a bound must be for the speed of this machine to decide; such bounds are not tested.
 	near = uint64(4 * time.Millisecond)
-	// An exchange takes far less than quick, or is meant to be slow and takes so much longer.
+	// quick is far more than an ordinary exchange takes; slow ones are made to take that much longer.
 	quick, slowly = 3 * time.Millisecond, timeout + timeout/2
 )
 
-// history is one pod's.
+// history is the history of a pod.
 type history struct {
 	attached
 	t *testing.T
 	d *datapath.Datapath
 
 	policy    *probe.Tracker            // the policy alone
-	closed    map[uint16]uint64         // when the kernel must have voided all of a port's evidence
-	withdrawn map[probe.Endpoint]uint64 // when it must have voided an endpoint's own
+	closed    map[uint16]uint64         // when the kernel must have withdrawn all evidence of a port
+	withdrawn map[probe.Endpoint]uint64 // when it must have withdrawn that of an endpoint
 	tracker   *probe.Tracker            // the daemon's
 	maps      *Pod
 	records   *datapath.RecordReader
@@ -155,7 +155,7 @@ type history struct {
 
 	specs    []probe.EndpointSpec
 	verdicts map[verdict]int
-	// lost: this machine was so slow once that times are not what they were meant to be. Nothing more is done then.
+	// lost is set once this machine was too slow to keep to the intended times. Then the history ends.
 	lost bool
 }
 
@@ -175,14 +175,14 @@ func newHistory(t *testing.T, rt *rapid.T, d *datapath.Datapath, pod attached) *
 		t.Fatal(err)
 	}
 	h.records.SetDeadline(time.Unix(1, 0))
-	h.observations() // of the history before
+	h.observations() // of the previous history
 	h.setSpecs(rt)
 	return h
 }
 
 func (h *history) end() { _ = h.records.Close() }
 
-// observations returns what the records say that there are.
+// observations returns the observations that the records amount to.
 func (h *history) observations() (observed []evidence.Observation) {
 	for {
 		var r datapath.Record
@@ -254,14 +254,14 @@ func (h *history) withdraw(rt *rapid.T) {
 	h.sync(rt)
 }
 
-// restartDaemon loses all but the questions and the maps, and takes over what is in them.
+// restartDaemon forgets everything but the questions and the maps, and restores what they have.
 func (h *history) restartDaemon(rt *rapid.T) {
 	before := h.tracker.Evidence()
-	// What is known of an endpoint whose question is not is in no map.
+	// Evidence of an endpoint whose question is unknown is not in the maps.
 	h.policy.Withdraw(func(e probe.Endpoint) bool { return e.Kind == probe.HTTP && before[e].Question == probe.Question{} }, datapath.Now())
 	h.tracker = probe.NewTracker()
 	now := datapath.Now()
-	// Nor is it in a map how many successes have been counted of those that it takes.
+	// Nor is the number of successes in a row.
 	h.policy.Void(func(e probe.Endpoint) bool { return before[e].FreshUntil == 0 }, now)
 	h.tracker.SetEndpoints(h.specs, now)
 	maps, err := opened(h.d, h.key)
@@ -278,14 +278,14 @@ func (h *history) restartDaemon(rt *rapid.T) {
 	h.sync(rt)
 }
 
-// closeListener withdraws, where the kernel can be watched.
+// closeListener withdraws all evidence, if the kernel can be watched.
 func (h *history) closeListener(rt *rapid.T) {
 	if !h.d.Watched() {
 		return
 	}
 	ports := []uint16{80, 81, 82}
 	port := rapid.SampledFrom(append(ports, 83)).Draw(rt, "closed")
-	// In a goroutine, because this one is in the node's namespace.
+	// In another goroutine, because this one is in the node's namespace.
 	closed := make(chan error)
 	go func() {
 		closed <- h.NS.Do(func(ns.NetNS) error {
@@ -299,12 +299,12 @@ func (h *history) closeListener(rt *rapid.T) {
 	if err := <-closed; err != nil {
 		h.t.Fatal(err)
 	}
-	for _, port := range ports { // all that is known of the pod
+	for _, port := range ports { // everything that is known of the pod
 		h.closed[port] = datapath.Now()
 	}
 }
 
-// refresh is an outcome that the daemon itself has come by.
+// refresh adds the outcome of a request by the daemon itself.
 func (h *history) refresh(rt *rapid.T) {
 	e := rapid.SampledFrom(asked).Draw(rt, "refreshed")
 	event := rapid.SampledFrom([]probe.Event{probe.Answered, probe.Answered, probe.Reset, probe.Connected}).Draw(rt, "refresh")
@@ -313,7 +313,7 @@ func (h *history) refresh(rt *rapid.T) {
 	}
 }
 
-// refreshed is an outcome of the daemon's own request, which it can make only if it has seen a probe's.
+// refreshed returns the outcome of the daemon's own request, which it can only make if it has seen that of a probe.
 func (h *history) refreshed(e probe.Endpoint, event probe.Event, status int) (o probe.Outcome, ok bool) {
 	question := h.tracker.Evidence()[e].Question
 	if e.Kind == probe.HTTP && question == (probe.Question{}) {
@@ -324,7 +324,7 @@ func (h *history) refreshed(e probe.Endpoint, event probe.Event, status int) (o 
 	return o, true
 }
 
-// outcome is that of a probe that has just ended.
+// outcome returns the outcome of a probe that has just ended.
 func (h *history) outcome(e probe.Endpoint, began uint64, event probe.Event, status int) probe.Outcome {
 	now := datapath.Now()
 	o := probe.Outcome{
@@ -345,7 +345,7 @@ func (h *history) learn(rt *rapid.T, o probe.Outcome) {
 	h.sync(rt)
 }
 
-// expect is what the policy says of a probe now; certain is false where it is about to say something else.
+// expect returns what the policy decides about a probe now. certain is false if that is about to change.
 func (h *history) expect(e probe.Endpoint, now uint64) (v verdict, certain bool) {
 	certain = true
 	before := func(bound uint64) bool {
@@ -366,12 +366,12 @@ func (h *history) expect(e probe.Endpoint, now uint64) (v verdict, certain bool)
 	return handedOver, certain
 }
 
-// observed reports whether the port of the endpoint is observed, be it for others.
+// observed reports whether the port of the endpoint is observed, even if only for others.
 func (h *history) observed(e probe.Endpoint) bool {
 	return slices.ContainsFunc(h.specs, func(s probe.EndpointSpec) bool { return s.Observed && s.Port == e.Port })
 }
 
-// behaviours of a pod whose probe reaches it.
+// Behaviours of a pod that a probe reaches.
 const (
 	refuses   = "refuses"
 	resets    = "resets"
@@ -385,7 +385,7 @@ func (h *history) probe(rt *rapid.T) {
 	behaviour := rapid.SampledFrom([]string{responds, responds, responds, responds, responds, responds, responds, responds, slowReply, silent, resets, refuses}).Draw(rt, "pod")
 	status := rapid.SampledFrom([]int{200, 200, 200, 200, 200, 200, 204, 302, 503}).Draw(rt, "status")
 	if e.Kind == probe.TCP && (behaviour == silent || behaviour == resets) {
-		behaviour = responds // nothing is asked that it could be silent to
+		behaviour = responds // without a request it cannot be silent
 	}
 	began := datapath.Now()
 	want, certain := h.expect(e, began)
@@ -421,7 +421,7 @@ func (h *history) probe(rt *rapid.T) {
 	if behaviour == slowReply || behaviour == silent {
 		h.lost = o.Duration > slowly+quick
 	}
-	if h.lost = h.lost || datapath.Now() > o.ObservedAt+near/2; h.lost { // what came after the outcome took too long
+	if h.lost = h.lost || datapath.Now() > o.ObservedAt+near/2; h.lost { // processing the outcome took too long
 		return
 	}
 	h.policy.Observe(o)
@@ -443,7 +443,7 @@ func (h *history) probe(rt *rapid.T) {
 	h.compare(rt)
 }
 
-// wantVoid probes an endpoint that has just failed, before the daemon has learned of that.
+// wantVoid probes an endpoint that has just failed, before the daemon has learned of it.
 func (h *history) wantVoid(rt *rapid.T, e probe.Endpoint) {
 	c := h.dial(e)
 	if got := c.probe(); got == answered {
@@ -453,7 +453,7 @@ func (h *history) wantVoid(rt *rapid.T, e probe.Endpoint) {
 	h.observations()
 }
 
-// compare holds what the daemon has learned from the kernel against what the policy has from the truth.
+// compare compares what the daemon has learned from the kernel with what the policy knows from the truth.
 func (h *history) compare(rt *rapid.T) {
 	policy, daemon := h.policy.Evidence(), h.tracker.Evidence()
 	for _, e := range slices.SortedFunc(maps.Keys(policy), func(a, b probe.Endpoint) int { return int(a.Port) - int(b.Port) }) {
@@ -466,7 +466,7 @@ func (h *history) compare(rt *rapid.T) {
 
 func apart(a, b uint64) bool { return max(a, b)-min(a, b) > near }
 
-// connection is a prober's, put packet by packet through the programs.
+// connection is a connection of a prober, whose packets the programs are run on one by one.
 type connection struct {
 	*history
 	e           probe.Endpoint
@@ -478,11 +478,11 @@ type connection struct {
 
 const clientISN, podISN = 1000, 7000
 
-// clients is how many connections there have been.
+// clients counts the connections so far.
 var clients int
 
 func (h *history) dial(e probe.Endpoint) *connection {
-	// Not one of the ports that a history before may have left in the flow table.
+	// Not one of the ports that a previous history may have left in the flow table.
 	clients++
 	return &connection{
 		history: h, e: e, began: datapath.Now(), serverISN: podISN,
@@ -490,14 +490,14 @@ func (h *history) dial(e probe.Endpoint) *connection {
 	}
 }
 
-// request is what a probe of the endpoint sends.
+// request returns what a probe of the endpoint sends.
 func (h *history) request(e probe.Endpoint) string {
 	return fmt.Sprintf("GET %s HTTP/1.1\r\nHost: %s:%d\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n", e.Path, h.IPv4, e.Port)
 }
 
 func (c *connection) request() string { return c.history.request(c.e) }
 
-// fate is what becomes of a packet.
+// fate is what the programs do with a packet.
 type fate string
 
 const (
@@ -514,7 +514,7 @@ const (
 	upTheStack = 2
 )
 
-// steer puts a client's packet through the programs. It returns what becomes of it, and it, rewritten.
+// steer runs the programs on a packet of the client. It returns its fate, and the packet as rewritten.
 func (c *connection) steer(flags string, seq, ack uint32, payload string) (fate, bpftest.Segment) {
 	c.t.Helper()
 	sent := bpftest.Segment{
@@ -541,7 +541,7 @@ func (c *connection) steer(flags string, seq, ack uint32, payload string) (fate,
 	return toClient, bpftest.ParseSegment(c.t, frame)
 }
 
-// podSends puts a pod's packet through observe. It returns what goes back to the pod, nil if nothing does.
+// podSends runs observe on a packet of the pod. It returns what is sent back to the pod, or nil.
 func (c *connection) podSends(flags string, seq, ack uint32, payload string) (back *bpftest.Segment) {
 	c.t.Helper()
 	s := bpftest.Segment{
@@ -556,7 +556,7 @@ func (c *connection) podSends(flags string, seq, ack uint32, payload string) (ba
 	return &parsed
 }
 
-// probe begins one, and ends it if it is answered.
+// probe starts a probe, and ends it if it is answered.
 func (c *connection) probe() verdict {
 	fate, answer := c.steer("S", clientISN, 0, "")
 	if fate == onward {
@@ -584,10 +584,10 @@ func (c *connection) probe() verdict {
 	return handedOver
 }
 
-// forget ends what is left of the connection.
+// forget removes what is left of the connection.
 func (c *connection) forget() { c.steer("RA", clientISN+1, c.serverISN+1, "") }
 
-// open makes the pod accept the connection and get the request, if there is one.
+// open makes the pod accept the connection and receive the request, if any.
 func (c *connection) open() {
 	back := c.podSends("SA", podISN, clientISN+1, "")
 	if c.handed {
@@ -602,7 +602,7 @@ func (c *connection) open() {
 	}
 }
 
-// exchange is what comes of a probe that reached the pod, as the prober sees it.
+// exchange plays a probe that reached the pod, and returns its outcome as the prober sees it.
 func (c *connection) exchange(behaviour string, status int) (o probe.Outcome) {
 	defer c.forget()
 	end := func(event probe.Event, status int) probe.Outcome { return c.outcome(c.e, c.began, event, status) }

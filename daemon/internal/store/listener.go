@@ -2,8 +2,8 @@ package store
 
 import "github.com/probelet/probelet/bpf/datapath"
 
-// Live is how many TCP probes in a row are answered at most by looks at the listening sockets of the pod behind a device; 0 if
-// they cannot be looked at. The error is os.ErrNotExist if the programs do not know the device.
+// Live returns how many TCP probes in a row may be answered by inspecting the listening sockets of the pod behind a device; 0 if that is
+// not possible. The error is os.ErrNotExist if the programs do not know the device.
 func Live(d *datapath.Datapath, key datapath.DeviceKey) (int, error) {
 	device, err := d.Device(key)
 	if err != nil || device.NSID < 0 || !d.SeesListeners() {
@@ -12,25 +12,25 @@ func Live(d *datapath.Datapath, key datapath.DeviceKey) (int, error) {
 	return datapath.MaxAnswers, nil
 }
 
-// Listener is what looks at a port's listening socket came to.
+// Listener is what inspecting a port's listening socket has shown.
 type Listener struct {
-	// Answered is how many probes were answered since one was last known to be accepted, and Most how many may be.
+	// Answered is how many probes were answered since one was last known to be accepted, and Most the limit.
 	Answered int `json:"answered"`
 	Most     int `json:"most"`
-	// Pending: a connection has reached the socket since. The next look tells whether it was accepted.
+	// Pending is set if a connection has reached the socket since. The next inspection shows whether it was accepted.
 	Pending bool `json:"pending,omitempty"`
-	// Obstacle is what last kept a probe from being answered: no_listener, queue_long, head_old, special, real_due or unanswered; empty:
+	// Obstacle is what last kept a probe from being answered: no_listener, queue_long, head_old, special, real_due or unanswered; empty if
 	// nothing did.
 	Obstacle string `json:"obstacle,omitempty"`
 }
 
-// ListenerOf returns what the tally of a port says of its listening socket.
+// ListenerOf returns what a port's tally says about its listening socket.
 func ListenerOf(port datapath.Tally) Listener {
 	return Listener{int(port.Answered), int(port.AnsweredMax), port.ConnectedAt != 0, datapath.Obstacles[port.Obstacle]}
 }
 
-// ClosedAt is when a listening socket of the pod was last closed, in terms of datapath.Now; 0: never, or a probe of the port has
-// been refused or reset since.
+// ClosedAt returns when a listening socket of the pod last closed, in terms of datapath.Now; 0 if never, or if a probe of the port was
+// refused or reset since.
 func (p *Pod) ClosedAt(port uint16) (uint64, error) {
 	tally, err := p.Tally(datapath.PortKey(port))
 	if err != nil || datapath.WithdrawalCauses[tally.WithdrawnCause] != "listener_closed" {

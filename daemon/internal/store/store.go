@@ -1,5 +1,5 @@
-// Package store brings what the freshness policy says into the kernel's maps of a pod, and what the kernel reports back
-// to the policy.
+// Package store writes the decisions of the freshness policy (package probe) into the kernel's maps, and reads back what the kernel knows
+// of a pod.
 package store
 
 import (
@@ -16,17 +16,17 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// Limits are those of the kernel side.
+// Limits are the limits of the kernel.
 var Limits = probe.Limits{
 	Request: datapath.MaxRequest,
 	Records: datapath.MaxEndpoints,
 	Traffic: datapath.MaxTrafficAnswers,
 }
 
-// Records are the contents of a pod's evidence map.
+// Records is the content of a pod's evidence map.
 type Records map[datapath.EndpointKey]datapath.Evidence
 
-// kinds are the kernel side's names of the kinds that it keeps records of.
+// kinds maps the kinds that the kernel keeps records of to its names for them.
 var kinds = map[probe.Kind]uint8{
 	probe.HTTP: datapath.KindHTTP,
 	probe.TCP:  datapath.KindTCP,
@@ -47,8 +47,8 @@ func Key(e probe.Endpoint, q probe.Question) (key datapath.EndpointKey, ok bool)
 	return key, true
 }
 
-// Desired are the records that say what the policy says. Every port has one, known or not: the kernel observes only ports
-// that it has a record of.
+// Desired returns the records that express what the tracker knows. Every port has one, even if nothing is known: the kernel only observes
+// ports with a record.
 func Desired(t *probe.Tracker) (Records, error) {
 	records := Records{}
 	for endpoint, evidence := range t.Evidence() {
@@ -60,7 +60,7 @@ func Desired(t *probe.Tracker) (Records, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", endpoint, err)
 		}
-		// Two endpoints may have the same question, if the one was asked it at another address of the pod.
+		// Two endpoints have the same question if one of them was asked it at another address of the pod.
 		if other, shared := records[key]; shared {
 			if other.FreshUntil < record.FreshUntil {
 				record, other = other, record
@@ -102,7 +102,7 @@ var results = [...]uint8{
 	probe.Failure: datapath.ResultFailure,
 }
 
-// Evidence is what a record says of a question.
+// Evidence returns the evidence for a question that a record has.
 func Evidence(q probe.Question, record datapath.Evidence) probe.Evidence {
 	return probe.Evidence{
 		Question:   q,
@@ -122,10 +122,9 @@ type step struct {
 	remove bool
 }
 
-// diff returns the steps from have to want. Gates close first and open last: taking a connection answers a TCP probe, so
-// at no moment between the steps may a gate be open wider than the evidence of its port's TCP endpoint. (HTTP requests are
-// each checked against their own evidence.) Room is made before it is used. A record that is as it should be is not
-// touched.
+// diff returns the steps from have to want. Gates close first and open last: taking a connection answers a TCP probe, so between any two
+// steps no gate may be open wider than the evidence of its port's TCP endpoint. (Each HTTP request is checked against evidence of its
+// own.) Records are removed before others are added, to make room. Records that stay the same are not touched.
 func diff(have, want Records) []step {
 	var closing, removing, putting, opening []step
 	for _, key := range slices.SortedFunc(maps.Keys(union(have, want)), compareKeys) {
@@ -153,7 +152,7 @@ func diff(have, want Records) []step {
 	return slices.Concat(closing, removing, putting, opening)
 }
 
-// narrower returns a gate that lets through only what both let through.
+// narrower returns a gate that admits only what both admit.
 func narrower(a, b datapath.Evidence) datapath.Evidence {
 	return datapath.Evidence{
 		ObservedAt: min(a.ObservedAt, b.ObservedAt),
@@ -176,15 +175,15 @@ func compareKeys(a, b datapath.EndpointKey) int {
 	return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Hash, b.Hash))
 }
 
-// Pod is what the kernel's maps hold of the pod behind a device. This process is the only one that writes evidence there.
+// Pod is a pod's part of the kernel's maps. This process is the only one that writes evidence there.
 type Pod struct {
 	maps *datapath.Pod
-	have Records // what the maps hold
-	// traffic has the ports whose traffic the programs have been asked to look at.
+	have Records // in the maps
+	// traffic has the ports whose traffic the programs have been told to note.
 	traffic map[uint16]bool
 }
 
-// Open reads what the maps hold of a pod.
+// Open reads a pod's part of the maps.
 func Open(maps *datapath.Pod) (*Pod, error) {
 	have, err := read(maps)
 	if err != nil {
@@ -193,17 +192,16 @@ func Open(maps *datapath.Pod) (*Pod, error) {
 	return &Pod{maps, have, map[uint16]bool{}}, nil
 }
 
-// Device is the device that the pod is behind. If the programs know another life of it by now, what is written here has no
-// effect.
+// Device returns the device that the pod is behind. Once it was attached again, what is written here has no effect.
 func (p *Pod) Device() datapath.DeviceKey { return p.maps.Device() }
 
-// Records are what the maps hold. They must not be changed.
+// Records returns the records in the maps, which must not be modified.
 func (p *Pod) Records() Records { return p.have }
 
-// Tally is what the kernel noted of a record; nothing if there is none.
+// Tally returns what the kernel counted for a record; nothing if there is none.
 func (p *Pod) Tally(key datapath.EndpointKey) (datapath.Tally, error) { return p.maps.Tally(key) }
 
-// Sync makes the maps hold the records. After an error it is not known what they hold: the pod must be opened anew.
+// Sync makes the maps hold the records. After an error their content is unknown, and the pod must be opened again.
 func (p *Pod) Sync(want Records) error {
 	if err := p.wantTraffic(want); err != nil {
 		return err
@@ -250,7 +248,7 @@ func read(pod *datapath.Pod) (Records, error) {
 	for _, key := range keys {
 		record, _, err := pod.Get(key)
 		if errors.Is(err, ebpf.ErrKeyNotExist) {
-			continue // no tally: of no use to the kernel, and made anew if it is wanted
+			continue // without a tally, the kernel ignores it; Sync recreates it if necessary
 		}
 		if err != nil {
 			return nil, err

@@ -42,7 +42,7 @@ func tracker(t testing.TB) *probe.Tracker {
 
 var x = probe.Question{Hash: 7, Check: 8}
 
-// observe has the tracker see a probe of HTTP :80/x answered.
+// observe makes the tracker observe a probe of HTTP :80/x that was answered.
 func observe(t testing.TB, tracker *probe.Tracker, status int, at uint64) {
 	t.Helper()
 	request, err := probe.ParseRequest([]byte("GET /x HTTP/1.1\r\nHost: 10.0.0.7:80\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n"))
@@ -93,7 +93,7 @@ func TestDesired(t *testing.T) {
 			t.Errorf("got %+v, %v; want %+v", got, err, want)
 		}
 	}
-	check() // unknown, but there: the kernel does not observe ports that it has no record of
+	check() // unknown, but present: the kernel does not observe ports without a record
 
 	observe(t, tracker, 204, 100*second)
 	http := datapath.Evidence{Check: x.Check, Result: datapath.ResultSuccess, ObservedAt: 100 * second, FreshUntil: 111 * second}
@@ -119,8 +119,8 @@ func TestDesired(t *testing.T) {
 	check()
 }
 
-// What was asked at the pod's earlier address may be what another probe says outright. Endpoints with one question have one
-// record, which answers for no longer than either would.
+// What was asked at the pod's previous address may be what another probe asks explicitly. Endpoints with the same question share a record,
+// which answers no longer than either would.
 func TestDesiredOfTheSameQuestion(t *testing.T) {
 	seldom := spec(probe.HTTP, 80, "/x")
 	seldom.Type, seldom.Period = probe.Readiness, time.Minute
@@ -137,7 +137,7 @@ func TestDesiredOfTheSameQuestion(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for range 20 { // in whichever order
+	for range 20 { // in any order
 		tracker := probe.NewTracker()
 		tracker.SetEndpoints(at("10.0.0.7"), 0)
 		o := probe.Outcome{Port: 80, Kind: probe.HTTP, Request: request, Question: x, Event: probe.Answered, Status: 200, ObservedAt: second}
@@ -152,7 +152,7 @@ func TestDesiredOfTheSameQuestion(t *testing.T) {
 	}
 }
 
-// Whatever success a pod answers with must fit a reply.
+// Every success that a pod can answer with must fit a reply.
 func TestEverySuccessHasAReply(t *testing.T) {
 	for status := 200; status < 300; status++ {
 		tracker := tracker(t)
@@ -162,7 +162,7 @@ func TestEverySuccessHasAReply(t *testing.T) {
 			t.Errorf("status %d: %v", status, err)
 		}
 		if got := records[datapath.HTTPKey(80, datapath.Question(x))]; int(got.Status) != status {
-			t.Errorf("status %d: the reply has that of %+v", status, got)
+			t.Errorf("status %d: the reply is that of %+v", status, got)
 		}
 	}
 }
@@ -179,11 +179,11 @@ func TestEvidence(t *testing.T) {
 		}
 	}
 	if got := Evidence(x, datapath.Evidence{Result: 99}); got.Result != probe.Unknown {
-		t.Errorf("a result that nobody writes is %s", got.Result)
+		t.Errorf("an invalid result is %s", got.Result)
 	}
 }
 
-// drawRecords draws what Desired may return: two ports, each with a gate as its endpoints have it.
+// drawRecords draws what Desired may return: two ports, each with a gate that fits its endpoints.
 func drawRecords(t *rapid.T) Records {
 	records := Records{}
 	for port := uint16(80); port <= 81; port++ {
@@ -237,8 +237,8 @@ func TestDiff(t *testing.T) {
 	})
 }
 
-// checkOpen: no gate is open wider than the evidence of its port's TCP endpoint, and none opens wider before all of the
-// port's records are there that will be.
+// checkOpen checks that no gate is open wider than the evidence of its port's TCP endpoint, and that none opens wider before all records of
+// the port are present.
 func checkOpen(t *rapid.T, port uint16, have, now, want Records) {
 	gate := now[datapath.PortKey(port)]
 	if tcp, ok := now[datapath.TCPKey(port)]; ok && (gate.FreshUntil > tcp.FreshUntil || gate.ObservedAt > tcp.ObservedAt) {
@@ -254,7 +254,7 @@ func checkOpen(t *rapid.T, port uint16, have, now, want Records) {
 	}
 }
 
-// oneDevice is the kernel side with one pod.
+// oneDevice is a datapath with one pod.
 type oneDevice struct {
 	*datapath.Datapath
 	device datapath.DeviceKey
@@ -299,7 +299,7 @@ func TestSync(t *testing.T) {
 		if err := pod.Sync(want); err != nil {
 			t.Fatal(err)
 		}
-		// And as whoever comes next finds it.
+		// The next daemon reads the same.
 		if !maps.Equal(pod.Records(), want) || !maps.Equal(open(t, d).Records(), want) {
 			t.Errorf("got %+v; want %+v", open(t, d).Records(), want)
 		}
@@ -323,7 +323,7 @@ func TestSyncAsMuchAsFits(t *testing.T) {
 	}
 }
 
-// Records that somebody else removed are missed, not forgotten.
+// Records that something else has removed are noticed missing.
 func TestSyncFindsRecordsGone(t *testing.T) {
 	d := withMaps(t)
 	pod := open(t, d)
@@ -335,7 +335,7 @@ func TestSyncFindsRecordsGone(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := pod.Sync(Records{key: {ObservedAt: 1}}); err == nil {
-		t.Error("nothing was missed")
+		t.Error("nothing was noticed")
 	}
 }
 
@@ -359,8 +359,8 @@ func opened(d *datapath.Datapath, device datapath.DeviceKey) (*Pod, error) {
 	return Open(maps)
 }
 
-// What is written for a device that was attached again since reaches nobody, and is not left behind.
-func TestSyncOfAnEarlierLife(t *testing.T) {
+// What is written for a device that was attached again since has no effect, and is not left behind.
+func TestSyncOfAPreviousAttachment(t *testing.T) {
 	key := datapath.TCPKey(80)
 	for name, before := range map[string]Records{"a new record": {}, "one that was there": {key: {}}} {
 		t.Run(name, func(t *testing.T) {
