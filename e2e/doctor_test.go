@@ -27,7 +27,7 @@ func TestDoctor(t *testing.T) {
 	expectText(t, text,
 		`ok +kernel +Linux \d`, `ok +bpffs`, `ok +cgroup v2`, `ok +capabilities +the daemon's`, `ok +BPF objects`,
 		`ok +chain +network `, `ok +plugin`, `ok +daemon +process \d+, ready`,
-		`note +states +changes of containers are not pushed: a file of specs does not tell of containers`, `note +prober +cgroup \d+, which is not a kubelet's`,
+		`note +states +changes of containers are not pushed: a specs file does not report container states`, `note +prober +cgroup \d+, which is not a kubelet's`,
 		`ok +attachments +1, all as they were made`)
 
 	device, err := netlinksafe.LinkByName(p.HostDevice)

@@ -22,7 +22,7 @@ func TestRestartsArePushed(t *testing.T) {
 		t.Skip("this kubelet has no pods API: ", err)
 	}
 	deploy(t, map[string]any{"config": map[string]any{"kubelet-poll": "1h"}})
-	if !strings.Contains(daemonLog(), "pods are watched") {
+	if !strings.Contains(daemonLog(), "pod watch established") {
 		t.Fatal(daemonLog())
 	}
 	app, proxy := App("app", 8081), App("proxy", 8080)

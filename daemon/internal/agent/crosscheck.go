@@ -74,7 +74,7 @@ func (d *daemon) counted() map[crosscheck.ID]crosscheck.Endpoint {
 		for _, s := range a.tracker.Endpoints() {
 			if counts, ok := a.countsOf(s, evidence[s.Endpoint].Question); ok && a.shared[s.Endpoint] == "" {
 				all[crosscheck.ID{Attachment: id, Endpoint: s.Endpoint}] = crosscheck.Endpoint{
-					Workers: a.workers(s), Period: s.Period, Counts: counts, Discards: s.Kind == probe.HTTP,
+					Workers: a.workers(s), Period: s.Period, Counts: counts, Discards: s.Kind.Discarded(),
 				}
 			}
 		}

@@ -3,8 +3,6 @@ package crosscheck
 import (
 	"context"
 	"errors"
-	"fmt"
-	"io"
 	"log/slog"
 	"net/http/httptrace"
 	"time"
@@ -19,12 +17,6 @@ const (
 	// settle is how long either side may take to count a probe that has ended. The daemon reads what was observed 20 times
 	// a second.
 	settle = time.Second
-	// timeout is for one answer of the kubelet.
-	timeout = 10 * time.Second
-	// share is the part of the time, 1 in so many, that asking the kubelet may take.
-	share = 10
-	// maxAnswer is how many bytes an answer may have.
-	maxAnswer = 256 << 20
 	// LongestInterval keeps the connection to the kubelet open, which it closes after 90 s (pkg/kubelet/server/server.go):
 	// as long as it stays it is the same kubelet.
 	LongestInterval = time.Minute
@@ -69,7 +61,7 @@ func (c *Checker) Run(ctx context.Context) {
 			return
 		}
 		c.note(err)
-		rest = max(c.interval, share*took)
+		rest = max(c.interval, kubelet.Share*took)
 	}
 }
 
@@ -117,7 +109,7 @@ func (c *Checker) observed(ctx context.Context) (map[ID]Endpoint, error) {
 
 // verdicts also reports whether another kubelet than before may have answered: it is the same on the same connection.
 func (c *Checker) verdicts(ctx context.Context) (all map[Worker]Verdicts, restarted bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+	ctx, cancel := context.WithTimeout(ctx, kubelet.Timeout)
 	defer cancel()
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GotConn: func(i httptrace.GotConnInfo) { restarted = !i.Reused },
@@ -127,10 +119,7 @@ func (c *Checker) verdicts(ctx context.Context) (all map[Worker]Verdicts, restar
 		return nil, true, err
 	}
 	defer response.Body.Close() //nolint:errcheck // read only
-	answer := &io.LimitedReader{R: response.Body, N: maxAnswer}
-	if all, err = parse(answer); err == nil && answer.N == 0 {
-		err = fmt.Errorf("answer of more than %d MiB", maxAnswer>>20)
-	}
+	all, err = parse(kubelet.Limit(response.Body, kubelet.MaxAnswer))
 	return all, restarted, err
 }
 

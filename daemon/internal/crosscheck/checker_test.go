@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/probelet/probelet/daemon/internal/kubelet"
+	"github.com/probelet/probelet/daemon/internal/polltest"
 )
 
 // scene is a kubelet and a node, whose probes a test makes up.
@@ -120,18 +121,7 @@ func (s *scene) run(t *testing.T) {
 func (s *scene) looks(t *testing.T, n int32) {
 	t.Helper()
 	before := s.asked.Load()
-	eventually(t, "looked", func() bool { return s.asked.Load() > before+n })
-}
-
-func eventually(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for range 2000 {
-		if ok() {
-			return
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
-	t.Fatal("never: " + what)
+	polltest.Eventually(t, "looked", func() bool { return s.asked.Load() > before+n })
 }
 
 func TestChecker(t *testing.T) {
@@ -144,7 +134,7 @@ func TestChecker(t *testing.T) {
 		t.Fatal(described(told))
 	}
 	s.probe(Counts{Answered: 5, Succeeded: 5}, Verdicts{5, 5})
-	eventually(t, "told", func() bool { return s.disagreements() != nil })
+	polltest.Eventually(t, "told", func() bool { return s.disagreements() != nil })
 	s.looks(t, 3)
 	if got := described(s.disagreements()); got != "[failed 5]" {
 		t.Error(got)
@@ -182,7 +172,7 @@ func TestCheckerRefused(t *testing.T) {
 	s.refuse.Store(true)
 	s.run(t)
 	s.refuse.Store(false)
-	eventually(t, "said", func() bool { return strings.Contains(s.log(), "can be had again") })
+	polltest.Eventually(t, "said", func() bool { return strings.Contains(s.log(), "can be had again") })
 	if log := s.log(); strings.Count(log, "level=WARN") != 1 || !strings.Contains(log, "403 Forbidden") {
 		t.Errorf("logged:\n%s", log)
 	}

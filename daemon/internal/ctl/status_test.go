@@ -453,7 +453,7 @@ func TestFailureWithoutRequest(t *testing.T) {
 func TestRefreshOff(t *testing.T) {
 	m := newMachine(t)
 	e := endpoint(probe.HTTP, 80, "/x")
-	e.RefreshOff = "the specs do not say the pod's address"
+	e.RefreshOff = "the specs do not give the pod's address"
 	m.web(fakeMaps{}, e)
 	m.describe(statedir.Endpoints{Attachments: []statedir.Attachment{{
 		ContainerID: "c0ffee", IfName: "eth0", Pod: "shop/web", Endpoints: []statedir.Endpoint{e},

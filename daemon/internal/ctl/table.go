@@ -159,7 +159,7 @@ func (r *row) fill(e survey.Endpoint) {
 	}
 	if l := e.Listener; l != nil {
 		r.listener = l.Obstacle
-		if l.Most > 0 || e.Kind == probe.TCP {
+		if l.Most > 0 || e.Kind.Keying() == probe.KeyedByPort {
 			r.listener = strings.TrimSuffix(fmt.Sprintf("%d/%d %s", l.Answered, l.Most, l.Obstacle), " ")
 		}
 	}

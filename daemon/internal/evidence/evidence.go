@@ -1,5 +1,5 @@
-// Package evidence turns records of a prober's connections into outcomes: it puts each exchange together and judges it as
-// the kubelet does. What was not seen whole and in order is no outcome.
+// Package evidence turns records of a prober's connections into outcomes: it assembles each exchange, and judges it as
+// the kubelet does. An exchange that was not seen completely and in order has no outcome.
 package evidence
 
 import (
@@ -10,44 +10,44 @@ import (
 )
 
 const (
-	// maxExchanges is above what the kernel side observes at a time, since finished ones stay for a moment.
+	// maxExchanges exceeds what the kernel side observes at a time, because finished exchanges are kept for a moment.
 	maxExchanges = 16384
-	// maxBytes limits what is kept of all exchanges together.
+	// maxBytes limits the memory for all exchanges together.
 	maxBytes = 16 << 20
-	// abandonedAfter is when an exchange whose end was not seen is forgotten: the kernel side's own limit (OBSERVING_NS).
+	// abandonedAfter is when an exchange is dropped whose end was not seen; the kernel side has the same limit
+	// (OBSERVING_NS).
 	abandonedAfter = 600 * time.Second
-	// lingering is for how long a finished exchange is known, so that what its pod still sends begins no other.
+	// lingering is how long a finished exchange is remembered, so that late packets of its pod do not begin another one.
 	lingering = time.Second
-	// tidyEvery is how often exchanges are looked through for those past their deadlines.
+	// tidyEvery is how often expired exchanges are dropped.
 	tidyEvery = time.Second
 )
 
-// Observation is the outcome of an exchange, and the device by which it went.
+// Observation is the outcome of an exchange, and the device that it passed.
 type Observation struct {
 	Device datapath.DeviceKey
 	probe.Outcome
 }
 
-// Assembler makes observations of records. Its methods are not safe for concurrent use.
+// Assembler turns records into observations. Its methods are not safe for concurrent use.
 type Assembler struct {
 	exchanges map[connection]*exchange
 	bytes     int
 	tidyAt    uint64
-	doubtful  map[Doubtful]uint64 // nil: none
+	doubtful  map[Doubtful]uint64 // nil if there are none
 }
 
-// connection identifies one, as records do.
+// connection identifies a connection as records do.
 type connection struct {
 	device           datapath.DeviceKey
 	owner, startedAt uint64
 }
 
-// NewAssembler returns an assembler that knows no exchange.
+// NewAssembler returns an assembler without exchanges.
 func NewAssembler() *Assembler { return &Assembler{exchanges: map[connection]*exchange{}} }
 
-// Add takes the next record, and returns the outcome of its exchange if that is complete. Records may come in another order
-// than that of their times, as those of different CPUs do; what comes after the end of its exchange is ignored. Nothing of
-// the record is kept.
+// Add adds a record, and returns the outcome of its exchange if that is complete. Records may arrive out of order, as
+// those of different CPUs do; records after the end of their exchange are ignored. Add does not retain the record.
 func (a *Assembler) Add(r datapath.Record) (o Observation, ok bool) {
 	a.tidy(r.ObservedAt)
 	x := a.exchangeOf(r)
@@ -67,7 +67,7 @@ func (a *Assembler) Add(r datapath.Record) (o Observation, ok bool) {
 	return Observation{r.Device, outcome}, doubt == ""
 }
 
-// exchangeOf returns the exchange that a record belongs to; nil if its beginning was not seen, or there are too many.
+// exchangeOf returns the exchange of a record, or nil if its beginning was not seen or there are too many.
 func (a *Assembler) exchangeOf(r datapath.Record) *exchange {
 	key := connection{r.Device, r.Owner, r.StartedAt}
 	if x := a.exchanges[key]; x != nil {
@@ -89,21 +89,21 @@ func (a *Assembler) exchangeOf(r datapath.Record) *exchange {
 	return x
 }
 
-// begins reports whether the record can be the first of an exchange: the pod accepts, or either side gives the connection
-// up before that. A connection that is handed over begins with its request.
+// begins reports whether the record can be the first of an exchange: the pod accepts, or either side gives up the
+// connection before that. A connection that is handed over begins with its request.
 func begins(r datapath.Record) bool {
 	return r.TCPFlags&datapath.FlagRST != 0 || r.FromPod && r.TCPFlags&datapath.FlagSYN != 0 ||
 		!r.FromPod && r.Len > 0 && r.Offset == 0
 }
 
-// ends reports whether nothing that matters follows the record: the prober has its verdict, or is not one, having asked
-// what is no question.
+// ends reports whether nothing relevant can follow the record: the prober has its verdict, or it is none, because what it
+// sent is no question.
 func ends(r datapath.Record) bool {
 	return r.TCPFlags&datapath.FlagRST != 0 ||
 		!r.FromPod && (r.TCPFlags&datapath.FlagFIN != 0 || r.Len > 0 && r.Question == datapath.Question{})
 }
 
-// keep adds a record to its exchange, within the bounds of memory.
+// keep adds a record to its exchange, within the memory limits.
 func (a *Assembler) keep(x *exchange, r datapath.Record) {
 	before := x.size
 	x.add(r)
@@ -116,13 +116,13 @@ func (a *Assembler) keep(x *exchange, r datapath.Record) {
 	}
 }
 
-// drop forgets what the pod sent.
+// drop releases what the pod sent.
 func (a *Assembler) drop(x *exchange) {
 	a.bytes -= x.size
 	x.segments, x.size = nil, 0
 }
 
-// tidy forgets exchanges past their deadlines.
+// tidy drops expired exchanges.
 func (a *Assembler) tidy(now uint64) {
 	if now < a.tidyAt {
 		return

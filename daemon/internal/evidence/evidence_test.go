@@ -90,6 +90,7 @@ func TestOutcome(t *testing.T) {
 	whole := pod(0, response)
 	second := len(response) / 2
 	const none = 0
+	recognised := map[probe.Kind]bool{}
 	for name, test := range map[string]struct {
 		records []datapath.Record
 		event   probe.Event // none: no outcome
@@ -150,6 +151,7 @@ func TestOutcome(t *testing.T) {
 		"many interim responses":     {[]datapath.Record{synAck, asks, pod(0, strings.Repeat("HTTP/1.1 100 Continue\r\n\r\n", maxInterim+1)+response), clientFIN}, none, "", DoubtTiming},
 		"too many packets are known": {slices.Concat([]datapath.Record{synAck, asks}, repeat(whole, 2000), []datapath.Record{clientFIN}), none, "", DoubtTooLarge},
 	} {
+		recognised[test.kind] = true
 		t.Run(name, func(t *testing.T) {
 			a := NewAssembler()
 			observed := observe(t, a, records(1, test.records...))
@@ -178,6 +180,11 @@ func TestOutcome(t *testing.T) {
 				t.Errorf("it took %s until %d", o.Duration, o.ObservedAt)
 			}
 		})
+	}
+	for _, k := range probe.Kinds() {
+		if recognised[k] != k.Observable() {
+			t.Errorf("an outcome of kind %s is recognised: %t; the kind is observable: %t", k, recognised[k], k.Observable())
+		}
 	}
 }
 

@@ -11,20 +11,20 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// maxResponse limits what is kept of one response, in bytes. Repeated packets count.
+// maxResponse limits what is kept of one response, in bytes. Repeated packets count again.
 const maxResponse = 64 << 10
 
-// exchange is what was seen of a connection.
+// exchange is what was seen of one connection.
 type exchange struct {
 	accepted bool   // by the pod
-	request  []byte // nil: none yet
+	request  []byte // nil if none was seen yet
 	askedAt  uint64
 	question datapath.Question
 	segments []segment // of the response
-	size     int       // of what segments hold, in bytes
-	beyond   bool      // there is a segment of which nothing was recorded
-	cut      bool      // part of a segment was not recorded
-	doubt    Doubt     // whatever follows, there is no outcome
+	size     int       // memory of segments, in bytes
+	beyond   bool      // there is a segment without any recorded bytes
+	cut      bool      // there is a segment of which only part was recorded
+	doubt    Doubt     // set: there will be no outcome, whatever follows
 	finished bool
 	deadline uint64
 }
@@ -47,7 +47,7 @@ func (x *exchange) add(r datapath.Record) {
 	switch {
 	case x.doubt != "":
 	case r.TCPFlags&datapath.FlagURG != 0:
-		x.doubt = DoubtTiming // a byte of it is not in what the other side reads
+		x.doubt = DoubtTiming // one of its bytes is not part of what the other side reads
 	case !r.FromPod:
 		x.ask(r)
 	case r.TCPFlags&datapath.FlagSYN != 0:
@@ -57,7 +57,7 @@ func (x *exchange) add(r datapath.Record) {
 	}
 }
 
-// ask notes what the client sends. Its first segment is the whole request, and another one can only repeat that.
+// ask adds what the client sends. Its first segment is the whole request; later ones may only repeat it.
 func (x *exchange) ask(r datapath.Record) {
 	switch {
 	case r.Len == 0:
@@ -72,7 +72,7 @@ func (x *exchange) ask(r datapath.Record) {
 	}
 }
 
-// answer notes what the pod sends. Beyond what is recorded, one segment says as much as many.
+// answer adds what the pod sends. Beyond what is recorded, one segment is as good as many.
 func (x *exchange) answer(r datapath.Record) {
 	beyond := r.Len > 0 && len(r.Payload) == 0 && r.TCPFlags&datapath.FlagFIN == 0
 	if beyond && x.beyond {
@@ -88,7 +88,7 @@ func (x *exchange) answer(r datapath.Record) {
 	}
 }
 
-// outcome is the prober's verdict, if it is certain. end is the last record.
+// outcome returns the prober's verdict, if that is certain. end is the last record.
 func (x *exchange) outcome(end datapath.Record) (o probe.Outcome, doubt Doubt) {
 	o = probe.Outcome{
 		Port:       end.Port,
@@ -103,7 +103,7 @@ func (x *exchange) outcome(end datapath.Record) (o probe.Outcome, doubt Doubt) {
 	switch {
 	case x.doubt != "":
 		return o, x.doubt
-	case end.FromPod && !x.answered(): // also if it did not even accept
+	case end.FromPod && !x.answered(): // including a pod that did not even accept
 		o.Event = probe.Reset
 		return o, ""
 	case !x.accepted && x.answered():
@@ -131,13 +131,13 @@ func (x *exchange) outcome(end datapath.Record) (o probe.Outcome, doubt Doubt) {
 	return o, doubt
 }
 
-// answered reports whether the pod has sent anything.
+// answered reports whether the pod has sent any data.
 func (x *exchange) answered() bool {
 	return slices.ContainsFunc(x.segments, func(s segment) bool { return s.len > 0 })
 }
 
-// withoutRequest says what it means that a client closes without having sent anything. A reset comes from a socket that
-// was closed before the pod accepted, or from one that was closed before it read what the pod had sent.
+// withoutRequest interprets a client that closes without having sent any data. It sends a reset if it closes before the
+// pod has accepted, or before it has read what the pod had sent.
 func (x *exchange) withoutRequest(end datapath.Record) (probe.Kind, probe.Event) {
 	if end.TCPFlags&datapath.FlagRST != 0 && !x.answered() {
 		return "", probe.NoAnswer
@@ -145,7 +145,7 @@ func (x *exchange) withoutRequest(end datapath.Record) (probe.Kind, probe.Event)
 	return probe.TCP, probe.Connected
 }
 
-// response returns what the client could read. It returns false if what the pod sent contradicts itself, or began before
+// response returns what the client could read. It returns false if what the pod sent is contradictory, or began before
 // the request.
 func (x *exchange) response() (r Response, ok bool) {
 	slices.SortStableFunc(x.segments, func(a, b segment) int { return cmp.Compare(a.offset, b.offset) })
@@ -170,7 +170,7 @@ func (x *exchange) response() (r Response, ok bool) {
 	return r, true
 }
 
-// add adds a segment, unless there is a gap before it. It returns false if the segment contradicts what is known.
+// add adds a segment, unless there is a gap before it. It returns false if the segment contradicts earlier ones.
 func (r *Response) add(s segment) bool {
 	if uint64(s.offset) > uint64(len(r.Bytes)) {
 		return true

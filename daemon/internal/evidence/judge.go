@@ -15,10 +15,10 @@ import (
 )
 
 const (
-	// maxBody is how much of a body the kubelet reads; a longer one is a success too (maxRespBodyLength in its
+	// maxBody is how much of a body the kubelet reads; a longer body is a success too (maxRespBodyLength in its
 	// pkg/probe/http/http.go).
 	maxBody = 10 << 10
-	// readBuffer is http.Transport's, in bytes. It limits the length of trailers and of chunk headers.
+	// readBuffer is http.Transport's buffer size, in bytes. It limits the length of trailers and of chunk headers.
 	readBuffer = 4 << 10
 	// maxInterim is how many interim responses net/http accepted before Go 1.24. Newer versions limit only their bytes.
 	maxInterim = 5
@@ -29,13 +29,13 @@ type End uint8
 
 // Ends.
 const (
-	Open   End = iota // nothing that was seen before the client closed
+	Open   End = iota // nothing more was seen before the client closed
 	Closed            // the pod closed its side
-	Broken            // the pod reset the connection; what came before can still be read
-	Unseen            // more, of which nothing is known
+	Broken            // the pod reset the connection; earlier bytes can still be read
+	Unseen            // more bytes, which are unknown
 )
 
-// Response is what a pod sent on a connection, in order and from the first byte on, until the client closed it.
+// Response is what a pod sent on a connection until the client closed it, in order and from the first byte.
 type Response struct {
 	Bytes []byte
 	End   End
@@ -47,16 +47,16 @@ type verdict struct {
 	doubt  Doubt
 }
 
-// Judge returns what the kubelet's HTTP prober makes of the response to a GET request, apart from its timeout: Answered
-// with the final status, NoAnswer or Failed. Only of a 2xx is the body read. The doubt, if there is one, is DoubtUnseen,
-// DoubtTiming or DoubtOurs.
+// Judge returns how the kubelet's HTTP prober judges the response to a GET request, apart from its timeout: Answered with
+// the final status, NoAnswer or Failed. Like the prober it reads the body of a 2xx only. The doubt, if any, is
+// DoubtUnseen, DoubtTiming or DoubtOurs.
 func (r Response) Judge() (event probe.Event, status int, doubt Doubt) {
 	buffered := pool.Get().(*bufio.Reader)
 	defer pool.Put(buffered)
 	v, chunked := r.read(buffered)
 	if chunked {
-		// net/http looks ahead at chunk headers and trailers that have arrived already. So a flaw right behind the last byte
-		// that the kubelet reads may or may not be found: read once more with everything buffered.
+		// net/http looks ahead at chunk headers and trailers that have arrived already. So a flaw right behind the last
+		// byte that the kubelet reads may or may not be found: read again with everything buffered.
 		all, _ := r.read(bufio.NewReaderSize(nil, len(r.Bytes)+readBuffer))
 		if v.doubt == "" && v != all {
 			v.doubt = DoubtTiming
@@ -104,7 +104,7 @@ func readFinal(r *bufio.Reader) (*http.Response, error) {
 	return nil, errManyInterim
 }
 
-// isOurs reports whether the response was made from evidence, so that it is none.
+// isOurs reports whether the response is an answer of probelet's, and thus not evidence.
 func isOurs(header http.Header) bool {
 	return slices.ContainsFunc(header["Cache-Status"], func(value string) bool { return strings.HasPrefix(value, "probelet") })
 }
@@ -113,7 +113,7 @@ func isOurs(header http.Header) bool {
 type source struct {
 	*bytes.Reader
 	end     End
-	starved bool // a client would wait for more, or nobody knows what it would read
+	starved bool // a client would wait for more, or would read unknown bytes
 }
 
 func (s *source) Read(p []byte) (int, error) {

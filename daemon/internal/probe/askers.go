@@ -2,13 +2,14 @@ package probe
 
 import "net/netip"
 
-// MayBeAskedBy reports whether another probe, or a hook, may ask the endpoint what its own probes ask. ips are the addresses of
-// the pod whose probe it is. Where Host is dialled, that may be any pod, also behind a Service's address and port.
+// MayBeAskedBy reports whether another probe, or a hook, may ask the endpoint the same question as its own probes. ips
+// are the addresses of the pod that p belongs to. If p dials a Host, that may be any pod, even behind a Service's address
+// and port.
 func (s EndpointSpec) MayBeAskedBy(p Spec, ips []netip.Addr) bool {
 	switch {
 	case s.Kind != p.Kind:
 		return false
-	case s.Kind == TCP:
+	case s.Kind.Keying() == KeyedByPort:
 		return p.Host != ""
 	case s.Path != p.Path:
 		return false

@@ -43,7 +43,7 @@ func TestMayBeAskedBy(t *testing.T) {
 			asked++
 		}
 	})
-	if asked == 0 {
+	if asked == 0 && !testing.Short() { // of the few cases of a short run, none may
 		t.Error("none asked the same")
 	}
 }

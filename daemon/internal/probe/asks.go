@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -16,25 +15,25 @@ import (
 	"strings"
 )
 
-// kubeletAgent begins the User-Agent of the kubelet's probes, which ends with its version.
+// kubeletAgent is the User-Agent of the kubelet's probes without their version.
 const kubeletAgent = "kube-probe/"
 
-// anyAddress stands for the pod's, where that is not known.
+// anyAddress stands for the pod's address where that is unknown.
 const anyAddress = "0.0.0.0"
 
-// question is the request of an HTTP probe as the kubelet sends it.
+// question is the request of an HTTP probe, as the kubelet sends it.
 type question struct {
 	Request
-	header  http.Header // of the request, as normal returns it
+	header  http.Header // headers of the request, as normal returns them
 	headers string      // Endpoint.Headers
 	port    uint16
-	anyHost bool // the pod's address is not known
-	size    int  // in bytes; approximate, as the kubelet's version is part of it
-	// setsHost: its Host is not the address that is asked.
+	anyHost bool // the pod's address is unknown
+	size    int  // in bytes; approximate, because it includes the kubelet's version
+	// setsHost: its Host header is not the address that is dialled.
 	setsHost bool
 }
 
-// questionOf follows newProbeRequest in the kubelet's pkg/probe/http/request.go. The error is net/http's refusal to send
+// questionOf follows newProbeRequest in the kubelet's pkg/probe/http/request.go. It fails where net/http refuses to send
 // the request.
 func questionOf(p Spec, ips []netip.Addr) (question, error) {
 	q := question{port: p.Port, anyHost: p.Host == "" && len(ips) == 0}
@@ -56,7 +55,8 @@ func questionOf(p Spec, ips []netip.Addr) (question, error) {
 	return q, nil
 }
 
-// requestOf returns the bytes that the kubelet sends for a probe, but for the place of "Connection: close" among its headers.
+// requestOf returns the bytes that the kubelet sends for a probe, except for the position of "Connection: close" among
+// the headers.
 func requestOf(p Spec, host string) ([]byte, error) {
 	header := http.Header{}
 	for _, h := range p.Headers {
@@ -72,7 +72,7 @@ func requestOf(p Spec, host string) ([]byte, error) {
 	}
 	for name, values := range header {
 		if slices.ContainsFunc(values, refused) {
-			return nil, errors.New("control character in header " + name)
+			return nil, fmt.Errorf("header %s: control character in its value", name)
 		}
 	}
 	request, err := http.NewRequest(http.MethodGet, "http://"+host+p.Path, nil)
@@ -85,17 +85,18 @@ func requestOf(p Spec, host string) ([]byte, error) {
 	return sent.Bytes(), err
 }
 
-// refused reports whether net/http's transport does not send a header's value, although it can be written.
+// refused reports whether net/http's transport refuses to send a header value, although Request.Write writes it.
 func refused(value string) bool {
 	return strings.ContainsFunc(value, func(r rune) bool { return r < ' ' && r != '\t' || r == '\x7f' })
 }
 
-// Asks reports whether a request is the endpoint's probe as the kubelet sends it.
+// Asks reports whether a request is one of the endpoint's probes as the kubelet sends them.
 func (s EndpointSpec) Asks(r Request) bool {
-	return s.Kind == HTTP && s.Host == "" && r.Path == s.question.Path && s.question.hasHeaders(r)
+	return s.Kind.Keying() == KeyedByRequest && s.Host == "" && r.Path == s.question.Path && s.question.hasHeaders(r)
 }
 
-// hasHeaders reports whether normal would return q's own headers. It is called for each probe and endpoint, so it copies nothing.
+// hasHeaders reports whether normal would return q's own headers. It avoids copying, because it runs for each probe and
+// endpoint.
 func (q question) hasHeaders(r Request) bool {
 	if len(q.header) == 0 || q.normalHost(r.Host) != q.header["Host"][0] {
 		return false
@@ -114,9 +115,9 @@ func (q question) hasHeaders(r Request) bool {
 	return found == len(q.header)
 }
 
-// normal returns the headers of a request, Host among them, without what does not tell the pod's probes apart: whether the
-// connection is closed, as each of them says, and what is not known here: the kubelet's version, and perhaps the pod's address.
-// Probes of which it cannot be told whether they ask the same count as if they did.
+// normal returns the headers of a request, including Host, without those that do not tell the pod's probes apart:
+// "Connection: close", which they all have, and what is unknown here, namely the kubelet's version and perhaps the pod's
+// address. Probes count as asking the same where that is uncertain.
 func (q question) normal(r Request) http.Header {
 	header := http.Header{"Host": {q.normalHost(r.Host)}}
 	for name, values := range r.Header {
@@ -129,7 +130,7 @@ func (q question) normal(r Request) http.Header {
 
 var anyKubeletAgent = []string{kubeletAgent}
 
-// normalValues returns the values of a header as normal does; false if it leaves the header out.
+// normalValues returns the values of a header as normal does; false if normal omits the header.
 func normalValues(name string, values []string) (normal []string, sent bool) {
 	switch {
 	case name == "User-Agent" && len(values) == 1 && strings.HasPrefix(values[0], kubeletAgent):
@@ -154,8 +155,8 @@ func (q question) normalHost(host string) string {
 	return anyAddress
 }
 
-// differences identifies what a request's headers have instead of the ordinary ones: empty if nothing. A digest, because
-// values may be secret.
+// differences identifies how a request's headers differ from the ordinary ones; empty if they do not. It is a digest,
+// because values may be secret.
 func differences(header, ordinary http.Header) string {
 	if maps.EqualFunc(header, ordinary, slices.Equal) {
 		return ""

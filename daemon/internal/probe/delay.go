@@ -2,44 +2,46 @@ package probe
 
 import "time"
 
-// Delay is the bound on how long a failure can go unnoticed by one probe: from the moment at which its endpoint begins
-// to fail every request, to the prober's verdict, which takes failureThreshold failed probes in a row. It is about a
-// container that runs; the time that the kubelet takes for what follows is not in it.
+// Delay bounds how long a failure can go unnoticed by one probe: from the moment its endpoint begins to fail every
+// request until the prober's verdict, which takes failureThreshold failed probes in a row. It applies to a running
+// container, and does not include the time that the kubelet needs to act on the verdict.
 type Delay struct {
 	Asker
 	Period, Timeout  time.Duration
 	FailureThreshold int
-	// Plain is that of plain Kubernetes, Probelet the one with probelet. They are equal if the endpoint is not answered.
+	// Plain is the bound of plain Kubernetes, Probelet the bound with probelet. They are equal if the endpoint is not
+	// answered.
 	Plain, Probelet time.Duration
-	// Answered is what Probelet is, or in mode observe would be, if the endpoint is answered.
+	// Answered is the bound if the endpoint is answered: Probelet, or in mode observe what Probelet would be.
 	Answered time.Duration
 }
 
-// plainDelay is
+// plainDelay returns
 //
 //	failureThreshold × max(period, timeout) + timeout
 //
-// The worst moment for a failure is just after a probe has begun that still succeeds. The prober begins the next one a
-// period later, or when one that took longer than that has ended: so after max(period, timeout) at the latest. Off-period
-// probes only come earlier, and put nothing off by more than a period. The last of failureThreshold failures may take
-// all of its timeout.
+// The worst moment for a failure is just after the start of a probe that still succeeds. The prober starts the next one a
+// period later, or when a probe that took longer has ended: after max(period, timeout) at the latest. Off-period probes
+// only come earlier, and delay nothing by more than a period. The last of failureThreshold failures may take its whole
+// timeout.
 func plainDelay(p Spec) time.Duration {
 	return time.Duration(max(p.FailureThreshold, 1))*max(p.Period, p.Timeout) + p.Timeout
 }
 
-// delay with probelet is
+// delay returns, for the bound with probelet,
 //
 //	plain + staleness
 //
-// The last success was asked for before the failure began, and is answered with for the staleness from then on, even if
-// the pod took until later to complete it. So the last answered probe begins before failure + staleness; and from its
-// beginning on all is as in plain Kubernetes after its last success, because an observed failure re-arms nothing and the
-// probes after it all reach the pod.
+// The last success was requested before the failure began, and is answered for the staleness from then on, even if the
+// pod took longer to complete it. So the last answered probe starts before failure + staleness. From its start on,
+// everything is as in plain Kubernetes after its last success, because an observed failure re-arms nothing and all later
+// probes reach the pod.
 //
-// None of this depends on whose period the staleness is of. So it holds for a startup probe, too, whose own may be shorter.
+// None of this depends on whose period the staleness is derived from. So it also holds for a startup probe, whose own
+// period may be shorter.
 //
-// The second for which a taken connection may be answered after the bound (ARCHITECTURE.md) adds nothing: it is about
-// the end of a probe that began before, and the next one is due a period after the beginning.
+// The second for which a taken connection may still be answered after the bound (ARCHITECTURE.md) adds nothing: it
+// concerns the end of a probe that started earlier, and the next one is due a period after that start.
 func (s EndpointSpec) delay(p Spec) Delay {
 	d := Delay{
 		Asker: p.Asker(), Period: p.Period, Timeout: p.Timeout, FailureThreshold: p.FailureThreshold,
@@ -55,7 +57,7 @@ func (s EndpointSpec) delay(p Spec) Delay {
 	return d
 }
 
-// Delays are the bounds for each of the probes that ask, in the order of Askers.
+// Delays returns the bounds for each asker, in the order of Askers.
 func (s EndpointSpec) Delays() []Delay {
 	delays := make([]Delay, len(s.probes))
 	for i, p := range s.probes {

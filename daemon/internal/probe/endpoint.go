@@ -9,13 +9,13 @@ import (
 	"time"
 )
 
-// Endpoint is what a probe asks: probes that ask the same share what was observed.
+// Endpoint identifies what a probe asks. Probes of the same endpoint share what was observed of it.
 type Endpoint struct {
 	Port    uint16
 	Kind    Kind
 	Path    string // as in the request line; HTTP only
-	Host    string // dialled instead of the pod, as the spec spells it; empty: the pod
-	Headers string // digest of the headers that are not those of a probe without custom ones; empty: none
+	Host    string // host dialled instead of the pod, as spelled in the spec; empty for the pod
+	Headers string // digest of the headers that differ from those of a probe without custom headers; empty if none do
 }
 
 func (e Endpoint) String() string {
@@ -32,61 +32,63 @@ func (e Endpoint) String() string {
 	return text
 }
 
-// Limits are what the kernel side can do.
+// Limits describes what the kernel side supports.
 type Limits struct {
 	Request int // longest request, in bytes
-	Records int // of one pod: its endpoints and its ports
-	// Live is how many TCP probes in a row are answered at most because the pod's listening socket would accept them;
-	// 0: the kernel side cannot look at listening sockets.
+	Records int // records per pod: one for each of its endpoints and ports
+	// Live limits how many TCP probes in a row are answered because the pod's listening socket would accept them; 0 if
+	// the kernel side cannot inspect listening sockets.
 	Live int
 }
 
-// EndpointSpec says who asks an endpoint, and how what is observed of it may be used.
+// EndpointSpec says which probes ask an endpoint, and how observations of it may be used.
 type EndpointSpec struct {
 	Endpoint
 	Askers []Asker
-	// Period is the shortest of the probes that ask; startup probes count only if they are alone. Timeout is the smallest of
-	// all, because what took longer than a probe's own is none of its successes.
+	// Period is the shortest period of the askers; startup probes count only if there are no others. Timeout is the
+	// smallest timeout of all askers, because a response that exceeds a probe's own timeout is not a success of that
+	// probe.
 	Period, Timeout time.Duration
-	// Staleness is how long after its observation a success may be answered. Capped: the node's ceiling lowered it.
+	// Staleness limits how long after its observation a success may be answered. Capped: the node's ceiling lowered it.
 	Staleness time.Duration
 	Capped    bool
-	// Live is Limits.Live of a TCP endpoint; 0: its success is answered like an HTTP endpoint's.
+	// Live is Limits.Live for a TCP endpoint, otherwise 0. With 0 a success is answered like an HTTP endpoint's.
 	Live int
-	// SuccessThreshold is how many successes in a row arm the endpoint after a failure, or when nothing is known of it.
+	// SuccessThreshold is the number of successes in a row that arm the endpoint after a failure, or when nothing is
+	// known of it.
 	SuccessThreshold int
-	// Instance identifies the running containers that the probes are of. Evidence of others is not evidence.
+	// Instance identifies the running containers of the askers. Evidence of other instances is void.
 	Instance string
-	// Refresh is how often the daemon is to ask by itself, so that a success is always fresh; 0: never. RefreshOff says
-	// why not where the settings want it.
+	// Refresh is the interval at which the daemon sends its own request, to keep a success fresh; 0 means never. If the
+	// settings ask for refresh all the same, RefreshOff explains why there is none.
 	Refresh    time.Duration
 	RefreshOff string
-	// Observed: its probes' outcomes are recorded, answered or not.
+	// Observed: the outcomes of its probes are recorded, whether or not they are answered.
 	Observed bool
-	// Startup: asked by startup probes only. They end with their success, so their evidence is never renewed.
+	// Startup: only startup probes ask it. They end with their success, so their evidence is never renewed.
 	Startup bool
-	// Reason is why the endpoint is never answered; empty if it may be. Withheld: it would be, but for mode observe.
+	// Reason explains why the endpoint is never answered; zero if it may be. Withheld: only mode observe prevents it.
 	Reason   Reason
 	Withheld bool
-	// elsewhere: what is dialled is certainly not the pod.
+	// elsewhere: the host dialled is certainly not the pod.
 	elsewhere bool
 
-	probes   []Spec   // of Askers
-	question question // HTTP
+	probes   []Spec   // parallel to Askers
+	question question // HTTP only
 }
 
 // onPort reports whether connections of the endpoint's probes may arrive at the pod's port.
 func (s EndpointSpec) onPort() bool { return s.Port != 0 && !s.elsewhere }
 
-// answeredWith reports whether the kernel, where it may answer e, would answer this endpoint's probes too, which ask
-// another address of the pod: taking a connection answers a TCP probe, and a request says where it was sent only by its
-// header Host.
+// answeredWith reports whether the kernel, if it may answer e, would also answer the probes of this endpoint, which dial
+// another address of the pod: taking a connection answers a TCP probe, and only the Host header of a request says which
+// address it was sent to.
 func (s EndpointSpec) answeredWith(e EndpointSpec) bool {
-	return s.onPort() && s.Port == e.Port && (s.Kind == TCP || s.Kind == HTTP && e.Asks(s.question.Request))
+	return s.onPort() && s.Port == e.Port && (s.Kind.Keying() == KeyedByPort || s.Kind == e.Kind && e.Asks(s.question.Request))
 }
 
-// Endpoints returns the endpoints that the pod's probes ask, sorted. The error says that the pod has too many of them
-// for the kernel side; none is answered then, and the specs say so too.
+// Endpoints returns the endpoints that the pod's probes ask, sorted. It returns an error if the pod has too many for the
+// kernel side; then none is answered, and the specs say so too.
 func Endpoints(pod Pod, settings Settings, limits Limits) ([]EndpointSpec, error) {
 	var specs []EndpointSpec
 	shared := map[Endpoint]int{}
@@ -103,7 +105,7 @@ func Endpoints(pod Pod, settings Settings, limits Limits) ([]EndpointSpec, error
 	}
 	for i := range specs {
 		if specs[i].Startup && specs[i].Reason == (Reason{}) {
-			specs[i].Reason = Reason{ReasonStartup, "startup probe"}
+			specs[i].Reason = Reason{ReasonStartup, "only startup probes ask it"}
 		}
 		if pod.NotAnswered != "" {
 			specs[i].Reason = cmp.Or(specs[i].Reason, Reason{ReasonPod, pod.NotAnswered})
@@ -121,24 +123,24 @@ func Endpoints(pod Pod, settings Settings, limits Limits) ([]EndpointSpec, error
 	return specs, err
 }
 
-// setRefresh decides whether the daemon asks by itself.
+// setRefresh decides whether the daemon sends requests of its own.
 func (s *EndpointSpec) setRefresh(settings Settings, addressed bool) {
 	switch {
 	case !settings.Refresh.On:
 	case s.Reason != (Reason{}):
 		s.RefreshOff = reasonNotAnswered
 	case settings.RefreshDenied:
-		s.RefreshOff = "the node does not let pods ask for it (--refresh-by-annotation)"
+		s.RefreshOff = "the node does not allow pods to request it (--refresh-by-annotation)"
 	case !addressed:
-		s.RefreshOff = "the specs do not say the pod's address"
+		s.RefreshOff = "the specs do not give the pod's address"
 	case s.Live > 0:
-		s.RefreshOff = "the kernel asks the listening socket itself"
+		s.RefreshOff = "the kernel checks the listening socket itself"
 	default:
 		s.Refresh = settings.Refresh.Of(s.Staleness - slack(s.Period, s.Timeout))
 	}
 }
 
-// Bar gives the endpoint a reason not to be answered that outweighs others, such as mode observe.
+// Bar sets a reason not to answer the endpoint, overriding any other, such as mode observe.
 func (s *EndpointSpec) Bar(reason Reason) {
 	s.Reason, s.Withheld = reason, false
 	if s.Refresh > 0 {
@@ -153,7 +155,7 @@ func compare(a, b EndpointSpec) int {
 		cmp.Compare(a.Host, b.Host), cmp.Compare(a.Headers, b.Headers))
 }
 
-// endpointOf is the endpoint as one probe alone asks it.
+// endpointOf returns the endpoint of a single probe.
 func endpointOf(p Spec, ips []netip.Addr, limits Limits) EndpointSpec {
 	s := EndpointSpec{
 		Endpoint: Endpoint{Port: p.Port, Kind: p.Kind, Path: p.Path, Host: p.Host},
@@ -165,48 +167,49 @@ func endpointOf(p Spec, ips []netip.Addr, limits Limits) EndpointSpec {
 
 		elsewhere: elsewhere(p.Host, ips),
 	}
-	if p.Kind == HTTP && p.Problem == "" {
+	if p.Kind.Keying() == KeyedByRequest && p.Problem == "" {
 		var err error
 		if s.question, err = questionOf(p, ips); err != nil {
-			p.Problem = "its request cannot be sent: " + err.Error()
+			p.Problem = "the request cannot be sent: " + err.Error()
 		}
 		s.Headers = s.question.headers
 	}
 	s.Reason = s.unanswerable(p, len(ips), limits)
-	s.Observed = p.Problem == "" && p.Host == "" && s.Port != 0 && (p.Kind == TCP || p.Kind == HTTP)
-	if p.Kind == TCP {
+	s.Observed = p.Problem == "" && p.Host == "" && s.Port != 0 && p.Kind.Observable()
+	if p.Kind.Keying() == KeyedByPort {
 		s.Live = limits.Live
 	}
 	return s
 }
 
-// elsewhere is whether host is certainly not the pod. Its other addresses are the pod, but not what its probes ask. A
-// name may be anything.
+// elsewhere reports whether host is certainly not the pod. The pod's other addresses are the pod too, although its probes
+// do not dial them. A name may resolve to anything.
 func elsewhere(host string, ips []netip.Addr) bool {
 	ip, err := netip.ParseAddr(host)
 	return host == "localhost" || err == nil && !slices.Contains(ips, ip.Unmap())
 }
 
-// unanswerable is why a probe can never be answered, whatever else the pod is asked.
+// unanswerable returns the reason why a probe can never be answered, regardless of the pod's other probes, or the zero
+// Reason.
 func (s EndpointSpec) unanswerable(p Spec, addresses int, limits Limits) Reason {
 	switch {
 	case p.Problem != "":
 		return Reason{ReasonRequest, p.Problem}
-	case p.Kind != HTTP && p.Kind != TCP:
-		return Reason{ReasonKind, string(p.Kind) + " is never answered"}
+	case !p.Kind.Observable():
+		return p.Kind.unanswerable()
 	case p.Host != "":
 		return Reason{ReasonHost, fmt.Sprintf("host %q is probed, not the pod", p.Host)}
-	case p.Kind == HTTP && addresses != 1 && s.question.setsHost: // other pods' probes may ask the same at another one
-		return Reason{ReasonHost, "its header Host does not tell which of the pod's addresses is asked"}
+	case addresses != 1 && s.question.setsHost: // probes of other pods may ask another address the same question
+		return Reason{ReasonHost, "its Host header does not say which of the pod's addresses it asks"}
 	case s.question.size > limits.Request:
-		return Reason{ReasonTooLong, fmt.Sprintf("request of about %d bytes, at most %d are answered", s.question.size, limits.Request)}
+		return Reason{ReasonTooLong, fmt.Sprintf("the request has about %d bytes; at most %d can be answered", s.question.size, limits.Request)}
 	}
 	return Reason{}
 }
 
-// successesNeeded is how many successes in a row make sure that each of the probes has had as many as its own
-// successThreshold, because it is not known which of them a request was of: as many as all others may have ended
-// meanwhile are added. A startup probe ends with its first success, until there is another container.
+// successesNeeded returns how many successes in a row prove that each of the probes has had as many as its own
+// successThreshold. Since it is unknown which of the probes sent a request, it adds as many as all the others may have
+// completed meanwhile. A startup probe ends with its first success, until the container is replaced.
 func successesNeeded(probes []Spec) int {
 	most := 1
 	for i, p := range probes {
@@ -229,8 +232,8 @@ func successesNeeded(probes []Spec) int {
 	return most
 }
 
-// shortestPeriod is that of the probes that go on for as long as their container runs, if there are any: a startup probe has
-// ended by the time that its success could be answered to itself.
+// shortestPeriod returns the shortest period of the probes that go on for as long as their container runs. It falls back
+// to startup probes, which have ended by the time that their success could be answered to them.
 func shortestPeriod(probes []Spec) time.Duration {
 	var all, lasting []time.Duration
 	for _, p := range probes {
@@ -244,7 +247,7 @@ func shortestPeriod(probes []Spec) time.Duration {
 	return slices.Min(lasting)
 }
 
-// longestTimeout is that of all probes that ask.
+// longestTimeout returns the longest timeout of all askers.
 func (s EndpointSpec) longestTimeout() (longest time.Duration) {
 	for _, p := range s.probes {
 		longest = max(longest, p.Timeout)
@@ -252,7 +255,7 @@ func (s EndpointSpec) longestTimeout() (longest time.Duration) {
 	return longest
 }
 
-// merge makes one endpoint of two that ask the same.
+// merge merges two specs of the same endpoint.
 func merge(a, b EndpointSpec) EndpointSpec {
 	a.Askers = append(a.Askers, b.Askers...)
 	a.probes = append(a.probes, b.probes...)
@@ -265,7 +268,7 @@ func merge(a, b EndpointSpec) EndpointSpec {
 	return a
 }
 
-// closeBeside gives a reason to endpoints that cannot be answered without answering one that is not observed.
+// closeBeside sets a reason on endpoints that cannot be answered without also answering one that is not observed.
 func closeBeside(specs []EndpointSpec) {
 	for _, never := range specs {
 		if never.Observed {
@@ -280,7 +283,7 @@ func closeBeside(specs []EndpointSpec) {
 	}
 }
 
-// limit closes everything if the pod needs more records than there is room for.
+// limit closes all endpoints if the pod needs more records than it has room for.
 func limit(specs []EndpointSpec, records int) error {
 	endpoints, ports := 0, map[uint16]bool{}
 	for _, s := range specs {
@@ -292,7 +295,7 @@ func limit(specs []EndpointSpec, records int) error {
 	if endpoints+len(ports) <= records {
 		return nil
 	}
-	err := fmt.Errorf("%d endpoints on %d ports need %d records, a pod has room for %d",
+	err := fmt.Errorf("%d endpoints on %d ports need %d records; a pod has room for %d",
 		endpoints, len(ports), endpoints+len(ports), records)
 	for i := range specs {
 		if specs[i].Reason == (Reason{}) || specs[i].Withheld {

@@ -96,7 +96,7 @@ func TestReasons(t *testing.T) {
 		"long request":     {with(get, header("X-A", strings.Repeat("x", 1000))), "at most 1024", true, false},
 		"too long a path":  {with(get, func(s *Spec) { s.Path = "/" + strings.Repeat("x", 1000) }), "at most 1024", true, false},
 		"never sent":       {with(get, func(s *Spec) { s.Path = "/\x7f" }), "cannot be sent", false, false},
-		"startup":          {with(get, func(s *Spec) { s.Type = Startup }), "startup probe", true, false},
+		"startup":          {with(get, func(s *Spec) { s.Type = Startup }), "only startup probes", true, false},
 		"startup by HTTPS": {with(get, func(s *Spec) { s.Type, s.Kind = Startup, HTTPS }), "HTTPS", false, false},
 		"another port":     {with(get, func(s *Spec) { s.Kind, s.Port = HTTPS, 443 }), "HTTPS", false, false},
 		"other headers on the same path": {with(get, func(s *Spec) {
@@ -149,7 +149,7 @@ func TestPodNotAnswered(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, s := range specs {
-		if want := map[Kind]string{HTTP: "the end", GRPC: "gRPC is never answered"}[s.Kind]; s.Reason.Text != want {
+		if want := map[Kind]string{HTTP: "the end", GRPC: "gRPC is never answered: only HTTP/1.1 is understood"}[s.Kind]; s.Reason.Text != want {
 			t.Errorf("%s: reason %q, want %q", s.Endpoint, s.Reason.Text, want)
 		}
 	}

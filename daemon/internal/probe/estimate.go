@@ -2,7 +2,7 @@ package probe
 
 import "maps"
 
-// Why is why a probe would reach the pod in mode answer.
+// Why explains why a probe would reach the pod in mode answer.
 type Why string
 
 // Reasons.
@@ -11,42 +11,42 @@ const (
 	WhyUnknown   Why = "unknown"   // nothing was known of its endpoint
 	WhyFailed    Why = "failed"    // the last probe had failed
 	WhyThreshold Why = "threshold" // too few probes in a row had succeeded
-	WhyWithdrawn Why = "withdrawn" // what was known had been withdrawn, such as by a listening socket that closed
-	WhyExpired   Why = "expired"   // what was known was too old
-	WhyTCP       Why = "tcp"       // taking its connection would have answered a TCP probe, of which nothing was fresh
-	WhyLimit     Why = "limit"     // as many as may be were answered since one had reached the pod
+	WhyWithdrawn Why = "withdrawn" // the evidence had been withdrawn, for example because a listening socket closed
+	WhyExpired   Why = "expired"   // the evidence had expired
+	WhyTCP       Why = "tcp"       // taking its connection would have answered a TCP probe without fresh evidence
+	WhyLimit     Why = "limit"     // as many as allowed were answered since one had reached the pod
 )
 
-// Whys are all of them.
+// Whys returns all values of Why.
 func Whys() []Why {
 	return []Why{WhyNever, WhyUnknown, WhyFailed, WhyThreshold, WhyWithdrawn, WhyExpired, WhyTCP, WhyLimit}
 }
 
-// Estimate is what would have become of an endpoint's probes in mode answer.
+// Estimate counts what would have become of an endpoint's probes in mode answer.
 type Estimate struct {
-	// Answered would have been answered. Of these, Hidden failed: their prober would have learned of it later.
+	// Answered would have been answered. Hidden of them failed, which their prober would have learned later.
 	Answered, Hidden uint64
 	// Passed would have reached the pod.
 	Passed map[Why]uint64
 }
 
-// Estimator finds out in mode observe, where all probes reach the pod, what mode answer would bring: it learns only of
-// the probes that would have reached the pod then.
+// Estimator predicts in mode observe, where all probes reach the pod, what mode answer would do. It learns only from the
+// probes that would have reached the pod then.
 type Estimator struct {
 	tracker   *Tracker
-	learnedAt map[Endpoint]uint64 // when the evidence was there
-	answered  map[uint16]int      // by port: since the last one that was not
+	learnedAt map[Endpoint]uint64 // when the evidence was learned
+	answered  map[uint16]int      // by port: probes answered since the last one that was not
 	estimates map[Endpoint]Estimate
 }
 
-// NewEstimator returns an estimator that knows no endpoint.
+// NewEstimator returns an estimator without endpoints.
 func NewEstimator() *Estimator {
 	return &Estimator{
 		tracker: NewTracker(), learnedAt: map[Endpoint]uint64{}, answered: map[uint16]int{}, estimates: map[Endpoint]Estimate{},
 	}
 }
 
-// SetEndpoints takes what Tracker.SetEndpoints takes.
+// SetEndpoints replaces the endpoints, as Tracker.SetEndpoints does.
 func (m *Estimator) SetEndpoints(specs []EndpointSpec, now uint64) {
 	answering := make([]EndpointSpec, len(specs))
 	for i, s := range specs {
@@ -61,21 +61,21 @@ func (m *Estimator) SetEndpoints(specs []EndpointSpec, now uint64) {
 	maps.DeleteFunc(m.estimates, func(e Endpoint, _ Estimate) bool { return gone(e) })
 }
 
-// Withdraw is as Tracker.Withdraw.
+// Withdraw withdraws evidence, as Tracker.Withdraw does.
 func (m *Estimator) Withdraw(meant func(Endpoint) bool, now uint64) { m.tracker.Withdraw(meant, now) }
 
-// Judged is what an estimator says of a probe.
+// Judged is an estimator's prediction for one probe.
 type Judged struct {
 	Endpoint Endpoint
 	Answered bool
-	Hidden   bool // it was answered, and failed
-	Why      Why  // it was not answered
+	Hidden   bool // answered although it failed
+	Why      Why  // if not answered
 }
 
-// Observe judges a probe by its outcome, and learns from it if it would have reached the pod. withdrawnAt is when a
-// listening socket of the pod last closed, and limit how many TCP probes in a row the port's listening socket allows to be
-// answered. A probe that is not known to be an endpoint's is only learned from: it found no connection, and the kernel
-// side would have passed it.
+// Observe judges a probe by its outcome, and learns from it if the probe would have reached the pod. withdrawnAt is when
+// a listening socket of the pod last closed; limit is how many TCP probes in a row the port's listening socket allows to
+// answer. A probe of an unknown endpoint is only learned from: it did not get a connection, and the kernel side would
+// have passed it on.
 func (m *Estimator) Observe(o Outcome, withdrawnAt uint64, limit int) (j Judged, ok bool) {
 	for _, s := range m.tracker.specs {
 		if ok = s.Observed && o.of(s); ok {
@@ -114,7 +114,7 @@ func (m *Estimator) judge(s EndpointSpec, o Outcome, withdrawnAt uint64, limit i
 	return j
 }
 
-// why is why the endpoint's evidence would not have answered a probe at that time; empty if it would have.
+// why returns why the endpoint's evidence would not have answered a probe at that time; empty if it would have.
 func (m *Estimator) why(s EndpointSpec, at, withdrawnAt uint64) Why {
 	e := m.tracker.entries[s.Endpoint]
 	switch known := e.evidence; {
@@ -151,7 +151,7 @@ func (m *Estimator) count(j Judged) {
 	m.estimates[j.Endpoint] = e
 }
 
-// Estimates returns what was counted since the endpoints came up.
+// Estimates returns the counts since the endpoints were set up.
 func (m *Estimator) Estimates() map[Endpoint]Estimate {
 	all := make(map[Endpoint]Estimate, len(m.estimates))
 	for endpoint, e := range m.estimates {

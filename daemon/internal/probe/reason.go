@@ -1,6 +1,6 @@
 package probe
 
-// Reason is why an endpoint is never answered. The zero Reason means that it may be.
+// Reason explains why an endpoint is never answered. The zero Reason means that it may be.
 type Reason struct {
 	Code ReasonCode
 	Text string // for people
@@ -12,16 +12,16 @@ type ReasonCode string
 // Codes of reasons.
 const (
 	ReasonKind       ReasonCode = "kind"         // HTTPS, gRPC or exec
-	ReasonHost       ReasonCode = "host"         // another host is probed, or it is not certain which
-	ReasonTooLong    ReasonCode = "too_long"     // the request
-	ReasonRequest    ReasonCode = "request"      // it cannot be sent, or is not understood
-	ReasonStartup    ReasonCode = "startup"      // only startup probes ask
-	ReasonBeside     ReasonCode = "beside"       // answering it would answer another one that is never answered
-	ReasonPod        ReasonCode = "pod"          // it is being deleted, has ended, or its specs are not understood
-	ReasonMode       ReasonCode = "mode"         // observe or off
-	ReasonAnnotation ReasonCode = "annotation"   // one that cannot be used
+	ReasonHost       ReasonCode = "host"         // another host is probed, or perhaps another one
+	ReasonTooLong    ReasonCode = "too_long"     // the request exceeds the kernel side's limit
+	ReasonRequest    ReasonCode = "request"      // the request cannot be sent, or is not understood
+	ReasonStartup    ReasonCode = "startup"      // only startup probes ask it
+	ReasonBeside     ReasonCode = "beside"       // answering it would also answer an endpoint that must not be answered
+	ReasonPod        ReasonCode = "pod"          // the pod is being deleted, has ended, or its spec is not understood
+	ReasonMode       ReasonCode = "mode"         // mode observe or off
+	ReasonAnnotation ReasonCode = "annotation"   // an annotation is invalid
 	ReasonRoom       ReasonCode = "room"         // the pod has more endpoints than the kernel side has room for
-	ReasonVerdict    ReasonCode = "disagreement" // the kubelet's verdict differed from what was observed
+	ReasonVerdict    ReasonCode = "disagreement" // the kubelet's verdict contradicts what was observed
 )
 
 // ReasonCodes returns all codes.

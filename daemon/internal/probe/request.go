@@ -8,7 +8,7 @@ import (
 	"net/http"
 )
 
-// Question identifies the bytes of a request. Only the kernel side can compute it; the zero value is none.
+// Question identifies the bytes of a request. Only the kernel side can compute it; the zero value means none.
 type Question struct {
 	Hash  uint64 `json:"hash,string"`
 	Check uint64 `json:"check,string"`
@@ -21,7 +21,7 @@ type Request struct {
 	Header http.Header // without Host
 }
 
-// ParseRequest reads a GET request. It returns an error for any other method or version, and for text that is not
+// ParseRequest parses a GET request. It returns an error for any other method or version, and for text that is not
 // exactly one request without a body.
 func ParseRequest(text []byte) (Request, error) {
 	rest := bytes.NewReader(text)
@@ -31,9 +31,9 @@ func ParseRequest(text []byte) (Request, error) {
 	case err != nil:
 		return Request{}, err
 	case request.Method != http.MethodGet || request.Proto != "HTTP/1.1":
-		return Request{}, fmt.Errorf("%s %s is no probe's request", request.Method, request.Proto)
+		return Request{}, fmt.Errorf("%s %s: not a probe's request", request.Method, request.Proto)
 	case request.ContentLength != 0 || request.TransferEncoding != nil:
-		return Request{}, errors.New("request with a body")
+		return Request{}, errors.New("the request has a body")
 	case rest.Len()+buffered.Buffered() != 0:
 		return Request{}, errors.New("more than one request")
 	}

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// AnnotationPrefix begins the names of the annotations that are for probelet.
+// AnnotationPrefix is the prefix of probelet's annotations.
 const AnnotationPrefix = "probelet.dev/"
 
 // Annotations of a pod.
@@ -22,7 +22,7 @@ const (
 	AnnotationRefresh   = AnnotationPrefix + "refresh"
 )
 
-// OwnAnnotations are those for probelet; nil if there are none.
+// OwnAnnotations returns the annotations with AnnotationPrefix, or nil if there are none.
 func OwnAnnotations(all map[string]string) map[string]string {
 	var own map[string]string
 	for name, value := range all {
@@ -36,14 +36,14 @@ func OwnAnnotations(all map[string]string) map[string]string {
 	return own
 }
 
-// Mode is what is done for a pod.
+// Mode selects what probelet does for a pod.
 type Mode string
 
 // Modes.
 const (
 	Answer  Mode = "answer"  // probes are observed, and answered while fresh
-	Observe Mode = "observe" // probes are observed, and none is answered
-	Off     Mode = "off"     // neither
+	Observe Mode = "observe" // probes are observed, but never answered
+	Off     Mode = "off"     // probes are neither observed nor answered
 )
 
 // UnmarshalText implements encoding.TextUnmarshaler.
@@ -59,28 +59,28 @@ func (m *Mode) UnmarshalText(text []byte) error {
 // MarshalText implements encoding.TextMarshaler.
 func (m Mode) MarshalText() ([]byte, error) { return []byte(m), nil }
 
-// Staleness is how long a success may be answered, in periods of the shortest probe of its endpoint. To each of these
-// times a slack is added.
+// Staleness limits how long a success may be answered, in periods of the shortest probe of its endpoint. A slack is added
+// to the resulting time.
 type Staleness float64
 
-// Bounds of a Staleness, and its default: of a lone prober's probes every second one reaches the pod.
+// Bounds and default of a Staleness. With the default, every second probe of a lone prober reaches the pod.
 const (
 	MinStaleness     Staleness = 0.5
 	DefaultStaleness Staleness = 1
 	MaxStaleness     Staleness = 5
 )
 
-// UnmarshalText implements encoding.TextUnmarshaler: "0.5" to "5".
+// UnmarshalText implements encoding.TextUnmarshaler. It accepts "0.5" to "5".
 func (s *Staleness) UnmarshalText(text []byte) error {
 	periods, err := strconv.ParseFloat(string(text), 64)
-	// Written so that NaN is refused.
+	// Written this way, the condition rejects NaN.
 	if parsed := Staleness(periods); err == nil && parsed >= MinStaleness && parsed <= MaxStaleness && !bytes.ContainsAny(text, "_xX+") {
 		*s = parsed
 		return nil
 	}
 	err = fmt.Errorf("%q: must be a number of periods from %s to %s", shorten(string(text)), MinStaleness, MaxStaleness)
 	if bytes.HasSuffix(text, []byte("+timeout")) {
-		err = fmt.Errorf("%w, without +timeout, which is no longer understood: a slack is always added", err)
+		err = fmt.Errorf("%w (\"+timeout\" is no longer supported: a slack is always added)", err)
 	}
 	return err
 }
@@ -90,26 +90,26 @@ func (s Staleness) MarshalText() ([]byte, error) { return []byte(s.String()), ni
 
 func (s Staleness) String() string { return strconv.FormatFloat(float64(s), 'f', -1, 64) }
 
-// Of is the staleness of an endpoint with these shortest times.
+// Of returns the staleness in time of an endpoint with these shortest period and timeout.
 func (s Staleness) Of(period, timeout time.Duration) time.Duration {
 	return time.Duration(float64(s)*float64(period)) + slack(period, timeout)
 }
 
-// slack makes a success outlast the beginning of the next probe, which chance would otherwise bring before or after. Half
-// a period keeps the probe after that one out, however long the timeout.
+// slack makes a success outlast the start of the next probe, which would otherwise fall on either side of the bound by
+// chance. Limited to half a period, it excludes the probe after that one, however long the timeout.
 func slack(period, timeout time.Duration) time.Duration { return min(timeout, period/2) }
 
-// Refresh is whether the daemon asks by itself, and how often, as a person says it.
+// Refresh configures whether, and how often, the daemon sends requests of its own.
 type Refresh struct {
 	On bool
-	// Interval is 0 for as seldom as keeps a success fresh.
+	// Interval is the time between requests; 0 means as seldom as keeps a success fresh.
 	Interval time.Duration
 }
 
 // minRefresh is the shortest interval.
 const minRefresh = 100 * time.Millisecond
 
-// UnmarshalText implements encoding.TextUnmarshaler: "true", "false", or an interval such as "500ms".
+// UnmarshalText implements encoding.TextUnmarshaler. It accepts "true", "false", or an interval such as "500ms".
 func (r *Refresh) UnmarshalText(text []byte) error {
 	switch string(text) {
 	case "true":
@@ -137,8 +137,8 @@ func (r Refresh) String() string {
 	return strconv.FormatBool(r.On)
 }
 
-// Of is how often an endpoint is asked; 0: never. It is no longer than the staleness, given without the slack, so that a
-// success is renewed before it expires.
+// Of returns how often to refresh an endpoint; 0 means never. The interval never exceeds the staleness, given without the
+// slack, so that a success is renewed before it expires.
 func (r Refresh) Of(staleness time.Duration) time.Duration {
 	if !r.On {
 		return 0
@@ -150,7 +150,7 @@ func (r Refresh) Of(staleness time.Duration) time.Duration {
 	return max(interval, minRefresh)
 }
 
-// shorten keeps a foreign text from filling a log.
+// shorten keeps user-supplied text from filling a log.
 func shorten(text string) string {
 	const most = 40
 	if len(text) > most {
@@ -159,7 +159,7 @@ func shorten(text string) string {
 	return text
 }
 
-// Origin is who said something.
+// Origin names the source of a setting.
 type Origin string
 
 // Origins.
@@ -169,16 +169,17 @@ const (
 	FromAnnotation Origin = "annotation"
 )
 
-// Defaults hold for a node's pods, where their annotations do not say otherwise.
+// Defaults are the settings of a node's pods, unless their annotations override them.
 type Defaults struct {
 	Mode      Mode
 	Staleness Staleness
-	// Ceiling is what no pod exceeds, whoever asks for it.
+	// Ceiling limits the staleness of every pod, whatever its annotations ask for.
 	Ceiling Staleness
 	Refresh Refresh
-	// RefreshByAnnotation lets annotations ask for refresh. Otherwise they can only do without it: what it costs is the node's.
+	// RefreshByAnnotation lets annotations turn refresh on. Otherwise they can only turn it off, because the node bears
+	// its cost.
 	RefreshByAnnotation bool
-	// StalenessSet and CeilingSet: somebody chose these, even if they chose the built-in ones.
+	// StalenessSet and CeilingSet report whether these were configured, even if to the built-in values.
 	StalenessSet, CeilingSet bool
 }
 
@@ -187,7 +188,7 @@ func NewDefaults() Defaults {
 	return Defaults{Mode: Answer, Staleness: DefaultStaleness, Ceiling: MaxStaleness}
 }
 
-// Settings are what holds for a pod.
+// Settings are the settings of one pod.
 type Settings struct {
 	Mode          Mode
 	ModeFrom      Origin
@@ -197,15 +198,15 @@ type Settings struct {
 	CeilingSet    bool
 	Refresh       Refresh
 	RefreshFrom   Origin
-	// RefreshDenied: the pod asks for refresh, and the node does not let pods do so.
+	// RefreshDenied: the pod requests refresh, but the node does not allow that.
 	RefreshDenied bool
-	// Problem names an annotation that cannot be used, its value, and what it should be; empty if there is none.
+	// Problem names an invalid annotation, its value, and what was expected; empty if all are valid.
 	Problem string
 }
 
-// Settings of a pod with these annotations. Whoever wrote one that cannot be used wanted something else than the
-// defaults, perhaps less; what it was is not known. So of such a pod nothing is answered until it is put right: it is
-// observed, if it is not off.
+// Settings returns the settings of a pod with these annotations. An invalid annotation means that its author wanted
+// something other than the defaults, perhaps less. So no probe of such a pod is answered until the annotation is
+// corrected; the pod is still observed, unless it is off.
 func (d Defaults) Settings(annotations map[string]string) Settings {
 	s := Settings{
 		Mode: d.Mode, ModeFrom: FromDefault,
@@ -250,32 +251,32 @@ func (d Defaults) Settings(annotations map[string]string) Settings {
 	return s
 }
 
-// refreshByAnnotation takes what an annotation says of refresh, as far as that is allowed to ask for it.
+// refreshByAnnotation applies a refresh annotation; allowed is Defaults.RefreshByAnnotation.
 func (s *Settings) refreshByAnnotation(text string, allowed bool) error {
 	var asked Refresh
 	if err := asked.UnmarshalText([]byte(text)); err != nil {
 		return err
 	}
 	if asked.On && !allowed && s.Refresh.On {
-		return nil // as the node has it for all of its pods
+		return nil // keep the node's own setting
 	}
 	s.Refresh, s.RefreshFrom, s.RefreshDenied = asked, FromAnnotation, asked.On && !allowed
 	return nil
 }
 
-// misspelt returns an error for each annotation that has our prefix and is not one of ours.
+// misspelt returns an error for each unknown annotation with our prefix.
 func misspelt(annotations map[string]string) (errs []error) {
 	known := []string{AnnotationMode, AnnotationStaleness, AnnotationRefresh}
 	for _, name := range slices.Sorted(maps.Keys(annotations)) {
 		if strings.HasPrefix(name, AnnotationPrefix) && !slices.Contains(known, name) {
-			errs = append(errs, fmt.Errorf("annotation %s: there is no such one; there are %s", shorten(name), strings.Join(known, ", ")))
+			errs = append(errs, fmt.Errorf("annotation %s: unknown; the known ones are %s", shorten(name), strings.Join(known, ", ")))
 		}
 	}
 	return errs
 }
 
-// staleness of an endpoint, and whether the ceiling lowered it. One that the kernel side asks the listening socket of has
-// its success believed for as long as that may go on, if nothing less was asked for.
+// staleness returns the staleness of an endpoint, and whether the ceiling lowered it. If the kernel side checks the
+// endpoint's listening socket, the default covers the longest run of probes answered that way.
 func (s Settings) staleness(e EndpointSpec) (time.Duration, bool) {
 	asked, most := s.Staleness, s.Ceiling
 	if e.Live > 0 && s.StalenessFrom == FromDefault {
@@ -287,7 +288,7 @@ func (s Settings) staleness(e EndpointSpec) (time.Duration, bool) {
 	return min(asked, most).Of(e.Period, e.Timeout), asked > most
 }
 
-// reason is why nothing of the pod is answered; empty if something may be.
+// reason returns why none of the pod's probes is answered, or the zero Reason if some may be.
 func (s Settings) reason() Reason {
 	switch {
 	case s.Mode == Answer:
@@ -298,8 +299,8 @@ func (s Settings) reason() Reason {
 	return Reason{ReasonMode, "mode " + string(s.Mode)}
 }
 
-// apply puts the settings into endpoints that are otherwise complete. What could never be answered anyway says so
-// still, because in mode observe it is to be seen what answering would bring.
+// apply applies the settings to endpoints that are otherwise complete. An endpoint that could never be answered keeps its
+// own reason, because mode observe is to show what answering would bring.
 func (s Settings) apply(specs []EndpointSpec) {
 	for i := range specs {
 		specs[i].Staleness, specs[i].Capped = s.staleness(specs[i])

@@ -300,7 +300,7 @@ func TestRefreshOff(t *testing.T) {
 		"on":               {known, httpProbe(Readiness, "/x"), live, nil, ""},
 		"TCP":              {known, tcpProbe(Readiness), limits, nil, ""},
 		"TCP, looked at":   {known, tcpProbe(Readiness), live, nil, "the listening socket itself"},
-		"no address":       {nil, httpProbe(Readiness, "/x"), live, nil, "do not say the pod's address"},
+		"no address":       {nil, httpProbe(Readiness, "/x"), live, nil, "do not give the pod's address"},
 		"never answered":   {known, httpProbe(Startup, "/x"), live, nil, "not answered"},
 		"not observed":     {known, with(httpProbe(Liveness, "/x"), func(s *Spec) { s.Kind = HTTPS }), live, nil, "not answered"},
 		"observed only":    {known, httpProbe(Readiness, "/x"), live, map[string]string{AnnotationMode: "observe"}, "not answered"},

@@ -1,7 +1,8 @@
-// Package probe is what probelet knows of probes by itself: what is asked of a pod, what was observed of it, and for
-// how long that may be answered. It knows neither Kubernetes' API nor the kernel side, reads no clock and no file.
+// Package probe is the domain of probes: what the kubelet asks of a pod, what was observed of the pod's answers, and for
+// how long a success may be answered. It depends on neither Kubernetes' API nor the kernel side, and reads no clock and
+// no file.
 //
-// Times are nanoseconds of one clock that goes on while the machine sleeps (CLOCK_BOOTTIME); 0 means never.
+// Times are nanoseconds of a clock that keeps running while the machine is suspended (CLOCK_BOOTTIME); 0 means never.
 package probe
 
 import (
@@ -9,20 +10,7 @@ import (
 	"time"
 )
 
-// Kind is what a probe speaks.
-type Kind string
-
-// Kinds. Only HTTP and TCP can be answered.
-const (
-	HTTP  Kind = "HTTP"
-	TCP   Kind = "TCP"
-	HTTPS Kind = "HTTPS"
-	HTTP2 Kind = "HTTP/2"
-	GRPC  Kind = "gRPC"
-	Exec  Kind = "exec"
-)
-
-// Type is what a probe is for.
+// Type names the purpose of a probe or a hook.
 type Type string
 
 // Types of a container's probes.
@@ -38,32 +26,33 @@ const (
 	PreStop   Type = "preStop"
 )
 
-// Header is one custom header of an HTTP probe.
+// Header is a custom header of an HTTP probe.
 type Header struct{ Name, Value string }
 
-// Spec is one probe of a container.
+// Spec describes one probe of a container.
 type Spec struct {
 	Container string
-	// Instance tells the containers apart that come and go under one name; empty: none runs, or it is not known.
+	// Instance distinguishes successive containers of the same name; empty if none is running, or if it is unknown.
 	Instance string
 	Type     Type
 	Kind     Kind
-	// Host is dialled instead of the pod; empty: the pod.
+	// Host is the host to dial instead of the pod; empty for the pod itself.
 	Host string
-	// Port is 0 if the probe has none, or if it is not known.
+	// Port is 0 if the probe has none, or if it is unknown.
 	Port uint16
-	// Path is path and query as in the request line; HTTP only.
+	// Path is the path and query as in the request line; HTTP only.
 	Path    string
 	Headers []Header
 	Period  time.Duration
 	Timeout time.Duration
-	// FailureThreshold and SuccessThreshold are how many failures and successes in a row make the prober's verdict; 0 is 1.
+	// FailureThreshold and SuccessThreshold count the failures and successes in a row that make the prober's verdict; 0
+	// counts as 1.
 	FailureThreshold, SuccessThreshold int
-	// Problem is why it is not known what the prober will send; empty if it is.
+	// Problem explains why it is unknown what the prober will send; empty if it is known.
 	Problem string
 }
 
-// Asker is the name of a probe within its pod.
+// Asker names a probe within its pod.
 type Asker struct {
 	Container string `json:"container"`
 	Type      Type   `json:"type"`
@@ -71,7 +60,7 @@ type Asker struct {
 
 func (a Asker) String() string { return a.Container + "/" + string(a.Type) }
 
-// Asker is the name of the probe.
+// Asker returns the name of the probe.
 func (s Spec) Asker() Asker { return Asker{s.Container, s.Type} }
 
 func (s Spec) instanceID() string {
@@ -81,20 +70,20 @@ func (s Spec) instanceID() string {
 	return s.Container + "=" + s.Instance
 }
 
-// Pod is a pod with the probes that it is asked.
+// Pod describes a pod and the probes sent to it.
 type Pod struct {
 	Namespace, Name string
-	UID             string       // empty: not known
-	IPs             []netip.Addr // the first is the one that is probed
-	// Annotations are those for probelet (AnnotationPrefix); what a source has besides is not kept.
+	UID             string       // empty if unknown
+	IPs             []netip.Addr // the first one is probed
+	// Annotations holds only the annotations with AnnotationPrefix.
 	Annotations map[string]string
 	Probes      []Spec
-	// Hooks are the requests of lifecycle hooks, with all that the kubelet adds to their headers. HTTP only.
+	// Hooks holds the requests of lifecycle hooks, with all headers that the kubelet adds. HTTP only.
 	Hooks []Spec
-	// LeftAlone is why there is nothing to attach to; empty if there is. Of such a pod only those probes and hooks are here
-	// that dial another host.
+	// LeftAlone explains why there is nothing to attach to; empty if there is. Of such a pod, Probes and Hooks hold only
+	// those that dial another host.
 	LeftAlone string
-	// NotAnswered is why nothing that the pod is asked is answered; empty if that depends on the probes.
+	// NotAnswered explains why none of the pod's probes is answered; empty if that depends on the probe.
 	NotAnswered string
 }
 

@@ -5,21 +5,21 @@ import (
 	"slices"
 )
 
-// Evidence is what was last observed of an endpoint, and until when it may be answered.
+// Evidence is the last observation of an endpoint, and until when it may be answered.
 type Evidence struct {
-	// Question identifies the bytes of the request that the endpoint was last asked; HTTP only.
+	// Question identifies the last request to the endpoint; HTTP only.
 	Question   Question
 	Result     Result
-	Status     int // HTTP, 0 if none was seen
+	Status     int // HTTP only; 0 if none was seen
 	ObservedAt uint64
 	FreshUntil uint64
 }
 
-// Gate says until when connections to a port may be taken, and when the newest evidence for that was observed. Both are
-// 0 if none may be taken.
+// Gate says until when connections to a port may be taken, and when the newest evidence for that was observed. Both are 0
+// if none may be taken.
 type Gate struct{ ObservedAt, FreshUntil uint64 }
 
-// gate is the gate that this evidence alone would open.
+// gate returns the gate that this evidence alone would open.
 func (e Evidence) gate() Gate {
 	if e.FreshUntil == 0 {
 		return Gate{}
@@ -27,32 +27,32 @@ func (e Evidence) gate() Gate {
 	return Gate{e.ObservedAt, e.FreshUntil}
 }
 
-// Cause is why what is known of an endpoint changed.
+// Cause says why the evidence of an endpoint changed.
 type Cause string
 
 // Causes.
 const (
 	ByProbe   Cause = "probe"   // the outcome of a probe
 	ByRefresh Cause = "refresh" // the outcome of the daemon's own request
-	ByRestart Cause = "restart" // a container began, ended or was replaced
-	BySpec    Cause = "spec"    // other probes, or other settings
-	ByRequest Cause = "request" // somebody asked for it
-	ByRepair  Cause = "repair"  // the attachment was not whole, so what happened meanwhile is not known
-	ByVerdict Cause = "verdict" // the kubelet's own verdict on its probes is another one
+	ByRestart Cause = "restart" // a container started, ended or was replaced
+	BySpec    Cause = "spec"    // the probes or the settings changed
+	ByRequest Cause = "request" // a user requested it
+	ByRepair  Cause = "repair"  // the attachment was broken, so what happened meanwhile is unknown
+	ByVerdict Cause = "verdict" // the kubelet's verdict contradicts the evidence
 )
 
-// Change is a change of what is known of an endpoint.
+// Change is a change of an endpoint's evidence.
 type Change struct {
 	Endpoint Endpoint
 	Cause    Cause
 	From, To Evidence
 }
 
-// Withdrawn reports whether a success that might still have been answered no longer is.
+// Withdrawn reports whether a success that might still have been answered no longer may be.
 func (c Change) Withdrawn(now uint64) bool { return c.From.FreshUntil > now && c.To.FreshUntil <= now }
 
-// Tracker is the freshness policy for one pod: outcomes in, evidence and gates out. Only an observed success arms an
-// endpoint; only another one, or of a TCP endpoint an answer on its port, prolongs it.
+// Tracker implements the freshness policy for one pod: outcomes in, evidence and gates out. Only an observed success arms
+// an endpoint. Only another success prolongs that, or, for a TCP endpoint, an answered request on its port.
 type Tracker struct {
 	specs   []EndpointSpec
 	entries map[Endpoint]*entry
@@ -61,19 +61,19 @@ type Tracker struct {
 type entry struct {
 	spec     EndpointSpec
 	evidence Evidence
-	// text is the request of the evidence's question, if it is known.
+	// text holds the request that the evidence's question identifies, if known.
 	text []byte
-	// since is when the endpoint came up, or was withdrawn. What was asked for before says nothing of it.
+	// since is when the endpoint was set up or withdrawn. Outcomes of earlier requests are ignored.
 	since uint64
-	// successes is how many probes in a row succeeded.
+	// successes counts the probes in a row that succeeded.
 	successes int
-	// asking is the last question that was found to be the spec's, because to compare requests costs more than all the rest.
+	// asking caches the last question that matched the spec, because comparing requests costs more than everything else.
 	asking Question
 }
 
-// of is Outcome.of, for the entry's endpoint.
+// of is Outcome.of for the entry's endpoint.
 func (e *entry) of(o Outcome) bool {
-	if o.Kind != HTTP || o.Question == (Question{}) {
+	if o.Kind.Keying() != KeyedByRequest || o.Question == (Question{}) {
 		return o.of(e.spec)
 	}
 	if o.Question != e.asking {
@@ -82,15 +82,15 @@ func (e *entry) of(o Outcome) bool {
 		}
 		e.asking = o.Question
 	}
-	return o.Port == e.spec.Port && e.spec.Kind == HTTP
+	return o.Port == e.spec.Port && o.Kind == e.spec.Kind
 }
 
-// concerned reports whether the outcome says something about the endpoint.
+// concerned reports whether the outcome affects the endpoint.
 func (e *entry) concerned(o Outcome) bool {
 	return o.Port == e.spec.Port && (o.wholePort() || e.of(o))
 }
 
-// bound is the latest time until which a success may be answered.
+// bound returns the latest time until which a success may be answered.
 func (e *entry) bound() uint64 {
 	if e.spec.Reason != (Reason{}) || e.evidence.Result != Success {
 		return 0
@@ -98,21 +98,21 @@ func (e *entry) bound() uint64 {
 	return e.evidence.ObservedAt + uint64(e.spec.Staleness)
 }
 
-// armed reports whether a success arms the endpoint, as far as its past goes.
+// armed reports whether enough successes in a row arm the endpoint.
 func (e *entry) armed() bool {
 	return e.evidence.Result == Success && e.successes >= e.spec.SuccessThreshold
 }
 
-// forget keeps the question only.
+// forget drops everything but the question.
 func (e *entry) forget(now uint64) {
 	e.evidence, e.successes, e.since = Evidence{Question: e.evidence.Question}, 0, now
 }
 
-// NewTracker returns a tracker that knows no endpoint.
+// NewTracker returns a tracker without endpoints.
 func NewTracker() *Tracker { return &Tracker{entries: map[Endpoint]*entry{}} }
 
-// SetEndpoints replaces the endpoints, as Endpoints returns them. What is known of those that stay is kept, within their
-// new bounds; nothing is, where it is about other containers.
+// SetEndpoints replaces the endpoints, as returned by Endpoints. It keeps the evidence of endpoints that stay, within
+// their new bounds, unless their containers were replaced.
 func (t *Tracker) SetEndpoints(specs []EndpointSpec, now uint64) []Change {
 	var changes []Change
 	entries := map[Endpoint]*entry{}
@@ -142,11 +142,11 @@ func (t *Tracker) SetEndpoints(specs []EndpointSpec, now uint64) []Change {
 	return changes
 }
 
-// Endpoints are those of SetEndpoints.
+// Endpoints returns the endpoints set by SetEndpoints.
 func (t *Tracker) Endpoints() []EndpointSpec { return t.specs }
 
-// Restore takes over evidence that outlived an earlier tracker; the caller answers for its being about the same question.
-// It is never prolonged. Evidence from the future is none.
+// Restore takes over evidence that outlived an earlier tracker; the caller must ensure that it is for the same question.
+// It never prolongs evidence, and ignores evidence from the future.
 func (t *Tracker) Restore(endpoint Endpoint, evidence Evidence, now uint64) {
 	e := t.entries[endpoint]
 	if e == nil {
@@ -158,13 +158,13 @@ func (t *Tracker) Restore(endpoint Endpoint, evidence Evidence, now uint64) {
 	}
 	e.evidence, e.since = evidence, 0
 	if evidence.FreshUntil != 0 && e.spec.SuccessThreshold == 1 {
-		e.successes = 1 // where more are needed, what happened meanwhile may have gone unseen
+		e.successes = 1 // a higher threshold is not restored: failures may have gone unseen meanwhile
 	}
 	e.evidence.FreshUntil = min(evidence.FreshUntil, e.bound())
 }
 
-// Void tells that the endpoints that are meant may have failed then, of which there is no outcome: they are not answered until
-// their successes have been counted again.
+// Void records that the matching endpoints may have failed at that time, although no outcome says so. They are not
+// answered until they have succeeded often enough again.
 func (t *Tracker) Void(meant func(Endpoint) bool, at uint64) []Change {
 	return t.change(func(s EndpointSpec, e *entry) {
 		if e.evidence.ObservedAt <= at && meant(s.Endpoint) {
@@ -173,8 +173,8 @@ func (t *Tracker) Void(meant func(Endpoint) bool, at uint64) []Change {
 	})
 }
 
-// Unanswered tells that a connection to a port that began then has not been answered until now. If that has taken as long as
-// the timeout of a probe, it failed.
+// Unanswered records that a connection to a port, begun at that time, has not been answered yet. It counts as a failure
+// once it has taken as long as the timeout of a probe.
 func (t *Tracker) Unanswered(port uint16, began, now uint64) []Change {
 	return t.change(func(s EndpointSpec, e *entry) {
 		failed := min(now, began+uint64(s.longestTimeout()))
@@ -185,7 +185,7 @@ func (t *Tracker) Unanswered(port uint16, began, now uint64) []Change {
 	})
 }
 
-// change applies a function to what is known of the endpoints, and returns what it changed.
+// change applies a function to the entries of all endpoints, and returns the resulting changes.
 func (t *Tracker) change(f func(EndpointSpec, *entry)) []Change {
 	var changes []Change
 	for _, s := range t.specs {
@@ -201,7 +201,7 @@ func (t *Tracker) change(f func(EndpointSpec, *entry)) []Change {
 	return changes
 }
 
-// Observe learns from an outcome. What is older than the last one of its endpoint is ignored.
+// Observe learns from an outcome. It ignores outcomes older than the last one of the same endpoint.
 func (t *Tracker) Observe(o Outcome) []Change {
 	var changes []Change
 	for _, s := range t.specs {
@@ -224,8 +224,8 @@ func (o Outcome) cause() Cause {
 	return ByProbe
 }
 
-// observe dates a success from when it was asked for, not from when it was complete: what went wrong in between, such as
-// the server's closing its listening socket while it finishes its last requests, is the later word.
+// observe dates a success by when it was requested, not by when it completed: if something failed in between, such as a
+// server that closed its listening socket while finishing its last requests, the failure must count as the later event.
 func (e *entry) observe(o Outcome) bool {
 	result, conclusive := e.spec.judge(o)
 	observedAt := o.ObservedAt
@@ -247,8 +247,8 @@ func (e *entry) observe(o Outcome) bool {
 	return true
 }
 
-// renew prolongs the success of a TCP endpoint: a request was answered, so its connection was accepted. The prober of the
-// endpoint knows nothing of that, so it is no success of its own.
+// renew prolongs the success of a TCP endpoint because a request on its port was answered, so its connection was
+// accepted. The endpoint's prober does not know of that, so it does not count as another success.
 func (e *entry) renew(o Outcome) bool {
 	asked := o.askedAt()
 	if !e.armed() || e.spec.late(o) || asked <= e.evidence.ObservedAt || asked < e.since {
@@ -259,7 +259,7 @@ func (e *entry) renew(o Outcome) bool {
 	return true
 }
 
-// count counts what the prober counts.
+// count counts successes as the prober does.
 func (e *entry) count(result Result, refresh bool) {
 	switch {
 	case result != Success:
@@ -269,8 +269,8 @@ func (e *entry) count(result Result, refresh bool) {
 	}
 }
 
-// Withdraw forgets what is known of the endpoints that are meant, and does not believe answers that were asked for
-// before now.
+// Withdraw drops the evidence of the matching endpoints, and makes the tracker ignore outcomes of requests sent before
+// now.
 func (t *Tracker) Withdraw(meant func(Endpoint) bool, now uint64) []Change {
 	var changes []Change
 	for _, s := range t.specs {
@@ -285,26 +285,26 @@ func (t *Tracker) Withdraw(meant func(Endpoint) bool, now uint64) []Change {
 	return changes
 }
 
-// Ask is an endpoint with the request of a probe that succeeded; HTTP only.
+// Ask is an endpoint with the request of a successful probe; HTTP only.
 type Ask struct {
 	EndpointSpec
 	Question Question
 	Text     []byte
 }
 
-// Refreshing returns what the daemon is to ask by itself now: what is known to succeed, and with which bytes. After a
-// failure it is for the prober to find out that the pod has recovered.
+// Refreshing returns the requests that the daemon should send now: those known to succeed. After a failure only the
+// prober may find out that the pod has recovered.
 func (t *Tracker) Refreshing() []Ask {
 	var all []Ask
 	for _, s := range t.specs {
-		if e := t.entries[s.Endpoint]; s.Observed && s.Refresh > 0 && e.armed() && (s.Kind == TCP || e.text != nil) {
+		if e := t.entries[s.Endpoint]; s.Observed && s.Refresh > 0 && e.armed() && (s.Kind.Keying() == KeyedByPort || e.text != nil) {
 			all = append(all, Ask{s, e.evidence.Question, e.text})
 		}
 	}
 	return all
 }
 
-// Evidence returns what is known of the endpoints, of each that is observed.
+// Evidence returns the evidence of all observed endpoints.
 func (t *Tracker) Evidence() map[Endpoint]Evidence {
 	all := make(map[Endpoint]Evidence, len(t.entries))
 	for endpoint, e := range t.entries {
@@ -313,7 +313,7 @@ func (t *Tracker) Evidence() map[Endpoint]Evidence {
 	return all
 }
 
-// Gates returns the gate of each port on which something is observed.
+// Gates returns the gate of each port with an observed endpoint.
 func (t *Tracker) Gates() map[uint16]Gate {
 	gates := map[uint16]Gate{}
 	for _, s := range t.specs {
@@ -325,8 +325,8 @@ func (t *Tracker) Gates() map[uint16]Gate {
 }
 
 // gate is open while at least one endpoint of the port is fresh. A SYN does not say what will be asked; a request that
-// cannot be answered after all is handed over to the pod and observed there. Taking the connection does answer a TCP
-// probe, though, so where there is one, its evidence alone decides.
+// turns out not to be answerable is handed over to the pod and observed there. But taking the connection already answers
+// a TCP probe, so on a port with one, its evidence alone decides.
 func (t *Tracker) gate(port uint16) Gate {
 	if tcp, ok := t.decider(port); ok {
 		return t.entries[tcp.Endpoint].evidence.gate()
@@ -341,11 +341,11 @@ func (t *Tracker) gate(port uint16) Gate {
 	return widest
 }
 
-// decider returns the port's TCP endpoint. One that only startup probes ask would close the port for good once they have
-// ended, so it has no say: fresh HTTP evidence implies that connections are accepted.
+// decider returns the port's TCP endpoint. An endpoint asked only by startup probes does not count: it would close the
+// port for good once they have ended, and fresh HTTP evidence already implies that connections are accepted.
 func (t *Tracker) decider(port uint16) (EndpointSpec, bool) {
 	i := slices.IndexFunc(t.specs, func(s EndpointSpec) bool {
-		return s.Observed && s.Port == port && s.Kind == TCP && !s.Startup
+		return s.Observed && s.Port == port && s.Kind.Keying() == KeyedByPort && !s.Startup
 	})
 	if i < 0 {
 		return EndpointSpec{}, false

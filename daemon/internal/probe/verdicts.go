@@ -2,8 +2,8 @@ package probe
 
 import "iter"
 
-// Verdicts yields what an outcome says of each endpoint that it concerns, whether or not it is news; Unknown if that is not
-// certain.
+// Verdicts yields the result that an outcome means for each endpoint it affects, whether or not it is news; Unknown if
+// that is uncertain.
 func (t *Tracker) Verdicts(o Outcome) iter.Seq2[Endpoint, Result] {
 	return func(yield func(Endpoint, Result) bool) {
 		for _, s := range t.specs {

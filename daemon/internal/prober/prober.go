@@ -1,4 +1,4 @@
-// Package prober finds out whose connections are probes: the kubelet, by its process, and its cgroup.
+// Package prober finds the process whose connections are probes, the kubelet, and its cgroup.
 package prober
 
 import (
@@ -18,17 +18,17 @@ import (
 	"github.com/probelet/probelet/daemon/internal/procfs"
 )
 
-// Finder finds the prober again and again.
+// Finder finds the prober, again whenever Find is called.
 type Finder struct {
-	// Kubelet: it is the process of that name, and has to be looked for.
+	// Kubelet: find the kubelet's process by its name.
 	Kubelet  bool
-	cgroup   string   // directory; empty without Kubelet: every local process
-	kubelets []string // directories in /proc of those that were found last
+	cgroup   string   // directory; empty without Kubelet means every local process
+	kubelets []string // directories in /proc of the kubelets found last
 	finds    int
-	dirs     map[string]string // of cgroups that need not be looked for again
+	dirs     map[string]string // cache of the directories of cgroups
 }
 
-// Parse reads the value of --prober: kubelet, host, or cgroup: and a directory.
+// Parse parses the value of --prober: kubelet, host, or cgroup: followed by a directory.
 func Parse(value string) (Finder, error) {
 	if value == "host" {
 		return Finder{}, nil
@@ -37,20 +37,20 @@ func Parse(value string) (Finder, error) {
 		return Finder{Kubelet: true}, nil
 	}
 	if value == "" {
-		return Finder{}, errors.New("--prober: needed where specs are from a file: kubelet, host, or cgroup: and the absolute path of a cgroup v2 directory")
+		return Finder{}, errors.New("--prober: required with specs from a file: must be kubelet, host, or cgroup: followed by the absolute path of a cgroup v2 directory")
 	}
 	path, ok := strings.CutPrefix(value, "cgroup:")
 	if !ok || !filepath.IsAbs(path) {
-		return Finder{}, fmt.Errorf("--prober %q: must be kubelet, host, or cgroup: and the absolute path of a cgroup v2 directory", value)
+		return Finder{}, fmt.Errorf("--prober %q: must be kubelet, host, or cgroup: followed by the absolute path of a cgroup v2 directory", value)
 	}
 	return Finder{cgroup: path}, nil
 }
 
-// lookAround is after how many finds all processes are looked at, though the kubelet that was found last still runs:
-// there may be a second one. Looking at each process of a full node twice a second would cost several percent of a core.
+// lookAround is after how many calls of Find all processes are checked, even if the last kubelet is still running: there
+// may be a second one. Checking every process of a full node twice a second would cost several percent of a core.
 const lookAround = 20
 
-// Find says what the kernel side is to compare with. A cgroup that is made anew (its service was restarted) has another
+// Find returns what the kernel side is to compare with. A cgroup that was recreated (its service was restarted) has a new
 // id.
 func (p *Finder) Find() (who datapath.Prober, err error) {
 	switch {
@@ -69,7 +69,7 @@ func (p *Finder) Find() (who datapath.Prober, err error) {
 	return datapath.Prober{CgroupIDs: []uint64{id}}, nil
 }
 
-// find finds the kubelet: by its cgroup if it has that to itself, otherwise by its process.
+// find finds the kubelet by its cgroup if no other process shares that, otherwise by its process.
 func (p *Finder) find(proc string) (who datapath.Prober, err error) {
 	k, err := p.kubelet(proc)
 	if err != nil {
@@ -89,7 +89,7 @@ func (p *Finder) find(proc string) (who datapath.Prober, err error) {
 	return who, err
 }
 
-// kubelet finds the process. It is an error if another one could be taken for it.
+// kubelet finds the kubelet's process. It returns an error if more than one process could be the kubelet.
 func (p *Finder) kubelet(proc string) (k kubelet, err error) {
 	var found []kubelet
 	if p.finds++; p.finds%lookAround != 0 {
@@ -107,7 +107,7 @@ func (p *Finder) kubelet(proc string) (k kubelet, err error) {
 	}
 	switch len(found) {
 	case 0:
-		return k, fmt.Errorf("no process of root, in this network namespace and outside of pods, is named %s", strings.Join(names, ", "))
+		return k, fmt.Errorf("no root process in this network namespace and outside of pods is named %s", strings.Join(names, ", "))
 	case 1:
 		return found[0], nil
 	}
@@ -115,19 +115,19 @@ func (p *Finder) kubelet(proc string) (k kubelet, err error) {
 	for _, k := range found {
 		words = append(words, fmt.Sprintf("process %s in cgroup %s", filepath.Base(k.process), k.dir))
 	}
-	return k, fmt.Errorf("there are several kubelets: %s", strings.Join(words, ", "))
+	return k, fmt.Errorf("several kubelets: %s", strings.Join(words, ", "))
 }
 
-// names are of programs that probe: the kubelet, and those that have it inside them. In k3s (internalCLIAction in cmd/k3s/main.go) and
-// MicroK8s that is one process with proxies, and with the API server where there is one.
+// names are the names of programs that probe: the kubelet, and those that embed it. In k3s (internalCLIAction in
+// cmd/k3s/main.go) and MicroK8s it shares a process with proxies, and with the API server on nodes that run one.
 var names = []string{"kubelet", "k3s-server", "k3s-agent", "kubelite"}
 
-// alone reports whether there is nothing in the kubelet's cgroup but itself and what it runs. In RKE2, k0s and k3s
+// alone reports whether the kubelet's cgroup contains only the kubelet and its descendants. In RKE2, k0s and k3s
 // containerd shares it.
 func (k kubelet) alone(proc string) (bool, error) {
 	text, err := os.ReadFile(filepath.Join(k.dir, "cgroup.procs"))
 	if err != nil {
-		return false, fmt.Errorf("the processes of the kubelet's cgroup are not known: %w", err)
+		return false, fmt.Errorf("cannot list the processes in the kubelet's cgroup: %w", err)
 	}
 	for pid := range strings.FieldsSeq(string(text)) {
 		if !runs(proc, filepath.Base(k.process), pid) {
@@ -137,8 +137,8 @@ func (k kubelet) alone(proc string) (bool, error) {
 	return true, nil
 }
 
-// runs reports whether a process is another one, or runs it, or that has ended. One of number 0 cannot be seen
-// (pid_namespaces(7)).
+// runs reports whether pid is other, or an ancestor of other, or whether one of those in between has ended. A parent with
+// number 0 is invisible (pid_namespaces(7)).
 func runs(proc, pid, other string) bool {
 	for ; other != pid; other = parentOf(filepath.Join(proc, other)) {
 		switch other {
@@ -151,22 +151,22 @@ func runs(proc, pid, other string) bool {
 	return true
 }
 
-// parentOf returns the number of a process' parent (proc_pid_stat(5)); empty if it has ended.
+// parentOf returns the PID of a process' parent (proc_pid_stat(5)); empty if the process has ended.
 func parentOf(process string) string {
 	text, _ := os.ReadFile(filepath.Join(process, "stat"))
-	// The name, in parentheses, may have anything in it.
+	// The name, in parentheses, may contain anything.
 	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
 	const state, parent, threads = 0, 1, 17
 	if len(fields) <= threads || fields[state] == "X" {
 		return ""
 	}
-	if fields[state] == "Z" && fields[threads] == "1" { // otherwise only its first thread has ended
+	if fields[state] == "Z" && fields[threads] == "1" { // otherwise only the main thread has ended
 		return ""
 	}
 	return fields[parent]
 }
 
-// kubelet is a process that may be it.
+// kubelet is a process that may be the kubelet.
 type kubelet struct {
 	process string // directory in proc
 	dir     string // of its cgroup
@@ -180,8 +180,9 @@ func (p *Finder) allKubelets(proc string) ([]kubelet, error) {
 	return p.kubeletsAmong(proc, processes)
 }
 
-// kubeletsAmong returns the processes of such a name that are root's, in this network namespace and this pid namespace, and not a
-// pod's. A pod can have such a name, be root's and have the host's network and processes, but it is in the kubelet's kubepods.
+// kubeletsAmong returns the processes with such a name that run as root in this network namespace and PID namespace, and
+// not in a pod. A pod may have such a name, run as root and share the host's network and PID namespaces, but it is below
+// the kubelet's kubepods cgroup.
 func (p *Finder) kubeletsAmong(proc string, processes []string) (found []kubelet, err error) {
 	netns, err := os.Readlink(filepath.Join(proc, "self/ns/net"))
 	if err != nil {
@@ -197,7 +198,7 @@ func (p *Finder) kubeletsAmong(proc string, processes []string) (found []kubelet
 		}
 		cgroup, err := cgroupOf(process)
 		if err != nil {
-			continue // it has ended
+			continue // the process has ended
 		}
 		dir, err := p.dirOf(proc, cgroup)
 		if err != nil {
@@ -207,7 +208,8 @@ func (p *Finder) kubeletsAmong(proc string, processes []string) (found []kubelet
 			found = append(found, kubelet{process, dir})
 		}
 	}
-	// One that the kubelet has just started may have its name still. What k3s runs it may name as it likes.
+	// A process that the kubelet has just started may still have the kubelet's name, and k3s may run processes of any
+	// name.
 	return slices.DeleteFunc(slices.Clone(found), func(k kubelet) bool {
 		return slices.ContainsFunc(found, func(other kubelet) bool {
 			return other != k && runs(proc, filepath.Base(other.process), filepath.Base(k.process))
@@ -225,28 +227,30 @@ func isIn(process, namespace, name string) bool {
 	return err == nil && of == name
 }
 
-// isPods reports whether a cgroup is below the one in which the kubelet has all pods: kubepods, or kubepods.slice with systemd,
-// in whose names that of the slice above comes first (pkg/kubelet/cm: defaultNodeAllocatableCgroupName, CgroupName.ToSystemd).
+// isPods reports whether a cgroup is below the one that the kubelet keeps all pods in: kubepods, or with systemd
+// kubepods.slice, whose names begin with that of the slice above (pkg/kubelet/cm: defaultNodeAllocatableCgroupName,
+// CgroupName.ToSystemd).
 func isPods(dir string) bool {
 	return slices.ContainsFunc(strings.Split(dir, "/"), func(name string) bool {
 		return name == "kubepods" || name == "kubepods.slice" || strings.HasSuffix(name, "-kubepods.slice")
 	})
 }
 
-// dirOf remembers what it finds: where a cgroup is mounted stays the same while this process is in its own.
+// dirOf returns the directory of a cgroup. It caches what it finds, because mounts do not change while this process stays
+// in its own cgroup.
 func (p *Finder) dirOf(proc, cgroup string) (string, error) {
 	if dir, known := p.dirs[cgroup]; known {
 		return dir, nil
 	}
-	// Processes that nobody has put anywhere are in the root, too.
+	// Processes that were never moved to a cgroup are in the root, too.
 	if cgroup == "/" {
-		return "", errors.New("the kubelet is in the root cgroup, where it cannot be told apart; give it a cgroup of its own")
+		return "", errors.New("the kubelet is in the root cgroup, where its sockets cannot be told from others; give it a cgroup of its own")
 	}
 	dir, err := cgroupDir(proc, cgroup)
 	if err != nil {
 		return "", err
 	}
-	const most = 16 // pods may come and go that have a process of that name
+	const most = 16 // bounds the cache: pods with a process of such a name may come and go
 	if len(p.dirs) == most || p.dirs == nil {
 		p.dirs = map[string]string{}
 	}
@@ -254,10 +258,10 @@ func (p *Finder) dirOf(proc, cgroup string) (string, error) {
 	return dir, nil
 }
 
-// defaultCertDir is the kubelet's, unless --cert-dir says otherwise (cmd/kubelet/app/options).
+// defaultCertDir is the kubelet's default of --cert-dir (cmd/kubelet/app/options).
 const defaultCertDir = "/var/lib/kubelet/pki"
 
-// KubeletCertificate is the certificate that the kubelet has made for itself, if it has, as it is in the file system that
+// KubeletCertificate returns the certificate that the kubelet generated for itself, if it did, from the file system that
 // the kubelet sees.
 func KubeletCertificate(proc string) ([]byte, error) {
 	k, err := (&Finder{}).kubelet(proc)
@@ -284,8 +288,8 @@ func KubeletCertificate(proc string) ([]byte, error) {
 	return os.ReadFile(filepath.Join(k.process, "root", dir, "kubelet.crt"))
 }
 
-// cgroupOf is the cgroup v2 of a process, as seen from the root of our cgroup namespace (cgroups(7)): in a pod that is the
-// pod's own cgroup, and others are at /../../system.slice/kubelet.service.
+// cgroupOf returns the cgroup v2 of a process, relative to the root of our cgroup namespace (cgroups(7)): in a pod that
+// is the pod's own cgroup, and others look like /../../system.slice/kubelet.service.
 func cgroupOf(process string) (string, error) {
 	text, err := os.ReadFile(filepath.Join(process, "cgroup"))
 	if err != nil {
@@ -296,11 +300,12 @@ func cgroupOf(process string) (string, error) {
 			return strings.TrimSpace(path), nil
 		}
 	}
-	return "", errors.New("no cgroup v2")
+	return "", errors.New("not in a cgroup v2 hierarchy")
 }
 
-// cgroupDir is the directory of a cgroup v2, in a mount of the hierarchy that reaches that far up: on some machines there is
-// one beside version 1, and in a pod the one that the runtime made begins at the pod (proc_pid_mountinfo(5), cgroup_namespaces(7)).
+// cgroupDir returns the directory of a cgroup v2, in a mount whose root is high enough in the hierarchy: on some machines
+// one is mounted beside version 1, and in a pod the mount made by the runtime begins at the pod (proc_pid_mountinfo(5),
+// cgroup_namespaces(7)).
 func cgroupDir(proc, cgroup string) (string, error) {
 	mounts, err := cgroupMounts(proc)
 	if err != nil {
@@ -312,8 +317,8 @@ func cgroupDir(proc, cgroup string) (string, error) {
 			return filepath.Join(m.dir, below), nil
 		}
 	}
-	// The way there may turn off below the root of a mount, as from /../../../kubelet.service in one of /../../../..: the .. do
-	// not tell the names of what they lead through.
+	// The path may branch off below the root of a mount, for example /../../../kubelet.service in a mount of
+	// /../../../..: the ".." do not reveal the names of the directories they pass.
 	own, err := cgroupOf(filepath.Join(proc, "self"))
 	if err != nil {
 		return "", err
@@ -328,10 +333,10 @@ func cgroupDir(proc, cgroup string) (string, error) {
 			return dir, nil
 		}
 	}
-	return "", fmt.Errorf("cgroup %s is in no mounted cgroup v2 hierarchy; in a pod the host's /sys/fs/cgroup must be mounted", cgroup)
+	return "", fmt.Errorf("cgroup %s: not found in any mounted cgroup v2 hierarchy; a pod must mount the host's /sys/fs/cgroup", cgroup)
 }
 
-// cgroupMount is where the hierarchy from cgroup root on is mounted.
+// cgroupMount is a mount of the hierarchy, from the cgroup root on.
 type cgroupMount struct{ root, dir string }
 
 func cgroupMounts(proc string) ([]cgroupMount, error) {
@@ -350,12 +355,12 @@ func cgroupMounts(proc string) ([]cgroupMount, error) {
 	return mounts, nil
 }
 
-// ownDir looks in a mount for the cgroup that this process is in; empty if it is not there.
+// ownDir searches a mount for the cgroup of this process; empty if it is not there.
 func ownDir(mount string) (own string) {
 	self := strconv.Itoa(os.Getpid())
 	_ = filepath.WalkDir(mount, func(dir string, d fs.DirEntry, err error) error {
 		if err != nil || !d.IsDir() {
-			return nil // a cgroup that has just ended
+			return nil // a cgroup that has just been removed
 		}
 		processes, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
 		if slices.Contains(strings.Fields(string(processes)), self) {
@@ -367,7 +372,7 @@ func ownDir(mount string) (own string) {
 	return own
 }
 
-// cgroupID is the id of a cgroup v2 as the kernel reports it of a socket: the inode number of its directory.
+// cgroupID returns the id of a cgroup v2 as the kernel reports it for a socket: the inode number of its directory.
 func cgroupID(path string) (uint64, error) {
 	dir, err := os.Open(path)
 	if err != nil {

@@ -41,7 +41,7 @@ func TestParseProber(t *testing.T) {
 			t.Errorf("%q: %+v, error %v does not name it", value, got, err)
 		}
 	}
-	if _, err := Parse(""); err == nil || !strings.Contains(err.Error(), "needed") {
+	if _, err := Parse(""); err == nil || !strings.Contains(err.Error(), "required") {
 		t.Errorf("no value: %v", err)
 	}
 }

@@ -14,12 +14,13 @@ import (
 )
 
 const (
-	// maxResponse is how much of a reply is read, in bytes: what the kernel side records of one, so that both know the same. The
-	// kubelet reads 10 KiB of a body, and up to 10 MiB of headers (maxRespBodyLength in its pkg/probe/http/http.go,
-	// maxHeaderResponseSize in net/http). Of a reply that takes more than this nothing is known, so nothing is answered from it.
+	// maxResponse limits how much of a reply is read, in bytes. It equals what the kernel side records of a reply, so
+	// that both know the same. The kubelet reads 10 KiB of a body, and up to 10 MiB of headers (maxRespBodyLength in its
+	// pkg/probe/http/http.go, maxHeaderResponseSize in net/http). A reply that exceeds this limit is ignored, so it is
+	// never answered.
 	maxResponse = datapath.MaxRecorded
-	// eagerLooks is how often a reply that is not complete is judged as soon as more of it arrives. Afterwards it is looked at
-	// every lazily: a pod that sends one byte at a time is not worth a judgement of each.
+	// eagerLooks is how often an incomplete reply is judged as soon as more of it arrives. After that it is judged at
+	// intervals of lazily: a pod that sends one byte at a time is not worth a judgement of each.
 	eagerLooks = 8
 	lazily     = 100 * time.Millisecond
 )
@@ -27,15 +28,15 @@ const (
 // conn is the connection of a request.
 type conn struct {
 	fd        int
-	cookie    uint64 // 0: the socket is settled
-	connected bool   // and the request, if there is one, was sent
-	watched   bool   // epoll knows it
+	cookie    uint64 // 0 once the socket is settled
+	connected bool   // and the request, if any, was sent
+	watched   bool   // registered with epoll
 	reply     evidence.Response
 	looks     int
-	paused    bool // it is not looked at for a while
+	paused    bool // not checked for a while
 }
 
-// watch has epoll report events of a file descriptor.
+// watch registers a file descriptor with epoll, or changes its events.
 func (r *Refresher) watch(operation, fd int, events uint32) error {
 	return unix.EpollCtl(r.epoll, operation, fd, &unix.EpollEvent{Events: events, Fd: int32(fd)})
 }
@@ -53,7 +54,8 @@ func (r *Refresher) begin(j *job) {
 	}
 	j.conn = &conn{fd: fd, cookie: cookie}
 	r.open[int32(fd)] = j
-	// Reset at its end, as load balancers do: no connection leaves a TIME_WAIT. The kernel is to buffer no more than is read.
+	// Reset the connection when closing it, as load balancers do, so that none is left in TIME_WAIT. The kernel needs to
+	// buffer no more than is read.
 	err = errors.Join(
 		unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}),
 		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, maxResponse),
@@ -83,12 +85,12 @@ func sockaddr(to netip.AddrPort) unix.Sockaddr {
 	return &unix.SockaddrInet6{Port: int(to.Port()), Addr: to.Addr().As16()}
 }
 
-// ours reports whether an error of connect(2) tells of this node's shortages, not of the pod.
+// ours reports whether an error of connect(2) is due to a shortage on this node rather than to the pod.
 func ours(err error) bool {
 	return errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ENOMEM)
 }
 
-// advance goes as far with a request as its socket allows.
+// advance takes a request as far as its socket allows.
 func (r *Refresher) advance(j *job) {
 	if !j.conn.connected {
 		r.connect(j)
@@ -97,10 +99,11 @@ func (r *Refresher) advance(j *job) {
 	r.look(j)
 }
 
-// connect sends the request as soon as there is a connection.
+// connect sends the request once the connection is established.
 func (r *Refresher) connect(j *job) {
 	n, err := 0, error(nil)
-	if j.Endpoint.Kind == probe.HTTP {
+	asks := j.Endpoint.Kind.Keying() == probe.KeyedByRequest
+	if asks {
 		n, err = unix.Write(j.conn.fd, j.Request)
 	} else {
 		err = connected(j.conn.fd)
@@ -110,10 +113,10 @@ func (r *Refresher) connect(j *job) {
 		r.follow(j, unix.EPOLLOUT)
 	case err != nil:
 		r.finish(j, eventOf(err), 0)
-	case j.Endpoint.Kind != probe.HTTP:
+	case !asks:
 		r.finish(j, probe.Connected, 0)
 	case n < len(j.Request):
-		r.abandon(j) // it is shorter than any empty send buffer
+		r.abandon(j) // the request is shorter than any empty send buffer
 	default:
 		j.conn.connected = true
 		r.settle(j)
@@ -121,7 +124,8 @@ func (r *Refresher) connect(j *job) {
 	}
 }
 
-// connected returns nil if a socket that connects has come to a connection, ENOTCONN if it is about to, or why it has not.
+// connected returns nil if a connecting socket is connected, ENOTCONN if it is still connecting, and otherwise the error
+// that it met.
 func connected(fd int) error {
 	code, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
 	if err == nil && code != 0 {
@@ -134,7 +138,7 @@ func connected(fd int) error {
 	return err
 }
 
-// settle tells that the job's socket sends no more SYN.
+// settle reports that the job's socket will send no more SYNs.
 func (r *Refresher) settle(j *job) {
 	if j.conn.cookie != 0 {
 		r.sockets.Done(j.conn.cookie)
@@ -142,7 +146,7 @@ func (r *Refresher) settle(j *job) {
 	}
 }
 
-// follow has epoll report the job's socket.
+// follow registers the job's socket with epoll.
 func (r *Refresher) follow(j *job, events uint32) {
 	operation := unix.EPOLL_CTL_MOD
 	if !j.conn.watched {
@@ -188,8 +192,8 @@ func (r *Refresher) look(j *job) {
 	r.judge(j, text)
 }
 
-// broken ends a request whose connection has ended with an error. Whoever reads a reply as it arrives, as the kubelet does, may have had
-// all of it before.
+// broken ends a request whose connection ended with an error. A client that reads the reply as it arrives, as the kubelet
+// does, may have read all of it before the error.
 func (r *Refresher) broken(j *job, text []byte, failure probe.Event) {
 	event, status, doubt := evidence.Response{Bytes: text}.Judge()
 	switch {
@@ -202,8 +206,8 @@ func (r *Refresher) broken(j *job, text []byte, failure probe.Event) {
 	}
 }
 
-// judge judges the reply so far as the kubelet does, and ends the request if the verdict is certain. If it is not, the text is
-// kept.
+// judge judges the reply so far as the kubelet does. It ends the request if the verdict is certain, and otherwise keeps
+// the text.
 func (r *Refresher) judge(j *job, text []byte) {
 	c := j.conn
 	if len(text) == len(c.reply.Bytes) && c.reply.End == evidence.Open {
@@ -230,12 +234,12 @@ func (r *Refresher) judge(j *job, text []byte) {
 	}
 }
 
-// headed reports whether there is a line that may end the headers. Without one a reply has no final status yet.
+// headed reports whether the text has a line that may end the headers. Without one a reply has no final status yet.
 func headed(text []byte) bool {
 	return bytes.Contains(text, []byte("\n\n")) || bytes.Contains(text, []byte("\n\r\n"))
 }
 
-// eventOf says what the prober would make of an error.
+// eventOf returns the event that an error means to the prober.
 func eventOf(err error) probe.Event {
 	var code unix.Errno
 	switch {

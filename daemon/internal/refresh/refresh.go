@@ -1,4 +1,4 @@
-// Package refresh asks endpoints what their probes ask, so that evidence of them is always fresh.
+// Package refresh sends the daemon's own requests to endpoints, so that their evidence stays fresh.
 package refresh
 
 import (
@@ -14,10 +14,10 @@ import (
 )
 
 const (
-	// gather is how long replies, and requests that are due, are left to gather: to wake up for each one would cost more than all
-	// the rest. It is little beside a probe's timeout, which is a second at least.
+	// gather is how long replies and due requests are left to accumulate, because waking up for each one would cost more
+	// than everything else. It is short compared with a probe's timeout, which is at least a second.
 	gather = 10 * time.Millisecond
-	// mostUntaken is how many outcomes may wait to be taken before nothing more is asked.
+	// mostUntaken is how many outcomes may wait to be taken before no more requests are sent.
 	mostUntaken = 4096
 )
 
@@ -27,37 +27,38 @@ type Outcome struct {
 	probe.Outcome
 }
 
-// Sockets opens the sockets that ask.
+// Sockets opens the sockets for requests.
 type Sockets interface {
-	// Open returns a new non-blocking TCP socket (SOCK_CLOEXEC) of an address family, and what Done is to be told. An error says
-	// nothing of a pod.
+	// Open returns a new non-blocking TCP socket (SOCK_CLOEXEC) of an address family, and the cookie to pass to Done. An
+	// error says nothing about a pod.
 	Open(family int) (fd int, cookie uint64, err error)
-	// Done is called once for each socket, when it will send no more SYN.
+	// Done is called once for each socket, when it will send no more SYNs.
 	Done(cookie uint64)
 }
 
-// Refresher asks targets until it is closed, in one goroutine: a request that waits for its reply costs a file descriptor and
-// an entry in a heap. Each pod has limits of its own (podConnections, podApart), so none can delay the refresh of another.
+// Refresher sends requests to its targets until it is closed. It needs one goroutine: a request that waits for its reply
+// costs a file descriptor and an entry in a heap. Each pod has limits of its own (podConnections, podApart), so that no
+// pod can delay the refresh of another.
 type Refresher struct {
-	// C receives when there are outcomes to be taken.
+	// C receives a value when there are outcomes to take.
 	C <-chan struct{}
 
 	ready   chan struct{}
 	sockets Sockets
 	now     func() uint64
 	epoll   int
-	wake    int // an eventfd in epoll
+	wake    int // an eventfd, watched by epoll
 	done    chan struct{}
-	scratch []byte // of the goroutine
+	scratch []byte // used by the goroutine only
 
-	mu       sync.Mutex // of all below
+	mu       sync.Mutex // protects the fields below
 	closed   bool
 	schedule *schedule
 	open     map[int32]*job // by file descriptor
 	outcomes []Outcome
 }
 
-// New returns a refresher that asks over these sockets. now is the clock of outcomes, in ns.
+// New returns a refresher that uses these sockets. now is the clock for outcomes, in ns.
 func New(sockets Sockets, now func() uint64) (*Refresher, error) {
 	r := &Refresher{
 		ready: make(chan struct{}, 1), done: make(chan struct{}), sockets: sockets, now: now,
@@ -78,7 +79,7 @@ func New(sockets Sockets, now func() uint64) (*Refresher, error) {
 	return r, nil
 }
 
-// Close ends all requests, and waits until the goroutine has ended.
+// Close ends all requests, and waits for the goroutine to end.
 func (r *Refresher) Close() {
 	r.mu.Lock()
 	again := r.closed
@@ -100,7 +101,8 @@ func (r *Refresher) Close() {
 	_ = unix.Close(r.epoll)
 }
 
-// Set replaces an attachment's targets. Those that stay as they are go on; the outcome of another that is under way is lost.
+// Set replaces an attachment's targets. Unchanged targets carry on; if another one has a request under way, its outcome
+// is lost.
 func (r *Refresher) Set(id attach.ID, targets []Target) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -113,7 +115,7 @@ func (r *Refresher) Set(id attach.ID, targets []Target) {
 	r.rouse()
 }
 
-// Take returns the outcomes that there are.
+// Take returns the outcomes since the last call.
 func (r *Refresher) Take() []Outcome {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -125,11 +127,11 @@ func (r *Refresher) Take() []Outcome {
 	return all
 }
 
-// rouse ends a wait of the goroutine. The caller holds r.mu, and r was not closed before.
+// rouse wakes up the goroutine. The caller holds r.mu, and r must not be closed.
 func (r *Refresher) rouse() {
 	var one [8]byte
 	one[0] = 1
-	_, _ = unix.Write(r.wake, one[:]) // EAGAIN: it is roused already
+	_, _ = unix.Write(r.wake, one[:]) // EAGAIN: already roused
 }
 
 func (r *Refresher) run() {
@@ -146,13 +148,13 @@ func (r *Refresher) run() {
 		var err error
 		n, err = unix.EpollWait(r.epoll, events, r.wait())
 		if err != nil && err != unix.EINTR {
-			panic(fmt.Sprintf("refresh: epoll_wait: %v", err)) // of our own descriptor and memory
+			panic(fmt.Sprintf("refresh: epoll_wait: %v", err)) // only possible for a bad descriptor or bad memory of our own
 		}
 		r.handle(events[:max(n, 0)])
 	}
 }
 
-// step deals with what is due, and reports whether there was anything. ok is false when all is to end.
+// step deals with all jobs that are due, and reports whether there were any. ok is false if the refresher is closed.
 func (r *Refresher) step() (busy, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -177,7 +179,7 @@ func (r *Refresher) step() (busy, ok bool) {
 	return busy, true
 }
 
-// wait returns how long there is nothing due, in ms (-1: for ever).
+// wait returns how long until the next job is due, in ms (-1: for ever).
 func (r *Refresher) wait() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -188,7 +190,7 @@ func (r *Refresher) wait() int {
 	return int(max(0, left+time.Millisecond-1) / time.Millisecond)
 }
 
-// deal begins a request, looks at it again, or gives it up.
+// deal begins a request, checks on it again, or gives it up.
 func (r *Refresher) deal(j *job, now uint64) {
 	switch {
 	case j.conn == nil:
@@ -200,7 +202,7 @@ func (r *Refresher) deal(j *job, now uint64) {
 	}
 }
 
-// handle goes on with the requests whose sockets have news.
+// handle advances the requests whose sockets have events.
 func (r *Refresher) handle(events []unix.EpollEvent) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -216,7 +218,7 @@ func (r *Refresher) handle(events []unix.EpollEvent) {
 	}
 }
 
-// finish ends a request with its outcome.
+// finish ends a request with an outcome.
 func (r *Refresher) finish(j *job, event probe.Event, status int) {
 	now := r.now()
 	o := probe.Outcome{
@@ -230,7 +232,7 @@ func (r *Refresher) finish(j *job, event probe.Event, status int) {
 	r.abandon(j)
 }
 
-// abandon ends a request of which nothing follows.
+// abandon ends a request without an outcome.
 func (r *Refresher) abandon(j *job) {
 	r.hangUp(j)
 	r.schedule.end(j, r.now())

@@ -249,6 +249,28 @@ func TestOutcomeOfTCP(t *testing.T) {
 	}
 }
 
+func TestEveryObservableKindIsAsked(t *testing.T) {
+	at := listen(t, func(conn net.Conn) {
+		_, _ = conn.Read(make([]byte, 1024))
+		_, _ = conn.Write([]byte("HTTP/1.1 204 No Content\r\n\r\n"))
+	})
+	targets := map[probe.Kind]Target{}
+	for _, path := range []string{"", "/x"} {
+		target := target(at, path)
+		targets[target.Endpoint.Kind] = target
+	}
+	for _, k := range probe.Kinds() {
+		if _, ok := targets[k]; ok != k.Observable() {
+			t.Errorf("there is a target of kind %s: %t; the kind is observable: %t", k, ok, k.Observable())
+		}
+	}
+	for k, target := range targets {
+		if got, known := askOnce(t, target); !known || got.Kind != k || got.Event != probe.Connected && got.Event != probe.Answered {
+			t.Errorf("%s: got %+v", k, got)
+		}
+	}
+}
+
 // What keeps the daemon from asking says nothing of the pod.
 func TestNotAsked(t *testing.T) {
 	for _, path := range []string{"", "/x"} {

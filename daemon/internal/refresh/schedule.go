@@ -12,23 +12,23 @@ import (
 )
 
 const (
-	// podConnections is how many connections to one pod may be open at a time. A pod that keeps them open delays its own
-	// refresh only.
+	// podConnections limits the open connections to one pod. A pod that keeps them open delays only its own refresh.
 	podConnections = 4
-	// podApart is the mean time between two connections to one pod: 20 per second suffice for twenty endpoints that are
-	// probed every second, or two at the shortest interval. Beyond that the pod's endpoints are asked less often than they want.
+	// podApart is the mean time between two connections to one pod: 20 per second suffice for twenty endpoints probed
+	// every second, or two at the shortest interval. Beyond that the pod's endpoints are refreshed less often than
+	// configured.
 	podApart = 50 * time.Millisecond
 )
 
-// Target is an endpoint to be asked, and how.
+// Target is an endpoint to refresh, and how.
 type Target struct {
 	Endpoint probe.Endpoint // of kind HTTP or TCP
 	Address  netip.Addr
-	// Request is sent as it is: the recorded request of a probe that succeeded. HTTP only.
+	// Request is sent unchanged: the recorded request of a successful probe. HTTP only.
 	Request  []byte
 	Question probe.Question // of Request
 	Timeout  time.Duration
-	// Interval is the time between two requests. A pod's limits may make it longer.
+	// Interval is the time between two requests. The limits per pod may make it longer.
 	Interval time.Duration
 }
 
@@ -43,26 +43,26 @@ type job struct {
 	pod     *pod
 	request probe.Request // parsed
 
-	at       uint64 // when it is due: to begin, or to be given up
-	index    int    // in the heap; -1: not there
-	began    uint64 // when the request that is under way began; 0: none is
-	reserved bool   // it has waited for the pod's rate
-	conn     *conn  // of the request that is under way; nil: not opened yet
+	at       uint64 // when the job is due: to begin, or to be given up
+	index    int    // in the heap; -1 if not in it
+	began    uint64 // when the current request began; 0 if there is none
+	reserved bool   // the job has waited for the pod's rate limit
+	conn     *conn  // of the current request; nil if not opened yet
 }
 
-// deadline is when the request that is under way is given up.
+// deadline returns when to give up the current request.
 func (j *job) deadline() uint64 { return j.began + uint64(j.Timeout) }
 
-// pod holds what limits the requests to one pod.
+// pod holds the limits of requests to one pod.
 type pod struct {
 	id      attach.ID
 	jobs    map[probe.Endpoint]*job
 	open    int    // requests under way
-	free    uint64 // when the pod's rate permits the next request
-	waiting []*job // for a request to end
+	free    uint64 // when the rate limit permits the next request
+	waiting []*job // jobs waiting for a request to end
 }
 
-// schedule decides which target is asked when. All times are in ns, of one clock.
+// schedule decides when each target is due. All times are in ns of one clock.
 type schedule struct {
 	pods map[attach.ID]*pod
 	due  jobs
@@ -70,7 +70,7 @@ type schedule struct {
 
 func newSchedule() *schedule { return &schedule{pods: map[attach.ID]*pod{}} }
 
-// set replaces a pod's targets, and returns the jobs that end. Targets that stay as they are keep their place.
+// set replaces a pod's targets, and returns the jobs that end. Unchanged targets keep their place.
 func (s *schedule) set(id attach.ID, targets []Target, now uint64) (ended []*job) {
 	p := s.pods[id]
 	if p == nil {
@@ -88,12 +88,12 @@ func (s *schedule) set(id attach.ID, targets []Target, now uint64) (ended []*job
 			delete(old, t.Endpoint)
 			continue
 		}
-		// Targets that arrive together, as when the daemon starts, are spread out.
+		// Spread out targets that arrive together, such as when the daemon starts.
 		j := &job{Target: t, pod: p, at: now + uint64(rand.N(t.Interval)), index: -1}
-		if t.Endpoint.Kind == probe.HTTP {
+		if t.Endpoint.Kind.Keying() == probe.KeyedByRequest {
 			var err error
 			if j.request, err = probe.ParseRequest(t.Request); err != nil {
-				continue // never recorded as such, so there is nothing to ask
+				continue // not a request that was ever recorded, so there is nothing to send
 			}
 		}
 		p.jobs[t.Endpoint] = j
@@ -137,8 +137,8 @@ func (s *schedule) drop(j *job, now uint64) {
 	}
 }
 
-// next returns a job that is due: its request is to begin, or to be looked at if it is under way. It returns nil if there is
-// none.
+// next returns a job that is due, or nil if there is none. If it has a request under way, that is to be checked;
+// otherwise one is to begin.
 func (s *schedule) next(now uint64) *job {
 	for len(s.due) > 0 && s.due[0].at <= now {
 		j := heap.Pop(&s.due).(*job)
@@ -166,7 +166,7 @@ func (s *schedule) next(now uint64) *job {
 	return nil
 }
 
-// plan makes the job due then.
+// plan schedules the job for a time.
 func (s *schedule) plan(j *job, at uint64) {
 	j.at = at
 	if j.index < 0 {
@@ -176,7 +176,7 @@ func (s *schedule) plan(j *job, at uint64) {
 	heap.Fix(&s.due, j.index)
 }
 
-// end ends the job's request, and plans the next one.
+// end ends the job's request, and schedules the next one.
 func (s *schedule) end(j *job, now uint64) {
 	began := j.began
 	s.release(j, now)
@@ -194,7 +194,7 @@ func (s *schedule) release(j *job, now uint64) {
 	}
 }
 
-// jobs is a heap by time (container/heap).
+// jobs is a heap of jobs by time (container/heap).
 type jobs []*job
 
 func (h jobs) Len() int           { return len(h) }

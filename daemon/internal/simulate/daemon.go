@@ -117,7 +117,7 @@ func (p *pod) outcome(e probe.Endpoint, began uint64, x exchange) probe.Outcome 
 		Question: questionOf(e), Text: []byte(e.Path), // the tracker wants some
 		Event: x.event, Status: x.status, ObservedAt: p.now, Duration: time.Duration(p.now - began),
 	}
-	if o.Kind != probe.HTTP {
+	if o.Kind.Keying() != probe.KeyedByRequest {
 		o.Question, o.Text = probe.Question{}, nil
 	}
 	if x.event == probe.Failed && p.Broken == Malformed {

@@ -26,7 +26,7 @@ func (p *pod) connect(e probe.Endpoint, timeout, usual time.Duration) (answered 
 	if taken {
 		p.answered[e.Port]++
 	}
-	if taken && (e.Kind == probe.TCP || p.answerable(e)) {
+	if taken && (e.Kind.Keying() == probe.KeyedByPort || p.answerable(e)) {
 		return true, exchange{event: probe.Answered, status: 200, connected: true, end: p.now + uint64(refusal)}
 	}
 	server := p.servers[e.Port]

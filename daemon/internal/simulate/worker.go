@@ -161,7 +161,7 @@ func (w *worker) checkRow(x exchange, answered bool, began uint64) {
 // checkHalt compares with plain Kubernetes how many probes succeed before a stopped server's queue is full.
 func (w *worker) checkHalt(s *server, x, twin exchange) {
 	i := s.at(w.now)
-	if w.spec.Kind != probe.TCP || w.Live == 0 || s.phases[i].condition != stopped {
+	if w.spec.Kind.Keying() != probe.KeyedByPort || w.Live == 0 || s.phases[i].condition != stopped {
 		return
 	}
 	if w.halt.phase != i {

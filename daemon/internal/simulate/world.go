@@ -132,7 +132,7 @@ func (s *server) ask(q inquiry, b *backlog) exchange {
 	if p.condition == stuck || p.condition == filtered || p.condition == stopped && !s.enqueue(q.at, b) {
 		return exchange{event: probe.NoAnswer, end: q.at + uint64(q.timeout)}
 	}
-	if q.endpoint.Kind == probe.TCP {
+	if q.endpoint.Kind.Keying() == probe.KeyedByPort {
 		return exchange{event: probe.Connected, connected: true, end: q.at + uint64(refusal)} // by the pod's kernel, whatever the server does
 	}
 	return s.respond(q, i)
@@ -244,7 +244,7 @@ func (s *server) overtake(x exchange, q inquiry, i int) exchange {
 // last such probe may begin.
 func (s *server) failing(e probe.Endpoint, timeout time.Duration) (intervals [][2]uint64) {
 	for _, p := range s.phases {
-		to, fails := p.to, e.Kind != probe.TCP
+		to, fails := p.to, e.Kind.Keying() != probe.KeyedByPort
 		switch p.condition {
 		case healthy, down, flapping: // what has ended is not probed
 			fails = false

@@ -27,8 +27,8 @@ type APIServer struct {
 	last    publisher
 }
 
-// NewAPIServer takes a kubeconfig file; empty: as in a pod of the cluster. Whether the API server answers is Run's
-// concern.
+// NewAPIServer returns a source that connects as a kubeconfig file says; empty means as in a pod of the cluster. It does
+// not connect yet.
 func NewAPIServer(kubeconfig, node string, log *slog.Logger) (*APIServer, error) {
 	if node == "" {
 		return nil, fmt.Errorf("node name %q: must be set", node)
@@ -50,7 +50,7 @@ func NewAPIServer(kubeconfig, node string, log *slog.Logger) (*APIServer, error)
 // Delivery implements Source.
 func (*APIServer) Delivery() Delivery { return Delivery{Pushed: true} }
 
-// Refresh implements Source: the API server is watched.
+// Refresh implements Source. It does nothing, because the API server is watched.
 func (*APIServer) Refresh() {}
 
 // Run implements Source.
@@ -59,7 +59,7 @@ func (a *APIServer) Run(ctx context.Context, snapshots chan<- []probe.Pod) error
 	if err := informer.SetTransform(strip); err != nil {
 		return err
 	}
-	// health logs it.
+	// health logs these errors
 	if err := informer.SetWatchErrorHandlerWithContext(func(context.Context, *cache.Reflector, error) {}); err != nil {
 		return err
 	}
@@ -80,7 +80,7 @@ func (a *APIServer) Run(ctx context.Context, snapshots chan<- []probe.Pod) error
 	if !cache.WaitForCacheSync(ctx.Done(), registration.HasSynced) {
 		return nil
 	}
-	a.notify() // of no pods at all nobody else does
+	a.notify() // with no pods at all, no handler does
 	for {
 		select {
 		case <-ctx.Done():
@@ -97,7 +97,7 @@ func (a *APIServer) Run(ctx context.Context, snapshots chan<- []probe.Pod) error
 func (a *APIServer) notify() {
 	select {
 	case a.changed <- struct{}{}:
-	default: // one is waiting already
+	default: // a notification is pending
 	}
 }
 
@@ -113,19 +113,19 @@ func (*APIServer) pods(store cache.Store) []probe.Pod {
 	return pods
 }
 
-// listWatch is of the node's pods, and notes whether the API server answers.
+// listWatch lists and watches the node's pods, and notes whether the API server answers.
 func (a *APIServer) listWatch() *cache.ListWatch {
 	selector := fields.OneTermEqualSelector("spec.nodeName", a.node)
 	from := cache.NewListWatchFromClient(a.client, "pods", metav1.NamespaceAll, selector)
 	return &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
 			list, err := from.ListWithContext(ctx, options)
-			a.note(ctx, "does not list pods", err)
+			a.note(ctx, "fails to list pods", err)
 			return list, err
 		},
 		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (apiwatch.Interface, error) {
 			w, err := from.WatchWithContext(ctx, options)
-			a.note(ctx, "does not let pods be watched", err)
+			a.note(ctx, "refuses to watch pods", err)
 			return w, err
 		},
 	}
@@ -141,7 +141,7 @@ func (a *APIServer) note(ctx context.Context, kind string, err error) {
 	}
 }
 
-// strip keeps of a pod what is made use of; a node's pods are long.
+// strip removes the fields of a pod that are not used, to save memory.
 func strip(object any) (any, error) {
 	p, ok := object.(*corev1.Pod)
 	if !ok {

@@ -15,6 +15,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/probelet/probelet/daemon/internal/polltest"
 )
 
 // fakeAPIServer lists and watches pods as an API server does, without what this needs not: watches begin now.
@@ -169,7 +171,7 @@ func TestAPIServer(t *testing.T) {
 	f.change("ADDED", webPod("a", "10.0.0.7"))
 	snapshots := running(t, a)
 	wantNext(t, snapshots, "a[10.0.0.7]")
-	eventually(t, "watched", f.watched)
+	polltest.Eventually(t, "watched", f.watched)
 	if f.selector != "spec.nodeName=node-1" {
 		t.Errorf("selected by %q: those are not the node's pods", f.selector)
 	}
@@ -183,7 +185,7 @@ func TestAPIServer(t *testing.T) {
 
 	// An outage: nothing is heard, and nothing forgotten.
 	f.setDown(true)
-	eventually(t, "said", func() bool { return log.count("level=ERROR") > 0 })
+	polltest.Eventually(t, "said", func() bool { return log.count("level=ERROR") > 0 })
 	select {
 	case pods := <-snapshots:
 		t.Fatalf("a snapshot while nothing is known: %v", pods)
@@ -192,7 +194,7 @@ func TestAPIServer(t *testing.T) {
 	f.change("MODIFIED", webPod("c", "10.0.0.9"))
 	f.setDown(false)
 	wantNext(t, snapshots, "b[10.0.0.8]", "c[10.0.0.9]")
-	eventually(t, "recovery said", func() bool { return log.count("well again") > 0 })
+	polltest.Eventually(t, "recovery said", func() bool { return log.count("source of specs recovered") > 0 })
 }
 
 func TestAPIServerNoPods(t *testing.T) {

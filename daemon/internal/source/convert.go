@@ -16,7 +16,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// The API server's defaults for a probe, which a hand-written one has not got yet.
+// Defaults that the API server sets in a probe. Hand-written specs have not been through it.
 const (
 	defaultPeriodSeconds    = 10
 	defaultTimeoutSeconds   = 1
@@ -24,14 +24,14 @@ const (
 	defaultSuccessThreshold = 1
 )
 
-// probes converts the probes of containers, written as in a pod spec.
+// probes converts the probes of containers, as written in a pod spec.
 func probes(containers, initContainers []corev1.Container) ([]probe.Spec, error) {
 	specs, err := probesOf("containers", containers)
 	sidecars, initErr := sidecars(initContainers)
 	return append(specs, sidecars...), errors.Join(err, initErr)
 }
 
-// sidecars are init containers that go on running; only these are probed.
+// sidecars converts the probes of init containers that keep running, the only ones that may have probes.
 func sidecars(initContainers []corev1.Container) ([]probe.Spec, error) {
 	for i, c := range initContainers {
 		always := c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways
@@ -50,7 +50,7 @@ func probesOf(field string, containers []corev1.Container) ([]probe.Spec, error)
 		c := &containers[i]
 		at := fmt.Sprintf("%s[%d]", field, i)
 		if c.Name == "" || names[c.Name] {
-			errs = append(errs, fmt.Errorf("%s.name: %q: must be set, and only once", at, c.Name))
+			errs = append(errs, fmt.Errorf("%s.name: %q: must be set and unique", at, c.Name))
 		}
 		names[c.Name] = true
 		for _, p := range []struct {
@@ -73,8 +73,8 @@ func probesOf(field string, containers []corev1.Container) ([]probe.Spec, error)
 	return specs, errors.Join(errs...)
 }
 
-// convert says what the kubelet sends for a probe. An error names the field and the value that the API server would
-// refuse.
+// convert returns what the kubelet sends for a probe. An error names the field and value that the API server would
+// reject.
 func convert(c *corev1.Container, probeType probe.Type, p *corev1.Probe) (probe.Spec, error) {
 	spec := probe.Spec{Container: c.Name, Type: probeType}
 	var err error
@@ -93,7 +93,7 @@ func convert(c *corev1.Container, probeType probe.Type, p *corev1.Probe) (probe.
 	}
 	spec.SuccessThreshold = int(cmp.Or(p.SuccessThreshold, defaultSuccessThreshold))
 	if n := handlers(p); n != 1 {
-		return spec, fmt.Errorf("httpGet, tcpSocket, grpc, exec: %d of them are set, one is needed", n)
+		return spec, fmt.Errorf("httpGet, tcpSocket, grpc, exec: %d are set; exactly one must be", n)
 	}
 	switch {
 	case p.HTTPGet != nil:
@@ -153,9 +153,9 @@ func convertHTTP(spec *probe.Spec, c *corev1.Container, get *corev1.HTTPGetActio
 	return setPort(spec, c, "httpGet.port", get.Port)
 }
 
-// wirePath is path and query as the kubelet sends them (formatURL in its pkg/probe/http/request.go, then net/http): a
-// path that is no URL reference is escaped, a fragment is cut off. A path that holds credentials is an error, and what is
-// sent as the path is returned all the same, because other probes may ask for that.
+// wirePath returns the path and query that the kubelet sends (formatURL in its pkg/probe/http/request.go, then net/http):
+// a path that is not a URL reference is escaped, and a fragment is dropped. A path with credentials is an error, but its
+// path is returned all the same, because other probes may ask for that.
 func wirePath(path string) (string, error) {
 	const pod = "pod"
 	u, err := url.Parse(path)
@@ -169,11 +169,11 @@ func wirePath(path string) (string, error) {
 	}
 	wire := sent.RequestURI()
 	if sent.User != nil {
-		return wire, errors.New("path holds credentials")
+		return wire, errors.New("the path contains credentials")
 	}
 	for i := range len(wire) {
 		if wire[i] <= ' ' || wire[i] > '~' {
-			return "", fmt.Errorf("path %q is sent unescaped", path)
+			return "", fmt.Errorf("path %q would be sent unescaped", path)
 		}
 	}
 	return wire, nil
@@ -181,7 +181,7 @@ func wirePath(path string) (string, error) {
 
 // setPort resolves a port as the kubelet does (ResolveContainerPort in its pkg/probe/util.go).
 func setPort(spec *probe.Spec, c *corev1.Container, field string, port intstr.IntOrString) error {
-	number := port.IntValue() // of a string: its number, or 0
+	number := port.IntValue() // for a string: the number in it, or 0
 	if port.Type == intstr.String {
 		for _, p := range c.Ports {
 			if p.Name == port.StrVal {
@@ -201,8 +201,8 @@ func setPort(spec *probe.Spec, c *corev1.Container, field string, port intstr.In
 	return nil
 }
 
-// hooks are the requests of lifecycle hooks, as the kubelet sends them (runHTTPHandler in its pkg/kubelet/lifecycle/handlers.go).
-// One over HTTPS is sent again in the clear where that is what the server speaks.
+// hooks returns the requests of lifecycle hooks, as the kubelet sends them (runHTTPHandler in its
+// pkg/kubelet/lifecycle/handlers.go). It repeats a request over HTTPS without encryption if the server speaks only HTTP.
 func hooks(containers, initContainers []corev1.Container) []probe.Spec {
 	var specs []probe.Spec
 	for _, c := range slices.Concat(containers, initContainers) {
@@ -218,7 +218,7 @@ func hooks(containers, initContainers []corev1.Container) []probe.Spec {
 			}
 			spec := probe.Spec{Container: c.Name, Type: h.hookType}
 			if err := convertHTTP(&spec, &c, h.handler.HTTPGet); err != nil {
-				continue // it cannot be sent
+				continue // cannot be sent
 			}
 			spec.Kind, spec.Headers = probe.HTTP, hookHeaders(spec.Headers)
 			specs = append(specs, spec)
@@ -227,7 +227,7 @@ func hooks(containers, initContainers []corev1.Container) []probe.Spec {
 	return specs
 }
 
-// hookHeaders adds what the kubelet adds, and its client's net/http.
+// hookHeaders adds the headers that the kubelet and its HTTP client add.
 func hookHeaders(headers []probe.Header) []probe.Header {
 	sets := func(name string) bool {
 		return slices.ContainsFunc(headers, func(h probe.Header) bool { return strings.EqualFold(h.Name, name) })

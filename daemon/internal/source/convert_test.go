@@ -80,6 +80,7 @@ func TestConvert(t *testing.T) {
 	h2c := corev1.HTTPProtocolHTTP2
 	port := intstr.FromInt32(80)
 	get := func(a corev1.HTTPGetAction) corev1.ProbeHandler { return corev1.ProbeHandler{HTTPGet: &a} }
+	converted := map[probe.Kind]bool{}
 	for name, test := range map[string]struct {
 		handler corev1.ProbeHandler
 		want    probe.Spec
@@ -96,6 +97,7 @@ func TestConvert(t *testing.T) {
 		"gRPC":                  {corev1.ProbeHandler{GRPC: &corev1.GRPCAction{Port: 80}}, probe.Spec{Kind: probe.GRPC, Port: 80}},
 		"exec":                  {corev1.ProbeHandler{Exec: &corev1.ExecAction{}}, probe.Spec{Kind: probe.Exec}},
 	} {
+		converted[test.want.Kind] = true
 		t.Run(name, func(t *testing.T) {
 			c := &corev1.Container{Ports: []corev1.ContainerPort{
 				{Name: "web", ContainerPort: 8080}, {Name: "82", ContainerPort: 8082},
@@ -109,6 +111,11 @@ func TestConvert(t *testing.T) {
 				t.Errorf("got %+v, want %+v", got, test.want)
 			}
 		})
+	}
+	for _, k := range probe.Kinds() {
+		if !converted[k] {
+			t.Errorf("no probe is converted to kind %s", k)
+		}
 	}
 }
 

@@ -26,15 +26,15 @@ import (
 // filePod is a pod in a specs file.
 type filePod struct {
 	Name      string `json:"name"`
-	Namespace string `json:"namespace,omitempty"` // empty: "default"
-	// IPs are needed where whoever attached the pod was not told its name.
+	Namespace string `json:"namespace,omitempty"` // defaults to "default"
+	// IPs are needed if the plugin was not told the pod's name.
 	IPs            []string           `json:"ips,omitempty"`
 	Annotations    map[string]string  `json:"annotations,omitempty"`
 	Containers     []corev1.Container `json:"containers"`
 	InitContainers []corev1.Container `json:"initContainers,omitempty"`
 }
 
-// settle is how long after a change the file is read: an editor truncates and writes, or removes and renames.
+// settle is the delay between a change and reading the file: editors truncate and write, or remove and rename.
 const settle = 50 * time.Millisecond
 
 // File is a YAML file of pods, with containers as in a pod spec:
@@ -53,20 +53,21 @@ type File struct {
 	log     *slog.Logger
 	watcher *fsnotify.Watcher
 	initial []probe.Pod
-	text    []byte       // as last read, good or bad
-	failing atomic.Value // string: the last error that was logged
+	text    []byte       // as last read, valid or not
+	failing atomic.Value // string: the last error logged
 }
 
-// NewFile reads the file, and begins to watch it. Close or the end of Run ends that.
+// NewFile reads the file and starts watching it. Close, or the end of Run, stops watching.
 func NewFile(path string, log *slog.Logger) (*File, error) {
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
-		return nil, fmt.Errorf("watching %s: %w", path, err)
+		return nil, fmt.Errorf("watch %s: %w", path, err)
 	}
 	f := &File{path: path, log: log, watcher: watcher}
-	// The directory: a file that is replaced by a rename is another one, also behind the symbolic links of a ConfigMap.
+	// Watch the directory: a file replaced by a rename is a different file, including behind the symbolic links of a
+	// ConfigMap.
 	if err := watcher.Add(filepath.Dir(path)); err != nil {
-		return nil, errors.Join(fmt.Errorf("watching %s: %w", filepath.Dir(path), err), watcher.Close())
+		return nil, errors.Join(fmt.Errorf("watch %s: %w", filepath.Dir(path), err), watcher.Close())
 	}
 	if f.initial, err = f.read(); err != nil {
 		return nil, errors.Join(err, watcher.Close())
@@ -74,11 +75,13 @@ func NewFile(path string, log *slog.Logger) (*File, error) {
 	return f, nil
 }
 
-// Refresh implements Source: the file is watched.
+// Refresh implements Source. It does nothing, because the file is watched.
 func (f *File) Refresh() {}
 
 // Delivery implements Source.
-func (*File) Delivery() Delivery { return Delivery{Why: "a file of specs does not tell of containers"} }
+func (*File) Delivery() Delivery {
+	return Delivery{Why: "a specs file does not report container states"}
+}
 
 // Failing implements Source.
 func (f *File) Failing() string {
@@ -86,10 +89,10 @@ func (f *File) Failing() string {
 	return failing
 }
 
-// Close ends the watching, if Run has not been called.
+// Close stops watching. It need not be called after Run.
 func (f *File) Close() error { return f.watcher.Close() }
 
-// Run implements Source. A file that cannot be read or used is logged, and the last good one stays in force.
+// Run implements Source. If the file cannot be read or is invalid, Run logs that and keeps the previous pods.
 func (f *File) Run(ctx context.Context, snapshots chan<- []probe.Pod) error {
 	defer f.watcher.Close() //nolint:errcheck // nothing is lost
 	if !send(ctx, snapshots, f.initial) {
@@ -102,13 +105,13 @@ func (f *File) Run(ctx context.Context, snapshots chan<- []probe.Pod) error {
 			return nil
 		case _, ok := <-f.watcher.Events:
 			if !ok {
-				return fmt.Errorf("watching %s: %w", f.path, os.ErrClosed)
+				return fmt.Errorf("watch %s: %w", f.path, os.ErrClosed)
 			}
 			if due == nil {
 				due = time.After(settle)
 			}
 		case err := <-f.watcher.Errors:
-			f.log.Warn("watching the specs", "file", f.path, "error", err)
+			f.log.Warn("failed to watch the specs file", "file", f.path, "error", err)
 			due = time.After(settle) // events may be lost
 		case <-due:
 			due = nil
@@ -128,7 +131,7 @@ func (f *File) reload() (pods []probe.Pod, changed bool) {
 		return nil, false
 	case err != nil:
 		if err.Error() != f.Failing() {
-			f.log.Error("specs not usable, the last good ones stay in force", "error", err)
+			f.log.Error("failed to load specs; keeping the previous ones", "error", err)
 		}
 		f.failing.Store(err.Error())
 		return nil, false
@@ -141,7 +144,7 @@ func (f *File) reload() (pods []probe.Pod, changed bool) {
 func (f *File) read() ([]probe.Pod, error) {
 	text, err := os.ReadFile(f.path)
 	if err != nil {
-		f.text = nil // when it comes back, whatever it says is news
+		f.text = nil // when the file comes back, any content is news
 		return nil, err
 	}
 	if f.text != nil && bytes.Equal(text, f.text) {
@@ -155,7 +158,7 @@ func (f *File) read() ([]probe.Pod, error) {
 	return pods, nil
 }
 
-// Parse reads the text of a specs file. Errors name the pod, the field and the value.
+// Parse parses a specs file. Errors name the pod, the field and the value.
 func Parse(text []byte) ([]probe.Pod, error) {
 	var file struct {
 		Pods *[]json.RawMessage `json:"pods"`
@@ -164,7 +167,7 @@ func Parse(text []byte) ([]probe.Pod, error) {
 		return nil, err
 	}
 	if file.Pods == nil {
-		return nil, errors.New("pods: missing (for no pods at all, write: pods: [])")
+		return nil, errors.New("pods: missing (if there are no pods, write pods: [])")
 	}
 	var pods []probe.Pod
 	var errs []error
@@ -203,22 +206,22 @@ func parsePod(raw []byte) (probe.Pod, error) {
 	return fromPod(&pod)
 }
 
-// decodeStrict refuses unknown fields and those of another case, and says which value does not fit its field's type.
+// decodeStrict rejects unknown fields, and fields whose case differs; for a type mismatch it reports the value.
 func decodeStrict(raw []byte, into any) error {
 	strict, err := kubejson.UnmarshalStrict(raw, into)
 	var mismatch *json.UnmarshalTypeError
 	if errors.As(err, &mismatch) {
-		field := strings.ReplaceAll(mismatch.Field, "ProbeHandler.", "") // embedded: nobody writes it
+		field := strings.ReplaceAll(mismatch.Field, "ProbeHandler.", "") // embedded, so it does not appear in the file
 		quoted := ""
 		if mismatch.Type.Kind() == reflect.String && (mismatch.Value == "bool" || strings.HasPrefix(mismatch.Value, "number")) {
-			quoted = ", so in quotes"
+			quoted = "; put it in quotes"
 		}
 		return fmt.Errorf("%s: %s: must be of type %s%s", field, valueBefore(raw, mismatch), mismatch.Type, quoted)
 	}
 	return errors.Join(append(strict, err)...)
 }
 
-// valueBefore is the scalar whose decoding failed, or its JSON type if it is not one.
+// valueBefore returns the scalar that failed to decode, or its JSON type if it is not a scalar.
 func valueBefore(raw []byte, mismatch *json.UnmarshalTypeError) string {
 	start := bytes.LastIndexAny(raw[:min(mismatch.Offset, int64(len(raw)))], ":[{,")
 	value := bytes.Trim(raw[start+1:min(mismatch.Offset, int64(len(raw)))], " ,}]")
@@ -234,12 +237,12 @@ func duplicates(pods []probe.Pod) error {
 	owners := map[netip.Addr]string{}
 	for _, pod := range pods {
 		if names[pod.String()] {
-			errs = append(errs, fmt.Errorf("pods: name: %s: there is another pod of this name", pod))
+			errs = append(errs, fmt.Errorf("pods: name: %s: must be unique", pod))
 		}
 		names[pod.String()] = true
 		for _, ip := range pod.IPs {
 			if owner, taken := owners[ip]; taken {
-				errs = append(errs, fmt.Errorf("pods (%s): ips: %s: pod %s has it too", pod, ip, owner))
+				errs = append(errs, fmt.Errorf("pods (%s): ips: %s: already used by pod %s", pod, ip, owner))
 			}
 			owners[ip] = pod.String()
 		}

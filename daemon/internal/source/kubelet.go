@@ -15,34 +15,30 @@ import (
 )
 
 const (
-	// shortestPoll is the shortest time from one question for all pods to the next. It is also the first wait after a pod
-	// was announced, since the kubelet learns its address a moment after the plugin; later waits double, up to the poll
-	// interval.
+	// shortestPoll is the shortest time between two polls. It is also the first wait after a pod was announced, because
+	// the kubelet learns its address a moment after the plugin; later waits double, up to the poll interval.
 	shortestPoll = time.Second
-	// pollShare is the part of the time, 1 in so many, that asking for all pods may take.
-	pollShare = 10
-	// kubeletTimeout is for one answer, from its request to its last byte.
-	kubeletTimeout = 10 * time.Second
-	// podsAPIGrace is how long after the pods API went away it is waited for, before the list is polled instead: a kubelet
-	// that has just started lists only some of its pods, and its pods API says so.
+	// podsAPIGrace is how long a pods API that went away may take to come back, before polling starts: a kubelet that has
+	// just started lists only some of its pods, whereas its pods API reports that it is starting.
 	podsAPIGrace = 10 * time.Second
 )
 
-// PodsAPISocket is where the kubelet serves its pods API unless it was given another --root-dir (Kubernetes 1.37,
+// PodsAPISocket is where the kubelet serves its pods API, unless --root-dir is set (Kubernetes 1.37,
 // pkg/kubelet/kubeletconfig/defaults.go, pkg/kubelet/apis/pods/constants.go).
 const PodsAPISocket = "/var/lib/kubelet/pods-api/pods-api.sock"
 
-// KubeletConfig says how to ask the kubelet.
+// KubeletConfig configures access to the kubelet.
 type KubeletConfig struct {
-	kubelet.Config // URL: of its pods
-	// Socket is that of its pods API; empty: not used.
+	kubelet.Config // URL is that of the list of pods
+	// Socket is the path of the pods API's socket; empty to not use it.
 	Socket string
-	// Poll is the longest time from one question for all pods to the next.
+	// Poll is the longest time between two polls.
 	Poll time.Duration
 }
 
-// Kubelet asks the kubelet of this node. Where it serves the pods API, which Kubernetes 1.37 does by default, the kubelet
-// pushes each change of a container's state. Otherwise its list of pods is polled, and the API used once it is there.
+// Kubelet reads the pods from this node's kubelet. If the kubelet serves the pods API, which Kubernetes 1.37 does by
+// default, it pushes each change of a container's state. Otherwise its list of pods is polled until the API becomes
+// available.
 type Kubelet struct {
 	config                     KubeletConfig
 	client                     *kubelet.Client
@@ -50,7 +46,7 @@ type Kubelet struct {
 	refresh                    chan struct{}
 	health
 	last     publisher
-	watched  time.Time // when the pods API was last known to work
+	watched  time.Time // when the pods API last worked
 	delivery atomic.Pointer[Delivery]
 }
 
@@ -64,7 +60,7 @@ func NewKubelet(c KubeletConfig, log *slog.Logger) (*Kubelet, error) {
 		return nil, fmt.Errorf("poll interval %s: must be positive", c.Poll)
 	}
 	return &Kubelet{
-		config: c, client: client, timeout: kubeletTimeout, shortest: min(shortestPoll, c.Poll), patient: podsAPIGrace,
+		config: c, client: client, timeout: kubelet.Timeout, shortest: min(shortestPoll, c.Poll), patient: podsAPIGrace,
 		refresh: make(chan struct{}, 1), health: health{log: log.With("source", c.URL)},
 	}, nil
 }
@@ -73,7 +69,7 @@ func NewKubelet(c KubeletConfig, log *slog.Logger) (*Kubelet, error) {
 func (k *Kubelet) Refresh() {
 	select {
 	case k.refresh <- struct{}{}:
-	default: // one is waiting already
+	default: // a request is pending
 	}
 }
 
@@ -100,8 +96,8 @@ func (k *Kubelet) Run(ctx context.Context, snapshots chan<- []probe.Pod) error {
 	return nil
 }
 
-// poll asks once, and returns how long not to ask again: a kubelet that has much to say must not be kept busy with it.
-// unwatched is why pods are not watched.
+// poll lists the pods once, and returns how long to pause, so that a kubelet with a long list is not kept busy with it.
+// unwatched explains why the pods are not watched.
 func (k *Kubelet) poll(ctx context.Context, snapshots chan<- []probe.Pod, unwatched string) (rest time.Duration) {
 	start := time.Now()
 	pods, err := k.fetch(ctx)
@@ -114,12 +110,12 @@ func (k *Kubelet) poll(ctx context.Context, snapshots chan<- []probe.Pod, unwatc
 		k.set("", nil)
 		k.deliver(Delivery{Why: unwatched})
 		k.last.send(ctx, snapshots, pods)
-		return max(k.shortest, pollShare*took-time.Since(start))
+		return max(k.shortest, kubelet.Share*took-time.Since(start))
 	}
 	return k.shortest
 }
 
-// wait waits for a time, or until a pod is announced, but no shorter than rest.
+// wait waits for the longest time, or until a pod is announced, but at least for rest.
 func (k *Kubelet) wait(ctx context.Context, rest, longest time.Duration) (announced bool) {
 	rested := time.After(rest)
 	select {
@@ -135,15 +131,15 @@ func (k *Kubelet) wait(ctx context.Context, rest, longest time.Duration) (announ
 	return announced
 }
 
-// deliver notes how containers' states come in, and logs a change of that.
+// deliver records how container states arrive, and logs when that changes.
 func (k *Kubelet) deliver(d Delivery) {
 	before := k.delivery.Swap(&d)
 	switch {
 	case before != nil && before.Pushed == d.Pushed:
 	case d.Pushed:
-		k.log.Info("pods are watched")
+		k.log.Info("pod watch established")
 	default:
-		k.log.Info("pods are polled", "because", d.Why)
+		k.log.Info("polling pods", "because", d.Why)
 	}
 }
 
@@ -166,13 +162,13 @@ func (k *Kubelet) fetch(ctx context.Context) ([]probe.Pod, error) {
 	}
 	defer response.Body.Close() //nolint:errcheck // read only
 	var pods []probe.Pod
-	err = readPodList(&limitedReader{response.Body, maxPodList}, func(p *corev1.Pod) {
+	err = readPodList(kubelet.Limit(response.Body, kubelet.MaxAnswer), func(p *corev1.Pod) {
 		if pod, matters := onNode(p); matters {
 			pods = append(pods, pod)
 		}
 	})
 	if ctx.Err() != nil {
-		return nil, &kubelet.Error{Kind: kubelet.Unreachable, Err: fmt.Errorf("no whole answer within %s", k.timeout)}
+		return nil, &kubelet.Error{Kind: kubelet.Unreachable, Err: fmt.Errorf("no complete answer within %s", k.timeout)}
 	}
 	return pods, err
 }

@@ -25,6 +25,7 @@ import (
 	"k8s.io/client-go/util/cert"
 
 	"github.com/probelet/probelet/daemon/internal/kubelet"
+	"github.com/probelet/probelet/daemon/internal/polltest"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
@@ -162,7 +163,7 @@ func TestKubelet(t *testing.T) {
 
 	f.says(podList(t, a, hostNetwork, b)) // the kubelet's order is none
 	before := f.requests.Load()
-	eventually(t, "asked again", func() bool { return f.requests.Load() > before+2 })
+	polltest.Eventually(t, "asked again", func() bool { return f.requests.Load() > before+2 })
 	f.says(podList(t, webPod("c", "10.0.0.9"), a))
 	wantNext(t, snapshots, "a[10.0.0.7]", "c[10.0.0.9]")
 	f.says(podList(t))
@@ -183,7 +184,7 @@ func TestKubeletRefresh(t *testing.T) {
 	wantNext(t, running(t, k))
 	rare := func() {
 		t.Helper()
-		eventually(t, "polls are rare", func() bool {
+		polltest.Eventually(t, "polls are rare", func() bool {
 			before := f.requests.Load()
 			time.Sleep(64 * k.shortest)
 			return f.requests.Load() == before
@@ -240,13 +241,13 @@ func TestKubeletFailures(t *testing.T) {
 			_, _ = io.WriteString(w, good[:len(good)/2])
 			w.(http.Flusher).Flush()
 			<-r.Context().Done()
-		}, "no whole answer within"},
+		}, "no complete answer within"},
 		"empty":            {says(""), "unexpected EOF"},
 		"not JSON":         {says("<html>"), "invalid character"},
 		"half":             {says(good[:len(good)/2]), "unexpected EOF"},
 		"two":              {says(good + good), "more than one"},
 		"garbage behind":   {says(good + "}"), "more than one"},
-		"a list":           {says("[]"), "where { was expected"},
+		"a list":           {says("[]"), "expected {"},
 		"another kind":     {says(`{"kind":"Status","code":500}`), `kind: \"Status\"`},
 		"no kind":          {says(`{"items":[]}`), "must be PodList"},
 		"items an object":  {says(`{"kind":"PodList","items":{}}`), "items"},
@@ -266,10 +267,10 @@ func TestKubeletFailures(t *testing.T) {
 			wantNext(t, snapshots, "a[10.0.0.7]")
 			f.does(test.handle)
 			before := f.requests.Load()
-			eventually(t, "asked again", func() bool { return f.requests.Load() > before+3 })
+			polltest.Eventually(t, "asked again", func() bool { return f.requests.Load() > before+3 })
 			f.says(podList(t, webPod("b", "10.0.0.8")))
 			wantNext(t, snapshots, "b[10.0.0.8]") // and nothing before it
-			if log.count("level=ERROR") != 1 || log.count(test.want) == 0 || log.count("well again") != 1 {
+			if log.count("level=ERROR") != 1 || log.count(test.want) == 0 || log.count("source of specs recovered") != 1 {
 				t.Errorf("want one error that says %s, one recovery; logged:\n%s", test.want, log.String())
 			}
 		})
@@ -285,7 +286,7 @@ func TestKubeletNotThere(t *testing.T) {
 	f.Close()
 	var log logged
 	running(t, openKubelet(t, KubeletConfig{Config: at(f.URL).Config, Poll: time.Millisecond}, log.logger()))
-	eventually(t, "said", func() bool { return log.count("refused") > 0 })
+	polltest.Eventually(t, "said", func() bool { return log.count("refused") > 0 })
 	time.Sleep(50 * time.Millisecond)
 	if log.count("level=ERROR") != 1 {
 		t.Errorf("logged:\n%s", log.String())
@@ -317,7 +318,10 @@ func TestKubeletTLS(t *testing.T) {
 	}
 	ca := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: f.Certificate().Raw}))
 	var log logged
-	says := func(part string) { t.Helper(); eventually(t, part, func() bool { return log.count(part) > 0 }) }
+	says := func(part string) {
+		t.Helper()
+		polltest.Eventually(t, part, func() bool { return log.count(part) > 0 })
+	}
 	snapshots := running(t, openKubelet(t, c, log.logger()))
 	says("ca.crt")
 	write(c.CAFile, "nonsense")
@@ -402,8 +406,8 @@ func TestKubeletHugeAnswer(t *testing.T) {
 	item := strings.TrimSuffix(strings.SplitN(podList(t, webPod("a", "10.0.0.7")), `"items":[`, 2)[1], "]}") + ","
 	answer := strings.NewReader(`{"kind":"PodList","items":[` + strings.Repeat(item, 9<<20/len(item)))
 	n := 0
-	err := readPodList(&limitedReader{answer, 8 << 20}, func(*corev1.Pod) { n++ })
-	if err == nil || !strings.Contains(err.Error(), "more than 256 MiB") || n < 1000 {
+	err := readPodList(kubelet.Limit(answer, 8<<20), func(*corev1.Pod) { n++ })
+	if err == nil || !strings.Contains(err.Error(), "more than 8 MiB") || n < 1000 {
 		t.Errorf("error %v after %d pods", err, n)
 	}
 }

@@ -11,11 +11,11 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// onNode is what a pod of the node is probed for. It matters unless it is left alone and asks nothing of others.
+// onNode converts a pod of the node. The pod matters unless it is left alone and none of its probes dials another host.
 func onNode(p *corev1.Pod) (pod probe.Pod, matters bool) {
 	pod, err := fromPod(p)
 	if err != nil {
-		// Not what the API server lets pass today: a probe of a kind that is not known yet may ask anything.
+		// The API server rejects such a pod today: a probe of a kind that is yet unknown may ask anything.
 		pod.NotAnswered = cmp.Or(pod.NotAnswered, err.Error())
 	}
 	why := leftAlone(p)
@@ -32,14 +32,14 @@ func onNode(p *corev1.Pod) (pod probe.Pod, matters bool) {
 func leftAlone(p *corev1.Pod) string {
 	switch {
 	case p.Spec.HostNetwork:
-		return "hostNetwork: it has no interface of its own"
+		return "hostNetwork: the pod has no interface of its own"
 	case len(addresses(p.Status)) == 0:
 		return "no IP yet"
 	}
 	return ""
 }
 
-// ofOthers are the probes that dial another host, whatever container runs.
+// ofOthers returns the probes that dial another host, whichever instance of their container runs.
 func ofOthers(all []probe.Spec) []probe.Spec {
 	var kept []probe.Spec
 	for _, p := range all {
@@ -51,8 +51,8 @@ func ofOthers(all []probe.Spec) []probe.Spec {
 	return kept
 }
 
-// fromPod is what a pod is probed for by the kubelet. The error names the fields and values that the API server would
-// refuse; the probes are those that are understood.
+// fromPod returns how the kubelet probes a pod. The error names fields and values that the API server would reject; the
+// result includes the probes that are understood.
 func fromPod(p *corev1.Pod) (probe.Pod, error) {
 	pod := probe.Pod{
 		Namespace: p.Namespace, Name: p.Name, UID: uid(p),
@@ -65,7 +65,7 @@ func fromPod(p *corev1.Pod) (probe.Pod, error) {
 	pod.Hooks = hooks(p.Spec.Containers, p.Spec.InitContainers)
 	own := pod.IPs
 	if p.Spec.HostNetwork {
-		own = nil // they are the node's, some of whose ports may be other pods'
+		own = nil // the addresses are the node's, and some of its ports may be those of other pods
 	}
 	for i := range pod.Hooks {
 		pod.Hooks[i].Host = dialled(pod.Hooks[i].Host, own)
@@ -76,18 +76,18 @@ func fromPod(p *corev1.Pod) (probe.Pod, error) {
 	}
 	pod.NotAnswered = ending(p)
 	if ended(p) {
-		pod.IPs = nil // another pod may have them by now
+		pod.IPs = nil // another pod may have the addresses by now
 	}
 	return pod, err
 }
 
-// uid is the UID by which the runtime knows the pod: of a static pod not that of its mirror at the API server
+// uid returns the UID by which the runtime knows the pod. For a static pod that is not the UID of its mirror pod
 // (pkg/kubelet/types/pod_update.go).
 func uid(p *corev1.Pod) string {
 	return cmp.Or(p.Annotations[corev1.MirrorPodAnnotationKey], string(p.UID))
 }
 
-// instance tells a running container from those before and after it; empty if it does not run.
+// instance identifies a running container among its predecessors and successors; empty if it is not running.
 func instance(status corev1.PodStatus, container string) string {
 	for _, c := range slices.Concat(status.ContainerStatuses, status.InitContainerStatuses) {
 		if c.Name == container && c.State.Running != nil {
@@ -97,7 +97,7 @@ func instance(status corev1.PodStatus, container string) string {
 	return ""
 }
 
-// addresses are a pod's, the one that is probed first.
+// addresses returns a pod's addresses, with the probed one first.
 func addresses(status corev1.PodStatus) []netip.Addr {
 	var ips []netip.Addr
 	add := func(text string) {
@@ -112,7 +112,7 @@ func addresses(status corev1.PodStatus) []netip.Addr {
 	return ips
 }
 
-// dialled is a probe's host, or nothing if naming it makes no difference.
+// dialled returns a probe's host, or nothing if it is the address that would be dialled anyway.
 func dialled(host string, ips []netip.Addr) string {
 	if len(ips) > 0 && host == ips[0].String() {
 		return ""
@@ -120,7 +120,7 @@ func dialled(host string, ips []netip.Addr) string {
 	return host
 }
 
-// ending is why a pod is not answered any more: what it says at its end must be heard.
+// ending explains why a pod is no longer answered: what it reports while it ends must reach the kubelet.
 func ending(p *corev1.Pod) string {
 	switch {
 	case p.DeletionTimestamp != nil:

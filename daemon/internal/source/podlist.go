@@ -10,26 +10,8 @@ import (
 	kubejson "sigs.k8s.io/json"
 )
 
-// maxPodList is how many bytes an answer may have. It is read pod by pod, so this bounds time more than memory.
-const maxPodList = 256 << 20
-
-// limitedReader fails, rather than ends, where more comes than is allowed.
-type limitedReader struct {
-	from io.Reader
-	left int64
-}
-
-func (r *limitedReader) Read(p []byte) (int, error) {
-	if r.left <= 0 {
-		return 0, fmt.Errorf("answer of more than %d MiB", maxPodList>>20)
-	}
-	n, err := r.from.Read(p[:min(int64(len(p)), r.left)])
-	r.left -= int64(n)
-	return n, err
-}
-
-// readPodList reads a PodList and nothing else, and never has more than one of its pods in memory. Each may have been
-// called for pods of a list that turns out to be no good.
+// readPodList reads exactly one PodList, holding no more than one of its pods in memory. It may call each for some pods
+// before it finds the list to be invalid.
 func readPodList(r io.Reader, each func(*corev1.Pod)) error {
 	d := json.NewDecoder(r)
 	if err := expect(d, json.Delim('{')); err != nil {
@@ -70,12 +52,12 @@ func readPodList(r io.Reader, each func(*corev1.Pod)) error {
 func expect(d *json.Decoder, want json.Delim) error {
 	got, err := d.Token()
 	if err == nil && got != want {
-		err = fmt.Errorf("%v where %v was expected", got, want)
+		err = fmt.Errorf("got %v, expected %v", got, want)
 	}
 	return unexpected(err)
 }
 
-// unexpected is err, but the end of what is no JSON yet is said to be so.
+// unexpected turns io.EOF into io.ErrUnexpectedEOF, because the JSON value is incomplete.
 func unexpected(err error) error {
 	if errors.Is(err, io.EOF) {
 		return io.ErrUnexpectedEOF
@@ -89,7 +71,7 @@ func readItems(d *json.Decoder, each func(*corev1.Pod)) (int, error) {
 		return 0, err
 	}
 	if start != json.Delim('[') {
-		return 0, fmt.Errorf("%v where a list was expected", start)
+		return 0, fmt.Errorf("got %v, expected a list", start)
 	}
 	n := 0
 	var raw json.RawMessage
@@ -98,7 +80,7 @@ func readItems(d *json.Decoder, each func(*corev1.Pod)) (int, error) {
 			return n, err
 		}
 		var pod corev1.Pod
-		// As Kubernetes does it: cases matter, fields of later versions do not.
+		// Like Kubernetes: case matters, and unknown fields of later versions are ignored.
 		if err := kubejson.UnmarshalCaseSensitivePreserveInts(raw, &pod); err != nil {
 			return n, fmt.Errorf("[%d]: %w", n, err)
 		}

@@ -21,7 +21,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// watch follows the pods API, over as many connections as it takes, until it cannot be had, and returns why.
+// watch follows the pods API, reconnecting as needed, until it is unavailable, and returns why.
 func (k *Kubelet) watch(ctx context.Context, snapshots chan<- []probe.Pod) (why string) {
 	if k.config.Socket == "" {
 		return "--kubelet-pods-socket is empty"
@@ -32,9 +32,9 @@ func (k *Kubelet) watch(ctx context.Context, snapshots chan<- []probe.Pod) (why 
 		if ctx.Err() != nil {
 			break
 		}
-		starting := status.Code(err) == codes.FailedPrecondition // it does not know all of its pods yet
+		starting := status.Code(err) == codes.FailedPrecondition // the kubelet does not know all of its pods yet
 		if !starting && time.Since(k.watched) > k.patient {
-			return fmt.Sprintf("the kubelet's pods API at %s (--kubelet-pods-socket), which Kubernetes 1.37 serves by default, cannot be used: %s",
+			return fmt.Sprintf("the kubelet's pods API at %s (--kubelet-pods-socket), which Kubernetes 1.37 serves by default, is unavailable: %s",
 				k.config.Socket, status.Convert(err).Message())
 		}
 		k.fail(podsAPIError(err))
@@ -72,7 +72,7 @@ func (k *Kubelet) follow(ctx context.Context, snapshots chan<- []probe.Pod) erro
 		return context.Cause(ctx)
 	case <-w.synced:
 	case <-time.After(k.timeout):
-		return status.Errorf(codes.DeadlineExceeded, "not all pods within %s", k.timeout)
+		return status.Errorf(codes.DeadlineExceeded, "no complete list of pods within %s", k.timeout)
 	}
 	k.set("", nil)
 	k.deliver(Delivery{Pushed: true})
@@ -83,15 +83,15 @@ func (k *Kubelet) follow(ctx context.Context, snapshots chan<- []probe.Pod) erro
 func dialPodsAPI(socket string) (*grpc.ClientConn, error) {
 	return grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithNoProxy(), grpc.WithUserAgent("probeletd"),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxPodList)))
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(kubelet.MaxAnswer)))
 }
 
-// publish sends a snapshot after each change. What is never pushed is found in lists, no more often than these are polled
-// where they are all there is: the kubelet pushes changes of a pod's status only, so not those of its annotations, and
-// drops events if it has too many of them.
+// publish sends a snapshot after each change. It also lists all pods, no more often than it would poll without the pods
+// API, to find what is not pushed: the kubelet pushes changes of a pod's status, but not of its annotations, and drops
+// events if it has too many.
 func (k *Kubelet) publish(ctx context.Context, w *podsWatch, snapshots chan<- []probe.Pod) error {
 	listed, due := make(chan error, 1), time.After(k.config.Poll)
-	var took time.Duration // by the last list
+	var took time.Duration // of the last list
 	for {
 		select {
 		case <-ctx.Done():
@@ -99,7 +99,7 @@ func (k *Kubelet) publish(ctx context.Context, w *podsWatch, snapshots chan<- []
 		case <-w.changed:
 			gather(ctx)
 			k.last.send(ctx, snapshots, w.snapshot())
-		case <-due: // beside this loop: what is pushed does not wait for it
+		case <-due: // concurrently, so that events need not wait for it
 			go func() {
 				start := time.Now()
 				err := w.list(ctx, k.timeout)
@@ -110,12 +110,12 @@ func (k *Kubelet) publish(ctx context.Context, w *podsWatch, snapshots chan<- []
 			if err != nil {
 				return err
 			}
-			due = time.After(max(k.config.Poll, pollShare*took))
+			due = time.After(max(k.config.Poll, kubelet.Share*took))
 		}
 	}
 }
 
-// podsWatch is the node's pods, as the pods API tells of them over one connection.
+// podsWatch holds the node's pods, as received from the pods API over one connection.
 type podsWatch struct {
 	client  podsv1alpha1.PodsClient
 	changed chan struct{}
@@ -124,7 +124,7 @@ type podsWatch struct {
 
 	mutex sync.Mutex
 	pods  map[types.UID]probe.Pod
-	// newer are the pods that events have told of since a list was asked for.
+	// newer holds the pods with events since the current list was requested.
 	newer map[types.UID]bool
 }
 
@@ -135,7 +135,7 @@ func newPodsWatch(client podsv1alpha1.PodsClient) *podsWatch {
 	}
 }
 
-// receive takes events as fast as they come: the kubelet drops who is 100 of them behind.
+// receive takes events as fast as they arrive: the kubelet drops a client that is 100 events behind.
 func (w *podsWatch) receive(ctx context.Context) error {
 	stream, err := w.client.WatchPods(ctx, &podsv1alpha1.WatchPodsRequest{})
 	if err != nil {
@@ -162,7 +162,7 @@ func (w *podsWatch) receive(ctx context.Context) error {
 func (w *podsWatch) notify() {
 	select {
 	case w.changed <- struct{}{}:
-	default: // one is waiting already
+	default: // a notification is pending
 	}
 }
 
@@ -200,7 +200,7 @@ func (w *podsWatch) snapshot() []probe.Pod {
 	return slices.Collect(maps.Values(w.pods))
 }
 
-// list replaces all pods by those of a list, except those that events have told of since it was asked for.
+// list replaces all pods with those of a list, except for pods with events since the list was requested.
 func (w *podsWatch) list(ctx context.Context, timeout time.Duration) error {
 	w.mutex.Lock()
 	clear(w.newer)

@@ -25,6 +25,7 @@ import (
 	podsv1alpha1 "k8s.io/kubelet/pkg/apis/pods/v1alpha1"
 	"pgregory.net/rapid"
 
+	"github.com/probelet/probelet/daemon/internal/polltest"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
@@ -277,7 +278,7 @@ func TestPodsAPIAway(t *testing.T) {
 			a.mutex.Unlock()
 			t.Cleanup(a.start(t))
 			before := a.watches.Load()
-			eventually(t, "asked again", func() bool { return a.watches.Load() > before+2 })
+			polltest.Eventually(t, "asked again", func() bool { return a.watches.Load() > before+2 })
 			a.mutex.Lock()
 			defer a.mutex.Unlock()
 			a.starting = false
@@ -300,7 +301,7 @@ func TestPodsAPIAway(t *testing.T) {
 			a.remove(ends, false)
 			again(t, a, stop)
 			wantNext(t, snapshots, "stays[10.0.0.7]")
-			if f.requests.Load() != 0 || log.count("level=ERROR") == 0 || log.count("well again") != 1 {
+			if f.requests.Load() != 0 || log.count("level=ERROR") == 0 || log.count("source of specs recovered") != 1 {
 				t.Errorf("%d polls; logged:\n%s", f.requests.Load(), log.String())
 			}
 		})
@@ -330,14 +331,14 @@ func TestPodsAPIComesAndGoes(t *testing.T) {
 		}
 		polls := f.requests.Load()
 		before := a.lists.Load()
-		eventually(t, "listed", func() bool { return a.lists.Load() > before+3 })
+		polltest.Eventually(t, "listed", func() bool { return a.lists.Load() > before+3 })
 		if f.requests.Load() != polls {
 			t.Error("polled beside the watch")
 		}
 		stop()
 		wantNext(t, snapshots, "polled[10.0.0.99]")
 	}
-	if log.count("pods are watched") != 2 || log.count("pods are polled") != 3 {
+	if log.count("pod watch established") != 2 || log.count("polling pods") != 3 {
 		t.Errorf("logged:\n%s", log.String())
 	}
 }
@@ -365,8 +366,8 @@ func TestPodsAPIOfNoUse(t *testing.T) {
 			k, f := apiKubelet(t, a, slog.New(slog.DiscardHandler))
 			k.config.Poll, k.timeout = 20*time.Millisecond, 200*time.Millisecond
 			wantNext(t, running(t, k), "polled[10.0.0.99]")
-			eventually(t, "polled again and again", func() bool { return f.requests.Load() > 3 })
-			eventually(t, "said why", func() bool { d := k.Delivery(); return !d.Pushed && d.Why != "" })
+			polltest.Eventually(t, "polled again and again", func() bool { return f.requests.Load() > 3 })
+			polltest.Eventually(t, "said why", func() bool { d := k.Delivery(); return !d.Pushed && d.Why != "" })
 		})
 	}
 }
@@ -398,7 +399,7 @@ func TestPodsAPIBusyLoop(t *testing.T) {
 		time.Sleep(20 * time.Microsecond)
 	}
 	heard := 0
-	eventually(t, "the last word", func() bool {
+	polltest.Eventually(t, "the last word", func() bool {
 		heard++
 		pods := <-snapshots
 		return pods[0].Probes[0].Instance == "containerd://1#999"
@@ -445,7 +446,7 @@ func TestPodsAPIListIsLate(t *testing.T) {
 	a.set(pushed("a", "10.0.0.7", "containerd://3", 1))
 	a.remove(ends, true)
 	a.set(pushed("c", "10.0.0.9", "containerd://4", 0))
-	eventually(t, "all events", func() bool { return events() == "a#containerd://3#1 c#containerd://4#0" })
+	polltest.Eventually(t, "all events", func() bool { return events() == "a#containerd://3#1 c#containerd://4#0" })
 	sent <- struct{}{}
 	if err := <-done; err != nil {
 		t.Fatal(err)

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/probelet/probelet/daemon/internal/polltest"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
@@ -71,17 +72,6 @@ func next(t *testing.T, snapshots <-chan []probe.Pod, name string) {
 	case <-time.After(10 * time.Second):
 		t.Fatalf("no snapshot; want pod %s", name)
 	}
-}
-
-func eventually(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for range 1000 {
-		if ok() {
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatal("never: " + what)
 }
 
 const podA, podB, podC = "pods: [{name: a}]", "pods: [{name: b}]", "pods: [{name: c}]"
@@ -145,7 +135,7 @@ func TestReloadKeepsTheLastGoodState(t *testing.T) {
 
 	for _, bad := range []string{"", "pods: [{name: broken, ips: [x]}]"} {
 		write(t, path, bad)
-		eventually(t, "an error is logged", func() bool { return log.count("level=ERROR") == 1 })
+		polltest.Eventually(t, "an error is logged", func() bool { return log.count("level=ERROR") == 1 })
 		write(t, filepath.Join(filepath.Dir(path), "other"), bad) // another event, nothing new
 		time.Sleep(3 * settle)
 		if n := log.count("level=ERROR"); n != 1 {

@@ -1,4 +1,4 @@
-// Package source says which pods there are and what they are probed for.
+// Package source reads which pods there are, and how they are probed.
 package source
 
 import (
@@ -13,31 +13,32 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// Source yields snapshots, each complete: a pod that is missing from one is gone.
+// Source yields complete snapshots: a pod that is missing from one is gone.
 type Source interface {
-	// Run sends a snapshot as soon as there is one and after every change, until ctx ends. While a source cannot be read
-	// it sends none, so what it last said stays in force. An error means that there will be no more.
+	// Run sends a snapshot as soon as it has one and after every change, until ctx ends. While a source cannot be read it
+	// sends none, so the last snapshot stays in force. If Run returns an error, there will be no more snapshots.
 	Run(ctx context.Context, snapshots chan<- []probe.Pod) error
-	// Failing is how the source fails at present; empty if it does not. It may be called at any time.
+	// Failing describes how the source currently fails; empty if it does not. It is safe for concurrent use.
 	Failing() string
-	// Delivery is how containers' states come in at present. It may be called at any time.
+	// Delivery returns how container states currently arrive. It is safe for concurrent use.
 	Delivery() Delivery
-	// Refresh says that there is a pod that the last snapshot may not have had. It does not wait, and may do nothing
-	// where changes come by themselves.
+	// Refresh tells the source that the last snapshot may lack a new pod. It does not block, and does nothing if the
+	// source is notified of changes.
 	Refresh()
 }
 
-// Delivery is how containers' states come in.
+// Delivery describes how container states arrive.
 type Delivery struct {
-	// Pushed: the source hears of each change when it happens. Otherwise Why says why not.
+	// Pushed: the source is notified of each change. Otherwise Why explains why not.
 	Pushed bool
 	Why    string
 }
 
-// changesSettle is how long after a change a snapshot is made: one change of a pod is several of its object.
+// changesSettle is the delay between a change and a snapshot, because a change of a pod comes as several changes of its
+// object.
 const changesSettle = 20 * time.Millisecond
 
-// gather lets further changes come.
+// gather waits for further changes.
 func gather(ctx context.Context) {
 	select {
 	case <-ctx.Done():
@@ -54,7 +55,7 @@ func send(ctx context.Context, snapshots chan<- []probe.Pod, pods []probe.Pod) b
 	}
 }
 
-// publisher sends snapshots of a node's pods that differ from the one before, whatever order they came in.
+// publisher sends snapshots that differ from the previous one, regardless of the order of pods.
 type publisher struct {
 	last  []probe.Pod
 	known bool
@@ -67,17 +68,17 @@ func (p *publisher) send(ctx context.Context, snapshots chan<- []probe.Pod, pods
 	if p.known && reflect.DeepEqual(p.last, pods) {
 		return true
 	}
-	if !send(ctx, snapshots, slices.Clone(pods)) { // what was sent is the receiver's
+	if !send(ctx, snapshots, slices.Clone(pods)) { // the receiver owns what was sent
 		return false
 	}
 	p.last, p.known = pods, true
 	return true
 }
 
-// health logs when a source fails and when it is well again, not each time in between.
+// health logs when a source begins to fail and when it recovers, but not repeated failures.
 type health struct {
 	log     *slog.Logger
-	failing atomic.Value // string: the kind of the failure that was logged last
+	failing atomic.Value // string: the kind of failure logged last
 }
 
 // Failing implements Source.
@@ -86,15 +87,16 @@ func (h *health) Failing() string {
 	return kind
 }
 
-// set takes the kind of failure, empty for none. Errors of one kind may differ each time: in ports, or in offsets.
+// set records the kind of failure, or empty for success. Errors of the same kind may differ each time, for example in
+// ports or offsets.
 func (h *health) set(kind string, err error) {
 	switch kind {
 	case h.Failing():
 		return
 	case "":
-		h.log.Info("the source of specs is well again")
+		h.log.Info("source of specs recovered")
 	default:
-		h.log.Error("the source of specs "+kind+"; what it last said stays in force", "error", err)
+		h.log.Error("source of specs "+kind+"; keeping the previous specs", "error", err)
 	}
 	h.failing.Store(kind)
 }

@@ -110,7 +110,7 @@ func (e Endpoint) Reason(now uint64) probe.Reason {
 func (e Endpoint) Failure() probe.Reason {
 	text := fmt.Sprintf("status %d", e.Evidence.Status)
 	switch {
-	case e.Evidence.Status == 0 && e.Kind == probe.TCP:
+	case e.Evidence.Status == 0 && e.Kind.Keying() == probe.KeyedByPort:
 		text = "refused, or not accepted in time"
 	case e.Evidence.Status == 0:
 		text = "refused, reset, or no complete and valid response in time"

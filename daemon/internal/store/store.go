@@ -24,16 +24,25 @@ var Limits = probe.Limits{
 // Records are the contents of a pod's evidence map.
 type Records map[datapath.EndpointKey]datapath.Evidence
 
-// Key is the record of an endpoint that is asked by the question, which is zero if it is not known. ok is false for kinds
-// that have none, and until the question is known.
+// kinds are the kernel side's names of the kinds that it keeps records of.
+var kinds = map[probe.Kind]uint8{
+	probe.HTTP: datapath.KindHTTP,
+	probe.TCP:  datapath.KindTCP,
+}
+
+// Key returns the key of an endpoint's record. q is the question that its probes ask, or zero if that is not known yet.
+// ok is false for kinds that have no record, and until the question is known.
 func Key(e probe.Endpoint, q probe.Question) (key datapath.EndpointKey, ok bool) {
-	switch e.Kind {
-	case probe.HTTP:
-		return datapath.HTTPKey(e.Port, datapath.Question(q)), q != probe.Question{}
-	case probe.TCP:
-		return datapath.TCPKey(e.Port), true
+	kind, ok := kinds[e.Kind]
+	if !ok {
+		return datapath.EndpointKey{}, false
 	}
-	return datapath.EndpointKey{}, false
+	key = datapath.EndpointKey{Port: e.Port, Kind: kind}
+	if e.Kind.Keying() == probe.KeyedByRequest {
+		key.Hash = q.Hash
+		return key, q != probe.Question{}
+	}
+	return key, true
 }
 
 // Desired are the records that say what the policy says. Every port has one, known or not: the kernel observes only ports
@@ -68,7 +77,7 @@ func record(endpoint probe.Endpoint, evidence probe.Evidence) (datapath.Evidence
 		Status:     uint16(evidence.Status),
 		Result:     results[evidence.Result],
 	}
-	if endpoint.Kind != probe.HTTP || evidence.Result != probe.Success {
+	if endpoint.Kind.Keying() != probe.KeyedByRequest || evidence.Result != probe.Success {
 		return record, nil
 	}
 	return record, record.SetReply(evidence.Status)

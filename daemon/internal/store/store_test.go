@@ -55,6 +55,33 @@ func observe(t testing.TB, tracker *probe.Tracker, status int, at uint64) {
 	}
 }
 
+func TestEveryObservableKindHasAKey(t *testing.T) {
+	keys := map[datapath.EndpointKey]probe.Kind{datapath.PortKey(80): "port"}
+	for _, k := range probe.Kinds() {
+		endpoint := probe.Endpoint{Port: 80, Kind: k, Path: "/x"}
+		key, ok := Key(endpoint, x)
+		if ok != k.Observable() {
+			t.Errorf("%s has a key: %t; the kind is observable: %t", k, ok, k.Observable())
+		}
+		if !ok {
+			continue
+		}
+		if other, taken := keys[key]; taken {
+			t.Errorf("%s has the key of %s: %+v", k, other, key)
+		}
+		keys[key] = k
+		_, known := Key(endpoint, probe.Question{})
+		if byPort := k.Keying() == probe.KeyedByPort; known != byPort || key.Hash == 0 != byPort {
+			t.Errorf("%s is keyed by its port: %t, has key %+v, and one without a question: %t", k, byPort, key, known)
+		}
+	}
+	for k := range kinds {
+		if !k.Observable() {
+			t.Errorf("the kernel side has a name for %s, which is not observable", k)
+		}
+	}
+}
+
 func TestDesired(t *testing.T) {
 	tracker := tracker(t)
 	keyX := datapath.HTTPKey(80, datapath.Question(x))

@@ -399,7 +399,7 @@ func (e *Endpoint) why() probe.Reason {
 // heldBack returns why connections to the port of a fresh endpoint are not taken.
 func (a *Attachment) heldBack(e Endpoint) probe.Reason {
 	for _, o := range a.Endpoints {
-		if o.Port == e.Port && o.Kind == probe.TCP && o.Observed && !o.StartupOnly && o.State != status.StateFresh {
+		if o.Port == e.Port && o.Kind.Keying() == probe.KeyedByPort && o.Observed && !o.StartupOnly && o.State != status.StateFresh {
 			return status.ReasonBesideTCP(o.Endpoint.Endpoint(), o.State)
 		}
 	}
