@@ -72,8 +72,8 @@ func TestKinds(t *testing.T) {
 func TestWhereKindsAreNamed(t *testing.T) {
 	want := []string{
 		"internal/evidence/exchange.go", // from what was recorded
+		"internal/podspec/convert.go",   // from the pod's spec
 		"internal/simulate",             // its scenarios, and their model of the kernel side
-		"internal/source/convert.go",    // from the pod's spec
 		"internal/store/store.go",       // to the kernel side's constants
 	}
 	kinds := slices.Collect(maps.Keys(constants(t)))
