@@ -1,0 +1,106 @@
+package estimate
+
+import (
+	"time"
+
+	"github.com/probelet/probelet/daemon/internal/probe"
+)
+
+// Constant is a number that an estimate rests on.
+type Constant struct {
+	Name  string  `json:"name"`
+	Value float64 `json:"value"`
+	Unit  string  `json:"unit"`
+	// Source says where the number comes from.
+	Source string `json:"source"`
+}
+
+// Sources of the measured constants.
+const (
+	fromDensity = "docs/density.md, Go server"
+	fromDaemon  = "docs/density.md, what the daemon takes"
+	fromDemo    = "README.md, make demo, mean of IPv4 and IPv6"
+)
+
+// constants holds every number that is not computed. The CPU is that of one machine with two shared cores: ratios carry over to
+// others, microseconds do not.
+//
+// The density table has, for a hundred Go pods, the CPU of the kubelet, the daemon and the servers at 205 probes a second that all
+// reached the pods, half of them by HTTP and half by TCP, and at 202 of which 51 % by HTTP and 1 % by TCP did. That makes two equations
+// each for what a probe costs the servers by HTTP and by TCP, and for what one that reaches a pod and one that is answered cost the
+// kubelet. TestConstantsAreMeasured solves them.
+var constants = struct {
+	// timeWait is how long a socket stays in TIME_WAIT.
+	timeWait Constant
+	// trackedClosed and trackedReset are how long connection tracking keeps a connection that was closed, and one that was reset.
+	trackedClosed, trackedReset Constant
+	// httpNode and httpPod are the shares of HTTP probes that leave a socket in TIME_WAIT on the node and in the pod. Whichever side
+	// closes first has it; where both close at once, neither.
+	httpNode, httpPod Constant
+	// tcpNode is the share of TCP probes that do so on the node.
+	tcpNode Constant
+	// kubelet is the kubelet's CPU per probe that reaches a pod, with everything else that it does for the pods, and kubeletAnswered
+	// that per answered probe.
+	kubelet, kubeletAnswered Constant
+	// httpServer and tcpServer are the servers' CPU per probe.
+	httpServer, tcpServer Constant
+	// daemonPod, daemonProbe and daemonRefresh are the daemon's CPU per pod and second, per probe, and per request of its own.
+	daemonPod, daemonProbe, daemonRefresh Constant
+}{
+	timeWait: Constant{"time in TIME_WAIT", 60, "s", "TCP_TIMEWAIT_LEN in Linux' include/net/tcp.h"},
+	trackedClosed: Constant{"conntrack entry of a closed connection", 120, "s",
+		"default of nf_conntrack_tcp_timeout_time_wait"},
+	trackedReset: Constant{"conntrack entry of an answered probe or a refresh, which end by a reset", 10, "s",
+		"default of nf_conntrack_tcp_timeout_close"},
+	httpNode:        Constant{"HTTP probes that leave a TIME_WAIT on the node", 0.263, "of all", fromDemo},
+	httpPod:         Constant{"HTTP probes that leave a TIME_WAIT in the pod", 0.570, "of all", fromDemo},
+	tcpNode:         Constant{"TCP probes that leave a TIME_WAIT on the node", 1, "of all", fromDemo},
+	kubelet:         Constant{"kubelet, per probe that reaches a pod", 800, "µs", fromDensity},
+	kubeletAnswered: Constant{"kubelet, per answered probe", 709, "µs", fromDensity},
+	httpServer:      Constant{"server, per HTTP probe", 538, "µs", fromDensity},
+	tcpServer:       Constant{"server, per TCP probe", 311, "µs", fromDensity},
+	daemonPod:       Constant{"daemon, per pod and second", 50, "µs", fromDensity},
+	daemonProbe:     Constant{"daemon, per probe", 45, "µs", fromDensity},
+	daemonRefresh:   Constant{"daemon, per refresh", 167, "µs", fromDaemon},
+}
+
+// Constants returns all constants, in the order in which they are printed.
+func Constants() []Constant {
+	c := &constants
+	return []Constant{
+		c.timeWait, c.trackedClosed, c.trackedReset, c.httpNode, c.httpPod, c.tcpNode,
+		c.kubelet, c.kubeletAnswered, c.httpServer, c.tcpServer, c.daemonPod, c.daemonProbe, c.daemonRefresh,
+	}
+}
+
+// cost is what a probe that reaches its pod costs.
+type cost struct {
+	connects bool
+	// node and pod are the shares of such probes that leave a socket in TIME_WAIT there.
+	node, pod float64
+	// kubelet and server are CPU, in seconds.
+	kubelet, server float64
+}
+
+const microsecond = 1e-6
+
+// costs returns what a probe of a kind costs that reaches its pod. Only HTTP and TCP were measured. HTTPS is taken for HTTP, which
+// leaves out its handshake; HTTP/2 and gRPC for HTTP that the client closes. An exec probe is left out: it opens no connection, and its
+// CPU is that of the command.
+func costs(k probe.Kind) cost {
+	c := &constants
+	http := cost{true, c.httpNode.Value, c.httpPod.Value, c.kubelet.Value * microsecond, c.httpServer.Value * microsecond}
+	switch k {
+	case probe.TCP:
+		return cost{true, c.tcpNode.Value, 0, c.kubelet.Value * microsecond, c.tcpServer.Value * microsecond}
+	case probe.HTTP2, probe.GRPC:
+		http.node, http.pod = 1, 0
+	case probe.Exec:
+		return cost{}
+	}
+	return http
+}
+
+// learning is how long it takes until an observed success is answered with: the response, and the daemon, which reads outcomes every
+// 50 ms.
+const learning = 36 * time.Millisecond
