@@ -162,7 +162,7 @@ func TestSharesAreTheSimulations(t *testing.T) {
 }
 
 // each is how many pods are simulated with each queue.
-const each = 3
+const each = 2
 
 func total(counts map[int]int) (n int) {
 	for _, c := range counts {
@@ -188,11 +188,12 @@ func simulated(c simulate.Config) (sum simulate.Result) {
 			continue
 		}
 		wanted[limit]++
-		c.Seed = seed
+		pod := c
+		pod.Seed = seed
 		slots <- struct{}{}
 		all.Go(func() {
 			defer func() { <-slots }()
-			r := simulate.Run(c)
+			r := simulate.Run(pod)
 			one.Lock()
 			defer one.Unlock()
 			sum.Probes, sum.HealthyProbes = sum.Probes+r.Probes, sum.HealthyProbes+r.HealthyProbes
