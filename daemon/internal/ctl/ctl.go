@@ -71,6 +71,7 @@ Exit codes:
 
 // environment is what the commands reach of the machine.
 type environment struct {
+	stdin          io.Reader
 	stdout, stderr io.Writer
 	now            func() uint64 // ns of CLOCK_BOOTTIME
 	open           func(bpfDir string) (survey.Kernel, error)
@@ -82,7 +83,7 @@ type environment struct {
 // Main runs probeletctl with the arguments of the process and returns its exit code.
 func Main(ctx context.Context, args []string) int {
 	env := environment{
-		stdout: os.Stdout, stderr: os.Stderr, now: datapath.Now, open: survey.OpenKernel, host: doctor.ThisHost(), width: table.WidthOf(os.Stdout),
+		stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, now: datapath.Now, open: survey.OpenKernel, host: doctor.ThisHost(), width: table.WidthOf(os.Stdout),
 	}
 	return status.Exit(os.Stderr, "probeletctl", execute(ctx, env, args[1:]))
 }
@@ -97,7 +98,7 @@ func execute(ctx context.Context, env environment, args []string) error {
 		SilenceErrors: true,
 	}
 	root.AddCommand(statusCommand(&env), explainCommand(&env), topCommand(&env), invalidateCommand(&env), trustCommand(&env),
-		doctorCommand(&env), logLevelCommand(&env), versioncmd.New())
+		doctorCommand(&env), estimateCommand(&env), logLevelCommand(&env), versioncmd.New())
 	root.PersistentFlags().IntVar(&env.width, "width", env.width, "longest `LINE` in characters, of tables and text; 0: any (default: the terminal's)")
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
 		if env.width < 0 {

@@ -208,7 +208,8 @@ func (r *run) learn(i int, now time.Duration) {
 // place is a port of a pod, with the probes of which its askers are.
 type place struct {
 	port
-	probes []probe.Asker // by asker; those of the daemon are none
+	names  []probe.Endpoint // by endpoint
+	probes []probe.Asker    // by asker; those of the daemon are none
 }
 
 // places returns the ports of a pod of which something is observed, with what asks there for as long as its containers run.
@@ -231,6 +232,7 @@ func places(specs []probe.EndpointSpec, policy Policy) []place {
 
 func (p *place) add(s probe.EndpointSpec, policy Policy) {
 	n := len(p.endpoints)
+	p.names = append(p.names, s.Endpoint)
 	p.endpoints = append(p.endpoints, endpoint{
 		answerable: s.Reason == (probe.Reason{}), traffic: policy.byTraffic(s), staleness: s.Staleness,
 	})

@@ -57,11 +57,12 @@ func Main(ctx context.Context, args []string) int {
 	if args = args[1:]; completing {
 		args = append([]string{cobra.ShellCompRequestCmd}, args...)
 	}
-	env := environment{stdout: os.Stdout, stderr: os.Stderr, width: table.WidthOf(os.Stdout)}
+	env := environment{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, width: table.WidthOf(os.Stdout)}
 	return status.Exit(os.Stderr, pluginName, execute(ctx, env, args))
 }
 
 type environment struct {
+	stdin          io.Reader
 	stdout, stderr io.Writer
 	width          int // of a line; 0: any
 }
@@ -93,7 +94,7 @@ func execute(ctx context.Context, env environment, args []string) error {
 	flags.StringVar(&s.daemonNamespace, "daemon-namespace", "", "`NAMESPACE` of probelet's DaemonSet (default: wherever it is)")
 	flags.DurationVar(&s.patience, "node-timeout", 20*time.Second, "longest `TIME` that a node is waited for")
 	flags.IntVar(&s.width, "width", s.width, "longest `LINE` in characters, of tables and text; 0: any (default: the terminal's)")
-	root.AddCommand(s.statusCommand(), s.explainCommand(), s.doctorCommand())
+	root.AddCommand(s.statusCommand(), s.explainCommand(), s.doctorCommand(), s.estimateCommand())
 	root.AddCommand(versioncmd.New())
 	root.PersistentPreRunE = func(*cobra.Command, []string) error {
 		if s.width < 0 {

@@ -71,10 +71,11 @@ func TestKinds(t *testing.T) {
 // Whatever names a kind is a place that a new kind has to be brought to. All others ask the table.
 func TestWhereKindsAreNamed(t *testing.T) {
 	want := []string{
-		"internal/evidence/exchange.go", // from what was recorded
-		"internal/podspec/convert.go",   // from the pod's spec
-		"internal/simulate",             // its scenarios, and their model of the kernel side
-		"internal/store/store.go",       // to the kernel side's constants
+		"internal/estimate/constants.go", // what a probe costs
+		"internal/evidence/exchange.go",  // from what was recorded
+		"internal/podspec/convert.go",    // from the pod's spec
+		"internal/simulate",              // its scenarios, and their model of the kernel side
+		"internal/store/store.go",        // to the kernel side's constants
 	}
 	kinds := slices.Collect(maps.Keys(constants(t)))
 	var got []string
