@@ -17,10 +17,10 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 )
 
-// chain is a network configuration: ptp with addresses of both families, and perhaps a plugin behind it.
+// chain is a network configuration: ptp with addresses of both families, optionally followed by another plugin.
 type chain struct {
 	name string
-	dir  string // of the configuration
+	dir  string // of the configuration file
 	node *bpftest.Node
 }
 
@@ -42,13 +42,13 @@ func newChain(t testing.TB, n *bpftest.Node, name string, plugins ...map[string]
 	return c
 }
 
-// noDAD makes IPv6 addresses of devices to come usable at once. ptp waits until they are, for longer than all else takes.
+// noDAD disables duplicate address detection, for which ptp waits longer than everything else takes.
 func noDAD(t testing.TB, n ns.NetNS) {
 	t.Helper()
 	bpftest.Do(t, n, func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0o644) })
 }
 
-// run has cnitool run the chain, and returns how long that took, in ms.
+// run executes the chain with cnitool and returns how long that took, in ms.
 func (c *chain) run(t testing.TB, verb string, pod ns.NetNS) float64 {
 	t.Helper()
 	cmd := exec.Command(filepath.Join(machine.Bin, "cnitool"), verb, c.name, pod.Path())
@@ -87,7 +87,7 @@ const (
 	bandwidth variant = "bandwidth"
 )
 
-// measureCNI compares what probelet adds to the time of ptp with what bandwidth adds, a plugin of the CNI project.
+// measureCNI compares the time that probelet adds to ptp with the time that bandwidth, a plugin of the CNI project, adds.
 func measureCNI(t *testing.T, s *suite) {
 	k := newKernel(t)
 	plugins := map[variant][]map[string]any{
@@ -101,7 +101,7 @@ func measureCNI(t *testing.T, s *suite) {
 	order := append([]variant{alone, bandwidth}, hooks...)
 	for i, v := range order {
 		chains[v] = newChain(t, bpftest.NewNode(t), fmt.Sprintf("chain%d", i), plugins[v]...)
-		chains[v].addDel(t) // the first one loads the programs
+		chains[v].addDel(t) // the first run loads the programs
 	}
 	adds, dels := times{}, times{}
 	for range rounds(60) {
@@ -119,7 +119,7 @@ func measureCNI(t *testing.T, s *suite) {
 	}
 }
 
-// addPrice adds the rows of what the plugins add to the time of ptp.
+// addPrice adds the rows for the time that plugins add to ptp.
 func (s *suite) addPrice(verb string, took times) {
 	added := func(v variant, picked []int) float64 {
 		return median(differences(pick(took[v], picked), pick(took[alone], picked)))
@@ -127,11 +127,11 @@ func (s *suite) addPrice(verb string, took times) {
 	rounds := len(took[alone])
 	for _, v := range hooks {
 		of := bootstrap(rounds, func(picked []int) float64 { return added(v, picked) / added(bandwidth, picked) })
-		s.add(verb+", what probelet adds", v, bandwidth, of, ratio, v.mark(atMost(1)))
+		s.add(verb+", time added by probelet", v, bandwidth, of, ratio, v.mark(atMost(1)))
 	}
 	for _, v := range append([]variant{bandwidth}, hooks...) {
 		of := bootstrap(rounds, func(picked []int) float64 { return added(v, picked) })
-		s.add(verb+", added to ptp", v, alone, of, "ms", nil)
+		s.add(verb+", time added to ptp", v, alone, of, "ms", nil)
 	}
 	s.add(verb, alone, "", medianOf(took[alone]), "ms", nil)
 }

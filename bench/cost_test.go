@@ -9,16 +9,17 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/bpftest"
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// usage is what the kernel counts of a program: its runs, and their time in ns. The time includes the counting itself, some 40 to
-// 90 ns a run, which is why an empty program runs beside those that are measured (struct bpf_prog_stats, include/linux/filter.h).
+// usage is the kernel's count of a program's runs, and their total time in ns. The time includes 40 to 90 ns per run for the
+// counting itself, which is why an empty program is measured next to each program (struct bpf_prog_stats,
+// include/linux/filter.h).
 type usage struct{ runs, ns float64 }
 
 func (u usage) perRun() float64 { return u.ns / max(u.runs, 1) }
 
-// use returns what was used by the programs meanwhile, each by itself.
+// use returns the usage of each program during a call.
 func use(t *testing.T, programs []*ebpf.Program, meanwhile func()) []usage {
 	t.Helper()
 	read := func() (all []usage) {
@@ -41,7 +42,7 @@ func use(t *testing.T, programs []*ebpf.Program, meanwhile func()) []usage {
 	return after
 }
 
-// costed is a pod, what is on it, and the programs that its packets run.
+// costed is a pod, what is attached to it, and the programs that its packets run.
 type costed struct {
 	pod             *bpftest.Pod
 	k               *kernel
@@ -52,12 +53,13 @@ func (c costed) programs() []*ebpf.Program {
 	return append(c.egress[:len(c.egress):len(c.egress)], c.ingress...)
 }
 
-// measureCost measures the time in the programs, less that in empty ones on another pod with the same traffic in the same round.
+// measureCost measures the time in the programs, minus the time in empty ones on another pod with the same traffic in the
+// same round.
 func measureCost(t *testing.T, s *suite) {
 	n := bpftest.NewNode(t)
 	pods := map[variant]costed{}
 	for _, v := range emptyAndHooks() {
-		c := costed{pod: n.AddPod(t), k: newKernel(t)} // programs of its own, which no other pod's packets run
+		c := costed{pod: n.AddPod(t), k: newKernel(t)} // separate programs, which only this pod's packets run
 		serveHTTP(t, c.pod)
 		c.k.put(t, c.pod, v)
 		c.egress, c.ingress = []*ebpf.Program{c.k.out}, []*ebpf.Program{c.k.in}
@@ -71,12 +73,12 @@ func measureCost(t *testing.T, s *suite) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer stats.Close() //nolint:errcheck // ends with the process
+	defer stats.Close() //nolint:errcheck // the process exits anyway
 	s.measureOthersPackets(t, n, pods)
 	s.measureProbes(t, n, pods)
 }
 
-// measureOthersPackets has somebody who is no prober ask the pods.
+// measureOthersPackets sends requests to the pods from a client other than the prober.
 func (s *suite) measureOthersPackets(t *testing.T, n *bpftest.Node, pods map[variant]costed) {
 	client := startWorker(t, n.NS, node.OtherCgroup)
 	toPod, fromPod := times{}, times{}
@@ -94,10 +96,10 @@ func (s *suite) measureOthersPackets(t *testing.T, n *bpftest.Node, pods map[var
 		}
 	}
 	for _, v := range hooks {
-		s.add("BPF time, packet to the pod, not a prober's", v, empty, medianOf(differences(toPod[v], toPod[empty])), "ns", v.mark(atMost(30)))
+		s.add("BPF time, packet to the pod from another client", v, empty, medianOf(differences(toPod[v], toPod[empty])), "ns", v.mark(atMost(30)))
 		s.add("BPF time, packet from the pod", v, empty, medianOf(differences(fromPod[v], fromPod[empty])), "ns", v.mark(atMost(25)))
 	}
-	s.add("BPF time, packet to the pod, not a prober's", empty, "", medianOf(toPod[empty]), "ns", nil)
+	s.add("BPF time, packet to the pod from another client", empty, "", medianOf(toPod[empty]), "ns", nil)
 }
 
 func sumPerRun(used []usage) (sum float64) {
@@ -126,7 +128,7 @@ func (s *suite) measureProbes(t *testing.T, n *bpftest.Node, pods map[variant]co
 				before := c.k.counters(t)
 				used := use(t, c.programs(), func() {
 					ask(t, prober, kind.kind, healthPath, Plan{Rounds: 1, Burst: count}, map[variant]netip.AddrPort{v: netip.AddrPortFrom(c.pod.IPv4, portFor(kind.kind))})
-					time.Sleep(settle) // a connection's last packets come after its probe
+					time.Sleep(settle) // the last packets of a connection follow its probe
 				})
 				all := usage{}
 				for _, u := range used {

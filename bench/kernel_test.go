@@ -20,20 +20,20 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// Everything that depends on how programs are loaded, attached and fed is in this file.
+// This file contains everything that depends on how programs are loaded, attached and fed.
 
-// What is on a pod's host-side veth.
+// Variants of what is attached to a pod's host-side veth.
 const (
 	none    variant = "not attached"
 	hookTC  variant = "hook tc"
 	hookXDP variant = "hook xdp"
-	empty   variant = "empty programs" // at tc egress and ingress, so the price of any program there
+	empty   variant = "empty programs" // at tc egress and ingress: the cost of any program there
 )
 
-// hooks are those that there are, the default one first.
+// hooks lists the hooks, the default one first.
 var hooks = []variant{hookTC, hookXDP}
 
 var attachHooks = map[variant]attach.Hook{hookTC: attach.HookTC, hookXDP: attach.HookXDP}
@@ -41,7 +41,7 @@ var attachHooks = map[variant]attach.Hook{hookTC: attach.HookTC, hookXDP: attach
 func noneAndHooks() []variant  { return append([]variant{none}, hooks...) }
 func emptyAndHooks() []variant { return append([]variant{empty}, hooks...) }
 
-// mark returns m for the hook that has marks to meet, the default one. The others are shown beside it.
+// mark returns m for the default hook, which has marks to meet, and nil for others, which are only shown.
 func (v variant) mark(m *mark) *mark {
 	if v != hookTC {
 		return nil
@@ -49,16 +49,16 @@ func (v variant) mark(m *mark) *mark {
 	return m
 }
 
-// kernel is a set of loaded programs and maps, and the empty programs beside it.
+// kernel is a set of loaded programs and maps, plus the empty programs.
 type kernel struct {
 	d             *datapath.Datapath
 	dir           string
-	out, in       *ebpf.Program // empty, at egress and ingress
+	out, in       *ebpf.Program // empty programs, at egress and ingress
 	on            map[int]variant
 	emptyAttached map[int][]link.Link
 }
 
-// newKernel loads the programs, in a BPF file system of its own. The prober is the machine's cgroup of that name.
+// newKernel loads the programs in a BPF file system of its own. The prober is the machine's cgroup of that name.
 func newKernel(t testing.TB) *kernel {
 	t.Helper()
 	k := &kernel{dir: bpftest.BPFDir(t), on: map[int]variant{}, emptyAttached: map[int][]link.Link{}}
@@ -71,7 +71,7 @@ func newKernel(t testing.TB) *kernel {
 	if err != nil {
 		t.Fatal(err)
 	}
-	id := cgroup.Sys().(*syscall.Stat_t).Ino // a cgroup's id is its inode number
+	id := cgroup.Sys().(*syscall.Stat_t).Ino // the inode number is the cgroup ID
 	if err := k.d.SetProber(datapath.Prober{CgroupIDs: []uint64{id}}); err != nil {
 		t.Fatal(err)
 	}
@@ -79,13 +79,13 @@ func newKernel(t testing.TB) *kernel {
 	return k
 }
 
-// requireTCX skips where the kernel has no tcx (before 6.6), which the empty programs are attached by.
+// requireTCX skips the test on kernels before 6.6, which lack tcx, needed for the empty programs.
 func requireTCX(t *testing.T) {
 	t.Helper()
 	const lo = 1
 	_, err := link.QueryPrograms(link.QueryOptions{Target: lo, Attach: ebpf.AttachTCXEgress})
 	if errors.Is(err, ebpf.ErrNotSupported) {
-		t.Skip("needs tcx, so Linux 6.6 or later")
+		t.Skip("needs tcx (Linux 6.6)")
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -96,7 +96,7 @@ func emptyProgram(t testing.TB) *ebpf.Program {
 	t.Helper()
 	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Type:         ebpf.SchedCLS,
-		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()}, // TC_ACT_UNSPEC: on to the next one
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()}, // TC_ACT_UNSPEC: continue with the next program
 		License:      "GPL",
 	})
 	if err != nil {
@@ -106,7 +106,7 @@ func emptyProgram(t testing.TB) *ebpf.Program {
 	return p
 }
 
-// put makes the variant the one that is on the pod's veth, and returns when it is, and nothing of another one is left.
+// put attaches a variant to the pod's veth, and returns once it is attached and nothing of another variant is left.
 func (k *kernel) put(t testing.TB, pod *bpftest.Pod, v variant) {
 	t.Helper()
 	if on, ok := k.on[pod.IfIndex]; ok && on == v {
@@ -133,7 +133,8 @@ func (k *kernel) attach(pod *bpftest.Pod, v variant) error {
 	return k.attachDevice(idOf(pod), pod.IfIndex, pod.Netns, v, attach.ViaAuto)
 }
 
-// attachDevice attaches by a hook. ViaAuto, so tcx if possible, is how a pod is attached for most of its life, whatever ADD did.
+// attachDevice attaches a pod by a hook. ViaAuto, which prefers tcx, is how a pod is attached for most of its life,
+// regardless of what ADD did.
 func (k *kernel) attachDevice(id attach.ID, ifindex int, netns uint32, v variant, via attach.Via) error {
 	return attach.Attach(k.d, k.dir, id, attach.Target{IfIndex: ifindex, PodNetns: netns, Hook: attachHooks[v]}, via)
 }
@@ -158,19 +159,19 @@ func (k *kernel) remove(pod *bpftest.Pod) error {
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	// A link that lost its last pin is detached by the kernel a little later.
+	// The kernel detaches a link some time after its last pin is removed.
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
 		is, err := bare(pod.IfIndex)
 		if err != nil || is {
 			return err
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%s keeps its programs", pod.HostIfName)
+			return fmt.Errorf("%s still has programs", pod.HostIfName)
 		}
 	}
 }
 
-// bare reports whether a device has no program.
+// bare reports whether a device has no programs.
 func bare(ifindex int) (bool, error) {
 	device, err := netlink.LinkByIndex(ifindex)
 	if err != nil {
@@ -191,18 +192,18 @@ func bare(ifindex int) (bool, error) {
 	return true, nil
 }
 
-// pluginConf is probelet's entry in a network configuration that attaches by the hook.
+// pluginConf returns probelet's entry in a network configuration, attaching by the hook.
 func (k *kernel) pluginConf(stateDir string, v variant) map[string]any {
 	return map[string]any{"type": "probelet", "bpfDir": k.dir, "stateDir": stateDir, "onError": "fail", "hook": attachHooks[v]}
 }
 
-// The pod's ports: one is asked by HTTP, the other by TCP. Where a port is asked by TCP, every tenth probe reaches the pod.
+// Ports of the pod: one is probed by HTTP, the other by TCP, where every tenth probe reaches the pod.
 const (
 	podPort = 8080
 	tcpPort = 8081
 )
 
-// portFor returns the pod's port that is asked by a kind of request (Target).
+// portFor returns the pod's port for a kind of request (Target).
 func portFor(kind string) uint16 {
 	if kind == "tcp" {
 		return tcpPort
@@ -210,8 +211,8 @@ func portFor(kind string) uint16 {
 	return podPort
 }
 
-// checkAnswered fails unless all of so many requests were answered in the kernel, or nine of ten by TCP, less one in a series
-// that had begun before.
+// checkAnswered fails unless the kernel answered all of the requests or, by TCP, nine of ten, minus one for a series that
+// began earlier.
 func checkAnswered(t *testing.T, measure, kind string, got, want int) {
 	t.Helper()
 	least := want
@@ -223,14 +224,14 @@ func checkAnswered(t *testing.T, measure, kind string, got, want int) {
 	}
 }
 
-// armPod is arm for a pod that is asked at its IPv4 address.
+// armPod calls arm for a pod that is probed at its IPv4 address.
 func (k *kernel) armPod(t testing.TB, pod *bpftest.Pod) {
 	t.Helper()
 	k.arm(t, idOf(pod), netip.AddrPortFrom(pod.IPv4, podPort).String(), tcpPort)
 }
 
-// arm gives the pod four endpoints that are answered for an hour: three of HTTP, and one of TCP on a port of its own or on theirs.
-// host is as probes name it.
+// arm gives the pod four endpoints that are answered for an hour: three HTTP endpoints, and a TCP endpoint on its own port or
+// on theirs. host is the address in probes.
 func (k *kernel) arm(t testing.TB, id attach.ID, host string, tcp uint16) {
 	t.Helper()
 	pod, err := attach.OpenPod(k.d, k.dir, id)
@@ -260,7 +261,7 @@ func (k *kernel) arm(t testing.TB, id attach.ID, host string, tcp uint16) {
 	put(datapath.PortKey(tcp), e)
 }
 
-// counters are what became of probes.
+// counters count what happened to probes.
 type counters struct{ answered, handedOver int }
 
 func (k *kernel) counters(t testing.TB) counters {
@@ -272,11 +273,12 @@ func (k *kernel) counters(t testing.TB) counters {
 	return counters{int(c["answered_http"] + c["answered_tcp"]), int(c["handed_over"])}
 }
 
-// egress and ingress are the programs that packets pass on their way to the pod, and from it.
+// egress and ingress are the programs that packets pass on their way to the pod and back.
 func (k *kernel) egress() []*ebpf.Program  { return []*ebpf.Program{k.d.Steer()} }
 func (k *kernel) ingress() []*ebpf.Program { return []*ebpf.Program{k.d.Observe(), k.d.Respond()} }
 
-// mapBytes returns what the maps take that exist once, whatever the number of pods: what the kernel shows as their memlock.
+// mapBytes returns the size of the maps that exist once, however many pods there are, according to the memlock that the
+// kernel reports.
 func (k *kernel) mapBytes(t testing.TB) float64 {
 	t.Helper()
 	sum := 0.0
@@ -303,7 +305,7 @@ func (k *kernel) mapBytes(t testing.TB) float64 {
 	return sum
 }
 
-// record writes what ADD leaves for the daemon and for DEL.
+// record writes the record that ADD leaves for the daemon and for DEL.
 func (k *kernel) record(t testing.TB, stateDir string, id attach.ID, ifindex int) {
 	t.Helper()
 	err := attach.WriteRecord(stateDir, attach.Record{
@@ -315,7 +317,7 @@ func (k *kernel) record(t testing.TB, stateDir string, id attach.ID, ifindex int
 	}
 }
 
-// pins returns how many files and directories attachments have in the BPF file system.
+// pins returns how many files and directories the attachments have in the BPF file system.
 func (k *kernel) pins(t testing.TB) int {
 	t.Helper()
 	count := 0

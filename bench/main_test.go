@@ -13,25 +13,27 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/bpftest"
-	"github.com/probelet/probelet/e2e/node"
-	"github.com/probelet/probelet/e2e/role"
+	"github.com/probelet/probelet/e2e/harness/node"
+	"github.com/probelet/probelet/e2e/harness/role"
 )
 
 var (
-	measure   = flag.Bool("measure", false, "measure, as root; without it only the suite itself is tested")
-	writeRoot = flag.String("write", "", "root of the repository to write the results into; empty: print them only")
+	measure   = flag.Bool("measure", false, "measure, as root; otherwise only the suite itself is tested")
+	writeRoot = flag.String("write", "", "root of the repository to write the results to; empty: only print them")
 )
 
-// machine is where everything is measured.
+// machine is shared by all measurements.
 var machine *node.Machine
+
+// skipMarks is the reason why nothing is measured.
+var skipMarks = "make bench measures"
 
 func TestMain(m *testing.M) {
 	role.Register(workerRole, &working{})
 	role.Main()
 	flag.Parse()
 	if err := node.Suited(); *measure && errors.Is(err, node.ErrUnsuited) && os.Getenv("CI") == "" {
-		fmt.Println("SKIPPED: all measurements:", err)
-		*measure = false
+		skipMarks, *measure = err.Error(), false
 	}
 	if !*measure {
 		os.Exit(m.Run())
@@ -46,8 +48,8 @@ func TestMain(m *testing.M) {
 	}))
 }
 
-// keepInside makes temporary files and named network namespaces end with the machine, even if it is interrupted. Both are
-// in memory, as a node's /run is.
+// keepInside ties temporary files and named network namespaces to the machine's lifetime, even if it is interrupted. Both are
+// in memory, like a node's /run.
 func keepInside() error {
 	temporary := filepath.Join(machine.Dir, "temporary")
 	return errors.Join(
@@ -55,17 +57,18 @@ func keepInside() error {
 	)
 }
 
-// suite is a run: its results so far, and how much is measured.
+// suite is a run with its results so far.
 type suite struct {
 	results
 	began   time.Time
 	section string
 }
 
-// TestMarks measures everything and compares it with the marks. A missed mark fails nothing, it is in the results.
+// TestMarks measures everything and compares it with the marks. A missed mark shows in the results but does not fail the
+// test.
 func TestMarks(t *testing.T) {
 	if !*measure {
-		t.Skip("make bench measures")
+		t.Skip("all measurements: ", skipMarks)
 	}
 	requireTCX(t)
 	s := &suite{began: time.Now()}
@@ -77,10 +80,10 @@ func TestMarks(t *testing.T) {
 		{"bulk", "Bulk throughput of a pod", measureBulk},
 		{"http", "HTTP of a pod", measureHTTP},
 		{"latency", "Latency of answered probes", measureLatency},
-		{"handover", "Latency of requests that are handed over", measureHandover},
+		{"handover", "Latency of handed-over requests", measureHandover},
 		{"cost", "Time in the BPF programs", measureCost},
 		{"cni", "CNI ADD and DEL", measureCNI},
-		{"scale", "Memory, and many pods", measureScale},
+		{"scale", "Memory and many pods", measureScale},
 	} {
 		t.Run(m.name, func(t *testing.T) {
 			s.section = m.section
@@ -99,13 +102,13 @@ func TestMarks(t *testing.T) {
 	}
 }
 
-// progress says what is going on, and since when.
+// progress prints a message with the elapsed time.
 func (s *suite) progress(format string, args ...any) {
 	seconds := int(time.Since(s.began).Seconds())
 	fmt.Fprintf(os.Stderr, "[%2d:%02d] %s\n", seconds/60, seconds%60, fmt.Sprintf(format, args...))
 }
 
-// add adds a row to the results, and shows it.
+// add adds a row to the results and prints it.
 func (s *suite) add(measure string, v, against variant, e estimate, unit string, m *mark) {
 	r := newRow(measure, v, against, e, unit, m)
 	r.section = s.section
@@ -113,7 +116,7 @@ func (s *suite) add(measure string, v, against variant, e estimate, unit string,
 	s.progress("  %s", strings.Join(r.cells(), "  "))
 }
 
-// rounds and window shorten measurements under -short, which shows that the suite works and is no measurement.
+// rounds and window shorten measurements under -short, which shows that the suite works but measures nothing meaningful.
 func rounds(n int) int {
 	if testing.Short() {
 		return min(n, 2)
@@ -121,8 +124,8 @@ func rounds(n int) int {
 	return n
 }
 
-// window returns how long a variant is measured before it is another one's turn. A machine is faster or slower for seconds at a
-// time, so the windows of a pair have to be short and next to each other.
+// window returns how long a variant is measured before the next one's turn. A machine's speed varies from second to second,
+// so the windows of a pair have to be short and adjacent.
 func window() time.Duration {
 	if testing.Short() {
 		return 30 * time.Millisecond

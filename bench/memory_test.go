@@ -11,19 +11,20 @@ import (
 	"time"
 )
 
-// objects are so many of one size, in bytes.
+// objects are a number of objects of one size, in bytes.
 type objects struct{ count, size float64 }
 
-// memory is allocated kernel memory, by slab cache, and pins.
+// memory is allocated kernel memory by slab cache, and pins.
 type memory map[string]objects
 
-// kernelMemory returns what is allocated now, from those caches that attaching allocates from and other processes not too much. It has
-// to be the whole machine's. A memory cgroup is charged for maps, links and pins only, not for qdiscs, filters and a device's list of
-// programs (no GFP_KERNEL_ACCOUNT in net/sched and include/linux/bpf_mprog.h). Per-CPU counters of a qdisc, some 100 bytes for each CPU,
-// are not in it. Pins are counted, because files and directories of others come and go.
+// kernelMemory returns what is currently allocated from those caches that attaching uses and that other processes use little.
+// It covers the whole machine, because a memory cgroup is charged only for maps, links and pins, and not for qdiscs, filters
+// and a device's list of programs (no GFP_KERNEL_ACCOUNT in net/sched and include/linux/bpf_mprog.h). It does not cover the
+// per-CPU counters of a qdisc, some 100 bytes per CPU. Pins are counted separately, because files and directories of other
+// processes come and go.
 func kernelMemory(t *testing.T, k *kernel) memory {
 	t.Helper()
-	time.Sleep(5 * settle) // what was freed meanwhile is free after a grace period
+	time.Sleep(5 * settle) // memory freed meanwhile is released after a grace period
 	text, err := os.ReadFile("/proc/slabinfo")
 	if err != nil {
 		t.Fatal(err)
@@ -36,7 +37,7 @@ func kernelMemory(t *testing.T, k *kernel) memory {
 			continue // a heading: slabinfo(5)
 		}
 		switch {
-		case strings.HasPrefix(cache, "kmalloc-"), cache == "radix_tree_node": // handles of filters are in the latter
+		case strings.HasPrefix(cache, "kmalloc-"), cache == "radix_tree_node": // the latter holds filter handles
 			m[cache] = objects{active, size}
 		case cache == "dentry", cache == "inode_cache", cache == "lsm_inode_cache":
 			pins.size += size
@@ -46,8 +47,8 @@ func kernelMemory(t *testing.T, k *kernel) memory {
 	return m
 }
 
-// perPod returns how many objects a pod of the picked batches has. It is a whole number, so it can be told from what other processes
-// allocate: of each cache the median batch is taken, and rounded.
+// perPod returns how many objects each pod of the picked batches has. It is a whole number, so that rounding the median batch
+// of each cache removes what other processes allocate.
 func perPod(batches []memory, picked []int) memory {
 	m := memory{}
 	for kind, o := range batches[0] {
@@ -78,7 +79,7 @@ func (m memory) String() string {
 	return strings.Join(parts, ", ")
 }
 
-// addMemory adds the rows of what a pod takes, in KiB, and of what that comes to with the maps, in MiB.
+// addMemory adds the rows for the memory per pod, in KiB, and for that of many pods including the maps, in MiB.
 func (s *suite) addMemory(hook variant, batches map[way][]memory, mapBytes float64) {
 	const mostPods = 4096
 	fixed := mapBytes / (1 << 20)
@@ -86,15 +87,15 @@ func (s *suite) addMemory(hook variant, batches map[way][]memory, mapBytes float
 	for _, w := range ways {
 		v := variant(fmt.Sprintf("%s, %s", hook, w.name))
 		pod := bootstrap(len(batches[w]), func(picked []int) float64 { return perPod(batches[w], picked).kib() })
-		s.progress("  a pod by %s has %v", w.name, perPod(batches[w], each(len(batches[w]))))
+		s.progress("  per pod with %s: %v", w.name, perPod(batches[w], each(len(batches[w]))))
 		total := estimate{all(pod.value), all(pod.low), all(pod.high), pod.rounds}
 		s.add("kernel memory of an attached pod with 4 endpoints", v, "", pod, "KiB", hook.mark(atMost(8)))
-		s.add(fmt.Sprintf("kernel memory of %d of them and all maps", mostPods), v, "", total, "MiB", hook.mark(atMost(64)))
+		s.add(fmt.Sprintf("kernel memory of %d such pods and all maps", mostPods), v, "", total, "MiB", hook.mark(atMost(64)))
 	}
-	s.add("kernel memory of the maps before there is a pod", hook, "", estimate{fixed, fixed, fixed, 1}, "MiB", nil)
+	s.add("kernel memory of the maps without any pod", hook, "", estimate{fixed, fixed, fixed, 1}, "MiB", nil)
 }
 
-// What a pod has is told from what other processes allocate and free beside it.
+// What a pod has can be separated from what other processes allocate and free meanwhile.
 func TestPerPod(t *testing.T) {
 	batch := func(pod, others float64) memory {
 		return memory{"kmalloc-2k": {2*batchPods + pod, 2048}, "kmalloc-8k": {others, 8192}, "pins": {4 * batchPods, 848}}
@@ -105,6 +106,6 @@ func TestPerPod(t *testing.T) {
 		t.Errorf("a pod has %v, want two objects of kmalloc-2k and four pins", m)
 	}
 	if kib := m.kib(); kib != (2*2048+4*848)/1024. {
-		t.Errorf("which is %v KiB", kib)
+		t.Errorf("a pod takes %v KiB", kib)
 	}
 }

@@ -14,13 +14,13 @@ const (
 	strainMin, strainMax                    = 0.1, 10
 )
 
-// strainX is where a strain is drawn. What lies beyond an end of the axis, as a negative one does, is drawn at that end.
+// strainX returns the position of a strain. Values beyond an end of the axis, including negative ones, are drawn at that end.
 func strainX(strain float64) float64 {
 	within := min(max(strain, strainMin), strainMax)
 	return plotLeft + math.Log(within/strainMin)/math.Log(strainMax/strainMin)*(plotWidth-plotLeft-plotRight)
 }
 
-// plot draws, for each row with a mark, how near the value comes to it: on the line is the mark, to the left it is met.
+// plot draws, for each row with a mark, how close the value is to it: the line is the mark, and values to its left meet it.
 func plot(rows []row) []byte {
 	var marked []row
 	for _, r := range rows {
@@ -33,8 +33,8 @@ func plot(rows []row) []byte {
 	add := func(format string, a ...any) { fmt.Fprintf(&out, format+"\n", a...) }
 	add(`<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %[1]d %[2]d" font-family="sans-serif" font-size="12">`, plotWidth, bottom+40)
 	add(`<rect width="100%%" height="100%%" fill="white"/>`)
-	add(`<text x="10" y="24" font-size="16" font-weight="bold">Measured against the marks</text>`)
-	add(`<text x="10" y="44" fill="#555">left of the line: met (dot); right of it: missed (square); bars: 95 %% intervals; logarithmic</text>`)
+	add(`<text x="10" y="24" font-size="16" font-weight="bold">Measurements and their marks</text>`)
+	add(`<text x="10" y="44" fill="#555">left of the line: met (dot); right of it: missed (square); bars: 95 %% intervals; logarithmic scale</text>`)
 	for _, strain := range []float64{0.1, 0.2, 0.5, 1, 2, 5, 10} {
 		colour := "#ddd"
 		if strain == 1 {

@@ -8,33 +8,33 @@ import (
 	"time"
 
 	"github.com/probelet/probelet/bpf/bpftest"
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// loopback stands for the least a server can do: accept, reply, close, without a pod in between.
+// loopback is the least that a server can do: accept, reply and close, without a pod in between.
 const (
 	loopback     = variant("loopback server")
 	loopbackPort = 7000
 )
 
-// times are the median times of each round, in µs.
+// times holds the median time of each round, in µs.
 type times map[variant][]float64
 
-// compareTimes adds the rows of each hook against another variant.
+// compareTimes adds rows that compare each hook with another variant.
 func (s *suite) compareTimes(measure string, took times, against variant, m *mark) {
 	for _, v := range hooks {
 		s.add(measure, v, against, medianOf(quotients(took[v], took[against])), ratio, v.mark(m))
 	}
 }
 
-// addTimes adds the rows of the times themselves.
+// addTimes adds rows for the times themselves.
 func (s *suite) addTimes(measure string, took times, variants ...variant) {
 	for _, v := range variants {
 		s.add(measure, v, "", medianOf(took[v]), "µs", nil)
 	}
 }
 
-// probed makes pods that differ in nothing but what is attached, each with a server and with endpoints that are answered.
+// probed creates pods that differ only in what is attached, each with a server and answered endpoints.
 func probed(t *testing.T, n *bpftest.Node, k *kernel) map[variant]*bpftest.Pod {
 	t.Helper()
 	pods := map[variant]*bpftest.Pod{}
@@ -49,7 +49,7 @@ func probed(t *testing.T, n *bpftest.Node, k *kernel) map[variant]*bpftest.Pod {
 	return pods
 }
 
-// ask times requests of one kind. hosts is where each variant is.
+// ask times requests of one kind. hosts contains the address of each variant.
 func ask(t *testing.T, prober *worker, kind, path string, p Plan, hosts map[variant]netip.AddrPort) times {
 	t.Helper()
 	var variants []variant
@@ -64,7 +64,7 @@ func ask(t *testing.T, prober *worker, kind, path string, p Plan, hosts map[vari
 	return took
 }
 
-// measureLatency has probes answered, and compares the time with what a pod takes that answers itself.
+// measureLatency compares the latency of answered probes with that of a pod that answers itself.
 func measureLatency(t *testing.T, s *suite) {
 	n := bpftest.NewNode(t)
 	k := newKernel(t)
@@ -98,7 +98,7 @@ func measureLatency(t *testing.T, s *suite) {
 
 const handoverMark = 1.25
 
-// measureHandover asks for what cannot be answered, at a port whose connections are taken.
+// measureHandover sends requests that cannot be answered to a port on which the kernel accepts connections.
 func measureHandover(t *testing.T, s *suite) {
 	n := bpftest.NewNode(t)
 	k := newKernel(t)
@@ -127,9 +127,9 @@ func measureHandover(t *testing.T, s *suite) {
 	s.measureFirst(t, n, k, prober)
 }
 
-// measureFirst asks pods that were made a moment ago for the first time: their neighbours are yet to be found.
+// measureFirst sends the first request to pods created a moment ago, whose neighbour entries are not resolved yet.
 func (s *suite) measureFirst(t *testing.T, n *bpftest.Node, k *kernel, prober *worker) {
-	server := startWorker(t, n.NS, node.OtherCgroup) // of all of them, because a process takes its time to start
+	server := startWorker(t, n.NS, node.OtherCgroup) // shared by all, because starting a process takes time
 	took := times{}
 	began := time.Now()
 	for range rounds(25) {

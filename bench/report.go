@@ -15,10 +15,10 @@ import (
 	"text/template"
 )
 
-// ratio is the unit of what was divided by something measured beside it. Only such numbers carry over to other machines.
+// ratio is the unit of quotients of values measured next to each other. Only these carry over to other machines.
 const ratio = "×"
 
-// mark is a limit that a measured value has to keep.
+// mark is the limit for a measured value.
 type mark struct {
 	Sign  string // ≤, ≥ or <
 	Limit float64
@@ -38,7 +38,7 @@ func (m mark) holds(value float64) bool {
 	return value < m.Limit
 }
 
-// strain returns how near a value comes to the mark: 1 is the mark itself, anything above misses it.
+// strain returns how close a value is to the mark: 1 is the mark itself, and anything above misses it.
 func (m mark) strain(value float64) float64 {
 	if m.Sign == "≥" {
 		return m.Limit / value
@@ -51,16 +51,16 @@ func (m mark) String() string { return m.Sign + " " + number(m.Limit) }
 // MarshalText writes the mark as people read it.
 func (m mark) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
 
-// variant is one of the things that are compared.
+// variant is one of the compared alternatives.
 type variant string
 
-// row is one line of the results.
+// row is a row of the results.
 type row struct {
 	section string // of the page
 
 	Measure string  `json:"measure"`
 	Variant variant `json:"variant"`
-	Against variant `json:"against"` // what it is divided by, or with a unit what is subtracted; empty: neither
+	Against variant `json:"against"` // the divisor or, with a unit, what was subtracted; empty: neither
 	Value   float64 `json:"value"`
 	Low     float64 `json:"low"` // 95 % confidence interval
 	High    float64 `json:"high"`
@@ -70,7 +70,7 @@ type row struct {
 	Rounds  int     `json:"rounds"`
 }
 
-// newRow makes the row of an estimate. m is nil where there is no mark to meet.
+// newRow returns the row for an estimate. m is nil if there is no mark to meet.
 func newRow(measure string, v, against variant, e estimate, unit string, m *mark) row {
 	r := row{
 		Measure: measure, Variant: v, Against: against, Unit: unit, Mark: m, Rounds: e.rounds,
@@ -89,14 +89,14 @@ func (r row) missed() bool { return r.Holds != nil && !*r.Holds }
 func rounded(value float64) float64 {
 	v, err := strconv.ParseFloat(strconv.FormatFloat(value, 'g', 4, 64), 64)
 	if err != nil {
-		panic(err) // it was a number before
+		panic(err) // it was formatted as a number
 	}
 	return v
 }
 
 func number(value float64) string { return strconv.FormatFloat(value, 'f', -1, 64) }
 
-var columns = []string{"MEASURE", "VARIANT", "AGAINST", "VALUE", "95 % INTERVAL", "MARK", "HOLDS", "ROUNDS"}
+var columns = []string{"MEASURE", "VARIANT", "AGAINST", "VALUE", "95 % INTERVAL", "MARK", "MET", "ROUNDS"}
 
 func (r row) cells() []string {
 	against, limit, holds := variant("-"), "-", "-"
@@ -115,7 +115,7 @@ func (r row) cells() []string {
 	}
 }
 
-// results are the rows of a run, and what it ran on.
+// results are the rows of a run, and a description of the machine.
 type results struct {
 	rows    []row
 	machine string
@@ -141,7 +141,7 @@ func (r *results) ordered() []row {
 	return rows
 }
 
-// print writes the rows for a terminal.
+// print writes the rows in a form for terminals.
 func (r *results) print(w io.Writer) error {
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	_, _ = fmt.Fprintln(table, strings.Join(columns, "\t"))
@@ -155,7 +155,7 @@ func (r *results) print(w io.Writer) error {
 	return err
 }
 
-// verdict says how many marks were met.
+// verdict returns how many marks were met.
 func (r *results) verdict() string {
 	marks, missed := 0, 0
 	for _, row := range r.rows {
@@ -189,13 +189,13 @@ func (r *results) write(root string) error {
 	return nil
 }
 
-// records is a JSON array, a row to a line.
+// records returns a JSON array with one row per line.
 func (r *results) records() ([]byte, error) {
 	var lines []string
 	for _, row := range r.ordered() {
 		var line strings.Builder
 		encoder := json.NewEncoder(&line)
-		encoder.SetEscapeHTML(false) // a mark is "< 1", not "\u003c 1"
+		encoder.SetEscapeHTML(false) // keep "< 1" instead of "\u003c 1"
 		if err := encoder.Encode(row); err != nil {
 			return nil, err
 		}
@@ -207,7 +207,7 @@ func (r *results) records() ([]byte, error) {
 //go:embed page.md
 var pageTemplate string
 
-// page is docs/benchmarks.md.
+// page returns docs/benchmarks.md.
 func (r *results) page() ([]byte, error) {
 	t, err := template.New("page").Parse(pageTemplate)
 	if err != nil {
@@ -218,7 +218,7 @@ func (r *results) page() ([]byte, error) {
 	return out.Bytes(), err
 }
 
-// tables has a Markdown table for each section.
+// tables returns a Markdown table for each section.
 func (r *results) tables() string {
 	var out strings.Builder
 	section := ""

@@ -25,16 +25,16 @@ func TestMark(t *testing.T) {
 		{atLeast(2), 1.9, false}, {atLeast(2), 2, true}, {atLeast(2), 2.1, true},
 	} {
 		if got := test.mark.holds(test.value); got != test.holds {
-			t.Errorf("%v holds with %v: %v", test.mark, test.value, got)
+			t.Errorf("%v holds for %v: %v", test.mark, test.value, got)
 		}
-		// A value that is not the mark itself is drawn on the side that its verdict says.
+		// Unless the value equals the mark, it is drawn on the side of its verdict.
 		if strain := test.mark.strain(test.value); test.value != 2 && (strain < 1) != test.holds {
-			t.Errorf("strain of %v with %v is %v", test.mark, test.value, strain)
+			t.Errorf("the strain of %v with %v is %v", test.mark, test.value, strain)
 		}
 	}
 }
 
-// some are results with a mark that is met, one that is missed, and none.
+// some returns results with marks that are met, one that is missed, and none.
 func some() *results {
 	r := &results{machine: "a machine"}
 	for _, row := range []row{
@@ -80,7 +80,7 @@ func TestRecords(t *testing.T) {
 	if !strings.Contains(string(text), `"mark":"< 1"`) {
 		t.Errorf("no readable mark: %s", text)
 	}
-	// What is shown is what is judged.
+	// The verdict applies to the displayed value.
 	if r := records[2]; r["value"] != 0.97 || r["holds"] != true {
 		t.Errorf("rounded up to the mark: %v", r)
 	}
@@ -146,12 +146,12 @@ func TestWrite(t *testing.T) {
 			wantOnCanvas(t, e)
 		}
 	}
-	if elements["circle"] != 3 || elements["rect"] != 2 { // the background is one
-		t.Errorf("the plot has %v, want three dots, and one square besides the background", elements)
+	if elements["circle"] != 3 || elements["rect"] != 2 { // including the background
+		t.Errorf("the plot has %v, want three dots, and one square in addition to the background", elements)
 	}
 }
 
-// wantOnCanvas fails if a coordinate is none, or lies outside of the plot.
+// wantOnCanvas fails if a coordinate is invalid or outside the plot.
 func wantOnCanvas(t *testing.T, e xml.StartElement) {
 	t.Helper()
 	for _, a := range e.Attr {

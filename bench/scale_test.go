@@ -10,16 +10,16 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// crowd is a node with a number of attached pods. All but one are devices only.
+// crowd is a node with a number of attached pods. All but one of them are only devices.
 type crowd struct {
 	node     *bpftest.Node
 	k        *kernel
 	devices  int
 	stateDir string
-	pod      *bpftest.Pod // has a server, and endpoints that are answered
+	pod      *bpftest.Pod // has a server and answered endpoints
 	chain    *chain
 	alone    *chain // without probelet
 	prober   *worker
@@ -30,25 +30,26 @@ const (
 	batchPods         = 50
 )
 
-// adopted is how the daemon attaches pods that ran before it.
+// adopted is how the daemon attaches pods that existed before it.
 var adopted = way{"auto", attach.ViaAuto, false}
 
 var uncrowded = variant(fmt.Sprintf("%d pods", fewPods))
 
 func inCrowd(v variant) variant { return variant(fmt.Sprintf("%s, %d pods", v, manyPods)) }
 
-// way is how a pod is attached by tc.
+// way is a way to attach a pod by tc.
 type way struct {
 	name    string
 	via     attach.Via
 	promote bool
 }
 
-// ways are those there are: what ADD does, what the daemon makes of that for the rest of the pod's life, and what ADD does where
-// an ingress qdisc may follow.
+// ways are those in use: what ADD attaches, what the daemon replaces it with for the rest of the pod's life, and what ADD
+// attaches if an ingress qdisc may follow.
 var ways = []way{{"clsact", attach.ViaClsact, false}, {"promoted", attach.ViaClsact, true}, {"tcx", attach.ViaTCX, false}}
 
-// measureScale compares a node with few pods to one with many, side by side, and takes the memory of the many as they come.
+// measureScale compares a node with few pods and one with many, side by side, and measures the memory of the many as they are
+// added.
 func measureScale(t *testing.T, s *suite) {
 	hook := hooks[0]
 	few := newCrowd(t)
@@ -78,8 +79,8 @@ func newCrowd(t *testing.T) *crowd {
 	return &crowd{node: bpftest.NewNode(t), k: newKernel(t), stateDir: t.TempDir()}
 }
 
-// attach makes so many devices and attaches them, with four endpoints each. It returns what the kernel's memory grew by from
-// that, without the devices themselves.
+// attach creates a number of devices and attaches them, with four endpoints each. It returns by how much the kernel's memory
+// grew, excluding the devices themselves.
 func (c *crowd) attach(t *testing.T, hook variant, w way, pods int) memory {
 	t.Helper()
 	type device struct {
@@ -88,7 +89,7 @@ func (c *crowd) attach(t *testing.T, hook variant, w way, pods int) memory {
 	}
 	var devices []device
 	bpftest.Do(t, c.node.NS, func() error {
-		// Nobody talks to them, so they need no addresses.
+		// No traffic reaches them, so they need no addresses.
 		if err := os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0o644); err != nil {
 			return err
 		}
@@ -106,7 +107,7 @@ func (c *crowd) attach(t *testing.T, hook variant, w way, pods int) memory {
 	before := kernelMemory(t, c.k)
 	bpftest.Do(t, c.node.NS, func() error {
 		for _, d := range devices {
-			netns := uint32(d.ifindex) // no namespace has that number, and all differ
+			netns := uint32(d.ifindex) // not the number of any namespace, and unique
 			if err := c.k.attachDevice(d.id, d.ifindex, netns, hook, w.via); err != nil {
 				return err
 			}
@@ -129,7 +130,7 @@ func (c *crowd) attach(t *testing.T, hook variant, w way, pods int) memory {
 	return after
 }
 
-// populate adds a pod that a prober asks, and the chains that more pods come by. number tells crowds apart.
+// populate adds a pod that the prober probes, and the chains to add more pods. number distinguishes the crowds.
 func (c *crowd) populate(t *testing.T, hook variant, number int) {
 	t.Helper()
 	noDAD(t, c.node.NS)
@@ -142,7 +143,7 @@ func (c *crowd) populate(t *testing.T, hook variant, number int) {
 	c.alone = newChain(t, c.node, fmt.Sprintf("alone%d", number))
 }
 
-// compareADD has pods come and go on both nodes in turn.
+// compareADD adds and deletes pods on both nodes alternately.
 func (s *suite) compareADD(t *testing.T, hook variant, few, many *crowd) {
 	var adds, dels, aloneAdds []float64
 	for round := range rounds(60) {
@@ -164,7 +165,7 @@ func (s *suite) compareADD(t *testing.T, hook variant, few, many *crowd) {
 	s.add("CNI DEL", inCrowd(hook), uncrowded, medianOf(dels), ratio, nil)
 }
 
-// compareAnswers probes a pod of each node in turn.
+// compareAnswers probes one pod on each node alternately.
 func (s *suite) compareAnswers(t *testing.T, hook variant, few, many *crowd) {
 	for _, kind := range []struct{ measure, kind string }{{"answered HTTP probe", "http"}, {"answered TCP probe", "tcp"}} {
 		var ratios []float64

@@ -1,4 +1,4 @@
-// Package bench measures what probelet costs and what it saves, and compares that with the marks it has to meet.
+// Package bench measures the costs and savings of probelet, and compares them with their marks.
 package bench
 
 import (
@@ -6,13 +6,13 @@ import (
 	"slices"
 )
 
-// median returns the middle value, or the mean of the two middle ones. It panics if there is none.
+// median returns the middle value, or the mean of the two middle values. It panics without values.
 func median(values []float64) float64 {
 	s := slices.Sorted(slices.Values(values))
 	return (s[(len(s)-1)/2] + s[len(s)/2]) / 2
 }
 
-// quotients divides pairwise: values of the same round.
+// quotients divides values of the same round.
 func quotients(values, by []float64) []float64 {
 	q := make([]float64, len(values))
 	for i := range values {
@@ -21,7 +21,7 @@ func quotients(values, by []float64) []float64 {
 	return q
 }
 
-// differences subtracts pairwise: values of the same round.
+// differences subtracts values of the same round.
 func differences(values, minus []float64) []float64 {
 	d := make([]float64, len(values))
 	for i := range values {
@@ -30,7 +30,7 @@ func differences(values, minus []float64) []float64 {
 	return d
 }
 
-// estimate is a statistic of some rounds and its 95 % confidence interval.
+// estimate is a statistic over some rounds, with its 95 % confidence interval.
 type estimate struct {
 	value, low, high float64
 	rounds           int
@@ -38,13 +38,13 @@ type estimate struct {
 
 const resamples = 1000
 
-// bootstrap estimates a statistic. of computes it from the rounds it is given by index; drawing rounds, not single values, keeps
-// what was measured together together. The interval is the percentile bootstrap's (Efron and Tibshirani, An Introduction to the
-// Bootstrap, section 13.3).
+// bootstrap estimates a statistic. of computes it from rounds given by index; drawing whole rounds instead of values keeps
+// values together that were measured together. The interval is that of the percentile bootstrap (Efron and Tibshirani, An
+// Introduction to the Bootstrap, section 13.3).
 func bootstrap(rounds int, of func(picked []int) float64) estimate {
 	picked := each(rounds)
 	e := estimate{value: of(picked), rounds: rounds}
-	random := rand.New(rand.NewPCG(1, 2)) // the same data give the same interval
+	random := rand.New(rand.NewPCG(1, 2)) // equal data give equal intervals
 	drawn := make([]float64, resamples)
 	for i := range drawn {
 		for j := range picked {

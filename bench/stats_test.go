@@ -26,7 +26,7 @@ func TestMedian(t *testing.T) {
 func TestMedianLeavesItsArgumentInOrder(t *testing.T) {
 	values := []float64{3, 1, 2}
 	if median(values); values[0] != 3 || values[1] != 1 || values[2] != 2 {
-		t.Errorf("values are now %v", values)
+		t.Errorf("values were changed to %v", values)
 	}
 }
 
@@ -40,8 +40,8 @@ func TestPairwise(t *testing.T) {
 	}
 }
 
-// A 95 % interval has the true median in it 95 times of 100, whatever the values are drawn from and however far some of them stray.
-// This kind of interval is known to be a little too narrow when there are few rounds.
+// A 95 % interval contains the true median in 95 of 100 trials, whatever the distribution and its outliers. With few rounds,
+// this kind of interval is known to be slightly too narrow.
 func TestIntervalCoversTheMedian(t *testing.T) {
 	random := rand.New(rand.NewPCG(3, 4))
 	for name, source := range map[string]struct {
@@ -74,20 +74,20 @@ func TestIntervalCoversTheMedian(t *testing.T) {
 				}
 			}
 			if share := float64(covered) / trials; share < 0.87 || share > 0.99 {
-				t.Errorf("%s, %d rounds: the interval has the median in %.1f %% of trials, want about 95", name, rounds, 100*share)
+				t.Errorf("%s, %d rounds: the interval contains the median in %.1f %% of trials, want about 95", name, rounds, 100*share)
 			}
 		}
 	}
 }
 
 func TestBootstrapKeepsRoundsTogether(t *testing.T) {
-	// The rounds differ by far, what is paired does not.
+	// The rounds differ widely, but the pairs do not.
 	var a, b []float64
 	for i := range 30 {
 		a, b = append(a, float64(100*i+10)), append(b, float64(100*i+5))
 	}
 	e := bootstrap(len(a), func(picked []int) float64 { return median(differences(pick(a, picked), pick(b, picked))) })
 	if e.value != 5 || e.low != 5 || e.high != 5 {
-		t.Errorf("%+v, want 5 without any doubt", e)
+		t.Errorf("%+v, want 5 with an empty interval", e)
 	}
 }

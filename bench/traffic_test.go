@@ -11,26 +11,26 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/probelet/probelet/bpf/bpftest"
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
 const bulkPort = 5201
 
-// settle lets what attaching has stirred up pass by.
+// settle is how long the side effects of attaching last.
 const settle = 20 * time.Millisecond
 
-// traffic is a load on pods that goes on while what is attached to them changes.
+// traffic is a load on pods that continues while what is attached to them changes.
 type traffic struct {
 	measure  string
 	kernel   *kernel
-	pods     []*bpftest.Pod // that are attached
+	pods     []*bpftest.Pod // the attached ones
 	receiver *worker
 }
 
-// pairs is how often each variant is measured beside none. Hook tc has marks.
+// pairs returns how often each variant is measured next to none. Hook tc has marks, and thus more pairs.
 var pairs = map[variant]int{hookTC: 60, hookXDP: 12, empty: 12}
 
-// compare measures each variant against none, in pairs of which either is first as often, all variants mixed.
+// compare measures each variant against none, in pairs with either one first equally often, all variants mixed.
 func (s *suite) compare(t *testing.T, m *mark, f traffic) {
 	variants := emptyAndHooks()
 	var turns []variant
@@ -64,7 +64,7 @@ func (s *suite) compare(t *testing.T, m *mark, f traffic) {
 	}
 }
 
-// measureBulk streams as fast as it goes, on one connection that lives through all variants.
+// measureBulk streams as fast as possible over one connection that lives through all variants.
 func measureBulk(t *testing.T, s *suite) {
 	n := bpftest.NewNode(t)
 	routed := []*bpftest.Pod{n.AddPod(t), n.AddPod(t)}
@@ -100,7 +100,7 @@ func measureBulk(t *testing.T, s *suite) {
 	}
 }
 
-// forward makes the node route between pods, as ptp has it.
+// forward makes the node route between pods, as ptp does.
 func forward(t *testing.T, n *bpftest.Node, pods ...*bpftest.Pod) {
 	t.Helper()
 	bpftest.Do(t, n.NS, func() error { return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o644) })
@@ -111,7 +111,7 @@ func forward(t *testing.T, n *bpftest.Node, pods ...*bpftest.Pod) {
 	}
 }
 
-// measureHTTP asks the pod's server from the host.
+// measureHTTP sends requests to the pod's server from the host.
 func measureHTTP(t *testing.T, s *suite) {
 	n := bpftest.NewNode(t)
 	pod := n.AddPod(t)
@@ -133,7 +133,7 @@ func measureHTTP(t *testing.T, s *suite) {
 	}
 }
 
-// serveHTTP starts a server in the pod, in a process of its own.
+// serveHTTP starts a server in the pod, as a separate process.
 func serveHTTP(t testing.TB, pod *bpftest.Pod) *worker {
 	t.Helper()
 	w := startWorker(t, pod.NS, node.OtherCgroup)

@@ -25,10 +25,10 @@ import (
 	httpprobe "k8s.io/kubernetes/pkg/probe/http"
 	tcpprobe "k8s.io/kubernetes/pkg/probe/tcp"
 
-	"github.com/probelet/probelet/e2e/role"
+	"github.com/probelet/probelet/e2e/harness/role"
 )
 
-// worker is a process of its own, in a network namespace and a cgroup: a pod's server, a prober, or somebody who loads a pod.
+// worker is a separate process in a network namespace and a cgroup: a pod's server, a prober, or a client that loads a pod.
 type worker struct{ *role.Process }
 
 const workerRole = "worker"
@@ -48,7 +48,7 @@ func startWorker(t testing.TB, n ns.NetNS, cgroup string) *worker {
 type Server struct {
 	Protocol string // http, canned or bulk
 	Address  string
-	Netns    string // path; empty: the worker's
+	Netns    string // path; the worker's if empty
 }
 
 func (w *worker) serve(t testing.TB, s Server) {
@@ -58,18 +58,18 @@ func (w *worker) serve(t testing.TB, s Server) {
 	}
 }
 
-// Load is traffic to keep going.
+// Load is continuous traffic.
 type Load struct {
 	Address string
-	// Bulk streams as fast as it goes; the pod's server sends if Download is set, and receives otherwise.
+	// Bulk streams as fast as possible. With Download, the pod's server sends; otherwise it receives.
 	Bulk, Download bool
-	// Path is asked for over so many connections at once, which are kept alive or made anew for each request.
+	// Path is requested over a number of concurrent connections, which are either kept alive or opened for each request.
 	Path        string
 	Connections int
 	KeepAlive   bool
 }
 
-// start begins a load. It ends with stop.
+// start begins a load, which stop ends.
 func (w *worker) start(t testing.TB, l Load) {
 	t.Helper()
 	if err := w.Call("Start", l, &struct{}{}); err != nil {
@@ -84,9 +84,9 @@ func (w *worker) stop(t testing.TB) {
 	}
 }
 
-// pin keeps the worker on one CPU, the machine's last one. Both ends of a transfer on the same CPU make its throughput the inverse of
-// what all of it costs, with no idle CPU to hide any of that. Spread over CPUs it depends more on which end runs where than on
-// anything measured here: between windows of equal variants it differed by a third.
+// pin keeps the worker on one CPU, the machine's last. With both ends of a transfer on the same CPU, throughput is the
+// inverse of the total cost, and no idle CPU hides any of it. Spread over CPUs, it depends more on which end runs where than
+// on anything measured here: between windows of equal variants, it differed by a third.
 func (w *worker) pin(t testing.TB) *worker {
 	t.Helper()
 	if err := w.Call("Pin", runtime.NumCPU()-1, &struct{}{}); err != nil {
@@ -95,7 +95,7 @@ func (w *worker) pin(t testing.TB) *worker {
 	return w
 }
 
-// rate counts for so long, and returns bytes received or responses read per second.
+// rate counts for a while and returns bytes received, or responses read, per second.
 func (w *worker) rate(t testing.TB, window time.Duration) float64 {
 	t.Helper()
 	var rate float64
@@ -108,14 +108,14 @@ func (w *worker) rate(t testing.TB, window time.Duration) float64 {
 	return rate
 }
 
-// Plan is a number of requests to time: in each round as many to each target as Burst says, the targets in random order.
+// Plan is a number of requests to time: in each round, Burst requests to each target, with the targets in random order.
 type Plan struct {
 	Targets       []Target
 	Rounds, Burst int
-	Limit         time.Duration // no round begins later; 0: none
+	Limit         time.Duration // for starting rounds; 0 means none
 }
 
-// Target is what is asked, and how.
+// Target is the destination and kind of a request.
 type Target struct {
 	Kind string // http and tcp: Kubernetes' prober; socket: a request on a bare socket; post: one with a body of 300 kB
 	Host string
@@ -123,7 +123,7 @@ type Target struct {
 	Path string
 }
 
-// latencies returns the median of each round's requests to each target, in µs: a list of rounds per target.
+// latencies returns the median time of each round's requests to each target, in µs: a list of rounds per target.
 func (w *worker) latencies(t testing.TB, p Plan) [][]float64 {
 	t.Helper()
 	var took [][]float64
@@ -133,14 +133,14 @@ func (w *worker) latencies(t testing.TB, p Plan) [][]float64 {
 	return took
 }
 
-// working is what runs in the worker's process.
+// working is the service in the worker's process.
 type working struct {
 	count atomic.Uint64 // bytes received, or responses read
 
 	mu    sync.Mutex
 	conns map[net.Conn]bool // of the load; nil without one
 	group sync.WaitGroup
-	err   error // the first that ended a part of the load
+	err   error // the first error that ended a part of the load
 }
 
 func (w *working) Serve(s Server, _ *struct{}) (err error) {
@@ -152,7 +152,7 @@ func (w *working) Serve(s Server, _ *struct{}) (err error) {
 	if s.Netns == "" {
 		err = listen(nil)
 	} else {
-		err = ns.WithNetNSPath(s.Netns, listen) // a socket stays in the namespace it was made in
+		err = ns.WithNetNSPath(s.Netns, listen) // a socket stays in the namespace in which it was created
 	}
 	if err != nil {
 		return err
@@ -198,7 +198,7 @@ func handler() http.Handler {
 	return mux
 }
 
-// cannedReply is the least that a server can do: no goroutine, no parsing.
+// cannedReply does the minimum: no goroutine, no parsing.
 func cannedReply(conn net.Conn) {
 	_, _ = conn.Read(make([]byte, 4096))
 	_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
@@ -211,7 +211,7 @@ const (
 	bulkBuffer    = 256 << 10
 )
 
-// bulk is the server's side of a stream: the first byte says which direction it takes.
+// bulk is the server's side of a stream, whose first byte selects the direction.
 func (w *working) bulk(conn net.Conn) {
 	defer conn.Close() //nolint:errcheck // either side may end it
 	wish := make([]byte, 1)
@@ -249,7 +249,7 @@ func (w *working) Start(l Load, _ *struct{}) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.conns != nil {
-		return errors.New("there is a load already")
+		return errors.New("a load is already running")
 	}
 	w.conns = map[net.Conn]bool{}
 	if l.Bulk {
@@ -266,7 +266,7 @@ func (w *working) spawn(f func() error) {
 		err := f()
 		w.mu.Lock()
 		defer w.mu.Unlock()
-		if w.conns != nil && w.err == nil { // not stopped
+		if w.conns != nil && w.err == nil { // unless stopped
 			w.err = err
 		}
 	})
@@ -292,7 +292,7 @@ func (w *working) Pin(cpu int, _ *struct{}) error {
 	}
 	var set unix.CPUSet
 	set.Set(cpu)
-	for _, thread := range threads { // later ones inherit it
+	for _, thread := range threads { // later threads inherit it
 		id, err := strconv.Atoi(thread.Name())
 		if err != nil {
 			return err
@@ -316,7 +316,7 @@ func (w *working) Rate(window time.Duration, rate *float64) error {
 
 var errStopped = errors.New("stopped")
 
-// dial connects for the load, so that stop ends the connection.
+// dial opens a connection for the load, which stop closes.
 func (w *working) dial(address string) (net.Conn, error) {
 	conn, err := net.Dial("tcp", address)
 	if err != nil {
@@ -357,7 +357,7 @@ func (w *working) stream(l Load) error {
 	return send(conn)
 }
 
-// request asks again and again, with as little of a client around it as possible.
+// request sends requests in a loop, with as little client code as possible.
 func (w *working) request(l Load) error {
 	connection := "close"
 	if l.KeepAlive {
@@ -424,7 +424,7 @@ func (w *working) Time(p Plan, took *[][]float64) error {
 
 const requestTimeout = 10 * time.Second
 
-// asker prepares what is done again and again. Kubernetes' prober is called as the kubelet does it (pkg/kubelet/prober, runProbe).
+// asker prepares a repeated request. Kubernetes' prober is called the way the kubelet does (pkg/kubelet/prober, runProbe).
 func (t Target) asker() func() error {
 	switch t.Kind {
 	case "tcp":
@@ -447,7 +447,7 @@ func (t Target) asker() func() error {
 	return t.exchange(proberRequest(bareHost, t.Path))
 }
 
-// proberRequest is what Kubernetes' prober sends (pkg/probe/http).
+// proberRequest returns the request that Kubernetes' prober sends (pkg/probe/http).
 func proberRequest(host, path string) string {
 	return fmt.Sprintf("GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n", path, host)
 }
@@ -459,7 +459,7 @@ func success(result probe.Result, message string, err error) error {
 	return err
 }
 
-// exchange sends a request on a socket and reads until its end.
+// exchange sends a request on a socket and reads the response to the end.
 func (t Target) exchange(text string) func() error {
 	address := net.JoinHostPort(t.Host, strconv.Itoa(t.Port))
 	return func() error {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
-/* Counting. */
+/* Counters. */
 #ifndef PROBELET_COUNT_H
 #define PROBELET_COUNT_H
 

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
-/* Writing segments: turns a packet into another one in place, completely or not at all. */
+/* Writing segments: turns a packet into another one in place, either completely or not at all. */
 #ifndef PROBELET_EMIT_H
 #define PROBELET_EMIT_H
 
 #include "maps.h"
 #include "parse.h"
 
-/* The segment that a packet is turned into. */
+/* Describes the segment that a packet is turned into. */
 struct outgoing {
 	__u32 seq;
 	__u32 ack;
@@ -18,7 +18,7 @@ struct outgoing {
 	__u32 payload_sum; /* ones' complement sum, not folded */
 };
 
-/* Returns the ones' complement sum, not folded. It does not depend on byte order or word size (RFC 1071). */
+/* Returns the ones' complement sum, not folded, which is independent of byte order and word size (RFC 1071). */
 static __always_inline __u64 sum_words(const void *words, __u32 bytes)
 {
 	const __u32 *word = words;
@@ -63,8 +63,9 @@ static __always_inline __u32 tcp_len_of(const struct outgoing *out)
 }
 
 /*
- * Rewrites the headers at eth. The network header is l3_len long, a constant at every call, and the TCP header has room
- * behind it for an MSS option. Leaves the TCP checksum 0, and returns the sum of TCP header and payload.
+ * Rewrites the headers at eth. l3_len, the length of the network header, is a constant in every call, and there must be
+ * room for an MSS option behind the TCP header. Leaves the TCP checksum 0 and returns the sum of TCP header and
+ * payload.
  */
 static __always_inline __u64 write_headers(struct ethhdr *eth, __u32 l3_len, const struct outgoing *out)
 {
@@ -115,12 +116,12 @@ static __always_inline __u64 write_headers(struct ethhdr *eth, __u32 l3_len, con
 }
 
 /*
- * Turns a packet at tc into what out says, with its payload from bytes. Returns false if the packet must be dropped.
+ * Turns a packet at tc into the segment out, with payload from bytes. Returns false if the packet must be dropped.
  *
- * Checksums: a packet that never left the machine carries only the pseudo-header's sum (CHECKSUM_PARTIAL), to be
+ * Checksums: a packet that never left the machine carries only the sum of the pseudo-header (CHECKSUM_PARTIAL), to be
  * completed later; one from a device without checksum offload carries the full sum. We cannot tell them apart, but
- * bpf_l4_csum_replace can: so we write the former, and pass it the difference to the latter, which it applies only to
- * packets that need it.
+ * bpf_l4_csum_replace can. So we write the former and pass the difference to the latter, which the helper applies only
+ * to packets that need it.
  */
 static __always_inline bool emit_with(struct __sk_buff *skb, __u32 l3_len, const struct outgoing *out,
 				      const void *bytes, __u32 max)
@@ -138,7 +139,7 @@ static __always_inline bool emit_with(struct __sk_buff *skb, __u32 l3_len, const
 	sum = write_headers(&head.eth, l3_len, out);
 	pseudo = fold(pseudo_sum(head.rest, l3_len, tcp_len + payload));
 	((struct tcphdr *)(head.rest + l3_len))->check = pseudo;
-	/* Undoes segmentation offload, too. */
+	/* This also undoes segmentation offload. */
 	if (bpf_skb_change_tail(skb, tcp + tcp_len + payload, 0))
 		return false;
 	if (out->mss ? bpf_skb_store_bytes(skb, 0, &head.eth, ETH_HLEN + l3_len + sizeof(struct tcphdr) + 4,
@@ -155,7 +156,7 @@ static __always_inline bool emit_with(struct __sk_buff *skb, __u32 l3_len, const
 	return !bpf_l4_csum_replace(skb, tcp + offsetof(struct tcphdr, check), 0, fold(sum + 2 * pseudo), 0);
 }
 
-/* Calls emit_with with a constant l3_len. max is the size of bytes, a power of two; 0 if there is no payload. */
+/* Calls emit_with with a constant l3_len. max is the size of bytes, a power of two, or 0 if there is no payload. */
 static __always_inline bool emit(struct __sk_buff *skb, __u32 l3_len, const struct outgoing *out, const void *bytes,
 				 __u32 max)
 {
@@ -165,7 +166,7 @@ static __always_inline bool emit(struct __sk_buff *skb, __u32 l3_len, const stru
 	case sizeof(struct ipv6hdr):
 		return emit_with(skb, sizeof(struct ipv6hdr), out, bytes, max);
 	}
-	return false; /* a jumbo header, which no segment that we answer has */
+	return false; /* a jumbo header, which no answerable segment has */
 }
 
 #endif

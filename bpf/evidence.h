@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
-/* What is known of a pod's endpoints: reading it, withdrawing it, and noting answers. */
+/* Evidence about a pod's endpoints: reading it, withdrawing it, and noting answers. */
 #ifndef PROBELET_EVIDENCE_H
 #define PROBELET_EVIDENCE_H
 
 #include "count.h"
 #include "maps.h"
 
-/* Prime of the 64-bit FNV hash. sealOf in bpf/datapath computes the same seal. */
+/* The prime of the 64-bit FNV hash. sealOf in bpf/datapath computes the same seal. */
 #define SEAL_PRIME 0x100000001b3ULL
 
 static __always_inline __u64 mix(__u64 hash, __u64 word)
@@ -33,7 +33,7 @@ static __always_inline struct endpoint_key endpoint(__u32 ifindex, __u32 generat
 	return key;
 }
 
-/* Copies evidence out. Returns false if there is none, or if it was replaced while it was being copied. */
+/* Copies evidence to e. Returns false if there is none, or if it was replaced while being copied. */
 static __always_inline bool read_evidence(const struct endpoint_key *key, struct evidence *e)
 {
 	struct evidence *found = bpf_map_lookup_elem(&endpoint_evidence, key);
@@ -45,15 +45,18 @@ static __always_inline bool read_evidence(const struct endpoint_key *key, struct
 }
 
 /*
- * Returns when the evidence of an endpoint or a port was last voided; without a tally all of it is void. Call it before
- * reading the evidence: tallies are created before evidence, so a withdrawal is never missed.
+ * Returns when the evidence of an endpoint or a port was last voided. Without a tally all of it is void. Call this
+ * before reading the evidence: tallies are created before evidence, so no withdrawal is missed.
  */
 static __always_inline __u64 withdrawn_at(const struct tally *tally)
 {
 	return tally ? tally->withdrawn_at : ~0ULL;
 }
 
-/* The same of all evidence of a device's pod. All of it is void once the device is detached or attached again. */
+/*
+ * Returns when all evidence about a device's pod was last voided. All of it is void once the device is detached or
+ * attached again.
+ */
 static __always_inline __u64 pod_withdrawn_at(const struct device_key *key)
 {
 	struct device *device = bpf_map_lookup_elem(&devices, &key->ifindex);
@@ -66,7 +69,7 @@ static __always_inline __u64 later(__u64 a, __u64 b)
 	return a > b ? a : b;
 }
 
-/* Moves a time forward, never back: now may be earlier, taken on another CPU. Returns false if it did not move. */
+/* Moves a time forward, never back: now may be earlier if taken on another CPU. Returns false if it did not move. */
 static __always_inline bool advance(__u64 *time, __u64 now)
 {
 	for (int i = 0; i < 8; i++) {
@@ -77,10 +80,10 @@ static __always_inline bool advance(__u64 *time, __u64 now)
 		if (__sync_val_compare_and_swap(time, old, now) == old)
 			return true;
 	}
-	return false; /* eight others moved it, all just now */
+	return false; /* others have just moved it eight times */
 }
 
-/* Voids the evidence of an endpoint, or with KIND_PORT of a whole port. Counts it if it was fresh. */
+/* Voids the evidence of an endpoint, or with KIND_PORT of a whole port, and counts that if it was fresh. */
 static __always_inline void withdraw(const struct endpoint_key *key, enum withdrawal_cause cause, __u32 counter)
 {
 	struct tally *tally = bpf_map_lookup_elem(&endpoint_tallies, key);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
 /*
- * Connections of a prober. What each packet does in each state; "drop" does not tell the client's TCP:
+ * Connections of a prober. The table shows what each packet does in each state. "drop" is hidden from the client's TCP:
  *
  *   packet of           | OBSERVING        | TAKEN                    | HANDING                 | HANDED
  *   --------------------|------------------|--------------------------|-------------------------|----------------------
@@ -38,15 +38,15 @@
  *                       | OBSERVING_NS, the|                          |                         |
  *                       | pod's SYN-ACK    |                          |                         |
  *
- * A flow whose owner vanished without a FIN or RST that passed here stays until sweep removes it after its deadline.
- * Until then it does no harm, since no other sender's packets are taken for its owner's.
+ * If an owner vanishes without a FIN or RST passing here, its flow stays until sweep removes it after the deadline. It
+ * is harmless until then, because packets of other senders are never mistaken for the owner's.
  *
- * DONE: a handed-over connection is not recorded any more, because its client has closed or it is not a probe's.
- * ANSWERED: the first bytes of an answer were seen. Whether a reset after them is a failure is for the daemon to judge.
+ * DONE: a handed-over connection is no longer recorded, because its client has closed or it is not a probe.
+ * ANSWERED: the first bytes of an answer were seen. The daemon judges whether a reset after them is a failure.
  *
- * The last acknowledgement ends a flow as it passes. Should it get lost between us and its receiver, the repeated FIN
- * is no longer translated, and that side's socket waits in LAST_ACK until its kernel gives up. All data has arrived by
- * then.
+ * The last acknowledgement ends a flow as it passes. If it gets lost between us and its receiver, the repeated FIN is
+ * no longer translated, and that side's socket waits in LAST_ACK until its kernel gives up. By then all data has
+ * arrived.
  */
 #ifndef PROBELET_FLOW_H
 #define PROBELET_FLOW_H
@@ -57,8 +57,8 @@
 
 #define CONNECTING_NS (30 * SECOND_NS) /* a client that gives up connecting sends nothing */
 #define OBSERVING_NS (600 * SECOND_NS)
-#define TAKEN_NS (3 * 3600 * SECOND_NS) /* above 2 h, after which Linux sends a keep-alive (tcp_keepalive_time) */
-#define HANDING_NS (130 * SECOND_NS)	/* above 120 s, the longest that Linux waits to retransmit (TCP_RTO_MAX) */
+#define TAKEN_NS (3 * 3600 * SECOND_NS) /* more than 2 h, after which Linux sends a keep-alive (tcp_keepalive_time) */
+#define HANDING_NS (130 * SECOND_NS)	/* more than 120 s, Linux's longest retransmission timeout (TCP_RTO_MAX) */
 #define HANDED_NS (3 * 3600 * SECOND_NS)
 
 #define DEFAULT_MSS 536 /* RFC 9293, section 3.7.1 */
@@ -67,7 +67,7 @@
 
 /*
  * Reports whether a packet to the pod comes from the flow's socket, or from the kernel on behalf of one that is gone (a
- * RST, an ACK in TIME_WAIT). The kernel's own have no socket, or one of its raw ones.
+ * RST, or an ACK in TIME_WAIT). The kernel's own packets have no socket, or a raw one.
  */
 static __always_inline bool is_from_owner(struct __sk_buff *skb, const struct flow *flow)
 {
@@ -84,7 +84,7 @@ static __always_inline bool is_from_owner(struct __sk_buff *skb, const struct fl
 	return !sk || sk->type != SOCK_STREAM;
 }
 
-/* Sets flags of a flow in the map, and returns all its flags. steer and observe may do so at the same time. */
+/* Sets flags of a flow in the map and returns all its flags. steer and observe may do so at the same time. */
 static __always_inline __u32 set_flags(struct flow *flow, __u32 flags)
 {
 	return __sync_fetch_and_or(&flow->flags, flags) | flags;
@@ -95,7 +95,7 @@ static __always_inline void clear_flags(struct flow *flow, __u32 flags)
 	__sync_fetch_and_and(&flow->flags, ~flags);
 }
 
-/* A barrier too: steer and observe may both set it, for a flow that is just being handed over. */
+/* Sets the deadline of a flow. Also a barrier: steer and observe may both set it while a flow is being handed over. */
 static __always_inline void set_deadline(struct flow *flow, __u64 from_now)
 {
 	__sync_lock_test_and_set(&flow->deadline, bpf_ktime_get_boot_ns() + from_now);
@@ -120,7 +120,7 @@ static __always_inline void forget_stored(const struct flow_key *key, struct flo
 	bpf_map_delete_elem(&requests, key);
 }
 
-/* Removes a flow. Don't touch it afterwards: its memory may already be another flow's. */
+/* Removes a flow. Do not touch it afterwards: its memory may already be another flow's. */
 static __always_inline void end_flow(const struct flow_key *key, struct flow *flow)
 {
 	forget_stored(key, flow);
@@ -129,8 +129,8 @@ static __always_inline void end_flow(const struct flow_key *key, struct flow *fl
 }
 
 /*
- * Stores a segment's payload and FIN, offset bytes into the client's data, until the pod accepts the connection.
- * Returns false if they do not follow what is stored, or do not fit.
+ * Stores a segment's payload and FIN, at an offset in the client's data, until the pod accepts the connection. Returns
+ * false if they do not follow what is already stored, or do not fit.
  */
 static __always_inline bool store(struct __sk_buff *skb, const struct segment *seg, struct flow *flow, __u32 offset)
 {
@@ -164,7 +164,7 @@ static __always_inline bool store(struct __sk_buff *skb, const struct segment *s
 	for (int i = 0; i < STORED_MAX / 512; i++) /* the helper takes 512 bytes at a time */
 		stored->sum = bpf_csum_diff(NULL, 0, (void *)(stored->bytes + 512 * i), 512, stored->sum);
 	stored->owner = flow->owner;
-	/* The length first, with a barrier: observe must not find the FIN with the length of before. */
+	/* Set the length first, with a barrier: observe must not see the FIN together with the previous length. */
 	__sync_lock_test_and_set(&stored->len, offset + len);
 	stored->fin = !!(seg->tcp_flags & TCP_FIN);
 	return true;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
-/* Recording what happens on connections that reach the pod, for the daemon. */
+/* Recording connections that reach the pod, for the daemon. */
 #ifndef PROBELET_FLOW_RECORD_H
 #define PROBELET_FLOW_RECORD_H
 
@@ -8,13 +8,13 @@
 #include "maps.h"
 #include "parse.h"
 
-/* A record while it is assembled. */
+/* A record being assembled. */
 struct recording {
 	struct record record;
 	__u8 payload[RECORDED_MAX];
 };
 
-/* key: 0; value: working memory of record_packet, per CPU. Nothing in it outlives one packet. */
+/* key: 0; value: working memory of record_packet, per CPU. Nothing in it outlives a packet. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -22,7 +22,7 @@ struct {
 	__type(value, struct recording);
 } recording SEC(".maps");
 
-/* Returns how many of len bytes at an offset are recorded. */
+/* Returns how many of the len bytes at an offset are recorded. */
 static __always_inline __u32 recorded_of(__u32 offset, __u32 len)
 {
 	if (offset >= RECORDED_MAX)
@@ -30,18 +30,18 @@ static __always_inline __u32 recorded_of(__u32 offset, __u32 len)
 	return len < RECORDED_MAX - offset ? len : RECORDED_MAX - offset;
 }
 
-/* Appends a record to the ring. ends: it is the last of its connection. Returns false if there is no room. */
+/* Appends a record to the ring. ends marks the last one of a connection. Returns false if there is no room. */
 static __always_inline bool append(const struct recording *r, __u32 size, bool ends)
 {
-	/* The daemon is woken for a whole exchange, or before records get lost. */
+	/* Wake the daemon once per exchange, or before records get lost. */
 	bool wake = ends || bpf_ringbuf_query(&records, BPF_RB_AVAIL_DATA) > RECORDS_BYTES / 4;
 
 	return !bpf_ringbuf_output(&records, (void *)r, size, wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
 }
 
 /*
- * Records a packet of an observed connection, if it has something to record. Call it before the packet is changed.
- * Returns 0. A global function, so that the verifier checks it once.
+ * Records a packet of an observed connection, if there is anything to record. Call it before changing the packet.
+ * Returns 0. It is a global function so that the verifier checks it only once.
  */
 __noinline int record_packet(struct __sk_buff *skb, const struct segment *seg, struct flow *flow, __u32 from_pod)
 {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
-/* Types and constants of the kernel's own. */
+/* The kernel's internal types and constants, as far as the programs use them. */
 #ifndef PROBELET_KERNEL_H
 #define PROBELET_KERNEL_H
 
@@ -11,7 +11,7 @@
 #define STATE_LISTEN 10 /* TCP_LISTEN */
 #define STATE_NEW_SYN_RECV 12
 
-/* The fields that are read of the kernel's types. CO-RE relocates their offsets to the running kernel's. */
+/* Only the fields that the programs read. CO-RE relocates their offsets to those of the running kernel. */
 #define KERNEL_TYPE __attribute__((preserve_access_index))
 struct ns_common {
 	unsigned int inum;

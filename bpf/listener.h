@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
 /*
- * The listening socket that a SYN would meet in its pod: finding it, and judging whether an answer in its name would be
- * true. A TCP probe asks whether the kernel would accept a connection, so the kernel's own socket is the evidence. A
- * process that accepts nothing any more fills its queue with the probes that reach it, until the kernel refuses them.
- * Answers would keep the queue from filling, so they end while it shows that somebody waits in it, and a few may be
- * given (answers_max) before one must reach the pod and wait there.
+ * The listening socket that a SYN would meet in its pod: finding it, and judging whether an answer on its behalf would
+ * be true. A TCP probe asks whether the kernel would accept a connection, so the kernel's own socket is the evidence.
+ * If a process stops accepting, the probes that reach it fill its queue until the kernel refuses them. Answers would
+ * keep the queue from filling. So none is given while connections wait in it, and only a few in a row (answers_max)
+ * before a probe must reach the pod and wait there.
  */
 #ifndef PROBELET_LISTENER_H
 #define PROBELET_LISTENER_H
@@ -18,10 +18,10 @@
 #include "parse.h"
 #include "scratch.h"
 
-/* Set by the loader: 1 where the kernel describes its types (BTF) and lets this program follow them (CAP_PERFMON). */
+/* Set by the loader: 1 if the kernel describes its types (BTF) and lets this program read them (CAP_PERFMON). */
 const volatile __u8 sees_listeners = 0;
 
-/* A connection that waits longer to be accepted tells of a process that is stuck, not of one that is busy. */
+/* A connection that waits longer than this to be accepted indicates a process that is stuck, not merely busy. */
 #define LISTENER_WAIT_US 50000
 #define ANSWERS_MAX 9
 
@@ -30,7 +30,7 @@ static __always_inline __u64 now_us(void)
 	return bpf_ktime_get_ns() / 1000; /* tcp_clock_us in include/net/tcp.h */
 }
 
-/* Reports whether a listening socket refuses packets that others would take. */
+/* Reports whether a listening socket refuses packets that an ordinary one would accept. */
 static __always_inline bool is_special(const struct tcp_sock *tcp)
 {
 	const struct inet_sock *inet = &tcp->inet_conn.icsk_inet;
@@ -45,8 +45,8 @@ static __always_inline bool is_special(const struct tcp_sock *tcp)
 }
 
 /*
- * Looks at a listening socket, which is released afterwards. Returns 0, or -1 unless it is one. The queues are read
- * without their locks: a connection that comes or goes just now may be counted or not.
+ * Copies the state of a socket to l. Returns 0, or -1 if it is not a listening socket. The queues are read without
+ * their locks, so a connection that comes or goes meanwhile may or may not be counted.
  */
 static __always_inline int examine(const struct tcp_sock *tcp, struct listener *l)
 {
@@ -74,7 +74,7 @@ static __always_inline int examine(const struct tcp_sock *tcp, struct listener *
 	return 0;
 }
 
-/* Returns the socket to which the pod's kernel would give a packet with s->tuple, or NULL. The caller releases it. */
+/* Returns the pod's socket that would receive a packet with s->tuple, or NULL. The caller must release it. */
 static __always_inline struct bpf_sock *look_up_tuple(struct __sk_buff *skb, struct scratch *s, int nsid)
 {
 	if (s->is_ipv4)
@@ -84,11 +84,11 @@ static __always_inline struct bpf_sock *look_up_tuple(struct __sk_buff *skb, str
 
 enum found {
 	FOUND_NONE,
-	FOUND_LISTENER, /* and s->listener is filled in */
+	FOUND_LISTENER, /* s->listener is filled in */
 	FOUND_OTHER,
 };
 
-/* Finds the socket to which the pod's kernel would give the SYN in s->tuple. */
+/* Looks up the socket that would receive the SYN in s->tuple. */
 static __always_inline enum found look_up(struct __sk_buff *skb, struct scratch *s, int nsid)
 {
 	enum found result = FOUND_OTHER;
@@ -106,8 +106,8 @@ static __always_inline enum found look_up(struct __sk_buff *skb, struct scratch 
 }
 
 /*
- * Finds the listening socket that the SYN in s->tuple would meet. Returns 0, or -1 if there is none. A global function,
- * so that the verifier checks it once.
+ * Finds the listening socket that the SYN in s->tuple would meet. Returns 0, or -1 if there is none. It is a global
+ * function so that the verifier checks it only once.
  */
 __noinline int find_listener(struct __sk_buff *skb, struct scratch *s, int nsid)
 {
@@ -117,7 +117,7 @@ __noinline int find_listener(struct __sk_buff *skb, struct scratch *s, int nsid)
 		return -1;
 	found = look_up(skb, s, nsid);
 	if (found == FOUND_OTHER) {
-		/* The pod still has an earlier connection on these ports; a listener may be behind it. */
+		/* The pod still has an earlier connection on these ports, which may hide a listener. */
 		if (s->is_ipv4)
 			s->tuple.ipv4.sport = 0;
 		else
@@ -128,8 +128,8 @@ __noinline int find_listener(struct __sk_buff *skb, struct scratch *s, int nsid)
 }
 
 /*
- * Finds the listening socket that has answered the SYN in s->tuple, while the connection is being made: its id, or 0. A
- * global function, as above.
+ * Returns the id of the listening socket that has answered the SYN in s->tuple, or 0. It can be found only while the
+ * connection is being established. It is a global function like the one above.
  */
 __noinline __u64 find_answering(struct __sk_buff *skb, struct scratch *s, int nsid)
 {
@@ -144,8 +144,8 @@ __noinline __u64 find_answering(struct __sk_buff *skb, struct scratch *s, int ns
 		return 0;
 	if (found->state == STATE_NEW_SYN_RECV) {
 		/*
-		 * bpf_skc_to_tcp_request_sock does not know those of MPTCP's listeners. Read like this, the verifier
-		 * takes the address for a number, on which a field's offset can be added.
+		 * bpf_skc_to_tcp_request_sock rejects request sockets of MPTCP listeners. Read like this, the address
+		 * is a number to the verifier, so that the offset of a field can be added.
 		 */
 		bpf_probe_read_kernel(&request, sizeof(request), &found);
 		id = (__u64)(long)BPF_CORE_READ(request, __req_common.skc_listener);
@@ -173,8 +173,8 @@ static __always_inline void set_tuple(const struct segment *seg, struct scratch 
 }
 
 /*
- * Reports whether a socket is the pod's: another pod's namespace may have got the id that the device's had. The inode
- * number is reused as well, though not while a device of its namespace exists, which this one's peer is.
+ * Reports whether a socket belongs to the pod: the id of the pod's namespace may have been reused for another pod's.
+ * The inode number is reused as well, but not while a device exists in the namespace, such as the peer of this one.
  */
 static __always_inline bool is_in_pod(const struct listener *l, struct device *device)
 {
@@ -184,9 +184,9 @@ static __always_inline bool is_in_pod(const struct listener *l, struct device *d
 }
 
 /*
- * Returns how many probes in a row may be answered in a socket's name. Without answers, a process that accepts nothing
- * is found out after limit + 2 probes; this is how many more it may take. In a group that shares the port, only the
- * socket that this SYN would meet was looked at.
+ * Returns how many probes in a row may be answered on behalf of a socket. Without answers, a process that accepts
+ * nothing is detected after limit + 2 probes; this is by how many more probes the detection may be delayed. In a group
+ * of sockets that share the port, only the one that this SYN would meet was examined.
  */
 static __always_inline __u32 answers_max(const struct listener *l)
 {
@@ -198,12 +198,12 @@ static __always_inline __u32 answers_max(const struct listener *l)
 }
 
 /*
- * Returns what keeps a probe from being answered, 0 if nothing does. A TCP probe that may be answered is counted.
+ * Returns what keeps a probe from being answered, or 0. A TCP probe that may be answered is counted.
  *
- * The count restarts once a prober's connection is known to have been accepted. Its SYN-ACK alone tells nothing of the
- * process, since the kernel sends it. But if both queues of the socket that sent it are empty, the connection has left
- * them; and so it has if the SYN-ACK is LISTENER_WAIT_US ago, and nothing in the queue is that old: connections are
- * accepted in the order in which they came. connected_at is the port's, as of before the look at the queues.
+ * The count restarts once a prober's connection is known to have been accepted. Its SYN-ACK alone proves nothing about
+ * the process, since the kernel sends it. But if both queues of the socket that sent it are empty, the connection has
+ * left them. The same holds if the SYN-ACK was sent LISTENER_WAIT_US ago and nothing in the queue is that old, because
+ * connections are accepted in order of arrival. connected_at is that of the port, read before the queues.
  */
 static __always_inline enum obstacle judge(const struct listener *l, struct tally *port, __u64 connected_at,
 					   bool is_tcp)
@@ -229,7 +229,7 @@ static __always_inline enum obstacle judge(const struct listener *l, struct tall
 	return 0;
 }
 
-/* Looks at the listening socket that a SYN would meet. Returns false if there is none, or it is not the pod's. */
+/* Examines the listening socket that a SYN would meet. Returns false if there is none, or it is not the pod's. */
 static __always_inline bool look(struct __sk_buff *skb, const struct segment *seg, struct device *device,
 				 struct tally *port, struct scratch *s)
 {
@@ -248,9 +248,9 @@ static __always_inline void note_obstacle(struct tally *port, enum obstacle obst
 }
 
 /*
- * Reports whether the pod's listening socket lets a port be answered, if it is fresh. For a port with a TCP probe that
- * is the answer; for others it is a veto. Where nothing can be looked at, it does. The socket is looked at in any case,
- * to tell how many probes could be answered.
+ * Reports whether the pod's listening socket permits answers on a port, provided that the port is fresh. On a port with
+ * a TCP probe it decides alone; on others it has a veto. Where sockets cannot be examined, the result is true. The
+ * socket is examined even if the port is not fresh, to update answered_max.
  */
 static __always_inline bool is_listening(struct __sk_buff *skb, const struct segment *seg, struct device *device,
 					 struct tally *port, bool fresh)
@@ -277,7 +277,7 @@ static __always_inline bool is_listening(struct __sk_buff *skb, const struct seg
 	return false;
 }
 
-/* Notes that the pod has answered a SYN, be it by a refusal. Returns the tally of the port, if there is one. */
+/* Notes that the pod has answered a SYN, even if by a refusal. Returns the tally of the port, or NULL. */
 static __always_inline struct tally *note_answered(const struct segment *seg, const struct flow *flow)
 {
 	struct endpoint_key key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_PORT, 0);
@@ -289,8 +289,8 @@ static __always_inline struct tally *note_answered(const struct segment *seg, co
 }
 
 /*
- * Notes that the pod's kernel has answered a prober's SYN, for judge to see what becomes of the connection. A rule of
- * netfilter, a program or a bound socket may have brought it to another socket than the one that steer finds.
+ * Notes that the pod's kernel has answered a prober's SYN, so that judge can tell whether the connection is accepted. A
+ * netfilter rule, a program or a bound socket may have led it to a different socket than the one that steer finds.
  */
 static __always_inline void note_connected(struct __sk_buff *skb, const struct segment *seg, const struct flow *flow)
 {
@@ -307,11 +307,12 @@ static __always_inline void note_connected(struct __sk_buff *skb, const struct s
 	if (!id || (port->connected_at && port->connected_to == id))
 		return;
 	port->connected_at = 0;
-	__sync_lock_test_and_set(&port->connected_to, id); /* a barrier: judge takes the time for this socket's */
+	__sync_lock_test_and_set(&port->connected_to,
+				 id); /* a barrier: judge must not pair the time with another socket */
 	port->connected_at = now_us();
 }
 
-/* Voids all evidence of the pod in whose network namespace a listening socket closed. */
+/* Voids all evidence about the pod in whose network namespace a listening socket closed. */
 static __always_inline void note_closed(const struct sock *sk)
 {
 	__u32 netns = sk->__sk_common.skc_net.net->ns.inum, ifindex;

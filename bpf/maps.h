@@ -1,19 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
-/* The maps, each with its key, value, writers, readers and lifetime. Types and sizes are in abi.h. */
+/* The maps, each with its key, value, writers, readers and lifetime. Their types are in abi.h. */
 #ifndef PROBELET_MAPS_H
 #define PROBELET_MAPS_H
 
 #include "abi.h"
 
 /*
- * Constants, set by the loader: a random token and random keys that pods cannot read, and the replies by status, from
- * STATUS_MIN on.
+ * Constants set by the loader: a random token and random keys, which pods cannot read, and the reply for each status
+ * from STATUS_MIN on.
  */
 const volatile __u64 order_token = 0;
 const volatile struct question_key question_keys[REQUEST_MAX / 8] = {};
 const volatile struct reply_text replies[STATUS_MAX - STATUS_MIN + 1] = {};
 
-/* key: 0; value: who probes. Written by the daemon, read by steer at a SYN. Lives until the pins are removed. */
+/* key: 0; value: who is a prober. Written by the daemon, read by steer at a SYN. Lives until the pins are removed. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -22,8 +22,8 @@ struct {
 } prober SEC(".maps");
 
 /*
- * key: a socket of the prober's process; value: that one's number. Written by mark when the socket is created, read by
- * steer at a SYN. The kernel removes it with the socket.
+ * key: a socket of the prober's process; value: the PID of that process. Written by mark when the socket is created,
+ * read by steer at a SYN. The kernel removes it along with the socket.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
@@ -33,9 +33,9 @@ struct {
 } prober_sockets SEC(".maps");
 
 /*
- * key: cookie of a socket of the daemon; value: unused. Its connection is passed on, whoever the prober is. Added by
- * the daemon before it connects and removed afterwards; read by steer at a SYN. An LRU, so that entries left by a
- * daemon that was killed cannot fill it.
+ * key: cookie of a socket of the daemon; value: unused. Its connection is passed on even if the daemon counts as a
+ * prober. Added by the daemon before it connects and removed afterwards; read by steer at a SYN. An LRU, so that
+ * entries left by a killed daemon cannot fill it.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -45,11 +45,11 @@ struct {
 } own_sockets SEC(".maps");
 
 /*
- * key: ifindex of a host-side veth; value: how it is attached, whether its answers arrive, what the pod takes. Created
- * when a device is attached (ADD, or the daemon) and removed first when it is detached. In between, steer and observe
- * write trust and pod_mtu, steer netns_cookie if it is 0, and watch withdrawn_at. `probeletctl trust` and promotion
- * replace it to start over, with withdrawn_at and what is known of the namespace.
- * Read by all programs but respond.
+ * key: ifindex of a host-side veth; value: how it is attached, whether its answers arrive, what the pod accepts.
+ * Created when a device is attached (by ADD or the daemon); the first thing to be removed when it is detached. In
+ * between, steer and observe write trust and pod_mtu, steer writes netns_cookie if it is 0, and watch writes
+ * withdrawn_at. `probeletctl trust` and promotion replace it to restart the trial, but keep withdrawn_at and what is
+ * known about the namespace. Read by all programs except respond.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -60,7 +60,7 @@ struct {
 
 /*
  * key: an endpoint or a port; value: what was last observed of it. Written by the daemon, read by steer and observe.
- * Removed by the daemon with the endpoint, or when the device is detached. Not preallocated, because few pods
+ * Removed by the daemon along with the endpoint, or when the device is detached. Not preallocated, because few pods
  * have ENDPOINTS_PER_POD.
  */
 struct {
@@ -72,9 +72,9 @@ struct {
 } endpoint_evidence SEC(".maps");
 
 /*
- * key: an endpoint or a port; value: what the programs note of it. Created (zero) by the daemon before the evidence and
- * removed after it, or when the device is detached. In between only steer and observe write it, so that neither
- * side overwrites the other. Read by them, the daemon and probeletctl.
+ * key: an endpoint or a port; value: what the programs note about it. Created (zeroed) by the daemon before the
+ * evidence and removed after it, or when the device is detached. In between only steer and observe write it, so that
+ * kernel and user space never overwrite each other. Read by them, the daemon and probeletctl.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -85,8 +85,8 @@ struct {
 } endpoint_tallies SEC(".maps");
 
 /*
- * key: a device; value: its keys in endpoint_evidence and endpoint_tallies. Written by the daemon, before it adds an
- * endpoint and after it removes one; read and removed when the device is detached. The programs do not use it.
+ * key: a device; value: its keys in endpoint_evidence and endpoint_tallies. Written by the daemon before it adds an
+ * endpoint and after it removes one; read and removed when the device is detached. Not used by the programs.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -98,7 +98,7 @@ struct {
 
 /*
  * key: inode number of a pod's network namespace; value: its devices. Written when a device is attached or detached,
- * read by watch. Lives as long as one of its devices is attached.
+ * read by watch. Lives as long as any of its devices is attached.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -109,9 +109,9 @@ struct {
 
 /*
  * key: addresses, ports and device of a prober's connection; value: its state. Created by steer at a SYN, read and
- * changed by steer and observe, removed by them when the connection ends, and by sweep after its deadline or once
- * its device is detached. Not an LRU: new connections must not evict one that was handed over. When it is full,
- * connections are passed on unobserved.
+ * changed by steer and observe, removed by them when the connection ends, or by sweep after its deadline or once its
+ * device is detached. Not an LRU: new connections must not evict one that was handed over. When it is full, connections
+ * are passed on unobserved.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -121,9 +121,9 @@ struct {
 } flows SEC(".maps");
 
 /*
- * key: a flow's; value: what its client has sent while it is handed over. Written by steer, read by observe. Removed by
- * observe once the pod has acknowledged it, or with the flow. When it is full, nothing is stored, and the client's
- * retransmission brings the request.
+ * key: that of a flow; value: what its client has sent while it is being handed over. Written by steer, read by
+ * observe. Removed by observe once the pod has acknowledged it, or along with the flow. When it is full, nothing is
+ * stored, and the client's retransmission brings the request.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -132,8 +132,7 @@ struct {
 	__type(value, struct stored);
 } requests SEC(".maps");
 
-/* key: 0; value: all zero. Never written; steer creates entries of requests from it, which is too large for the stack.
- */
+/* key: 0; value: all zero. Never written. steer creates entries of requests from it, too large for the stack. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -142,16 +141,16 @@ struct {
 } blank SEC(".maps");
 
 /*
- * Index: client port modulo FLOW_PORT_SLOTS; value: how many flows have such a port. 0 spares a packet the look-up in
- * flows. Written by steer, observe and sweep as they add and remove flows; read by steer and observe. Lives as long as
- * the programs do.
+ * Index: client port modulo FLOW_PORT_SLOTS; value: the number of flows with such a port. 0 saves a packet the lookup
+ * in flows. Written by steer, observe and sweep as they add and remove flows; read by steer and observe. Lives as long
+ * as the programs.
  */
 #define FLOW_PORT_SLOTS 4096
 __u32 flow_ports[FLOW_PORT_SLOTS];
 
 /*
- * Records of connections that were passed on or handed over, each a struct record and the bytes that it has. Written by
- * steer and observe; the daemon's reading removes them. When it is full, records are lost, and counted.
+ * Records of connections that were passed on or handed over, each a struct record followed by its payload. Written by
+ * steer and observe, consumed by the daemon. When it is full, records are lost, and counted.
  */
 #define RECORDS_BYTES (2 << 20)
 struct {
@@ -160,7 +159,7 @@ struct {
 } records SEC(".maps");
 
 /*
- * key: enum counter; value: count per CPU. Written by all programs but respond, read by the daemon and probeletctl.
+ * key: enum counter; value: count per CPU. Written by all programs except respond, read by the daemon and probeletctl.
  * Lives until the pins are removed.
  */
 struct {

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
 /*
- * Whose a socket is, where the prober shares its cgroup with other processes. A packet tells the cgroup of its socket,
- * but not the process. That is known when the socket is created, so mark notes it there, in the socket's own storage.
+ * Recognising a prober's sockets where it shares its cgroup with other processes. A packet reveals the cgroup of its
+ * socket but not the process, which is known only when the socket is created. So mark notes it then, in the storage of
+ * the socket.
  */
 #ifndef PROBELET_MARK_H
 #define PROBELET_MARK_H
@@ -11,9 +12,11 @@
 #include "kernel.h"
 #include "maps.h"
 
-#define PID_NAMESPACES_MAX 33 /* MAX_PID_NS_LEVEL in include/linux/pid_namespace.h, and the first one */
+#define PID_NAMESPACES_MAX 33 /* MAX_PID_NS_LEVEL in include/linux/pid_namespace.h, plus the initial one */
 
-/* The current process's number in a namespace, which need not be the first: a node may be a container. 0: it has none.
+/*
+ * Returns the PID of the current process in a namespace, or 0 if it has none there. The namespace need not be the
+ * initial one, because a node may be a container.
  */
 static __always_inline __u32 current_pid(__u32 namespace)
 {
@@ -33,7 +36,7 @@ static __always_inline __u32 current_pid(__u32 namespace)
 	return 0;
 }
 
-/* Whether the socket of a packet was created by that process. */
+/* Reports whether the socket of a packet was created by the process with the given PID. */
 static __always_inline bool is_marked(struct __sk_buff *skb, __u32 pid)
 {
 	struct bpf_sock *sk = skb->sk;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
-/* What the programs tell each other by a packet. */
+/* What the programs tell each other through a packet. */
 #ifndef PROBELET_ORDER_H
 #define PROBELET_ORDER_H
 
@@ -8,7 +8,7 @@
 #pragma clang diagnostic push
 #pragma clang diagnostic error "-Wpadded"
 
-/* HOOK_XDP: the answer that respond is to make of a packet. steer writes it behind the packet's TCP header. */
+/* HOOK_XDP: tells respond what to turn a packet into. steer writes it behind the packet's TCP header. */
 struct order {
 	__u64 token; /* order_token, so that a pod cannot forge an order */
 	__u32 seq;
@@ -22,23 +22,23 @@ struct order {
 
 #pragma clang diagnostic pop
 
-/* Makes the compiler describe the type in BTF, as in abi.h. */
+/* Makes the compiler emit BTF for the type, as in abi.h. */
 const struct order *btf_order __attribute__((unused));
 
-/* Room behind a steered packet's TCP header for an MSS option and the longest reply, so that respond only shrinks it.
- */
+/* Room for an MSS option and the longest reply behind a steered packet's TCP header: respond only has to shrink it. */
 #define STEERED_ROOM (4 + REPLY_MAX)
 _Static_assert(sizeof(struct order) <= STEERED_ROOM, "an order must fit into a steered packet");
 
 /*
  * EtherType of a packet on its way from steer to respond (IEEE 802 Local Experimental 1). If respond has been detached,
- * no protocol of the host and no bridge takes the packet for the client's. A pod may use the EtherType itself.
+ * neither the host nor a bridge mistakes the packet for the client's. A pod may use the EtherType itself.
  */
 #define ETH_P_STEERED 0x88B5
 
 /*
  * skb->tc_index of a packet that our programs are done with: an answer on its way up, a packet redirected to the pod,
- * or a translated one. While attach.Promote has a device attached twice, it tells the second copy to leave it alone.
+ * or a translated one. While attach.Promote has the programs attached twice, it makes the second copy ignore the
+ * packet.
  */
 #define HANDLED 0x7062
 #define HANDLED_TRIAL 0x7063 /* the answer to a trial's SYN */

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
-/* Parsing packets. What is not fully understood is reported as such, never guessed. */
+/* Parsing packets. Anything not fully understood is rejected, never guessed. */
 #ifndef PROBELET_PARSE_H
 #define PROBELET_PARSE_H
 
@@ -18,10 +18,10 @@
 /* A TCP segment between a client and a pod, seen from either side. */
 struct segment {
 	struct flow_key flow;
-	bool may_have_flow; /* false: it certainly has none */
+	bool may_have_flow; /* false: it has none */
 	__u32 l3_len;
 	__u32 tcp_len; /* header with options */
-	__u32 payload; /* bytes, without padding of the frame */
+	__u32 payload; /* bytes, without padding */
 	__u32 seq;
 	__u32 ack;
 	__u16 window;
@@ -35,7 +35,7 @@ static __always_inline void map_ipv4(__u8 addr[16], __be32 ipv4)
 	__builtin_memcpy(addr + 12, &ipv4, 4);
 }
 
-/* Hop-by-hop header of a packet above 64 KiB, with that option only (RFC 2675; the kernel's ipv6_has_hopopt_jumbo). */
+/* Hop-by-hop header of a packet above 64 KiB, with only this option (RFC 2675; ipv6_has_hopopt_jumbo in the kernel). */
 struct jumbo_header {
 	__u8 next;
 	__u8 len;
@@ -46,15 +46,15 @@ struct jumbo_header {
 #define JUMBO_OPTION 0xc2
 
 enum finding {
-	NOT_TCP,   /* or TCP in a form that no flow has: a fragment, IP options, extension headers */
+	NOT_TCP,   /* or TCP in a form that no flow takes: a fragment, IP options, extension headers */
 	CUT_SHORT, /* the headers are not all in the linear part of the skb */
 	FOUND,
 };
 
 /*
- * Finds the TCP header and the length of the headers before it. Packets are read directly, because most are not ours
- * and pay for this only. None is written directly, because the kernel makes every packet writable for a program that
- * does.
+ * Finds the TCP header and the length of the headers before it. This reads packets directly, because most are not ours
+ * and pay for nothing else. Packets are never written directly, because for a program that does, the kernel makes every
+ * packet writable.
  */
 static __always_inline enum finding find_tcp(struct __sk_buff *skb, struct tcphdr **tcp, __u32 *l3_len)
 {
@@ -114,12 +114,12 @@ static __always_inline __u32 *flow_port_slot(__u16 client_port)
 {
 	__u32 slot = client_port;
 
-	/* Keeps the mask below behind the byte swap: verifiers before 6.4 lose bounds in a swap. */
+	/* Keeps the mask after the byte swap: verifiers before 6.4 lose bounds in a swap. */
 	asm volatile("" : "+r"(slot));
 	return &flow_ports[slot & (FLOW_PORT_SLOTS - 1)];
 }
 
-/* Reads the segment whose TCP header find_tcp found. Returns false if its lengths contradict each other. */
+/* Reads the segment whose TCP header find_tcp has found. Returns false if its lengths are inconsistent. */
 static __always_inline bool read_segment(struct __sk_buff *skb, struct segment *s, bool from_pod,
 					 const struct tcphdr *tcp)
 {
@@ -127,7 +127,7 @@ static __always_inline bool read_segment(struct __sk_buff *skb, struct segment *
 	__u16 source = bpf_ntohs(tcp->source), dest = bpf_ntohs(tcp->dest);
 	__u8 *from = from_pod ? s->flow.pod_addr : s->flow.client_addr;
 	__u8 *to = from_pod ? s->flow.client_addr : s->flow.pod_addr;
-	__u32 bytes; /* of the segment with its header */
+	__u32 bytes; /* of the segment including its header */
 
 	s->tcp_flags = flags_of(tcp);
 	s->tcp_len = tcp->doff * 4;
@@ -157,7 +157,7 @@ static __always_inline bool read_segment(struct __sk_buff *skb, struct segment *
 		__builtin_memcpy(to, &ip->daddr, 16);
 		bytes = bpf_ntohs(ip->payload_len);
 	}
-	if (!bytes) /* above 64 KiB (BIG TCP) only the skb has the length */
+	if (!bytes) /* above 64 KiB (BIG TCP) only the skb knows the length */
 		bytes = skb->len - ETH_HLEN - s->l3_len;
 	if (s->tcp_len < sizeof(*tcp) || bytes < s->tcp_len || ETH_HLEN + s->l3_len + bytes > skb->len)
 		return false;
@@ -165,7 +165,7 @@ static __always_inline bool read_segment(struct __sk_buff *skb, struct segment *
 	return true;
 }
 
-/* Parses a packet that may belong to a flow, or begin one. Returns false for all others. */
+/* Parses a packet that may belong to a flow or begin one. Returns false for all others. */
 static __always_inline bool parse(struct __sk_buff *skb, struct segment *s, bool from_pod)
 {
 	struct tcphdr *tcp = NULL;
@@ -185,14 +185,14 @@ static __always_inline bool parse(struct __sk_buff *skb, struct segment *s, bool
 }
 
 /*
- * The loops below are global functions, so that the verifier checks each once, and not again for every exit of the one
- * before.
+ * The loops below are in global functions, so that the verifier checks each only once, instead of once per exit of the
+ * preceding one.
  */
 
 /*
- * Hashes the request in s->bytes: NH (RFC 4418, section 5.2) under two independent keys. That two different requests
- * agree in one of them has a probability of 2^-32 over the keys (Black et al., UMAC, CRYPTO 1999, theorem 4.2). Returns
- * 0.
+ * Hashes the request in s->bytes: NH (RFC 4418, section 5.2) under two independent keys. Two different requests have
+ * the same hash under one of them with a probability of 2^-32 over the keys (Black et al., UMAC, CRYPTO 1999, theorem
+ * 4.2). Returns 0.
  */
 __noinline int hash_request(struct scratch *s)
 {
@@ -203,7 +203,7 @@ __noinline int hash_request(struct scratch *s)
 		return 0;
 	hash = check = s->len;
 	last = s->len / 8;
-	if (last < REQUEST_MAX / 8) /* bytes of an earlier packet behind it do not count */
+	if (last < REQUEST_MAX / 8) /* clear what an earlier packet left behind the request */
 		s->words[last] &= (1ULL << s->len % 8 * 8) - 1;
 	for (__u32 i = 0; i < REQUEST_MAX / 8; i++) {
 		__u64 word = s->words[i];
@@ -220,8 +220,8 @@ __noinline int hash_request(struct scratch *s)
 }
 
 /*
- * Reads a SYN's options from s->bytes, and its MSS into s->mss. Returns 0, or -1 if they are malformed or include one
- * that an answer would have to honour (MD5, authentication, fast open …).
+ * Parses a SYN's options in s->bytes and stores its MSS in s->mss. Returns 0, or -1 if they are malformed or include
+ * one that an answer would have to honour (MD5, authentication, fast open …).
  */
 __noinline int read_syn_options(struct scratch *s)
 {
@@ -267,9 +267,9 @@ static const char http_end[] = "\r\n\r\n";
 #define LITERAL_LEN(literal) (sizeof(literal) - 1)
 
 /*
- * Returns the question that a segment asks, or NULL unless it may be a whole request without a body. Whether it is one
- * is for the daemon to say, once: it takes a question for an endpoint's only if all of its bytes are, and nothing else
- * was sent on the connection.
+ * Returns the question that a segment asks, or NULL if it cannot be a whole request without a body. The daemon checks
+ * once whether it is one: it attributes a question to an endpoint only if all bytes match, and nothing else was sent on
+ * the connection.
  */
 static __always_inline const struct question *read_question(struct __sk_buff *skb, const struct segment *seg)
 {
@@ -290,7 +290,7 @@ static __always_inline const struct question *read_question(struct __sk_buff *sk
 	return &s->asked;
 }
 
-/* A SYN's options in the order in which Linux sends them (tcp_options_write). */
+/* The options of a SYN in the order in which Linux sends them (tcp_options_write). */
 struct linux_syn_options {
 	__u8 mss_kind, mss_len;
 	__be16 mss;
@@ -299,7 +299,7 @@ struct linux_syn_options {
 	__u8 nop, scale[2], shift;
 };
 
-/* Reports whether the options are those, which spares the loop. */
+/* Reports whether a SYN has the usual options, which saves the loop. */
 static __always_inline bool is_linux(const struct linux_syn_options *o)
 {
 	return o->mss_kind == 2 && o->mss_len == 4 && o->sack[0] == 4 && o->sack[1] == 2 && o->timestamps[0] == 8 &&

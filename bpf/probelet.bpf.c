@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 /*
- * Programs on the host-side veth of a pod, in the host's network namespace (ARCHITECTURE.md has a picture):
+ * Programs on the host-side veth of a pod, in the host's network namespace (ARCHITECTURE.md has a diagram):
  *
  *   steer, tc egress: sees what the host sends to the pod. Decides at the SYN whether to take a prober's connection,
- * and turns each packet of a taken one into its answer, in place, redirected into the receive path of the same device.
+ *   and turns each packet of a taken one into its answer, in place, redirected into the receive path of the same
+ * device.
  *
- *   observe, tc ingress: sees what the pod sends. Splices connections that are handed over. Both record what happens on
+ *   observe, tc ingress: sees what the pod sends. Splices connections that are handed over. Both programs record
  *   connections that reach the pod.
  *
- *   respond, XDP, only with HOOK_XDP: makes the answers in steer's stead, from steer's orders.
+ *   respond, XDP, only with HOOK_XDP: makes the answers instead of steer, which orders them.
  *
  * Programs for the whole machine:
  *
- *   watch, at the trace point inet_sock_set_state: sees pods' listening sockets close, and voids what is known of them.
+ *   watch, at the tracepoint inet_sock_set_state: sees pods' listening sockets close, and voids the pods' evidence.
  *
  *   mark, where the prober shares its cgroup: marks the sockets that the prober's process creates there.
  *
@@ -36,8 +37,8 @@
 #define DROP TC_ACT_SHOT
 
 /*
- * The window we grant: a client sends no more before the pod has its connection, so all of it can be stored. Linux
- * fills at most half of the window with one segment, which still holds a request of REQUEST_MAX.
+ * The window we grant. A client sends no more than this before its connection is handed over, so all of it can be
+ * stored. Linux fills at most half of the window with one segment, which still holds a request of REQUEST_MAX.
  */
 #define FIRST_WINDOW STORED_MAX
 
@@ -53,14 +54,17 @@ static __always_inline bool is_prober(const struct prober_config *config, struct
 	return config->any_local;
 }
 
-/* Drops a packet at egress without a sign of congestion, which TC_ACT_SHOT is to the client's TCP: no device is 0. */
+/*
+ * Drops a packet at egress by a redirect to device 0, which does not exist. TC_ACT_SHOT would signal congestion to the
+ * client's TCP.
+ */
 static __always_inline int drop_quietly(void)
 {
 	count(COUNT_DROPPED);
 	return bpf_redirect(0, 0);
 }
 
-/* Writes an order for respond over the packet's options and payload. Returns false if the packet must be dropped. */
+/* Overwrites the packet's options and payload with an order for respond. Returns false if it must be dropped. */
 static __always_inline bool write_order(struct __sk_buff *skb, const struct segment *seg, const struct outgoing *out,
 					__u16 status)
 {
@@ -76,13 +80,13 @@ static __always_inline bool write_order(struct __sk_buff *skb, const struct segm
 	__u32 tcp_end = ETH_HLEN + seg->l3_len + sizeof(struct tcphdr);
 	__be16 proto = bpf_htons(ETH_P_STEERED);
 
-	/* Growing always works here, unlike in XDP. It also undoes segmentation offload, clones and fragments. */
+	/* Unlike in XDP, growing always works here. It also undoes segmentation offload, clones and fragments. */
 	return !bpf_skb_change_tail(skb, tcp_end + STEERED_ROOM, 0) &&
 	       !bpf_skb_store_bytes(skb, tcp_end, &order, sizeof(order), 0) &&
 	       !bpf_skb_store_bytes(skb, offsetof(struct ethhdr, h_proto), &proto, sizeof(proto), 0);
 }
 
-/* Answers the client in the pod's name. flags are the flow's; status is that of the reply to append, 0 for none. */
+/* Answers the client in the pod's name. flags are those of the flow; status selects the reply to append, 0: none. */
 static __always_inline int answer(struct __sk_buff *skb, const struct segment *seg, __u32 flags, struct outgoing *out,
 				  __u16 status)
 {
@@ -90,7 +94,7 @@ static __always_inline int answer(struct __sk_buff *skb, const struct segment *s
 	const void *reply = NULL;
 	bool done;
 
-	asm volatile("" : "+r"(index)); /* keeps the register that is compared the one that is used, for the verifier */
+	asm volatile("" : "+r"(index)); /* for the verifier: makes the compared register also the one that is used */
 	out->back = true;
 	if (flags & FLOW_XDP) {
 		done = write_order(skb, seg, out, status);
@@ -104,7 +108,7 @@ static __always_inline int answer(struct __sk_buff *skb, const struct segment *s
 	}
 	if (!done)
 		return DROP;
-	skb->mark = 0; /* the client's, which means nothing on the way back */
+	skb->mark = 0; /* set for the client's packet, meaningless on the way back */
 	skb->tc_index = (flags & (FLOW_TRIAL | FLOW_CONNECTED)) == FLOW_TRIAL ? HANDLED_TRIAL : HANDLED;
 	return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
 }
@@ -115,7 +119,7 @@ static __always_inline int answer_syn(struct __sk_buff *skb, const struct segmen
 	    .seq = flow->our_isn,
 	    .ack = flow->client_isn + 1,
 	    .tcp_flags = TCP_SYN | TCP_ACK,
-	    .mss = flow->client_mss, /* fits the path to the pod, and the pod (limit_mss) */
+	    .mss = flow->client_mss, /* fits both the path to the pod and the pod (limit_mss) */
 	    .window = FIRST_WINDOW,
 	};
 
@@ -138,7 +142,7 @@ static __always_inline int replay_syn(struct __sk_buff *skb, const struct segmen
 	}
 	flow->client_window = seg->window;
 	set_deadline(flow, HANDING_NS);
-	if (flow->state == FLOW_HANDED) /* by observe, just now */
+	if (flow->state == FLOW_HANDED) /* observe has just changed it */
 		set_deadline(flow, HANDED_NS);
 	if (!emit(skb, seg->l3_len, &out, NULL, 0))
 		return DROP;
@@ -146,7 +150,7 @@ static __always_inline int replay_syn(struct __sk_buff *skb, const struct segmen
 	return PASS;
 }
 
-/* Changes a device's trust, unless the device was attached again or trust was lost meanwhile. */
+/* Changes a device's trust, unless the device was attached again or lost trust meanwhile. */
 static __always_inline void change_trust(struct device *device, __u32 generation, enum trust trust, enum loss loss)
 {
 	union {
@@ -167,7 +171,7 @@ static __always_inline void change_trust(struct device *device, __u32 generation
 	}
 }
 
-/* Notes that an answer was lost: something on the way drops them. From now on this device takes no connection. */
+/* Notes that an answer was lost, dropped by something on the way. The device takes no connections from now on. */
 static __always_inline void lose_trust(__u32 ifindex, __u32 generation, enum loss loss)
 {
 	struct device *device = bpf_map_lookup_elem(&devices, &ifindex);
@@ -176,7 +180,7 @@ static __always_inline void lose_trust(__u32 ifindex, __u32 generation, enum los
 		change_trust(device, generation, TRUST_LOST, loss);
 }
 
-/* Reports whether an answer sent at since must have arrived by now. Either may be a little ahead, from another CPU. */
+/* Reports whether an answer sent at since is overdue. Either time may be slightly ahead if taken on another CPU. */
 static __always_inline bool is_overdue(__u64 since, __u64 now)
 {
 	return (__s64)(now - since) > (__s64)ANSWER_LOST_NS;
@@ -198,8 +202,8 @@ static __always_inline bool is_unacknowledged(const struct segment *seg, const s
 }
 
 /*
- * Reports whether answers to this port are known to arrive, or this connection is the trial that is to tell. A device
- * has one trial, so where answers do not arrive, one probe is delayed.
+ * Reports whether answers from this port are known to arrive, or this connection becomes the device's trial. A device
+ * has only one trial, so where answers do not arrive, only one probe is delayed.
  */
 static __always_inline bool is_trusted(const struct segment *seg, struct device *device, struct tally *port,
 				       struct flow *flow)
@@ -218,8 +222,8 @@ static __always_inline bool is_trusted(const struct segment *seg, struct device 
 	if (device->trust != TRUST_PROVEN)
 		return false;
 	/*
-	 * A prober may give up before its SYN is repeated: the next one finds that nothing was heard of it. What was
-	 * watched before the device's trial says nothing of it since.
+	 * A prober may give up before it repeats its SYN; then the next connection finds that the watched one was never
+	 * acknowledged. A flow watched before the device's trial proves nothing about the time since.
 	 */
 	if (port->watched_at < device->trial_at || !is_unacknowledged(seg, port)) {
 		port->watched_at = now;
@@ -231,7 +235,7 @@ static __always_inline bool is_trusted(const struct segment *seg, struct device 
 	return true;
 }
 
-/* A flow ends before it is known whether its answer arrived: if it was the trial of its device, there is another. */
+/* Allows another trial if a flow was its device's trial and ends before it is known whether the answer arrived. */
 static __always_inline void abandon_trial(const struct flow_key *key, const struct flow *flow)
 {
 	struct device *device;
@@ -243,7 +247,7 @@ static __always_inline void abandon_trial(const struct flow_key *key, const stru
 		__sync_val_compare_and_swap(&device->trial_at, flow->started_at, 0);
 }
 
-/* The client has the answer to its SYN. */
+/* Notes that the client has received the answer to its SYN. */
 static __always_inline void acknowledge(const struct segment *seg, struct flow *flow)
 {
 	struct device *device;
@@ -254,14 +258,14 @@ static __always_inline void acknowledge(const struct segment *seg, struct flow *
 	device = bpf_map_lookup_elem(&devices, &seg->flow.ifindex);
 	if (!device)
 		return;
-	/* Without observe no connection can be handed over. */
+	/* Connections cannot be handed over without observe. */
 	if (device->observed)
 		change_trust(device, flow->generation, TRUST_PROVEN, LOSS_NONE);
 	else
 		change_trust(device, flow->generation, TRUST_LOST, LOSS_UNOBSERVED);
 }
 
-/* Reports whether a connection may be taken. port, tally and withdrawn are the port's evidence and withdrawals. */
+/* Reports whether a connection may be taken. port, tally and withdrawn belong to the port. */
 static __always_inline bool may_take(struct __sk_buff *skb, const struct segment *seg, struct device *device,
 				     struct flow *flow, const struct evidence *port, struct tally *tally,
 				     __u64 withdrawn)
@@ -287,7 +291,7 @@ static __always_inline bool may_take(struct __sk_buff *skb, const struct segment
 	return true;
 }
 
-/* Limits the MSS that we tell the client to the pod's, as the pod would: the two ends of a veth may differ in MTU. */
+/* Limits the MSS that we announce to the client to the pod's, because the two ends of a veth may differ in MTU. */
 static __always_inline void limit_mss(const struct segment *seg, const struct device *device, struct flow *flow)
 {
 	__u32 headers = seg->l3_len + sizeof(struct tcphdr), most = device->pod_mtu;
@@ -310,7 +314,7 @@ static __always_inline void note_mtu(struct __sk_buff *skb, const struct segment
 		device->pod_mtu = mtu;
 }
 
-/* Decides whether a prober's new connection is taken. Nothing later does. */
+/* Decides, once and for all, whether a prober's new connection is taken. */
 static __always_inline int decide(struct __sk_buff *skb, const struct segment *seg, __u64 cookie)
 {
 	struct device *device = bpf_map_lookup_elem(&devices, &seg->flow.ifindex);
@@ -339,7 +343,7 @@ static __always_inline int decide(struct __sk_buff *skb, const struct segment *s
 		count(COUNT_PASSED_NOT_PROBED);
 		return PASS;
 	}
-	/* Only the pod can honour data on a SYN (fast open) and options that we do not understand. */
+	/* Only the pod can honour data in a SYN (fast open) and options that we do not understand. */
 	if (!parse_syn_options(skb, seg, &flow->client_mss) || seg->payload) {
 		count(COUNT_PASSED_NOT_PARSABLE);
 		return PASS;
@@ -354,7 +358,7 @@ static __always_inline int decide(struct __sk_buff *skb, const struct segment *s
 	}
 	flow->deadline = flow->started_at + (taken ? TAKEN_NS : CONNECTING_NS);
 	if (!add_flow(&seg->flow, flow)) {
-		if (flow->flags & FLOW_TRIAL) /* it did not take place */
+		if (flow->flags & FLOW_TRIAL) /* the trial did not take place */
 			__sync_val_compare_and_swap(&device->trial_at, flow->started_at, 0);
 		count(COUNT_PASSED_FULL);
 		return PASS;
@@ -372,7 +376,7 @@ static __always_inline int steer_syn(struct __sk_buff *skb, const struct segment
 	struct prober_config *config = bpf_map_lookup_elem(&prober, &zero);
 	__u64 cookie;
 
-	/* A packet with an ingress device was forwarded or bridged: no process of this namespace sent it. */
+	/* A packet with an ingress device was forwarded or bridged, and not sent by a process in this namespace. */
 	if (!config || skb->ingress_ifindex || !is_prober(config, skb)) {
 		count(COUNT_PASSED_NOT_PROBER);
 		return PASS;
@@ -393,8 +397,8 @@ static __always_inline int steer_syn_again(struct __sk_buff *skb, const struct s
 	if (flow->state != FLOW_TAKEN)
 		return drop_quietly(); /* a late duplicate: the client is connected */
 	/*
-	 * While the client may have our answer, repeat the same: two SYNs that were held up arrive one right after the
-	 * other, and a different answer would break the connection.
+	 * Repeat the same answer as long as the client may have received it: two delayed SYNs arrive in quick
+	 * succession, and a different answer would break the connection.
 	 */
 	if (flow->flags & FLOW_CONNECTED || !is_overdue(flow->started_at, bpf_ktime_get_boot_ns()))
 		return answer_syn(skb, seg, flow);
@@ -404,7 +408,7 @@ static __always_inline int steer_syn_again(struct __sk_buff *skb, const struct s
 	return PASS;
 }
 
-/* Notes what a client asks the pod. Returns false if it is not a question: nothing is learned from the connection. */
+/* Notes what a client asks the pod. Returns false if that is not a question, so that the connection teaches nothing. */
 static __always_inline bool note_request(struct flow *flow, const struct question *question)
 {
 	if (!question)
@@ -414,12 +418,12 @@ static __always_inline bool note_request(struct flow *flow, const struct questio
 	return true;
 }
 
-/* Notes a client's packet on a connection that was passed on. The packet always goes on. */
+/* Notes a client's packet on a connection that was passed on. The packet itself is always passed on, too. */
 static __always_inline void steer_observing(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
 	bool ends = seg->tcp_flags & (TCP_FIN | TCP_RST);
 
-	/* A client that is still connecting resets what the pod has left of an earlier connection, and goes on. */
+	/* A client that is still connecting resets the pod's leftover of an earlier connection and carries on. */
 	if (seg->tcp_flags & TCP_RST && !(flow->flags & FLOW_CONNECTED) && seg->seq != flow->client_isn + 1)
 		return;
 	if (seg->payload && !(flow->flags & FLOW_REQUESTED) &&
@@ -430,7 +434,7 @@ static __always_inline void steer_observing(struct __sk_buff *skb, const struct 
 		end_flow(&seg->flow, flow);
 }
 
-/* Ends a taken connection that its client has closed: resets it, so that it leaves nothing behind. */
+/* Ends a taken connection that its client has closed, with a reset, so that nothing is left behind. */
 static __always_inline int end_taken(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
 	struct outgoing out = {
@@ -444,14 +448,14 @@ static __always_inline int end_taken(struct __sk_buff *skb, const struct segment
 		struct endpoint_key key =
 		    endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_TCP, 0);
 
-		/* A TCP probe. The answer was the one to its SYN. */
+		/* This was a TCP probe, and the answer to its SYN answered it. */
 		note_answer(&key, bpf_map_lookup_elem(&endpoint_tallies, &key), flow->evidence_at, flow->started_at);
 	}
 	end_flow(&seg->flow, flow);
 	return answer(skb, seg, (flags & FLOW_XDP) | FLOW_CONNECTED, &out, 0);
 }
 
-/* Answers a question, if it is one and may be answered, and sets the verdict. Returns false if it may not. */
+/* Answers a request and sets the verdict. Returns false if it is not a question or may not be answered. */
 static __always_inline bool answer_request(struct __sk_buff *skb, const struct segment *seg, struct flow *flow,
 					   const struct question *question, int *verdict)
 {
@@ -459,7 +463,7 @@ static __always_inline bool answer_request(struct __sk_buff *skb, const struct s
 	struct outgoing out = {
 	    .seq = flow->our_isn + 1,
 	    .ack = seg->seq + seg->payload,
-	    /* Data and FIN in one segment: the prober never closes first, so no TIME_WAIT is left. */
+	    /* Data and FIN in one segment: the prober never closes first, so it is not left in TIME_WAIT. */
 	    .tcp_flags = TCP_PSH | TCP_FIN | TCP_ACK,
 	    .window = FIRST_WINDOW,
 	};
@@ -468,7 +472,7 @@ static __always_inline bool answer_request(struct __sk_buff *skb, const struct s
 	struct tally *tally;
 	struct evidence e;
 
-	/* The answer did not arrive, though the one to the SYN did; or the CPU that is to receive it was held up. */
+	/* This answer did not arrive, although the one to the SYN did, or the receiving CPU was held up. */
 	if (again) {
 		clear_flags(flow, FLOW_REQUESTED);
 		if (is_overdue(flow->started_at, bpf_ktime_get_boot_ns())) {
@@ -487,7 +491,7 @@ static __always_inline bool answer_request(struct __sk_buff *skb, const struct s
 	now = bpf_ktime_get_boot_ns();
 	if (e.result != RESULT_SUCCESS || e.observed_at <= withdrawn || e.observed_at <= withdrawn_at(tally))
 		return false;
-	/* Evidence that was fresh at the SYN is good for the grace. */
+	/* Evidence that was fresh at the SYN may be used within the grace period. */
 	if (now >= e.fresh_until && (flow->started_at >= e.fresh_until || now - flow->started_at >= TAKEN_GRACE_NS))
 		return false;
 	if (!again)
@@ -512,17 +516,16 @@ static __always_inline int steer_taken(struct __sk_buff *skb, const struct segme
 	if (!seg->payload && seg->tcp_flags & TCP_FIN) {
 		if (flow->flags & FLOW_REQUESTED || offset == 0)
 			return end_taken(skb, seg, flow);
-		return drop_quietly(); /* data before it was lost */
+		return drop_quietly(); /* preceding data was lost */
 	}
 	if (!seg->payload) {
-		/* A keep-alive is handed over: the client may be waiting for a server that speaks first. */
+		/* A keep-alive leads to a handover: the client may be waiting for a server that speaks first. */
 		if (offset != (__u32)-1 || flow->flags & FLOW_REQUESTED)
 			return drop_quietly();
 		set_flags(flow, FLOW_DONE);
 		return replay_syn(skb, seg, flow);
 	}
-	/* Wait for the first byte, which later data may have overtaken. And hand over no client that has had an answer.
-	 */
+	/* Wait for the first byte, which later data may have overtaken, and never hand over a client with an answer. */
 	if (offset != 0 || seg->ack != flow->our_isn + 1)
 		return drop_quietly();
 	question = read_question(skb, seg);
@@ -532,7 +535,7 @@ static __always_inline int steer_taken(struct __sk_buff *skb, const struct segme
 		record_packet(skb, seg, flow, 0);
 	else
 		set_flags(flow, FLOW_DONE);
-	store(skb, seg, flow, 0); /* if there is no room, the client's retransmission brings it */
+	store(skb, seg, flow, 0); /* if this fails, the client will retransmit */
 	return replay_syn(skb, seg, flow);
 }
 
@@ -545,7 +548,7 @@ static __always_inline int steer_handing(struct __sk_buff *skb, const struct seg
 		end_flow(&seg->flow, flow);
 		return drop_quietly();
 	}
-	/* The client repeats its first byte: the pod has not answered the SYN for a while. */
+	/* The client repeats its first byte, so the pod has not answered the SYN for a while. */
 	if (offset + 1 <= 1 && (seg->payload || offset == (__u32)-1))
 		return replay_syn(skb, seg, flow);
 	if (flow->flags & FLOW_STORED && (seg->payload || seg->tcp_flags & TCP_FIN))
@@ -553,7 +556,7 @@ static __always_inline int steer_handing(struct __sk_buff *skb, const struct seg
 	return drop_quietly();
 }
 
-/* Notes that one of the FINs is acknowledged. Reports whether both are. */
+/* Notes that one of the FINs is acknowledged, and reports whether both are. */
 static __always_inline bool all_acked(struct flow *flow, enum flow_flag acked)
 {
 	const __u32 all = FLOW_CLIENT_FIN_ACKED | FLOW_POD_FIN_ACKED;
@@ -561,7 +564,7 @@ static __always_inline bool all_acked(struct flow *flow, enum flow_flag acked)
 	return (set_flags(flow, acked) & all) == all;
 }
 
-/* Translates a client's packet. The pod's sequence numbers are pod_isn - our_isn ahead of those the client knows. */
+/* Translates a client's packet. The pod's sequence numbers are pod_isn - our_isn ahead of those the client sees. */
 static __always_inline int steer_handed(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
 	__u32 tcp = ETH_HLEN + seg->l3_len, ack = seg->ack + flow->pod_isn - flow->our_isn;
@@ -589,8 +592,8 @@ static __always_inline int steer_handed(struct __sk_buff *skb, const struct segm
 }
 
 /*
- * Reports whether one of our programs has dealt with the packet already. The mark is never cleared, because during a
- * promotion each program is on the device twice, and both must leave the packet alone.
+ * Reports whether one of our programs has already handled the packet. The mark is never cleared, because during a
+ * promotion each program is attached twice, and both copies must ignore the packet.
  */
 static __always_inline bool is_handled(const struct __sk_buff *skb)
 {
@@ -609,7 +612,7 @@ int steer(struct __sk_buff *skb)
 		flow = bpf_map_lookup_elem(&flows, &seg.flow);
 	if (flow && (!is_from_owner(skb, flow) || (begins(seg.tcp_flags) && seg.seq != flow->client_isn))) {
 		abandon_trial(&seg.flow, flow);
-		end_flow(&seg.flow, flow); /* another connection, on the same ports */
+		end_flow(&seg.flow, flow); /* another connection on the same ports */
 		flow = NULL;
 	}
 	if (begins(seg.tcp_flags))
@@ -635,7 +638,7 @@ static __always_inline void note_reset(const struct segment *seg, const struct f
 {
 	struct endpoint_key port = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_PORT, 0);
 
-	/* Once the pod answers, or the client has closed, a reset proves nothing by itself. A refusal always does. */
+	/* Once the pod has answered, or the client has closed, a reset alone proves nothing. A refusal always does. */
 	if (flow->state == FLOW_HANDING || !(flow->flags & (FLOW_DONE | FLOW_ANSWERED)))
 		withdraw(&port, WITHDRAWN_RESET, COUNT_WITHDRAWN_RESET);
 }
@@ -667,7 +670,7 @@ static __always_inline void observe_passed(struct __sk_buff *skb, const struct s
 	}
 	if (seg->tcp_flags & TCP_SYN) {
 		if (seg->ack != flow->client_isn + 1)
-			return; /* of another connection on the same ports */
+			return; /* belongs to another connection on the same ports */
 		flow->pod_isn = seg->seq;
 		set_flags(flow, FLOW_CONNECTED);
 		set_deadline(flow, OBSERVING_NS);
@@ -680,7 +683,7 @@ static __always_inline void observe_passed(struct __sk_buff *skb, const struct s
 	record_packet(skb, seg, flow, 1);
 }
 
-/* Turns the pod's SYN-ACK into the ACK to it, carrying what the client has sent so far. */
+/* Turns the pod's SYN-ACK into the ACK for it, which carries what the client has sent so far. */
 static __always_inline int accept_handover(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
 	struct outgoing out = {
@@ -697,7 +700,7 @@ static __always_inline int accept_handover(struct __sk_buff *skb, const struct s
 	if (flow->state == FLOW_HANDING) {
 		note_mtu(skb, seg, flow);
 		note_connected(skb, seg, flow);
-		__sync_lock_test_and_set(&flow->pod_isn, seg->seq); /* a barrier: there before steer uses it */
+		__sync_lock_test_and_set(&flow->pod_isn, seg->seq); /* a barrier: must be set before steer uses it */
 		flow->state = FLOW_HANDED;
 		set_deadline(flow, HANDED_NS); /* after the state: see replay_syn */
 	}
@@ -709,7 +712,7 @@ static __always_inline int accept_handover(struct __sk_buff *skb, const struct s
 		out.tcp_flags |= TCP_PSH | (stored->fin ? TCP_FIN : 0);
 		if (!emit(skb, seg->l3_len, &out, stored->bytes, STORED_MAX))
 			return DROP;
-		/* If its memory became another connection's meanwhile, drop: the client repeats its data. */
+		/* Drop the packet if the memory has become another connection's. The client will repeat its data. */
 		if (stored != bpf_map_lookup_elem(&requests, &seg->flow) || stored->owner != owner ||
 		    stored->len != out.payload)
 			return DROP;
@@ -724,7 +727,7 @@ static __always_inline int accept_handover(struct __sk_buff *skb, const struct s
 	return bpf_redirect(skb->ifindex, 0);
 }
 
-/* Turns the pod's refusal into a reset of the connection that the client has with us. */
+/* Turns the pod's refusal into a reset of the client's connection with us. */
 static __always_inline int refuse_handover(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
 	struct outgoing out = {
@@ -741,9 +744,9 @@ static __always_inline int refuse_handover(struct __sk_buff *skb, const struct s
 }
 
 /*
- * Resets a connection that the pod still has on these ports, whose client vanished without telling it: the pod answered
- * the replayed SYN with an ACK for that one. A client in SYN-SENT does the same (RFC 9293, section 3.10.7.3), and the
- * pod accepts the next SYN.
+ * Resets a stale connection that the pod still has on these ports because its client vanished: the pod answered the
+ * replayed SYN with an ACK for that connection. A client in SYN-SENT would do the same (RFC 9293, section 3.10.7.3),
+ * and the pod accepts the next SYN.
  */
 static __always_inline int reset_stale(struct __sk_buff *skb, const struct segment *seg)
 {
@@ -772,7 +775,7 @@ static __always_inline int observe_handing(struct __sk_buff *skb, const struct s
 	return PASS;
 }
 
-/* Translates a packet of the pod, and notes what it says about the probe. */
+/* Translates a packet from the pod, and notes what it reveals about the probe. */
 static __always_inline int observe_handed(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
 	__u32 tcp = ETH_HLEN + seg->l3_len;
@@ -806,7 +809,7 @@ static __always_inline int observe_handed(struct __sk_buff *skb, const struct se
 	return PASS;
 }
 
-/* Notes that a trial's answer passed observe. */
+/* Notes that the answer of a trial has passed observe. */
 static __always_inline void note_trial_answer(struct __sk_buff *skb)
 {
 	__u32 ifindex = skb->ifindex;
@@ -820,9 +823,9 @@ static __always_inline void note_trial_answer(struct __sk_buff *skb)
 }
 
 /*
- * Puts back the Ethernet header that generic XDP, since 6.9, hides on a veth: it copies the packet without its mac_len
- * (skb_pp_cow_data, __copy_skb_header), so at tc ingress it begins at its network header, for us and for programs after
- * us. The header is still in front of it. Returns false if that fails.
+ * Restores the Ethernet header that generic XDP hides on a veth since 6.9: it copies the packet without its mac_len
+ * (skb_pp_cow_data, __copy_skb_header), so that at tc ingress the packet begins at its network header, for us and for
+ * later programs. The header is still in front of it. Returns false on failure.
  */
 static __always_inline bool restore_mac(struct __sk_buff *skb)
 {
@@ -832,7 +835,7 @@ static __always_inline bool restore_mac(struct __sk_buff *skb)
 
 	if ((void *)(eth + 1) <= data_end && eth->h_proto == skb->protocol)
 		return true;
-	/* Either the header is hidden, or it has a length in place of an EtherType (IEEE 802.3). */
+	/* Either the header is hidden, or it has a length instead of an EtherType (IEEE 802.3). */
 	if (bpf_skb_load_bytes_relative(skb, 0, lost, ETH_HLEN, BPF_HDR_START_MAC))
 		return false;
 	if (!bpf_skb_load_bytes(skb, 0, first, ETH_HLEN)) {
@@ -871,8 +874,8 @@ int observe(struct __sk_buff *skb)
 }
 
 /*
- * Makes the answer that steer ordered. The network header is l3_len long. Returns false, and sets no verdict, if the
- * packet carries no order.
+ * Makes the answer that steer ordered. l3_len is the length of the network header. Returns false without setting a
+ * verdict if the packet carries no order.
  */
 static __always_inline bool obey(struct xdp_md *ctx, __u32 l3_len, int *verdict)
 {
@@ -885,7 +888,7 @@ static __always_inline bool obey(struct xdp_md *ctx, __u32 l3_len, int *verdict)
 	struct order order;
 	__u32 reply;
 
-	/* The verifier knows only 64-bit arithmetic on packet pointers; the compiler would narrow it below. */
+	/* The verifier accepts only 64-bit arithmetic on packet pointers, which the compiler would narrow below. */
 	asm volatile("" : "+r"(length));
 	if (room + STEERED_ROOM > data_end)
 		return false;
@@ -954,20 +957,21 @@ int sweep(void *ctx)
 }
 
 /*
- * Voids all evidence of a pod when one of its listening sockets closes, by its process or by the kernel because the
- * process ended. What answers a port need not own its socket (a sidecar), so the port alone would tell too little.
+ * Voids all evidence about a pod when one of its listening sockets is closed, by its process or by the kernel because
+ * the process ended. Voiding only that port would not suffice, because the process that owns the socket of a port need
+ * not be the one that answers (a sidecar).
  */
 SEC("tp_btf/inet_sock_set_state")
 int BPF_PROG(watch, const struct sock *sk, int oldstate, int newstate)
 {
-	/* An accepted connection's socket starts as a copy of the listening one: it also leaves LISTEN, not to CLOSE.
-	 */
+	/* The socket of an accepted connection starts as a copy of the listening one: it leaves LISTEN, too, but not
+	 * for CLOSE. */
 	if (oldstate == STATE_LISTEN && newstate == STATE_CLOSE)
 		note_closed(sk);
 	return 0;
 }
 
-/* Marks the sockets of the prober's process. The daemon attaches it to the cgroup that is not the prober's alone. */
+/* Marks the sockets of the prober's process. The daemon attaches it to the cgroup that the prober shares. */
 SEC("cgroup/sock_create")
 int mark(struct bpf_sock *sk)
 {

@@ -14,10 +14,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// The promise as a whole, over both chains and both families.
+// The whole promise, with both chains and both address families.
 func TestAnsweredProbesNeverReachThePod(t *testing.T) {
 	for _, test := range []struct {
 		name  string
@@ -45,8 +45,8 @@ func TestAnsweredProbesNeverReachThePod(t *testing.T) {
 	}
 }
 
-// expectAnswered sends probes of a fresh endpoint, and checks that those that the kernel answers leave nothing behind: all of
-// an HTTP probe's, and most of a TCP probe's, of which at most nine are answered in a row.
+// expectAnswered sends probes to a fresh endpoint and checks that those answered in the kernel leave nothing behind. These
+// are all HTTP probes, and most TCP probes, of which at most nine in a row are answered.
 func expectAnswered(t *testing.T, p *pod, probe node.Probe, address netip.Addr, count int) {
 	t.Helper()
 	endpoint := netip.AddrPortFrom(address, uint16(probe.Port))
@@ -60,20 +60,20 @@ func expectAnswered(t *testing.T, p *pod, probe node.Probe, address netip.Addr, 
 
 	passed := count - (p.hits(probe) - hits)
 	if isTCP := probe.Path == ""; !isTCP && passed > 0 || isTCP && (passed < count/10-1 || passed > count*3/4) {
-		t.Errorf("port %d: %d of %d probes were passed on", probe.Port, passed, count)
+		t.Errorf("port %d: %d of %d probes were forwarded", probe.Port, passed, count)
 	}
 	if got := p.seen(probe.Port).Connections - seen; got != passed {
-		t.Errorf("port %d: the server saw %d connections, and %d probes were passed on", probe.Port, got, passed)
+		t.Errorf("port %d: the server saw %d connections for %d forwarded probes", probe.Port, got, passed)
 	}
 	after, err := node.SegmentsIn(p.Pid())
 	must(t, err)
 	if most := node.SegmentsOfTCPProbe * passed; after-segments > most {
-		t.Errorf("port %d: %d segments reached the pod, want %d at the most", probe.Port, after-segments, most)
+		t.Errorf("port %d: %d segments reached the pod, want at most %d", probe.Port, after-segments, most)
 	}
 	left, err := node.TimeWait(os.Getpid(), endpoint)
 	must(t, err)
 	if n := countNew(left, waiting); n > passed {
-		t.Errorf("port %d: %d sockets were left in TIME_WAIT", probe.Port, n)
+		t.Errorf("port %d: %d sockets are left in TIME_WAIT", probe.Port, n)
 	}
 }
 
@@ -86,7 +86,7 @@ func countNew(now, before map[node.Connection]bool) (n int) {
 	return n
 }
 
-// A client beside the prober: same host, same address, same port, another cgroup.
+// A client next to the prober: same host, same address, same port, but another cgroup.
 func TestOthersGetTheServer(t *testing.T) {
 	for _, chain := range []node.Chain{node.PTP, node.Bridge} {
 		t.Run(string(chain), func(t *testing.T) {
@@ -110,13 +110,13 @@ func TestOthersGetTheServer(t *testing.T) {
 			made := useServer(t, s, p)
 			must(t, <-probing)
 			if got := p.seen(httpPort).Requests - requests; got != made {
-				t.Errorf("the server saw %d requests of %d", got, made)
+				t.Errorf("the server saw %d of %d requests", got, made)
 			}
 		})
 	}
 }
 
-// useServer does on one connection what an ordinary client does, and returns the number of requests.
+// useServer does what an ordinary client does on one connection, and returns the number of requests.
 func useServer(t *testing.T, s *scene, p *pod) int {
 	t.Helper()
 	conn := s.dial(t, s.other, p.address(httpPort))
@@ -143,11 +143,11 @@ func expectBody(t *testing.T, conn net.Conn, responses *bufio.Reader, method, ur
 	got, err := io.ReadAll(response.Body)
 	must(t, err)
 	if response.StatusCode != http.StatusOK || !bytes.Equal(got, want) {
-		t.Errorf("%s %s: status %d, %d bytes; not those of the server", method, url, response.StatusCode, len(got))
+		t.Errorf("%s %s: status %d, %d bytes; not the server's response", method, url, response.StatusCode, len(got))
 	}
 }
 
-// What was fresh when the connection was taken is answered, if the request comes at once.
+// If the endpoint was fresh when the kernel accepted the connection, the request is answered if it arrives without delay.
 func TestExpiringBetweenSYNAndRequest(t *testing.T) {
 	s := newScene(t, node.PTP)
 	short := node.Probe{Port: httpPort, Path: healthz, PeriodSeconds: 1, TimeoutSeconds: 1}
@@ -168,7 +168,7 @@ func TestExpiringBetweenSYNAndRequest(t *testing.T) {
 		must(t, s.AwaitState(p.Pod, short.Port, short.Path, node.Stale))
 		_, err = io.WriteString(conn, strings.Replace(probeRequest, "10.88.1.2:8080", p.address(httpPort), 1))
 		must(t, err)
-		// The kernel waits for one second; a slow machine may not have kept to that, and tries again.
+		// The kernel waits for one second. Try again if this machine was too slow.
 		if inTime := time.Since(dialled) < 900*time.Millisecond; !taken || !inTime {
 			continue
 		}
@@ -182,7 +182,7 @@ func TestExpiringBetweenSYNAndRequest(t *testing.T) {
 	t.Fatal("this machine is too slow for the test")
 }
 
-// Expired evidence is not served; the next probe renews it.
+// Expired evidence is not served, and the next probe renews it.
 func TestExpiredBeforeSYN(t *testing.T) {
 	s := newScene(t, node.PTP)
 	short := node.Probe{Port: httpPort, Path: healthz, PeriodSeconds: 1, TimeoutSeconds: 1}
@@ -193,7 +193,7 @@ func TestExpiredBeforeSYN(t *testing.T) {
 		seen, hits := p.seen(probe.Port).Connections, p.hits(probe)
 		p.probe(probe, p.IPv4, 1)
 		if got := p.seen(probe.Port).Connections - seen; got != 1 {
-			t.Errorf("port %d: the pod saw %d of the probes that evidence had expired for", probe.Port, got)
+			t.Errorf("port %d: the pod saw %d probes after evidence had expired, want 1", probe.Port, got)
 		}
 		must(t, s.AwaitState(p.Pod, probe.Port, probe.Path, node.Fresh))
 		if got := p.hits(probe) - hits; got != 0 {
@@ -202,7 +202,7 @@ func TestExpiredBeforeSYN(t *testing.T) {
 	}
 }
 
-// Failures reach the prober, each for real, and so does the recovery.
+// Every failure reaches the prober from the pod itself, and so does the recovery.
 func TestFailuresAreNeverServed(t *testing.T) {
 	s := newScene(t, node.PTP)
 	short := node.Probe{Port: httpPort, Path: healthz, PeriodSeconds: 1, TimeoutSeconds: 1}
@@ -223,7 +223,7 @@ func TestFailuresAreNeverServed(t *testing.T) {
 	must(t, s.AwaitState(p.Pod, short.Port, short.Path, node.Fresh))
 }
 
-// Evidence ends with the socket that it was about, long before its bound, however the socket ends.
+// Evidence ends together with the socket it is about, long before it expires, however the socket is closed.
 func TestNotAnsweredOnceTheServerIsGone(t *testing.T) {
 	needBTF(t)
 	for name, end := range map[string]func(*pod) error{
@@ -248,14 +248,14 @@ func TestNotAnsweredOnceTheServerIsGone(t *testing.T) {
 	}
 }
 
-// A daemon that dies takes the answers with it, within their bound, and no probe.
+// When the daemon dies, answers end within the staleness bound, and no probe fails.
 func TestDaemonKilled(t *testing.T) {
 	s := newScene(t, node.PTP)
 	short := node.Probe{Port: httpPort, Path: healthz, PeriodSeconds: 1, TimeoutSeconds: 1}
 	p := s.newFreshPod(short)
 	go func() { time.Sleep(500 * time.Millisecond); s.daemon.Kill() }()
 	probes := probesOf(short, p.IPv4, 100)
-	probes.Every = 40 * time.Millisecond // for longer than the bound, after the kill
+	probes.Every = 40 * time.Millisecond // extends past the bound after the kill
 	result, err := s.prober.Probe(probes)
 	must(t, err)
 	if result.Failures > 0 {
@@ -276,6 +276,6 @@ func TestDaemonKilled(t *testing.T) {
 	hits := p.hits(short)
 	p.probe(short, p.IPv4, 1)
 	if got := p.hits(short) - hits; got != 1 {
-		t.Errorf("with a new daemon %d of 1 probes were answered", got)
+		t.Errorf("with a new daemon, %d of 1 probes were answered", got)
 	}
 }

@@ -8,12 +8,13 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// The bandwidth plugin puts an ingress qdisc on the device of a pod with an egress limit, which fails where clsact is. Wherever
-// it stands in the chain, and whether or not probelet finds the chain on disk, pods start and their probes are answered.
-func TestBesideTheBandwidthPlugin(t *testing.T) {
+// The bandwidth plugin adds an ingress qdisc to the device of a pod with an egress limit, which fails if there is a clsact
+// qdisc. Wherever the plugin is in the chain, and whether or not probelet finds the chain on disk, pods start and their
+// probes are answered.
+func TestWithBandwidthPlugin(t *testing.T) {
 	bandwidth := func(limits ...string) []map[string]any {
 		plugin := map[string]any{"type": "bandwidth"}
 		for _, limit := range limits {
@@ -26,11 +27,11 @@ func TestBesideTheBandwidthPlugin(t *testing.T) {
 		before, after []map[string]any
 		egressLimit   bool
 	}{
-		{"before us", bandwidth("ingress", "egress"), nil, true},
-		{"after us", nil, bandwidth("ingress", "egress"), true},
-		{"before us, ingress only", bandwidth("ingress"), nil, false},
-		{"after us, ingress only", nil, bandwidth("ingress"), false},
-		{"after us, no limits", nil, bandwidth(), false},
+		{"before probelet", bandwidth("ingress", "egress"), nil, true},
+		{"after probelet", nil, bandwidth("ingress", "egress"), true},
+		{"before probelet, ingress only", bandwidth("ingress"), nil, false},
+		{"after probelet, ingress only", nil, bandwidth("ingress"), false},
+		{"after probelet, no limits", nil, bandwidth(), false},
 	} {
 		for _, onDisk := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s, chain on disk %v", test.name, onDisk), func(t *testing.T) {
@@ -39,17 +40,17 @@ func TestBesideTheBandwidthPlugin(t *testing.T) {
 				if !onDisk {
 					hideChain(t, s)
 				}
-				expectAGoodLife(t, s, test.egressLimit) // loads the objects
+				expectLifecycle(t, s, test.egressLimit) // loads the objects
 				before := remains(t, s)
-				expectAGoodLife(t, s, test.egressLimit)
+				expectLifecycle(t, s, test.egressLimit)
 				expectRemains(t, s, before)
 			})
 		}
 	}
 }
 
-// expectAGoodLife adds a pod, checks that its probes are answered, and deletes it.
-func expectAGoodLife(t *testing.T, s *scene, egressLimit bool) {
+// expectLifecycle adds a pod, checks that its probes are answered, and deletes it.
+func expectLifecycle(t *testing.T, s *scene, egressLimit bool) {
 	t.Helper()
 	p := s.newFreshPod(longHTTP, longTCP)
 	must(t, p.Check())
@@ -66,12 +67,12 @@ func expectAGoodLife(t *testing.T, s *scene, egressLimit bool) {
 	must(t, p.Check())
 	must(t, p.Del())
 	must(t, p.Del())
-	p.Stop() // it holds the pod's namespace
+	p.Stop() // the server holds the pod's namespace
 	must(t, p.Remove())
 	must(t, s.WriteSpecs())
 }
 
-// hideChain makes probelet look for the network's configuration where there is none.
+// hideChain makes probelet look for the network's configuration in an empty directory.
 func hideChain(t *testing.T, s *scene) {
 	t.Helper()
 	must(t, s.OwnPlugins("ptp", "host-local", "bandwidth"))

@@ -7,18 +7,18 @@ import (
 	"testing"
 	"time"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// Pods that come and go on a node that is well are no reason for a warning, whichever of plugin, source and servers is first; nor are
-// connections of probes and of refresh that are cut by it.
+// Pods that come and go on a healthy node cause no warnings, in whatever order plugin, specs and servers appear, and neither
+// do the connections of probes and refresh that are cut in the process.
 func TestChurnWarnsOfNothing(t *testing.T) {
 	s := newScene(t, node.PTP, "--refresh", "100ms")
 	probes := []node.Probe{
 		{Port: httpPort, Path: healthz, PeriodSeconds: 1, TimeoutSeconds: 1}, {Port: tcpPort, PeriodSeconds: 1, TimeoutSeconds: 1},
 	}
-	const looked = 12 * time.Second // at attachments, twice
-	var last []node.Probed          // gone, but the source still tells of it
+	const looked = 12 * time.Second // covers two checks of the attachments
+	var last []node.Probed          // deleted, but still in the specs
 	n := 0
 	for begin := time.Now(); time.Since(begin) < looked; n++ {
 		p := s.newPod()
@@ -27,7 +27,7 @@ func TestChurnWarnsOfNothing(t *testing.T) {
 		p.makeFresh(probes...)
 		p.probe(probes[0], p.IPv4, 20)
 		if n%2 == 0 {
-			p.Stop() // as containers do, before DEL
+			p.Stop() // as containers do before DEL
 		}
 		must(t, p.Del())
 		if n%3 == 0 {
@@ -39,7 +39,7 @@ func TestChurnWarnsOfNothing(t *testing.T) {
 	}
 	log, err := os.ReadFile(s.DaemonLog())
 	must(t, err)
-	_, running, _ := strings.Cut(string(log), "msg=running") // before that it finds fault with the test's environment
+	_, running, _ := strings.Cut(string(log), "msg=running") // earlier warnings are about the test environment
 	if warnings := regexp.MustCompile(`(?m)^.*level=(WARN|ERROR).*$`).FindAllString(running, -1); len(warnings) > 0 || running == "" || n < 5 {
 		t.Errorf("%d pods, %d warnings: %q", n, len(warnings), warnings)
 	}

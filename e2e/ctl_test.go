@@ -7,7 +7,7 @@ import (
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
 func (s *scene) ctl(t *testing.T, args ...string) string {
@@ -26,7 +26,7 @@ func expectText(t *testing.T, text string, patterns ...string) {
 	}
 }
 
-// What a person asks about a pod, with the daemon and without.
+// The answers to a user's questions about a pod, with and without the daemon.
 func TestExplainAndInvalidate(t *testing.T) {
 	s := newScene(t, node.PTP)
 	p := s.newFreshPod(longHTTP, longTCP)
@@ -43,14 +43,14 @@ func TestExplainAndInvalidate(t *testing.T) {
 		`ago +observed by probe: success 200, took `,
 		`ago +answered in the kernel \(3 times so far\)`,
 		`(?s)TCP :9090\n +state +fresh, observed`,
-		`listening socket +3 of at most 9 probes were answered since one was accepted\n`,
+		`listening socket +3 of at most 9 probes were answered since the pod last accepted one\n`,
 	)
 	expectText(t, s.ctl(t, "status", "-o", "wide"), `TCP :9090 +fresh .* proven +3/9 `)
 	p.probe(longTCP, p.IPv4, 6)
-	expectText(t, s.ctl(t, "explain", name), `reaches the pod: as many probes as may be were answered in a row \(9\), so the pod must accept one`)
+	expectText(t, s.ctl(t, "explain", name), `reaches the pod: the maximum of 9 probes in a row were answered, so the pod must accept one`)
 	p.probe(longTCP, p.IPv4, 1)
 	expectText(t, s.ctl(t, "explain", name),
-		`9 of at most 9 probes were answered since one was accepted, and another has reached it since; the last one that was not: as many as may be had been answered`)
+		`9 of at most 9 probes were answered since the pod last accepted one, and another has reached the pod since; the last one passed on: the maximum of probes in a row had been answered`)
 	schema, err := jsonschema.NewCompiler().Compile("../docs/status.schema.json")
 	must(t, err)
 	status, err := jsonschema.UnmarshalJSON(strings.NewReader(s.ctl(t, "status", "-o", "json")))
@@ -61,7 +61,7 @@ func TestExplainAndInvalidate(t *testing.T) {
 	expectText(t, s.ctl(t, "top", "--iterations", "1", "-d", "100ms"),
 		`answered/s: 0.0 HTTP`, `default/pod1 +HTTP :8080/healthz +fresh +\S+ +0\.0 +3\n`)
 
-	expectText(t, s.ctl(t, "invalidate", name, "--path", healthz), `withdrawn of default/pod1:\n  HTTP :8080/healthz\n$`)
+	expectText(t, s.ctl(t, "invalidate", name, "--path", healthz), `withdrawn for default/pod1:\n  HTTP :8080/healthz\n$`)
 	requests := p.seen(httpPort).Requests
 	p.probe(longHTTP, p.IPv4, 1)
 	if got := p.seen(httpPort).Requests - requests; got != 1 {
@@ -69,7 +69,7 @@ func TestExplainAndInvalidate(t *testing.T) {
 	}
 	must(t, s.AwaitState(p.Pod, longHTTP.Port, longHTTP.Path, node.Fresh))
 	expectText(t, s.ctl(t, "explain", name),
-		`(?s)withdrawn: somebody asked for it.*observed by probe: success 200`)
+		`(?s)withdrawn on request.*observed by probe: success 200`)
 	if err := p.Close(tcpPort); err != nil {
 		t.Fatal(err)
 	}
@@ -77,19 +77,19 @@ func TestExplainAndInvalidate(t *testing.T) {
 		`(?s)TCP :9090\n +state +stale, observed .*reaches the pod: withdrawn: a listening socket of the pod was closed`,
 		`ago +withdrawn by the kernel: a listening socket of the pod was closed`)
 
-	p.probe(longHTTP, p.IPv4, 1) // what is known of it was void, too
+	p.probe(longHTTP, p.IPv4, 1) // closing the socket withdrew this evidence, too
 	must(t, s.AwaitState(p.Pod, longHTTP.Port, longHTTP.Path, node.Fresh))
 	s.daemon.Kill()
 	text := s.ctl(t, "explain", name)
 	expectText(t, text, `probeletd: NOT RUNNING; [12] endpoints? (is|are) still answered in the kernel, until \d\d:\d\d:\d\d \S+ \(\d+m.* from now\)`, `next probe +answered in the kernel`, `answered in the kernel \(3 times so far\)`)
 	if strings.Contains(text, "observed by probe") {
-		t.Errorf("remembered what only the daemon knows:\n%s", text)
+		t.Errorf("shows what only the daemon knows:\n%s", text)
 	}
 	for want, args := range map[string][]string{
-		`probeletd is not running, and nobody else may withdraw; of default/pod1 1 endpoint is still answered in the kernel, until `: {"invalidate", name},
-		`"pod1": must be NAMESPACE/POD, or POD with --namespace`:                                                                     {"invalidate", "pod1"},
-		`pod default/pod7 is not known on this node`:                                                                                 {"explain", "default/pod7"},
-		`--interval 1ms: must be at least 100ms`:                                                                                     {"top", "-d", "1ms"},
+		`probeletd is not running, and only it can withdraw evidence; default/pod1: 1 endpoint is still answered in the kernel, until `: {"invalidate", name},
+		`"pod1": must be NAMESPACE/POD, or POD with --namespace`:                                                                        {"invalidate", "pod1"},
+		`pod default/pod7 is not known on this node`:                                                                                    {"explain", "default/pod7"},
+		`--interval 1ms: must be at least 100ms`:                                                                                        {"top", "-d", "1ms"},
 	} {
 		if _, err := s.Ctl(args...); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v", args, err)

@@ -11,10 +11,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// Whatever state a pod is in, nothing of it stays, and its neighbour notices nothing.
+// Whatever state a pod is in, DEL removes everything of it, and the neighbour is not affected.
 func TestDelLeavesNothing(t *testing.T) {
 	probes := []node.Probe{longHTTP, longTCP}
 	for _, test := range []struct {
@@ -26,7 +26,7 @@ func TestDelLeavesNothing(t *testing.T) {
 		{"a connection observed", func(t *testing.T, s *scene, p *pod) {
 			s.dial(t, s.prober, p.address(httpPort))
 		}},
-		{"a connection taken", func(t *testing.T, s *scene, p *pod) {
+		{"a connection accepted", func(t *testing.T, s *scene, p *pod) {
 			p.makeFresh(probes...)
 			s.dial(t, s.prober, p.address(httpPort))
 		}},
@@ -43,7 +43,7 @@ func TestDelLeavesNothing(t *testing.T) {
 		}},
 		{"sandbox gone", func(t *testing.T, _ *scene, p *pod) {
 			p.makeFresh(probes...)
-			p.Stop() // the server keeps the namespace
+			p.Stop() // the server holds the namespace
 			must(t, p.Remove())
 		}},
 		{"record lost", func(t *testing.T, s *scene, p *pod) { must(t, os.Remove(recordOf(t, s, p))) }},
@@ -56,7 +56,7 @@ func TestDelLeavesNothing(t *testing.T) {
 			must(t, err)
 			must(t, os.RemoveAll(pins[0]))
 		}},
-		{"deleted already", func(t *testing.T, _ *scene, p *pod) { must(t, p.Del()) }},
+		{"already deleted", func(t *testing.T, _ *scene, p *pod) { must(t, p.Del()) }},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			s := newScene(t, node.PTP)
@@ -94,7 +94,7 @@ func pinned(t *testing.T, s *scene) map[node.Object]bool {
 	return objects
 }
 
-// recordOf is the file of the pod's record.
+// recordOf returns the path of the pod's record.
 func recordOf(t *testing.T, s *scene, p *pod) string {
 	t.Helper()
 	records, err := filepath.Glob(filepath.Join(s.StateDir, "attachments", "*.json"))
@@ -110,7 +110,7 @@ func recordOf(t *testing.T, s *scene, p *pod) string {
 	return ""
 }
 
-// expectRemains waits for devices: the kernel removes a namespace's some time after its end.
+// expectRemains polls, because the kernel removes the devices of a namespace some time after its end.
 func expectRemains(t *testing.T, s *scene, want []string) {
 	t.Helper()
 	var got []string
@@ -126,12 +126,12 @@ func expectRemains(t *testing.T, s *scene, want []string) {
 	}
 	for _, r := range want {
 		if !slices.Contains(got, r) {
-			t.Errorf("removed, although not the pod's: %s", r)
+			t.Errorf("removed, but not the pod's: %s", r)
 		}
 	}
 }
 
-// expectDead waits: the kernel frees objects some time after their last use.
+// expectDead polls, because the kernel frees objects some time after their last use.
 func expectDead(t *testing.T, objects map[node.Object]bool) {
 	t.Helper()
 	end := time.Now().Add(deadline)
@@ -148,7 +148,7 @@ func expectDead(t *testing.T, objects map[node.Object]bool) {
 	}
 }
 
-// A node that starts, and stops, fifty pods at once; the first of them load the programs. No daemon is needed.
+// A node starts and stops fifty pods at once; the first of them load the programs. No daemon is needed.
 func TestConcurrentAddAndDel(t *testing.T) {
 	n, err := machine.NewNode(node.PTP)
 	must(t, err)
@@ -166,7 +166,7 @@ func TestConcurrentAddAndDel(t *testing.T) {
 	forAll(t, first, (*node.Pod).Check)
 	count := len(pinned(t, s))
 
-	// Half of them go while as many come.
+	// Half of the pods are deleted while as many are added.
 	var both sync.WaitGroup
 	both.Go(func() { forAll(t, first[:25], (*node.Pod).Del) })
 	both.Go(func() { forAll(t, later, (*node.Pod).Add) })
@@ -175,7 +175,7 @@ func TestConcurrentAddAndDel(t *testing.T) {
 	forAll(t, left, (*node.Pod).Check)
 	objects := pinned(t, s)
 	if len(objects) != count {
-		t.Errorf("%d objects are pinned for 50 pods, %d were", len(objects), count)
+		t.Errorf("%d objects are pinned for 50 pods, want %d", len(objects), count)
 	}
 
 	forAll(t, left, (*node.Pod).Del)

@@ -12,10 +12,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// demo is a command whose temporary files are all in dir.
+// demo returns a command that keeps its temporary files in dir.
 func demo(dir string, env ...string) *exec.Cmd {
 	cmd := exec.Command(filepath.Join(machine.Bin, "demo"))
 	cmd.Env = append(node.Environment(), append(env, "TMPDIR="+dir)...)
@@ -54,7 +54,7 @@ func TestDemo(t *testing.T) {
 	expectEmpty(t, dir)
 }
 
-// Ctrl-C in the middle of a run.
+// Ctrl-C in the middle of a run cleans up.
 func TestDemoInterrupted(t *testing.T) {
 	dir := t.TempDir()
 	cmd := demo(dir, "DEMO_N=1000000")
@@ -67,7 +67,7 @@ func TestDemoInterrupted(t *testing.T) {
 	made, err := os.ReadDir(dir)
 	must(t, err)
 	if len(made) != 1 {
-		t.Fatalf("%d temporary directories, not 1", len(made))
+		t.Fatalf("%d temporary directories, want 1", len(made))
 	}
 	cgroup := filepath.Join(filepath.Dir(filepath.Dir(machine.CgroupPath(node.ProberCgroup))), made[0].Name())
 	if _, err := os.Stat(cgroup); err != nil {
@@ -75,7 +75,7 @@ func TestDemoInterrupted(t *testing.T) {
 	}
 
 	must(t, cmd.Process.Signal(unix.SIGINT))
-	for lines.Scan() { // to the end, which Wait would cut off
+	for lines.Scan() { // read everything before Wait closes the pipe
 	}
 	var exit *exec.ExitError
 	if err := cmd.Wait(); !errors.As(err, &exit) || exit.ExitCode() != 128+int(unix.SIGINT) {

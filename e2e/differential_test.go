@@ -6,12 +6,12 @@ import (
 	"testing"
 	"time"
 
-	"github.com/probelet/probelet/e2e/node"
-	"github.com/probelet/probelet/e2e/replies"
-	"github.com/probelet/probelet/e2e/role"
+	"github.com/probelet/probelet/e2e/harness/node"
+	"github.com/probelet/probelet/e2e/harness/replies"
+	"github.com/probelet/probelet/e2e/harness/role"
 )
 
-// Whatever a pod replies, the kubelet's prober is answered by the kernel only where it called the reply itself a success.
+// Whatever a pod replies, the kernel answers the kubelet's prober only where the prober judged the pod's own reply a success.
 func TestOnlySuccessesAreAnswered(t *testing.T) {
 	const (
 		pods   = 20
@@ -29,29 +29,29 @@ func TestOnlySuccessesAreAnswered(t *testing.T) {
 	}
 	t.Logf("%d replies, %d successes, %d of them answered", pods*each*rounds, c.successes, c.answered)
 	if c.answered < c.successes*3/4 {
-		t.Error("most successes are not known to be such")
+		t.Error("most successes were not recognised")
 	}
 }
 
 const replyPort = 8082
 
-// comparison compares what the prober says by itself with what it says where probelet answers.
+// comparison compares the prober's verdicts without probelet and with it.
 type comparison struct {
 	*scene
 	pods      []*pod
 	asked     []*asked
-	settled   uint64 // seed of the last endpoint whose success told that everything before had been learned
+	settled   uint64 // seed of the last endpoint whose success shows that everything before it was observed
 	successes int
 	answered  int
 }
 
-// asked is an endpoint.
+// asked is an endpoint being compared.
 type asked struct {
 	pod    *pod
 	seed   uint64
-	alone  role.Result         // without us
+	alone  role.Result         // without probelet
 	result role.Result         // of the last probe
-	status node.EndpointStatus // since
+	status node.EndpointStatus // after it
 }
 
 func (a *asked) path() string { return fmt.Sprintf("/%d", a.seed) }
@@ -68,7 +68,7 @@ func (c *comparison) addPod() {
 	c.pods = append(c.pods, &pod{p, server, c.scene})
 }
 
-// begin makes the specs those of endpoints with these replies; nothing is known of them yet.
+// begin replaces the specs with endpoints that give these replies, about which nothing is known yet.
 func (c *comparison) begin(first uint64, each int) {
 	c.t.Helper()
 	c.asked = nil
@@ -111,7 +111,7 @@ func (c *comparison) run() {
 		reply := replies.Generate(a.seed)
 		succeeded := a.result.Failures == 0
 		if succeeded && !before[a] && a.alone.Failures > 0 && !reply.Racy() {
-			c.t.Errorf("a success, which it is not without us (%q):\n%s", a.alone.Messages, reply)
+			c.t.Errorf("a success, but without probelet a failure (%q):\n%s", a.alone.Messages, reply)
 		}
 		if succeeded && a.status.Hits > 0 {
 			c.answered++
@@ -119,7 +119,7 @@ func (c *comparison) run() {
 	}
 }
 
-// probe asks each endpoint once.
+// probe probes each endpoint once.
 func (c *comparison) probe(by *role.Client, then func(*asked, role.Result)) {
 	c.t.Helper()
 	const atATime = 48
@@ -145,7 +145,7 @@ func (c *comparison) probe(by *role.Client, then func(*asked, role.Result)) {
 	all.Wait()
 }
 
-// check waits until the daemon has learned from the last probes, and compares.
+// check waits until the daemon has processed the last probes, and compares.
 func (c *comparison) check() {
 	c.t.Helper()
 	c.settled++
@@ -163,7 +163,7 @@ func (c *comparison) check() {
 	for _, a := range c.asked {
 		a.status = endpoints[node.Namespace+"/"+a.pod.Name+a.path()]
 		if a.status.State == node.Fresh && a.result.Failures > 0 {
-			c.t.Errorf("would be answered, although the prober says %q:\n%s", a.result.Messages, replies.Generate(a.seed))
+			c.t.Errorf("would be answered, but the prober reports %q:\n%s", a.result.Messages, replies.Generate(a.seed))
 		}
 	}
 }

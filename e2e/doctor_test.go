@@ -11,10 +11,10 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// What is not well is named, with what to do about it; what is well is no matter.
+// doctor names problems together with their remedies, and does not report what is healthy.
 func TestDoctor(t *testing.T) {
 	s := newScene(t, node.PTP)
 	p := s.newFreshPod(longHTTP)
@@ -25,10 +25,10 @@ func TestDoctor(t *testing.T) {
 	text, err := doctor(s.NetDir())
 	must(t, err)
 	expectText(t, text,
-		`ok +kernel +Linux \d`, `ok +bpffs`, `ok +cgroup v2`, `ok +capabilities +the daemon's`, `ok +BPF objects`,
+		`ok +kernel +Linux \d`, `ok +bpffs`, `ok +cgroup v2`, `ok +capabilities +the daemon has all`, `ok +BPF objects`,
 		`ok +chain +network `, `ok +plugin`, `ok +daemon +process \d+, ready`,
-		`note +states +changes of containers are not pushed: a specs file does not report container states`, `note +prober +cgroup \d+, which is not a kubelet's`,
-		`ok +attachments +1, all as they were made`)
+		`note +states +container changes are not pushed: a specs file does not report container states`, `note +prober +cgroup \d+, which is not a kubelet's`,
+		`ok +attachments +1, all complete`)
 
 	device, err := netlinksafe.LinkByName(p.HostDevice)
 	must(t, err)
@@ -44,11 +44,11 @@ func TestDoctor(t *testing.T) {
 		FilterAttrs: netlink.FilterAttrs{
 			LinkIndex: device.Attrs().Index, Parent: netlink.HANDLE_MIN_INGRESS, Priority: 7, Protocol: unix.ETH_P_ALL,
 		},
-		Fd: program.FD(), Name: "somebody's", DirectAction: true,
+		Fd: program.FD(), Name: "other", DirectAction: true,
 	}))
 	text, err = doctor(s.NetDir())
 	must(t, err)
-	expectText(t, text, `note +attachments +others on `+p.HostDevice+` of default/pod1: bpf filter, priority 7, somebody's at tc filter ingress, after ours`)
+	expectText(t, text, `note +attachments +other programs on `+p.HostDevice+` of default/pod1: bpf filter, priority 7, other at tc filter ingress, after ours`)
 
 	must(t, s.daemon.Stop())
 	pins, err := filepath.Glob(filepath.Join(s.BPFDir, "*", "attachments", "*"))
@@ -60,6 +60,6 @@ func TestDoctor(t *testing.T) {
 	if err == nil {
 		t.Fatal("no error")
 	}
-	expectText(t, err.Error(), `PROBLEM +chain +no network configuration`, `PROBLEM +daemon +does not run`, `-> probeletd run`,
-		`PROBLEM +attachments +default/pod1: .*not attached`, `3 of these need attention`)
+	expectText(t, err.Error(), `PROBLEM +chain +no network configuration`, `PROBLEM +daemon +not running on`, `-> start it with probeletd run`,
+		`PROBLEM +attachments +default/pod1: .*not attached`, `3 problems found`)
 }

@@ -7,12 +7,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/probelet/probelet/e2e/node"
-	"github.com/probelet/probelet/e2e/role"
+	"github.com/probelet/probelet/e2e/harness/node"
+	"github.com/probelet/probelet/e2e/harness/role"
 )
 
-// A pod that fails, in whatever way, is found out by the kubelet's prober within the stated bound, counted in probes: at
-// most as many are still answered as the staleness covers, then all fail. And its recovery is seen by the next probe.
+// The kubelet's prober detects a failing pod, however it fails, within the documented bound, counted in probes: at most as
+// many probes are still answered as the staleness covers, then all fail. The next probe sees the recovery.
 func TestFailuresAreDetectedWithinTheBound(t *testing.T) {
 	needBTF(t)
 	for name, test := range map[string]struct {
@@ -45,14 +45,14 @@ func TestFailuresAreDetectedWithinTheBound(t *testing.T) {
 	}
 }
 
-// worker probes every second, as the kubelet's does.
+// worker probes once per second, as the kubelet's worker does.
 type worker struct {
 	t     *testing.T
 	p     *pod
 	probe node.Probe
 }
 
-// once is one probe; it returns whether it succeeded, a period after it has begun.
+// once sends one probe and reports whether it succeeded, one period after it began.
 func (w *worker) once() bool {
 	w.t.Helper()
 	probes := probesOf(w.probe, w.p.IPv4, 1)
@@ -66,19 +66,19 @@ func (w *worker) healthy(probes int) {
 	w.t.Helper()
 	for i := range probes {
 		if !w.once() {
-			w.t.Fatalf("probe %d of a pod that is well failed", i+1)
+			w.t.Fatalf("probe %d of a healthy pod failed", i+1)
 		}
 	}
 }
 
 const (
 	threshold = 3
-	// answeredAtMost is how many probes that are a second apart the default staleness covers: one and a half of these periods,
-	// from a success on that the daemon's own request may have had after the last probe.
+	// answeredAtMost is how many probes, one second apart, the default staleness covers: one and a half periods from the last
+	// success, which may come from a request of the daemon after the last probe.
 	answeredAtMost = 2
 )
 
-// detects wants the verdict. Time is counted in probes: on a slow machine fewer of them are answered.
+// detects checks the verdict after a failure. Time is counted in probes: on a slow machine, fewer of them are answered.
 func (w *worker) detects() {
 	w.t.Helper()
 	successes, failures := 0, 0
@@ -87,7 +87,7 @@ func (w *worker) detects() {
 		case !w.once():
 			failures++
 		case failures > 0:
-			w.t.Fatalf("a success after %d failures, of a pod that fails", failures)
+			w.t.Fatalf("a success after %d failures of a failing pod", failures)
 		default:
 			if successes++; successes > answeredAtMost {
 				w.t.Fatalf("%d probes of a failing pod succeeded", successes)
@@ -99,7 +99,7 @@ func (w *worker) detects() {
 func (p *pod) freeze() error { return unix.Kill(p.Pid(), unix.SIGSTOP) }
 func (p *pod) thaw() error   { return unix.Kill(p.Pid(), unix.SIGCONT) }
 
-// restart starts another server in the pod.
+// restart starts a new server in the pod.
 func (p *pod) restart() error {
 	server, err := role.StartServer(p.Netns)
 	if err != nil {
@@ -110,7 +110,7 @@ func (p *pod) restart() error {
 	return server.Listen(httpPort, tcpPort)
 }
 
-// A daemon that is killed and started again, over and over, costs no probe, and what was known is still known.
+// Killing and restarting the daemon over and over fails no probe and loses no evidence.
 func TestDaemonRestartsUnderProbes(t *testing.T) {
 	s := newScene(t, node.PTP)
 	p := s.newFreshPod(longHTTP)
@@ -133,6 +133,6 @@ func TestDaemonRestartsUnderProbes(t *testing.T) {
 	}
 	must(t, <-probing)
 	if got := p.seen(httpPort).Requests - requests; failures > 0 || got > 0 {
-		t.Errorf("%d probes failed; %d reached the pod, although all was known", failures, got)
+		t.Errorf("%d probes failed; %d reached the pod in spite of fresh evidence", failures, got)
 	}
 }

@@ -14,13 +14,13 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// probeRequest is what the kubelet sends.
+// probeRequest is the request of the kubelet.
 const probeRequest = "GET /healthz HTTP/1.1\r\nHost: 10.88.1.2:8080\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n"
 
-// step is a part of what a client does.
+// step is one action of a client.
 type step func(net.Conn) error
 
 func send(text string) step {
@@ -37,7 +37,7 @@ func pause(d time.Duration) step {
 	}
 }
 
-// bytewise sends every byte in a segment of its own.
+// bytewise sends every byte in its own segment.
 func bytewise(text string) step {
 	return func(c net.Conn) error {
 		for i := range len(text) {
@@ -52,16 +52,16 @@ func bytewise(text string) step {
 
 func closeWrite(c net.Conn) error { return c.(*net.TCPConn).CloseWrite() }
 
-// outcome is what a client got: bytes until the end, and how that came.
+// outcome is what a client received: all bytes until the end, and the error that ended them.
 type outcome struct {
 	bytes []byte
 	err   error
 }
 
-// exchange does the steps while reading, until the server ends the connection.
+// exchange executes the steps while reading, until the server ends the connection.
 func exchange(t *testing.T, conn net.Conn, steps ...step) outcome {
 	t.Helper()
-	defer conn.Close() //nolint:errcheck // over
+	defer conn.Close() //nolint:errcheck // read to the end
 	done := make(chan outcome)
 	go func() {
 		got, err := io.ReadAll(conn)
@@ -70,7 +70,7 @@ func exchange(t *testing.T, conn net.Conn, steps ...step) outcome {
 	var failed error
 	for _, step := range steps {
 		if failed = step(conn); failed != nil {
-			break // the server may have said why
+			break // the server may have sent the reason
 		}
 	}
 	o := <-done
@@ -83,11 +83,11 @@ func exchange(t *testing.T, conn net.Conn, steps ...step) outcome {
 func (o outcome) expectSame(t *testing.T, other outcome) {
 	t.Helper()
 	if !bytes.Equal(o.bytes, other.bytes) || !sameError(o.err, other.err) {
-		t.Errorf("alone the pod gives %s (%v), here it is %s (%v)", excerpt(o.bytes), o.err, excerpt(other.bytes), other.err)
+		t.Errorf("without probelet the pod gives %s (%v), with it %s (%v)", excerpt(o.bytes), o.err, excerpt(other.bytes), other.err)
 	}
 }
 
-// sameError compares the cause; addresses differ.
+// sameError compares causes, because addresses differ.
 func sameError(a, b error) bool {
 	var x, y unix.Errno
 	if errors.As(a, &x) && errors.As(b, &y) {
@@ -103,13 +103,13 @@ func excerpt(b []byte) string {
 	return fmt.Sprintf("%q", b)
 }
 
-// clientHello is what a TLS client says first, in one segment: a server that calls the first of two nonsense, and closes before
-// the other has come, resets the connection, with us or without.
+// clientHello returns the first message of a TLS client, which fits one segment. If it took two, a server that rejects the
+// first and closes before the second arrives would reset the connection, with or without probelet.
 func clientHello(t *testing.T) string {
 	t.Helper()
 	ours, theirs := net.Pipe()
-	defer ours.Close()                                                                           //nolint:errcheck // memory
-	config := &tls.Config{InsecureSkipVerify: true, CurvePreferences: []tls.CurveID{tls.X25519}} // others' keys take 1 KiB
+	defer ours.Close()                                                                           //nolint:errcheck // a pipe
+	config := &tls.Config{InsecureSkipVerify: true, CurvePreferences: []tls.CurveID{tls.X25519}} // keys of other curves take 1 KiB
 	go func() { _ = tls.Client(theirs, config).Handshake(); _ = theirs.Close() }()
 	hello := make([]byte, 16<<10)
 	n, err := ours.Read(hello)
@@ -117,7 +117,7 @@ func clientHello(t *testing.T) string {
 	return string(hello[:n])
 }
 
-// What the kernel cannot answer, although it has accepted the connection, the pod answers as if it had been alone.
+// If the kernel accepted a connection but cannot answer the request, the pod answers as it would without probelet.
 func TestHandover(t *testing.T) {
 	megabyte := strings.Repeat("0123456789abcdef", 1<<16)
 	post := fmt.Sprintf("POST /echo HTTP/1.1\r\nHost: pod\r\nContent-Length: %d\r\n", len(megabyte))
@@ -156,18 +156,18 @@ func TestHandover(t *testing.T) {
 	}
 }
 
-// expectHandedOver compares what the prober gets with what a client gets whose connection nobody touches.
+// expectHandedOver compares the response to the prober with that to a client whose connection is left alone.
 func (p *pod) expectHandedOver(t *testing.T, port int, steps ...step) {
 	t.Helper()
 	alone := exchange(t, p.s.dial(t, p.s.other, p.address(port)), steps...)
 	before := p.s.counter(t, node.HandedOver)
 	alone.expectSame(t, exchange(t, p.s.dial(t, p.s.prober, p.address(port)), steps...))
 	if got := p.s.counter(t, node.HandedOver) - before; got != 1 {
-		t.Errorf("%d connections were handed over, not 1", got)
+		t.Errorf("%d connections were handed over, want 1", got)
 	}
 }
 
-// A request that comes in two segments is the pod's, wherever it is cut and whatever the pause.
+// A request in two segments reaches the pod, wherever it is split and however long the pause.
 func TestSplitAnywhere(t *testing.T) {
 	s := newScene(t, node.PTP)
 	p := s.newFreshPod(longHTTP)
@@ -175,7 +175,7 @@ func TestSplitAnywhere(t *testing.T) {
 	requests := p.seen(httpPort).Requests
 	limit := make(chan struct{}, 40)
 	var all sync.WaitGroup
-	for _, between := range []time.Duration{0, 300 * time.Millisecond} { // less and more than a retransmission takes
+	for _, between := range []time.Duration{0, 300 * time.Millisecond} { // shorter and longer than a retransmission takes
 		for i := 1; i < len(probeRequest); i++ {
 			limit <- struct{}{}
 			all.Go(func() {
@@ -192,11 +192,11 @@ func TestSplitAnywhere(t *testing.T) {
 	}
 	all.Wait()
 	if got := p.seen(httpPort).Requests - requests; got != 2*(len(probeRequest)-1) {
-		t.Errorf("the pod saw %d requests of %d", got, 2*(len(probeRequest)-1))
+		t.Errorf("the pod saw %d of %d requests", got, 2*(len(probeRequest)-1))
 	}
 }
 
-// A TCP probe can be on any server's port.
+// A TCP probe may target any kind of server.
 func TestTLSBehindTCPProbe(t *testing.T) {
 	s := newScene(t, node.PTP)
 	p := s.newFreshPod(longTLS)
@@ -207,18 +207,18 @@ func TestTLSBehindTCPProbe(t *testing.T) {
 	conn := tls.Client(s.dial(t, s.prober, p.address(tlsPort)), &tls.Config{InsecureSkipVerify: true})
 	o := exchange(t, conn, send("GET /other HTTP/1.1\r\nHost: pod\r\nConnection: close\r\n\r\n"))
 	if o.err != nil || !bytes.HasPrefix(o.bytes, []byte("HTTP/1.1 404 ")) {
-		t.Errorf("over TLS the pod gives %s (%v)", excerpt(o.bytes), o.err)
+		t.Errorf("over TLS, the pod gives %s (%v)", excerpt(o.bytes), o.err)
 	}
 	if got := s.counter(t, node.HandedOver); got != 1 {
-		t.Errorf("%d connections were handed over, not 1", got)
+		t.Errorf("%d connections were handed over, want 1", got)
 	}
 }
 
-// A pod that no longer listens when its connection is handed over to it.
+// The pod has stopped listening by the time its connection is handed over.
 func TestStoppedListening(t *testing.T) {
 	for name, request := range map[string]string{
 		"unknown path": "GET /other HTTP/1.1\r\nHost: pod\r\n\r\n",
-		"probed path":  probeRequest, // its evidence ended with the socket
+		"probed path":  probeRequest, // the evidence ended with the socket
 	} {
 		t.Run(name, func(t *testing.T) {
 			if request == probeRequest {

@@ -20,18 +20,18 @@ import (
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 
-	"github.com/probelet/probelet/e2e/node"
-	"github.com/probelet/probelet/e2e/role"
+	"github.com/probelet/probelet/e2e/harness/node"
+	"github.com/probelet/probelet/e2e/harness/role"
 )
 
-// way is how another pod's probe names a pod.
+// way is how another pod's probe refers to a pod.
 type way int
 
 const (
 	byIPv4 way = iota
 	byIPv6
 	byName
-	byClusterIP // of a Service whose port is another one
+	byClusterIP // of a Service with another port
 )
 
 const servicePort = 80
@@ -43,7 +43,7 @@ type named struct {
 	clusterIP netip.Addr
 }
 
-// newNamed makes pods, and one more and a hostNetwork pod whose probes name them.
+// newNamed creates pods, plus another pod and a hostNetwork pod whose probes refer to them.
 func (s *scene) newNamed(count int) (all []*named) {
 	s.t.Helper()
 	var hosts strings.Builder
@@ -62,7 +62,7 @@ func (s *scene) newNamed(count int) (all []*named) {
 	return all
 }
 
-// addServices does what kube-proxy does.
+// addServices does the work of kube-proxy.
 func (s *scene) addServices(pods []*named) {
 	s.t.Helper()
 	c, err := nftables.New()
@@ -89,7 +89,7 @@ func (s *scene) addServices(pods []*named) {
 		}})
 		device, err := netlink.LinkByName(n.HostDevice)
 		must(s.t, err)
-		must(s.t, netlink.RouteAdd(&netlink.Route{ // a node has a default route, which would do
+		must(s.t, netlink.RouteAdd(&netlink.Route{ // on a real node, the default route does
 			LinkIndex: device.Attrs().Index, Scope: netlink.SCOPE_LINK,
 			Dst: &net.IPNet{IP: n.clusterIP.AsSlice(), Mask: net.CIDRMask(32, 32)},
 		}))
@@ -97,7 +97,7 @@ func (s *scene) addServices(pods []*named) {
 	must(s.t, c.Flush())
 }
 
-// host is what such a probe dials, and the port there.
+// host returns the address and port that such a probe dials.
 func (n *named) host(w way) (string, int) {
 	switch w {
 	case byIPv6:
@@ -110,7 +110,7 @@ func (n *named) host(w way) (string, int) {
 	return n.IPv4.String(), httpPort
 }
 
-// only is the path at which the pod answers these probes only.
+// only returns the path at which the pod answers only these probes.
 func (n *named) only(w way, headers []v1.HTTPHeader) string {
 	host, port := n.host(w)
 	sent := http.Header{"Host": {net.JoinHostPort(host, strconv.Itoa(port))}}
@@ -124,19 +124,19 @@ func (n *named) only(w way, headers []v1.HTTPHeader) string {
 	return role.OnlyPath(sent.Get("Host"), sent.Get(role.OnlyHeader), address.String())
 }
 
-// ownProbe is one of the pod's own.
+// ownProbe returns a probe of the pod itself.
 func (n *named) ownProbe(path string, headers []v1.HTTPHeader) node.Probe {
 	return node.Probe{Port: httpPort, Path: path, Headers: headers, PeriodSeconds: 2, TimeoutSeconds: 1}
 }
 
-// hostProbe is one of another's that names the pod.
+// hostProbe returns another pod's probe that refers to the pod.
 func (n *named) hostProbe(w way, path string, headers []v1.HTTPHeader) node.Probe {
 	p := n.ownProbe(path, headers)
 	p.Host, p.Port = n.host(w)
 	return p
 }
 
-// succeeds has a client send a probe, and reports whether it succeeded.
+// succeeds makes a client send a probe and reports whether it succeeded.
 func (n *named) succeeds(t *testing.T, c *role.Client, p node.Probe) bool {
 	t.Helper()
 	result, err := c.Probe(role.Probes{
@@ -146,7 +146,7 @@ func (n *named) succeeds(t *testing.T, c *role.Client, p node.Probe) bool {
 	return result.Failures == 0
 }
 
-// asker is whose probe names a pod.
+// asker is the owner of a probe that refers to a pod.
 type asker int
 
 const (
@@ -155,14 +155,14 @@ const (
 	theSamePod // a sidecar
 )
 
-// probes are a pod's own, and those that name it.
+// probes are the pod's own probes, and those that refer to it.
 type probes struct {
 	*named
 	by          asker
 	own, theirs []node.Probe
 }
 
-// writeSpecs makes the specs those of the pods, one more and a hostNetwork pod.
+// writeSpecs writes the specs of the pods, of another pod and of a hostNetwork pod.
 func (s *scene) writeSpecs(all []probes) {
 	s.t.Helper()
 	other := node.Probed{Pod: s.newPod().Pod}
@@ -182,16 +182,16 @@ func (s *scene) writeSpecs(all []probes) {
 
 func header(name, value string) []v1.HTTPHeader { return []v1.HTTPHeader{{Name: name, Value: value}} }
 
-// A probe that names another pod, and asks it otherwise than that pod's own probe, neither feeds nor eats the evidence of
-// that: each has the verdicts that it has without us, be it that the pod answers the one only or the other only.
-func TestHostProbesThatAskOtherwise(t *testing.T) {
+// A probe that refers to another pod, and sends a request different from that pod's own probe, neither adds to nor uses the
+// evidence of the own probe. Both get the same verdicts as without probelet, whichever of the two the pod answers.
+func TestHostProbesWithDifferentRequests(t *testing.T) {
 	auth, other, host := header(role.OnlyHeader, "yes"), header(role.OnlyHeader, "no"), header("Host", "x")
 	cases := []struct {
 		name        string
 		by          asker
 		way         way
 		own, theirs []v1.HTTPHeader
-		answered    bool // the pod's own
+		answered    bool // the pod's own probe
 	}{
 		{"with a header", anotherPod, byIPv4, nil, auth, true},
 		{"without the header", anotherPod, byIPv4, auth, nil, true},
@@ -208,7 +208,7 @@ func TestHostProbesThatAskOtherwise(t *testing.T) {
 	var all []probes
 	for i, c := range cases {
 		p := probes{named: pods[i], by: c.by}
-		for _, path := range []string{p.only(byIPv4, c.own), p.only(c.way, c.theirs)} { // for the own only, for the other only
+		for _, path := range []string{p.only(byIPv4, c.own), p.only(c.way, c.theirs)} { // accepts only the own, only the other
 			p.own = append(p.own, p.ownProbe(path, c.own))
 			p.theirs = append(p.theirs, p.hostProbe(c.way, path, c.theirs))
 		}
@@ -233,20 +233,20 @@ func TestHostProbesThatAskOtherwise(t *testing.T) {
 	}
 }
 
-// expectSame compares the prober's verdict with that of a prober that we do not know.
+// expectSame compares the prober's verdict with that of a prober unknown to probelet.
 func (n *named) expectSame(t *testing.T, name string, p node.Probe, success bool) {
 	t.Helper()
 	if alone := n.succeeds(t, n.s.other, p); alone != success {
-		t.Fatalf("%s: success without us: %t, want %t: %+v", name, alone, success, p)
+		t.Fatalf("%s: success without probelet: %t, want %t: %+v", name, alone, success, p)
 	}
 	if with := n.succeeds(t, n.s.prober, p); with != success {
-		t.Errorf("%s: success: %t, without us: %t: %+v", name, with, success, p)
+		t.Errorf("%s: success: %t, without probelet: %t: %+v", name, with, success, p)
 	}
 }
 
-// A probe that sends the same bytes to the same address asks the same question, whoever it is of and however it found the
-// address: what is observed of the one is evidence for the other, both ways.
-func TestHostProbesThatAskTheSame(t *testing.T) {
+// Probes that send the same bytes to the same address share evidence in both directions, whoever owns them and however they
+// got the address.
+func TestHostProbesWithTheSameRequest(t *testing.T) {
 	cases := []struct {
 		name string
 		by   asker
@@ -289,7 +289,7 @@ func TestHostProbesThatAskTheSame(t *testing.T) {
 	}
 }
 
-// expectShared sends a probe that reaches the pod, and another one that is answered on its evidence, while it succeeds.
+// expectShared sends a probe that reaches the pod, then another that is answered based on the first.
 func (p *probes) expectShared(t *testing.T, first, second node.Probe) {
 	t.Helper()
 	_, err := p.s.Ctl("invalidate", node.Namespace+"/"+p.Name)
@@ -300,6 +300,6 @@ func (p *probes) expectShared(t *testing.T, first, second node.Probe) {
 	must(t, p.s.AwaitState(p.Pod, own.Port, own.Path, node.Fresh))
 	p.expectSame(t, "second", second, true)
 	if got := p.hits(own) - before; got != 1 {
-		t.Errorf("%d probes were answered, not the second one", got)
+		t.Errorf("%d probes were answered, want 1, the second", got)
 	}
 }

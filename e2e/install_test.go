@@ -14,10 +14,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// snapshot is all that lies below directories: files with mode and contents.
+// snapshot records everything below some directories: files with mode and content.
 func snapshot(t *testing.T, dirs ...string) map[string]string {
 	t.Helper()
 	all := map[string]string{}
@@ -39,7 +39,7 @@ func snapshot(t *testing.T, dirs ...string) map[string]string {
 	return all
 }
 
-// A node with a network of somebody else's gets probelet, and is rid of it again, as it was before.
+// probelet joins an existing network, and uninstall restores the node's previous state.
 func TestInstallAndUninstall(t *testing.T) {
 	for _, way := range []string{"copy", "dropin"} {
 		t.Run(way, func(t *testing.T) {
@@ -58,7 +58,7 @@ func TestInstallAndUninstall(t *testing.T) {
 			ended := plain.add(t)
 			must(t, ended.Del())
 
-			// The primary's owner rewrites its configuration: the chain follows.
+			// When the primary's owner rewrites its configuration, the chain follows.
 			rewritten := plain.rewrite(t)
 			deadline := time.Now().Add(deadline)
 			for !strings.Contains(s.effective(t), `"mtu": 1400`) {
@@ -71,7 +71,7 @@ func TestInstallAndUninstall(t *testing.T) {
 
 			if err := s.uninstall("--settle", "10ms"); err == nil ||
 				!strings.Contains(err.Error(), "another probeletd is running") {
-				t.Fatalf("beside a daemon: %v", err)
+				t.Fatalf("next to a running daemon: %v", err)
 			}
 			must(t, s.daemon.Stop())
 			objects := pinned(t, s)
@@ -85,7 +85,7 @@ func TestInstallAndUninstall(t *testing.T) {
 			go func() {
 				uninstalled <- s.uninstall("--settle", "200ms")
 			}()
-			// Probes, and pods that come and go all the while.
+			// Probes, while pods come and go.
 			for gone, rounds := false, 0; !gone; rounds++ {
 				select {
 				case err := <-uninstalled:
@@ -108,7 +108,7 @@ func TestInstallAndUninstall(t *testing.T) {
 				}
 			}
 			if after := snapshot(t, s.NetDir(), s.PluginDir()); !reflect.DeepEqual(after, before) {
-				t.Errorf("left\n%v\nwas\n%v", after, before)
+				t.Errorf("left\n%v\nbefore\n%v", after, before)
 			}
 			s.expectNothingLeft(t, objects)
 			must(t, p.Check())
@@ -119,9 +119,9 @@ func TestInstallAndUninstall(t *testing.T) {
 	}
 }
 
-// A pod whose network is just being made by the configuration of before, by a plugin that takes its time: uninstall waits
-// for it, and leaves nothing of it.
-func TestUninstallWaitsForPluginsAtWork(t *testing.T) {
+// uninstall waits for a pod that a slow plugin is still setting up with the old configuration, and leaves nothing of that
+// pod.
+func TestUninstallWaitsForRunningPlugins(t *testing.T) {
 	s, plain := newPlainScene(t)
 	s.daemon.Kill()
 	dir := t.TempDir()
@@ -160,7 +160,7 @@ func TestUninstallWaitsForPluginsAtWork(t *testing.T) {
 	must(t, errors.Join(os.Remove(release), os.Remove(started)))
 	p, added = begin()
 	if err := s.uninstall("--settle", "10ms", "--in-flight", "100ms"); err == nil || !strings.Contains(err.Error(), "still at work") {
-		t.Errorf("with a plugin that hangs: %v", err)
+		t.Errorf("with a hanging plugin: %v", err)
 	}
 	must(t, os.WriteFile(release, nil, 0o600))
 	must(t, <-added)
@@ -169,8 +169,8 @@ func TestUninstallWaitsForPluginsAtWork(t *testing.T) {
 	must(t, p.Del())
 }
 
-// The plugin cannot be taken out of what somebody else has written.
-func TestUninstallWhatIsThereByHand(t *testing.T) {
+// uninstall does not remove the plugin from a configuration that the user wrote.
+func TestUninstallRefusesManualConfiguration(t *testing.T) {
 	s, plain := newPlainScene(t)
 	must(t, s.install())
 	plain.edit(t, func(plugins []any) []any {
@@ -179,10 +179,10 @@ func TestUninstallWhatIsThereByHand(t *testing.T) {
 	s.daemon.Kill()
 	before := snapshot(t, s.NetDir(), s.PluginDir())
 	if err := s.uninstall("--settle", "10ms"); err == nil || !strings.Contains(err.Error(), plain.file) {
-		t.Errorf("%v does not say %s", err, plain.file)
+		t.Errorf("%v does not name %s", err, plain.file)
 	}
 	if after := snapshot(t, s.NetDir(), s.PluginDir()); !reflect.DeepEqual(after, before) {
-		t.Errorf("there is\n%v\nwas\n%v", after, before)
+		t.Errorf("left\n%v\nbefore\n%v", after, before)
 	}
 	p := plain.add(t)
 	plain.edit(t, func(plugins []any) []any { return plugins[:len(plugins)-1] })
@@ -191,7 +191,7 @@ func TestUninstallWhatIsThereByHand(t *testing.T) {
 	must(t, p.Del())
 }
 
-// What cannot be put onto the node is not put into the chain.
+// If the plugin cannot be installed, it does not join the chain.
 func TestInstallWithoutItsPlugin(t *testing.T) {
 	s, _ := newPlainScene(t)
 	before := snapshot(t, s.NetDir(), s.PluginDir())
@@ -199,13 +199,13 @@ func TestInstallWithoutItsPlugin(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	if after := snapshot(t, s.NetDir(), s.PluginDir()); !reflect.DeepEqual(after, before) {
-		t.Errorf("there is\n%v\nwas\n%v", after, before)
+		t.Errorf("left\n%v\nbefore\n%v", after, before)
 	}
 }
 
-// Killed at any moment, uninstall can be run again, and pods can come and go in between.
-func TestUninstallIsKilled(t *testing.T) {
-	const whole, moments = 3 * time.Second, 8 // what it takes, about
+// uninstall can be killed at any moment and run again, and pods can come and go in between.
+func TestUninstallResumesAfterKill(t *testing.T) {
+	const whole, moments = 3 * time.Second, 8 // the approximate duration of uninstall
 	for i := range moments {
 		killed := whole * time.Duration(i+1) / (moments + 1)
 		t.Run(killed.String(), func(t *testing.T) {
@@ -225,13 +225,13 @@ func TestUninstallIsKilled(t *testing.T) {
 			must(t, passing.Del())
 			must(t, s.uninstall("--settle", "10ms"))
 			if after := snapshot(t, s.NetDir(), s.PluginDir()); !reflect.DeepEqual(after, before) {
-				t.Errorf("left\n%v\nwas\n%v", after, before)
+				t.Errorf("left\n%v\nbefore\n%v", after, before)
 			}
 			s.expectNothingLeft(t, objects)
 			must(t, p.Del())
 		})
 	}
-	t.Run("while it removes pins", func(t *testing.T) {
+	t.Run("while removing pins", func(t *testing.T) {
 		s, plain := newPlainScene(t)
 		must(t, s.install())
 		p := plain.add(t)
@@ -246,10 +246,10 @@ func TestUninstallIsKilled(t *testing.T) {
 	})
 }
 
-// CRI-O deletes a pod with the configuration of its ADD. As long as that may name the plugin, the binary stays, and works
-// with nothing else left. Here a process only bears CRI-O's name.
+// CRI-O deletes a pod with the configuration used for its ADD. As long as that may name the plugin, the binary stays and
+// works on its own. Here, a process merely has CRI-O's name.
 func TestUninstallLeavesThePluginToCRIO(t *testing.T) {
-	// What the pods of other tests have left there: all nodes share the directory.
+	// All nodes share this directory: remove what the pods of other tests left.
 	must(t, os.RemoveAll("/var/lib/cni/results"))
 	s, plain := newPlainScene(t)
 	s.daemon.Kill()
@@ -276,13 +276,13 @@ func TestUninstallLeavesThePluginToCRIO(t *testing.T) {
 	s.expectNothingLeft(t, nil)
 }
 
-// network is one without probelet.
+// network is the configuration of a network without probelet.
 type network struct {
 	s    *scene
 	file string
 }
 
-// withoutProbelet takes probelet out of the node's configuration, and its binary out of the plugins' directory.
+// withoutProbelet removes probelet from the node's configuration, and its binary from the plugin directory.
 func (s *scene) withoutProbelet(t *testing.T) *network {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join(s.NetDir(), "*.conflist"))
@@ -320,7 +320,7 @@ func (n *network) add(t *testing.T) *pod {
 	return n.s.newPod()
 }
 
-// effective is the text of the file that the runtime reads first.
+// effective returns the text of the file that the runtime reads first.
 func (s *scene) effective(t *testing.T) string {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join(s.NetDir(), "*.conflist"))
@@ -330,14 +330,14 @@ func (s *scene) effective(t *testing.T) string {
 	return string(text)
 }
 
-// newPlainScene is a node with a network of somebody else's, and with a daemon.
+// newPlainScene returns a node with an existing network and a daemon.
 func newPlainScene(t *testing.T) (*scene, *network) {
 	t.Helper()
 	s := newScene(t, node.PTP)
 	return s, s.withoutProbelet(t)
 }
 
-// command is one of probeletd's, on the node.
+// command runs a probeletd subcommand on the node.
 func (s *scene) command(verb string, flags ...string) *exec.Cmd {
 	return exec.Command(filepath.Join(s.Bin, "probeletd"), append([]string{
 		verb, "--bpf-dir", s.BPFDir, "--state-dir", s.StateDir, "--cni-net-dir", s.NetDir(), "--cni-bin-dir", s.PluginDir(),
@@ -352,7 +352,7 @@ func (s *scene) uninstall(flags ...string) error {
 	return node.RunCommand(s.command("uninstall", flags...))
 }
 
-// expectNothingLeft is of what uninstall removes, and of BPF objects that were pinned before.
+// expectNothingLeft checks that uninstall removed its files and freed the BPF objects that were pinned before.
 func (s *scene) expectNothingLeft(t *testing.T, objects map[node.Object]bool) {
 	t.Helper()
 	for _, path := range []string{s.BPFDir, s.StateDir, filepath.Join(s.PluginDir(), "probelet")} {
@@ -363,10 +363,10 @@ func (s *scene) expectNothingLeft(t *testing.T, objects map[node.Object]bool) {
 	expectDead(t, objects)
 }
 
-// slowPlugin is a CNI plugin that this program is if it is called so: it goes on when it is told to.
+// slowPlugin is the name under which this program acts as a CNI plugin that waits to be released.
 const (
 	slowPlugin = "slow"
-	// Files in the directory that its configuration names.
+	// Names of files in the directory that its configuration specifies.
 	slowStarted = "started"
 	slowRelease = "release"
 )

@@ -1,19 +1,30 @@
-// Package e2e tests probelet as it is used: built binaries, real CNI plugins, real sockets, the kubelet's prober.
+// Package e2e tests probelet the way it is used: built binaries, real CNI plugins, real sockets, the kubelet's prober.
 package e2e
 
 import (
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
 
-	"github.com/probelet/probelet/e2e/node"
-	"github.com/probelet/probelet/e2e/role"
+	"github.com/probelet/probelet/e2e/harness/node"
+	"github.com/probelet/probelet/e2e/harness/role"
 )
 
-// machine is where all tests run.
+// machine is shared by all tests.
 var machine *node.Machine
+
+// skipAll is why all tests but TestMachine are skipped, if they are.
+var skipAll error
+
+// TestMachine reports all end-to-end tests as skipped where the machine is unsuited.
+func TestMachine(t *testing.T) {
+	if skipAll != nil {
+		t.Skip("all end-to-end tests: ", skipAll)
+	}
+}
 
 func TestMain(m *testing.M) {
 	if filepath.Base(os.Args[0]) == slowPlugin {
@@ -22,8 +33,10 @@ func TestMain(m *testing.M) {
 	}
 	role.Main()
 	if err := node.Suited(); errors.Is(err, node.ErrUnsuited) && os.Getenv("CI") == "" {
-		fmt.Println("SKIPPED: all end-to-end tests:", err)
-		return
+		skipAll = err
+		flag.Parse()
+		_ = flag.Set("test.run", "^TestMachine$")
+		os.Exit(m.Run())
 	}
 	if os.Getenv("PROBELET_BIN") == "" {
 		_ = os.Setenv("PROBELET_BIN", "../bin")

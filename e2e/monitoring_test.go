@@ -16,13 +16,13 @@ import (
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/prometheus/prometheus/promql/parser"
 
-	"github.com/probelet/probelet/e2e/alerts"
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/alerts"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
 const relayPort = "9553"
 
-// newRelay starts a relay as nobody, without capabilities, in the network of a pod, as the chart has it.
+// newRelay starts a relay without privileges or capabilities in the network of a pod, as the chart does.
 func (s *scene) newRelay() (url string) {
 	s.t.Helper()
 	p, err := s.NewPod()
@@ -36,7 +36,7 @@ func (s *scene) newRelay() (url string) {
 	return "http://" + net.JoinHostPort(p.IPv4.String(), relayPort)
 }
 
-// seenByNobody has what the relay's pod mounts of the state directory: the one for metrics.
+// seenByNobody contains what the relay's pod mounts of the state directory: the metrics directory.
 func (s *scene) seenByNobody() string {
 	s.t.Helper()
 	dir, err := os.MkdirTemp("/run", "relay")
@@ -61,7 +61,7 @@ func scrape(url string) (status int, text string, err error) {
 	return response.StatusCode, string(body), err
 }
 
-// awaitScrape scrapes until the relay answers with a status, and with all of these in the text.
+// awaitScrape scrapes until the relay answers with this status and all these parts.
 func (s *scene) awaitScrape(url string, status int, parts ...string) string {
 	s.t.Helper()
 	var got int
@@ -81,8 +81,8 @@ func (s *scene) awaitScrape(url string, status int, parts ...string) string {
 	return ""
 }
 
-// Of a node that is well, scraped by the way that the chart has, no alert fires; of one whose prober is gone, the alert for it does. Each
-// alert looks at series that there are.
+// A healthy node, scraped the way the chart sets it up, fires no alert; a node whose prober is gone fires the alert for that.
+// Every alert selects existing series.
 func TestMonitoring(t *testing.T) {
 	s := newScene(t, node.PTP)
 	s.newFreshPod(longHTTP)
@@ -119,7 +119,7 @@ func TestMonitoring(t *testing.T) {
 	expectFiring(s.awaitScrape(url+"/metrics", http.StatusOK, "probelet_prober_found 0"), "1", "ProbeletProberNotFound")
 }
 
-// expectSeries expects each selector to select something.
+// expectSeries checks that each selector matches something.
 func expectSeries(t *testing.T, alert, expr, text string) {
 	t.Helper()
 	root, err := parser.NewParser(parser.Options{}).ParseExpr(expr)
@@ -140,7 +140,7 @@ func expectSeries(t *testing.T, alert, expr, text string) {
 				return nil
 			}
 		}
-		t.Errorf("%s: there is no series %s", alert, selector)
+		t.Errorf("%s: no series matches %s", alert, selector)
 		return nil
 	})
 }

@@ -11,8 +11,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/probelet/probelet/e2e/node"
-	"github.com/probelet/probelet/e2e/role"
+	"github.com/probelet/probelet/e2e/harness/node"
+	"github.com/probelet/probelet/e2e/harness/role"
 )
 
 const (
@@ -21,18 +21,18 @@ const (
 	tlsPort  = 8443
 	healthz  = "/healthz"
 
-	// deadline of anything that must not hang.
+	// deadline limits everything that must not hang.
 	deadline = 20 * time.Second
 )
 
-// Probes that keep evidence fresh for longer than any test takes.
+// Probes with periods that keep evidence fresh for longer than any test takes.
 var (
 	longHTTP = node.Probe{Port: httpPort, Path: healthz, PeriodSeconds: 600, TimeoutSeconds: 1}
 	longTCP  = node.Probe{Port: tcpPort, PeriodSeconds: 600, TimeoutSeconds: 1}
 	longTLS  = node.Probe{Port: tlsPort, PeriodSeconds: 600, TimeoutSeconds: 1}
 )
 
-// scene is a node with a daemon, and the two kinds of clients.
+// scene is a node with a daemon and two clients: the prober and another.
 type scene struct {
 	*node.Node
 	t             *testing.T
@@ -40,7 +40,7 @@ type scene struct {
 	prober, other *role.Client
 }
 
-// newScene ends with its test, and tells of daemon and plugin if that failed.
+// newScene returns a scene that ends with the test. If the test fails, it logs the status and the logs of daemon and plugin.
 func newScene(t *testing.T, chain node.Chain, flags ...string) *scene {
 	t.Helper()
 	n, err := machine.NewNode(chain)
@@ -83,14 +83,14 @@ func lastLines(text string, n int) string {
 	return strings.Join(lines[max(0, len(lines)-n):], "")
 }
 
-// pod is a pod with a server in it.
+// pod is a pod with a server.
 type pod struct {
 	*node.Pod
 	*role.Server
 	s *scene
 }
 
-// newPod makes a pod whose server listens on the usual ports.
+// newPod creates a pod whose server listens on the usual ports.
 func (s *scene) newPod() *pod {
 	s.t.Helper()
 	p, err := s.NewPod()
@@ -104,7 +104,7 @@ func (s *scene) newPod() *pod {
 	return &pod{p, server, s}
 }
 
-// newFreshPod makes the only pod with specs, with the probes given and all of them answered by the kernel.
+// newFreshPod creates a pod and makes it the only one with specs: these probes, all of them fresh.
 func (s *scene) newFreshPod(probes ...node.Probe) *pod {
 	s.t.Helper()
 	p := s.newPod()
@@ -113,7 +113,7 @@ func (s *scene) newFreshPod(probes ...node.Probe) *pod {
 	return p
 }
 
-// probeByIPv6 makes the pod's endpoints those of its IPv6 address, and fresh.
+// probeByIPv6 moves the pod's endpoints to its IPv6 address and makes them fresh.
 func (p *pod) probeByIPv6(probes ...node.Probe) {
 	p.s.t.Helper()
 	must(p.s.t, p.s.WriteSpecs(node.Probed{Pod: p.Pod, Readiness: probes, IPv6: true}))
@@ -121,14 +121,14 @@ func (p *pod) probeByIPv6(probes ...node.Probe) {
 		before := p.hits(probe)
 		for end := time.Now().Add(deadline); p.hits(probe) == before; time.Sleep(20 * time.Millisecond) {
 			if time.Now().After(end) {
-				p.s.t.Fatalf("port %d is not answered by its IPv6 address", probe.Port)
+				p.s.t.Fatalf("port %d is not answered at its IPv6 address", probe.Port)
 			}
 			p.probe(probe, p.IPv6, 1)
 		}
 	}
 }
 
-// makeFresh sends one probe of each that the pod itself answers.
+// makeFresh sends one probe to each endpoint, which the pod answers.
 func (p *pod) makeFresh(probes ...node.Probe) {
 	p.s.t.Helper()
 	for _, probe := range probes {
@@ -140,7 +140,7 @@ func (p *pod) makeFresh(probes ...node.Probe) {
 	}
 }
 
-// probe sends probes as the kubelet does, none of which may fail.
+// probe sends probes as the kubelet does. None of them may fail.
 func (p *pod) probe(probe node.Probe, address netip.Addr, count int) {
 	p.s.t.Helper()
 	result, err := p.s.prober.Probe(probesOf(probe, address, count))
@@ -156,7 +156,7 @@ func probesOf(probe node.Probe, address netip.Addr, count int) role.Probes {
 	}
 }
 
-// seen is what has reached a port of the pod.
+// seen returns what has reached a port of the pod.
 func (p *pod) seen(port int) role.Seen {
 	p.s.t.Helper()
 	seen, err := p.Seen(port)
@@ -164,7 +164,7 @@ func (p *pod) seen(port int) role.Seen {
 	return seen
 }
 
-// address of a port of the pod.
+// address returns the address of one of the pod's ports.
 func (p *pod) address(port int) string {
 	return net.JoinHostPort(p.IPv4.String(), strconv.Itoa(port))
 }
@@ -176,7 +176,7 @@ func (s *scene) counter(t *testing.T, name string) int {
 	return status.Counters[name]
 }
 
-// hits is how many probes of an endpoint the kernel has answered.
+// hits returns how many probes of an endpoint the kernel has answered.
 func (p *pod) hits(probe node.Probe) int {
 	p.s.t.Helper()
 	e, err := p.s.Endpoint(p.Pod, probe.Port, probe.Path)
@@ -184,7 +184,7 @@ func (p *pod) hits(probe node.Probe) int {
 	return e.Hits
 }
 
-// dial returns a connection of the client's, which ends with the test.
+// dial returns a connection of the client that is closed at the end of the test.
 func (s *scene) dial(t *testing.T, c *role.Client, address string) net.Conn {
 	t.Helper()
 	conn, err := c.Dial(address)
@@ -194,7 +194,7 @@ func (s *scene) dial(t *testing.T, c *role.Client, address string) net.Conn {
 	return conn
 }
 
-// answeredByKernel reads a response, and says whether it is the kernel's.
+// answeredByKernel reads a response and reports whether it is the kernel's.
 func answeredByKernel(conn net.Conn) (bool, error) {
 	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
 	if err != nil {
@@ -204,7 +204,7 @@ func answeredByKernel(conn net.Conn) (bool, error) {
 	return strings.HasPrefix(response.Header.Get("Cache-Status"), "probelet"), nil
 }
 
-// needBTF is called where sockets have to be watched, which a kernel without a description of its types cannot.
+// needBTF skips tests that depend on watching sockets, for which the kernel must have BTF.
 func needBTF(t *testing.T) {
 	t.Helper()
 	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err == nil {

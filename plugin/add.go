@@ -17,7 +17,7 @@ func (p *plugin) cmdAdd(args *skel.CmdArgs) error {
 	return p.strictly("ADD", func(conf *netConf, args *skel.CmdArgs) error {
 		if conf.prevResult == nil {
 			return fault(types.ErrInvalidNetworkConfig,
-				"prevResult is missing: probelet must be chained behind the plugin that makes the interface")
+				"prevResult is missing: probelet must be chained after the plugin that creates the interface")
 		}
 		err := p.add(conf, args)
 		var ignored ignoredError
@@ -31,8 +31,8 @@ func (p *plugin) cmdAdd(args *skel.CmdArgs) error {
 	})(args)
 }
 
-// add attaches. If it fails, nothing stays attached. If the pod is to start regardless, the error is an ignoredError, and the
-// record, where one can be written, says what failed.
+// add attaches. If it fails, nothing stays attached. If the pod shall start regardless, the error is an ignoredError, and the
+// record, where it can be written, holds the reason.
 func (p *plugin) add(conf *netConf, args *skel.CmdArgs) error {
 	record := attach.Record{
 		ContainerID: args.ContainerID,
@@ -54,13 +54,13 @@ func (p *plugin) add(conf *netConf, args *skel.CmdArgs) error {
 	return ignoredError{withDetails(err, detach(conf, record.ID()), attach.WriteRecord(conf.stateDir, record))}
 }
 
-// mayPass reports whether a later attempt may succeed.
+// mayPass reports whether the error is transient, so that a later attempt may succeed.
 func mayPass(err error) bool {
 	var e *types.Error
 	return errors.As(err, &e) && slices.Contains([]uint{types.ErrTryAgainLater, codeNoBPFFS, codeLoad, codeAttach}, e.Code)
 }
 
-// attachPod attaches, and fills in the record as far as it gets.
+// attachPod attaches the pod and fills in the record as far as it gets.
 func (p *plugin) attachPod(conf *netConf, args *skel.CmdArgs, record *attach.Record) error {
 	if err := describePod(record, args.Args, conf.prevResult); err != nil {
 		return err
@@ -92,7 +92,7 @@ func (p *plugin) attachPod(conf *netConf, args *skel.CmdArgs, record *attach.Rec
 	return nil
 }
 
-// podArgs are the arguments that Kubernetes runtimes pass in CNI_ARGS.
+// podArgs holds the arguments that Kubernetes runtimes pass in CNI_ARGS.
 type podArgs struct {
 	types.CommonArgs
 	K8S_POD_NAME      types.UnmarshallableString //nolint:revive // the name of the argument

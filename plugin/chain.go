@@ -14,20 +14,20 @@ const (
 	pluginType = "probelet"
 	// bandwidthType adds an ingress qdisc to the host-side veth of a pod that has an egress limit.
 	bandwidthType = "bandwidth"
-	// defaultNetDir is where runtimes keep network configurations unless configured otherwise.
+	// defaultNetDir is where runtimes keep network configurations by default.
 	defaultNetDir = "/etc/cni/net.d"
-	// netDirVariable names another directory. cnitool reads it; a plugin inherits its runtime's environment.
+	// netDirVariable overrides defaultNetDir. cnitool reads it, and a plugin inherits the environment of its runtime.
 	netDirVariable = "NETCONFPATH"
 )
 
-// qdiscless are the plugins that add no qdisc: ours, and chained ones of github.com/containernetworking/plugins (1.9).
+// qdiscless lists plugins that add no qdisc: ours, and the chained ones of github.com/containernetworking/plugins (1.9).
 var qdiscless = []string{pluginType, "firewall", "portmap", "sbr", "tuning", "vrf"}
 
-// attachVia decides how ADD attaches. A device cannot have both clsact and an ingress qdisc: after clsact, a later plugin that adds
-// an ingress qdisc fails, and the pod does not start. tcx has no such conflict, but waits for two RCU grace periods, and needs
-// Linux 6.6. So it is clsact if the network's configuration on disk shows that no such plugin follows, and tcx otherwise. Where
-// bandwidth follows and there is no tcx, ADD fails, and the daemon attaches after the chain has ended. The daemon also replaces
-// clsact with tcx.
+// attachVia decides how ADD attaches. A device cannot have both clsact and an ingress qdisc: once we have added clsact, a later
+// plugin that adds an ingress qdisc fails, and the pod does not start. tcx has no such conflict, but it waits for two RCU grace
+// periods and needs Linux 6.6. So ADD uses clsact if the network's configuration on disk shows that no such plugin follows, and tcx
+// if it does not. Where bandwidth follows and the kernel lacks tcx, ADD fails, and the daemon attaches once the chain has finished.
+// The daemon also replaces clsact with tcx.
 func attachVia(network string) attach.Via {
 	followers, found := followersIn(cmp.Or(os.Getenv(netDirVariable), defaultNetDir), network)
 	switch {
@@ -42,9 +42,9 @@ func attachVia(network string) attach.Via {
 
 func mayAddQdisc(plugin string) bool { return !slices.Contains(qdiscless, plugin) }
 
-// followersIn returns the types of the plugins after ours in a network's chain, and reports whether it found a chain with ours.
-// Several files may have chains with that name; which of them counts depends on the runtime, so it returns the followers in all of
-// them. It skips a list that it cannot read, because the runtime cannot have read it either.
+// followersIn returns the types of the plugins that follow ours in a network's chain, and reports whether any chain contains ours.
+// Several files may define a chain of that name, and the runtime determines which one counts, so the followers in all of them are
+// returned. Unreadable lists are skipped, because the runtime cannot have read them either.
 func followersIn(netDir, network string) (followers []string, found bool) {
 	appended := typesIn(filepath.Join(netDir, network))
 	for _, file := range filesIn(netDir, ".conflist") {
@@ -66,14 +66,14 @@ func followersIn(netDir, network string) (followers []string, found bool) {
 	return followers, found
 }
 
-// typeOnly is a plugin's configuration, of which only the type matters here.
+// typeOnly is a plugin's configuration reduced to its type.
 type typeOnly struct {
 	Type string `json:"type"`
 }
 
 // typesIn returns the plugins that libcni appends to a network's list, one from each file in the network's directory (CNI spec 1.1,
-// section 1, "loadOnlyInlinedPlugins"). The type is empty for a file that cannot be read: it may have been any when the runtime read
-// it.
+// section 1, "loadOnlyInlinedPlugins"). The type of an unreadable file is empty, because it may have been anything when the runtime
+// read it.
 func typesIn(dir string) (plugins []typeOnly) {
 	for _, file := range filesIn(dir, ".conf") {
 		var plugin typeOnly
@@ -83,7 +83,7 @@ func typesIn(dir string) (plugins []typeOnly) {
 	return plugins
 }
 
-// filesIn returns the files with an extension, in the order of libcni's ConfFiles, or none if the directory cannot be read.
+// filesIn returns the files with an extension in the order of libcni's ConfFiles, or none if the directory is unreadable.
 func filesIn(dir, extension string) (files []string) {
 	entries, _ := os.ReadDir(dir)
 	for _, e := range entries {
@@ -94,7 +94,7 @@ func filesIn(dir, extension string) (files []string) {
 	return files
 }
 
-// readJSON reports whether it could read the file.
+// readJSON reads a JSON file and reports whether that succeeded.
 func readJSON(file string, into any) bool {
 	text, err := os.ReadFile(file)
 	return err == nil && json.Unmarshal(text, into) == nil

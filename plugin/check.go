@@ -11,7 +11,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// check compares everything with what ADD made.
+// check compares the record, the device and the attachment with what ADD made.
 func check(conf *netConf, args *skel.CmdArgs) error {
 	id := attach.ID{ContainerID: args.ContainerID, IfName: args.IfName}
 	if err := id.Check(); err != nil {
@@ -29,7 +29,7 @@ func check(conf *netConf, args *skel.CmdArgs) error {
 		return fault(codeCheck, "the record of %s: %v", id, err)
 	}
 	if record.ID() != id || record.Network != conf.name {
-		return fault(codeCheck, "the record of %s on network %s is that of %s on network %s",
+		return fault(codeCheck, "the record of %s on network %s describes %s on network %s",
 			id, conf.name, record.ID(), record.Network)
 	}
 	if record.Error != "" {
@@ -44,14 +44,13 @@ func check(conf *netConf, args *skel.CmdArgs) error {
 			id, device.Index, device.Name, record.IfIndex, record.HostIfName)
 	}
 	if record.NetnsCookie != 0 && device.NetnsCookie != record.NetnsCookie {
-		return fault(codeCheck, "%s is the network namespace with cookie %d; that of %s had %d",
+		return fault(codeCheck, "%s is the network namespace with cookie %d; the record of %s says %d",
 			args.Netns, device.NetnsCookie, id, record.NetnsCookie)
 	}
 	return checkAttached(conf, id, device.Index)
 }
 
-// uninstalled reports whether probelet was uninstalled. A runtime may go on checking pods with the configuration of their
-// ADD.
+// uninstalled reports whether probelet was uninstalled. A runtime may keep checking pods with the configuration of their ADD.
 func uninstalled(conf *netConf) bool {
 	_, err := os.Stat(conf.bpfDir)
 	return datapath.Absent(err)
@@ -62,7 +61,7 @@ func checkAttached(conf *netConf, id attach.ID, ifIndex int) error {
 	if err != nil {
 		return fault(codeCheck, "%v", err)
 	}
-	defer d.Close() //nolint:errcheck // only read
+	defer d.Close() //nolint:errcheck // read only
 	if err := attach.Check(d, conf.bpfDir, id, ifIndex); err != nil {
 		return fault(codeCheck, "%v", err)
 	}

@@ -16,14 +16,14 @@ import (
 )
 
 const (
-	// loadDeadline bounds the wait for another process that loads the objects.
+	// loadDeadline bounds the wait for another process that is loading the objects.
 	loadDeadline = 5 * time.Second
 
-	// daemonDeadline bounds the wait for the daemon's lock. It is far longer than the daemon takes to attach a pod.
+	// daemonDeadline bounds the wait for the daemon's lock. The daemon attaches a pod in far less time.
 	daemonDeadline = 2 * time.Second
 )
 
-// plugin holds what the plugin needs of its environment.
+// plugin holds the plugin's environment, for tests to replace.
 type plugin struct {
 	stdout, stderr io.Writer
 	kernelVersion  func() (uint32, error) // as LINUX_VERSION_CODE
@@ -39,7 +39,7 @@ func (p *plugin) funcs() skel.CNIFuncs {
 	}
 }
 
-// strictly makes a command of a function that needs a valid configuration.
+// strictly wraps a function that needs a valid configuration as a command.
 func (p *plugin) strictly(verb string, run func(*netConf, *skel.CmdArgs) error) func(*skel.CmdArgs) error {
 	return func(args *skel.CmdArgs) error {
 		conf, err := parseConf(args.StdinData)
@@ -51,7 +51,7 @@ func (p *plugin) strictly(verb string, run func(*netConf, *skel.CmdArgs) error) 
 	}
 }
 
-// report logs what a command did, and writes an ignored error to stderr. It returns any other error.
+// report logs the outcome of a command. It writes an ignored error to stderr and returns any other.
 func (p *plugin) report(verb string, conf *netConf, args *skel.CmdArgs, start time.Time, err error) error {
 	attrs := []slog.Attr{
 		slog.String("network", conf.name),
@@ -111,7 +111,7 @@ func (p *plugin) ensureLoaded(conf *netConf) (*datapath.Datapath, error) {
 func (p *plugin) checkKernel() error {
 	v, err := p.kernelVersion()
 	if err != nil {
-		return fault(codeLoad, "the kernel's version: %v", err)
+		return fault(codeLoad, "reading the kernel version: %v", err)
 	}
 	if v < datapath.MinKernel {
 		return fault(codeKernelTooOld, "kernel %s is too old: probelet needs %s or newer",

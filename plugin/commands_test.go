@@ -640,7 +640,7 @@ func TestCheckFinds(t *testing.T) {
 				}
 				attachForeignXDP(w.t, p)
 				return nil
-			}, "not respond"},
+			}, "want respond"},
 		},
 	}
 	inEachWay(t, func(t *testing.T, w *world, way way) {

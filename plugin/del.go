@@ -13,14 +13,14 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// cmdDel accepts any configuration: a pod must be removable whatever its configuration has become.
+// cmdDel accepts any configuration, because a pod must be removable whatever has become of its configuration.
 func (p *plugin) cmdDel(args *skel.CmdArgs) error {
 	conf := parseConfForDel(args.StdinData)
 	start := time.Now()
 	return p.report("DEL", conf, args, start, remove(conf, attach.ID{ContainerID: args.ContainerID, IfName: args.IfName}))
 }
 
-// remove undoes ADD. It removes the record last, so that a later call finds what could not be removed.
+// remove undoes ADD. It removes the record last so that a retry finds what could not be removed.
 func remove(conf *netConf, id attach.ID) error {
 	if id.Check() != nil {
 		return nil // ADD made nothing
@@ -35,8 +35,8 @@ func remove(conf *netConf, id attach.ID) error {
 	return nil
 }
 
-// keepDaemonOut keeps the daemon from repairing what is being removed. A daemon that hangs with the lock only delays the
-// removal.
+// keepDaemonOut keeps the daemon from repairing an attachment while it is being removed. A daemon that hangs while it holds the
+// lock only delays the removal.
 func keepDaemonOut(conf *netConf) (done func()) {
 	ctx, cancel := context.WithTimeout(context.Background(), daemonDeadline)
 	defer cancel()
@@ -47,7 +47,7 @@ func keepDaemonOut(conf *netConf) (done func()) {
 	return unlock
 }
 
-// detach stops the answering and removes the pins. The kernel takes the programs off a moment later (attach.Release).
+// detach stops answering and removes the pins. The kernel detaches the programs a moment later (see attach.Release).
 func detach(conf *netConf, id attach.ID) error {
 	d, err := openForRemoval(conf.bpfDir)
 	if err != nil {
@@ -65,7 +65,7 @@ func detach(conf *netConf, id attach.ID) error {
 	return nil
 }
 
-// removeUnpinned removes what Release cannot find: the record tells of an attachment, but no pin says to which device.
+// removeUnpinned removes what Release cannot find: an attachment that has a record, but no pin that names its device.
 func removeUnpinned(d *datapath.Datapath, conf *netConf, id attach.ID) error {
 	if _, err := attach.Device(conf.bpfDir, id); !errors.Is(err, fs.ErrNotExist) || d == nil {
 		return nil
@@ -84,7 +84,7 @@ func removeUnpinned(d *datapath.Datapath, conf *netConf, id attach.ID) error {
 	return attach.ClearClsact(record.IfIndex)
 }
 
-// openForRemoval returns nil if the objects, or some of them, are not pinned any more: the rest can still be removed.
+// openForRemoval opens the pinned objects. It returns nil if any are no longer pinned; the rest can still be removed.
 func openForRemoval(bpfDir string) (*datapath.Datapath, error) {
 	d, err := datapath.Open(bpfDir)
 	if errors.Is(err, datapath.ErrNotLoaded) || errors.Is(err, fs.ErrNotExist) {

@@ -10,17 +10,17 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 )
 
-// gc removes what the runtime does not list: this network's attachments, and those without a record whose device is gone.
-// Without a list it cannot tell what is stale, and removes nothing.
+// gc removes stale attachments: those of this network that the runtime does not list, and those without a record whose device is
+// gone. Without a list it cannot tell which are stale and removes nothing.
 func gc(conf *netConf) error {
 	if conf.validAttachments == nil {
-		return fault(types.ErrInvalidNetworkConfig, "%s is missing: without it no attachment can be told to be stale", fieldValidAttachments)
+		return fault(types.ErrInvalidNetworkConfig, "%s is missing: cannot tell which attachments are stale", fieldValidAttachments)
 	}
 	valid := map[attach.ID]bool{}
 	for _, a := range conf.validAttachments {
 		valid[attach.ID{ContainerID: a.ContainerID, IfName: a.IfName}] = true
 	}
-	// Pins before records: an ADD writes its record first.
+	// List pins before reading records, because ADD writes its record first.
 	pinned, err := attach.List(conf.bpfDir)
 	errs := []error{err}
 	records, err := attach.ReadRecords(conf.stateDir)
@@ -41,7 +41,7 @@ func gc(conf *netConf) error {
 	return nil
 }
 
-// removeOrphans removes those of these attachments whose device is gone, and what belongs to no attachment.
+// removeOrphans removes the given attachments whose device is gone, and devices that belong to no attachment.
 func removeOrphans(conf *netConf, ids []attach.ID) error {
 	d, err := openForRemoval(conf.bpfDir)
 	if err != nil {

@@ -1,6 +1,6 @@
-// probelet is a chained CNI plugin. It attaches the programs of package datapath to the host side of the pod's veth, and
-// leaves a record of the pod for the daemon. It changes nothing that the plugins before it made, and works with the daemon
-// down.
+// probelet is a chained CNI plugin. It attaches the programs of package datapath to the host side of the pod's veth and
+// leaves a record of the pod for the daemon. It changes nothing that earlier plugins created, and it works while the daemon
+// is down.
 package main
 
 import (
@@ -33,15 +33,15 @@ func main() {
 		"CNI plugin probelet "+version.String()+": answers kubelet probes in the kernel; must be chained after a plugin that creates a veth")
 }
 
-// asksVersion reports whether the plugin was started by a person who wants to know its version. Runtimes pass no arguments.
+// asksVersion reports whether the command line asks for the version. Runtimes pass no arguments.
 func asksVersion(args []string) bool {
 	return os.Getenv("CNI_COMMAND") == "" && len(args) == 2 && (args[1] == "--version" || args[1] == "version")
 }
 
-// takeAnyConf makes DEL accept anything on stdin. skel would refuse a configuration that is not JSON, has no name or an unsupported
-// version. So skel gets one that it accepts, and funcs.Del gets the real one.
+// takeAnyConf makes DEL accept anything on stdin. skel rejects a configuration that is not JSON, lacks a name, or has an unsupported
+// version, so it is given one that it accepts, while funcs.Del receives the real one.
 func takeAnyConf(funcs *skel.CNIFuncs) error {
-	conf, _ := io.ReadAll(os.Stdin) // unreadable counts as empty
+	conf, _ := io.ReadAll(os.Stdin) // treat unreadable as empty
 	stdin, acceptable, err := os.Pipe()
 	if err != nil {
 		return err

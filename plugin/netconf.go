@@ -21,11 +21,11 @@ import (
 )
 
 const (
-	// onErrorIgnore starts the pod without probelet, and tells why on stderr and in the record.
+	// onErrorIgnore starts the pod without probelet and gives the reason on stderr and in the record.
 	onErrorIgnore = "ignore"
 	onErrorFail   = "fail"
 
-	// maxPath is in bytes. It leaves room, within the 4,096 of PATH_MAX, for paths below a configured directory.
+	// maxPath, in bytes, leaves room within PATH_MAX (4,096) for paths below a configured directory.
 	maxPath = 2048
 )
 
@@ -40,9 +40,9 @@ type netConf struct {
 	logFile  string // empty: none
 
 	prevResult *current.Result // nil: none
-	// rawPrevResult is printed instead of prevResult, so that fields unknown to this build pass unchanged.
+	// rawPrevResult is printed instead of prevResult so that fields unknown to this build pass through unchanged.
 	rawPrevResult json.RawMessage
-	// validAttachments are the attachments that GC must keep; nil if not given.
+	// validAttachments lists the attachments that GC must keep; nil if not given.
 	validAttachments []types.GCAttachment
 }
 
@@ -52,7 +52,7 @@ func defaultConf() *netConf {
 	return &netConf{hook: attach.HookTC, onError: onErrorIgnore, bpfDir: datapath.DefaultDir, stateDir: attach.DefaultStateDir}
 }
 
-// ownFields are probelet's own fields, all of them strings. A setter that returns an error has changed nothing.
+// ownFields maps probelet's own fields, all of them strings, to their setters. A setter that returns an error changes nothing.
 var ownFields = map[string]func(c *netConf, value string) error{
 	"hook":     setHook,
 	"onError":  setOnError,
@@ -61,11 +61,11 @@ var ownFields = map[string]func(c *netConf, value string) error{
 	"logFile":  func(c *netConf, value string) error { return setPath(&c.logFile, value) },
 }
 
-// replacedFields maps fields of older versions to their successors.
+// replacedFields maps removed fields to their successors.
 var replacedFields = map[string]string{"xdpMode": "hook"}
 
-// specFields are defined by the CNI specification or libcni, for a plugin's configuration or for the list around it, which
-// some runtimes copy down. So are all in the specification's name space, cni.dev/.
+// specFields are defined by the CNI specification or libcni, either for a plugin or for the enclosing list, whose fields some
+// runtimes copy down. Everything in the cni.dev/ namespace is the specification's as well.
 var specFields = []string{
 	"cniVersion", "cniVersions", "name", "type", "capabilities", "ipam", "dns", "args", "ipMasq", "disableCheck",
 	"disableGC", "loadOnlyInlinedPlugins", "runtimeConfig", "prevResult",
@@ -87,13 +87,13 @@ func setOnError(c *netConf, value string) error {
 	return nil
 }
 
-// setPath rejects paths at which no file can be. DEL then looks in the default place instead of failing.
+// setPath rejects paths that cannot exist, so that DEL falls back to the default instead of failing.
 func setPath(path *string, value string) error {
 	if !filepath.IsAbs(value) {
 		return errors.New("must be an absolute path")
 	}
 	if len(value) > maxPath {
-		return fmt.Errorf("must have at most %d bytes", maxPath)
+		return fmt.Errorf("must not be longer than %d bytes", maxPath)
 	}
 	if _, err := os.Stat(value); errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENAMETOOLONG) || errors.Is(err, unix.ELOOP) {
 		return err
@@ -136,7 +136,7 @@ func onBPFFS(path string) bool {
 	return err == nil && fs.Type == unix.BPF_FS_MAGIC
 }
 
-// parseConf reads a configuration. Its errors name the field and the value.
+// parseConf parses a configuration strictly. Its errors name the field and the value.
 func parseConf(stdin []byte) (*netConf, error) {
 	var raw map[string]json.RawMessage
 	if err := json.Unmarshal(stdin, &raw); err != nil {
@@ -151,7 +151,7 @@ func parseConf(stdin []byte) (*netConf, error) {
 	if err := conf.setSpecFields(stdin, raw["prevResult"]); err != nil {
 		return nil, err
 	}
-	// If the runtime passes a nil slice, as CRI-O does for a network without pods, libcni writes null for the empty list.
+	// libcni writes null for an empty list if the runtime passes a nil slice, as CRI-O does for a network without pods.
 	if _, given := raw[fieldValidAttachments]; given && conf.validAttachments == nil {
 		conf.validAttachments = []types.GCAttachment{}
 	}
@@ -165,9 +165,9 @@ func (c *netConf) setField(name string, raw json.RawMessage) error {
 			return nil
 		}
 		if successor := replacedFields[name]; successor != "" {
-			return fault(types.ErrUnsupportedField, "field %q, which is %s, does not exist any more: %q replaces it", name, raw, successor)
+			return fault(types.ErrUnsupportedField, "field %q (value %s) was removed: %q replaces it", name, raw, successor)
 		}
-		return fault(types.ErrUnsupportedField, "field %q, which is %s, is none of probelet's (%s)",
+		return fault(types.ErrUnsupportedField, "unknown field %q (value %s): probelet's fields are %s",
 			name, raw, strings.Join(slices.Sorted(maps.Keys(ownFields)), ", "))
 	}
 	var value *string // nil if the value is null
@@ -210,8 +210,8 @@ func (c *netConf) setPrevResult(raw json.RawMessage, confVersion string) error {
 	return err
 }
 
-// withVersion returns the result with a cniVersion: its own, or else the configuration's. Runtimes cannot read a result
-// without one, and it must be the configuration's (CNI spec, "ADD Success").
+// withVersion returns the result with a cniVersion, taken from the configuration if the result has none. Runtimes cannot parse
+// a result without it, and it must match the configuration's (CNI spec, "ADD Success").
 func withVersion(rawResult json.RawMessage, version string) (json.RawMessage, error) {
 	var result struct {
 		CNIVersion string `json:"cniVersion"`
@@ -230,7 +230,7 @@ func withVersion(rawResult json.RawMessage, version string) (json.RawMessage, er
 	return json.Marshal(fields)
 }
 
-// parseConfForDel takes what it can from any configuration, however broken, and defaults for the rest.
+// parseConfForDel takes whatever is usable from a configuration, however broken, and falls back to defaults for the rest.
 func parseConfForDel(stdin []byte) *netConf {
 	var raw map[string]json.RawMessage
 	_ = json.Unmarshal(stdin, &raw)

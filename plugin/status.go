@@ -10,7 +10,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 )
 
-// status does what ADD does before it looks at the pod. Anything less could miss what makes ADD fail.
+// status does everything that ADD does before it looks at the pod; anything less could miss a reason for ADD to fail.
 func (p *plugin) status(conf *netConf) error {
 	err := p.ready(conf)
 	if err == nil {

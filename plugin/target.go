@@ -10,13 +10,13 @@ import (
 	"github.com/probelet/probelet/bpf/veth"
 )
 
-// findTarget returns the device to attach to. prevResult may be nil.
+// findTarget finds the device to attach to. prevResult may be nil.
 func findTarget(netnsPath, ifName string, prevResult *current.Result) (veth.HostEnd, error) {
 	netns, err := os.Open(netnsPath)
 	if err != nil {
 		return veth.HostEnd{}, fault(types.ErrInvalidNetNS, "the pod's network namespace: %v", err)
 	}
-	defer netns.Close() //nolint:errcheck // only read
+	defer netns.Close() //nolint:errcheck // read only
 	end, err := veth.Find(netns, netnsPath, ifName, hintsOf(prevResult))
 	switch {
 	case err == nil:

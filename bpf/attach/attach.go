@@ -1,5 +1,5 @@
-// Package attach puts the programs of package datapath on the host-side veth of a pod, checks that they are there, and
-// takes them off. It knows nothing of Kubernetes or CNI; what it records of a pod is carried, not interpreted.
+// Package attach attaches the programs of package datapath to the host-side veth of a pod, checks that they are attached, and
+// detaches them. It knows nothing of Kubernetes or CNI; it stores what it is told about a pod, but does not interpret it.
 package attach
 
 import (
@@ -13,22 +13,22 @@ import (
 var (
 	// ErrNotAttached: there is no attachment with that ID.
 	ErrNotAttached = errors.New("not attached")
-	// ErrIncomplete: part of the attachment is missing, or is not ours.
-	ErrIncomplete = errors.New("attachment is not as it was made")
+	// ErrIncomplete: part of the attachment is missing or not ours.
+	ErrIncomplete = errors.New("attachment is incomplete or was changed")
 )
 
-// Target tells what to attach to, and how.
+// Target specifies what to attach to, and how.
 type Target struct {
 	IfIndex int // of the host-side veth
 	// PodNetns is the inode number of the pod's network namespace.
 	PodNetns uint32
-	// NetnsCookie is the namespace's cookie (SO_NETNS_COOKIE); 0 if it is not known.
+	// NetnsCookie is the namespace's cookie (SO_NETNS_COOKIE); 0 if unknown.
 	NetnsCookie uint64
 	Hook        Hook
 }
 
-// Attach makes the target known to the programs, without evidence, and attaches them: completely, or not at all. It removes what
-// an earlier attachment with the same ID left first.
+// Attach makes the target known to the programs, without any evidence, and attaches them, either completely or not at all. It first
+// removes whatever a previous attachment with the same ID left behind.
 func Attach(d *datapath.Datapath, bpfDir string, id ID, target Target, via Via) (err error) {
 	if err := Detach(d, bpfDir, id); err != nil {
 		return err
@@ -46,7 +46,7 @@ func Attach(d *datapath.Datapath, bpfDir string, id ID, target Target, via Via) 
 			err = errors.Join(err, Detach(d, bpfDir, id))
 		}
 	}()
-	// Before AddDevice, so that Prune does not take the device for a stray.
+	// Must precede AddDevice, so that Prune does not mistake the device for a stray.
 	if err := os.Mkdir(filepath.Join(dir, deviceName(device)), 0o700); err != nil {
 		return err
 	}

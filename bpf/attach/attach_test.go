@@ -461,7 +461,7 @@ func TestAnIngressQdiscIsNoClsact(t *testing.T) {
 		before := w.state()
 		err := w.tryAttach(way)
 		if !hasTCX(t) {
-			if err == nil || !strings.Contains(err.Error(), "ingress qdisc is in the way") {
+			if err == nil || !strings.Contains(err.Error(), "ingress qdisc, which excludes clsact") {
 				t.Errorf("%v", err)
 			}
 			w.wantState(before)

@@ -12,15 +12,15 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// Checker compares attachments with what Attach made. It reads what they have in common once.
+// Checker compares attachments with what Attach made. It reads what they have in common only once.
 type Checker struct {
 	bpfDir                  string
 	devices                 map[uint32]datapath.Device
 	steer, observe, respond ebpf.ProgramID
-	memory                  *memory // nil: everything is read anew
+	memory                  *memory // nil: nothing is cached
 }
 
-// NewChecker reads which devices the programs know now, and the ids of the programs.
+// NewChecker reads the devices that the programs currently know, and the ids of the programs.
 func NewChecker(d *datapath.Datapath, bpfDir string) (*Checker, error) {
 	c := &Checker{bpfDir: bpfDir}
 	var err error
@@ -35,8 +35,8 @@ func NewChecker(d *datapath.Datapath, bpfDir string) (*Checker, error) {
 	return c, nil
 }
 
-// Check compares the attachment to the device ifindex. The error is ErrNotAttached, or ErrIncomplete with what is wrong; any other
-// error means that the check itself failed.
+// Check verifies the attachment to the device ifindex. The error is ErrNotAttached, or ErrIncomplete with the reason; any other error
+// means that the check itself failed.
 func (c *Checker) Check(id ID, ifindex int) error {
 	wrong := func(format string, args ...any) error {
 		return fmt.Errorf("%s: %w: %s", id, ErrIncomplete, fmt.Sprintf(format, args...))
@@ -50,18 +50,18 @@ func (c *Checker) Check(id ID, ifindex int) error {
 	}
 	device, known := c.devices[uint32(ifindex)]
 	if !known || device.Key != pins.device {
-		return wrong("the programs know device %d as %+v, not as %+v", ifindex, device.Key, pins.device)
+		return wrong("the programs know device %d as %+v, want %+v", ifindex, device.Key, pins.device)
 	}
 	link, err := c.memory.link(ifindex)
 	if err != nil {
 		return err
 	}
 	if link.NSID != device.NSID {
-		return wrong("device %d leads to the network namespace with id %d (-1: unknown), and steer looks into that with %d",
+		return wrong("the peer of device %d is in the network namespace with id %d (-1: unknown), but steer looks into the one with id %d",
 			ifindex, link.NSID, device.NSID)
 	}
 	if device.Hook == datapath.HookXDP && link.XDP != c.respond {
-		return wrong("XDP program of device %d is %d (0: none), not respond, which is %d", ifindex, link.XDP, c.respond)
+		return wrong("the XDP program of device %d is %d (0: none), want respond, %d", ifindex, link.XDP, c.respond)
 	}
 	for _, side := range sides {
 		program := c.programAt(side)
@@ -76,7 +76,7 @@ func (c *Checker) Check(id ID, ifindex int) error {
 	return nil
 }
 
-// isOn reports whether the side's program is there, as a tcx program or as a filter.
+// isOn reports whether the side's program is attached, by tcx or as a filter.
 func (c *Checker) isOn(ifindex int, s side) (bool, error) {
 	programs, err := tcxPrograms(ifindex, s.tcx)
 	if err != nil {
@@ -104,13 +104,13 @@ func (c *Checker) programAt(s side) ebpf.ProgramID {
 	return c.observe
 }
 
-// Device returns a device as the programs knew it; ok is false if they did not.
+// Device returns a device as the programs knew it. ok is false if they did not know it.
 func (c *Checker) Device(ifindex int) (device datapath.Device, ok bool) {
 	device, ok = c.devices[uint32(ifindex)]
 	return device, ok
 }
 
-// Check is Checker.Check, for a single attachment.
+// Check is like Checker.Check, for a single attachment.
 func Check(d *datapath.Datapath, bpfDir string, id ID, ifindex int) error {
 	c, err := NewChecker(d, bpfDir)
 	if err != nil {

@@ -16,21 +16,21 @@ import (
 )
 
 const (
-	// filterPriority and filterHandle are not 1, which Cilium's legacy loader and AWS' network policy agent use. Handles
+	// filterPriority and filterHandle avoid 1, which Cilium's legacy loader and the AWS network policy agent use. Handles
 	// below 64 fit into one node of the kernel's tree of handles.
 	filterPriority = 2
 	filterHandle   = 42
-	// The names of our filters begin with filterPrefix, in every ABI.
+	// filterPrefix starts the names of our filters in every ABI.
 	filterPrefix = "probelet/"
-	// viaClsact is a marker in the attachment's directory: it was made by clsact. A directory, because bpffs has no files but
-	// pins. It is created before the filters, in case the process is killed in between.
+	// viaClsact marks an attachment that uses clsact. The marker is a directory, because bpffs holds no files but pins, and is
+	// created before the filters, in case the process is killed in between.
 	viaClsact = "clsact"
 )
 
-// errIngressQdisc: the device has an ingress qdisc, such as the bandwidth plugin's. It has no egress side, and keeps clsact out.
-var errIngressQdisc = errors.New("an ingress qdisc is in the way of clsact")
+// errIngressQdisc: the device has an ingress qdisc, such as the bandwidth plugin's. It has no egress side and excludes clsact.
+var errIngressQdisc = errors.New("the device has an ingress qdisc, which excludes clsact")
 
-// attachClsact attaches completely, or leaves nothing behind.
+// attachClsact attaches both filters, or leaves nothing behind.
 func attachClsact(d *datapath.Datapath, dir string, ifindex int) (err error) {
 	marker := filepath.Join(dir, viaClsact)
 	if err := os.Mkdir(marker, 0o700); err != nil {
@@ -64,8 +64,8 @@ func attachClsact(d *datapath.Datapath, dir string, ifindex int) (err error) {
 	return nil
 }
 
-// addClsact makes sure that the device has clsact without filters of ours, and reports whether it was added. There may be one
-// already, another agent's or an earlier attachment's. The error is errIngressQdisc if the device has that instead.
+// addClsact ensures that the device has clsact without filters of ours, and reports whether it added the qdisc. It may already be
+// there, from another agent or a previous attachment. The error is errIngressQdisc if the device has an ingress qdisc instead.
 func addClsact(ifindex int) (added bool, err error) {
 	err = netlink.QdiscAdd(clsact(ifindex))
 	if !errors.Is(err, unix.EEXIST) {
@@ -81,10 +81,10 @@ func addClsact(ifindex int) (added bool, err error) {
 	return false, RemoveFilters(ifindex)
 }
 
-// ingressQdisc returns the kind of the qdisc at the device's ingress: clsact, ingress, or empty if there is none. It asks for this
-// qdisc only, whereas netlink.QdiscList has the kernel send those of all devices.
+// ingressQdisc returns the kind of the qdisc at the device's ingress: clsact, ingress, or empty if there is none. It requests only
+// this qdisc, whereas netlink.QdiscList makes the kernel dump the qdiscs of all devices.
 func ingressQdisc(ifindex int) (kind string, err error) {
-	// Without NLM_F_ECHO the kernel sends the reply to listeners, but not to us (qdisc_get_notify in net/sched/sch_api.c).
+	// Without NLM_F_ECHO the kernel sends the reply only to listeners, not to us (qdisc_get_notify in net/sched/sch_api.c).
 	request := nl.NewNetlinkRequest(unix.RTM_GETQDISC, unix.NLM_F_ACK|unix.NLM_F_ECHO)
 	request.AddData(&nl.TcMsg{Family: unix.AF_UNSPEC, Ifindex: int32(ifindex), Parent: netlink.HANDLE_INGRESS})
 	messages, err := request.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWQDISC)
@@ -106,10 +106,9 @@ func ingressQdisc(ifindex int) (kind string, err error) {
 	return "", nil
 }
 
-// removeFilters removes our filters from the device, and returns how many filters of others there are. Of a device that is gone
-// it finds none.
+// removeFilters removes our filters from a device and returns the number of foreign ones. On a device that is gone there are none.
 func removeFilters(ifindex int) (others int, err error) {
-	device := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: ifindex}} // the kernel needs no more, and DEL is in a hurry
+	device := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: ifindex}} // all that the kernel needs; saves DEL a lookup
 	for _, side := range sides {
 		filters, err := filtersOf(device, side.parent)
 		if err != nil {
@@ -137,16 +136,16 @@ func clsact(ifindex int) *netlink.Clsact {
 	}}
 }
 
-// RemoveFilters removes our filters from a device, of any build and without need of pins, and leaves the qdisc where it is:
-// adding or removing one makes the kernel drop all that the host sends to the device for some milliseconds (dev_deactivate in
-// qdisc_graft, net/sched/sch_api.c). An empty one costs packets nothing. A device that is gone is no error.
+// RemoveFilters removes our filters from a device, whichever build attached them, and needs no pins. It leaves the qdisc in place:
+// adding or removing one makes the kernel drop everything that the host sends to the device for some milliseconds (dev_deactivate
+// in qdisc_graft, net/sched/sch_api.c), while an empty one costs packets nothing. It is no error if the device is gone.
 func RemoveFilters(ifindex int) error {
 	_, err := removeFilters(ifindex)
 	return err
 }
 
-// ClearClsact is RemoveFilters for a device that nobody sends to yet, or any more: it removes the clsact qdisc too, if that has no
-// other filters.
+// ClearClsact is like RemoveFilters, but for a device that carries no traffic yet, or no more: it also removes the clsact qdisc,
+// unless that has foreign filters.
 func ClearClsact(ifindex int) error {
 	others, err := removeFilters(ifindex)
 	if err != nil || others > 0 {
@@ -158,7 +157,8 @@ func ClearClsact(ifindex int) error {
 	return nil
 }
 
-// removeClsact removes the qdisc by kind, because netlink.QdiscDel would remove an ingress qdisc, too. No qdisc is no error.
+// removeClsact removes the qdisc by kind, because netlink.QdiscDel would also remove an ingress qdisc. It is no error if there is
+// no qdisc.
 func removeClsact(ifindex int) error {
 	q := clsact(ifindex)
 	request := nl.NewNetlinkRequest(unix.RTM_DELQDISC, unix.NLM_F_ACK)
@@ -171,7 +171,7 @@ func removeClsact(ifindex int) error {
 	return err
 }
 
-// filtersOf returns the filters at one side of the device's clsact, if it has one, in the order in which they run.
+// filtersOf returns the filters on one side of the device's clsact, if any, in the order in which they run.
 func filtersOf(device netlink.Link, parent uint32) ([]netlink.Filter, error) {
 	filters, err := netlinksafe.FilterList(device, parent)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) { // no such qdisc

@@ -12,26 +12,26 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// ending tells how an attachment is removed.
+// ending selects how an attachment is removed.
 type ending struct {
 	link    func(pin string) error
 	filters func(ifindex int) error
 }
 
 var (
-	staying = ending{detachLink, RemoveFilters} // of a device that goes on
-	leaving = ending{unpinLink, ClearClsact}    // of a device that is about to be removed
+	staying = ending{detachLink, RemoveFilters} // the device stays in use
+	leaving = ending{unpinLink, ClearClsact}    // the device is about to be removed
 )
 
-// Detach removes everything that Attach made under the ID but an empty clsact qdisc, whose removal would cost the device packets.
-// That is so even if the device is gone, the attempt was interrupted, or the build had another ABI. Finding nothing is no error. d
-// may be nil if the programs are not loaded (any more).
+// Detach removes everything that Attach created under the ID, except for an empty clsact qdisc, whose removal would cost the device
+// packets. It does so even if the device is gone, Attach was interrupted, or the build that attached had another ABI. It is no error
+// if there is nothing to remove. d may be nil if the programs are not, or no longer, loaded.
 func Detach(d *datapath.Datapath, bpfDir string, id ID) error {
 	return detach(d, bpfDir, id, staying)
 }
 
-// Release is Detach for a device that is about to be removed. It takes an empty clsact off too, and does not wait for RCU grace
-// periods: it stops the answering and removes the pins, and the kernel takes tcx and XDP programs off a moment later.
+// Release is like Detach, but for a device that is about to be removed. It also removes an empty clsact, and it does not wait for RCU
+// grace periods: it stops answering and removes the pins, and the kernel detaches tcx and XDP programs a moment later.
 func Release(d *datapath.Datapath, bpfDir string, id ID) error {
 	return detach(d, bpfDir, id, leaving)
 }
@@ -57,7 +57,7 @@ func detachFrom(d *datapath.Datapath, dir string, how ending) error {
 	if err != nil {
 		return err
 	}
-	// First, so that no more connections are taken.
+	// Must come first, so that no more connections are taken.
 	if key, err := deviceIn(dir); err == nil && d != nil {
 		if err := d.RemoveDevice(key); err != nil {
 			return err
@@ -79,7 +79,7 @@ func detachFrom(d *datapath.Datapath, dir string, how ending) error {
 	return os.RemoveAll(dir)
 }
 
-// detachLink detaches a pinned link at once, and unpins it. Unpinning alone would leave the detaching to a kernel worker.
+// detachLink detaches a pinned link immediately and unpins it. Unpinning alone would leave detaching to a kernel worker.
 func detachLink(pin string) error {
 	l, err := link.LoadPinnedLink(pin, nil)
 	if errors.Is(err, os.ErrNotExist) {
@@ -95,5 +95,5 @@ func detachLink(pin string) error {
 	return l.Unpin()
 }
 
-// unpinLink unpins a link, and leaves the detaching to a kernel worker.
+// unpinLink unpins a link and leaves detaching to a kernel worker.
 func unpinLink(pin string) error { return remove(pin) }

@@ -6,16 +6,16 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// Hook tells where a device's answers are made. The empty value means HookTC.
+// Hook selects where answers are made for a device. The empty value means HookTC.
 type Hook string
 
 // Hooks.
 const (
 	HookTC  Hook = "tc"  // in the tc program steer
-	HookXDP Hook = "xdp" // in the XDP program respond, through which every packet of the pod then goes
+	HookXDP Hook = "xdp" // in the XDP program respond, which then sees every packet that the pod sends
 )
 
-// ParseHook returns the hook with that name. The error lists the names.
+// ParseHook returns the hook with the given name. The error lists the valid names.
 func ParseHook(name string) (Hook, error) {
 	hook := Hook(name)
 	if hook != HookTC && hook != HookXDP {

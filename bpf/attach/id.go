@@ -7,13 +7,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ID names an attachment by the pod's container ID and interface, as CNI does.
+// ID identifies an attachment by the pod's container ID and interface, as CNI does.
 type ID struct {
 	ContainerID string
 	IfName      string
 }
 
-// An ID's name on disk escapes dots, which bpffs reserves. The first "@" ends the container ID, which cannot contain one
+// The name of an ID on disk escapes dots, which bpffs reserves. The first "@" ends the container ID, which cannot contain one
 // (CNI spec, section 2).
 var (
 	escape   = strings.NewReplacer("%", "%25", ".", "%2E", "/", "%2F")
@@ -29,14 +29,14 @@ func parseName(name string) (ID, bool) {
 
 func (id ID) String() string { return id.ContainerID + "/" + id.IfName }
 
-// maxName is the longest name of an attachment, in bytes. Its longest file name must fit into NAME_MAX, 255 bytes: that of a record
-// being written, for which renameio puts a dot before the name, and up to 19 digits after ".json".
+// maxName is the longest name of an attachment, in bytes. Its longest file name must fit into NAME_MAX, 255 bytes. That is the name
+// of a record being written, where renameio puts a dot in front and up to 19 digits after ".json".
 const maxName = unix.NAME_MAX - len("..json") - 19
 
 // Check returns an error if the ID is too long for file names.
 func (id ID) Check() error {
 	if name := id.name(); len(name) > maxName {
-		return fmt.Errorf("container ID of %d characters: files named after it would have %d, more than %d",
+		return fmt.Errorf("container ID of %d characters is too long: it makes a file name of %d bytes, at most %d are possible",
 			len(id.ContainerID), len(name), maxName)
 	}
 	return nil

@@ -13,17 +13,17 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// Inspector checks all attachments of a node again and again. It lists devices once for all of them, and reads pins and filters
-// only when they have changed: of a directory of pins its times tell, of filters the kernel's notifications. tcx programs and XDP
-// programs, of which the kernel notifies nobody, are looked at each time. An Inspector is not safe for concurrent use, and
-// belongs to the network namespace in which it was made.
+// Inspector checks all attachments of a node repeatedly. It lists devices once per round, and it reads pins and filters only if they
+// have changed: it detects changed pins by the timestamps of their directory, and changed filters by the kernel's notifications. It
+// reads tcx and XDP programs every time, because the kernel sends no notifications about them. An Inspector is not safe for
+// concurrent use, and belongs to the network namespace where it was created.
 type Inspector struct {
 	datapath *datapath.Datapath
-	checker  Checker // with devices of no time in particular
+	checker  Checker // its devices are outdated
 	memory   *memory
 }
 
-// NewInspector begins to listen for changes of filters.
+// NewInspector returns an Inspector that listens for changes of filters.
 func NewInspector(d *datapath.Datapath, bpfDir string) (*Inspector, error) {
 	news, err := listenForFilters()
 	if err != nil {
@@ -37,10 +37,10 @@ func NewInspector(d *datapath.Datapath, bpfDir string) (*Inspector, error) {
 	return &Inspector{d, *c, c.memory}, nil
 }
 
-// Close ends the listening.
+// Close stops listening.
 func (i *Inspector) Close() error { return unix.Close(i.memory.news) }
 
-// Begin returns a Checker for the attachments as they are now. It is good until the next call.
+// Begin starts a round: it returns a Checker for the current state, valid until the next call.
 func (i *Inspector) Begin() (*Checker, error) {
 	if err := i.memory.begin(); err != nil {
 		return nil, err
@@ -51,13 +51,13 @@ func (i *Inspector) Begin() (*Checker, error) {
 	return &c, err
 }
 
-// Links returns the node's devices, by index, as Begin found them.
+// Links returns the node's devices by index, as of the last Begin.
 func (i *Inspector) Links() map[int]Link { return i.memory.links }
 
-// Promotable is the function Promotable, of an attachment that has just been checked.
+// Promotable is like the function Promotable, for an attachment checked in this round.
 func (i *Inspector) Promotable(id ID) bool { return i.memory.pins[id].clsact }
 
-// Accounted reports whether each device that the programs know belongs to an attachment that has just been checked.
+// Accounted reports whether every device that the programs know belongs to an attachment checked in this round.
 func (i *Inspector) Accounted(c *Checker) bool {
 	known := make(map[datapath.DeviceKey]bool, len(i.memory.pins))
 	for _, p := range i.memory.pins {
@@ -71,20 +71,20 @@ func (i *Inspector) Accounted(c *Checker) bool {
 	return true
 }
 
-// memory is what an Inspector remembers. The nil memory remembers nothing.
+// memory caches what an Inspector has read. A nil memory caches nothing.
 type memory struct {
 	links     map[int]Link
-	pins, old map[ID]pins // of this look and of the previous one
+	pins, old map[ID]pins // of this round and the previous one
 	filters   map[filterAt]bool
-	news      int // a netlink socket that hears of filters and qdiscs
+	news      int // netlink socket for notifications about filters and qdiscs
 }
 
-// pins is the directory of an attachment.
+// pins caches the contents of an attachment's directory.
 type pins struct {
 	device datapath.DeviceKey
-	clsact bool // the marker viaClsact is there
+	clsact bool // the marker viaClsact exists
 	path   string
-	stamp  datapath.Stamp // zero: it is to be read again
+	stamp  datapath.Stamp // zero: must be read again
 }
 
 type filterAt struct {
@@ -99,7 +99,7 @@ func (m *memory) begin() (err error) {
 	return err
 }
 
-// pinsOf returns what is pinned of an attachment. The error is ErrNotAttached if nothing is.
+// pinsOf returns the pins of an attachment. The error is ErrNotAttached if there are none.
 func (m *memory) pinsOf(bpfDir string, id ID) (pins, error) {
 	var known pins
 	if m != nil {
@@ -147,18 +147,19 @@ func (m *memory) hasFilter(ifindex int, s side) bool {
 	return m != nil && m.filters[filterAt{ifindex, s.parent}]
 }
 
-// foundFilter remembers that the side's filter is there. What changed since begin will be heard by the next one.
+// foundFilter remembers that the side's filter exists. The next begin receives whatever has changed since this one.
 func (m *memory) foundFilter(ifindex int, s side) {
 	if m != nil {
 		m.filters[filterAt{ifindex, s.parent}] = true
 	}
 }
 
-// newsBytes holds the news of a whole look: each time the kernel is asked for a clsact it tells all listeners, too (see ingressQdisc),
-// and if these lost news the next look would have to ask for all of them again. A message takes less than 1 KiB.
+// newsBytes holds the notifications of a whole round: every request for a clsact makes the kernel notify all listeners (see
+// ingressQdisc), and if any of these were lost, the next round would have to request every clsact again. A message takes less than
+// 1 KiB.
 const newsBytes = 8 << 20
 
-// listenForFilters returns a socket that is told of each change of a filter or qdisc (rtnetlink(7)).
+// listenForFilters returns a socket that receives a notification for each change of a filter or qdisc (rtnetlink(7)).
 func listenForFilters() (int, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
 	if err != nil {
@@ -174,7 +175,7 @@ func listenForFilters() (int, error) {
 	return fd, nil
 }
 
-// hear forgets the filters of devices that there was news of; all if news was lost (ENOBUFS).
+// hear drops cached filters of devices with notifications, or all of them if notifications were lost (ENOBUFS).
 func (m *memory) hear() {
 	changed := map[int]bool{}
 	for text := make([]byte, 1<<16); ; {
@@ -191,7 +192,7 @@ func (m *memory) hear() {
 			break
 		}
 		for _, message := range messages {
-			// A new qdisc takes no filters away, and the kernel tells of one whenever somebody asks for it (ingressQdisc).
+			// A new qdisc removes no filters, and the kernel sends RTM_NEWQDISC on every request for one (ingressQdisc).
 			if message.Header.Type != unix.RTM_NEWQDISC && len(message.Data) >= nl.SizeofTcMsg {
 				changed[int(nl.DeserializeTcMsg(message.Data).Ifindex)] = true
 			}

@@ -11,10 +11,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Link is what Check needs to know of a network device.
+// Link holds what Check needs to know about a network device.
 type Link struct {
 	Name string
-	NSID int            // of the namespace that its peer is in (IFLA_LINK_NETNSID); -1: none
+	NSID int            // id of its peer's namespace (IFLA_LINK_NETNSID); -1: none
 	XDP  ebpf.ProgramID // 0: none
 }
 
@@ -23,9 +23,9 @@ const (
 	typeMask     = 0x3fff // NLA_TYPE_MASK in linux/netlink.h
 )
 
-// Links returns the network devices of this network namespace, by index.
+// Links returns the devices of this network namespace by index.
 func Links() (links map[int]Link, err error) {
-	for range 5 { // as package netlinksafe: what was listed while devices came or went may not be whole
+	for range 5 { // like package netlinksafe: a list may be incomplete if devices came or went meanwhile
 		links, err = linksOnce()
 		if !errors.Is(err, netlink.ErrDumpInterrupted) {
 			break
@@ -77,12 +77,12 @@ func parseLink(attributes []byte) (Link, error) {
 	})
 }
 
-// eachAttribute calls f for each attribute (netlink(7)).
+// eachAttribute calls f for each netlink attribute (netlink(7)).
 func eachAttribute(text []byte, f func(kind uint16, value []byte) error) error {
 	for len(text) >= unix.SizeofRtAttr {
 		length, kind := int(binary.NativeEndian.Uint16(text)), binary.NativeEndian.Uint16(text[2:])
 		if length < unix.SizeofRtAttr || length > len(text) {
-			return errors.New("an attribute is cut short")
+			return errors.New("truncated attribute")
 		}
 		if err := f(kind&typeMask, text[unix.SizeofRtAttr:length]); err != nil {
 			return err
@@ -92,7 +92,7 @@ func eachAttribute(text []byte, f func(kind uint16, value []byte) error) error {
 	return nil
 }
 
-// linkAt returns the device with an index.
+// linkAt returns the device with the given index.
 func linkAt(ifindex int) (netlink.Link, error) {
 	device, err := netlink.LinkByIndex(ifindex)
 	if err != nil {

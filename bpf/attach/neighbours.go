@@ -8,11 +8,11 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// Neighbour is another agent's program or filter at one of our hooks.
+// Neighbour describes another agent's program or filter at one of our hooks.
 type Neighbour struct {
 	Hook   string // "xdp", "tcx ingress", "tc filter egress" …
-	What   string // for people
-	Before bool   // it runs before ours, and so may keep packets from it
+	What   string // human-readable
+	Before bool   // it runs before ours and may keep packets from it
 }
 
 func (n Neighbour) String() string {
@@ -23,8 +23,8 @@ func (n Neighbour) String() string {
 	return fmt.Sprintf("%s at %s, %s", n.What, n.Hook, order)
 }
 
-// Neighbours returns the neighbours at the device's hooks, each hook's in the order in which they run. Where ours are not attached,
-// all count as after.
+// Neighbours returns the neighbours at the device's hooks, in the order in which they run at each hook. Where our programs are not
+// attached, all of them count as running after ours.
 func (c *Checker) Neighbours(ifindex int) ([]Neighbour, error) {
 	var all []Neighbour
 	link, err := linkAt(ifindex)
@@ -51,11 +51,11 @@ func (c *Checker) Neighbours(ifindex int) ([]Neighbour, error) {
 	return all, nil
 }
 
-// place is one program or filter in a line.
+// place describes one program or filter in a line.
 type place struct {
 	hook    string         // "tcx" or "tc filter"
-	program ebpf.ProgramID // 0 if it is not a BPF program
-	filter  netlink.Filter // nil if it is a tcx program
+	program ebpf.ProgramID // 0 for filters that are not BPF programs
+	filter  netlink.Filter // nil for tcx programs
 }
 
 func (p place) String() string {
@@ -69,10 +69,10 @@ func (p place) String() string {
 	return what
 }
 
-// line is what runs at one side of a device, in order.
+// line lists what runs on one side of a device, in order.
 type line []place
 
-// index returns where in the line a program is, -1 if it is not.
+// index returns the position of a program in the line, or -1.
 func (l line) index(program ebpf.ProgramID) int {
 	for i, p := range l {
 		if program != 0 && p.program == program {
@@ -82,7 +82,7 @@ func (l line) index(program ebpf.ProgramID) int {
 	return -1
 }
 
-// lineAt returns the line at one side of a device: tcx programs, then filters.
+// lineAt returns what runs on one side of a device: tcx programs, then filters.
 func lineAt(device netlink.Link, s side) (line, error) {
 	ifindex := device.Attrs().Index
 	programs, err := tcxPrograms(ifindex, s.tcx)
@@ -97,14 +97,14 @@ func lineAt(device netlink.Link, s side) (line, error) {
 	return append(all, filters...), err
 }
 
-// filterLine returns the filters at one side of a device.
+// filterLine returns the filters on one side of a device.
 func filterLine(device netlink.Link, s side) (all line, err error) {
 	filters, err := filtersOf(device, s.parent)
 	if err != nil {
 		return nil, err
 	}
 	if len(filters) > 0 && s.parent == netlink.HANDLE_MIN_EGRESS {
-		// An ingress qdisc lists its filters at any parent that is asked for.
+		// An ingress qdisc lists its filters whichever parent is requested.
 		if kind, err := ingressQdisc(device.Attrs().Index); err != nil || kind != "clsact" {
 			return nil, err
 		}
@@ -126,7 +126,7 @@ func describe(id ebpf.ProgramID) string {
 	return fmt.Sprint(id)
 }
 
-// programName returns a program's name, or nothing without CAP_SYS_ADMIN.
+// programName returns the name of a program, or "" without CAP_SYS_ADMIN.
 func programName(id ebpf.ProgramID) string {
 	p, err := ebpf.NewProgramFromID(id)
 	if err != nil {

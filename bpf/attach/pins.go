@@ -16,12 +16,13 @@ const (
 	pinRespond = "respond"
 )
 
-// deviceName names the directory that tells which device is attached. It is a directory because bpffs has no files but pins.
+// deviceName returns the name of the directory that identifies the attached device. It is a directory because bpffs holds no files
+// but pins.
 func deviceName(key datapath.DeviceKey) string {
 	return fmt.Sprintf("device-%d-%d", key.Ifindex, key.Generation)
 }
 
-// deviceIn returns the device that was attached under dir. The error is os.ErrNotExist if no directory tells which.
+// deviceIn returns the device that was attached under dir. The error is os.ErrNotExist if no directory identifies one.
 func deviceIn(dir string) (key datapath.DeviceKey, err error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -35,12 +36,12 @@ func deviceIn(dir string) (key datapath.DeviceKey, err error) {
 	return key, fmt.Errorf("%s names no device: %w", dir, os.ErrNotExist)
 }
 
-// Device returns the key of the device that is attached under an ID. The error is os.ErrNotExist if none is.
+// Device returns the key of the device that is attached under an ID. The error is os.ErrNotExist if there is none.
 func Device(bpfDir string, id ID) (datapath.DeviceKey, error) {
 	return deviceIn(filepath.Join(datapath.AttachmentsDir(bpfDir), id.name()))
 }
 
-// OpenPod opens what is known of an attachment's pod. The error is os.ErrNotExist if nothing is attached under the ID.
+// OpenPod returns the state of an attachment's pod. The error is os.ErrNotExist if nothing is attached under the ID.
 func OpenPod(d *datapath.Datapath, bpfDir string, id ID) (*datapath.Pod, error) {
 	key, err := Device(bpfDir, id)
 	if err != nil {
@@ -49,7 +50,7 @@ func OpenPod(d *datapath.Datapath, bpfDir string, id ID) (*datapath.Pod, error) 
 	return d.Pod(key)
 }
 
-// List returns the attachments that are pinned, complete or not, by any build.
+// List returns all pinned attachments, complete or not, of every build.
 func List(bpfDir string) ([]ID, error) {
 	others, err := datapath.Others(bpfDir)
 	if err != nil {
@@ -72,7 +73,7 @@ func List(bpfDir string) ([]ID, error) {
 	return ids, nil
 }
 
-// dirsOf returns the directories in which an attachment may be pinned. The one of this build's ABI comes last.
+// dirsOf returns the directories where an attachment may be pinned. The one for this build's ABI comes last.
 func dirsOf(bpfDir string, id ID) ([]string, error) {
 	others, err := datapath.Others(bpfDir)
 	var dirs []string
@@ -82,10 +83,11 @@ func dirsOf(bpfDir string, id ID) ([]string, error) {
 	return append(dirs, filepath.Join(datapath.AttachmentsDir(bpfDir), id.name())), err
 }
 
-// isOurs reports whether an attachment pinned in dir has this build's ABI.
+// isOurs reports whether the attachment pinned in dir has this build's ABI.
 func isOurs(bpfDir, dir string) bool { return filepath.Dir(dir) == datapath.AttachmentsDir(bpfDir) }
 
-// indexIn returns the index of the device that was attached under dir, 0 if none was, or if it was an older build's and is gone.
+// indexIn returns the index of the device that was attached under dir. It returns 0 if there was none, or if an older build attached it
+// and it is gone.
 func indexIn(dir string) (int, error) {
 	key, err := deviceIn(dir)
 	if errors.Is(err, os.ErrNotExist) { // ABI v3 and older, which always attached XDP
@@ -94,7 +96,7 @@ func indexIn(dir string) (int, error) {
 	return int(key.Ifindex), err
 }
 
-// remove removes a pin or a marker. A missing one is no error.
+// remove removes a pin or a marker. It is no error if it is missing.
 func remove(path string) error {
 	if err := os.Remove(path); err != nil && !datapath.Absent(err) {
 		return err

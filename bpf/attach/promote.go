@@ -7,10 +7,10 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// Promote replaces the clsact filters of an attachment with tcx links, and leaves the empty qdisc. For a moment both are there;
-// the second program leaves alone what the first has dealt with. A device that lost trust is put on trial again, because its
-// answers may have been lost to a program that now runs after ours. Promote does nothing to an attachment that has tcx links
-// already. The error is ebpf.ErrNotSupported on a kernel without tcx.
+// Promote replaces the clsact filters of an attachment with tcx links and leaves the empty qdisc behind. For a moment both are
+// attached; the program that runs second ignores packets that the first has handled. A device that lost trust is put on trial again,
+// because its answers may have been lost to a program that now runs after ours. Promote is a no-op for an attachment that already
+// has tcx links. The error is ebpf.ErrNotSupported on a kernel without tcx.
 func Promote(d *datapath.Datapath, bpfDir string, id ID) error {
 	dir := filepath.Join(datapath.AttachmentsDir(bpfDir), id.name())
 	key, err := deviceIn(dir)
@@ -21,7 +21,7 @@ func Promote(d *datapath.Datapath, bpfDir string, id ID) error {
 	if err != nil {
 		return err
 	}
-	for _, side := range sides { // left by an attempt that was interrupted
+	for _, side := range sides { // links left by an interrupted attempt
 		if err := detachLink(filepath.Join(dir, side.pin)); err != nil {
 			return err
 		}
@@ -41,7 +41,7 @@ func Promote(d *datapath.Datapath, bpfDir string, id ID) error {
 	return nil
 }
 
-// Promotable reports whether an attachment was made by clsact and has not been promoted completely.
+// Promotable reports whether an attachment uses clsact and has not been fully promoted.
 func Promotable(bpfDir string, id ID) bool {
 	_, err := os.Stat(filepath.Join(datapath.AttachmentsDir(bpfDir), id.name(), viaClsact))
 	return err == nil

@@ -10,7 +10,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// Orphaned reports whether an attachment's device is gone, or never was attached to.
+// Orphaned reports whether the device of an attachment is gone, or was never attached to.
 func Orphaned(bpfDir string, id ID) (bool, error) {
 	dirs, err := dirsOf(bpfDir, id)
 	if err != nil {
@@ -36,10 +36,10 @@ func Orphaned(bpfDir string, id ID) (bool, error) {
 	return true, nil
 }
 
-// Prune makes the programs forget devices that no attachment names. Detach leaves none; they remain when pins were removed by
-// other means. When ctx ends it returns nil, and leaves the rest.
+// Prune removes devices that no attachment names. Detach leaves none behind; they remain when pins were removed by other means.
+// When ctx ends, Prune returns nil and leaves the rest.
 func Prune(ctx context.Context, d *datapath.Datapath, bpfDir string) error {
-	// Devices before names, because Attach names a device before it adds it.
+	// List devices before attachments, because Attach names a device before adding it.
 	devices, err := d.Devices()
 	if err != nil {
 		return err

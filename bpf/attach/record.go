@@ -16,11 +16,11 @@ import (
 	"github.com/probelet/probelet/bpf/lock"
 )
 
-// DefaultStateDir is where records are kept by default. Like bpffs it does not survive a reboot.
+// DefaultStateDir is the default directory for records. Like bpffs, it does not survive a reboot.
 const DefaultStateDir = "/run/probelet"
 
 // Record describes an attachment to the daemon and to DEL. Each is a file in <state dir>/attachments, written before anything is
-// attached and removed after everything is detached.
+// attached and removed once everything is detached.
 type Record struct {
 	ContainerID string `json:"containerID"`
 	IfName      string `json:"ifName"` // in the pod
@@ -34,7 +34,7 @@ type Record struct {
 	PodNetns uint32 `json:"podNetns"`
 	// NetnsCookie is the cookie of the pod's network namespace, as in Target.
 	NetnsCookie uint64 `json:"netnsCookie,omitempty"`
-	// Hook tells where answers are made; empty in records of builds before there was a choice.
+	// Hook tells where answers are made; empty in records of builds that had no choice.
 	Hook Hook `json:"hook,omitempty"`
 
 	PodNamespace string   `json:"podNamespace,omitempty"`
@@ -43,18 +43,18 @@ type Record struct {
 	PodIPs       []string `json:"podIPs,omitempty"`
 
 	CreatedAt time.Time `json:"createdAt"`
-	// Adopted means that the daemon attached it, to a pod that was there before the plugin.
+	// Adopted is set if the daemon made the attachment, for a pod that predates the plugin.
 	Adopted bool `json:"adopted,omitempty"`
-	// Error tells why nothing is attached; empty if it is.
+	// Error is the reason why nothing is attached; empty if the pod is attached.
 	Error string `json:"error,omitempty"`
-	// Passing means that the error may pass, so that the daemon tries again.
+	// Passing is set if the error may be transient, so that the daemon retries.
 	Passing bool `json:"passing,omitempty"`
 }
 
-// Unfinished is the Error of a record while ADD attaches. It stays if ADD is killed.
+// Unfinished is the Error of a record while ADD is attaching. It remains if ADD is killed.
 const Unfinished = "ADD has not finished"
 
-// Target returns what the record says is attached to.
+// Target returns the target of the attachment.
 func (r Record) Target() Target {
 	return Target{IfIndex: r.IfIndex, PodNetns: r.PodNetns, NetnsCookie: r.NetnsCookie, Hook: r.Hook}
 }
@@ -62,8 +62,8 @@ func (r Record) Target() Target {
 // ID returns the ID of the attachment.
 func (r Record) ID() ID { return ID{r.ContainerID, r.IfName} }
 
-// LockRecords keeps DEL and the daemon from changing the same attachment at once. DELs share the lock (unix.LOCK_SH), because they
-// are independent of each other; the daemon takes it exclusively (unix.LOCK_EX). The error is lock.ErrHeld when ctx ends.
+// LockRecords keeps DEL and the daemon from changing the same attachment at the same time. DELs share the lock (unix.LOCK_SH), because
+// they are independent of each other; the daemon takes it exclusively (unix.LOCK_EX). When ctx ends, the error is lock.ErrHeld.
 func LockRecords(ctx context.Context, stateDir string, how int) (unlock func(), err error) {
 	locked, err := lock.Dir(ctx, RecordsDir(stateDir), how)
 	if err != nil {
@@ -72,14 +72,14 @@ func LockRecords(ctx context.Context, stateDir string, how int) (unlock func(), 
 	return locked.Release, nil
 }
 
-// RecordsDir is the directory with the records in a state directory.
+// RecordsDir returns the directory of the records in a state directory.
 func RecordsDir(stateDir string) string { return filepath.Join(stateDir, "attachments") }
 
 func recordPath(stateDir string, id ID) string {
 	return filepath.Join(RecordsDir(stateDir), id.name()+".json")
 }
 
-// WriteRecord creates or replaces a record, atomically for readers.
+// WriteRecord creates or atomically replaces a record.
 func WriteRecord(stateDir string, r Record) error {
 	text, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
@@ -106,20 +106,20 @@ func readRecord(path string) (Record, error) {
 	return r, nil
 }
 
-// ReadRecords reads all records. It returns those that it could read, even if there is an error, which names the others.
+// ReadRecords reads all records. If some are unreadable, it returns the others along with an error that names them.
 func ReadRecords(stateDir string) ([]Record, error) { return new(Reader).Read(stateDir) }
 
-// Reader reads all records again and again, and of their files those that have changed. The zero value is ready for use; it is not
-// safe for concurrent use.
+// Reader reads all records repeatedly, and rereads only files that have changed. The zero value is ready for use. It is not safe for
+// concurrent use.
 type Reader struct{ known map[string]known }
 
-// known is a record that was read. Each write makes another file of it.
+// known is a cached record. Each write replaces the file.
 type known struct {
 	Record
-	stamp datapath.Stamp // zero: it is to be read again
+	stamp datapath.Stamp // zero: must be read again
 }
 
-// Read is ReadRecords. The records share memory with those of earlier calls.
+// Read is like ReadRecords. The records share memory with those of earlier calls.
 func (r *Reader) Read(stateDir string) ([]Record, error) {
 	entries, err := os.ReadDir(RecordsDir(stateDir))
 	if errors.Is(err, os.ErrNotExist) {
@@ -162,7 +162,7 @@ func (r *Reader) read(path string) (known, error) {
 	return known{record, now.Settled()}, err
 }
 
-// RemoveRecord removes a record. A missing one is no error.
+// RemoveRecord removes a record. It is no error if there is none.
 func RemoveRecord(stateDir string, id ID) error {
 	err := os.Remove(recordPath(stateDir, id))
 	if datapath.Absent(err) {

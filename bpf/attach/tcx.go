@@ -12,7 +12,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// attachTCX attaches at the head of the line, because a program before ours that returns TC_ACT_OK would end it.
+// attachTCX attaches in front of all other programs, because one that runs before ours and returns TC_ACT_OK keeps ours from running.
 func attachTCX(d *datapath.Datapath, dir string, ifindex int) error {
 	for _, side := range sides {
 		l, err := link.AttachTCX(link.TCXOptions{
@@ -29,7 +29,7 @@ func attachTCX(d *datapath.Datapath, dir string, ifindex int) error {
 	return nil
 }
 
-// tcxPrograms returns the tcx programs at a hook in the order in which they run; none on a kernel without tcx.
+// tcxPrograms returns the tcx programs at a hook in the order in which they run. On a kernel without tcx there are none.
 func tcxPrograms(ifindex int, hook ebpf.AttachType) ([]link.AttachedProgram, error) {
 	result, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: hook})
 	if errors.Is(err, ebpf.ErrNotSupported) || errors.Is(err, unix.EINVAL) {

@@ -13,8 +13,8 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// attachXDP attaches respond in generic mode. Native XDP on a veth sees what the pod sends, but not what is redirected into
-// the device's receive path.
+// attachXDP attaches respond in generic mode. Native XDP on a veth sees what the pod sends, but not packets redirected into the
+// device's receive path.
 func attachXDP(d *datapath.Datapath, dir string, ifindex int) error {
 	l, err := link.AttachXDP(link.XDPOptions{
 		Program:   d.Respond(),
@@ -27,24 +27,24 @@ func attachXDP(d *datapath.Datapath, dir string, ifindex int) error {
 	return errors.Join(l.Pin(filepath.Join(dir, pinRespond)), l.Close())
 }
 
-// xdpUser tells in words which XDP program is on the device already, if any, and what to do about it.
+// xdpUser describes the XDP program that is already on the device, if any, and what to do about it.
 func xdpUser(ifindex int) string {
 	id, err := xdpProgram(ifindex)
 	if err != nil || id == 0 {
 		return ""
 	}
-	const do = `if another BPF file system was mounted over the one in which it is pinned, unmount that; or detach it: "bpftool link" knows its link`
+	const do = `if another BPF file system is mounted over the one where it is pinned, unmount that; otherwise detach the link, which "bpftool link" lists`
 	switch name := programName(id); name {
 	case "":
-		return fmt.Sprintf(" (it has XDP program %d already, another program's or another probelet's; %s)", id, do)
+		return fmt.Sprintf(" (it already has XDP program %d, of another agent or another probelet; %s)", id, do)
 	case pinRespond:
-		return fmt.Sprintf(" (it has XDP program %d already, respond of another probelet; %s)", id, do)
+		return fmt.Sprintf(" (it already has XDP program %d, respond of another probelet; %s)", id, do)
 	default:
-		return fmt.Sprintf(" (it has XDP program %d already, %s)", id, name)
+		return fmt.Sprintf(" (it already has XDP program %d, %s)", id, name)
 	}
 }
 
-// xdpProgram returns the id of the XDP program on the device, 0 if there is none.
+// xdpProgram returns the id of the XDP program on the device, or 0 if there is none.
 func xdpProgram(ifindex int) (ebpf.ProgramID, error) {
 	device, err := linkAt(ifindex)
 	if err != nil {
@@ -53,7 +53,7 @@ func xdpProgram(ifindex int) (ebpf.ProgramID, error) {
 	return xdpOn(device), nil
 }
 
-// xdpOn returns the id of the XDP program on the device, as of when it was read; 0 if there was none.
+// xdpOn returns the id of the XDP program that device had when it was read, or 0 if it had none.
 func xdpOn(device netlink.Link) ebpf.ProgramID {
 	if xdp := device.Attrs().Xdp; xdp != nil {
 		return ebpf.ProgramID(xdp.ProgId)
@@ -61,7 +61,7 @@ func xdpOn(device netlink.Link) ebpf.ProgramID {
 	return 0
 }
 
-// xdpDevice returns the index of the device that the pinned XDP link is attached to, 0 if there is no such pin or device.
+// xdpDevice returns the index of the device that the pinned XDP link is attached to, or 0 if there is no such pin or device.
 func xdpDevice(pin string) (int, error) {
 	l, err := link.LoadPinnedLink(pin, nil)
 	if errors.Is(err, os.ErrNotExist) {

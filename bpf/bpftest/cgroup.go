@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// OwnCgroup moves this process into a cgroup v2 of its own, as a kubelet has one, and returns its id. In the root cgroup
-// the programs would take a test's sockets for the kernel's own. leave moves it back and removes the cgroup.
+// OwnCgroup moves this process into a cgroup v2 of its own, such as a kubelet has, and returns the id. In the root cgroup
+// the programs would mistake a test's sockets for the kernel's own. leave moves the process back and removes the cgroup.
 func OwnCgroup() (id uint64, leave func() error, err error) {
 	mount, err := cgroupMount()
 	if err != nil {
@@ -34,7 +34,7 @@ func OwnCgroup() (id uint64, leave func() error, err error) {
 	return id, leave, err
 }
 
-// Cgroup makes a cgroup v2 that nobody is in yet, and returns its directory and id. It has to be removed by the caller.
+// Cgroup creates an empty cgroup v2 and returns its directory and id. The caller must remove it.
 func Cgroup(name string) (dir string, id uint64, err error) {
 	mount, err := cgroupMount()
 	if err != nil {
@@ -101,9 +101,8 @@ func CurrentCgroupDir() (dir string, err error) {
 // RootCgroup returns the directory of the root cgroup v2.
 func RootCgroup() (dir string, err error) { return cgroupMount() }
 
-// RunInOwnCgroup is for TestMain: it runs the tests in a cgroup of their own where that is possible, and exits. As root it
-// runs them in a mount namespace of their own too, so that nothing that they mounted, pinned or named outlives them, even
-// if they are killed.
+// RunInOwnCgroup is for TestMain: it runs the tests and exits. As root it runs them in a cgroup and a mount namespace of their
+// own, so that nothing that they mount, pin or name outlives them, even if they are killed.
 func RunInOwnCgroup(run func() int) {
 	if os.Geteuid() != 0 {
 		os.Exit(run())
@@ -124,17 +123,17 @@ func RunInOwnCgroup(run func() int) {
 	os.Exit(code)
 }
 
-// inOwnMounts is set in the environment of tests that are in a mount namespace of their own.
+// inOwnMounts is set in the environment of tests that already run in a mount namespace of their own.
 const inOwnMounts = "PROBELET_TEST_IN_OWN_MOUNTS"
 
-// runAgainInOwnMounts runs this process's program again, and returns its exit code.
+// runAgainInOwnMounts runs the current program again and returns its exit code.
 func runAgainInOwnMounts() int {
 	runtime.LockOSThread() // Pdeathsig is sent when the thread ends
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), inOwnMounts+"=1")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	// Unlike with Cloneflags, mounts are made private too.
+	// Unlike Cloneflags, this also makes mounts private.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS, Pdeathsig: unix.SIGKILL}
 	err := cmd.Run()
 	if exit := new(exec.ExitError); errors.As(err, &exit) {
@@ -147,8 +146,8 @@ func runAgainInOwnMounts() int {
 	return 0
 }
 
-// HideNames makes the names that github.com/containernetworking/plugins/pkg/testutils gives to network namespaces end with
-// this mount namespace.
+// HideNames ensures that the names that github.com/containernetworking/plugins/pkg/testutils gives to network namespaces
+// disappear with this mount namespace.
 func HideNames() error {
 	const names = "/var/run/netns"
 	return errors.Join(os.MkdirAll(names, 0o755), unix.Mount("tmpfs", names, "tmpfs", 0, ""))

@@ -12,15 +12,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Place is where a Dropper drops packets.
+// Place identifies where a Dropper drops packets.
 type Place uint32
 
 // Places on the way between a client of this process and a pod.
 const (
-	ClientOut Place = iota // what a client sends, before it reaches the pod's device
-	PodIn                  // what reaches the pod
-	PodOut                 // what the pod sends
-	HostIn                 // what the host receives from the pod, or in the pod's name
+	ClientOut Place = iota // sent by a client, before it reaches the pod's device
+	PodIn                  // received by the pod
+	PodOut                 // sent by the pod
+	HostIn                 // received by the host from the pod, or in the pod's name
 	places
 )
 
@@ -33,12 +33,12 @@ const (
 	ACK
 )
 
-// Drop says which packets of a port are dropped.
+// Drop selects which packets of a port are dropped.
 type Drop struct {
-	Mask, Flags uint32 // those of which the TCP flags under Mask are Flags
-	Percent     uint32 // at random so many of them
+	Mask, Flags uint32 // packets whose TCP flags under Mask equal Flags
+	Percent     uint32 // a random share of them
 	_           uint32
-	First       int64 // and the first ones
+	First       int64 // in addition, this many of the first ones
 }
 
 // Dropper drops TCP packets of a pod's ports.
@@ -46,8 +46,8 @@ type Dropper struct {
 	drops *ebpf.Map
 }
 
-// NewDropper puts programs that drop packets, none yet, around the pod. Programs of others at the host's side of the pod
-// come first.
+// NewDropper attaches programs around the pod that can drop packets, and initially drop none. Other programs on the host side
+// of the pod run first.
 func (p *Pod) NewDropper(t testing.TB) *Dropper {
 	t.Helper()
 	drops, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Hash, KeySize: 4, ValueSize: uint32(binary.Size(Drop{})), MaxEntries: 1024})
@@ -82,7 +82,7 @@ func (p *Pod) NewDropper(t testing.TB) *Dropper {
 	return &Dropper{drops}
 }
 
-// At begins to drop packets of a port at a place, instead of those it dropped there before.
+// At starts dropping packets of a port at a place, and replaces the previous Drop for them.
 func (d *Dropper) At(t testing.TB, place Place, port uint16, drop Drop) {
 	t.Helper()
 	if err := d.drops.Put(dropKey(place, port), drop); err != nil {
@@ -90,7 +90,7 @@ func (d *Dropper) At(t testing.TB, place Place, port uint16, drop Drop) {
 	}
 }
 
-// Stop ends the dropping of packets of a port, everywhere.
+// Stop stops dropping packets of a port, everywhere.
 func (d *Dropper) Stop(t testing.TB, port uint16) {
 	t.Helper()
 	for place := range places {
@@ -100,7 +100,7 @@ func (d *Dropper) Stop(t testing.TB, port uint16) {
 	}
 }
 
-// dropKey has the port as it stands in a packet.
+// dropKey contains the port in network byte order.
 func dropKey(place Place, port uint16) uint32 {
 	return uint32(place)<<16 | uint32(binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, port)))
 }
@@ -124,12 +124,12 @@ func addFilter(ifName string, parent uint32, program *ebpf.Program) error {
 	})
 }
 
-// dropProgram looks the packet's port up under the place, and obeys the Drop it finds.
+// dropProgram returns a program that looks up the packet's port at the place and applies the Drop that it finds.
 func dropProgram(drops *ebpf.Map, place Place) *ebpf.ProgramSpec {
 	spec := &ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "MIT"}
 	l3, port, pass, drop := int32(14), int16(0), int32(-1), int32(2) // TC_ACT_UNSPEC, TC_ACT_SHOT
 	if place == ClientOut {
-		// A cgroup's program sees packets from their IP header on, and returns whether they may go.
+		// A cgroup's program sees packets from their IP header on, and returns whether they may pass.
 		spec = &ebpf.ProgramSpec{Type: ebpf.CGroupSKB, AttachType: ebpf.AttachCGroupInetEgress, License: "MIT"}
 		l3, pass, drop = 0, 1, 0
 	}

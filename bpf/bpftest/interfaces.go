@@ -2,8 +2,8 @@ package bpftest
 
 import "fmt"
 
-// Reported returns what CNI plugins report as the "interfaces" of an attachment to this pod, as JSON, by plugin. The shapes are
-// those of the plugins' sources in 2026.
+// Reported returns, by plugin, the JSON that CNI plugins report as the "interfaces" of an attachment to this pod. The shapes follow
+// the plugins' sources as of 2026.
 func (p *Pod) Reported() map[string]string {
 	hostEnd := fmt.Sprintf(`{"name": %q, "mac": %q}`, p.HostIfName, p.HostMAC)
 	podEnd := fmt.Sprintf(`{"name": "eth0", "mac": %q, "sandbox": %q}`, p.MAC, p.NS.Path())
@@ -27,7 +27,7 @@ func (p *Pod) Reported() map[string]string {
 	}
 }
 
-// Contradicting returns what no plugin would report of this pod: it names another device.
+// Contradicting returns reports that no plugin would make for this pod, because they name another device.
 func (p *Pod) Contradicting(other *Pod) map[string]string {
 	return map[string]string{
 		"another's host end": fmt.Sprintf(`[{"name": %q}, {"name": "eth0", "sandbox": %q}]`, other.HostIfName, p.NS.Path()),

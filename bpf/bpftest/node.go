@@ -1,4 +1,4 @@
-// Package bpftest gives tests what they need of a real machine: namespaces, veths, a BPF file system, packets.
+// Package bpftest provides tests with what they need from a real machine: namespaces, veths, a BPF file system, packets.
 package bpftest
 
 import (
@@ -17,19 +17,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// RequireRoot skips the test where it cannot run. In CI it must be able to.
+// RequireRoot skips the test unless it runs as root. In CI the test fails instead.
 func RequireRoot(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() == 0 {
 		return
 	}
 	if os.Getenv("CI") != "" {
-		t.Fatal("needs root, and CI must have it")
+		t.Fatal("needs root, which CI must provide")
 	}
 	t.Skip("needs root")
 }
 
-// BPFDir mounts a BPF file system for the test and returns a directory to pin under, which does not exist yet.
+// BPFDir mounts a BPF file system for the test and returns a directory on it to pin under, which does not exist yet.
 func BPFDir(t testing.TB) string {
 	t.Helper()
 	mount := t.TempDir()
@@ -44,7 +44,7 @@ func BPFDir(t testing.TB) string {
 	return filepath.Join(mount, "probelet")
 }
 
-// Node is a network namespace that plays a machine. Its processes are those of the test.
+// Node is a network namespace that plays the role of a machine. Its processes are those of the test.
 type Node struct {
 	NS   ns.NetNS
 	pods int
@@ -72,7 +72,7 @@ func newNS(t testing.TB) ns.NetNS {
 		t.Fatalf("new network namespace: %v", err)
 	}
 	t.Cleanup(func() {
-		// Detached, since a process that is being started beside this has it open for a moment.
+		// Detach it, because a process that is being started concurrently keeps it open for a moment.
 		if err := errors.Join(n.Close(), unix.Unmount(n.Path(), unix.MNT_DETACH), os.Remove(n.Path())); err != nil {
 			t.Errorf("removing a network namespace: %v", err)
 		}
@@ -87,7 +87,7 @@ func newNS(t testing.TB) ns.NetNS {
 	return n
 }
 
-// Do runs f in a namespace; an error fails the test.
+// Do runs f in a namespace. An error fails the test.
 func Do(t testing.TB, n ns.NetNS, f func() error) {
 	t.Helper()
 	if err := n.Do(func(ns.NetNS) error { return f() }); err != nil {
@@ -109,14 +109,14 @@ func NetnsCookie(t testing.TB, in ns.NetNS) (cookie uint64) {
 	return cookie
 }
 
-// NewNode makes a node without pods.
+// NewNode creates a node without pods.
 func NewNode(t testing.TB) *Node {
 	t.Helper()
 	RequireRoot(t)
 	return &Node{NS: newNS(t)}
 }
 
-// AddPod makes a pod: a namespace, a veth, addresses of both families, routed (as the ptp plugin does it).
+// AddPod creates a pod: a namespace, a veth, and routed addresses of both families, like the ptp plugin.
 func (n *Node) AddPod(t testing.TB) *Pod {
 	t.Helper()
 	n.pods++
@@ -158,7 +158,7 @@ func (n *Node) AddPod(t testing.TB) *Pod {
 	return p
 }
 
-// Configure gives a device of the current namespace addresses, and sets it up.
+// Configure assigns addresses to a device in the current namespace and brings it up.
 func Configure(ifName string, addrs ...netip.Addr) error {
 	_, err := configure(ifName, addrs...)
 	return err
@@ -177,8 +177,8 @@ func configure(ifName string, addrs ...netip.Addr) (*netlink.LinkAttrs, error) {
 	return link.Attrs(), netlink.LinkSetUp(link)
 }
 
-// Bridge puts the host-side veths of pods on one bridge, as the bridge plugin does, with the first pod's subnets: the others get
-// addresses of these. The node's addresses move to the bridge.
+// Bridge attaches the host-side veths of pods to one bridge, like the bridge plugin. The other pods get addresses in the subnets of the
+// first, and the node's addresses move to the bridge.
 func (n *Node) Bridge(t testing.TB, pods ...*Pod) {
 	t.Helper()
 	Do(t, n.NS, func() error {
@@ -257,7 +257,7 @@ func (p *Pod) Listen(t testing.TB, port int) net.Listener {
 	return l
 }
 
-// AcceptAll accepts each connection of a listener and closes it at once, until the listener is closed.
+// AcceptAll accepts connections and closes each immediately, until the listener is closed.
 func AcceptAll(l net.Listener) {
 	go func() {
 		for {

@@ -1,18 +1,19 @@
 #!/bin/bash
-# Runs the tests of bpf/datapath, bpf/attach and bpf/veth on another kernel, in an emulator: oldkernel.sh [DEBIAN KERNEL PACKAGE [PATTERN OF TESTS]]
-# Needs the Debian packages qemu-system-x86, busybox-static, cpio, kmod; fetches the kernel package, installs nothing.
+# Runs the tests of bpf/datapath, bpf/attach and bpf/veth on another kernel in an emulator.
+# Usage: oldkernel.sh [DEBIAN_KERNEL_PACKAGE [TEST_PATTERN]]
+# Needs the Debian packages qemu-system-x86, busybox-static, cpio and kmod. Downloads the kernel package but installs nothing.
 set -euo pipefail
 
 pattern=${2:-.}
 package=${1:-linux-image-cloud-amd64}
-kernel=$(apt-cache depends "$package" | awk '/Depends: linux-image/ {print $2}') # of a meta-package
+kernel=$(apt-cache depends "$package" | awk '/Depends: linux-image/ {print $2}') # resolves a metapackage
 package=${kernel:-$package}
 root=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 cd "$work"
-chmod 777 . # apt fetches as another user
+chmod 777 . # apt downloads as another user
 apt-get download "$package" >/dev/null
 dpkg-deb -x ./*.deb kernel
 version=$(basename kernel/boot/vmlinuz-* | sed 's/vmlinuz-//')
@@ -21,7 +22,7 @@ depmod -b kernel "$version"
 mkdir -p image/{bin,dev,proc,sys,tmp,run,var,tests,lib/modules}
 ln -s /run image/var/run
 cp "$(command -v busybox)" image/bin/busybox
-# The modules that the tests need, in an order in which they can be loaded.
+# The modules that the tests need, in loading order.
 for module in veth sch_ingress cls_bpf bridge ipv6 macvlan dummy nft_ct nft_fib_inet sch_tbf ifb cls_u32 act_mirred br_netfilter; do
 	modprobe -d kernel -S "$version" --show-depends "$module" 2>/dev/null | awk '$1 == "insmod" {print $2}'
 done | awk '!seen[$0]++' | while read -r file; do
@@ -41,7 +42,7 @@ mount -t sysfs sysfs /sys
 mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /run
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
-while read -r module; do insmod "$module" || echo "no $module"; done </modules
+while read -r module; do insmod "$module" || echo "failed to load $module"; done </modules
 ip link set lo up
 echo "kernel $(uname -r)"
 for test in /tests/*; do

@@ -13,7 +13,7 @@ import (
 	"github.com/gopacket/gopacket/layers"
 )
 
-// Addresses of the machines that packets built here travel between.
+// Addresses of the machines at both ends of the packets built here.
 var (
 	ClientMAC = net.HardwareAddr{2, 0, 0, 0, 0, 1}
 	PodMAC    = net.HardwareAddr{2, 0, 0, 0, 0, 2}
@@ -23,14 +23,14 @@ var (
 type Segment struct {
 	Src, Dst       netip.AddrPort
 	SrcMAC, DstMAC net.HardwareAddr
-	Flags          string // of F S R P A U
+	Flags          string // letters from "FSRPAU"
 	Seq, Ack       uint32
 	Window         uint16
 	Options        []layers.TCPOption
 	Payload        string
 }
 
-// Bytes is the frame, checksums included. change, if not nil, may alter the IP header before.
+// Bytes returns the frame with checksums. change, if not nil, may alter the IP header before they are computed.
 func (s Segment) Bytes(t testing.TB, change func(v4 *layers.IPv4, v6 *layers.IPv6)) []byte {
 	t.Helper()
 	tcp := &layers.TCP{
@@ -82,7 +82,7 @@ func (s Segment) Bytes(t testing.TB, change func(v4 *layers.IPv4, v6 *layers.IPv
 	if err := gopacket.SerializeLayers(buf, opts, eth, ip, tcp, gopacket.Payload(s.Payload)); err != nil {
 		t.Fatal(err)
 	}
-	// gopacket pads short frames, as an Ethernet card does; a veth does not.
+	// gopacket pads short frames like an Ethernet card does; a veth does not.
 	length := 14 + int(v4.Length)
 	if !s.Src.Addr().Is4() {
 		length = 14 + 40 + int(v6.Length)
@@ -90,7 +90,7 @@ func (s Segment) Bytes(t testing.TB, change func(v4 *layers.IPv4, v6 *layers.IPv
 	return buf.Bytes()[:length]
 }
 
-// ParseSegment reads a frame and fails the test if a length or a checksum in it is wrong.
+// ParseSegment parses a frame and fails the test if a length or a checksum in it is wrong.
 func ParseSegment(t testing.TB, frame []byte) Segment {
 	t.Helper()
 	packet := gopacket.NewPacket(frame, layers.LayerTypeEthernet, gopacket.Default)
@@ -140,7 +140,7 @@ func ParseSegment(t testing.TB, frame []byte) Segment {
 	return s
 }
 
-// String is the segment on a line, for failures.
+// String formats the segment on one line, for failure messages.
 func (s Segment) String() string {
 	return fmt.Sprintf("%v>%v %s seq %d ack %d win %d %q", s.Src, s.Dst, s.Flags, s.Seq, s.Ack, s.Window, s.Payload)
 }
@@ -148,14 +148,14 @@ func (s Segment) String() string {
 // Packet is a frame at a tc hook.
 type Packet struct {
 	Frame []byte
-	From  uint32 // ifindex of the device that it came in by; 0: sent by a process of this namespace
+	From  uint32 // ifindex of the device that received it; 0: sent by a process in this namespace
 	Mark  uint32 // skb->mark
 	// TCIndex is skb->tc_index. Test runs do not carry it unless CarryTCIndex has changed the program.
 	TCIndex uint16
 }
 
-// Words of struct __sk_buff (include/uapi/linux/bpf.h). Of these a test run takes and returns all but tc_index
-// (net/bpf/test_run.c).
+// Offsets, in words, in struct __sk_buff (include/uapi/linux/bpf.h). A test run takes and returns all of these fields except
+// tc_index (net/bpf/test_run.c).
 const (
 	skbMark           = 2
 	skbIngressIfindex = 9
@@ -165,8 +165,8 @@ const (
 	skbWords          = 48
 )
 
-// RunTC runs a tc program on a packet at the device ifindex. The cgroup of its socket is the test's. Returns the
-// verdict and the packet as it is then.
+// RunTC runs a tc program on a packet at the device ifindex, and returns the verdict and the resulting packet. The cgroup of its
+// socket is the test's.
 func RunTC(t testing.TB, p *ebpf.Program, ifindex uint32, in Packet) (verdict uint32, out Packet) {
 	t.Helper()
 	var before, after [skbWords]uint32
@@ -176,8 +176,8 @@ func RunTC(t testing.TB, p *ebpf.Program, ifindex uint32, in Packet) (verdict ui
 	return verdict, Packet{Frame: frame, From: in.From, Mark: after[skbMark], TCIndex: uint16(after[skbCB])}
 }
 
-// CarryTCIndex makes a tc program that takes skb->tc_index from skb->cb when it starts, and leaves it there when it ends.
-// Otherwise it is the same: the program is called as a function.
+// CarryTCIndex changes a tc program so that it takes skb->tc_index from skb->cb when it starts and stores it there when it ends.
+// The original program is called as a function.
 func CarryTCIndex(t testing.TB, p *ebpf.ProgramSpec) {
 	t.Helper()
 	called := btf.FuncMetadata(&p.Instructions[0])
@@ -198,8 +198,8 @@ func CarryTCIndex(t testing.TB, p *ebpf.ProgramSpec) {
 	p.Instructions = append(carry, p.Instructions...)
 }
 
-// RunSteer runs steer on a frame that leaves by the device ifindex, as if it had come in by fromIfIndex (0: sent by a
-// process of this namespace). Returns the verdict and the frame as it is then.
+// RunSteer runs steer on a frame that leaves through the device ifindex and was received by fromIfIndex (0: sent by a process in
+// this namespace). It returns the verdict and the resulting frame.
 func RunSteer(t testing.TB, p *ebpf.Program, ifindex, fromIfIndex uint32, frame []byte) (uint32, []byte) {
 	t.Helper()
 	verdict, out := RunTC(t, p, ifindex, Packet{Frame: frame, From: fromIfIndex})

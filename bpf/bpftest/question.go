@@ -8,11 +8,11 @@ import (
 	"github.com/cilium/ebpf/btf"
 )
 
-// QuestionKeys are the secret keys of loaded programs.
+// QuestionKeys holds the secret keys of loaded programs.
 type QuestionKeys []byte
 
-// Question returns how the programs tell a request from others: NH (RFC 4418, section 5.2) of its bytes in 32-bit words,
-// twice.
+// Question returns the two hashes by which the programs identify a request: NH (RFC 4418, section 5.2) of its bytes in 32-bit
+// words.
 func (k QuestionKeys) Question(request string) (hash, check uint64) {
 	key := func(i int) uint32 { return binary.LittleEndian.Uint32(k[4*i:]) }
 	padded := append([]byte(request), make([]byte, -len(request)&7)...)
@@ -25,7 +25,7 @@ func (k QuestionKeys) Question(request string) (hash, check uint64) {
 	return hash, check
 }
 
-// KeysOf reads the keys that steer was loaded with.
+// KeysOf returns the keys that steer was loaded with.
 func KeysOf(t testing.TB, steer *ebpf.Program) QuestionKeys {
 	t.Helper()
 	info, err := steer.Info()
@@ -53,7 +53,7 @@ func KeysOf(t testing.TB, steer *ebpf.Program) QuestionKeys {
 	return nil
 }
 
-// constant finds a constant in the map of constants.
+// constant returns the position of a constant in the map of constants.
 func constant(t testing.TB, m *ebpf.Map, name string) (offset, size uint32) {
 	t.Helper()
 	handle, err := m.Handle()
@@ -74,6 +74,6 @@ func constant(t testing.TB, m *ebpf.Map, name string) (offset, size uint32) {
 			return v.Offset, v.Size
 		}
 	}
-	t.Fatalf("there is no constant %s", name)
+	t.Fatalf("no constant %s", name)
 	return 0, 0
 }

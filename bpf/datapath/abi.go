@@ -12,24 +12,24 @@ import (
 
 const (
 	// ABI versions the programs and the layout of maps and orders. Objects are pinned under it, so builds with different
-	// ABIs never open each other's objects, and builds with the same ABI share what the first of them loaded.
+	// ABIs never open each other's objects, and builds with the same ABI share whatever the first of them loaded.
 	ABI = "v5"
-	// DefaultDir is where everything is pinned by default.
+	// DefaultDir is the default directory for pins.
 	DefaultDir = "/sys/fs/bpf/probelet"
 )
 
-// AttachmentsDir is the directory with this ABI's attachments, one directory each.
+// AttachmentsDir returns the directory of this ABI's attachments, which are directories themselves.
 func AttachmentsDir(bpfDir string) string { return AttachmentsIn(filepath.Join(bpfDir, ABI)) }
 
-// AttachmentsIn is the AttachmentsDir of one of Others.
+// AttachmentsIn returns the equivalent of AttachmentsDir for a directory returned by Others.
 func AttachmentsIn(other string) string { return filepath.Join(other, attachmentsDir) }
 
 const (
 	attachmentsDir = "attachments"
-	loading        = "-loading" // ends the name of a directory that is being filled
+	loading        = "-loading" // suffix of a directory that is being filled
 )
 
-// Others returns the directories under bpfDir with objects of other ABIs, and with incomplete sets that were put aside.
+// Others returns the directories under bpfDir that hold objects of other ABIs, or incomplete sets that were put aside.
 func Others(bpfDir string) ([]string, error) {
 	entries, err := os.ReadDir(bpfDir)
 	if Absent(err) {
@@ -47,12 +47,12 @@ func Others(bpfDir string) ([]string, error) {
 	return others, nil
 }
 
-// RemoveOthers removes those of Others that have no attachment left.
+// RemoveOthers removes the directories returned by Others that have no attachment left.
 func RemoveOthers(bpfDir string) error {
 	others, err := Others(bpfDir)
 	errs := []error{err}
 	for _, dir := range others {
-		// Fails if another build is just attaching, and then leaves its directory alone.
+		// Fails if another build is attaching at this moment, whose directory then stays.
 		if err := os.Remove(filepath.Join(dir, attachmentsDir)); err == nil || Absent(err) {
 			errs = append(errs, os.RemoveAll(dir))
 		}
@@ -60,7 +60,7 @@ func RemoveOthers(bpfDir string) error {
 	return errors.Join(errs...)
 }
 
-// putAside makes room for a new set of objects. What the old set is attached to stays attached, until it is reattached.
+// putAside moves an incomplete set of objects out of the way. Devices stay attached to it until they are reattached.
 func putAside(bpfDir string) error {
 	for i := 1; ; i++ {
 		err := os.Rename(filepath.Join(bpfDir, ABI), filepath.Join(bpfDir, fmt.Sprintf("%s-incomplete-%d", ABI, i)))

@@ -8,7 +8,7 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-// CounterNames are the names of the counters, in the order of enum counter in bpf/abi.h.
+// CounterNames lists the names of the counters in the order of enum counter in bpf/abi.h.
 var CounterNames = [probeletCounterCOUNT_MAX]string{
 	"answered_http", "answered_tcp", "observed", "handed_over", "passed_not_fresh", "passed_not_probed",
 	"passed_not_parsable", "passed_not_prober", "passed_own", "passed_untrusted", "passed_full", "dropped",
@@ -18,8 +18,8 @@ var CounterNames = [probeletCounterCOUNT_MAX]string{
 	"passed_unanswered",
 }
 
-// ProbeVerdict tells which of a prober's connections a counter counts, each of them once: those "answered", or "passed" to the pod,
-// and as or why what. ok is false for counters of something else.
+// ProbeVerdict classifies the counters of a prober's connections, which together count each connection once. verdict is "answered" or
+// "passed" (to the pod), reason is the kind of answer or the reason for passing. ok is false for all other counters.
 func ProbeVerdict(counter string) (verdict, reason string, ok bool) {
 	switch counter {
 	case "handed_over":
@@ -34,7 +34,7 @@ func ProbeVerdict(counter string) (verdict, reason string, ok bool) {
 	return verdict, reason, true
 }
 
-// Counters returns the counters by name, summed over the CPUs.
+// Counters returns the counters by name, summed over all CPUs.
 func (d *Datapath) Counters() (map[string]uint64, error) {
 	all, err := sums(d.objects.Counters, len(CounterNames))
 	if err != nil {
@@ -55,7 +55,7 @@ func (d *Datapath) counter(index probeletCounter) (uint64, error) {
 	return value, nil
 }
 
-// Unrecorded returns how many connections of probers were not recorded, or not whole, for want of room.
+// Unrecorded returns how many connections of probers were not, or not completely, recorded for lack of space.
 func (d *Datapath) Unrecorded() (uint64, error) {
 	full, err := d.counter(probeletCounterCOUNT_PASSED_FULL)
 	if err != nil {
@@ -65,14 +65,14 @@ func (d *Datapath) Unrecorded() (uint64, error) {
 	return full + lost, err
 }
 
-// AnswerAgeBounds are the upper bounds, in seconds, of AnswerAges' buckets but the last (AGE_BOUNDS in bpf/abi.h).
+// AnswerAgeBounds lists the upper bounds, in seconds, of all buckets of AnswerAges but the last (AGE_BOUNDS in bpf/abi.h).
 var AnswerAgeBounds = [probeletAgeAGE_BOUNDED]float64{0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300}
 
-// AnswerAges tells how old the evidence of answers was.
+// AnswerAges is a histogram of the age of the evidence that answers were based on.
 type AnswerAges struct {
-	// Buckets counts answers by age. The last bucket has no bound; none includes another.
+	// Buckets counts answers by age. The last bucket is unbounded. Buckets are not cumulative.
 	Buckets [len(AnswerAgeBounds) + 1]uint64
-	Sum     time.Duration // of all ages
+	Sum     time.Duration // sum of all ages
 }
 
 // AnswerAges returns the ages of all answers since the programs were loaded.
@@ -84,10 +84,10 @@ func (d *Datapath) AnswerAges() (AnswerAges, error) {
 	return AnswerAges{[len(AnswerAgeBounds) + 1]uint64(all), time.Duration(all[probeletAgeAGE_SUM])}, nil
 }
 
-// Fill tells how full a map is.
+// Fill describes how full a map is.
 type Fill struct{ Entries, Max int }
 
-// Fills returns the fill of the maps that can become full: "flows" (connections) and "pods" (devices).
+// Fills returns the fill of the maps that can run full: "flows" (connections) and "pods" (devices).
 func (d *Datapath) Fills() (map[string]Fill, error) {
 	flows, err := d.Flows()
 	if err != nil {
@@ -103,7 +103,7 @@ func (d *Datapath) Fills() (map[string]Fill, error) {
 	}, nil
 }
 
-// sums returns the first n elements of a per-CPU array, each summed over the CPUs.
+// sums returns the first n elements of a per-CPU array, each summed over all CPUs.
 func sums(array *ebpf.Map, n int) (sums []uint64, err error) {
 	sums = make([]uint64, n)
 	for i := range sums {

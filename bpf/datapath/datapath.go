@@ -1,5 +1,5 @@
-// Package datapath loads the BPF programs and maps of probelet, pins them, and gives typed access to what the kernel
-// and user space share. It knows nothing of Kubernetes or CNI.
+// Package datapath loads and pins the BPF programs and maps of probelet, and provides typed access to what the kernel and
+// user space share. It knows nothing of Kubernetes or CNI.
 package datapath
 
 import (
@@ -17,14 +17,14 @@ var (
 	// ErrNotLoaded: nothing is pinned in the directory under this ABI.
 	ErrNotLoaded = errors.New("probelet's BPF objects are not loaded")
 	// ErrIncomplete: some of the pins are missing.
-	ErrIncomplete = errors.New("some of probelet's BPF objects are not pinned any more")
+	ErrIncomplete = errors.New("some of probelet's BPF objects are no longer pinned")
 	// ErrNoBPFFS: the directory is not on a BPF file system.
 	ErrNoBPFFS = errors.New("not on a BPF file system (mount -t bpf bpf /sys/fs/bpf)")
-	// ErrLocked: another process kept the lock on the directory until the deadline.
+	// ErrLocked: another process held the lock on the directory until the deadline.
 	ErrLocked = lock.ErrHeld
 )
 
-// Datapath is the set of loaded objects.
+// Datapath represents the set of loaded objects.
 type Datapath struct {
 	objects struct {
 		probeletMaps
@@ -33,19 +33,19 @@ type Datapath struct {
 		Respond *ebpf.Program `ebpf:"respond"`
 		Sweep   *ebpf.Program `ebpf:"sweep"`
 	}
-	prober sync.Mutex // of the one element of that map, parts of which are changed independently, and of marker
-	marker *marker    // nil: sockets are not marked, or by another process' doing
+	prober sync.Mutex // guards the map's only element, parts of which change independently, and marker
+	marker *marker    // nil: sockets are not marked, at least not by this process
 	own    bool       // the programs look into own_sockets; guarded by prober
-	watch  link.Link  // nil: listening sockets are not watched, or by another process' doing
+	watch  link.Link  // nil: listening sockets are not watched, at least not by this process
 	blind  bool       // steer does not look at listening sockets; false if opened by pins
 	dir    string     // <bpf dir>/<ABI>; empty if nothing is pinned
-	found  Stamp      // of dir, when the pins in it were found to be of these objects
+	found  Stamp      // of dir, when its pins were last confirmed to be of these objects
 }
 
-// Dir is the directory in which the objects are pinned, empty if they are not.
+// Dir returns the directory where the objects are pinned, or "" if they are not.
 func (d *Datapath) Dir() string { return d.dir }
 
-// maps returns the maps that user space uses, which are pinned. The programs keep the others alive.
+// maps returns the maps that user space uses, which are the ones to pin. The programs keep the others alive.
 func (d *Datapath) maps() map[string]**ebpf.Map {
 	m := &d.objects.probeletMaps
 	return map[string]**ebpf.Map{
@@ -73,16 +73,16 @@ func (d *Datapath) programs() map[string]**ebpf.Program {
 	}
 }
 
-// Steer is the tc egress program.
+// Steer returns the tc egress program.
 func (d *Datapath) Steer() *ebpf.Program { return d.objects.Steer }
 
-// Observe is the tc ingress program.
+// Observe returns the tc ingress program.
 func (d *Datapath) Observe() *ebpf.Program { return d.objects.Observe }
 
-// Respond is the XDP program of devices whose hook is HookXDP.
+// Respond returns the XDP program for devices whose hook is HookXDP.
 func (d *Datapath) Respond() *ebpf.Program { return d.objects.Respond }
 
-// Close closes the file descriptors; what is pinned or attached lives on.
+// Close closes the file descriptors. Pinned and attached objects live on.
 func (d *Datapath) Close() error {
 	var errs []error
 	for _, m := range d.maps() {
@@ -101,7 +101,7 @@ func (d *Datapath) Close() error {
 	return errors.Join(errs...)
 }
 
-// Now returns the time as the programs read it: nanoseconds of CLOCK_BOOTTIME.
+// Now returns the time by the programs' clock: nanoseconds of CLOCK_BOOTTIME.
 func Now() uint64 {
 	var ts unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {

@@ -71,11 +71,11 @@ func TestSharedTypesHaveTheSizesOfTheMaps(t *testing.T) {
 	}
 }
 
-func TestModelAtTheBorders(t *testing.T) {
+func TestModelAtTheBoundaries(t *testing.T) {
 	e := Evidence{ObservedAt: 100, FreshUntil: 200, Result: ResultSuccess}
 	void := Tally{WithdrawnAt: 100}
 	if MayAnswer(e, Tally{}, void, 150, 150) || MayAnswer(e, void, Tally{}, 150, 150) || !MayAnswer(e, Tally{}, Tally{}, 150, 150) {
-		t.Error("a withdrawal of either port or endpoint is one")
+		t.Error("a withdrawal of either port or endpoint must count")
 	}
 	for _, c := range []struct {
 		withdrawnAt, takenAt, now uint64
@@ -96,15 +96,15 @@ func TestModelAtTheBorders(t *testing.T) {
 	}
 }
 
-// programsOf has the hash of each ABI's object. What a build with the same ABI has loaded already is not replaced: for a
-// change to take effect before the machine restarts, it needs another ABI.
+// programsOf has the hash of each ABI's object. Objects that a build with the same ABI has already loaded are not replaced,
+// so a change needs another ABI to take effect before the machine restarts.
 var programsOf = map[string]string{
-	"v5": "fcc51a4fdd7ca42f7f29d3669073e940faa17159c4fa99a776b5e7f9d7c1564a",
+	"v5": "db061cd42765c1e6f8f55918a28698223df3279d713a024e6396705ed13f65ab",
 }
 
-func TestOtherProgramsHaveAnotherABI(t *testing.T) {
+func TestChangedProgramsNeedAnotherABI(t *testing.T) {
 	if hash := fmt.Sprintf("%x", sha256.Sum256(_ProbeletBytes)); programsOf[ABI] != hash {
-		t.Errorf("the object changed. If ABI %s was released, it needs another number; otherwise its hash is\n\t%q: %q,", ABI, ABI, hash)
+		t.Errorf("the object changed. If ABI %s was released, it needs another number; if not, update its hash to\n\t%q: %q,", ABI, ABI, hash)
 	}
 }
 
@@ -122,7 +122,7 @@ func TestEnsureLoadsOnce(t *testing.T) {
 	bpftest.RequireRoot(t)
 	dir := bpftest.BPFDir(t)
 	if _, err := Open(dir); !errors.Is(err, ErrNotLoaded) {
-		t.Fatalf("open of nothing: %v", err)
+		t.Fatalf("Open without pins: %v", err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -150,7 +150,7 @@ func TestEnsureLoadsOnce(t *testing.T) {
 	all.Wait()
 	for _, id := range ids {
 		if id == 0 || id != ids[0] {
-			t.Fatalf("steer was loaded more than once: %v", ids)
+			t.Fatalf("steer loaded more than once: %v", ids)
 		}
 	}
 	want := []string{
@@ -163,7 +163,7 @@ func TestEnsureLoadsOnce(t *testing.T) {
 	}
 }
 
-func TestEnsureRepairsWhatACrashLeft(t *testing.T) {
+func TestEnsureRecoversFromACrash(t *testing.T) {
 	bpftest.RequireRoot(t)
 	dir := bpftest.BPFDir(t)
 	must(t, os.MkdirAll(filepath.Join(dir, ABI+"-loading", "attachments"), 0o700))
@@ -171,18 +171,18 @@ func TestEnsureRepairsWhatACrashLeft(t *testing.T) {
 	must(t, err)
 	must(t, d.Close())
 	if _, err := os.Stat(filepath.Join(dir, ABI+"-loading")); !errors.Is(err, os.ErrNotExist) {
-		t.Fatalf("left over: %v", err)
+		t.Fatalf("left behind: %v", err)
 	}
 }
 
-// Somebody has removed a pin. What is attached with the old objects stays to be seen; whoever comes next gets whole ones.
+// A pin was removed. Attachments made with the old objects stay visible, and the next caller gets a complete set.
 func TestEnsureReplacesAnIncompleteSet(t *testing.T) {
 	bpftest.RequireRoot(t)
 	dir := bpftest.BPFDir(t)
 	for i, pin := range []string{"steer", "observe", "respond", "sweep", "flows", "endpoint_evidence", "answer_ages", pinWatch} {
 		old, err := Ensure(t.Context(), dir)
 		must(t, err)
-		past := time.Now().Add(-time.Minute) // so that what it has seen is not looked at again
+		past := time.Now().Add(-time.Minute) // so that later changes have other timestamps
 		must(t, os.Chtimes(old.Dir(), past, past))
 		if current, err := old.Current(); err != nil || !current {
 			t.Fatalf("current: %v, %v", current, err)
@@ -193,15 +193,15 @@ func TestEnsureReplacesAnIncompleteSet(t *testing.T) {
 		}
 		must(t, os.Remove(filepath.Join(old.Dir(), pin)))
 		if current, err := old.Current(); err != nil || current {
-			t.Errorf("without %s it is current: %v, %v", pin, current, err)
+			t.Errorf("without %s: current %v, %v", pin, current, err)
 		}
 		d, err := Ensure(t.Context(), dir)
 		must(t, err)
 		if current, err := old.Current(); err != nil || current {
-			t.Errorf("the old one is current: %v, %v", current, err)
+			t.Errorf("old set current: %v, %v", current, err)
 		}
 		if current, err := d.Current(); err != nil || !current {
-			t.Errorf("the new one is current: %v, %v", current, err)
+			t.Errorf("new set current: %v, %v", current, err)
 		}
 		others, err := Others(dir)
 		if err != nil || len(others) != i+1 {
@@ -209,7 +209,7 @@ func TestEnsureReplacesAnIncompleteSet(t *testing.T) {
 		}
 		must(t, errors.Join(old.Close(), d.Close(), RemoveOthers(dir)))
 		if still, err := Others(dir); err != nil || len(still) != i+1 {
-			t.Errorf("removed although something is attached: %v, %v", still, err)
+			t.Errorf("removed despite an attachment: %v, %v", still, err)
 		}
 	}
 	others, err := Others(dir)
@@ -219,12 +219,12 @@ func TestEnsureReplacesAnIncompleteSet(t *testing.T) {
 	}
 	must(t, RemoveOthers(dir))
 	if others, err := Others(dir); err != nil || len(others) != 0 {
-		t.Errorf("left: %v, %v", others, err)
+		t.Errorf("left behind: %v, %v", others, err)
 	}
 }
 
-// A kernel that does not describe its types has no watch, which is no reason to load again and again.
-func TestEnsureKnowsThatThereIsNoWatch(t *testing.T) {
+// A kernel without BTF has no watch, which must not make Ensure load again and again.
+func TestEnsureAcceptsAMissingWatch(t *testing.T) {
 	bpftest.RequireRoot(t)
 	dir := bpftest.BPFDir(t)
 	d, err := Ensure(t.Context(), dir)
@@ -239,8 +239,8 @@ func TestEnsureKnowsThatThereIsNoWatch(t *testing.T) {
 	must(t, d.Close())
 }
 
-// On a kernel that does not let sockets be looked at, all else is as it is elsewhere, and what is pinned tells.
-func TestLoadWithoutALookAtListeners(t *testing.T) {
+// On a kernel that does not allow looks at sockets everything else works as usual, and the pins reveal it.
+func TestLoadWithoutLookingAtListeners(t *testing.T) {
 	bpftest.RequireRoot(t)
 	spec, err := loadProbelet()
 	must(t, err)
@@ -260,18 +260,18 @@ func TestLoadWithoutALookAtListeners(t *testing.T) {
 	must(t, err)
 	defer d.Close() //nolint:errcheck // a test's
 	if !d.SeesListeners() {
-		t.Error("looks at no sockets")
+		t.Error("does not look at sockets")
 	}
 	must(t, os.Mkdir(filepath.Join(d.Dir(), pinBlind), 0o700))
 	opened, err := Open(filepath.Dir(d.Dir()))
 	must(t, err)
 	if opened.SeesListeners() {
-		t.Error("the pins tell of a look at sockets")
+		t.Error("the pins claim a look at sockets")
 	}
 	must(t, opened.Close())
 }
 
-func TestEnsureDoesNotWaitForever(t *testing.T) {
+func TestEnsureGivesUpWaiting(t *testing.T) {
 	bpftest.RequireRoot(t)
 	dir := bpftest.BPFDir(t)
 	must(t, os.Mkdir(dir, 0o700))
@@ -291,18 +291,18 @@ func TestEnsureDoesNotWaitForever(t *testing.T) {
 	must(t, d.Close())
 }
 
-func TestEnsureNeedsABPFFileSystem(t *testing.T) {
+func TestEnsureRequiresABPFFileSystem(t *testing.T) {
 	bpftest.RequireRoot(t)
 	dir := filepath.Join(t.TempDir(), "probelet")
 	if _, err := Ensure(context.Background(), dir); !errors.Is(err, ErrNoBPFFS) {
 		t.Fatalf("on a plain directory: %v", err)
 	}
 	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
-		t.Fatalf("made %s all the same", dir)
+		t.Fatalf("created %s nevertheless", dir)
 	}
 }
 
-// netnsDevices are those that watch knows; nil if it does not know the namespace.
+// netnsDevices returns the devices that watch knows in a namespace, or nil if it does not know the namespace.
 func netnsDevices(t *testing.T, d *Datapath, netns uint32) []uint32 {
 	t.Helper()
 	var devices probeletNetnsDevices
@@ -314,8 +314,8 @@ func netnsDevices(t *testing.T, d *Datapath, netns uint32) []uint32 {
 	return devices.Ifindex[:]
 }
 
-// The devices of one namespace, added by four processes at once.
-func TestNoDeviceOfANamespaceIsLost(t *testing.T) {
+// Four processes add devices of one namespace concurrently.
+func TestConcurrentDevicesOfOneNamespace(t *testing.T) {
 	bpftest.RequireRoot(t)
 	d, err := Ensure(t.Context(), bpftest.BPFDir(t))
 	must(t, err)
@@ -336,7 +336,7 @@ func TestNoDeviceOfANamespaceIsLost(t *testing.T) {
 	}
 }
 
-func TestANamespaceHasRoomForFourDevices(t *testing.T) {
+func TestNamespaceHoldsFourDevices(t *testing.T) {
 	bpftest.RequireRoot(t)
 	d, err := Load()
 	must(t, err)
@@ -347,10 +347,10 @@ func TestANamespaceHasRoomForFourDevices(t *testing.T) {
 		must(t, d.AddDevice(key(10+ifindex), 33, HookXDP))
 	}
 	if err := d.AddDevice(key(20), 33, HookTC); err == nil || !strings.Contains(err.Error(), "33") {
-		t.Fatalf("a fifth: %v", err)
+		t.Fatalf("fifth device: %v", err)
 	}
 	if _, err := d.Device(key(20)); !errors.Is(err, os.ErrNotExist) {
-		t.Fatalf("it is known all the same: %v", err)
+		t.Fatalf("fifth device is known nevertheless: %v", err)
 	}
 	for ifindex := range uint32(4) {
 		must(t, d.RemoveDevice(key(10+ifindex)))
@@ -358,7 +358,7 @@ func TestANamespaceHasRoomForFourDevices(t *testing.T) {
 	left(t, d)
 }
 
-func TestPodsAreApart(t *testing.T) {
+func TestPodsAreIsolated(t *testing.T) {
 	bpftest.RequireRoot(t)
 	d, err := Load()
 	must(t, err)
@@ -387,7 +387,7 @@ func TestPodsAreApart(t *testing.T) {
 	must(t, podA.Delete(TCPKey(80)))
 	must(t, podA.Delete(TCPKey(80)))
 	if err := podA.Renew(TCPKey(80), Evidence{}); !errors.Is(err, ebpf.ErrKeyNotExist) {
-		t.Fatalf("renewing what is not there: %v", err)
+		t.Fatalf("Renew without evidence: %v", err)
 	}
 	if devices := netnsDevices(t, d, 33); !slices.Equal(devices, []uint32{3, 4, 0, 0}) {
 		t.Fatalf("devices of the namespace: %v", devices)
@@ -402,7 +402,7 @@ func TestPodsAreApart(t *testing.T) {
 	}
 }
 
-// A process that died in the middle of removing a device leaves its list, by which what is left of it is found.
+// A process that dies in the middle of removing a device leaves its list, by which the remains are found.
 func TestStraysAreRemoved(t *testing.T) {
 	bpftest.RequireRoot(t)
 	d, err := Load()
@@ -423,7 +423,7 @@ func TestStraysAreRemoved(t *testing.T) {
 		t.Fatalf("devices %v, %v", devices, err)
 	}
 	if n := len(entries[probeletEndpointKey, Evidence](t, d.objects.EndpointEvidence)); n != 4 {
-		t.Fatalf("%d endpoints are known", n)
+		t.Fatalf("%d endpoints left", n)
 	}
 	if devices := netnsDevices(t, d, 33); !slices.Equal(devices, []uint32{3, 0, 5, 0}) {
 		t.Fatalf("devices of the namespace: %v", devices)

@@ -15,11 +15,11 @@ import (
 	"github.com/probelet/probelet/bpf/lock"
 )
 
-// DeviceKey names one attachment of a host-side veth. A device that gets the same index later has another generation, and so
+// DeviceKey identifies one attachment of a host-side veth. A device that later gets the same index has another generation, and so
 // inherits nothing.
 type DeviceKey = probeletDeviceKey
 
-// Hook tells where a device's answers are made.
+// Hook selects where answers are made for a device.
 type Hook uint8
 
 // Hooks.
@@ -28,28 +28,27 @@ const (
 	HookXDP = Hook(probeletHookHOOK_XDP) // by respond, from steer's orders
 )
 
-// Device is a host-side veth as the programs know it.
+// Device describes a host-side veth as the programs know it.
 type Device struct {
 	Key   DeviceKey
 	Netns uint32 // inode number of the pod's network namespace
 	Hook  Hook
 	Trust Trust
-	// Loss tells how a lost answer was noticed, and LostAt when, in terms of Now; empty and 0 unless Trust is TrustLost.
+	// Loss tells how a lost answer was detected, and LostAt when (see Now). They are empty and 0 unless Trust is TrustLost.
 	Loss   string
 	LostAt uint64
-	// NSID is the id by which the host's network namespace knows the pod's; -1 if it is not known.
+	// NSID is the id by which the host's network namespace knows the pod's; -1 if unknown.
 	NSID int
-	// NetnsCookie is the pod's network namespace's (SO_NETNS_COOKIE); 0 if it is not known yet.
+	// NetnsCookie is the cookie of the pod's network namespace (SO_NETNS_COOKIE); 0 if not known yet.
 	NetnsCookie uint64
-	// WithdrawnAt is when one of the pod's listening sockets last closed, in terms of Now, which voids all evidence observed until
-	// then; 0 if none did.
+	// WithdrawnAt is when one of the pod's listening sockets last closed (see Now), which voids all earlier evidence; 0 if none did.
 	WithdrawnAt uint64
 }
 
-// lockDeadline is far longer than it takes to add or remove a device.
+// lockDeadline bounds the wait for the lock. Adding or removing a device takes far less time.
 const lockDeadline = 5 * time.Second
 
-// NewDeviceKey draws a random generation for the device ifindex.
+// NewDeviceKey returns a key with a random generation for the device ifindex.
 func NewDeviceKey(ifindex int) (DeviceKey, error) {
 	var random [4]byte
 	for {
@@ -62,8 +61,9 @@ func NewDeviceKey(ifindex int) (DeviceKey, error) {
 	}
 }
 
-// AddDevice makes a device known to the programs, with no evidence and no trust. steer does not look at the pod's sockets before LookInto.
-// netns is the inode number of the pod's network namespace. What an earlier attachment of the device left behind is removed.
+// AddDevice makes a device known to the programs, with no evidence and no trust. netns is the inode number of the pod's network
+// namespace. steer does not look at the pod's sockets until LookInto is called. Whatever a previous attachment of the device left
+// behind is removed.
 func (d *Datapath) AddDevice(key DeviceKey, netns uint32, hook Hook) error {
 	unlock, err := d.lock()
 	if err != nil {
@@ -88,14 +88,14 @@ func (d *Datapath) AddDevice(key DeviceKey, netns uint32, hook Hook) error {
 }
 
 // LookInto makes steer look at listening sockets in the device's pod. nsid is the id by which the host's network namespace knows the
-// pod's. The cookie keeps another pod's namespace that gets the id later from being taken for it. If it is 0, steer takes the cookie of
-// the first socket that it finds in the namespace with AddDevice's inode number. Call it before the programs are attached, because it
+// pod's. The cookie guards against reuse of the id by another pod's namespace. If it is 0, steer adopts the cookie of the first socket
+// that it finds in the namespace with the inode number passed to AddDevice. Call LookInto before the programs are attached, because it
 // overwrites what they note. The error is os.ErrNotExist as for Device.
 func (d *Datapath) LookInto(key DeviceKey, nsid int, cookie uint64) error {
 	return d.changeDevice(key, func(device *probeletDevice) { device.Nsid, device.NetnsCookie = int32(nsid), cookie })
 }
 
-// changeDevice replaces a device. What the programs note of it meanwhile is lost.
+// changeDevice replaces a device. Whatever the programs note about it meanwhile is lost.
 func (d *Datapath) changeDevice(key DeviceKey, change func(*probeletDevice)) error {
 	unlock, err := d.lock()
 	if err != nil {
@@ -116,7 +116,7 @@ func (d *Datapath) changeDevice(key DeviceKey, change func(*probeletDevice)) err
 	return nil
 }
 
-// RemoveDevice makes the programs forget a device and all evidence of its pod. A device that they do not know is no error.
+// RemoveDevice removes a device and all evidence about its pod. It is no error if the programs do not know the device.
 func (d *Datapath) RemoveDevice(key DeviceKey) error {
 	unlock, err := d.lock()
 	if err != nil {
@@ -129,23 +129,23 @@ func (d *Datapath) RemoveDevice(key DeviceKey) error {
 func (d *Datapath) removeDevice(key DeviceKey) error {
 	device, err := d.Device(key)
 	if err == nil {
-		// From here on the programs reach nothing of it.
+		// From here on the programs can no longer reach anything of it.
 		err = errors.Join(ignoreAbsent(d.objects.Devices.Delete(key.Ifindex)), d.removeFromNetns(key.Ifindex, device.Netns))
 	}
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("forgetting device %d: %w", key.Ifindex, err)
+		return fmt.Errorf("removing device %d: %w", key.Ifindex, err)
 	}
 	if err := (&Pod{d, key}).clear(); err != nil {
-		return fmt.Errorf("forgetting what is known of device %d: %w", key.Ifindex, err)
+		return fmt.Errorf("removing the evidence of device %d: %w", key.Ifindex, err)
 	}
 	return nil
 }
 
-// Device returns a device. The error is os.ErrNotExist if the programs do not know it, or only another attachment of it.
+// Device returns a device. The error is os.ErrNotExist if the programs do not know it, or if they know another attachment of it.
 func (d *Datapath) Device(key DeviceKey) (Device, error) {
 	device, err := d.device(key.Ifindex)
 	if err == nil && device.Key != key {
-		err = fmt.Errorf("device %d: it was attached again: %w", key.Ifindex, os.ErrNotExist)
+		err = fmt.Errorf("device %d: attached again meanwhile: %w", key.Ifindex, os.ErrNotExist)
 	}
 	return device, err
 }
@@ -171,7 +171,7 @@ func deviceOf(ifindex uint32, device probeletDevice) Device {
 	}
 }
 
-// Devices returns all devices that the programs know, by ifindex.
+// Devices returns all devices that the programs know by ifindex.
 func (d *Datapath) Devices() (map[uint32]Device, error) {
 	devices := map[uint32]Device{}
 	const batch = 256
@@ -181,7 +181,7 @@ func (d *Datapath) Devices() (map[uint32]Device, error) {
 		for i := range n {
 			devices[indexes[i]] = deviceOf(indexes[i], values[i])
 		}
-		if errors.Is(err, ebpf.ErrKeyNotExist) { // that was all
+		if errors.Is(err, ebpf.ErrKeyNotExist) { // end of the map
 			return devices, nil
 		}
 		if err != nil {
@@ -197,8 +197,8 @@ func ignoreAbsent(err error) error {
 	return err
 }
 
-// lock keeps other processes, and other users of this Datapath, from adding or removing devices and endpoints. Objects that are
-// not pinned need no lock, because no other process has them.
+// lock keeps other processes, and other users of this Datapath, from adding or removing devices and endpoints. Objects that are not
+// pinned need no lock, because no other process has access to them.
 func (d *Datapath) lock() (unlock func(), err error) {
 	if d.dir == "" {
 		return func() {}, nil
@@ -206,7 +206,7 @@ func (d *Datapath) lock() (unlock func(), err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), lockDeadline)
 	defer cancel()
 	locked, err := lock.Dir(ctx, d.dir, unix.LOCK_EX)
-	if Absent(err) { // removed with all that was pinned
+	if Absent(err) { // all pins were removed
 		return func() {}, nil
 	}
 	if err != nil {

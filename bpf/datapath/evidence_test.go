@@ -15,7 +15,7 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 )
 
-// sealed is what the daemon writes.
+// sealed returns evidence as the daemon writes it.
 func sealed(key probeletEndpointKey, e Evidence) []byte {
 	e.Seal = sealOf(key, e)
 	var value [40]byte
@@ -25,13 +25,13 @@ func sealed(key probeletEndpointKey, e Evidence) []byte {
 	return value[:]
 }
 
-// sealedBytes are those of a value that mean something; the others are padding.
+// sealedBytes is the number of bytes covered by the seal; the others are padding.
 var sealedBytes = []int{
 	0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 32, 33, 34, 35, 36, 37, 38, 39,
 }
 
-// Evidence that a program reads while it is written, or of which the memory became another key's, does not bear its seal.
-func TestOnlySealedEvidenceIsAnsweredWith(t *testing.T) {
+// The seal does not match evidence that is read while it is written, or whose memory has become another key's.
+func TestOnlySealedEvidenceIsUsed(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		rapid.Check(t, func(rt *rapid.T) {
 			b.arm()
@@ -58,10 +58,10 @@ func TestOnlySealedEvidenceIsAnsweredWith(t *testing.T) {
 				bad = sealed(foreign(key).Draw(rt, "of"), of(200, time.Hour))
 			}
 			must(t, b.d.objects.EndpointEvidence.Put(key, bad))
-			// The answer to the SYN is the port's, the one to the request the endpoint's.
+			// The SYN is answered on the port's evidence, the request on the endpoint's.
 			got, frame := b.sends(b.syn().Bytes(t, nil))
 			if want := key.Kind != KindPort; (got == toClient) != want {
-				rt.Fatalf("a SYN %s", got)
+				rt.Fatalf("SYN %s", got)
 			}
 			if got == toClient {
 				b.replaysSYN(b.toPod("PA", b.isn+1, bpftest.ParseSegment(t, frame).Seq+1, request))
@@ -70,13 +70,13 @@ func TestOnlySealedEvidenceIsAnsweredWith(t *testing.T) {
 			b.noFlows()
 			b.counted("answered_http", 0)
 			if _, _, err := b.pod.Get(EndpointKey{Hash: key.Hash, Port: key.Port, Kind: key.Kind}); err == nil || !strings.Contains(err.Error(), "seal") {
-				rt.Fatalf("the daemon reads it: %v", err)
+				rt.Fatalf("the daemon reads unsealed evidence: %v", err)
 			}
 		})
 	})
 }
 
-// foreign draws a key that differs from k in one way.
+// foreign returns a random key that differs from k in one way.
 func foreign(k probeletEndpointKey) *rapid.Generator[probeletEndpointKey] {
 	return rapid.Custom(func(t *rapid.T) probeletEndpointKey {
 		k := k
@@ -97,8 +97,8 @@ func foreign(k probeletEndpointKey) *rapid.Generator[probeletEndpointKey] {
 	})
 }
 
-// What was known of a device in an earlier life is out of reach, even where it was left behind.
-func TestEvidenceOfAnEarlierAttachmentIsOutOfReach(t *testing.T) {
+// What was known about a previous attachment of a device is out of reach, even if it was left behind.
+func TestEvidenceOfAPreviousAttachmentIsOutOfReach(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		x := b.connect()
@@ -107,7 +107,7 @@ func TestEvidenceOfAnEarlierAttachmentIsOutOfReach(t *testing.T) {
 		tallies := entries[probeletEndpointKey, Tally](t, b.d.objects.EndpointTallies)
 		b.attach()
 		if all := entries[probeletEndpointKey, Evidence](t, b.d.objects.EndpointEvidence); len(all) != 0 {
-			t.Fatalf("still known: %+v", all)
+			t.Fatalf("still there: %+v", all)
 		}
 		for key, e := range leftBehind {
 			must(t, b.d.objects.EndpointEvidence.Put(key, e))
@@ -124,25 +124,25 @@ func TestEvidenceOfAnEarlierAttachmentIsOutOfReach(t *testing.T) {
 		for key := range leftBehind {
 			must(t, b.d.objects.EndpointEvidence.Delete(key))
 		}
-		b.client = client // taken in the earlier life
+		b.client = client // taken during the previous attachment
 		b.replaysSYN(b.toPod("PA", b.isn+1, x+1, request))
 		b.counted("answered_http", 0)
 
 		if _, err := b.d.Pod(old); !errors.Is(err, os.ErrNotExist) {
-			t.Fatalf("what is known of the earlier one: %v", err)
+			t.Fatalf("pod of the previous attachment: %v", err)
 		}
 		if err := oldPod.Put(TCPKey(1), Evidence{}); !errors.Is(err, os.ErrNotExist) {
-			t.Fatalf("putting something there: %v", err)
+			t.Fatalf("Put to the previous attachment: %v", err)
 		}
-		must(t, b.d.RemoveDevice(old)) // says nothing of the device as it is
+		must(t, b.d.RemoveDevice(old)) // must not affect the current attachment
 		if keys, err := b.pod.Keys(); err != nil || len(keys) != 1 {
-			t.Fatalf("of the present one %v is known, %v", keys, err)
+			t.Fatalf("keys of the current attachment: %v, %v", keys, err)
 		}
 	})
 }
 
-// withdrawn_at is the latest of all withdrawals: one that was slow does not take a later one back.
-func TestAWithdrawalIsNotTakenBack(t *testing.T) {
+// withdrawn_at is the latest of all withdrawals: a slow one does not reset a later one.
+func TestWithdrawalsAreNotReset(t *testing.T) {
 	onWays(t, func(t *testing.T, p reaching) {
 		later := Now() + uint64(time.Hour)
 		for _, key := range []EndpointKey{PortKey(8080), p.asked()} {
@@ -151,7 +151,7 @@ func TestAWithdrawalIsNotTakenBack(t *testing.T) {
 		p.asks(request)
 		p.hears("PA", 0, "HTTP/1.1 500 Oops\r\n\r\n")
 		if got := p.tally(p.asked()); got.WithdrawnAt != later || got.WithdrawnCause != 9 {
-			t.Fatalf("an error status made it %+v", got)
+			t.Fatalf("after an error status: %+v", got)
 		}
 	})
 	onBench(t, func(t *testing.T, b *bench) {
@@ -163,12 +163,12 @@ func TestAWithdrawalIsNotTakenBack(t *testing.T) {
 		b.setTally(PortKey(8080), Tally{WithdrawnAt: later, WithdrawnCause: 9})
 		b.podSends(toClient, b.fromPod("RA", 0, b.isn+1, ""))
 		if got := b.tally(PortKey(8080)); got.WithdrawnAt != later || got.WithdrawnCause != 9 {
-			t.Fatalf("a refusal made it %+v", got)
+			t.Fatalf("after a refusal: %+v", got)
 		}
 	})
 }
 
-// left asserts that no map has an entry of any device.
+// left asserts that no map has an entry for any device.
 func left(t testing.TB, d *Datapath) {
 	t.Helper()
 	for name, m := range map[string]*ebpf.Map{
@@ -181,15 +181,15 @@ func left(t testing.TB, d *Datapath) {
 			n++
 		}
 		if n != 0 {
-			t.Errorf("%s: %d entries are left", name, n)
+			t.Errorf("%s: %d entries left", name, n)
 		}
 	}
 }
 
-// numbered is the key of one of many endpoints.
+// numbered returns the key of one of many endpoints.
 func numbered(i int) EndpointKey { return HTTPKey(80, Question{Hash: uint64(i + 1)}) }
 
-func TestADeviceLeavesNothingBehind(t *testing.T) {
+func TestRemovedDeviceLeavesNothingBehind(t *testing.T) {
 	bpftest.RequireRoot(t)
 	d, err := Load()
 	must(t, err)
@@ -206,7 +206,7 @@ func TestADeviceLeavesNothingBehind(t *testing.T) {
 		if i%5 == 0 {
 			must(t, p.Delete(numbered(0)))
 		}
-		if i%4 != 0 { // else by the next life of the device, or the end
+		if i%4 != 0 { // the rest is removed by the next attachment, or at the end
 			must(t, d.RemoveDevice(key))
 			must(t, d.RemoveDevice(key))
 		}
@@ -219,8 +219,8 @@ func TestADeviceLeavesNothingBehind(t *testing.T) {
 	left(t, d)
 }
 
-// The daemon may be about to put something when the plugin removes the device.
-func TestADeviceLeavesNothingBehindAPut(t *testing.T) {
+// The daemon may be putting evidence while the plugin removes the device.
+func TestPutRacesWithRemoval(t *testing.T) {
 	bpftest.RequireRoot(t)
 	d, err := Ensure(t.Context(), bpftest.BPFDir(t))
 	must(t, err)
@@ -247,15 +247,15 @@ func TestADeviceLeavesNothingBehindAPut(t *testing.T) {
 		<-began
 		must(t, d.RemoveDevice(key))
 		if err := <-done; !errors.Is(err, os.ErrNotExist) {
-			t.Fatalf("a Put after the device was removed: %v", err)
+			t.Fatalf("Put after the device was removed: %v", err)
 		}
 		if left(t, d); t.Failed() {
-			t.Fatalf("in round %d", round)
+			t.Fatalf("failed in round %d", round)
 		}
 	}
 }
 
-func TestAPodHasRoomForSixtyFourEndpoints(t *testing.T) {
+func TestPodHoldsSixtyFourEndpoints(t *testing.T) {
 	bpftest.RequireRoot(t)
 	d, err := Load()
 	must(t, err)
@@ -269,12 +269,12 @@ func TestAPodHasRoomForSixtyFourEndpoints(t *testing.T) {
 		must(t, p.Put(numbered(i), Evidence{Status: uint16(i % 63)}))
 	}
 	if err := p.Put(numbered(64), Evidence{}); !errors.Is(err, errTooMany) {
-		t.Fatalf("a 65th: %v", err)
+		t.Fatalf("65th endpoint: %v", err)
 	}
 	if _, _, err := p.Get(numbered(64)); !errors.Is(err, ebpf.ErrKeyNotExist) {
-		t.Fatalf("it is there all the same: %v", err)
+		t.Fatalf("65th endpoint exists nevertheless: %v", err)
 	}
-	must(t, p.Put(numbered(63), Evidence{Status: 63})) // those that are there can be changed
+	must(t, p.Put(numbered(63), Evidence{Status: 63})) // existing endpoints can still be changed
 	must(t, p.Delete(numbered(20)))
 	must(t, p.Put(numbered(64), Evidence{Status: 64}))
 	keys, err := p.Keys()

@@ -7,7 +7,7 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-// Sweep removes flows that are past their deadline, because their end was not seen, and flows of detached devices.
+// Sweep removes flows that are past their deadline because their end was not seen, and flows of detached devices.
 func (d *Datapath) Sweep() error {
 	if _, err := d.objects.Sweep.Run(&ebpf.RunOptions{}); err != nil {
 		return fmt.Errorf("sweeping flows: %w", err)
@@ -21,14 +21,14 @@ func (d *Datapath) Flows() (n int, err error) {
 	return n, err
 }
 
-// PodPort is a port of the pod behind a device.
+// PodPort identifies a port of the pod behind a device.
 type PodPort struct {
 	Device DeviceKey
 	Port   uint16
 }
 
-// Unanswered returns when connections of a prober began that a port was not seen to answer, in terms of Now, for as long as
-// the flow table has them. Nothing else tells of them: a client that gives up connecting sends nothing.
+// Unanswered returns the start times (see Now) of a prober's connections that their port has not answered, for as long as they are
+// in the flow table. There is no other trace of them, because a client that gives up connecting sends nothing.
 func (d *Datapath) Unanswered() (map[PodPort][]uint64, error) {
 	began := map[PodPort][]uint64{}
 	err := d.eachFlow(func(key probeletFlowKey, flow *probeletFlow) {
@@ -49,7 +49,7 @@ func (d *Datapath) eachFlow(f func(probeletFlowKey, *probeletFlow)) error {
 		for i := range count {
 			f(keys[i], &flows[i])
 		}
-		if errors.Is(err, ebpf.ErrKeyNotExist) { // that was all
+		if errors.Is(err, ebpf.ErrKeyNotExist) { // end of the map
 			return nil
 		}
 		if err != nil {

@@ -24,7 +24,7 @@ func (b *bench) replaysSYN(s bpftest.Segment) {
 	}
 }
 
-// accepts is the pod's SYN-ACK to a replayed SYN, which becomes the ACK to it. It asserts what that carries.
+// accepts sends the pod's SYN-ACK for a replayed SYN, asserts that it becomes the ACK, and asserts what the ACK carries.
 func (b *bench) accepts(podISN uint32, flags, carried string) {
 	b.t.Helper()
 	ack := b.podSends(toPod, b.fromPod("SA", podISN, b.isn+1, ""))
@@ -34,7 +34,7 @@ func (b *bench) accepts(podISN uint32, flags, carried string) {
 	}
 }
 
-// handOver brings a connection to the point where the pod, with that ISN, has it and its first byte. Returns our ISN.
+// handOver hands a connection over, so that the pod, with the given ISN, has its first byte. It returns our ISN.
 func (b *bench) handOver(podISN uint32) uint32 {
 	b.t.Helper()
 	b.arm()
@@ -58,13 +58,13 @@ func TestHandover(t *testing.T) {
 		b.counted("handed_over", 1)
 
 		const p = uint32(0xffffff00)
-		for _, flags := range []string{"A", "FA", "PA"} { // of an earlier connection on the same ports
+		for _, flags := range []string{"A", "FA", "PA"} { // belong to an earlier connection on the same ports
 			b.expect(b.podSends(toPod, b.fromPod(flags, 4711, 4712, "")), "R", 4712, 0, "")
 		}
-		for _, flags := range []string{"RA", "R", "S", "SA", "A", "FA", "PA"} { // since SA, of one that the pod accepts
+		for _, flags := range []string{"RA", "R", "S", "SA", "A", "FA", "PA"} { // after the SA they belong to one that the pod accepts
 			b.podSends(untouched, b.fromPod(flags, 4711, 4712, ""))
 		}
-		for range 2 { // the pod sends its SYN-ACK again if our ACK was lost
+		for range 2 { // the pod repeats its SYN-ACK if our ACK was lost
 			b.accepts(p, "PA", post)
 		}
 		b.expect(b.rewrites(b.toPod("PA", b.isn+1, x+1, post)), "PA", b.isn+1, p+1, post)
@@ -73,7 +73,7 @@ func TestHandover(t *testing.T) {
 		after := b.isn + 1 + uint32(len(post))
 		const answer = "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
 		b.expect(b.podSends(toClient, b.fromPod("PA", p+1, after, answer)), "PA", x+1, after, answer)
-		b.accepts(p, "A", "") // what the pod has acknowledged is kept no longer
+		b.accepts(p, "A", "") // what the pod has acknowledged is no longer kept
 		end := uint32(len(answer)) + 1
 		b.expect(b.rewrites(b.toPod("A", after, x+end, "")), "A", after, p+end, "")
 
@@ -103,7 +103,7 @@ func TestWithdrawnBetweenSYNAndRequestIsHandedOver(t *testing.T) {
 		"the endpoint is void":     func(b *bench) { b.setTally(b.asked(), Tally{WithdrawnAt: Now()}) },
 		"port without a tally":     func(b *bench) { must(t, b.d.objects.EndpointTallies.Delete(PortKey(8080).of(b.key))) },
 		"endpoint without a tally": func(b *bench) { must(t, b.d.objects.EndpointTallies.Delete(b.asked().of(b.key))) },
-		"expired before the SYN": func(b *bench) { // another endpoint's record let the connection in
+		"expired before the SYN": func(b *bench) { // another endpoint's evidence let the connection in
 			b.putFor(request, success(t, 200, -time.Second))
 		},
 		"expired, and the request comes late": func(b *bench) {
@@ -126,8 +126,8 @@ func TestWithdrawnBetweenSYNAndRequestIsHandedOver(t *testing.T) {
 	}
 }
 
-// Whatever a client may send before it has heard from the pod, and in whatever pieces, reaches the pod with the ACK.
-func TestWhatComesBeforeThePodAnswersIsStored(t *testing.T) {
+// Whatever a client sends before it has heard from the pod, and however it is split up, reaches the pod with the ACK.
+func TestEarlyDataIsStored(t *testing.T) {
 	long := strings.Repeat("0123456789abcdef", 90) // clientMSS
 	for name, c := range map[string]struct {
 		pieces  []string // in order
@@ -161,13 +161,13 @@ func TestWhatComesBeforeThePodAnswersIsStored(t *testing.T) {
 	}
 }
 
-func TestAHalfCloseIsHandedOver(t *testing.T) {
+func TestHalfCloseIsHandedOver(t *testing.T) {
 	for name, send := range map[string]func(b *bench, x uint32){
 		"with the request": func(b *bench, x uint32) { b.replaysSYN(b.toPod("PFA", b.isn+1, x+1, post)) },
 		"behind it": func(b *bench, x uint32) {
 			b.replaysSYN(b.toPod("PA", b.isn+1, x+1, post))
 			b.swallows(b.toPod("FA", b.isn+1+uint32(len(post)), x+1, ""))
-			b.swallows(b.toPod("PA", b.isn+1+uint32(len(post)), x+1, "more")) // nothing comes after a FIN
+			b.swallows(b.toPod("PA", b.isn+1+uint32(len(post)), x+1, "more")) // nothing follows a FIN
 		},
 		"with its rest": func(b *bench, x uint32) {
 			b.replaysSYN(b.toPod("PA", b.isn+1, x+1, post[:9]))
@@ -196,7 +196,7 @@ func TestAHalfCloseIsHandedOver(t *testing.T) {
 	}
 }
 
-// Where the urgent data is (RFC 9293, section 3.8.5) could not be told with the ACK. The client's retransmission does.
+// The ACK could not convey where the urgent data is (RFC 9293, section 3.8.5). The client's retransmission does.
 func TestUrgentDataIsNotStored(t *testing.T) {
 	onBench(t, func(_ *testing.T, b *bench) {
 		b.armPort()
@@ -207,8 +207,8 @@ func TestUrgentDataIsNotStored(t *testing.T) {
 	})
 }
 
-// A request of a client that half-closes at once is the pod's to answer: our answer could not be followed by a FIN's.
-func TestARequestWithAFINIsNotAnswered(t *testing.T) {
+// A request with a FIN is left to the pod: our answer could not be acknowledged correctly after a half-close.
+func TestRequestWithFINIsNotAnswered(t *testing.T) {
 	onBench(t, func(_ *testing.T, b *bench) {
 		b.arm()
 		x := b.connect()
@@ -216,8 +216,8 @@ func TestARequestWithAFINIsNotAnswered(t *testing.T) {
 	})
 }
 
-// A FIN before which something was lost says nothing yet.
-func TestAFINThatOvertakesTheRequest(t *testing.T) {
+// A FIN proves nothing if data before it was lost.
+func TestFINThatOvertakesTheRequest(t *testing.T) {
 	onBench(t, func(_ *testing.T, b *bench) {
 		b.arm()
 		x := b.connect()
@@ -228,8 +228,8 @@ func TestAFINThatOvertakesTheRequest(t *testing.T) {
 	})
 }
 
-// The kind of a packet's checksum is the kernel's to know. A full sum may look like a pseudo-header's.
-func TestAFullChecksumThatLooksPartial(t *testing.T) {
+// Only the kernel knows the kind of a packet's checksum. A full sum may look like the sum of a pseudo-header.
+func TestFullChecksumThatLooksPartial(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		x := b.handOver(7000)
 		s := b.fromPod("PA", 7001, b.isn+10, "\x00\x00hello!")
@@ -237,7 +237,7 @@ func TestAFullChecksumThatLooksPartial(t *testing.T) {
 		l4 := len(frame) - 20 - len(s.Payload)
 		sum := binary.BigEndian.Uint16(frame[l4+16:])
 		pseudo := pseudoHeaderSum(b.srv.Addr(), b.client.Addr(), 20+uint32(len(s.Payload)))
-		// The payload's first word makes the difference.
+		// The first word of the payload compensates for the difference.
 		difference, carry := bits.Sub32(uint32(sum), uint32(pseudo), 0)
 		binary.BigEndian.PutUint16(frame[l4+20:], uint16(difference-carry))
 		binary.BigEndian.PutUint16(frame[l4+16:], pseudo)
@@ -245,7 +245,7 @@ func TestAFullChecksumThatLooksPartial(t *testing.T) {
 		bpftest.ParseSegment(t, frame) // verifies the checksum
 		got, out := b.receives(frame)
 		if got != toClient {
-			t.Fatalf("it %s", got)
+			t.Fatalf("segment %s", got)
 		}
 		b.expect(bpftest.ParseSegment(t, out), "PA", x+1, b.isn+10, want)
 	})
@@ -300,8 +300,8 @@ func TestResetsEndAConnection(t *testing.T) {
 	})
 }
 
-// A connection whose end was not seen must not touch the next one on its ports.
-func TestANewConnectionOnOldPortsIsItsOwn(t *testing.T) {
+// A connection whose end was not seen must not affect the next one on its ports.
+func TestReusedPortsAreANewConnection(t *testing.T) {
 	states := map[string]func(b *bench){
 		"observed": func(b *bench) {
 			b.put(PortKey(8080), Evidence{})
@@ -318,7 +318,7 @@ func TestANewConnectionOnOldPortsIsItsOwn(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			onBench(t, func(_ *testing.T, b *bench) {
 				prepare(b)
-				// Another client's packets did not come by steer: only the pod's tell.
+				// Another client's packets bypass steer; only the pod's packets reveal them.
 				for _, s := range []bpftest.Segment{
 					b.fromPod("SA", 9000, b.isn+77, ""), b.fromPod("PA", 9001, b.isn+78, "x"), b.fromPod("RA", 9002, b.isn+78, ""),
 				} {
@@ -334,7 +334,7 @@ func TestANewConnectionOnOldPortsIsItsOwn(t *testing.T) {
 						prepare(b)
 						must(t, b.d.SetProber(Prober{}))
 						if flags != "S" && other.From == 0 {
-							return // cannot be told from the flow's own: test runs have no sockets
+							return // indistinguishable from the flow's own, because test runs have no sockets
 						}
 						s := b.toPod(flags, b.isn+77, 5, "")
 						other.Frame = s.Bytes(t, nil)
@@ -346,7 +346,7 @@ func TestANewConnectionOnOldPortsIsItsOwn(t *testing.T) {
 						b.podSends(untouched, b.fromPod("PA", 7001, b.isn+1, "HTTP/1.1 500 x"))
 						b.podSends(untouched, b.fromPod("RA", 7001, b.isn+1, ""))
 						if all := b.records(); len(all) != 0 {
-							t.Fatalf("records of a connection that is no prober's: %+v", all)
+							t.Fatalf("records of a connection that is not a prober's: %+v", all)
 						}
 					})
 				}
@@ -355,8 +355,8 @@ func TestANewConnectionOnOldPortsIsItsOwn(t *testing.T) {
 	}
 }
 
-// A client that waits for the server to speak is handed over at its keep-alive.
-func TestAKeepAliveIsHandedOver(t *testing.T) {
+// A client that waits for the server to speak first is handed over at its keep-alive.
+func TestKeepAliveIsHandedOver(t *testing.T) {
 	onBench(t, func(_ *testing.T, b *bench) {
 		b.arm()
 		x := b.connect()
@@ -366,8 +366,8 @@ func TestAKeepAliveIsHandedOver(t *testing.T) {
 	})
 }
 
-// The order in which the two sides close, and acknowledge it.
-func TestAHandedOverConnectionEndsWithBothFINs(t *testing.T) {
+// The two sides close, and acknowledge that, in any order.
+func TestHandedOverConnectionEndsWithBothFINs(t *testing.T) {
 	type step struct{ from, flags string }
 	orders := map[string][]step{
 		"client first":   {{"client", "FA"}, {"pod", "A"}, {"pod", "FA"}, {"client", "A"}},
@@ -381,7 +381,7 @@ func TestAHandedOverConnectionEndsWithBothFINs(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			onBench(t, func(_ *testing.T, b *bench) {
 				x := b.handOver(7000)
-				client, pod := b.isn+2, uint32(7001) // what each sends next
+				client, pod := b.isn+2, uint32(7001) // what each side sends next
 				var clientFIN, podFIN uint32
 				for _, step := range steps {
 					b.flow()
@@ -396,7 +396,7 @@ func TestAHandedOverConnectionEndsWithBothFINs(t *testing.T) {
 						continue
 					}
 					ack := client + clientFIN
-					if flags != step.flags { // has not seen the client's yet
+					if flags != step.flags { // does not acknowledge the client's FIN yet
 						ack = client
 					}
 					payload := ""
@@ -415,8 +415,8 @@ func TestAHandedOverConnectionEndsWithBothFINs(t *testing.T) {
 	}
 }
 
-// A handed-over connection with packets of more than 64 KiB (BIG TCP), whose lengths IP headers cannot say. The frames
-// are small, because test runs take a page at most; what is read of a large one is the same.
+// A handed-over connection with packets of more than 64 KiB (BIG TCP), whose length does not fit into the IP header. The frames
+// are small, because test runs take at most a page, but are parsed like large ones.
 func TestBigTCPIsTranslated(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		x := b.handOver(7000)
@@ -430,25 +430,25 @@ func TestBigTCPIsTranslated(t *testing.T) {
 			translated.Ack = 7001
 			got, out := b.sends(enlarge(client.Bytes(t, nil)))
 			if want := enlarge(translated.Bytes(t, nil)); got != toPod || string(out) != string(want) {
-				t.Fatalf("%s: it %s:\n% x, want\n% x", name, got, out, want)
+				t.Fatalf("%s: segment %s:\n% x, want\n% x", name, got, out, want)
 			}
 			pod := b.fromPod("A", 7001, b.isn+2, "a lot of data")
 			translated = pod
 			translated.Seq = x + 1
 			got, out = b.receives(enlarge(pod.Bytes(t, nil)))
 			if want := enlarge(translated.Bytes(t, nil)); got != toClient || string(out) != string(want) {
-				t.Fatalf("%s: it %s:\n% x, want\n% x", name, got, out, want)
+				t.Fatalf("%s: segment %s:\n% x, want\n% x", name, got, out, want)
 			}
 		}
-		// The FIN's place is known too.
+		// The position of the FIN is known as well.
 		fin := b.fromPod("FA", 7014, b.isn+2, "end")
 		if got, _ := b.receives(b.withJumboHeader(fin.Bytes(t, nil))); got != toClient || b.flow().PodFin != 7018 {
-			t.Fatalf("a FIN behind a jumbo header: %+v", b.flow())
+			t.Fatalf("FIN behind a jumbo header: %+v", b.flow())
 		}
 	})
 }
 
-// withoutLength is how the kernel marks a large packet of its own without a jumbo header.
+// withoutLength turns a frame into what the kernel makes of a large packet without a jumbo header.
 func (b *bench) withoutLength(frame []byte) []byte {
 	frame = append([]byte(nil), frame...)
 	if b.srv.Addr().Is4() {
@@ -459,7 +459,7 @@ func (b *bench) withoutLength(frame []byte) []byte {
 	return frame
 }
 
-// withJumboHeader puts a jumbo payload option before TCP (RFC 2675); IPv4 has none.
+// withJumboHeader inserts a jumbo payload option before TCP (RFC 2675). IPv4 has none.
 func (b *bench) withJumboHeader(frame []byte) []byte {
 	frame = b.withoutLength(frame)
 	if b.srv.Addr().Is4() {
@@ -471,8 +471,8 @@ func (b *bench) withJumboHeader(frame []byte) []byte {
 	return append(append(append([]byte(nil), frame[:14+40]...), jumbo...), frame[14+40:]...)
 }
 
-// A full table costs a connection its observation, and nothing else.
-func TestAFullFlowTable(t *testing.T) {
+// If the table is full, a connection is not observed, and nothing else happens.
+func TestFullFlowTable(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		for name, prepare := range map[string]func(){
 			"trusted": b.arm, "on trial": func() {
@@ -491,23 +491,23 @@ func TestAFullFlowTable(t *testing.T) {
 			b.passes(b.syn().Bytes(t, nil))
 			b.counted("passed_full", full["passed_full"]+1)
 			if b.flowPorts() != [flowPortSlots]uint32{} {
-				t.Fatal("a port is counted as in use")
+				t.Fatal("a port counts as in use")
 			}
 			for i := range b.d.objects.Flows.MaxEntries() {
 				binary.NativeEndian.PutUint32(key.PodAddr[:], i)
 				must(t, b.d.objects.Flows.Delete(key))
 			}
-			// Nothing was answered, so no answer got lost.
+			// Nothing was answered, so no answer was lost.
 			b.wait(answerLost)
 			if got, _ := b.sends(b.syn().Bytes(t, nil)); got != toClient {
-				t.Fatalf("%s: once there is room again a SYN %s; %+v", name, got, b.device())
+				t.Fatalf("%s: SYN once there is room again: %s; %+v", name, got, b.device())
 			}
 			b.swallows(b.toPod("R", b.isn+1, 0, ""))
 		}
 	})
 }
 
-// Where a request cannot be stored, the client's retransmission brings it.
+// If a request cannot be stored, the client's retransmission brings it.
 func TestNoRoomForRequests(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		var key probeletFlowKey
@@ -524,8 +524,8 @@ func TestNoRoomForRequests(t *testing.T) {
 	})
 }
 
-// Connections that share a slot of the ports' filter do not disturb each other.
-func TestPortsOfOneSlot(t *testing.T) {
+// Connections that share a slot of the port filter do not affect each other.
+func TestPortsSharingASlot(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		first := b.client
@@ -543,7 +543,7 @@ func TestPortsOfOneSlot(t *testing.T) {
 	})
 }
 
-// Flows are forgotten after their deadline, and not before.
+// Flows are removed after their deadline, and not before.
 func TestFlowsExpire(t *testing.T) {
 	for name, c := range map[string]struct {
 		prepare func(b *bench)
@@ -568,7 +568,7 @@ func TestFlowsExpire(t *testing.T) {
 				c.prepare(b)
 				deadline := b.flow().Deadline
 				if deadline < before+uint64(c.after) || deadline > Now()+uint64(c.after) {
-					t.Fatalf("the deadline is in %d ns", deadline-before)
+					t.Fatalf("deadline in %d ns", deadline-before)
 				}
 				must(t, b.d.Sweep())
 				b.flow()
@@ -577,7 +577,7 @@ func TestFlowsExpire(t *testing.T) {
 				b.noFlows()
 				b.counted("flows_expired", 1)
 			})
-			onBench(t, func(t *testing.T, b *bench) { // or with its device
+			onBench(t, func(t *testing.T, b *bench) { // or along with the device
 				c.prepare(b)
 				must(t, b.d.RemoveDevice(b.key))
 				must(t, b.d.Sweep())
@@ -587,7 +587,7 @@ func TestFlowsExpire(t *testing.T) {
 	}
 }
 
-// expire makes it a moment past the deadline of every flow.
+// expire moves every flow just past its deadline.
 func (b *bench) expire() {
 	b.t.Helper()
 	for key, f := range b.flowTable() {
@@ -596,8 +596,8 @@ func (b *bench) expire() {
 	}
 }
 
-// A client that is heard of keeps its connection.
-func TestAHandedOverConnectionIsKeptAlive(t *testing.T) {
+// As long as the client sends packets, its connection is kept.
+func TestHandedOverConnectionIsKeptAlive(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		x := b.handOver(7000)
 		for i := range uint32(3) {

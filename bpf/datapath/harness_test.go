@@ -19,21 +19,21 @@ import (
 
 func TestMain(m *testing.M) { bpftest.RunInOwnCgroup(m.Run) }
 
-// Verdicts, as include/uapi/linux/pkt_cls.h and bpf.h number them.
+// Verdicts, numbered as in include/uapi/linux/pkt_cls.h and bpf.h.
 const (
 	tcPass     = 0xffffffff // TC_ACT_UNSPEC
 	tcRedirect = 7
 	xdpPass    = 2
 )
 
-// fate is what becomes of a packet that is put into the programs.
+// fate describes what happens to a packet.
 type fate string
 
 const (
-	untouched fate = "goes on, byte for byte"
-	toPod     fate = "goes to the pod, rewritten"
-	toClient  fate = "goes to the client, rewritten"
-	swallowed fate = "ends here, quietly"
+	untouched fate = "passes unchanged"
+	toPod     fate = "reaches the pod rewritten"
+	toClient  fate = "reaches the client rewritten"
+	swallowed fate = "is dropped quietly"
 )
 
 const (
@@ -44,7 +44,7 @@ const (
 // clientMark is skb->mark of the client's packets.
 const clientMark = 0x4000
 
-// bench is a pod's device without a pod: packets are put into the programs and examined when they come out.
+// bench is a pod's device without a pod: packets are fed to the programs and examined when they come out.
 type bench struct {
 	t           testing.TB
 	d           *Datapath
@@ -53,8 +53,8 @@ type bench struct {
 	hook        Hook
 	client, srv netip.AddrPort
 	isn         uint32
-	answersLost bool   // somebody drops answers before observe sees them
-	dropped     uint64 // of the counter, as last seen
+	answersLost bool   // something drops answers before observe sees them
+	dropped     uint64 // last value of the counter
 	bss         *ebpf.Map
 }
 
@@ -76,7 +76,7 @@ func onBench(t *testing.T, f func(t *testing.T, b *bench)) {
 	}
 }
 
-// benchIfindex is the loopback device's: a device that test runs can name. otherIfindex is another one's.
+// benchIfindex is that of the loopback device, the only one that test runs can name. otherIfindex belongs to another device.
 const benchIfindex, otherIfindex = 1, 2
 
 func newBench(t *testing.T, hook Hook, addrs [2]string) *bench {
@@ -95,7 +95,7 @@ func newBench(t *testing.T, hook Hook, addrs [2]string) *bench {
 	return b
 }
 
-// carrying are programs that carry skb->tc_index through test runs, and all maps, loaded once: that takes a while.
+// carrying holds programs that carry skb->tc_index through test runs, and all maps. They are loaded only once, which takes a while.
 var carrying struct {
 	once      sync.Once
 	d         *Datapath
@@ -104,7 +104,7 @@ var carrying struct {
 	keys      bpftest.QuestionKeys
 }
 
-// reset makes everything as it was when the programs were loaded, and attaches the device.
+// reset restores the state right after loading and attaches the device.
 func (b *bench) reset() {
 	b.t.Helper()
 	for _, m := range []*ebpf.Map{
@@ -137,7 +137,7 @@ func empty(t testing.TB, m *ebpf.Map) {
 	}
 }
 
-// attach begins another life of the device.
+// attach attaches the device again.
 func (b *bench) attach() {
 	b.t.Helper()
 	key, err := NewDeviceKey(benchIfindex)
@@ -148,8 +148,8 @@ func (b *bench) attach() {
 	must(b.t, err)
 }
 
-// loadCarrying loads the programs, with the tc ones changed to carry skb->tc_index. Returns their maps by name too, those
-// of global variables included.
+// loadCarrying loads the programs, with the tc programs changed to carry skb->tc_index. It also returns their maps by name, including
+// those of global variables.
 func loadCarrying(t testing.TB) (*Datapath, map[string]*ebpf.Map) {
 	t.Helper()
 	d, err := Load()
@@ -202,7 +202,7 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// success is evidence that is good for d.
+// success returns evidence of a success that is fresh for d.
 func success(t testing.TB, status int, d time.Duration) Evidence {
 	t.Helper()
 	now := Now()
@@ -216,7 +216,7 @@ func (b *bench) put(key EndpointKey, e Evidence) {
 	must(b.t, b.pod.Put(key, e))
 }
 
-// putFor puts evidence of the question that a request asks.
+// putFor puts evidence for the question that a request asks.
 func (b *bench) putFor(request string, e Evidence) {
 	b.t.Helper()
 	q := question(request)
@@ -230,10 +230,10 @@ func question(text string) (q Question) {
 	return q
 }
 
-// asked is the key of the endpoint that request asks.
+// asked returns the key of the endpoint that a request asks.
 func (b *bench) asked() EndpointKey { return HTTPKey(b.srv.Port(), question(request)) }
 
-// tally is an endpoint's, without the pod's withdrawals.
+// tally returns an endpoint's tally without the pod's withdrawals.
 func (b *bench) tally(key EndpointKey) (t Tally) {
 	b.t.Helper()
 	must(b.t, ignoreAbsent(b.d.objects.EndpointTallies.Lookup(key.of(b.key), &t)))
@@ -245,7 +245,7 @@ func (b *bench) setTally(key EndpointKey, t Tally) {
 	must(b.t, b.d.objects.EndpointTallies.Put(key.of(b.key), t))
 }
 
-// arm makes what request asks fresh for an hour, on a device by which answers are known to arrive.
+// arm makes the answer to a request fresh for an hour, on a device whose answers are known to arrive.
 func (b *bench) arm() {
 	b.t.Helper()
 	e := success(b.t, 200, time.Hour)
@@ -254,7 +254,7 @@ func (b *bench) arm() {
 	b.trust(TrustProven)
 }
 
-// armPort makes connections to the port taken, and no request answered.
+// armPort makes the programs take connections to the port, but answer no request.
 func (b *bench) armPort() {
 	b.t.Helper()
 	b.arm()
@@ -272,7 +272,7 @@ func (b *bench) setDevice(device probeletDevice) {
 	must(b.t, b.d.objects.Devices.Put(b.key.Ifindex, device))
 }
 
-// voidPod makes it so that the pod's listening socket closed at that time.
+// voidPod acts as if one of the pod's listening sockets had closed at the given time.
 func (b *bench) voidPod(at uint64) {
 	b.t.Helper()
 	device := b.device()
@@ -330,7 +330,7 @@ func mssOption(mss uint16) layers.TCPOption {
 	}
 }
 
-// sends puts a client's frame through the programs as the kernel does, to where it ends up.
+// sends passes a client's frame through the programs like the kernel, up to where it ends.
 func (b *bench) sends(frame []byte) (fate, []byte) {
 	b.t.Helper()
 	return b.egress(bpftest.Packet{Frame: frame, Mark: clientMark})
@@ -350,7 +350,7 @@ func (b *bench) egress(in bpftest.Packet) (fate, []byte) {
 	case verdict == tcRedirect && !swallows && !same && out.Mark == 0:
 		return toClient, b.ascends(out)
 	}
-	b.t.Fatalf("verdict %#x, counted as dropped: %v, mark %#x, for\n% x, now\n% x", verdict, swallows, out.Mark, in.Frame, out.Frame)
+	b.t.Fatalf("verdict %#x, counted as dropped: %v, mark %#x, for\n% x, became\n% x", verdict, swallows, out.Mark, in.Frame, out.Frame)
 	return "", nil
 }
 
@@ -361,7 +361,7 @@ func passed(same bool, otherwise fate) fate {
 	return otherwise
 }
 
-// ascends takes an answer from steer, through respond if that makes it, and past observe, which leaves it alone.
+// ascends passes an answer of steer through respond, if that makes the answer, and past observe, which must ignore it.
 func (b *bench) ascends(p bpftest.Packet) []byte {
 	b.t.Helper()
 	if b.hook == HookXDP {
@@ -379,20 +379,20 @@ func (b *bench) ascends(p bpftest.Packet) []byte {
 	return p.Frame
 }
 
-// passesAgain asserts that a packet that our programs have dealt with is left alone by the next one.
+// passesAgain asserts that a packet that our programs have handled is ignored by the next copy of them.
 func (b *bench) passesAgain(p *ebpf.Program, in bpftest.Packet) {
 	b.t.Helper()
 	if in.TCIndex == 0 {
 		return
 	}
-	in.From = b.key.Ifindex // whose packet it is must not matter
+	in.From = b.key.Ifindex // must not matter
 	verdict, out := bpftest.RunTC(b.t, p, b.key.Ifindex, in)
 	if verdict != tcPass || !bytes.Equal(in.Frame, out.Frame) || b.countDropped() {
-		b.t.Fatalf("verdict %#x for\n% x, now\n% x", verdict, in.Frame, out.Frame)
+		b.t.Fatalf("verdict %#x for\n% x, became\n% x", verdict, in.Frame, out.Frame)
 	}
 }
 
-// receives puts a pod's frame through the programs as the kernel does, to where it ends up.
+// receives passes a pod's frame through the programs like the kernel, up to where it ends.
 func (b *bench) receives(frame []byte) (fate, []byte) {
 	b.t.Helper()
 	in := bpftest.Packet{Frame: frame, From: b.key.Ifindex}
@@ -407,11 +407,11 @@ func (b *bench) receives(frame []byte) (fate, []byte) {
 		b.passesAgain(b.d.Steer(), out)
 		return toPod, out.Frame
 	}
-	b.t.Fatalf("verdict %#x, tc_index %#x for\n% x, now\n% x", verdict, out.TCIndex, in.Frame, out.Frame)
+	b.t.Fatalf("verdict %#x, tc_index %#x for\n% x, became\n% x", verdict, out.TCIndex, in.Frame, out.Frame)
 	return "", nil
 }
 
-// countDropped reports whether another packet was counted as dropped.
+// countDropped reports whether another packet has been counted as dropped.
 func (b *bench) countDropped() bool {
 	b.t.Helper()
 	var perCPU []uint64
@@ -424,7 +424,7 @@ func (b *bench) countDropped() bool {
 	return b.dropped != before
 }
 
-// flowTable reads all flows.
+// flowTable returns all flows.
 func (b *bench) flowTable() map[probeletFlowKey]probeletFlow {
 	b.t.Helper()
 	return entries[probeletFlowKey, probeletFlow](b.t, b.d.objects.Flows)
@@ -446,17 +446,17 @@ func entries[K comparable, V any](t testing.TB, m *ebpf.Map) map[K]V {
 func (b *bench) noFlows() {
 	b.t.Helper()
 	if flows := b.flowTable(); len(flows) != 0 {
-		b.t.Fatalf("flows are left: %+v", flows)
+		b.t.Fatalf("flows left: %+v", flows)
 	}
 	if stored := entries[probeletFlowKey, probeletStored](b.t, b.d.objects.Requests); len(stored) != 0 {
-		b.t.Fatalf("stored requests are left: %d", len(stored))
+		b.t.Fatalf("stored requests left: %d", len(stored))
 	}
 	if slots := b.flowPorts(); slots != [flowPortSlots]uint32{} {
-		b.t.Fatal("ports are counted as in use")
+		b.t.Fatal("ports count as in use")
 	}
 }
 
-// flow is the only one.
+// flow returns the only flow.
 func (b *bench) flow() probeletFlow {
 	b.t.Helper()
 	flows := b.flowTable()
@@ -472,7 +472,7 @@ func (b *bench) flow() probeletFlow {
 // flowPortSlots is FLOW_PORT_SLOTS in bpf/maps.h.
 const flowPortSlots = 4096
 
-// flowPorts is the programs' variable of that name.
+// flowPorts returns the programs' variable of that name.
 func (b *bench) flowPorts() (slots [flowPortSlots]uint32) {
 	b.t.Helper()
 	content, err := b.bss.LookupBytes(uint32(0))
@@ -492,7 +492,7 @@ func (b *bench) counted(name string, want uint64) {
 	}
 }
 
-// records are those since the last call.
+// records returns the records since the last call.
 func (b *bench) records() []Record {
 	b.t.Helper()
 	r, err := b.d.Records()
@@ -501,7 +501,7 @@ func (b *bench) records() []Record {
 	return readAll(b.t, r)
 }
 
-// readAll returns all records there are.
+// readAll returns all pending records.
 func readAll(t testing.TB, r *RecordReader) (all []Record) {
 	t.Helper()
 	for r.Pending() {
@@ -513,7 +513,7 @@ func readAll(t testing.TB, r *RecordReader) (all []Record) {
 	return all
 }
 
-// wait makes everything that is known, and every flow, older by d.
+// wait makes all evidence, tallies and flows older by d.
 func (b *bench) wait(d time.Duration) {
 	b.t.Helper()
 	for key, f := range b.flowTable() {
@@ -532,7 +532,7 @@ func (b *bench) wait(d time.Duration) {
 	}
 }
 
-// older is v as it would be if all times in it were d earlier, and at least 1; 0 is no time.
+// older returns v with all its times d earlier, but at least 1; 0 stays, because it means no time.
 func older[T probeletFlow | probeletDevice | Tally | Evidence](v T, d time.Duration) T {
 	for _, time := range times(&v) {
 		if *time != 0 {
@@ -542,7 +542,7 @@ func older[T probeletFlow | probeletDevice | Tally | Evidence](v T, d time.Durat
 	return v
 }
 
-// times are the fields of v that are times.
+// times returns the fields of v that are times.
 func times(v any) []*uint64 {
 	switch v := v.(type) {
 	case *probeletFlow:
@@ -557,7 +557,7 @@ func times(v any) []*uint64 {
 	return nil
 }
 
-// another is another client of the same machine.
+// another returns another client on the same machine.
 func another(client netip.AddrPort, n uint16) netip.AddrPort {
 	return netip.AddrPortFrom(client.Addr(), client.Port()+n)
 }

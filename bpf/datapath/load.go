@@ -15,13 +15,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MinKernel is the oldest supported kernel, as LINUX_VERSION_CODE. On older ones the programs may load, but lose packets.
+// MinKernel is the oldest supported kernel, as LINUX_VERSION_CODE. On older ones the programs may load but lose packets.
 const MinKernel = 5<<16 | 15<<8
 
 // KernelName returns the name of a LINUX_VERSION_CODE, such as "5.15".
 func KernelName(code uint32) string { return fmt.Sprintf("%d.%d", code>>16, code>>8&0xff) }
 
-// Load loads the objects without pinning them. They live until Close and the last attachment.
+// Load loads the objects without pinning them. They live until Close, or until the last attachment is gone.
 func Load() (*Datapath, error) {
 	spec, err := loadProbelet()
 	if err != nil {
@@ -33,7 +33,7 @@ func Load() (*Datapath, error) {
 	if err := spec.Variables[probeletVarReplies].Set(replies()); err != nil {
 		return nil, err
 	}
-	// Kernels before 5.18 do not know the flag; their generic XDP linearizes every packet.
+	// Kernels before 5.18 do not know the flag. Their generic XDP linearizes every packet.
 	if features.HaveProgramHelper(ebpf.XDP, asm.FnXdpLoadBytes) != nil {
 		spec.Programs[probeletProgRespond].Flags &^= unix.BPF_F_XDP_HAS_FRAGS
 	}
@@ -47,7 +47,7 @@ func Load() (*Datapath, error) {
 	return d, nil
 }
 
-// drawSecrets sets the constants that pods must not know.
+// drawSecrets sets the constants that must be secret from pods.
 func drawSecrets(spec *ebpf.CollectionSpec) error {
 	for _, name := range []string{probeletVarOrderToken, probeletVarQuestionKeys} {
 		random := make([]byte, spec.Variables[name].Size())
@@ -61,24 +61,24 @@ func drawSecrets(spec *ebpf.CollectionSpec) error {
 	return nil
 }
 
-// load loads steer with its look at listening sockets, or without it where the kernel refuses that: it takes BTF, CAP_PERFMON, a helper
-// and a verifier that accepts them.
+// load loads steer with its look at listening sockets, or without it where the kernel refuses that: it requires BTF, CAP_PERFMON,
+// a helper, and a verifier that accepts them.
 func (d *Datapath) load(spec *ebpf.CollectionSpec) error {
 	seeing := d.loadSteer(spec, true)
 	if seeing == nil {
 		return nil
 	}
 	if err := d.loadSteer(spec, false); err != nil {
-		return errors.Join(err, fmt.Errorf("and with a look at listening sockets: %w", seeing))
+		return errors.Join(err, fmt.Errorf("with a look at listening sockets: %w", seeing))
 	}
 	return nil
 }
 
-// loadSteer loads all objects but watch. sees: steer looks at listening sockets.
+// loadSteer loads all objects except watch. sees determines whether steer looks at listening sockets.
 func (d *Datapath) loadSteer(spec *ebpf.CollectionSpec, sees bool) error {
 	var options ebpf.CollectionOptions
 	if !sees {
-		// The code that reads the kernel's types is dead then, but CO-RE still resolves it: against the object's own types.
+		// The code that reads kernel types is dead then, but CO-RE still relocates it, so use the object's own types.
 		options.Programs.KernelTypes = spec.Types
 	}
 	d.blind = !sees
@@ -88,8 +88,8 @@ func (d *Datapath) loadSteer(spec *ebpf.CollectionSpec, sees bool) error {
 	return spec.LoadAndAssign(&d.objects, &options)
 }
 
-// startWatch attaches the program that sees listening sockets close. It does nothing on a kernel without BTF: evidence then
-// ends with the next probe that is passed on, as it does after any other failure.
+// startWatch attaches the program that sees listening sockets close. It is a no-op on a kernel without BTF, where evidence ends with
+// the next probe that is passed on, as after any other failure.
 func (d *Datapath) startWatch(spec *ebpf.CollectionSpec) error {
 	if _, err := btf.LoadKernelSpec(); errors.Is(err, ebpf.ErrNotSupported) || errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -110,7 +110,7 @@ func (d *Datapath) startWatch(spec *ebpf.CollectionSpec) error {
 	return err
 }
 
-// Watched reports whether pods' listening sockets are watched, so that a pod's evidence ends when one of its servers does.
+// Watched reports whether pods' listening sockets are watched, so that a pod's evidence ends as soon as one of its servers does.
 func (d *Datapath) Watched() bool {
 	if d.dir == "" {
 		return d.watch != nil
@@ -119,8 +119,8 @@ func (d *Datapath) Watched() bool {
 	return err == nil
 }
 
-// SeesListeners reports whether steer looks at pods' listening sockets. Without it TCP probes are answered as HTTP probes are, on
-// the evidence of earlier ones only.
+// SeesListeners reports whether steer looks at pods' listening sockets. If it does not, TCP probes are answered like HTTP probes,
+// only on the evidence of earlier ones.
 func (d *Datapath) SeesListeners() bool {
 	if d.dir == "" {
 		return !d.blind

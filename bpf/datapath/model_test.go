@@ -13,7 +13,7 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 )
 
-// Constants of bpf/abi.h, flow.h and probelet.bpf.c.
+// Constants from bpf/abi.h, flow.h and probelet.bpf.c.
 const (
 	connectingFor = uint64(30 * time.Second)
 	observingFor  = uint64(10 * time.Minute)
@@ -49,55 +49,55 @@ const (
 	unrecorded   = uint32(probeletFlowFlagFLOW_UNRECORDED)
 )
 
-// model is the table in bpf/flow.h in Go: what the programs do with packets, given what is known. It holds what the maps
-// should, times included; a time that the programs read from their clock is before, and may be until after in the maps.
+// model implements the table in bpf/flow.h in Go: what the programs do with packets, given what is known. It holds what the maps
+// should contain, including times. For a time that the programs read from their clock it has before; the maps may have up to after.
 type model struct {
-	prober   bool // the clients' packets come from probers
+	prober   bool // the clients are probers
 	attached bool
 	device   probeletDevice
 	evidence map[EndpointKey]Evidence
 	tallies  map[EndpointKey]Tally
 	flows    map[connection]*probeletFlow
 	stored   map[connection]stored
-	records  []Record // of this step
+	records  []Record // written in this step
 
-	before, after uint64       // this step
-	unsure        bool         // it depends on when exactly the step took place
-	drawn         probeletFlow // the owner and our ISN are the kernel's to choose
+	before, after uint64       // bounds of this step
+	unsure        bool         // the result depends on when exactly the step took place
+	drawn         probeletFlow // the owner and our ISN are chosen by the kernel
 }
 
-// connection is a flow's key, as far as the bench's differ.
+// connection identifies a flow by those parts of its key that vary on a bench.
 type connection struct{ client, pod uint16 }
 
-// stored is what a client has sent of a connection that is being handed over.
+// stored is what a client has sent on a connection that is being handed over.
 type stored struct {
 	bytes string
 	fin   bool
 }
 
-// packet is one of a connection.
+// packet is a packet of a connection.
 type packet struct {
 	bpftest.Segment
 	of      connection
-	foreign bool // a client's that came in by another device
+	foreign bool // from a client, but received by another device
 }
 
 func (p packet) has(flags string) bool { return strings.ContainsAny(p.Flags, flags) }
 func (p packet) begins() bool          { return p.has("S") && !p.has("FRA") }
 func (p packet) len() uint32           { return uint32(len(p.Payload)) }
 
-// decision is what is done with a packet.
+// decision is what the programs do with a packet.
 type decision struct {
 	fate
-	segment bpftest.Segment // as it goes on, unless it is swallowed
-	made    bool            // its headers are new, not changed
+	segment bpftest.Segment // as it continues, unless it is swallowed
+	made    bool            // its headers are new, not modified
 }
 
 func pass(p packet) decision               { return decision{fate: untouched, segment: p.Segment} }
 func swallow(packet) decision              { return decision{fate: swallowed} }
 func translate(to fate, p packet) decision { return decision{fate: to, segment: p.Segment} }
 
-// frame is the decision's segment in bytes.
+// frame returns the decision's segment as bytes.
 func (d decision) frame(t testing.TB) []byte {
 	if !d.made {
 		return d.segment.Bytes(t, nil)
@@ -105,7 +105,7 @@ func (d decision) frame(t testing.TB) []byte {
 	return d.segment.Bytes(t, func(v4 *layers.IPv4, v6 *layers.IPv6) { v4.Id, v6.FlowLabel = 0, 0 })
 }
 
-// become is a segment of our own in place of p.
+// become replaces p with a segment of our own.
 func (p packet) become(to fate, flags string, seq, ack uint32, window, mss uint16, payload string) decision {
 	s := bpftest.Segment{
 		Src: p.Src, Dst: p.Dst, SrcMAC: p.SrcMAC, DstMAC: p.DstMAC,
@@ -117,20 +117,20 @@ func (p packet) become(to fate, flags string, seq, ack uint32, window, mss uint1
 	return decision{to, s, true}
 }
 
-// back is a segment of our own to where p came from.
+// back returns a segment of our own to the sender of p.
 func (p packet) back(to fate, flags string, seq, ack uint32, window, mss uint16, payload string) decision {
 	p.Src, p.Dst, p.SrcMAC, p.DstMAC = p.Dst, p.Src, p.DstMAC, p.SrcMAC
 	return p.become(to, flags, seq, ack, window, mss, payload)
 }
 
-// tally is an endpoint's, as Pod.Tally returns it.
+// tally returns an endpoint's tally like Pod.Tally.
 func (m *model) tally(key EndpointKey) Tally {
 	t := m.tallies[key]
 	t.WithdrawnAt = max(t.WithdrawnAt, m.device.WithdrawnAt)
 	return t
 }
 
-// reached reports whether it is that time.
+// reached reports whether a time has been reached.
 func (m *model) reached(t uint64) bool {
 	m.unsure = m.unsure || m.before < t && t <= m.after
 	return t <= m.before
@@ -143,10 +143,10 @@ func (m *model) end(c connection) {
 	delete(m.stored, c)
 }
 
-// knows reports whether what is known is of the flow's life of the device.
+// knows reports whether the evidence belongs to the same attachment of the device as the flow.
 func (m *model) knows(f *probeletFlow) bool { return m.attached && m.device.Generation == f.Generation }
 
-// steer is what steer does.
+// steer models steer.
 func (m *model) steer(p packet) decision {
 	f := m.flows[p.of]
 	if f != nil && (p.foreign || p.begins() && p.Seq != f.ClientIsn) {
@@ -200,7 +200,7 @@ func (m *model) decide(p packet) decision {
 	return synAck(p, f)
 }
 
-// isAnswered reports whether the pod has answered the connection that was passed on last.
+// isAnswered reports whether the pod has answered the connection last passed on.
 func (m *model) isAnswered(p packet) bool {
 	tally, ok := m.tallies[PortKey(p.of.pod)]
 	if ok && tally.AskedAt != 0 {
@@ -219,7 +219,7 @@ func (m *model) noteAnswered(p packet, f *probeletFlow) {
 	}
 }
 
-// headers is the length of the headers of a packet without options.
+// headers returns the length of the headers of a packet without options.
 func headers(p packet) uint16 {
 	if p.Src.Addr().Is4() {
 		return 20 + 20
@@ -227,7 +227,7 @@ func headers(p packet) uint16 {
 	return 40 + 20
 }
 
-// noteMTU reads the pod's SYN-ACK.
+// noteMTU reads the MTU from the pod's SYN-ACK.
 func (m *model) noteMTU(p packet, f *probeletFlow) {
 	mss, understood := mssOf(p.Options)
 	if mtu := uint32(mss) + uint32(headers(p)); understood && mss != 0 && mtu <= 1<<16-1 && m.knows(f) {
@@ -235,7 +235,7 @@ func (m *model) noteMTU(p packet, f *probeletFlow) {
 	}
 }
 
-// mssOf is readOptions of options that are well formed.
+// mssOf is like readOptions, for well-formed options.
 func mssOf(options []layers.TCPOption) (mss uint16, understood bool) {
 	var raw []byte
 	for _, o := range options {
@@ -247,7 +247,7 @@ func mssOf(options []layers.TCPOption) (mss uint16, understood bool) {
 	return readOptions(raw)
 }
 
-// readOptions reads a SYN's options (RFC 9293, section 3.1), and reports whether they are such as we may leave out.
+// readOptions parses a SYN's options (RFC 9293, section 3.1) and reports whether an answer may ignore them all.
 func readOptions(raw []byte) (mss uint16, understood bool) {
 	for len(raw) > 0 {
 		kind := raw[0]
@@ -326,7 +326,7 @@ func (m *model) synAgain(p packet, f *probeletFlow) decision {
 }
 
 func (m *model) observing(p packet, f *probeletFlow) decision {
-	if p.has("R") && f.Flags&connected == 0 && p.Seq != f.ClientIsn+1 { // a client in SYN-SENT resets what is left of an earlier connection
+	if p.has("R") && f.Flags&connected == 0 && p.Seq != f.ClientIsn+1 { // a client in SYN-SENT resets the leftover of an earlier connection
 		return pass(p)
 	}
 	understood := p.Payload == "" || f.Flags&requested != 0 || p.Seq == f.ClientIsn+1 && m.noteRequest(p, f)
@@ -394,7 +394,7 @@ func (m *model) acknowledge(f *probeletFlow) {
 	f.Flags |= connected
 }
 
-// closed is the client's FIN on a taken connection.
+// closed models the client's FIN on a taken connection.
 func (m *model) closed(p packet, f *probeletFlow, offset uint32) decision {
 	if f.Flags&requested == 0 && offset != 0 {
 		return swallow(p)
@@ -426,7 +426,7 @@ func (m *model) answer(p packet, f *probeletFlow) (decision, bool) {
 	q := question(p.Payload)
 	key := HTTPKey(p.of.pod, q)
 	e, known := m.evidence[key]
-	_, noted := m.tallies[PortKey(p.of.pod)] // or nothing is known of withdrawals
+	_, noted := m.tallies[PortKey(p.of.pod)] // without a tally nothing is known about withdrawals
 	if p.has("F") || !isQuestion(p.Payload) || !known || e.Check != q.Check || !noted || !m.knows(f) {
 		return decision{}, false
 	}
@@ -502,7 +502,7 @@ func (m *model) endIfDone(p packet, f *probeletFlow) {
 	}
 }
 
-// observe is what observe does.
+// observe models observe.
 func (m *model) observe(p packet) decision {
 	f := m.flows[p.of]
 	switch {
@@ -536,7 +536,7 @@ func (m *model) observe(p packet) decision {
 func (m *model) podHanding(p packet, f *probeletFlow) decision {
 	switch {
 	case !p.has("A"):
-	case p.Ack != f.ClientIsn+1: // of an earlier connection on these ports
+	case p.Ack != f.ClientIsn+1: // belongs to an earlier connection on these ports
 		if p.has("S") {
 			f.Flags |= contested
 		}
@@ -600,7 +600,7 @@ func (m *model) podHanded(p packet, f *probeletFlow) decision {
 	return translate(toClient, p)
 }
 
-// noteReset is a connection that the pod has refused or reset.
+// noteReset models a connection that the pod has refused or reset.
 func (m *model) noteReset(p packet, f *probeletFlow) {
 	if f.State == handing || f.Flags&(done|answering) == 0 {
 		m.withdraw(f, PortKey(p.of.pod), probeletWithdrawalCauseWITHDRAWN_RESET)
@@ -618,7 +618,7 @@ func (m *model) noteStatus(p packet, f *probeletFlow) {
 	}
 }
 
-// statusOf is that of "HTTP/1.x NNN", or 0.
+// statusOf returns NNN of "HTTP/1.x NNN", or 0.
 func statusOf(answer string) uint16 {
 	if len(answer) < 12 || answer[:7] != "HTTP/1." || answer[8] != ' ' {
 		return 0
@@ -637,7 +637,7 @@ func (m *model) withdraw(f *probeletFlow, key EndpointKey, cause probeletWithdra
 	}
 }
 
-// record is what the daemon gets to see of a packet.
+// record models what the daemon receives of a packet.
 func (m *model) record(p packet, f *probeletFlow, fromPod bool) {
 	if f.Flags&done != 0 {
 		return
@@ -663,7 +663,7 @@ func (m *model) record(p packet, f *probeletFlow, fromPod bool) {
 	}
 }
 
-// tcpFlags are the bits of a segment's.
+// tcpFlags returns the flags of a segment as bits.
 func tcpFlags(names string) (bits uint8) {
 	for i, name := range "FSRPAU" {
 		if strings.ContainsRune(names, name) {
@@ -673,7 +673,7 @@ func tcpFlags(names string) (bits uint8) {
 	return bits
 }
 
-// sweep forgets flows after their deadline, and all if there is no device.
+// sweep removes flows after their deadline, or all of them if there is no device.
 func (m *model) sweep() {
 	for c, f := range m.flows {
 		if !m.attached || m.reached(f.Deadline+1) {

@@ -12,7 +12,7 @@ func (d *Datapath) addToNetns(ifindex, netns uint32) error {
 		}
 		slot := slices.Index(devices, 0)
 		if slot < 0 {
-			return fmt.Errorf("network namespace %d has %d devices attached already", netns, len(devices))
+			return fmt.Errorf("network namespace %d already has %d attached devices, the maximum", netns, len(devices))
 		}
 		devices[slot] = ifindex
 		return nil

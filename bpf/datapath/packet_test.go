@@ -16,7 +16,7 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 )
 
-// passes asserts that a client's frame goes on to the pod untouched.
+// passes asserts that a client's frame reaches the pod untouched.
 func (b *bench) passes(frame []byte) {
 	b.t.Helper()
 	if got, _ := b.sends(frame); got != untouched {
@@ -24,14 +24,14 @@ func (b *bench) passes(frame []byte) {
 	}
 }
 
-// passesSYN asserts that a SYN goes on to the pod, which answers it.
+// passesSYN asserts that a SYN reaches the pod untouched, and lets the pod answer it.
 func (b *bench) passesSYN() {
 	b.t.Helper()
 	b.passes(b.syn().Bytes(b.t, nil))
 	b.podSends(untouched, b.fromPod("SA", 7000, b.isn+1, ""))
 }
 
-// swallows asserts that a client's packet ends here.
+// swallows asserts that a client's packet is dropped.
 func (b *bench) swallows(s bpftest.Segment) {
 	b.t.Helper()
 	if got, _ := b.sends(s.Bytes(b.t, nil)); got != swallowed {
@@ -49,12 +49,12 @@ func (b *bench) reply(s bpftest.Segment) bpftest.Segment {
 	r := bpftest.ParseSegment(b.t, frame)
 	if r.Src != b.srv || r.Dst != b.client || r.SrcMAC.String() != bpftest.PodMAC.String() ||
 		r.DstMAC.String() != bpftest.ClientMAC.String() {
-		b.t.Fatalf("reply not as from the pod: %v", r)
+		b.t.Fatalf("reply does not look like the pod's: %v", r)
 	}
 	return r
 }
 
-// rewrites asserts that a client's packet goes to the pod rewritten, and returns it as the pod gets it.
+// rewrites asserts that a client's packet reaches the pod rewritten, and returns the new packet.
 func (b *bench) rewrites(s bpftest.Segment) bpftest.Segment {
 	b.t.Helper()
 	got, frame := b.sends(s.Bytes(b.t, nil))
@@ -63,17 +63,17 @@ func (b *bench) rewrites(s bpftest.Segment) bpftest.Segment {
 	}
 	r := bpftest.ParseSegment(b.t, frame)
 	if r.Src != b.client || r.Dst != b.srv || r.DstMAC.String() != bpftest.PodMAC.String() {
-		b.t.Fatalf("not as from the client: %v", r)
+		b.t.Fatalf("does not look like the client's: %v", r)
 	}
 	return r
 }
 
-// podSends puts a pod's packet through observe and returns it as it is then.
+// podSends passes a pod's packet through observe and returns the result.
 func (b *bench) podSends(want fate, s bpftest.Segment) bpftest.Segment {
 	b.t.Helper()
 	got, frame := b.receives(s.Bytes(b.t, nil))
 	if got != want {
-		b.t.Fatalf("%v %s; want that it %s", s, got, want)
+		b.t.Fatalf("%v %s; want %s", s, got, want)
 	}
 	return bpftest.ParseSegment(b.t, frame)
 }
@@ -85,7 +85,7 @@ func (b *bench) expect(got bpftest.Segment, flags string, seq, ack uint32, paylo
 	}
 }
 
-// connect does the handshake of a taken connection and returns the sequence number that the client was given.
+// connect performs the handshake of a taken connection and returns the sequence number that the client was given.
 func (b *bench) connect() uint32 {
 	b.t.Helper()
 	r := b.reply(b.syn())
@@ -100,13 +100,13 @@ func TestHTTPProbeIsAnswered(t *testing.T) {
 		synAck := b.reply(b.syn())
 		b.expect(synAck, "SA", synAck.Seq, b.isn+1, "")
 		if len(synAck.Options) != 1 || synAck.Options[0].String() != "TCPOption(MSS:1440 0x05a0)" {
-			t.Fatalf("options %v, want the client's MSS alone", synAck.Options)
+			t.Fatalf("options %v, want only the client's MSS", synAck.Options)
 		}
 		if synAck.Window != 2048 {
-			t.Fatalf("a first window of %d, more or less than can be stored", synAck.Window)
+			t.Fatalf("first window of %d, want as much as can be stored", synAck.Window)
 		}
 		if again := b.reply(b.syn()); again.Seq != synAck.Seq {
-			t.Fatalf("a SYN sent again got %d, the first %d", again.Seq, synAck.Seq)
+			t.Fatalf("repeated SYN got %d, the first %d", again.Seq, synAck.Seq)
 		}
 		x := synAck.Seq
 		b.swallows(b.toPod("A", b.isn+1, x+1, ""))
@@ -115,7 +115,7 @@ func TestHTTPProbeIsAnswered(t *testing.T) {
 		b.expect(b.reply(b.toPod("PA", b.isn+1, x+1, request)), "FPA", x+1, after, reply)
 		acked := x + 1 + uint32(len(reply)) + 1
 		b.swallows(b.toPod("A", after, acked, ""))
-		b.swallows(b.toPod("PA", b.isn+1, acked, request)) // late: the client has had its answer
+		b.swallows(b.toPod("PA", b.isn+1, acked, request)) // late: the client has already received the answer
 		b.swallows(b.toPod("A", b.isn, acked, ""))         // a keep-alive that waits for nothing
 		b.expect(b.reply(b.toPod("FA", after, acked, "")), "RA", acked, after+1, "")
 		b.noFlows()
@@ -128,7 +128,7 @@ func TestHTTPProbeIsAnswered(t *testing.T) {
 	})
 }
 
-func TestAClientWithoutMSSIsGrantedNone(t *testing.T) {
+func TestClientWithoutMSSGetsNone(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		for _, options := range [][]layers.TCPOption{nil, {{OptionType: layers.TCPOptionKindNop, OptionLength: 1}}} {
@@ -140,15 +140,15 @@ func TestAClientWithoutMSSIsGrantedNone(t *testing.T) {
 			}
 			r = b.rewrites(b.toPod("PA", b.isn+1, r.Seq+1, "x"))
 			if r.Flags != "S" || len(r.Options) != 0 {
-				t.Fatalf("the pod is offered %v, with options %v", r, r.Options)
+				t.Fatalf("the pod was offered %v, with options %v", r, r.Options)
 			}
 			b.swallows(b.toPod("R", b.isn+1, 0, ""))
 		}
 	})
 }
 
-// Every reply is the one that a server of net/http begins, but for our mark.
-func TestEveryStatusIsRepliedAsObserved(t *testing.T) {
+// Every reply is what a net/http server would send first, except for our mark.
+func TestEveryStatusIsRepeatedAsObserved(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		for status := 200; status < 300; status++ {
 			e := success(t, status, time.Hour)
@@ -171,7 +171,7 @@ func TestEveryStatusIsRepliedAsObserved(t *testing.T) {
 	})
 	for _, status := range []int{0, 199, 300, 404, 500} {
 		if (&Evidence{}).SetReply(status) == nil {
-			t.Errorf("a reply for %d", status)
+			t.Errorf("reply for %d", status)
 		}
 	}
 }
@@ -182,7 +182,7 @@ func TestPaddingIsNotPayload(t *testing.T) {
 		r := b.reply(b.syn())
 		frame := append(b.toPod("A", b.isn+1, r.Seq+1, "").Bytes(t, nil), make([]byte, 10)...)
 		if got, _ := b.sends(frame); got != swallowed {
-			t.Fatalf("an ACK with padding was taken for data: it %s", got)
+			t.Fatalf("an ACK with padding was mistaken for data: it %s", got)
 		}
 	})
 }
@@ -203,11 +203,11 @@ func TestTCPProbeIsAnswered(t *testing.T) {
 	})
 }
 
-func TestWhatIsNotAProbersPassesUntouched(t *testing.T) {
+func TestOthersPacketsPassUntouched(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		frame := b.syn().Bytes(t, nil)
-		// Forwarded, or bridged, from another device; its socket may belong to a process of this machine.
+		// Forwarded or bridged from another device; its socket may belong to a process on this machine.
 		if got, _ := b.egress(bpftest.Packet{Frame: frame, From: otherIfindex, Mark: clientMark}); got != untouched {
 			t.Fatalf("a packet from another device %s", got)
 		}
@@ -221,7 +221,7 @@ func TestWhatIsNotAProbersPassesUntouched(t *testing.T) {
 	})
 }
 
-func TestProberIsKnownByItsCgroup(t *testing.T) {
+func TestProberIsIdentifiedByItsCgroup(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		for slot := range 4 {
@@ -236,12 +236,12 @@ func TestProberIsKnownByItsCgroup(t *testing.T) {
 		}
 	})
 	if err := (&Datapath{}).SetProber(Prober{CgroupIDs: make([]uint64, 5)}); err == nil {
-		t.Fatal("five cgroups were taken")
+		t.Fatal("five cgroups were accepted")
 	}
 }
 
-// A connection goes on to its end as it began, whoever the prober is by then.
-func TestAConnectionOutlivesTheProberSet(t *testing.T) {
+// A connection continues as it began, whoever the prober is by then.
+func TestConnectionOutlivesTheProberSet(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		x := b.connect()
@@ -267,7 +267,7 @@ func TestNothingIsTakenUnlessThePortIsFresh(t *testing.T) {
 		b.counted("passed_not_probed", 1)
 		b.noFlows()
 
-		// The endpoint alone is not enough: the port's record speaks for all its endpoints.
+		// The endpoint alone does not suffice: the port's record speaks for all its endpoints.
 		b.putFor(request, success(t, 200, time.Hour))
 		b.passes(syn)
 		b.put(PortKey(8080), success(t, 200, -time.Second))
@@ -283,7 +283,7 @@ func TestNothingIsTakenUnlessThePortIsFresh(t *testing.T) {
 	})
 }
 
-func TestWhatIsNotUnderstoodPassesUntouched(t *testing.T) {
+func TestUnparsablePacketsPassUntouched(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		md5 := b.syn()
@@ -301,7 +301,7 @@ func TestWhatIsNotUnderstoodPassesUntouched(t *testing.T) {
 		b.passes(b.toPod("FA", b.isn+1, 1, "").Bytes(t, nil))
 		b.passes(b.toPod("R", b.isn+1, 1, "").Bytes(t, nil))
 		if b.srv.Addr().Is4() {
-			// Read without regard to its IP options, this is a SYN to port 8080.
+			// If its IP options were ignored, this would be a SYN to port 8080.
 			disguised := b.toPod("A", 1, 0x50020000, "").Bytes(t, func(v4 *layers.IPv4, _ *layers.IPv6) {
 				v4.Options = []layers.IPv4Option{{OptionType: 0x94, OptionLength: 4, OptionData: []byte{0x1f, 0x90}}}
 			})
@@ -329,7 +329,7 @@ func (b *bench) ipLen() int {
 	return 40
 }
 
-// The EtherType of steered packets is anybody's to use: what is no order of ours goes on, byte for byte.
+// Any pod may use the EtherType of steered packets: whatever is not an order of ours passes, byte for byte.
 func TestOrdersCannotBeForged(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
@@ -338,7 +338,7 @@ func TestOrdersCannotBeForged(t *testing.T) {
 			t.Helper()
 			verdict, out := bpftest.RunRespond(t, b.d.Respond(), b.key.Ifindex, frame)
 			if verdict != xdpPass || string(out) != string(frame) {
-				t.Fatalf("verdict %d for % x, now % x", verdict, frame, out)
+				t.Fatalf("verdict %d for % x, became % x", verdict, frame, out)
 			}
 			if got, _ := b.receives(frame); got != untouched {
 				t.Fatalf("behind respond % x %s", frame, got)
@@ -357,12 +357,12 @@ func TestOrdersCannotBeForged(t *testing.T) {
 		unknown := append([]byte(nil), ordered...)
 		unknown[14] = 0x75 // neither IPv4 nor IPv6
 		if verdict, _ := bpftest.RunRespond(t, b.d.Respond(), b.key.Ifindex, unknown); verdict != xdpPass {
-			t.Fatalf("verdict %d on IP version 7", verdict)
+			t.Fatalf("verdict %d for IP version 7", verdict)
 		}
 	})
 }
 
-// order is what steer makes of a SYN where respond makes the answers.
+// order returns what steer makes of a SYN when respond makes the answers.
 func (b *bench) order() []byte {
 	b.t.Helper()
 	device := b.device()
@@ -376,13 +376,13 @@ func (b *bench) order() []byte {
 	return out.Frame
 }
 
-func TestALateSYNDoesNotBreakAConnection(t *testing.T) {
+func TestLateSYNDoesNotBreakAConnection(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		x := b.connect()
 		b.wait(answerLost)
 		if again := b.reply(b.syn()); again.Seq != x {
-			t.Fatalf("a SYN sent again got %d, the first %d", again.Seq, x)
+			t.Fatalf("repeated SYN got %d, the first %d", again.Seq, x)
 		}
 		b.reply(b.toPod("PA", b.isn+1, x+1, request))
 	})
@@ -432,8 +432,8 @@ func (b *bench) answers(text string) bool {
 	return got == toClient
 }
 
-// What is answered is a request of the form that the model says, with evidence of the question that the model says.
-func TestRequestsAreHashedAsTheModelHashesThem(t *testing.T) {
+// A request is answered exactly if it has the form that the model accepts and there is evidence for the question that the model computes.
+func TestHashesMatchTheModel(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		answered := 0
@@ -458,7 +458,7 @@ func TestRequestsAreHashedAsTheModelHashesThem(t *testing.T) {
 	})
 }
 
-// Only the same bytes are answered: not those that differ in a bit, in length, or in what an earlier request has left.
+// Only the same bytes are answered, not ones that differ in a bit, in length, or in what an earlier request left behind.
 func TestOnlyTheSameRequestIsAnswered(t *testing.T) {
 	changes := map[string]func(rt *rapid.T, text []byte) []byte{
 		"one bit": func(rt *rapid.T, text []byte) []byte {
@@ -501,7 +501,7 @@ func TestOnlyTheSameRequestIsAnswered(t *testing.T) {
 				rt.Fatalf("%q is not answered", text)
 			}
 			if other != text && b.answers(other) {
-				rt.Fatalf("%q is answered, with evidence of %q", other, text)
+				rt.Fatalf("%q is answered with evidence of %q", other, text)
 			}
 			if !b.answers(text) {
 				rt.Fatalf("%q is not answered", text)
@@ -515,8 +515,8 @@ func TestOnlyTheSameRequestIsAnswered(t *testing.T) {
 	})
 }
 
-// Of two questions with the same hash, which has a probability of 2^-32, one is answered.
-func TestTheCheckIsCompared(t *testing.T) {
+// Only one of two questions with the same hash, which has a probability of 2^-32, is answered.
+func TestCheckIsCompared(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		for bit := range 64 {
@@ -524,13 +524,13 @@ func TestTheCheckIsCompared(t *testing.T) {
 			e.Check = question(request).Check ^ 1<<bit
 			b.put(b.asked(), e)
 			if b.answers(request) {
-				t.Fatalf("answered, though bit %d of the check differs", bit)
+				t.Fatalf("answered although bit %d of the check differs", bit)
 			}
 		}
 	})
 }
 
-// All keys are drawn whenever the programs are loaded.
+// All keys are drawn anew whenever the programs are loaded.
 func TestKeysAreSecret(t *testing.T) {
 	bpftest.RequireRoot(t)
 	seen, keys := map[string]bool{}, 0
@@ -548,9 +548,9 @@ func TestKeysAreSecret(t *testing.T) {
 	}
 }
 
-// The Go model and the program must agree on a SYN's options: it is taken exactly if all may be left out, and granted the
-// MSS that it names.
-func TestSYNOptionsAreReadAsTheModelReadsThem(t *testing.T) {
+// The Go model and the program must agree on a SYN's options: the SYN is taken exactly if an answer may ignore them all, and granted
+// the MSS that it names.
+func TestSYNOptionsMatchTheModel(t *testing.T) {
 	option := rapid.OneOf(
 		rapid.SampledFrom([]string{"\x02\x04\x05\xa0", "\x04\x02", "\x08\x0atimestam", "\x01", "\x03\x03\x07", "\x02\x04\x01\x00", "\x00", "\x13\x12"}),
 		rapid.Custom(func(t *rapid.T) string {
@@ -560,7 +560,7 @@ func TestSYNOptionsAreReadAsTheModelReadsThem(t *testing.T) {
 	linux := "\x02\x04\x05\xa0\x04\x02\x08\x0atimestam\x01\x03\x03\x07"
 	options := rapid.OneOf(
 		rapid.Map(rapid.SliceOf(option), func(all []string) string { return strings.Join(all, "") }),
-		rapid.Custom(func(t *rapid.T) string { // almost as Linux has them
+		rapid.Custom(func(t *rapid.T) string { // almost as Linux sends them
 			changed := []byte(linux)
 			changed[rapid.IntRange(0, len(linux)-1).Draw(t, "at")] ^= rapid.Byte().Draw(t, "by")
 			return string(changed)
@@ -580,7 +580,7 @@ func TestSYNOptionsAreReadAsTheModelReadsThem(t *testing.T) {
 			mss, understood := readOptions(raw)
 			got, out := b.sends(frame)
 			if (got == toClient) != understood {
-				rt.Fatalf("a SYN with options % x %s; the model understands them: %v", raw, got, understood)
+				rt.Fatalf("SYN with options % x %s; the model understands them: %v", raw, got, understood)
 			}
 			if !understood {
 				return
@@ -599,8 +599,8 @@ func TestSYNOptionsAreReadAsTheModelReadsThem(t *testing.T) {
 }
 
 // The Go model and the program must agree on freshness, at the SYN and at the request.
-func TestFreshnessIsJudgedAsTheModelJudgesIt(t *testing.T) {
-	// The program has a clock of its own, so times stay clear of the borders; TestModelAtTheBorders has those.
+func TestFreshnessMatchesTheModel(t *testing.T) {
+	// The program has its own clock, so times stay clear of the boundaries, which TestModelAtTheBoundaries covers.
 	distance := rapid.SampledFrom([]int64{-3600e9, -60e9, -10e9, 10e9, 60e9, 3600e9})
 	onBench(t, func(t *testing.T, b *bench) {
 		b.trust(TrustProven)
@@ -629,13 +629,13 @@ func TestFreshnessIsJudgedAsTheModelJudgesIt(t *testing.T) {
 			b.setTally(PortKey(8080), ofPort)
 			b.setTally(b.asked(), ofEndpoint)
 			b.voidPod(drawTally(rt, "pod", now).WithdrawnAt)
-			ofPort, err := b.pod.Tally(PortKey(8080)) // with the pod's
+			ofPort, err := b.pod.Tally(PortKey(8080)) // includes those of the pod
 			must(t, err)
 
 			b.isn += 0x01000000
 			got, frame := b.sends(b.syn().Bytes(t, nil))
 			if want := PortFresh(port, ofPort, now); (got == toClient) != want {
-				rt.Fatalf("the SYN %s; the model says that it is answered: %v", got, want)
+				rt.Fatalf("SYN %s; answered according to the model: %v", got, want)
 			}
 			if got != toClient {
 				return
@@ -643,19 +643,19 @@ func TestFreshnessIsJudgedAsTheModelJudgesIt(t *testing.T) {
 			x := bpftest.ParseSegment(t, frame).Seq
 			got, _ = b.sends(b.toPod("PA", b.isn+1, x+1, request).Bytes(t, nil))
 			if want := MayAnswer(endpoint, ofPort, ofEndpoint, now, now); (got == toClient) != want {
-				rt.Fatalf("the request %s; the model says that it is answered: %v", got, want)
+				rt.Fatalf("request %s; answered according to the model: %v", got, want)
 			}
 		})
 	})
 }
 
-// What is answered is noted, with the age of what it is answered with.
+// Answers are noted, along with the age of the evidence.
 func TestAnswersAreNoted(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.trust(TrustProven)
 		ages := []float64{0}
 		for _, bound := range AnswerAgeBounds {
-			ages = append(ages, bound*1.1) // in the next bucket, and not in the one after that
+			ages = append(ages, bound*1.1) // in the next bucket, but not in the one after it
 		}
 		var sum float64
 		for i, age := range ages {
@@ -670,7 +670,7 @@ func TestAnswersAreNoted(t *testing.T) {
 			b.reply(b.toPod("FA", b.isn+1+uint32(len(request)), isn+1, ""))
 			tally := b.tally(b.asked())
 			if tally.Hits != uint64(i+1) || tally.AnsweredAt < asked || tally.AnsweredAt > Now() {
-				t.Fatalf("%+v after %d answers, the last at %d", tally, i+1, asked)
+				t.Fatalf("tally %+v after %d answers, the last at %d", tally, i+1, asked)
 			}
 			got, err := b.d.AnswerAges()
 			must(t, err)
@@ -686,8 +686,8 @@ func TestAnswersAreNoted(t *testing.T) {
 	})
 }
 
-// An answered connection without a request is as old as the port's evidence at its SYN.
-func TestAgeOfConnections(t *testing.T) {
+// An answered connection without a request counts with the age of the port's evidence at its SYN.
+func TestConnectionsCountWithTheAgeOfTheirEvidence(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.trust(TrustProven)
 		for _, age := range []time.Duration{20 * time.Second, 2 * time.Second} {

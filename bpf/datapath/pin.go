@@ -17,15 +17,15 @@ import (
 )
 
 const (
-	// pinBlind is a directory that is there if steer does not look at listening sockets.
+	// pinBlind is a directory that exists if steer does not look at listening sockets.
 	pinBlind = "blind"
 	// pinWatch is the pin of watch's link. watch is attached once, for all pods.
 	pinWatch = "watch"
-	// pinUnwatched is a directory in its place on a kernel without BTF.
+	// pinUnwatched is a directory that replaces pinWatch on a kernel without BTF.
 	pinUnwatched = "unwatched"
 )
 
-// Open opens what is pinned under bpfDir. It returns ErrNotLoaded if nothing is, and ErrIncomplete if pins are missing.
+// Open opens the objects pinned under bpfDir. It returns ErrNotLoaded if there are none, and ErrIncomplete if some are missing.
 func Open(bpfDir string) (*Datapath, error) {
 	d := &Datapath{dir: filepath.Join(bpfDir, ABI)}
 	if _, err := os.Stat(d.dir); Absent(err) {
@@ -51,8 +51,8 @@ func Open(bpfDir string) (*Datapath, error) {
 	return d, nil
 }
 
-// openPinnedProgram does what ebpf.LoadPinnedProgram does, without reading the machine's mounts first to look for a BPF
-// token. A node with many pods has thousands of mounts, and reading them took longer than the rest of a CNI ADD.
+// openPinnedProgram is like ebpf.LoadPinnedProgram, but does not read the machine's mounts to look for a BPF token first. A node
+// with many pods has thousands of mounts, and reading them took longer than the rest of a CNI ADD.
 func openPinnedProgram(pin string) (*ebpf.Program, error) {
 	path, err := unix.BytePtrFromString(pin)
 	if err != nil {
@@ -77,7 +77,7 @@ func openError(pin string, err error) error {
 	return fmt.Errorf("opening %s: %w", pin, err)
 }
 
-// openWhole is Open, but also returns ErrIncomplete if the pin of watch is missing.
+// openWhole is like Open, but also returns ErrIncomplete if the pin of watch is missing.
 func openWhole(bpfDir string) (*Datapath, error) {
 	d, err := Open(bpfDir)
 	if err != nil || d.watchPinned() {
@@ -92,11 +92,11 @@ func (d *Datapath) watchPinned() bool {
 	return err == nil || d.Watched()
 }
 
-// Absent reports whether err means that a path does not exist, be it because a parent is not a directory.
+// Absent reports whether err means that a path does not exist, which includes a parent that is not a directory.
 func Absent(err error) bool { return errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTDIR) }
 
-// Ensure opens what is pinned under bpfDir. If nothing is, or pins are missing, it loads and pins a new set first, all of it
-// or nothing. Concurrent callers wait for each other; if ctx ends first, the error is ErrLocked.
+// Ensure opens the objects pinned under bpfDir. If there are none, or some are missing, it first loads and pins a new set, either
+// completely or not at all. Concurrent callers wait for each other; if ctx ends first, the error is ErrLocked.
 func Ensure(ctx context.Context, bpfDir string) (*Datapath, error) {
 	missing := func(err error) bool { return errors.Is(err, ErrNotLoaded) || errors.Is(err, ErrIncomplete) }
 	if d, err := openWhole(bpfDir); !missing(err) {
@@ -122,14 +122,14 @@ func Ensure(ctx context.Context, bpfDir string) (*Datapath, error) {
 	return loadAndPin(bpfDir)
 }
 
-// loadAndPin pins into a staging directory and renames it into place, so that nobody sees a half-pinned set. The caller
+// loadAndPin pins into a staging directory and renames it into place, so that a partially pinned set is never visible. The caller
 // holds the lock on bpfDir.
 func loadAndPin(bpfDir string) (_ *Datapath, err error) {
 	d, err := Load()
 	if err != nil {
 		return nil, err
 	}
-	// Because of the lock, whatever is there was left by a process that died.
+	// We hold the lock, so any staging directory was left by a process that died.
 	staging := filepath.Join(bpfDir, ABI+loading)
 	if err := os.RemoveAll(staging); err != nil {
 		return nil, errors.Join(err, d.Close())
@@ -175,7 +175,7 @@ func loadAndPin(bpfDir string) (_ *Datapath, err error) {
 	return d, nil
 }
 
-// CheckDir returns an error unless dir can be a directory of a BPF file system.
+// CheckDir returns an error unless dir can be a directory on a BPF file system.
 func CheckDir(dir string) error {
 	dir = filepath.Clean(dir)
 	_, err := os.Stat(dir)
@@ -198,11 +198,11 @@ func makeBPFDir(dir string) error {
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}
-	return checkPrivate(dir) // anybody may have made it: the root of a BPF file system is like /tmp
+	return checkPrivate(dir) // any user may have created it: the root of a BPF file system is world-writable and sticky, like /tmp
 }
 
-// Claim makes the caller the one daemon of what is pinned under bpfDir, until it releases it or ends. The error is ErrLocked if there
-// is one already. Nothing is claimed if nothing is pinned.
+// Claim makes the caller the only daemon that manages what is pinned under bpfDir, until it calls release or ends. The error is
+// ErrLocked if there is another daemon. Claim is a no-op if nothing is pinned.
 func Claim(bpfDir string) (release func(), err error) {
 	once, cancel := context.WithCancel(context.Background())
 	cancel()
@@ -216,8 +216,8 @@ func Claim(bpfDir string) (release func(), err error) {
 	return l.Release, nil
 }
 
-// Current reports whether these objects are still what is pinned, and none is missing. They are not if another BPF file system
-// was mounted, or pins were removed. It looks at the pins only if their directory has changed since it last did. It is not safe for
+// Current reports whether exactly these objects are still pinned. They are not if another BPF file system was mounted over them, or
+// if pins were removed. Current looks at the pins only if their directory has changed since the last call. It is not safe for
 // concurrent use.
 func (d *Datapath) Current() (bool, error) {
 	stamp, err := StampOf(d.dir)

@@ -8,13 +8,13 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-// Pod gives access to what is known of the pod behind a device. Only one process may change it.
+// Pod provides access to what is known about the pod behind a device. Only one process may change it.
 type Pod struct {
 	d      *Datapath
 	device DeviceKey
 }
 
-// Pod returns what is known of a device's pod. The error is os.ErrNotExist as for Device.
+// Pod returns the pod behind a device. The error is os.ErrNotExist as for Device.
 func (d *Datapath) Pod(key DeviceKey) (*Pod, error) {
 	if _, err := d.Device(key); err != nil {
 		return nil, err
@@ -25,8 +25,8 @@ func (d *Datapath) Pod(key DeviceKey) (*Pod, error) {
 // Device returns the key of the pod's device.
 func (p *Pod) Device() DeviceKey { return p.device }
 
-// Put sets an endpoint's evidence, and creates its tally if it has none. The error is os.ErrNotExist if the device was
-// removed meanwhile; nothing is left of it then.
+// Put sets the evidence of an endpoint, and creates its tally if there is none. The error is os.ErrNotExist if the device has been
+// removed meanwhile, in which case Put leaves nothing behind.
 func (p *Pod) Put(key EndpointKey, e Evidence) error {
 	if err := p.Renew(key, e); !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return err
@@ -53,12 +53,12 @@ func (p *Pod) Put(key EndpointKey, e Evidence) error {
 	return nil
 }
 
-// Renew replaces the evidence of an endpoint, without a lock. The error is os.ErrNotExist as for Put, and ebpf.ErrKeyNotExist if
-// the endpoint has no evidence.
+// Renew replaces the evidence of an endpoint without taking the lock. The error is os.ErrNotExist as for Put, or ebpf.ErrKeyNotExist
+// if the endpoint has no evidence.
 func (p *Pod) Renew(key EndpointKey, e Evidence) error {
 	k := key.of(p.device)
 	e.Seal = sealOf(k, e)
-	err := p.d.objects.EndpointEvidence.Update(&k, &e, ebpf.UpdateExist) // pointers: values would be encoded by reflection
+	err := p.d.objects.EndpointEvidence.Update(&k, &e, ebpf.UpdateExist) // pointers avoid encoding by reflection
 	if errors.Is(err, ebpf.ErrKeyNotExist) {
 		if _, gone := p.d.Device(p.device); gone != nil {
 			return gone
@@ -70,7 +70,7 @@ func (p *Pod) Renew(key EndpointKey, e Evidence) error {
 	return nil
 }
 
-// Get returns an endpoint's evidence, with Seal 0, and its Tally. The error is ebpf.ErrKeyNotExist if it has none.
+// Get returns the evidence of an endpoint, with Seal 0, and its tally. The error is ebpf.ErrKeyNotExist if there is none.
 func (p *Pod) Get(key EndpointKey) (Evidence, Tally, error) {
 	var e Evidence
 	var t Tally
@@ -79,7 +79,7 @@ func (p *Pod) Get(key EndpointKey) (Evidence, Tally, error) {
 		return e, t, err
 	}
 	if e.Seal != sealOf(k, e) {
-		return e, t, fmt.Errorf("evidence of port %d does not bear its seal", key.Port)
+		return e, t, fmt.Errorf("evidence of port %d: wrong seal", key.Port)
 	}
 	e.Seal = 0
 	if err := p.d.objects.EndpointTallies.Lookup(&k, &t); err != nil {
@@ -88,8 +88,8 @@ func (p *Pod) Get(key EndpointKey) (Evidence, Tally, error) {
 	return e, t, p.addWithdrawal(&t)
 }
 
-// Tally returns an endpoint's tally, or an empty one if it has none. WithdrawnAt and WithdrawnCause include withdrawals of all of the
-// pod's evidence.
+// Tally returns the tally of an endpoint, or an empty one if there is none. WithdrawnAt and WithdrawnCause include withdrawals of all
+// of the pod's evidence.
 func (p *Pod) Tally(key EndpointKey) (t Tally, err error) {
 	k := key.of(p.device)
 	if err := ignoreAbsent(p.d.objects.EndpointTallies.Lookup(&k, &t)); err != nil {
@@ -98,7 +98,7 @@ func (p *Pod) Tally(key EndpointKey) (t Tally, err error) {
 	return t, p.addWithdrawal(&t)
 }
 
-// addWithdrawal adds the withdrawal of all of the pod's evidence to a tally, if that was later. A device that was removed has none.
+// addWithdrawal merges the withdrawal of all of the pod's evidence into a tally, if it is later. A removed device has none.
 func (p *Pod) addWithdrawal(t *Tally) error {
 	device, err := p.d.Device(p.device)
 	if err == nil && device.WithdrawnAt > t.WithdrawnAt {
@@ -110,7 +110,7 @@ func (p *Pod) addWithdrawal(t *Tally) error {
 	return err
 }
 
-// Delete removes an endpoint. An endpoint that does not exist is no error.
+// Delete removes an endpoint. It is no error if the endpoint does not exist.
 func (p *Pod) Delete(key EndpointKey) error {
 	unlock, err := p.d.lock()
 	if err != nil {
@@ -134,7 +134,7 @@ func (p *Pod) Delete(key EndpointKey) error {
 	return p.writeList(list)
 }
 
-// delete removes the evidence first, so that there is never evidence without a tally.
+// delete removes evidence before the tally, so that there is never evidence without a tally.
 func (p *Pod) delete(key EndpointKey) error {
 	for _, m := range []*ebpf.Map{p.d.objects.EndpointEvidence, p.d.objects.EndpointTallies} {
 		if err := ignoreAbsent(m.Delete(key.of(p.device))); err != nil {
@@ -164,21 +164,21 @@ func (p *Pod) clear() error {
 	return errors.Join(errs...)
 }
 
-// list puts the key on the device's list, unless it is there already.
+// list adds the key to the device's list, unless it is already there.
 func (p *Pod) list(key EndpointKey) error {
 	list, err := p.readList()
 	if err != nil || list.index(key) >= 0 {
 		return err
 	}
 	if int(list.Count) == len(list.Ports) {
-		return fmt.Errorf("port %d: the pod has %d endpoints and ports already: %w", key.Port, list.Count, errTooMany)
+		return fmt.Errorf("port %d: the pod already has %d endpoints and ports: %w", key.Port, list.Count, errTooMany)
 	}
 	list.Hashes[list.Count], list.Ports[list.Count] = key.Hash, key.packed()
 	list.Count++
 	return p.writeList(list)
 }
 
-var errTooMany = errors.New("there is no room for more")
+var errTooMany = errors.New("no room for more")
 
 func (p *Pod) readList() (list probeletEndpointList, err error) {
 	if err := ignoreAbsent(p.d.objects.EndpointLists.Lookup(p.device, &list)); err != nil {

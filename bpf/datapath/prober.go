@@ -11,25 +11,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Prober tells whose connections are probes.
+// Prober specifies whose connections are probes.
 type Prober struct {
-	// CgroupIDs are the cgroup v2 ids of the probers; at most 4.
+	// CgroupIDs lists the cgroup v2 ids of the probers; at most 4.
 	CgroupIDs []uint64
-	// AnyLocal makes every process of the host's network namespace a prober.
+	// AnyLocal makes every process in the host's network namespace a prober.
 	AnyLocal bool
-	// Process narrows CgroupIDs down to one process; nil: every process in them is a prober.
+	// Process restricts CgroupIDs to one process; nil: every process in them is a prober.
 	Process *Process
 }
 
-// Process is a prober that shares its cgroup with other processes.
+// Process identifies a prober that shares its cgroup with other processes.
 type Process struct {
-	// PID is its number, as this process sees it.
+	// PID is its number in the PID namespace of the caller.
 	PID uint32
 	// Cgroup is the directory of its cgroup.
 	Cgroup string
 }
 
-// String returns the number, or "any" of nil.
+// String returns the PID, or "any" for nil.
 func (p *Process) String() string {
 	if p == nil {
 		return "any"
@@ -37,25 +37,25 @@ func (p *Process) String() string {
 	return strconv.FormatUint(uint64(p.PID), 10)
 }
 
-// SetProber replaces the prober. If it is a process, only the sockets that this one creates from now on are its, for as long as this
-// Datapath is open; afterwards nobody is the prober. If sockets cannot be marked, nobody is the prober either.
+// SetProber replaces the prober. If it is a process, only sockets that the process creates from now on count, and only while this
+// Datapath is open; afterwards there is no prober. There is also none if sockets cannot be marked.
 func (d *Datapath) SetProber(p Prober) error {
 	var config probeletProberConfig
 	if len(p.CgroupIDs) > len(config.CgroupIds) {
-		return fmt.Errorf("%d prober cgroups, at most %d are possible", len(p.CgroupIDs), len(config.CgroupIds))
+		return fmt.Errorf("%d prober cgroups: must be at most %d", len(p.CgroupIDs), len(config.CgroupIds))
 	}
 	d.prober.Lock()
 	defer d.prober.Unlock()
 	if err := d.objects.Prober.Lookup(uint32(0), &config); err != nil {
 		return err
 	}
-	// The kernel may see the new value of one field before that of another: first nobody, then whoever it is.
+	// The programs may see the new value of one field before that of another, so clear the prober first.
 	config.CgroupIds, config.AnyLocal = [len(config.CgroupIds)]uint64{}, 0
 	config.Pid, config.PidNamespace = 0, 0
 	if p.Process != nil {
 		var namespace unix.Stat_t
 		if err := unix.Stat("/proc/self/ns/pid", &namespace); err != nil {
-			return fmt.Errorf("this process's PID namespace: %w", err)
+			return fmt.Errorf("PID namespace of this process: %w", err)
 		}
 		config.Pid, config.PidNamespace = p.Process.PID, uint32(namespace.Ino)
 	}
@@ -72,7 +72,7 @@ func (d *Datapath) SetProber(p Prober) error {
 	return d.objects.Prober.Put(uint32(0), &config)
 }
 
-// Prober returns what SetProber set, but for the directory of a process's cgroup.
+// Prober returns the prober that was set, except for the directory of a process's cgroup.
 func (d *Datapath) Prober() (Prober, error) {
 	var config probeletProberConfig
 	if err := d.objects.Prober.Lookup(uint32(0), &config); err != nil {
@@ -90,15 +90,15 @@ func (d *Datapath) Prober() (Prober, error) {
 	return p, nil
 }
 
-// marker is the program that marks a process's sockets, attached to its cgroup. It is not pinned: whoever set the prober follows it
-// when its process is another one.
+// marker holds the attached program that marks the sockets of a process. It is not pinned, because the process that set the prober
+// must follow it when it is restarted as another process.
 type marker struct {
 	link link.Link
-	// cgroup is the directory that it was attached to, as it was: one made again under the same name is another.
+	// cgroup identifies the directory that it was attached to. A directory recreated under the same name is another one.
 	cgroup os.FileInfo
 }
 
-// mark has sockets marked in the cgroup of a process, or in none if p is nil. The caller holds d.prober.
+// mark starts marking sockets in the cgroup of a process, or stops marking if p is nil. The caller holds d.prober.
 func (d *Datapath) mark(p *Process) error {
 	if p == nil {
 		return d.stopMarking()
@@ -130,7 +130,7 @@ func (d *Datapath) stopMarking() error {
 	return err
 }
 
-// attachMark loads mark, which few nodes need, and attaches it.
+// attachMark loads and attaches mark, which few nodes need.
 func (d *Datapath) attachMark(cgroup string) (link.Link, error) {
 	spec, err := loadProbelet()
 	if err != nil {

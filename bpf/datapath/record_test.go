@@ -22,11 +22,11 @@ const podISN = 7000
 // reaching is a probe that reached the pod.
 type reaching struct {
 	*bench
-	passed fate   // what becomes of the pod's packets
-	told   uint32 // the ISN that the client was told
+	passed fate   // fate of the pod's packets
+	told   uint32 // the ISN that the client was given
 }
 
-// ways are those in which probes reach the pod. What is recorded of them is the same.
+// ways lists how probes reach the pod. The records are the same for all.
 var ways = map[string]func(b *bench) reaching{
 	"passed on": func(b *bench) reaching {
 		b.put(PortKey(8080), Evidence{})
@@ -42,7 +42,7 @@ var ways = map[string]func(b *bench) reaching{
 	},
 }
 
-// onWays runs the test over all ways of a probe to the pod, both hooks and families.
+// onWays runs the test for every way in which a probe reaches the pod, over both hooks and families.
 func onWays(t *testing.T, f func(t *testing.T, p reaching)) {
 	for name, way := range ways {
 		t.Run(name, func(t *testing.T) {
@@ -51,7 +51,7 @@ func onWays(t *testing.T, f func(t *testing.T, p reaching)) {
 	}
 }
 
-// asks sends a request and lets the pod have it.
+// asks sends a request and delivers it to the pod.
 func (p reaching) asks(request string) {
 	p.t.Helper()
 	s := p.toPod("PA", p.isn+1, p.told+1, request)
@@ -63,7 +63,7 @@ func (p reaching) asks(request string) {
 	p.accepts(podISN, "PA", request)
 }
 
-// hears is a packet of the pod after it has had the request; seq counts from behind its SYN.
+// hears sends a packet of the pod after the request; seq counts from its SYN on.
 func (p reaching) hears(flags string, seq uint32, payload string) {
 	p.t.Helper()
 	after := p.isn + 1 + uint32(len(request))
@@ -71,7 +71,7 @@ func (p reaching) hears(flags string, seq uint32, payload string) {
 	p.expect(got, flags, p.told+1+seq, after, payload)
 }
 
-// closes is the client's FIN or RST, once it has had n bytes.
+// closes sends the client's FIN or RST after n bytes of the answer.
 func (p reaching) closes(flags string, n uint32) {
 	p.t.Helper()
 	s := p.toPod(flags, p.isn+1+uint32(len(request)), p.told+1+n, "")
@@ -120,12 +120,12 @@ func sent(sender, flags string, offset int, payload string) string {
 	return fmt.Sprintf("%s %s %d+%d %s", sender, flags, offset, len(payload), payload)
 }
 
-// begun are the records of a connection whose client has asked.
+// begun lists the records of a connection whose client has asked.
 func begun(request string) []string {
 	return []string{sent("pod", "SA", 0, ""), sent("client", "PA", 0, request)}
 }
 
-func TestAnExchangeIsRecorded(t *testing.T) {
+func TestExchangeIsRecorded(t *testing.T) {
 	for _, end := range []string{"FA", "RA"} {
 		onWays(t, func(t *testing.T, p reaching) {
 			before := Now()
@@ -168,11 +168,11 @@ func TestAnExchangeIsRecorded(t *testing.T) {
 	}
 }
 
-func TestWhatIsRecorded(t *testing.T) {
+func TestRecords(t *testing.T) {
 	for name, c := range map[string]struct {
 		then func(p reaching)
 		want []string
-		// what is withdrawn at once
+		// withdrawn immediately
 		port, endpoint bool
 	}{
 		"a success": {then: func(p reaching) {
@@ -237,8 +237,8 @@ func TestWhatIsRecorded(t *testing.T) {
 	}
 }
 
-// A repeated error does not void what was observed since the first.
-func TestAnErrorIsNotedOnce(t *testing.T) {
+// A repeated error does not void what was observed since the first one.
+func TestErrorIsNotedOnce(t *testing.T) {
 	onWays(t, func(_ *testing.T, p reaching) {
 		p.asks(request)
 		p.hears("PA", 0, "HTTP/1.1 500\r\n\r\n")
@@ -248,8 +248,8 @@ func TestAnErrorIsNotedOnce(t *testing.T) {
 	})
 }
 
-// What is not a whole request has no question. Of a connection that was passed on it is the last that is recorded.
-func TestWhatIsNoQuestion(t *testing.T) {
+// Anything but a whole request has no question. On a connection that was passed on it is the last packet that is recorded.
+func TestNoQuestion(t *testing.T) {
 	for name, text := range map[string]string{
 		"a POST": post, "half a request": request[:50], "too long": "GET /" + strings.Repeat("x", MaxRequest) + "\r\n\r\n",
 	} {
@@ -271,7 +271,7 @@ func TestWhatIsNoQuestion(t *testing.T) {
 					p.recorded()
 				}
 				p.withdrawn(false, false)
-				p.counted("passed_not_parsable", 0) // it was counted at its SYN, or is counted as handed over
+				p.counted("passed_not_parsable", 0) // it was counted at its SYN, or counts as handed over
 				p.noFlows()
 			})
 		})
@@ -279,7 +279,7 @@ func TestWhatIsNoQuestion(t *testing.T) {
 	t.Run("not at the start", func(t *testing.T) {
 		onBench(t, func(t *testing.T, b *bench) {
 			p := ways["passed on"](b)
-			p.passes(p.toPod("PA", p.isn+2, podISN+1, request).Bytes(t, nil)) // what comes before it was lost, or is late
+			p.passes(p.toPod("PA", p.isn+2, podISN+1, request).Bytes(t, nil)) // preceding data was lost or delayed
 			p.hears("PA", 0, "HTTP/1.1 500 x\r\n\r\n")
 			p.recorded(sent("pod", "SA", 0, ""), sent("client", "PA", 1, request))
 			p.withdrawn(false, false)
@@ -287,7 +287,7 @@ func TestWhatIsNoQuestion(t *testing.T) {
 	})
 }
 
-func TestARefusalIsRecorded(t *testing.T) {
+func TestRefusalIsRecorded(t *testing.T) {
 	refusal := func(b *bench) bpftest.Segment { return b.fromPod("RA", 0, b.isn+1, "") }
 	t.Run("passed on", func(t *testing.T) {
 		onBench(t, func(t *testing.T, b *bench) {
@@ -300,7 +300,7 @@ func TestARefusalIsRecorded(t *testing.T) {
 			b.noFlows()
 		})
 	})
-	for _, text := range []string{request, post} { // whoever asks, the port is closed
+	for _, text := range []string{request, post} { // whatever is asked, the port is closed
 		t.Run("handed over", func(t *testing.T) {
 			onBench(t, func(_ *testing.T, b *bench) {
 				p := ways["handed over"](b)
@@ -319,7 +319,7 @@ func TestARefusalIsRecorded(t *testing.T) {
 }
 
 // A client that gives up before the pod has its connection ends the exchange.
-func TestAClientThatDoesNotWaitIsRecorded(t *testing.T) {
+func TestImpatientClientIsRecorded(t *testing.T) {
 	for flags, offset := range map[string]int{"FA": len(request), "RA": 0} {
 		onBench(t, func(_ *testing.T, b *bench) {
 			p := ways["handed over"](b)
@@ -327,7 +327,7 @@ func TestAClientThatDoesNotWaitIsRecorded(t *testing.T) {
 			p.swallows(p.toPod(flags, b.isn+1+uint32(len(request)), p.told+1, ""))
 			p.recorded(sent("client", "PA", 0, request), sent("client", flags, offset, ""))
 			p.counted("observed", 1)
-			if flags == "FA" { // all that comes is too late
+			if flags == "FA" { // all that follows is too late
 				p.accepts(podISN, "FPA", request)
 				p.hears("PA", 0, ok)
 				p.recorded()
@@ -336,8 +336,8 @@ func TestAClientThatDoesNotWaitIsRecorded(t *testing.T) {
 	}
 }
 
-// A handed-over request is recorded whether or not there is room to store it.
-func TestARequestIsRecordedOnceItIsTaken(t *testing.T) {
+// A handed-over request is recorded even if there is no room to store it.
+func TestTakenRequestIsRecorded(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		for i := range b.d.objects.Requests.MaxEntries() {
 			must(t, b.d.objects.Requests.Put(probeletFlowKey{Ifindex: i}, probeletStored{}))
@@ -351,7 +351,7 @@ func TestARequestIsRecordedOnceItIsTaken(t *testing.T) {
 	})
 }
 
-func TestAConnectionIsRecorded(t *testing.T) {
+func TestConnectionIsRecorded(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		p := ways["passed on"](b)
 		b.podSends(untouched, b.fromPod("PA", 7001, b.isn+1, "220 hello"))
@@ -359,7 +359,7 @@ func TestAConnectionIsRecorded(t *testing.T) {
 		p.recorded(sent("pod", "SA", 0, ""), sent("pod", "PA", 0, "220 hello"), sent("client", "FA", 0, ""))
 		b.noFlows()
 	})
-	onBench(t, func(t *testing.T, b *bench) { // and one that never was
+	onBench(t, func(t *testing.T, b *bench) { // and one that never existed
 		b.put(PortKey(8080), Evidence{})
 		b.passes(b.syn().Bytes(t, nil))
 		b.passes(b.toPod("RA", b.isn+1, 0, "").Bytes(t, nil))
@@ -368,7 +368,7 @@ func TestAConnectionIsRecorded(t *testing.T) {
 	})
 }
 
-// stream is what one side sends, and how much of it was seen.
+// stream is what one side sends, and which parts of it were seen.
 type stream struct {
 	bytes []byte
 	sent  []bool
@@ -385,7 +385,7 @@ func newStream(rt *rapid.T, text string, most int) *stream {
 	return &stream{b, make([]bool, len(b)), make([]bool, len(b))}
 }
 
-// piece draws one; often what follows the last.
+// piece draws a piece of the stream, often the one that follows the previous one.
 func (s *stream) piece(rt *rapid.T, next int) (offset, length int) {
 	if next < 0 || rapid.IntRange(0, 3).Draw(rt, "jump") == 0 {
 		next = rapid.IntRange(0, len(s.bytes)-1).Draw(rt, "offset")
@@ -397,8 +397,8 @@ func (s *stream) piece(rt *rapid.T, next int) (offset, length int) {
 	return next, length
 }
 
-// Every byte that either side sends within the budget is recorded, at its offset: in whatever pieces it is sent, and
-// whatever of it is repeated, out of order, or never seen.
+// Every byte within the budget that either side sends is recorded at its offset, however the stream is split up, repeated, reordered,
+// or lost in part.
 func TestEveryByteIsRecorded(t *testing.T) {
 	bytes := 0
 	onWays(t, func(t *testing.T, p reaching) {
@@ -435,7 +435,7 @@ func TestEveryByteIsRecorded(t *testing.T) {
 					from = pod
 				}
 				if end := min(int(r.Offset)+int(r.Len), MaxRecorded); len(r.Payload) != max(end-int(r.Offset), 0) {
-					rt.Fatalf("of %d bytes at %d there are %d", r.Len, r.Offset, len(r.Payload))
+					rt.Fatalf("%d bytes at %d have a payload of %d", r.Len, r.Offset, len(r.Payload))
 				}
 				for i, c := range r.Payload {
 					if from.got[int(r.Offset)+i] = true; from.bytes[int(r.Offset)+i] != c {
@@ -447,7 +447,7 @@ func TestEveryByteIsRecorded(t *testing.T) {
 			for _, s := range []*stream{pod, client} {
 				within := min(len(s.sent), MaxRecorded)
 				if !slices.Equal(s.sent[:within], s.got[:within]) {
-					rt.Fatal("the bytes that were recorded are not those that were sent")
+					rt.Fatal("the recorded bytes are not those that were sent")
 				}
 			}
 		})
@@ -458,7 +458,7 @@ func TestEveryByteIsRecorded(t *testing.T) {
 }
 
 // Packets beyond the budget are recorded only if they end something.
-func TestTheBudget(t *testing.T) {
+func TestRecordingBudget(t *testing.T) {
 	onWays(t, func(_ *testing.T, p reaching) {
 		p.asks(request)
 		p.hears("PA", MaxRecorded-3, "12345")
@@ -472,7 +472,7 @@ func TestTheBudget(t *testing.T) {
 	})
 }
 
-// Packets of more than 64 KiB (BIG TCP) are recorded, too.
+// Packets of more than 64 KiB (BIG TCP) are recorded as well.
 func TestBigTCPIsRecorded(t *testing.T) {
 	onWays(t, func(t *testing.T, p reaching) {
 		p.asks(request)
@@ -487,9 +487,9 @@ func TestBigTCPIsRecorded(t *testing.T) {
 	})
 }
 
-// Once the ring is full, connections lose records, which is counted, and are not recorded to their end. Nothing else becomes of
-// them, nor of those that come once there is room again.
-func TestAFullRing(t *testing.T) {
+// When the ring is full, connections lose records, which is counted, and are not recorded to their end. Nothing else happens to
+// them, nor to connections that begin once there is room again.
+func TestFullRing(t *testing.T) {
 	for name, way := range ways {
 		t.Run(name, func(t *testing.T) {
 			onBench(t, func(t *testing.T, b *bench) {
@@ -501,7 +501,7 @@ func TestAFullRing(t *testing.T) {
 				}
 				p.counted("records_lost", 1)
 				p.hears("PA", 0, "HTTP/1.1 500\r\n\r\n")
-				p.withdrawn(false, true) // at once, though it is not recorded
+				p.withdrawn(false, true) // immediately, although it is not recorded
 				p.counted("records_lost", 1)
 				if n := len(p.records()); n < ring/(len(full)+200) {
 					t.Fatalf("there was room for %d records of %d bytes", n, len(full))
@@ -522,8 +522,8 @@ func TestAFullRing(t *testing.T) {
 	}
 }
 
-// A reader may be closed at any time, whether it waits or reads.
-func TestAReaderIsClosed(t *testing.T) {
+// A reader may be closed at any time, whether it is waiting or reading.
+func TestCloseReader(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		for range 200 {
 			p := ways["passed on"](b)
@@ -552,8 +552,8 @@ func TestAReaderIsClosed(t *testing.T) {
 	})
 }
 
-// A reader that waits is woken when a connection has ended, or when the ring begins to fill.
-func TestAReaderIsWoken(t *testing.T) {
+// A waiting reader is woken when a connection has ended, or when the ring begins to fill.
+func TestWakeReader(t *testing.T) {
 	for name, then := range map[string]func(p reaching){
 		"client closes": func(p reaching) { p.closes("FA", 0) },
 		"pod resets":    func(p reaching) { p.hears("RA", 0, "") },
@@ -571,7 +571,7 @@ func TestAReaderIsWoken(t *testing.T) {
 				must(t, err)
 				defer r.Close() //nolint:errcheck // a test's
 				late := time.Now().Add(20 * time.Second)
-				r.SetDeadline(late) // then it reads what there is
+				r.SetDeadline(late) // then it reads what is pending
 				thread, read := make(chan int), make(chan error)
 				go func() {
 					runtime.LockOSThread()
@@ -583,14 +583,14 @@ func TestAReaderIsWoken(t *testing.T) {
 				p.asks(request)
 				then(p)
 				if must(t, <-read); time.Now().After(late) {
-					t.Fatal("it was not woken")
+					t.Fatal("reader was not woken")
 				}
 			})
 		})
 	}
 }
 
-// untilItPolls returns once a thread waits for files.
+// untilItPolls returns once a thread is polling.
 func untilItPolls(t *testing.T, thread int) {
 	t.Helper()
 	for range 5000 {
@@ -601,10 +601,10 @@ func untilItPolls(t *testing.T, thread int) {
 		}
 		time.Sleep(time.Millisecond)
 	}
-	t.Fatal("it never waits")
+	t.Fatal("reader never waits")
 }
 
-// A withdrawal has a cause, and is counted if there was something to withdraw.
+// A withdrawal has a cause, and is counted if there was fresh evidence.
 func TestWithdrawalCauses(t *testing.T) {
 	for name, c := range map[string]struct {
 		key   EndpointKey
@@ -619,7 +619,7 @@ func TestWithdrawalCauses(t *testing.T) {
 				onWays(t, func(t *testing.T, p reaching) {
 					p.asks(request)
 					p.put(PortKey(8080), Evidence{})
-					if fresh { // meanwhile something is known
+					if fresh { // evidence was observed meanwhile
 						p.arm()
 					}
 					at := Now()
@@ -639,8 +639,8 @@ func TestWithdrawalCauses(t *testing.T) {
 	}
 }
 
-// Close unmaps the ring. A Pending at the same time does not fault.
-func TestRecordsAreClosedWhileLookedAt(t *testing.T) {
+// Close unmaps the ring. A concurrent Pending must not fault.
+func TestCloseDuringPending(t *testing.T) {
 	bpftest.RequireRoot(t)
 	d, err := Load()
 	must(t, err)
@@ -654,7 +654,7 @@ func TestRecordsAreClosedWhileLookedAt(t *testing.T) {
 			close(looking)
 			for range 2000 {
 				if r.Pending() {
-					t.Error("a record, and no packet")
+					t.Error("a record without a packet")
 				}
 			}
 		}()

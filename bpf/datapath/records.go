@@ -11,7 +11,7 @@ import (
 	"github.com/cilium/ebpf/ringbuf"
 )
 
-// MaxRecorded is how many bytes are recorded of what each side of a connection sends. RECORDED_MAX in bpf/abi.h.
+// MaxRecorded is the maximum number of bytes recorded of what each side of a connection sends. RECORDED_MAX in bpf/abi.h.
 const MaxRecorded = 16384
 
 // Bits of Record.TCPFlags (RFC 9293, section 3.1).
@@ -23,28 +23,28 @@ const (
 	FlagURG = uint8(32)
 )
 
-// Record is a packet of a prober's connection that was passed on to the pod, or handed over: the pod's SYN-ACK, and data, FINs
-// and RSTs of both sides, repeated ones included. A connection's last record is its client's FIN or RST, or the pod's RST. It
-// has none if an earlier record was lost, or if it turned out not to be a probe's: then the last is of the client's data,
-// without a Question.
+// Record describes a packet of a prober's connection that was passed on to the pod or handed over: the pod's SYN-ACK, and data,
+// FINs and RSTs of both sides, including repeated ones. The last record of a connection is the client's FIN or RST, or the pod's
+// RST. There is no such record if an earlier one was lost, or if the connection turned out not to be a probe. In the latter case
+// the last record is of the client's data, without a Question.
 type Record struct {
-	// Owner and StartedAt identify the connection. StartedAt is when its first SYN was seen. Times are nanoseconds of
-	// CLOCK_BOOTTIME (see Now).
+	// Owner and StartedAt identify the connection, which started with its first SYN. Times are nanoseconds of CLOCK_BOOTTIME
+	// (see Now).
 	Owner, StartedAt uint64
 	ObservedAt       uint64
-	// Question is the one that the client has asked; zero if it has asked none yet.
+	// Question is what the client has asked; zero if nothing yet.
 	Question Question
 	Device   DeviceKey
-	Port     uint16 // the pod's
-	FromPod  bool   // otherwise the client sent it
-	// Offset is the payload's in what its sender sends, and Len its length, in bytes. Both are 0 of a SYN or RST.
+	Port     uint16 // of the pod
+	FromPod  bool   // false: from the client
+	// Offset is the position of the payload in the sender's data, and Len its length, in bytes. Both are 0 for a SYN or RST.
 	Offset, Len uint32
 	TCPFlags    uint8
-	// Payload is what is recorded of it: the bytes at offsets below MaxRecorded. It is shorter, too, if they could not be read.
+	// Payload is the recorded part of the payload: the bytes at offsets below MaxRecorded, or fewer if they were unreadable.
 	Payload []byte
 }
 
-// Records opens the ring of records. Each record goes to one reader only, so there should be one at a time.
+// Records opens the ring of records. Each record goes to only one reader, so there should be only one at a time.
 func (d *Datapath) Records() (*RecordReader, error) {
 	ring, err := ringbuf.NewReader(d.objects.Records)
 	if err != nil {
@@ -58,16 +58,16 @@ type RecordReader struct {
 	ring     *ringbuf.Reader
 	raw      ringbuf.Record
 	deadline time.Time
-	hurried  bool // the ring's reader may have a deadline to report that was not the caller's
+	hurried  bool // the ring's reader may report a deadline that the caller did not set
 
-	mapped sync.Mutex // held while the ring is looked at without its reader's own lock, so that it is not unmapped meanwhile
+	mapped sync.Mutex // keeps the ring mapped while it is accessed without the lock of its reader
 	closed bool
 }
 
 // Next waits for the next record and reads it into a Record, whose Payload is valid until the next call. The error is os.ErrClosed
 // after Close, and os.ErrDeadlineExceeded after the deadline.
 //
-// A reader that waits is woken once for each connection, at its last record.
+// A waiting reader is woken once per connection, at its last record.
 func (r *RecordReader) Next(into *Record) error {
 	if err := r.read(); err != nil {
 		return err
@@ -76,7 +76,7 @@ func (r *RecordReader) Next(into *Record) error {
 	const size = int(unsafe.Sizeof(head))
 	sample := r.raw.RawSample
 	if len(sample) < size {
-		return fmt.Errorf("a record of %d bytes, at least %d are expected", len(sample), size)
+		return fmt.Errorf("record of %d bytes: must be at least %d", len(sample), size)
 	}
 	copy(unsafe.Slice((*byte)(unsafe.Pointer(&head)), size), sample)
 	// The ring rounds lengths up.
@@ -90,7 +90,7 @@ func (r *RecordReader) Next(into *Record) error {
 	return nil
 }
 
-// read waits only if there is no record. The ring's reader alone would wait to be woken even if there is one.
+// read waits only if there is no record. The ring's reader on its own would wait for a wakeup even if there is one.
 func (r *RecordReader) read() error {
 	for {
 		r.ring.SetDeadline(r.deadline)
@@ -106,17 +106,17 @@ func (r *RecordReader) read() error {
 	}
 }
 
-// Pending reports whether there are records, so that Next need not wait.
+// Pending reports whether there are records, so that Next would not wait.
 func (r *RecordReader) Pending() bool {
 	r.mapped.Lock()
 	defer r.mapped.Unlock()
 	return !r.closed && r.ring.AvailableBytes() > 0
 }
 
-// SetDeadline bounds the waiting of Next.
+// SetDeadline limits how long Next waits.
 func (r *RecordReader) SetDeadline(t time.Time) { r.deadline = t }
 
-// Close ends a Next that is waiting, and closes the ring. Unlike the other methods it may be called by another goroutine.
+// Close interrupts a waiting Next and closes the ring. Unlike the other methods, it may be called from another goroutine.
 func (r *RecordReader) Close() error {
 	r.mapped.Lock()
 	r.closed = true

@@ -16,9 +16,9 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 )
 
-// Sequences of packets must fare as the model says, in whatever order losses, repeats, other clients and changes of what is
-// known bring them about: the programs' verdicts, the bytes, and all that the maps hold after each packet.
-func TestSequencesFareAsTheModelSays(t *testing.T) {
+// Sequences of packets must match the model, whatever order of losses, repetitions, other clients and changes of evidence leads to
+// them: the programs' verdicts, the bytes, and the complete contents of the maps after each packet.
+func TestSequencesMatchTheModel(t *testing.T) {
 	seen := map[string]int{}
 	steps := 0
 	onBench(t, func(t *testing.T, b *bench) {
@@ -28,18 +28,18 @@ func TestSequencesFareAsTheModelSays(t *testing.T) {
 			for range rapid.IntRange(50, 200).Draw(rt, "steps") {
 				steps++
 				if s.step(); s.m.unsure {
-					return // the clock stood at a border
+					return // the clock was at a boundary
 				}
 			}
 			s.finish()
 		})
 	})
-	if steps > 20_000 { // else a few of the rarer ones are missing
+	if steps > 20_000 { // shorter runs miss a few of the rarer ones
 		allSeen(t, seen)
 	}
 }
 
-// allSeen asserts that the sequences have been through the whole table.
+// allSeen asserts that the sequences have covered the whole table.
 func allSeen(t *testing.T, seen map[string]int) {
 	t.Helper()
 	for state := range likely {
@@ -52,29 +52,29 @@ func allSeen(t *testing.T, seen map[string]int) {
 	t.Log(seen)
 }
 
-// sequence is a bench and the model of it.
+// sequence is a bench and its model.
 type sequence struct {
 	*bench
 	m      model
 	rt     *rapid.T
 	ends   map[connection]*ends
 	reader *RecordReader
-	table  map[probeletFlowKey]probeletFlow // as it is after this step
+	table  map[probeletFlowKey]probeletFlow // after this step
 	seen   map[string]int
 }
 
-// ends is what the two ends of a connection would send next, and whose it is.
+// ends tracks what the two ends of a connection would send next, and whose connection it is.
 type ends struct {
 	isn, podISN   uint32
 	options       []layers.TCPOption // of the SYN
 	dataOptions   []layers.TCPOption
-	text          string // what the client sends
+	text          string // sent by the client
 	sent, podSent uint32
-	probers       bool   // it was begun by a prober, and no packet of others was seen since
-	begun         uint32 // by the SYN with that ISN
+	probers       bool   // begun by a prober, and no packet of others has been seen since
+	begun         uint32 // by the SYN with this ISN
 }
 
-// fairly draws one of some, each as often as another; rapid's own choice prefers the first.
+// fairly draws from a list with equal probability; rapid's own choice prefers the first.
 func fairly[T any](rt *rapid.T, label string, of ...T) T {
 	return rapid.Custom(func(t *rapid.T) T {
 		n := 0
@@ -88,12 +88,12 @@ func fairly[T any](rt *rapid.T, label string, of ...T) T {
 	}).Draw(rt, label)
 }
 
-// rarely is true once in 16 times.
+// rarely is true in one of 16 cases.
 func rarely(rt *rapid.T, label string) bool {
 	return fairly(rt, label, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15) == 15
 }
 
-// shrinking is a test that fails where rapid can find a shorter sequence that fails.
+// shrinking is a test that fails where rapid can look for a shorter failing sequence.
 type shrinking struct {
 	testing.TB
 	rt *rapid.T
@@ -113,7 +113,7 @@ var connections = []connection{
 	{40000, 8080}, {40000, 8080}, {40000, 8080}, {40000, 8080}, {40000 - flowPortSlots, 8080}, {40001, 8080}, {40000, unprobedPort},
 }
 
-// probed is an endpoint that is known, or a port.
+// probed returns an endpoint that has evidence, or a port.
 type probed struct {
 	EndpointKey
 	check uint64
@@ -136,7 +136,7 @@ func newSequence(rt *rapid.T, b *bench, seen map[string]int) *sequence {
 	return s
 }
 
-// restore makes it possible that connections are taken.
+// restore makes it possible again that connections are taken.
 func (s *sequence) restore() {
 	s.setProber(true)
 	s.attachAgain()
@@ -149,7 +149,7 @@ func (s *sequence) restore() {
 	}
 }
 
-// isStuck reports whether no connection will be taken, whatever packets come.
+// isStuck reports whether no connection will be taken, whichever packets follow.
 func (s *sequence) isStuck() bool {
 	port := s.m.evidence[PortKey(8080)]
 	return !s.m.prober || !s.m.attached || Trust(s.m.device.Trust) == TrustLost || port.FreshUntil < Now() ||
@@ -168,7 +168,7 @@ func (s *sequence) attachAgain() {
 	s.m.evidence, s.m.tallies = map[EndpointKey]Evidence{}, map[EndpointKey]Tally{}
 }
 
-// learn changes what is known of an endpoint or a port.
+// learn changes the evidence of an endpoint or a port.
 func (s *sequence) learn(p probed) {
 	if !s.m.attached {
 		return
@@ -270,7 +270,7 @@ func (s *sequence) untrust() {
 	s.m.device = probeletDevice{Generation: old.Generation, Netns: old.Netns, Hook: old.Hook, WithdrawnAt: old.WithdrawnAt, Nsid: old.Nsid}
 }
 
-// packet puts one through the programs and the model.
+// packet passes a packet through the programs and the model.
 func (s *sequence) packet(c connection, foreign bool) {
 	if s.ends[c] == nil {
 		s.ends[c] = &ends{}
@@ -299,7 +299,7 @@ func (s *sequence) packet(c connection, foreign bool) {
 	s.seen[stateNames[state]+": "+string(got)]++
 }
 
-// whose keeps account of whose connections are, whatever the programs think.
+// whose tracks whose each connection is, independently of the programs.
 func (s *sequence) whose(p packet, pods bool) {
 	e := s.ends[p.of]
 	switch {
@@ -352,7 +352,7 @@ func (s *sequence) run(p packet, pods bool) fate {
 	return got
 }
 
-// arrives is what observe notes when it sees the first answer by a device.
+// arrives notes, like observe, the first answer seen on a device.
 func (s *sequence) arrives(p packet, d decision, pods bool) {
 	f := s.m.flows[p.of]
 	first := !pods && d.fate == toClient && f != nil && f.Flags&(onTrial|connected) == onTrial
@@ -368,13 +368,13 @@ func (s *sequence) compare(p packet, in []byte, want decision, got fate, out []b
 		frame = want.frame(s.t)
 	}
 	if want.fate != swallowed && string(frame) == string(in) {
-		want.fate = untouched // translated by nothing
+		want.fate = untouched // nothing translates it
 	}
 	if got != want.fate || string(out) != string(frame) {
-		s.rt.Fatalf("%v\n%s:\n% x,\nwant that it %s:\n% x", p, got, out, want.fate, frame)
+		s.rt.Fatalf("%v\n%s:\n% x,\nwant %s:\n% x", p, got, out, want.fate, frame)
 	}
 	if !s.ends[p.of].probers && got != untouched {
-		s.rt.Fatalf("%v, of a connection that is not a prober's, %s", p, got)
+		s.rt.Fatalf("%v, on a connection that is not a prober's, %s", p, got)
 	}
 }
 
@@ -385,7 +385,7 @@ func (s *sequence) flowKey(c connection) probeletFlowKey {
 	}
 }
 
-// same asserts that the maps hold what the model does, and takes over at what times exactly.
+// same asserts that the maps equal the model, and adopts their exact times.
 func (s *sequence) same() {
 	s.rt.Helper()
 	s.sameFlows()
@@ -402,7 +402,7 @@ func (s *sequence) same() {
 	s.sameRecords()
 }
 
-// adopt asserts that got is want, but for times that the programs read from their clock in this step.
+// adopt asserts that got equals want, except for times that the programs read from their clock in this step.
 func adopt[T probeletFlow | probeletDevice | Tally](s *sequence, want, got *T) {
 	s.rt.Helper()
 	theirs := times(got)
@@ -422,7 +422,7 @@ func (s *sequence) sameFlows() {
 	for c, want := range s.m.flows {
 		got, ok := s.table[s.flowKey(c)]
 		if !ok {
-			s.rt.Fatalf("%v has no flow, want %+v", c, *want)
+			s.rt.Fatalf("no flow of %v, want %+v", c, *want)
 		}
 		adopt(s, want, &got)
 		slots[c.client%flowPortSlots]++
@@ -466,7 +466,7 @@ func (s *sequence) sameRecords() {
 	}
 }
 
-// equal compares with a record of which a nil payload is an empty one.
+// equal compares records, and treats a nil payload like an empty one.
 func (r Record) equal(other Record) bool {
 	same := string(r.Payload) == string(other.Payload)
 	r.Payload, other.Payload = nil, nil
@@ -483,13 +483,13 @@ func (s *sequence) finish() {
 
 var stateNames = [...]string{0: "none", observing: "observing", taken: "taken", handing: "handing", handed: "handed"}
 
-// event is one kind of packet.
+// event is a kind of packet.
 type event struct {
-	pods bool // the pod sends it
+	pods bool // sent by the pod
 	make func(s *sequence, e *ends, f *probeletFlow) bpftest.Segment
 }
 
-// likely are the events that bring a connection on, by the flow's state; 0: it has none.
+// likely lists the events that advance a connection, by the state of its flow; 0: it has none.
 var likely = map[uint8][]string{
 	0:         {"SYN", "SYN", "SYN", "SYN", "SYN", "SYN", "other SYN", "first data", "SYN-ACK", "answer"},
 	observing: {"SYN", "SYN-ACK", "SYN-ACK", "ACK", "first data", "first data", "answer", "answer", "FIN", "refusal"},
@@ -556,7 +556,7 @@ var (
 
 func (s *sequence) pick(of ...string) string { return fairly(s.rt, "which", of...) }
 
-// begin is another connection on the same ports.
+// begin starts another connection on the same ports.
 func (s *sequence) begin(e *ends) {
 	options := map[string][]layers.TCPOption{
 		"as Linux": s.bench.syn().Options, "none": nil, "small MSS": {mssOption(100)}, "fast open": {{OptionType: 34, OptionLength: 2}},
@@ -575,14 +575,14 @@ func (s *sequence) syn(e *ends) bpftest.Segment {
 	return bpftest.Segment{Flags: "S", Seq: e.isn, Options: e.options}
 }
 
-// data is a client's packet, at an offset into what it sends.
+// data returns a client's packet at an offset in its data.
 func (s *sequence) data(flags string, e *ends, f *probeletFlow, offset uint32, payload string) bpftest.Segment {
 	return bpftest.Segment{
 		Flags: flags, Seq: e.isn + 1 + offset, Ack: s.acknowledged(e, f), Payload: payload, Options: e.dataOptions,
 	}
 }
 
-// acknowledged is what a client has had of the pod, or of us.
+// acknowledged returns what a client has received from the pod, or from us.
 func (s *sequence) acknowledged(e *ends, f *probeletFlow) uint32 {
 	isn := e.podISN
 	deltas := []uint32{0, 0, e.podSent, e.podSent, e.podSent + 1}
@@ -598,7 +598,7 @@ func (s *sequence) acknowledged(e *ends, f *probeletFlow) uint32 {
 	return isn + 1 + fairly(s.rt, "acknowledged", deltas...)
 }
 
-// dataFrom is the next piece of what the client sends, from an offset on.
+// dataFrom returns the next piece of the client's data from an offset on.
 func (s *sequence) dataFrom(flags string, e *ends, f *probeletFlow, offset uint32) bpftest.Segment {
 	rest := e.text[min(int(offset), len(e.text)):]
 	if rest == "" {
@@ -616,7 +616,7 @@ func (s *sequence) lastData(e *ends, f *probeletFlow) bpftest.Segment {
 	return s.data("FPA", e, f, offset, e.text[min(int(offset), len(e.text)-1):])
 }
 
-// offset is one that may not fit.
+// offset returns an offset that may not fit.
 func (s *sequence) offset(e *ends) uint32 {
 	return fairly(s.rt, "offset", 0, 0, 1, e.sent, e.sent+1, e.sent-1, 1<<32-1, 1<<32-2, 2047, 2048, MaxRecorded-2, MaxRecorded, 70000)
 }
@@ -631,7 +631,7 @@ func (s *sequence) otherSYNACK(e *ends) bpftest.Segment {
 	return r
 }
 
-// podData is a pod's packet, at an offset into what it sends.
+// podData returns a pod's packet at an offset in its data.
 func (s *sequence) podData(flags string, e *ends, f *probeletFlow, offset uint32, payload string) bpftest.Segment {
 	acks := []uint32{e.isn + 1, e.isn + 1 + e.sent, e.isn + 1 + e.sent, e.isn + 2 + e.sent}
 	if f != nil && f.Flags&clientFin != 0 {

@@ -6,8 +6,8 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-// ExemptSocket makes the connection of the socket with that cookie (SO_COOKIE) reach the pod unobserved, whoever the
-// prober is. Call it before the socket connects.
+// ExemptSocket makes the connection of the socket with the given cookie (SO_COOKIE) reach the pod unobserved, even if the socket
+// belongs to a prober. Call it before the socket connects.
 func (d *Datapath) ExemptSocket(cookie uint64) error {
 	if err := d.lookForOwnSockets(); err != nil {
 		return err
@@ -15,7 +15,7 @@ func (d *Datapath) ExemptSocket(cookie uint64) error {
 	return d.objects.OwnSockets.Put(cookie, uint8(0))
 }
 
-// lookForOwnSockets makes the programs look into own_sockets, which they do not until it is used.
+// lookForOwnSockets makes the programs look into own_sockets, which they skip until it is used.
 func (d *Datapath) lookForOwnSockets() error {
 	d.prober.Lock()
 	defer d.prober.Unlock()
@@ -32,7 +32,7 @@ func (d *Datapath) lookForOwnSockets() error {
 	return err
 }
 
-// ForgetSocket ends what ExemptSocket began, for connections that are yet to be made.
+// ForgetSocket undoes ExemptSocket for future connections.
 func (d *Datapath) ForgetSocket(cookie uint64) error {
 	err := d.objects.OwnSockets.Delete(cookie)
 	if errors.Is(err, ebpf.ErrKeyNotExist) {

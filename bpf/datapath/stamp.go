@@ -7,13 +7,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Stamp changes when a file or directory does, or is replaced. The zero Stamp is nothing's.
+// Stamp identifies a version of a file or directory: it differs once that is changed or replaced. No file has the zero Stamp.
 type Stamp struct {
 	dev, ino     uint64
 	mtime, ctime unix.Timespec
 }
 
-// StampOf returns the stamp of what is at the path now.
+// StampOf returns the current stamp of the file or directory at path.
 func StampOf(path string) (Stamp, error) {
 	var stat unix.Stat_t
 	if err := unix.Stat(path, &stat); err != nil {
@@ -22,7 +22,7 @@ func StampOf(path string) (Stamp, error) {
 	return Stamp{stat.Dev, stat.Ino, stat.Mtim, stat.Ctim}, nil
 }
 
-// Settled returns the stamp, or the zero one if it is so young that another change might have the same times.
+// Settled returns the stamp, or the zero Stamp if it is so recent that another change could produce the same timestamps.
 func (s Stamp) Settled() Stamp {
 	if time.Since(time.Unix(s.mtime.Unix())) < time.Second {
 		return Stamp{}

@@ -5,8 +5,8 @@ import (
 	"os"
 )
 
-// strayLists returns devices that have endpoints although the programs do not know them: left by a process that died in the
-// middle of RemoveDevice.
+// strayLists returns devices that have endpoints although the programs do not know them. A process that dies in the middle of
+// RemoveDevice leaves them behind.
 func (d *Datapath) strayLists() ([]DeviceKey, error) {
 	var strays []DeviceKey
 	var key DeviceKey
@@ -20,7 +20,8 @@ func (d *Datapath) strayLists() ([]DeviceKey, error) {
 	return strays, entries.Err()
 }
 
-// RemoveStrays removes what interrupted calls of RemoveDevice and AddDevice left of devices that the programs do not know.
+// RemoveStrays cleans up after interrupted calls of RemoveDevice and AddDevice: it removes the remains of devices that the programs
+// do not know.
 func (d *Datapath) RemoveStrays() error {
 	strays, err := d.strayLists()
 	errs := []error{err}
@@ -30,7 +31,7 @@ func (d *Datapath) RemoveStrays() error {
 	return errors.Join(append(errs, d.removeStraysFromNetns())...)
 }
 
-// removeStraysFromNetns takes devices off the lists of network namespaces that they are not in.
+// removeStraysFromNetns removes devices from the lists of network namespaces that they do not lead to.
 func (d *Datapath) removeStraysFromNetns() error {
 	known, err := d.Devices()
 	if err != nil {
@@ -50,7 +51,7 @@ func (d *Datapath) removeStraysFromNetns() error {
 	return errors.Join(append(errs, entries.Err())...)
 }
 
-// removeStrayFromNetns does nothing if the device was added meanwhile.
+// removeStrayFromNetns is a no-op if the device has been added meanwhile.
 func (d *Datapath) removeStrayFromNetns(ifindex, netns uint32) error {
 	unlock, err := d.lock()
 	if err != nil {

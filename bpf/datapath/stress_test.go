@@ -11,7 +11,7 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-// runner puts one packet through a program again and again, beside others.
+// runner passes one packet through a program repeatedly, concurrently with others.
 type runner struct {
 	program *ebpf.Program
 	options ebpf.RunOptions
@@ -32,18 +32,18 @@ func (r *runner) run() (verdict uint32, frame []byte, err error) {
 	return verdict, r.options.DataOut, err
 }
 
-// keepPortsInUse makes the filter let packets of these clients through, whatever flows come and go.
+// keepPortsInUse makes the filter let packets of these clients through, whichever flows come and go.
 func (b *bench) keepPortsInUse(ports ...uint16) {
 	b.t.Helper()
 	content, err := b.bss.LookupBytes(uint32(0))
 	must(b.t, err)
 	for _, port := range ports {
-		content[int(carrying.flowPorts)+int(port%flowPortSlots)*4+3] = 1 // a count that is never used up
+		content[int(carrying.flowPorts)+int(port%flowPortSlots)*4+3] = 1 // a count that never reaches 0
 	}
 	must(b.t, b.bss.Put(uint32(0), content))
 }
 
-// flowOf is a connection of the client's, as the programs know it.
+// flowOf returns the key of a connection of the client, as the programs know it.
 func (b *bench) flowOf() probeletFlowKey {
 	return probeletFlowKey{
 		ClientAddr: b.client.Addr().As16(), PodAddr: b.srv.Addr().As16(), Ifindex: benchIfindex,
@@ -51,9 +51,9 @@ func (b *bench) flowOf() probeletFlowKey {
 	}
 }
 
-// The kernel gives a deleted element's memory to the next one at once. However evidence comes and goes meanwhile, what is
-// answered is what was asked.
-func TestAnswersAreNeverAnotherEndpoints(t *testing.T) {
+// The kernel reuses the memory of a deleted element immediately. However evidence comes and goes meanwhile, an answer always matches
+// the request.
+func TestAnswersNeverMixEndpoints(t *testing.T) {
 	const askers, answersEach, neighbours = 3, 10_000, 16
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
@@ -92,9 +92,9 @@ func TestAnswersAreNeverAnotherEndpoints(t *testing.T) {
 	})
 }
 
-// churn renews some evidence, and removes some and adds it again.
+// churn renews some evidence, and removes and re-adds some.
 func churn(m *ebpf.Map, evidence map[probeletEndpointKey]Evidence, round int) error {
-	for key, e := range evidence { // in another order each time
+	for key, e := range evidence { // in a different order each time
 		if round%3 != 0 {
 			if err := m.Delete(key); err != nil {
 				return err
@@ -108,13 +108,13 @@ func churn(m *ebpf.Map, evidence map[probeletEndpointKey]Evidence, round int) er
 	return nil
 }
 
-// asker sends one request on one connection, which it brings back to where it was.
+// asker sends one request on one connection, which it then restores.
 type asker struct {
 	*runner
 	flows *ebpf.Map
 	key   probeletFlowKey
 	flow  probeletFlow
-	want  string // how each answer begins
+	want  string // the beginning of each answer
 	hook  Hook
 	pass  *ebpf.Program
 }
@@ -130,7 +130,7 @@ func (b *bench) asker(text, want string) *asker {
 	return a
 }
 
-// ask goes on until it has had that many answers. While the endpoint is unknown, requests are handed over.
+// ask continues until it has received the given number of answers. While the endpoint has no evidence, requests are handed over.
 func (a *asker) ask(answers int) error {
 	for answers > 0 {
 		a.flow.StartedAt = Now()
@@ -165,8 +165,8 @@ func (a *asker) respond(frame []byte) ([]byte, error) {
 	return options.DataOut, err
 }
 
-// withdrawn_at is the latest withdrawal's time, whichever CPU is faster to write.
-func TestWithdrawalsBesideEachOther(t *testing.T) {
+// withdrawn_at is the time of the latest withdrawal, whichever CPU writes first.
+func TestConcurrentWithdrawals(t *testing.T) {
 	const withdrawers, each = 2, 10_000
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
@@ -209,7 +209,7 @@ func TestWithdrawalsBesideEachOther(t *testing.T) {
 	})
 }
 
-// withdrawOnce lets the pod fail a probe, and checks that the failure is not forgotten.
+// withdrawOnce lets the pod fail a probe and asserts that the failure is not forgotten.
 func withdrawOnce(d *Datapath, r *runner, of probeletFlowKey, flow probeletFlow, key probeletEndpointKey) error {
 	if err := d.objects.Flows.Put(of, flow); err != nil {
 		return err

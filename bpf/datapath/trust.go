@@ -7,17 +7,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Trust tells whether a device's answers are known to reach their clients.
+// Trust states whether a device's answers are known to reach their clients.
 type Trust uint16
 
-// Trusts.
+// Levels of trust.
 const (
-	TrustUnproven = Trust(probeletTrustTRUST_UNPROVEN) // not tried yet
+	TrustUnproven = Trust(probeletTrustTRUST_UNPROVEN) // on trial, or not tried yet
 	TrustProven   = Trust(probeletTrustTRUST_PROVEN)
-	TrustLost     = Trust(probeletTrustTRUST_LOST) // an answer was lost: nothing is taken
+	TrustLost     = Trust(probeletTrustTRUST_LOST) // an answer was lost: no connection is taken
 )
 
-// losses are the names of enum loss.
+// losses maps enum loss to names.
 var losses = map[uint16]string{
 	uint16(probeletLossLOSS_SYN_REPEATED):     "syn_repeated",
 	uint16(probeletLossLOSS_UNACKNOWLEDGED):   "unacknowledged",
@@ -25,14 +25,14 @@ var losses = map[uint16]string{
 	uint16(probeletLossLOSS_UNOBSERVED):       "unobserved",
 }
 
-// Losses returns the possible values of Device.Loss, sorted, without the empty one.
+// Losses returns the possible values of Device.Loss in sorted order, without the empty one.
 func Losses() []string { return slices.Sorted(maps.Values(losses)) }
 
 // TrustAgain puts a device on trial again, as if it had just been attached. The error is os.ErrNotExist as for Device.
 //
-// A listening socket of the pod's that closes while the device is replaced may be noted in the old one. But watch counts each one, of
-// whatever pod, after it has noted it: if the count has moved once all programs have ended that may know of the old one, the pod's
-// evidence is voided, too.
+// If a listening socket of the pod closes while the map element is replaced, watch may note that in the old element. But watch then
+// also counts it, as it does for every pod. So if the count has changed by the time that no running program can still refer to the
+// old element, TrustAgain voids the pod's evidence as well.
 func (d *Datapath) TrustAgain(key DeviceKey) error {
 	for withdrawn := uint64(0); ; withdrawn = Now() {
 		before, err := d.counter(probeletCounterCOUNT_WITHDRAWN_LISTENER_CLOSED)
@@ -56,8 +56,9 @@ func (d *Datapath) TrustAgain(key DeviceKey) error {
 	}
 }
 
-// awaitPrograms waits until all programs have ended that run now: each runs in an RCU read-side critical section, and the command is
-// synchronize_rcu (membarrier(2); kernel/sched/membarrier.c). Returns false on kernels that refuse it (nohz_full).
+// awaitPrograms waits until all programs that are running now have ended: each runs in an RCU read-side critical section, and the
+// command amounts to synchronize_rcu (membarrier(2); kernel/sched/membarrier.c). It returns false on kernels that refuse the command
+// (nohz_full).
 func awaitPrograms() bool {
 	const global = 1 // MEMBARRIER_CMD_GLOBAL in linux/membarrier.h
 	_, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, global, 0, 0)

@@ -13,7 +13,7 @@ import (
 // answerLost is longer than ANSWER_LOST_NS in bpf/abi.h.
 const answerLost = 550 * time.Millisecond
 
-// By a new device one connection is taken, to see whether answers arrive. Once they do, all are.
+// On a new device one connection is taken, to see whether answers arrive. Once they do, all are taken.
 func TestTrustIsEarnedByOneConnection(t *testing.T) {
 	onBench(t, func(_ *testing.T, b *bench) {
 		b.arm()
@@ -65,10 +65,10 @@ func TestTrustIsLost(t *testing.T) {
 		"the request is repeated": {TrustProven, "request_repeated", func(b *bench) {
 			x := b.connect()
 			b.reply(b.toPod("PA", b.isn+1, x+1, request))
-			b.reply(b.toPod("PA", b.isn+1, x+1, request)) // the first answer may have been held up
+			b.reply(b.toPod("PA", b.isn+1, x+1, request)) // the first answer may have been delayed
 			b.wait(answerLost)
 			b.replaysSYN(b.toPod("PA", b.isn+1, x+1, request))
-			b.accepts(7000, "PA", request) // the client gets its answer all the same
+			b.accepts(7000, "PA", request) // the client gets its answer nevertheless
 		}},
 		"observe does not see the answer": {TrustUnproven, "unobserved", func(b *bench) {
 			b.answersLost = true
@@ -103,8 +103,8 @@ func TestTrustIsLost(t *testing.T) {
 	}
 }
 
-// A repeated SYN whose answer cannot have got lost yet is answered as before: two that were held up come together.
-func TestARepeatedSYNMayHaveBeenHeldUp(t *testing.T) {
+// A repeated SYN whose answer cannot be lost yet gets the same answer, because two delayed SYNs arrive together.
+func TestDelayedSYNsGetTheSameAnswer(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		x := b.reply(b.syn()).Seq
@@ -116,8 +116,8 @@ func TestARepeatedSYNMayHaveBeenHeldUp(t *testing.T) {
 	})
 }
 
-// Where answers do not arrive, the pod gets the connection, and it is observed.
-func TestAnUnansweredSYNGoesToThePod(t *testing.T) {
+// If answers do not arrive, the pod gets the connection, which is then observed.
+func TestUnansweredSYNGoesToThePod(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		b.reply(b.syn())
@@ -132,14 +132,14 @@ func TestAnUnansweredSYNGoesToThePod(t *testing.T) {
 		b.passes(b.toPod("FA", b.isn+1+uint32(len(request)), podISN+20, "").Bytes(t, nil))
 		all := b.records()
 		if last := all[len(all)-1]; last.TCPFlags != FlagFIN|FlagACK || last.ObservedAt-last.StartedAt < uint64(answerLost) {
-			t.Fatalf("%+v: counted from the SYN that was sent again", last)
+			t.Fatalf("%+v: counted from the repeated SYN", last)
 		}
 		b.noFlows()
 	})
 }
 
-// While the pod has not answered the connection that was passed on last, nothing is answered in its name.
-func TestAPodThatDoesNotAnswerIsNotAnsweredFor(t *testing.T) {
+// Until the pod has answered the connection last passed on, nothing is answered in its name.
+func TestSilentPodIsNotAnsweredFor(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		b.trust(TrustProven)
@@ -158,8 +158,8 @@ func TestAPodThatDoesNotAnswerIsNotAnsweredFor(t *testing.T) {
 	})
 }
 
-// What is found out about one life of a device says nothing of the next.
-func TestTrustEndsWithTheDevice(t *testing.T) {
+// What is learned about one attachment of a device proves nothing about the next.
+func TestTrustEndsWithTheAttachment(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
 		old := b.key
@@ -170,12 +170,12 @@ func TestTrustEndsWithTheDevice(t *testing.T) {
 		b.replaysSYN(b.toPod("PA", b.isn+1, x+1, request)) // would lose trust
 		b.wantTrust(TrustProven, "")
 		if err := b.d.TrustAgain(old); !errors.Is(err, os.ErrNotExist) {
-			t.Fatalf("trusting again a device that was attached again: %v", err)
+			t.Fatalf("TrustAgain after the device was attached again: %v", err)
 		}
 	})
 }
 
-// Trying a device again leaves alone what the kernel notes of endpoints: a withdrawal that came meanwhile would be lost.
+// Putting a device on trial again must not write tallies: a withdrawal noted meanwhile would be lost.
 func TestTrustAgainWritesNoTally(t *testing.T) {
 	bpftest.RequireRoot(t)
 	d, err := Load()
@@ -188,12 +188,12 @@ func TestTrustAgainWritesNoTally(t *testing.T) {
 	must(t, err)
 	must(t, pod.Put(PortKey(8080), success(t, 200, time.Hour)))
 	must(t, d.objects.EndpointTallies.Put(PortKey(8080).of(key), Tally{WatchedAt: 1, WatchedPort: 40000}))
-	must(t, d.objects.EndpointTallies.Freeze()) // from now on the kernel alone may write
+	must(t, d.objects.EndpointTallies.Freeze()) // from now on only the kernel may write
 	must(t, d.TrustAgain(key))
 }
 
-// What becomes of the prober set and of the daemon's own sockets are two things, whoever changes both at a time.
-func TestProbersAndOwnSocketsAreApart(t *testing.T) {
+// The prober set and the daemon's own sockets are independent, even if both change at the same time.
+func TestProberAndOwnSocketsAreIndependent(t *testing.T) {
 	bpftest.RequireRoot(t)
 	d, err := Load()
 	must(t, err)

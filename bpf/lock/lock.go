@@ -1,5 +1,5 @@
-// Package lock is how processes of probelet keep out of each other's way. Only root can take these locks: whoever can open a
-// file can lock it (flock(2)), so a lock on what others may read is a lock that others may keep.
+// Package lock provides advisory locks between probelet's processes. Only root can take them: any process that can open a file
+// can lock it (flock(2)), so a lock on a file that others may read could be held by others.
 package lock
 
 import (
@@ -13,14 +13,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrHeld: another process kept the lock until the context ended.
+// ErrHeld: another process held the lock until the context ended.
 var ErrHeld = errors.New("locked by another process")
 
-// Lock is a lock that was taken. The kernel releases it if the process dies.
+// Lock is an acquired lock. The kernel releases it if the process dies.
 type Lock struct{ file *os.File }
 
-// File locks a file, exclusively (unix.LOCK_EX) or shared (unix.LOCK_SH), and makes it if it is not there. It tries at least once,
-// and until ctx ends; the error is then ErrHeld. The error is fs.ErrNotExist if there is no directory for it.
+// File locks a file, exclusively (unix.LOCK_EX) or shared (unix.LOCK_SH), and creates it if necessary. It tries at least once and
+// returns ErrHeld when ctx ends. The error is fs.ErrNotExist if the directory does not exist.
 func File(ctx context.Context, path string, how int) (*Lock, error) {
 	for {
 		l, err := take(ctx, path, unix.O_RDWR|unix.O_CREAT, how)
@@ -30,16 +30,16 @@ func File(ctx context.Context, path string, how int) (*Lock, error) {
 		if l.isAt(path) {
 			return l, nil
 		}
-		l.Release() // whoever had it removed the file meanwhile
+		l.Release() // the previous holder removed the file
 	}
 }
 
-// Dir locks a directory, where a file cannot be made: a BPF file system has none. It is otherwise like File.
+// Dir is like File, but locks an existing directory. Use it on a BPF file system, which holds no regular files.
 func Dir(ctx context.Context, path string, how int) (*Lock, error) {
 	return take(ctx, path, unix.O_RDONLY|unix.O_DIRECTORY, how)
 }
 
-// take opens a file or directory, closes it to others, and locks it.
+// take opens a file or directory, removes other users' access to it, and locks it.
 func take(ctx context.Context, path string, flags, how int) (*Lock, error) {
 	f, err := os.OpenFile(path, flags|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
@@ -48,7 +48,7 @@ func take(ctx context.Context, path string, flags, how int) (*Lock, error) {
 	l := &Lock{f}
 	if err := l.closeToOthers(); err != nil {
 		l.Release()
-		return nil, fmt.Errorf("%s: must be closed to other users: %w", path, err)
+		return nil, fmt.Errorf("%s: removing other users' access: %w", path, err)
 	}
 	if err := l.wait(ctx, how); err != nil {
 		l.Release()
@@ -66,7 +66,7 @@ func (l *Lock) closeToOthers() error {
 }
 
 func (l *Lock) wait(ctx context.Context, how int) error {
-	for wait := 50 * time.Microsecond; ; wait = min(2*wait, 5*time.Millisecond) { // it is mostly held for less
+	for wait := 50 * time.Microsecond; ; wait = min(2*wait, 5*time.Millisecond) { // most holders need less
 		err := unix.Flock(int(l.file.Fd()), how|unix.LOCK_NB)
 		if err == nil || !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
 			return err
@@ -79,21 +79,21 @@ func (l *Lock) wait(ctx context.Context, how int) error {
 	}
 }
 
-// isAt reports whether the file that is locked is still the one of that path.
+// isAt reports whether the locked file is still the one at path.
 func (l *Lock) isAt(path string) bool {
 	ours, err := l.file.Stat()
 	theirs, pathErr := os.Lstat(path)
 	return err == nil && pathErr == nil && os.SameFile(ours, theirs)
 }
 
-// Release releases the lock; nil is none.
+// Release releases the lock. On a nil Lock it is a no-op.
 func (l *Lock) Release() {
 	if l != nil {
 		_ = l.file.Close()
 	}
 }
 
-// Remove removes the file, and releases the lock: those that wait for it take the next file. nil is none.
+// Remove removes the file and releases the lock; waiters then lock a new file. On a nil Lock it is a no-op.
 func (l *Lock) Remove() error {
 	if l == nil {
 		return nil

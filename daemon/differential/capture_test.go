@@ -13,18 +13,19 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// capture does on the loopback device what the kernel side does on a pod's: it records the first connection to each address.
+// capture does on the loopback device what the kernel side does on a pod's device: it records the first connection to
+// each address.
 type capture struct {
 	fd   int
-	last uint64 // time of the last packet
+	last uint64 // time of the latest packet
 
 	mu    sync.Mutex
 	flows map[netip.AddrPort]*flow
 }
 
-// flow is a connection.
+// flow is one connection.
 type flow struct {
-	client              uint16 // port
+	client              uint16 // port of the client
 	clientISN, podISN   uint32
 	startedAt, question uint64
 	records             []datapath.Record
@@ -68,7 +69,8 @@ func (c *capture) run(t testing.TB, stop chan struct{}) {
 			t.Errorf("capturing: %v", err)
 			return
 		default:
-			// The first packets may have the time at which they were read: the kernel begins to take times a moment later.
+			// The first packets may carry the time at which they were read: the kernel starts to take timestamps a moment
+			// later.
 			c.last = max(c.last, timeOf(oob[:oobn]))
 			c.record(packet[:n], c.last)
 		}
@@ -84,7 +86,7 @@ func timeOf(oob []byte) uint64 {
 	return seconds*uint64(time.Second) + ns
 }
 
-// expect begins to record what goes to an address.
+// expect starts recording what goes to an address.
 func (c *capture) expect(address netip.AddrPort) *flow {
 	f := &flow{ended: make(chan struct{})}
 	c.mu.Lock()
@@ -93,7 +95,7 @@ func (c *capture) expect(address netip.AddrPort) *flow {
 	return f
 }
 
-// forget returns what was recorded since.
+// forget stops recording, and returns what was recorded.
 func (c *capture) forget(address netip.AddrPort) []datapath.Record {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -102,7 +104,7 @@ func (c *capture) forget(address netip.AddrPort) []datapath.Record {
 	return f.records
 }
 
-// record notes a packet of IPv4 (RFC 791) with TCP (RFC 9293).
+// record records an IPv4 packet (RFC 791) with TCP (RFC 9293).
 func (c *capture) record(packet []byte, at uint64) {
 	if packet[9] != unix.IPPROTO_TCP {
 		return

@@ -1,4 +1,4 @@
-// Package differential holds what probelet takes for a success against the kubelet's own prober, over real sockets.
+// Package differential compares what probelet considers a success with the kubelet's own prober, over real sockets.
 package differential
 
 import (
@@ -23,17 +23,17 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/probe"
-	"github.com/probelet/probelet/e2e/replies"
+	"github.com/probelet/probelet/e2e/harness/replies"
 )
 
 var (
-	count = flag.Uint64("replies", 5000, "how many replies are compared")
-	first = flag.Uint64("first", 0, "the seed of the first one")
+	count = flag.Uint64("replies", 5000, "number of replies to compare")
+	first = flag.Uint64("first", 0, "seed of the first reply")
 )
 
 const atATime = 48
 
-// stage has a server whose reply depends on the address that is asked.
+// stage runs a server whose reply depends on the address that is asked.
 type stage struct {
 	capture *capture
 	port    uint16
@@ -77,7 +77,7 @@ func (s *stage) serve(conn *net.TCPConn) {
 	reply.Serve(conn)
 }
 
-// play has the kubelet's prober ask for the reply, and returns its verdict and what was recorded.
+// play makes the kubelet's prober request the reply, and returns its verdict and what was recorded.
 func (s *stage) play(t testing.TB, reply replies.Reply, timeout time.Duration) (success bool, said string, records []datapath.Record) {
 	address, forget := s.at(reply)
 	defer forget()
@@ -98,7 +98,7 @@ func ask(t testing.TB, address netip.AddrPort, timeout time.Duration) (kubeprobe
 	return httpprobe.New(false).Probe(request, timeout)
 }
 
-// taken reports whether the records would be taken for a success of a probe with this timeout.
+// taken reports whether the records are a success of a probe with this timeout.
 func taken(records []datapath.Record, timeout time.Duration) bool {
 	assembler := evidence.NewAssembler()
 	return slices.ContainsFunc(records, func(r datapath.Record) bool {
@@ -107,16 +107,16 @@ func taken(records []datapath.Record, timeout time.Duration) bool {
 	})
 }
 
-// late reports whether the records end so late that the prober may have given up: the daemon's own rule.
+// late reports whether the records end so late that the prober may have given up, by the daemon's own rule.
 func late(records []datapath.Record, timeout time.Duration) bool {
 	return slices.ContainsFunc(records, func(r datapath.Record) bool {
 		return time.Duration(r.ObservedAt-r.StartedAt) >= timeout-timeout/10
 	})
 }
 
-// Whatever a server replies, and whichever of its packets are missed, seen twice or seen in another order: what the
-// kubelet's prober does not call a success is not taken for one. And what it does call one is known to be, but for replies
-// that are left out on purpose.
+// Whatever a server replies, and whichever of its packets are lost, duplicated or reordered: if the kubelet's prober does
+// not call it a success, neither do we. And if the prober does, so do we, except for replies that are left out on
+// purpose.
 func TestNothingElseIsASuccess(t *testing.T) {
 	s := newStage(t)
 	var successes atomic.Int64
@@ -138,12 +138,12 @@ func TestNothingElseIsASuccess(t *testing.T) {
 	all.Wait()
 	t.Logf("%d replies, %d of them successes", *count, successes.Load())
 	if n := uint64(successes.Load()); n < *count/4 || n > *count*3/4 {
-		t.Error("the replies are too much alike")
+		t.Error("too little variety among the replies")
 	}
 }
 
-// FuzzReply compares what a reply of these bytes is to the prober and to us. cuts holds four lengths of parts; end is an
-// index of ends.
+// FuzzReply compares the prober's verdict on a reply of these bytes with ours. cuts holds the lengths of four parts; end
+// is an index into ends.
 func FuzzReply(f *testing.F) {
 	ends := []replies.End{replies.Close, replies.HalfClose, replies.Hold, replies.Reset}
 	for seed := range uint64(200) {
@@ -162,32 +162,32 @@ func FuzzReply(f *testing.F) {
 	})
 }
 
-// compare plays the reply, and returns whether the prober calls it a success.
+// compare plays the reply, and reports whether the prober calls it a success.
 func (s *stage) compare(t *testing.T, reply replies.Reply, timeout time.Duration, random *rand.Rand) bool {
 	success, said, records := s.play(t, reply, timeout)
 	switch seen := taken(records, timeout); {
 	case success && !seen && !late(records, timeout) && !leftOut(reply):
-		t.Errorf("not known to be a success:\n%s\n%s", reply, describe(records))
+		t.Errorf("not recognised as a success:\n%s\n%s", reply, describe(records))
 	case seen && !success:
 		t.Errorf("taken for a success, although the prober says %s\n%s", said, reply)
 	}
 	for range 20 {
 		if garbled := garble(records, random); !success && taken(garbled, timeout) {
-			t.Errorf("taken for a success, not having been seen whole, although the prober says %s\n%s\n%+v", said, reply, garbled)
+			t.Errorf("taken for a success, although it was not seen completely and the prober says %s\n%s\n%+v", said, reply, garbled)
 		}
 	}
 	return success
 }
 
-// leftOut reports whether a success may go unrecognised: it came before the request, is ours, too long to be recorded, or
-// none to older versions of net/http.
+// leftOut reports whether a success may go unrecognised: it came before the request, is an answer of probelet's, is too
+// long to be recorded, or is an error to older versions of net/http.
 func leftOut(r replies.Reply) bool {
 	text := r.Text()
 	return r.Early || len(text) > datapath.MaxRecorded ||
 		bytes.Contains(text, []byte("Cache-Status: probelet")) || bytes.Count(text, []byte("HTTP/")) > 5
 }
 
-// garble loses, repeats and shifts some records in time, past those that follow them.
+// garble drops and repeats some records, and moves others in time past those that follow them.
 func garble(records []datapath.Record, random *rand.Rand) []datapath.Record {
 	var garbled []datapath.Record
 	for _, r := range records {
@@ -195,7 +195,7 @@ func garble(records []datapath.Record, random *rand.Rand) []datapath.Record {
 		case 0: // lost
 		case 1:
 			garbled = append(garbled, r, r)
-		case 2: // another CPU recorded it
+		case 2: // recorded by another CPU
 			r.ObservedAt += uint64(random.IntN(int(time.Millisecond)))
 			garbled = append(garbled, r)
 		default:
@@ -205,7 +205,7 @@ func garble(records []datapath.Record, random *rand.Rand) []datapath.Record {
 	return garbled
 }
 
-// describe tells of each record in a line.
+// describe returns a line about each record.
 func describe(records []datapath.Record) string {
 	var b strings.Builder
 	for _, r := range records {

@@ -14,8 +14,8 @@ import (
 // insideEnv is set in the network namespace in which the tests run.
 const insideEnv = "PROBELET_DIFFERENTIAL"
 
-// TestMain runs everything in a network namespace of its own, whose loopback nobody else uses. Workers of a fuzz target
-// are started from within it.
+// TestMain runs everything in a network namespace of its own, so that its loopback device is not shared. The workers of a
+// fuzz target start inside it.
 func TestMain(m *testing.M) {
 	if os.Getenv(insideEnv) != "" {
 		os.Exit(m.Run())

@@ -15,10 +15,10 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/refresh"
-	"github.com/probelet/probelet/e2e/replies"
+	"github.com/probelet/probelet/e2e/harness/replies"
 )
 
-// sockets are ordinary ones, and counted.
+// sockets opens ordinary sockets, and counts them.
 type sockets struct{ opened atomic.Int32 }
 
 func (s *sockets) Open(family int) (fd int, cookie uint64, err error) {
@@ -29,8 +29,8 @@ func (s *sockets) Open(family int) (fd int, cookie uint64, err error) {
 
 func (s *sockets) Done(uint64) {}
 
-// refreshed reports whether the daemon's own request would be taken for a success of a probe with this timeout. One that has no
-// outcome is asked again, which ends the wait.
+// refreshed reports whether the daemon's own request would be a success of a probe with this timeout. A request without
+// an outcome is repeated, which ends the wait.
 func refreshed(t testing.TB, at netip.AddrPort, timeout time.Duration) bool {
 	s := &sockets{}
 	r, err := refresh.New(s, datapath.Now)
@@ -52,7 +52,7 @@ func refreshed(t testing.TB, at netip.AddrPort, timeout time.Duration) bool {
 	return false
 }
 
-// at has a reply served, and returns the address until it is forgotten.
+// at serves a reply, and returns its address; forget stops that.
 func (s *stage) at(reply replies.Reply) (at netip.AddrPort, forget func()) {
 	n := s.next.Add(1)
 	at = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 1, byte(n >> 8), byte(n)}), s.port)
@@ -66,7 +66,7 @@ func (s *stage) at(reply replies.Reply) (at netip.AddrPort, forget func()) {
 	}
 }
 
-// Whatever a server replies: the daemon's own request takes nothing for a success that the kubelet's prober does not.
+// Whatever a server replies: the daemon's own request never succeeds where the kubelet's prober fails.
 func TestRefreshIsNoMoreLenient(t *testing.T) {
 	const timeout = time.Second
 	s := newStage(t)
@@ -81,7 +81,7 @@ func TestRefreshIsNoMoreLenient(t *testing.T) {
 					continue
 				}
 				at, forget := s.at(reply)
-				for attempt := 0; ; attempt++ { // a machine that is busy makes either of them late
+				for attempt := 0; ; attempt++ { // on a busy machine either of them may be late
 					result, said, err := ask(t, at, timeout)
 					success, seen := result == kubeprobe.Success && err == nil, refreshed(t, at, timeout)
 					if success {

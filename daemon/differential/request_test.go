@@ -21,8 +21,8 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// TestSameBytesAreOneEndpoint has the kubelet's prober ask what two specs say. They are one endpoint if it sends the same, and two
-// otherwise; and what it sends is known to be the one's, and not the other's.
+// TestSameBytesAreOneEndpoint makes the kubelet's prober send the requests of two specs. They are one endpoint if it
+// sends the same bytes for both, and two otherwise; and what it sends is recognised as that endpoint's request only.
 func TestSameBytesAreOneEndpoint(t *testing.T) {
 	loopbackUp(t)
 	must(t, flag.Set("rapid.checks", "2000"))
@@ -46,19 +46,19 @@ func TestSameBytesAreOneEndpoint(t *testing.T) {
 		}
 		same := bytes.Equal(told(sent[0]), told(sent[1]))
 		if (len(specs) == 1) != same {
-			rt.Fatalf("%d endpoints are asked\n%q\n%q", len(specs), sent[0], sent[1])
+			rt.Fatalf("%d endpoints:\n%q\n%q", len(specs), sent[0], sent[1])
 		}
-		kinds[fmt.Sprintf("the same: %v, by the same headers: %v", same, slices.Equal(a.Headers, b.Headers))]++
+		kinds[fmt.Sprintf("the same: %v, with the same headers: %v", same, slices.Equal(a.Headers, b.Headers))]++
 	})
 	t.Logf("%v", kinds)
 	if len(kinds) < 5 {
-		t.Errorf("too few kinds of pairs came about: %v", kinds)
+		t.Errorf("too few kinds of pairs were drawn: %v", kinds)
 	}
 }
 
 var paths = rapid.SampledFrom([]string{"/x", "/x?a", "/y"})
 
-// recorder keeps what it is sent, and responds.
+// recorder records the requests that it receives, and responds.
 type recorder struct {
 	at       netip.AddrPort
 	requests chan []byte
@@ -102,7 +102,7 @@ func (r *recorder) spec(probeType probe.Type, path string, headers []probe.Heade
 	}
 }
 
-// header draws one of those that net/http or the prober treat in a way of their own, or any other.
+// header draws a header that net/http or the prober treat specially, or any other.
 func (r *recorder) header() *rapid.Generator[probe.Header] {
 	names := rapid.SampledFrom([]string{
 		"Accept", "accept", "User-Agent", "user-agent", "Host", "host", "Connection", "Upgrade", "Content-Length", "Transfer-Encoding", "Trailer",
@@ -117,13 +117,13 @@ func (r *recorder) header() *rapid.Generator[probe.Header] {
 	})
 }
 
-// agent is the kubelet's own.
+// agent returns the kubelet's own User-Agent.
 func agent() string {
 	v := version.Get()
 	return fmt.Sprintf("kube-probe/%s.%s", v.Major, v.Minor)
 }
 
-// variant draws a probe that may be asking the same.
+// variant draws a probe that may ask the same.
 func (r *recorder) variant(rt *rapid.T, p probe.Spec) probe.Spec {
 	headers := slices.Clone(p.Headers)
 	anyway := []probe.Header{
@@ -144,7 +144,7 @@ func (r *recorder) variant(rt *rapid.T, p probe.Spec) probe.Spec {
 	return r.spec(probe.Readiness, p.Path, headers)
 }
 
-// send has the prober ask as the kubelet does. It returns nothing if the prober refuses.
+// send makes the prober ask as the kubelet does. It returns nil if the prober refuses.
 func (r *recorder) send(t *testing.T, p probe.Spec) []byte {
 	action := &v1.HTTPGetAction{Path: p.Path, Port: intstr.FromInt32(int32(p.Port))}
 	for _, h := range p.Headers {
@@ -158,7 +158,7 @@ func (r *recorder) send(t *testing.T, p probe.Spec) []byte {
 	return <-r.requests
 }
 
-// check holds the endpoints that a probe asks against what the prober sent for it.
+// check compares the endpoints of a probe with what the prober sent for it.
 func (r *recorder) check(rt *rapid.T, specs []probe.EndpointSpec, p probe.Spec, sent []byte) {
 	request, err := probe.ParseRequest(sent)
 	if err != nil && sent != nil {
@@ -170,13 +170,13 @@ func (r *recorder) check(rt *rapid.T, specs []probe.EndpointSpec, p probe.Spec, 
 			rt.Fatalf("%v is not sent, %s: %q", p.Headers, s.Endpoint, s.Reason.Text)
 		}
 		if sent != nil && s.Asks(request) != asks {
-			rt.Fatalf("%s, asked by %v, is asked %q: %v", s.Endpoint, s.Askers, sent, !asks)
+			rt.Fatalf("%s, asked by %v, is asked by %q: %v", s.Endpoint, s.Askers, sent, !asks)
 		}
 	}
 }
 
-// told is what the daemon tells requests apart by: not by the kubelet's version, which it does not know, nor by that the
-// connection is closed, as all say, nor by the order of headers of other names.
+// told returns what the daemon can tell requests apart by: not the kubelet's version, which it does not know, nor
+// "Connection: close", which all requests have, nor the order of headers of different names.
 func told(request []byte) []byte {
 	lines := strings.Split(strings.TrimSuffix(string(request), "\r\n\r\n"), "\r\n")
 	headers := slices.DeleteFunc(lines[1:], func(line string) bool { return line == "Connection: close" })

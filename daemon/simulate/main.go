@@ -1,5 +1,5 @@
-// Command simulate holds the freshness policy against plain Kubernetes, over days of simulated time, and writes what
-// comes of it into docs/.
+// Command simulate compares the freshness policy with plain Kubernetes, over days of simulated time, and writes the
+// results into docs/.
 package main
 
 import (
@@ -18,10 +18,10 @@ import (
 )
 
 func main() {
-	pods := flag.Int("pods", 200, "pods in all, shared out among the scenarios")
-	days := flag.Float64("days", 3, "simulated days of each")
-	seed := flag.Uint64("seed", 1, "seed of all that is drawn")
-	docs := flag.String("docs", "", "directory to write simulation.md's table and simulation.svg into; empty: nowhere")
+	pods := flag.Int("pods", 200, "total number of pods, divided among the scenarios")
+	days := flag.Float64("days", 3, "days to simulate per pod")
+	seed := flag.Uint64("seed", 1, "seed of the random numbers")
+	docs := flag.String("docs", "", "directory in which to update simulation.md and simulation.svg; empty to write neither")
 	flag.Parse()
 	if err := run(*pods, time.Duration(*days*24*float64(time.Hour)), *seed, *docs); err != nil {
 		fmt.Fprintln(os.Stderr, "simulate:", err)
@@ -41,16 +41,16 @@ func run(pods int, d time.Duration, seed uint64, docs string) error {
 			failed = append(failed, s.Name+": "+v)
 		}
 		if r.HitRate() < s.Demanded {
-			failed = append(failed, fmt.Sprintf("%s: %.2f %% answered, demanded are %.0f %%", s.Name, 100*r.HitRate(), 100*s.Demanded))
+			failed = append(failed, fmt.Sprintf("%s: %.2f %% answered, want at least %.0f %%", s.Name, 100*r.HitRate(), 100*s.Demanded))
 		}
 	}
 	if _, err := os.Stdout.Write(text(rows)); err != nil {
 		return err
 	}
 	if len(failed) > 0 {
-		return fmt.Errorf("what is promised does not hold:\n  %s", strings.Join(failed, "\n  "))
+		return fmt.Errorf("promises broken:\n  %s", strings.Join(failed, "\n  "))
 	}
-	fmt.Printf("\n%d pods, %s each: no answer after its bound or after a failure, no verdict that plain Kubernetes would not have given,\nno failure detected later than stated\n",
+	fmt.Printf("\n%d pods, %s each: no answer after its bound or after a failure, no failure verdict that plain Kubernetes would not have reached,\nno failure detected later than stated\n",
 		each*len(scenarios), d)
 	if docs == "" {
 		return nil
@@ -65,7 +65,7 @@ func run(pods int, d time.Duration, seed uint64, docs string) error {
 	return writeTable(filepath.Join(docs, "simulation.md"), markdown(rows, each*len(scenarios), d, seed))
 }
 
-// sweep runs what the plot shows.
+// sweep runs the scenarios of the plot.
 func sweep(d time.Duration, seed uint64) ([]row, error) {
 	const each = 6
 	var rows []row
@@ -80,7 +80,7 @@ func sweep(d time.Duration, seed uint64) ([]row, error) {
 	return rows, nil
 }
 
-// progress shows on a terminal how far a long piece of work has come.
+// progress reports the progress of a long run on a terminal.
 func progress(what string, pods int) func() {
 	info, err := os.Stderr.Stat()
 	if err != nil || info.Mode()&os.ModeCharDevice == 0 {
@@ -96,14 +96,14 @@ func progress(what string, pods int) func() {
 	}
 }
 
-// row is a scenario with its result.
+// row is a scenario and its result.
 type row struct {
 	simulate.Scenario
 	simulate.Result
 }
 
 var columns = []string{
-	"pods", "probes", "answered (healthy)", "expected", "answered (all)", "failures found", "worst delay", "plain", "bound",
+	"pods", "probes", "answered (healthy)", "expected", "answered (all)", "failures detected", "worst delay", "plain", "bound",
 	"worst of bound", "stopped", "connections per probe",
 }
 
@@ -129,7 +129,7 @@ func text(rows []row) []byte {
 	for _, r := range rows {
 		_, _ = fmt.Fprintln(table, strings.Join(r.cells(), "\t"))
 	}
-	_ = table.Flush() // into memory
+	_ = table.Flush() // cannot fail: writes to memory
 	return out.Bytes()
 }
 
@@ -144,11 +144,11 @@ func markdown(rows []row, pods int, d time.Duration, seed uint64) string {
 }
 
 const (
-	begin = "<!-- what make simulate writes begins here -->\n"
-	end   = "<!-- and ends here -->\n"
+	begin = "<!-- begin of what make simulate generates -->\n"
+	end   = "<!-- end of what make simulate generates -->\n"
 )
 
-// writeTable replaces what lies between the marks.
+// writeTable replaces the text between the marks.
 func writeTable(path, table string) error {
 	doc, err := os.ReadFile(path)
 	if err != nil {
@@ -157,7 +157,7 @@ func writeTable(path, table string) error {
 	before, rest, ok := strings.Cut(string(doc), begin)
 	_, after, ended := strings.Cut(rest, end)
 	if !ok || !ended {
-		return fmt.Errorf("%s: the marks of the table are missing", path)
+		return fmt.Errorf("%s: the marks around the table are missing", path)
 	}
 	return renameio.WriteFile(path, []byte(before+begin+"\n"+table+"\n"+end+after), 0o644)
 }

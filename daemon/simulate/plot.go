@@ -14,13 +14,13 @@ const (
 	mostSeconds, secondsSteps = 100, 20
 )
 
-// marks tell the series apart without colours.
+// marks distinguish the series even without colours.
 var marks = []struct{ shape, colour, dash string }{
 	{"circle", "#1f5fa8", ""}, {"square", "#b5471b", "7 4"}, {"triangle", "#2e7d32", "2 4"},
 }
 
-// plot draws, for each kind of pod, what share of its probes is answered over how long a failure can go unnoticed, from
-// the shortest staleness to the longest.
+// plot draws, for each kind of pod, the share of answered probes over the time that a failure can go unnoticed, from the
+// shortest staleness to the longest.
 func plot(points []row) []byte {
 	x := func(seconds float64) float64 { return left + seconds/mostSeconds*(width-left-right) }
 	y := func(share float64) float64 { return height - bottom - share*(height-top-bottom) }
@@ -38,9 +38,9 @@ func plot(points []row) []byte {
 		add(`<line x1="%.1f" y1="%d" x2="%.1f" y2="%d" stroke="#ddd"/>`, x(float64(s)), top, x(float64(s)), height-bottom)
 		add(`<text x="%.1f" y="%d" text-anchor="middle">%d s</text>`, x(float64(s)), height-bottom+18, s)
 	}
-	add(`<text x="%.1f" y="%d" text-anchor="middle">worst detection of a failure: large mark the stated bound, small mark the longest measured</text>`,
+	add(`<text x="%.1f" y="%d" text-anchor="middle">worst detection time of a failure (large mark: stated bound; small mark: longest measured)</text>`,
 		float64(left+width-right)/2, height-16)
-	add(`<text transform="translate(18 %d) rotate(-90)" text-anchor="middle">probes of healthy pods that are answered</text>`, (top+height-bottom)/2)
+	add(`<text transform="translate(18 %d) rotate(-90)" text-anchor="middle">share of healthy pods' probes that is answered</text>`, (top+height-bottom)/2)
 	plain := points[0].WorstPlain.Seconds()
 	add(`<line x1="%.1f" y1="%d" x2="%.1f" y2="%d" stroke="#555" stroke-dasharray="1 3"/>`, x(plain), top, x(plain), height-bottom)
 	add(`<text transform="translate(%.1f %d) rotate(-90)" fill="#555" font-size="11">plain Kubernetes, measured: %.1f s</text>`, x(plain)-5, height-bottom-20, plain)
@@ -65,7 +65,7 @@ func plot(points []row) []byte {
 		line = append(line, fmt.Sprintf("%.1f,%.1f", px, py))
 		mark(add, series, px, py, 5)
 		mark(add, series, x(p.WorstDelay.Seconds()), py, 2)
-		// Only whole periods, lest the labels overlap, and under their marks.
+		// Label only whole periods, so that the labels do not overlap, below their marks.
 		below := py + 18
 		if below > height-bottom {
 			below = py - 10
@@ -75,7 +75,7 @@ func plot(points []row) []byte {
 		}
 	}
 	flush()
-	for i, note := range []string{"numbers: staleness in periods,", "a slack not counted", "", "probes every 10 s, timeout 1 s,", "failureThreshold 3"} {
+	for i, note := range []string{"numbers: staleness in periods,", "without the slack", "", "probes every 10 s, timeout 1 s,", "failureThreshold 3"} {
 		add(`<text x="%d" y="%d" fill="#555">%s</text>`, width-right+16, top+120+18*i, note)
 	}
 	add("</svg>")

@@ -9,15 +9,17 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
-// These tests are the first ones, by this file's name: what is measured and seen without probelet is of a node that it has
-// never been on.
+// These tests run first, because of this file's name: the measurements and snapshots without probelet need a node that it has
+// never run on.
 
-// withoutProbelet is after how long pods with all kinds of probes were Ready.
+// withoutProbelet is how long pods with all kinds of probes took to become Ready.
 var withoutProbelet []time.Duration
 
-// measureWithout makes withoutProbelet.
+// measureWithout sets withoutProbelet.
 func measureWithout(t *testing.T) {
 	t.Helper()
 	if withoutProbelet != nil {
@@ -26,16 +28,16 @@ func measureWithout(t *testing.T) {
 	if installed() {
 		uninstall(t)
 	}
-	// The first pods of a node are ready sooner than any after them, so they are no measure.
+	// The first pods on a node become ready sooner than later ones, so they do not count.
 	for range 2 {
 		t.Run("without", func(t *testing.T) { _, withoutProbelet = runAlike(t, "without", nil) })
 	}
 }
 
-// alike is of how many pods a median is taken.
+// alike is the number of pods to take a median of.
 const alike = 3
 
-// runAlike runs pods with all kinds of probes, together, and says after how long they were Ready.
+// runAlike runs pods with all kinds of probes at the same time, and returns how long each took to become Ready.
 func runAlike(t *testing.T, name string, annotations map[string]string) (pods []*corev1.Pod, ready []time.Duration) {
 	t.Helper()
 	begin := time.Now()
@@ -44,14 +46,14 @@ func runAlike(t *testing.T, name string, annotations map[string]string) (pods []
 		pod.Annotations = annotations
 		pods = append(pods, create(t, pod))
 	}
-	ready = timesUntil(t, begin, pods, time.Minute, "ready", Ready)
+	ready = timesUntil(t, begin, pods, time.Minute, "ready", kube.Ready)
 	for i := range pods {
 		pods[i] = awaitReady(t, pods[i])
 	}
 	return pods, ready
 }
 
-// timesUntil says after how long each pod was as wanted.
+// timesUntil returns how long each pod took to satisfy wanted.
 func timesUntil(t *testing.T, begin time.Time, pods []*corev1.Pod, limit time.Duration, what string, wanted func(*corev1.Pod) bool) []time.Duration {
 	t.Helper()
 	times := make([]time.Duration, len(pods))
@@ -73,20 +75,21 @@ func timesUntil(t *testing.T, begin time.Time, pods []*corev1.Pod, limit time.Du
 	return times
 }
 
-// Onto a node with pods, first to observe, then to answer, and off it again: nobody notices, and nothing is left.
+// Installing on a node with pods, upgrading from observe to answer and uninstalling disturbs nothing and leaves nothing
+// behind.
 func TestInstallUpgradeUninstall(t *testing.T) {
 	if installed() {
 		uninstall(t)
 	}
 	measureWithout(t)
 	for _, way := range []string{"copy", "dropin"} {
-		t.Run(way, func(t *testing.T) { testComingAndGoing(t, way) })
+		t.Run(way, func(t *testing.T) { testInstallCycle(t, way) })
 	}
 	mustBeAs(t, pristine)
 }
 
-func testComingAndGoing(t *testing.T, way string) {
-	mustBeAs(t, pristine) // the devices of pods that have ended are gone
+func testInstallCycle(t *testing.T, way string) {
+	mustBeAs(t, pristine) // wait until the devices of deleted pods are gone
 	pod := run(t, web("before"))
 	before := takeSnapshot(t)
 	watch := watchSteady(t, pod)
@@ -98,13 +101,13 @@ func testComingAndGoing(t *testing.T, way string) {
 
 	churn.during("install", func() {
 		deploy(t, release("observe"))
-		eventually(t, "it is adopted and observed", time.Minute, func() bool {
+		eventually(t, "the pod is adopted and observed", time.Minute, func() bool {
 			a := readStatus(t).of(pod.Name)
 			return a.Adopted && len(a.Endpoints) > 0 && a.Endpoints[0].State != "unknown"
 		})
 	})
 	if hits := readStatus(t).hits(pod.Name); hits > 0 {
-		t.Errorf("%d probes were answered that were only to be observed", hits)
+		t.Errorf("%d probes were answered in mode observe", hits)
 	}
 	churn.during("upgrade", func() {
 		deploy(t, release("answer"))
@@ -120,14 +123,14 @@ func testComingAndGoing(t *testing.T, way string) {
 	mustBeGone(t, links)
 }
 
-// Where an attachment leaves something.
+// Directories in which an attachment leaves entries.
 const (
-	pinsDir    = BPFFS + "/probelet/v5/attachments"
+	pinsDir    = kube.BPFFS + "/probelet/v5/attachments"
 	recordsDir = stateDir + "/attachments"
 )
 
-// A pod of before, deleted while probelet is there, leaves nothing.
-func TestAdoptedIsDeleted(t *testing.T) {
+// A pod older than probelet leaves nothing when it is deleted.
+func TestAdoptedPodIsDeleted(t *testing.T) {
 	if installed() {
 		uninstall(t)
 	}
@@ -141,13 +144,13 @@ func TestAdoptedIsDeleted(t *testing.T) {
 		return len(files) > 0
 	}
 	if !remains(pinsDir) || !remains(recordsDir) {
-		t.Fatalf("%s is not pinned, or not on record", name)
+		t.Fatalf("%s is not pinned or has no record", name)
 	}
 	must(t, cluster.Delete(t.Context(), old))
-	eventually(t, "nothing of it is left", 10*time.Second, func() bool { return !remains(pinsDir) && !remains(recordsDir) })
+	eventually(t, "pins and record are removed", 10*time.Second, func() bool { return !remains(pinsDir) && !remains(recordsDir) })
 }
 
-// A node that is well is called so, by a process of the host and by one of the daemon's pod; and one that is not, not.
+// doctor reports a healthy node as healthy, both on the host and in the daemon's pod, and an unhealthy one as unhealthy.
 func TestDoctor(t *testing.T) {
 	deploy(t, nil)
 	pod := run(t, web("well"))
@@ -156,18 +159,18 @@ func TestDoctor(t *testing.T) {
 	if !strings.Contains(text, "the kubelet, cgroup") || !strings.Contains(text, "containerd v") {
 		t.Error(text)
 	}
-	daemons, err := cluster.daemonPods(t.Context())
+	daemons, err := cluster.DaemonPods(t.Context())
 	must(t, err)
 	if len(daemons) != 1 {
-		t.Fatalf("%d pods of the daemon", len(daemons))
+		t.Fatalf("%d daemon pods, want 1", len(daemons))
 	}
 	_, id, _ := strings.Cut(daemons[0].Status.ContainerStatuses[0].ContainerID, "://")
-	must(t, cluster.ctr("tasks", "exec", "--exec-id", "doctor", id, "/usr/local/bin/probeletctl", "doctor"))
+	must(t, cluster.Ctr("tasks", "exec", "--exec-id", "doctor", id, "/usr/local/bin/probeletctl", "doctor"))
 
-	// Off again, it is a preflight, which this node passes.
+	// After uninstalling, doctor is a preflight check, which this node passes.
 	uninstall(t)
 	text = ctl(t, "doctor")
-	for _, want := range []string{"note     probelet      is not installed", "ok       prober        the kubelet, cgroup", "would    chain         write " + NetDir, "would    plugin        put it at " + BinDir} {
+	for _, want := range []string{"note     probelet      is not installed", "ok       prober        the kubelet, cgroup", "would    chain         write " + kube.NetDir, "would    plugin        put it at " + kube.BinDir} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q:\n%s", want, text)
 		}

@@ -11,21 +11,23 @@ import (
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
-// churn creates and deletes pods until it is told to stop.
+// churn creates and deletes pods until it is stopped.
 type churn struct {
 	t      *testing.T
-	prefix string // of the pods' names
+	prefix string // for the names of pods
 	stop   context.CancelFunc
 	done   sync.WaitGroup
 
 	mu     sync.Mutex
-	whole  []time.Time // when pods were created that have come and gone
+	whole  []time.Time // creation times of pods that were created and deleted
 	broken error
 }
 
-// churners come and go at a time.
+// churners is the number of pods at a time.
 const churners = 2
 
 func startChurn(t *testing.T, name string) *churn {
@@ -46,31 +48,31 @@ func startChurn(t *testing.T, name string) *churn {
 	return c
 }
 
-// one is not interrupted: what it has created is to go.
+// one ignores cancellation, so that it deletes what it created.
 func (c *churn) one(name string) {
 	ctx, begin := context.Background(), time.Now()
 	pod, err := cluster.Create(ctx, web(name))
 	if err == nil {
-		_, err = cluster.Await(ctx, pod, time.Minute, "ready", Ready)
+		_, err = cluster.Await(ctx, pod, time.Minute, "ready", kube.Ready)
 		err = errors.Join(err, cluster.Delete(ctx, pod))
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err != nil {
-		c.broken = errors.Join(c.broken, fmt.Errorf("%s, that came and went: %w", name, err))
+		c.broken = errors.Join(c.broken, fmt.Errorf("churn pod %s: %w", name, err))
 		c.stop()
 		return
 	}
 	c.whole = append(c.whole, begin)
 }
 
-// during does something, in which time pods must have come and gone.
+// during calls do, and checks that pods were created and deleted meanwhile.
 func (c *churn) during(what string, do func()) {
 	c.t.Helper()
 	begin := time.Now()
 	do()
 	end := time.Now()
-	// Those that were created meanwhile count, and are waited for: to become ready takes longer than some phases do.
+	// Wait for pods that were created meanwhile; some phases are shorter than a pod takes to become ready.
 	count := func() (n int) {
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -85,21 +87,21 @@ func (c *churn) during(what string, do func()) {
 	for limit := end.Add(30 * time.Second); n == 0 && time.Now().Before(limit); n = count() {
 		time.Sleep(500 * time.Millisecond)
 	}
-	say("%s: %d pods that were created meanwhile came and went", what, n)
+	say("%s: %d pods were created meanwhile, then deleted", what, n)
 	if n == 0 {
-		c.t.Errorf("no pod came and went during: %s", what)
+		c.t.Errorf("no pod was created and deleted during: %s", what)
 	}
 }
 
-// failedPlugin returns the type of the plugin that libcni says failed, in an event's message; empty if it names none.
+// failedPlugin returns the type of the failed plugin that libcni names in an event's message, empty if none.
 func failedPlugin(message string) string {
 	_, after, _ := strings.Cut(message, `plugin type="`)
 	plugin, _, _ := strings.Cut(after, `" failed`)
 	return plugin
 }
 
-// end reports what went wrong. What the primary plugin failed at, such as duplicate address detection on a busy machine, is
-// counted apart: the runtime tries again, and probelet has no part in it.
+// end reports what went wrong. Failures of the primary plugin, such as duplicate address detection on a busy machine, are
+// counted separately: the runtime retries, and probelet is not involved.
 func (c *churn) end() {
 	c.t.Helper()
 	c.stop()
@@ -107,7 +109,7 @@ func (c *churn) end() {
 	if c.broken != nil {
 		c.t.Error(c.broken)
 	}
-	list, err := cluster.Client.CoreV1().Events(Namespace).List(context.Background(), metav1.ListOptions{})
+	list, err := cluster.Client.CoreV1().Events(kube.Namespace).List(context.Background(), metav1.ListOptions{})
 	must(c.t, err)
 	primary, retried := map[string]int{}, map[string]bool{}
 	byPrimary := func(message string) (string, bool) {
@@ -131,7 +133,7 @@ func (c *churn) end() {
 			c.t.Errorf("%s: %s: %s", pod, e.Reason, e.Message)
 		}
 	}
-	say("failures of plugins before probelet: %v", primary)
+	say("failures of plugins that run before probelet: %v", primary)
 }
 
 func TestFailedPlugin(t *testing.T) {

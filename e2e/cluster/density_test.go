@@ -21,21 +21,23 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
 const (
 	density = 100
-	rounds  = 2 // of each mode, in turn, because the machine's speed changes
-	// measured is shorter than a TIME_WAIT: of those that begin meanwhile none has ended.
+	rounds  = 2 // of each mode, alternating, because the machine's speed varies
+	// measured is shorter than TIME_WAIT, so that none of the sockets that enter it meanwhile leaves it.
 	measured = 30 * time.Second
 )
 
-// load is what probes cost the node in a while.
+// load is the cost of probes to the node during a period.
 type load struct {
 	http, tcp, failed         int // probes
 	answeredHTTP, answeredTCP int
 	kubelet, daemon, apps     time.Duration // CPU
-	timeWait, conntracks      int           // that are new, and there at its end
+	timeWait, conntracks      int           // new ones, at the end of the period
 }
 
 // plus returns l + sign * other.
@@ -51,19 +53,19 @@ func (l load) plus(sign int, other load) load {
 
 func (l load) cpu() time.Duration { return l.kubelet + l.daemon + l.apps }
 
-// answered returns the shares of probes that were answered, in percent: of all, of HTTP's, and of TCP's.
+// answered returns the percentages of probes that were answered: of all, of HTTP and of TCP.
 func (l load) answered() (all, http, tcp int) {
 	return 100 * (l.answeredHTTP + l.answeredTCP) / max(l.http+l.tcp, 1), 100 * l.answeredHTTP / max(l.http, 1), 100 * l.answeredTCP / max(l.tcp, 1)
 }
 
-// A server that density is measured with.
+// server is a kind of server to measure density with.
 type server struct {
 	name, process string
 	serve         func(c *corev1.Container, p *corev1.PodSpec)
 }
 
-// Python's is the one of its library, with the queue of common servers (128 of aiohttp's, 2,048 of uvicorn's and gunicorn's):
-// its own of 5 lets only every second TCP probe be answered.
+// Python's server is the one in its library, with the listen backlog of common servers (128 in aiohttp, 2,048 in uvicorn and
+// gunicorn): with its own backlog of 5, only every second TCP probe is answered.
 var servers = []server{
 	{"Go", "app", func(*corev1.Container, *corev1.PodSpec) {}},
 	{"Python", "python3", func(c *corev1.Container, p *corev1.PodSpec) {
@@ -80,7 +82,7 @@ class Healthy(BaseHTTPRequestHandler):
 ThreadingHTTPServer.request_queue_size = 128
 ThreadingHTTPServer(("", 8080), Healthy).serve_forever()
 `}
-		// The image has nothing but the tests' program: the interpreter is the node's.
+		// The image contains only the app: use the node's interpreter.
 		for path, on := range map[string]string{"/usr": "/usr", "/lib": "/usr/lib", "/lib64": "/usr/lib64"} {
 			name := strings.ReplaceAll("node"+path, "/", "-")
 			c.VolumeMounts = append(c.VolumeMounts, corev1.VolumeMount{Name: name, MountPath: path, ReadOnly: true})
@@ -91,17 +93,17 @@ ThreadingHTTPServer(("", 8080), Healthy).serve_forever()
 	}},
 }
 
-// dense is a pod that is asked each second by HTTP and by TCP.
+// dense returns a pod that is probed once per second by HTTP and by TCP.
 func dense(s server, number int) *corev1.Pod {
 	pod := web(fmt.Sprintf("dense-%d", number))
-	liveness := TCP(intstr.FromInt32(8080))
-	liveness.FailureThreshold = 60 // all start at once, and none is to be restarted for being slow
+	liveness := kube.TCP(intstr.FromInt32(8080))
+	liveness.FailureThreshold = 60 // all start at once, and none should be restarted for being slow
 	pod.Spec.Containers[0].LivenessProbe = liveness
 	s.serve(&pod.Spec.Containers[0], &pod.Spec)
 	return pod
 }
 
-// What a hundred pods with two probes each second cost the node, with probelet and without.
+// The cost to the node of a hundred pods with two probes per second each, with and without probelet.
 func TestDensity(t *testing.T) {
 	trackConnections(t)
 	table := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', 0)
@@ -109,7 +111,7 @@ func TestDensity(t *testing.T) {
 	for _, s := range servers {
 		t.Run(s.name, func(t *testing.T) {
 			off, on := compareDensity(t, s)
-			say("measured: %s", s.name)
+			say("measuring: %s", s.name)
 			writeLoad(table, s.name+", mode off", off, off)
 			writeLoad(table, s.name+", mode answer", on, off)
 			checkDensity(t, off, on)
@@ -118,7 +120,7 @@ func TestDensity(t *testing.T) {
 	must(t, table.Flush())
 }
 
-// compareDensity measures what probes of a hundred pods cost in the modes off and answer.
+// compareDensity measures the cost of probing a hundred pods in the modes off and answer.
 func compareDensity(t *testing.T, s server) (off, on load) {
 	t.Helper()
 	deploy(t, map[string]any{"mode": "answer"})
@@ -131,7 +133,7 @@ func compareDensity(t *testing.T, s server) (off, on load) {
 	}
 	for i, pod := range pods {
 		var err error
-		pods[i], err = cluster.Await(t.Context(), pod, 5*time.Minute, "ready", Ready)
+		pods[i], err = cluster.Await(t.Context(), pod, 5*time.Minute, "ready", kube.Ready)
 		must(t, err)
 		if i%20 == 19 {
 			say("%s: %d of %d pods are ready", s.name, i+1, density)
@@ -144,7 +146,7 @@ func compareDensity(t *testing.T, s server) (off, on load) {
 	return off, on
 }
 
-// writeLoad writes a row. The CPU of all is compared with that of a load without answers.
+// writeLoad writes a row of the table. Total CPU is shown relative to the load without answers.
 func writeLoad(table io.Writer, name string, l, plain load) {
 	percent := func(d time.Duration) string {
 		return fmt.Sprintf("%.1f %%", 100*d.Seconds()/(rounds*measured).Seconds())
@@ -155,7 +157,7 @@ func writeLoad(table io.Writer, name string, l, plain load) {
 		percent(l.kubelet), percent(l.daemon), percent(l.apps), l.cpu().Seconds()/plain.cpu().Seconds(), l.timeWait/rounds, l.conntracks/rounds)
 }
 
-// checkDensity holds the loads against the marks. CPU is only shown: a busy machine has its own say in it.
+// checkDensity compares the loads with the marks. CPU is only shown, because it varies too much on a busy machine.
 func checkDensity(t *testing.T, off, on load) {
 	t.Helper()
 	all, _, tcp := on.answered()
@@ -165,24 +167,24 @@ func checkDensity(t *testing.T, off, on load) {
 	if off.timeWait*4 < off.http+off.tcp || off.conntracks*2 < off.http+off.tcp {
 		t.Errorf("too few sockets to compare with: off %+v", off)
 	}
-	// The tracked connections of answered probes are there for 10 s, too.
+	// The tracked connections of answered probes exist for 10 s as well.
 	if on.timeWait*5 > off.timeWait*2 || on.conntracks*5 > off.conntracks*4 {
 		t.Errorf("no fewer sockets: off %+v, answer %+v", off, on)
 	}
 }
 
-// trackConnections makes the kernel track the node's connections, as it does where there are Services.
+// trackConnections makes the kernel track the node's connections, as Services do.
 func trackConnections(t *testing.T) {
 	t.Helper()
 	filter(t, nftables.TableFamilyINet, nftables.ChainHookOutput, &expr.Ct{Key: expr.CtKeySTATE, Register: 1})
-	// So that at the end of a measurement those of before are gone.
+	// By the end of a measurement, connections from before it have expired.
 	must(t, os.WriteFile("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_time_wait", []byte(strconv.Itoa(int(measured.Seconds()))), 0o644))
 }
 
-// sayUnhealthy prints the failures of probes since begin, as the kubelet reports them.
+// sayUnhealthy prints the probe failures since begin that the kubelet reported.
 func sayUnhealthy(t *testing.T, begin time.Time) {
 	t.Helper()
-	list, err := cluster.Client.CoreV1().Events(Namespace).List(t.Context(), metav1.ListOptions{})
+	list, err := cluster.Client.CoreV1().Events(kube.Namespace).List(t.Context(), metav1.ListOptions{})
 	must(t, err)
 	for _, e := range list.Items {
 		if e.Reason == "Unhealthy" && e.LastTimestamp.After(begin) {
@@ -191,11 +193,11 @@ func sayUnhealthy(t *testing.T, begin time.Time) {
 	}
 }
 
-// measure switches to a mode, and returns what probes cost in it.
+// measure switches to a mode and returns the cost of probes in it.
 func measure(t *testing.T, s server, mode string) load {
 	t.Helper()
 	deploy(t, map[string]any{"mode": mode})
-	time.Sleep(3 * time.Second) // so that each endpoint was probed, and the daemon has done what it does at its start
+	time.Sleep(3 * time.Second) // until each endpoint was probed and the daemon has finished starting
 	begin := time.Now()
 	before, old := total(t, s), timeWaits(t)
 	time.Sleep(measured)
@@ -205,7 +207,7 @@ func measure(t *testing.T, s server, mode string) load {
 			l.timeWait++
 		}
 	}
-	_, pods, err := net.ParseCIDR(IPv4)
+	_, pods, err := net.ParseCIDR(kube.IPv4)
 	must(t, err)
 	entries, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET) //nolint:forbidigo // netlinksafe has none
 	must(t, err)
@@ -220,7 +222,7 @@ func measure(t *testing.T, s server, mode string) load {
 	return l
 }
 
-// timeWaits are the node's sockets in TIME_WAIT, by their addresses.
+// timeWaits returns the addresses of the node's sockets in TIME_WAIT.
 func timeWaits(t *testing.T) map[string]bool {
 	t.Helper()
 	sockets := map[string]bool{}
@@ -236,7 +238,7 @@ func timeWaits(t *testing.T) map[string]bool {
 	return sockets
 }
 
-// total is since the beginning.
+// total returns the load since the start of the processes.
 func total(t *testing.T, s server) (l load) {
 	t.Helper()
 	text, err := cluster.Kubelet(t.Context(), "/metrics/probes")
@@ -248,12 +250,12 @@ func total(t *testing.T, s server) (l load) {
 		fields := strings.Fields(line)
 		n, err := strconv.ParseFloat(fields[len(fields)-1], 64)
 		must(t, err)
-		if label(line, "probe_type") == "Liveness" {
+		if kube.Label(line, "probe_type") == "Liveness" {
 			l.tcp += int(n)
 		} else {
 			l.http += int(n)
 		}
-		if label(line, "result") != "successful" {
+		if kube.Label(line, "result") != "successful" {
 			l.failed += int(n)
 		}
 	}
@@ -271,7 +273,7 @@ func total(t *testing.T, s server) (l load) {
 	return l
 }
 
-// cpuOf is the CPU time that processes of a name have used.
+// cpuOf returns the CPU time of the processes with a name.
 func cpuOf(t *testing.T, name string) (used time.Duration) {
 	t.Helper()
 	files, err := filepath.Glob("/proc/[0-9]*/stat")
@@ -281,7 +283,7 @@ func cpuOf(t *testing.T, name string) (used time.Duration) {
 		if err != nil || !strings.Contains(string(text), "("+name+")") {
 			continue
 		}
-		// proc(5): the 14th and 15th are ticks of a hundredth of a second, in user space and in the kernel.
+		// proc(5): fields 14 and 15 are the user and kernel time in ticks of a hundredth of a second.
 		_, rest, _ := strings.Cut(string(text), ") ")
 		fields := strings.Fields(rest)
 		for _, field := range fields[11:13] {
@@ -305,10 +307,10 @@ func deleteAll(t *testing.T, pods []*corev1.Pod) {
 			t.Error(err)
 		}
 	}
-	err := until(ctx, 5*time.Minute, func(ctx context.Context) error {
-		list, err := cluster.Client.CoreV1().Pods(Namespace).List(ctx, metav1.ListOptions{})
+	err := kube.Until(ctx, 5*time.Minute, func(ctx context.Context) error {
+		list, err := cluster.Client.CoreV1().Pods(kube.Namespace).List(ctx, metav1.ListOptions{})
 		if err == nil && len(list.Items) > 0 {
-			err = fmt.Errorf("%d pods are left", len(list.Items))
+			err = fmt.Errorf("%d pods still exist", len(list.Items))
 		}
 		return err
 	})

@@ -12,26 +12,28 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
-// slack is what the kubelet needs to act, and to tell the API server, and a busy machine to come round to it.
+// slack allows the kubelet to act and to update the API server, even on a busy machine.
 const slack = 5 * time.Second
 
-// act is something done to a pod.
+// act does something to a pod.
 type act func(*testing.T, *corev1.Pod)
 
-// set has the program behave otherwise.
+// set changes the behaviour of the app.
 func set(query string) act {
 	return func(t *testing.T, pod *corev1.Pod) {
 		t.Helper()
-		_, err := Ask(t.Context(), pod, 8081, "/set?"+query)
+		_, err := kube.Ask(t.Context(), pod, 8081, "/set?"+query)
 		if err != nil && !strings.Contains(query, "exit") {
 			t.Fatal(err)
 		}
 	}
 }
 
-// signal is for the program's process.
+// signal sends a signal to the app's process.
 func signal(s syscall.Signal) act {
 	return func(t *testing.T, pod *corev1.Pod) {
 		t.Helper()
@@ -39,34 +41,34 @@ func signal(s syscall.Signal) act {
 	}
 }
 
-// failure is a way to fail, found out by readiness, or by liveness and then mended by the restart.
+// failure is a way to fail that is detected by readiness, or by liveness and then cured by the restart.
 type failure struct {
 	name          string
 	liveness, tcp bool
 	fail, mend    act
 }
 
-// failing is a pod with these probes on port 8080.
+// pod returns a pod with these probes on port 8080.
 func (f failure) pod(mode string) *corev1.Pod {
-	probe := HTTP("/healthz", intstr.FromInt32(8080))
+	probe := kube.HTTP("/healthz", intstr.FromInt32(8080))
 	if f.tcp {
-		probe = TCP(intstr.FromInt32(8080))
+		probe = kube.TCP(intstr.FromInt32(8080))
 	}
-	c := App("app", 8080, 8081)
+	c := kube.App("app", 8080, 8081)
 	c.ReadinessProbe = probe
 	if f.liveness {
 		c.LivenessProbe = probe
 	}
-	pod := Pod("fails-"+f.name+"-"+mode, c)
+	pod := kube.Pod("fails-"+f.name+"-"+mode, c)
 	pod.Annotations = map[string]string{"probelet.dev/mode": mode}
 	return pod
 }
 
-func notReady(pod *corev1.Pod) bool { return !Ready(pod) }
+func notReady(pod *corev1.Pod) bool { return !kube.Ready(pod) }
 
-func restarted(pod *corev1.Pod) bool { return Restarts(pod) == 1 }
+func restarted(pod *corev1.Pod) bool { return kube.Restarts(pod) == 1 }
 
-// bounds are how long a failure of a pod's may go unnoticed, as probelet states it, and without probelet.
+// bounds returns how long a failure of a pod may go undetected according to probelet, and without probelet.
 func bounds(t *testing.T, pod *corev1.Pod, kind string) (stated, plain time.Duration) {
 	t.Helper()
 	for _, e := range readStatus(t).of(pod.Name).Endpoints {
@@ -82,8 +84,8 @@ func bounds(t *testing.T, pod *corev1.Pod, kind string) (stated, plain time.Dura
 
 func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
 
-// Whatever happens to the program, Kubernetes knows within the stated bound, and nothing is wrong afterwards. Each has a twin
-// without probelet.
+// Whatever happens to the app, Kubernetes notices within the stated bound, and the pod recovers. Each pod has a twin without
+// probelet.
 func TestFailuresAreDetected(t *testing.T) {
 	deploy(t, nil)
 	var mu sync.Mutex
@@ -141,7 +143,7 @@ func (f failure) test(t *testing.T) (line string) {
 		both[i] = awaitReady(t, p)
 	}
 	if f.liveness {
-		mustHaveBeenAsked(t, pod)
+		mustHaveBeenProbed(t, pod)
 	}
 	watch := watchSteady(t, both...)
 	awaitHits(t, pod.Name, 3)
@@ -149,30 +151,31 @@ func (f failure) test(t *testing.T) (line string) {
 	return fmt.Sprintf("%s\t%s\t%s\t%s", times[0], stated, times[1], plain)
 }
 
-// mustBeFailed compares what the kubelet and probelet think of a pod that is found not Ready.
+// mustBeFailed compares the views of the kubelet and of probelet on a pod that is not Ready.
 func mustBeFailed(t *testing.T, pod *corev1.Pod) {
 	t.Helper()
 	endpoints := readStatus(t).of(pod.Name).Endpoints
 	if len(endpoints) != 1 || endpoints[0].State == "fresh" {
-		t.Errorf("%s is not Ready, and its endpoints are %+v", pod.Name, endpoints)
+		t.Errorf("%s is not Ready, but its endpoints are %+v", pod.Name, endpoints)
 	}
 	if failed := failures(t, pod); failed == 0 {
-		t.Errorf("%s is not Ready, and no probe of it failed", pod.Name)
+		t.Errorf("%s is not Ready, but none of its probes failed", pod.Name)
 	}
 	eventually(t, "the kubelet's event", slack, func() bool { return strings.Contains(events(t, pod), "Unhealthy") })
 }
 
-// mustHaveBeenAsked is about a program that was started anew and is Ready: not by what was known of the one before.
-func mustHaveBeenAsked(t *testing.T, pod *corev1.Pod) {
+// mustHaveBeenProbed checks that a restarted app is Ready because it was probed, not because of evidence about its
+// predecessor.
+func mustHaveBeenProbed(t *testing.T, pod *corev1.Pod) {
 	t.Helper()
-	lines, err := AccessLog(pod, "app", 1)
+	lines, err := kube.AccessLog(pod, "app", 1)
 	must(t, err)
 	if text := strings.Join(lines, "\n"); !strings.Contains(text, "kube-probe/") && !strings.Contains(text, "no request") {
-		t.Errorf("%s was started anew and is Ready, and nobody has asked it: %q", pod.Name, lines)
+		t.Errorf("%s was restarted and is Ready, but was not probed: %q", pod.Name, lines)
 	}
 }
 
-// A program that needs its time has it: Ready no sooner and no later than without probelet, and not restarted.
+// An app that is slow to start becomes Ready at the same time with and without probelet, and is not restarted.
 func TestSlowStart(t *testing.T) {
 	deploy(t, nil)
 	const closed = 6 * time.Second
@@ -183,13 +186,13 @@ func TestSlowStart(t *testing.T) {
 		pod := f.pod(mode)
 		c := &pod.Spec.Containers[0]
 		c.Command = append(c.Command, "-startup", closed.String())
-		c.StartupProbe = HTTP("/healthz", intstr.FromInt32(8080))
+		c.StartupProbe = kube.HTTP("/healthz", intstr.FromInt32(8080))
 		c.StartupProbe.FailureThreshold = 30
 		pods = append(pods, create(t, pod))
 	}
-	times := timesUntil(t, begin, pods, time.Minute, "ready", Ready)
+	times := timesUntil(t, begin, pods, time.Minute, "ready", kube.Ready)
 	if times[0] < closed || times[0] > times[1]+2*time.Second {
-		t.Errorf("ready after %s, without probelet %s, of a program that is closed for %s", times[0], times[1], closed)
+		t.Errorf("ready after %s, without probelet %s, with a port closed for %s", times[0], times[1], closed)
 	}
 	watch := watchSteady(t, pods...)
 	awaitHits(t, pods[0].Name, 3)

@@ -14,9 +14,11 @@ import (
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
 	"github.com/containernetworking/plugins/pkg/ns"
 	corev1 "k8s.io/api/core/v1"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
-// setNetwork rewrites the primary's configuration, as its owner does, and puts the usual one back at the end of the test.
+// setNetwork rewrites the primary's configuration, as its owner would, and restores it at the end of the test.
 func setNetwork(t *testing.T, conf string) {
 	t.Helper()
 	file, _ := cluster.Primary()
@@ -34,21 +36,22 @@ func setNetwork(t *testing.T, conf string) {
 	write(conf)
 }
 
-// read is after how long the runtime has read a change of its configuration: it does so at once, and tells nobody.
+// read is how long the runtime takes to read a changed configuration, which it does silently.
 const read = 500 * time.Millisecond
 
-// inChain is whether the plugin is in the chain of the network that the primary's file describes now, by one way only.
+// inChain reports whether the plugin is in the chain of the network that the primary's file currently describes, exactly
+// once.
 func inChain(t *testing.T) bool {
 	t.Helper()
 	file, _ := cluster.Primary()
 	primary := readList(t, file)
 	byHand := strings.Contains(fmt.Sprint(primary.Plugins), "type:probelet")
 	copied := ""
-	if _, err := os.Stat(filepath.Join(NetDir, "00-probelet.conflist")); err == nil {
-		plugins := readList(t, filepath.Join(NetDir, "00-probelet.conflist")).Plugins
+	if _, err := os.Stat(filepath.Join(kube.NetDir, "00-probelet.conflist")); err == nil {
+		plugins := readList(t, filepath.Join(kube.NetDir, "00-probelet.conflist")).Plugins
 		copied = fmt.Sprint(plugins[:len(plugins)-1])
 	}
-	dropIns, err := filepath.Glob(filepath.Join(NetDir, "*", "10-probelet.conf"))
+	dropIns, err := filepath.Glob(filepath.Join(kube.NetDir, "*", "10-probelet.conf"))
 	must(t, err)
 	switch {
 	case byHand:
@@ -91,14 +94,14 @@ func addPlugins(list map[string]any, plugins ...any) {
 	list["plugins"] = append(list["plugins"].([]any), plugins...)
 }
 
-// ttl is what the plugin tuning is to set in pods.
+// ttl is the value that the tuning plugin sets in pods.
 const ttl = "77"
 
 func tuning() map[string]any {
 	return map[string]any{"type": "tuning", "sysctl": map[string]string{"net.ipv4.ip_default_ttl": ttl}}
 }
 
-// mustBeTuned says whether the plugin tuning has been at work in a pod.
+// mustBeTuned checks that the tuning plugin ran in a pod.
 func mustBeTuned(t *testing.T, pod *corev1.Pod) {
 	t.Helper()
 	must(t, ns.WithNetNSPath(fmt.Sprintf("/proc/%d/ns/net", process(t, pod)), func(ns.NetNS) error {
@@ -110,15 +113,15 @@ func mustBeTuned(t *testing.T, pod *corev1.Pod) {
 	}))
 }
 
-// The primary's owner does as he likes, others are in the chain too, and pods are answered all the same. Nobody notices.
-func TestOthersInTheChain(t *testing.T) {
+// Pods are answered without interruption when the primary's owner changes its configuration or other plugins join the chain.
+func TestOtherPluginsInTheChain(t *testing.T) {
 	for _, way := range []string{"copy", "dropin"} {
 		t.Run(way, func(t *testing.T) {
 			deploy(t, map[string]any{"cni": map[string]any{"chain": way}})
 			old := run(t, web("old"))
 			watch := watchSteady(t, old)
 			churn := startChurn(t, "chain-"+way)
-			t.Run("another MTU, and another before us", func(t *testing.T) {
+			t.Run("another MTU and a plugin before probelet", func(t *testing.T) {
 				setNetwork(t, edit(t, func(list map[string]any) {
 					list["plugins"].([]any)[0].(map[string]any)["mtu"] = 1400
 					addPlugins(list, tuning())
@@ -133,14 +136,14 @@ func TestOthersInTheChain(t *testing.T) {
 				}
 			})
 			t.Run("a bridge", func(t *testing.T) {
-				setNetwork(t, Network("bridge", "10.90.0.0/16"))
+				setNetwork(t, kube.Network("bridge", "10.90.0.0/16"))
 				pod := run(t, web("in"))
 				awaitHits(t, pod.Name, 3)
 				if !strings.HasPrefix(pod.Status.PodIP, "10.90.") {
 					t.Errorf("address %s", pod.Status.PodIP)
 				}
 			})
-			t.Run("by hand, and another behind us", func(t *testing.T) {
+			t.Run("added manually, with a plugin after probelet", func(t *testing.T) {
 				setNetwork(t, edit(t, func(list map[string]any) {
 					addPlugins(list, map[string]any{"type": "probelet", "hook": *hook}, tuning())
 				}))
@@ -149,7 +152,7 @@ func TestOthersInTheChain(t *testing.T) {
 				mustBeTuned(t, pod)
 			})
 			if way == "dropin" {
-				t.Run("another's drop-in", func(t *testing.T) { testAnothersDropIn(t, churn) })
+				t.Run("another drop-in", func(t *testing.T) { testOtherDropIn(t, churn) })
 			}
 			churn.end()
 			watch.end()
@@ -157,30 +160,30 @@ func TestOthersInTheChain(t *testing.T) {
 	}
 }
 
-// Another's drop-in comes after ours, and stays when ours goes.
-func testAnothersDropIn(t *testing.T, churn *churn) {
+// A drop-in of another plugin runs after probelet's and stays when that is removed.
+func testOtherDropIn(t *testing.T, churn *churn) {
 	_, network := cluster.Primary()
-	file := filepath.Join(NetDir, network, "20-tuning.conf")
+	file := filepath.Join(kube.NetDir, network, "20-tuning.conf")
 	text, err := json.Marshal(tuning())
 	must(t, err)
 	must(t, os.WriteFile(file, text, 0o644))
 	t.Cleanup(func() {
 		must(t, os.Remove(file))
-		_ = os.Remove(filepath.Dir(file)) // unless ours is in there
+		_ = os.Remove(filepath.Dir(file)) // unless probelet's file is in there
 	})
-	setNetwork(t, edit(t, func(map[string]any) {})) // the runtime looks again
+	setNetwork(t, edit(t, func(map[string]any) {})) // makes the runtime reload
 	pod := run(t, web("in"))
 	awaitHits(t, pod.Name, 3)
 	mustBeTuned(t, pod)
 	churn.during("uninstall beside another's drop-in", func() { uninstall(t) })
 	if now, err := os.ReadFile(file); string(now) != string(text) {
-		t.Errorf("another's file is %q (%v)", now, err)
+		t.Errorf("the other drop-in is %q (%v)", now, err)
 	}
 	mustBeTuned(t, run(t, web("after")))
 }
 
-// Both families, IPv6 first, and IPv6 alone: it is the first address that is probed.
-func TestFamilies(t *testing.T) {
+// Both address families, IPv6 first, and IPv6 alone: the first address is the probed one.
+func TestAddressFamilies(t *testing.T) {
 	deploy(t, nil)
 	dual := run(t, web("dual"))
 	if len(dual.Status.PodIPs) != 2 {
@@ -188,16 +191,16 @@ func TestFamilies(t *testing.T) {
 	}
 	awaitHits(t, dual.Name, 3)
 	t.Run("IPv6 alone", func(t *testing.T) {
-		setNetwork(t, Network("ptp", IPv6))
+		setNetwork(t, kube.Network("ptp", kube.IPv6))
 		testIPv6(t, "six", 1)
 	})
 	t.Run("IPv6 first", func(t *testing.T) {
 		if cluster.Kind {
-			t.Skip("the kubelet of kind has the node's IPv4 address first, and so its pods")
+			t.Skip("on kind, the node's IPv4 address comes first, and so does that of its pods")
 		}
-		restartKubelet(t, nodeIPv6+","+nodeIP)
-		t.Cleanup(func() { restartKubelet(t, nodeIP) })
-		// The daemon's pod is told the node's address when it is created.
+		restartKubelet(t, kube.NodeIPv6+","+kube.NodeIP)
+		t.Cleanup(func() { restartKubelet(t, kube.NodeIP) })
+		// The daemon's pod gets the node's address when it is created.
 		deploy(t, map[string]any{"podAnnotations": map[string]any{"first": "IPv6"}})
 		testIPv6(t, "dual-six", 2)
 	})
@@ -206,9 +209,9 @@ func TestFamilies(t *testing.T) {
 func restartKubelet(t *testing.T, nodeIPs string) {
 	t.Helper()
 	must(t, cluster.Stop("kubelet", syscall.SIGTERM))
-	cluster.nodeIPs = nodeIPs
+	cluster.NodeIPs = nodeIPs
 	must(t, cluster.StartKubelet())
-	eventually(t, "the kubelet is there", time.Minute, func() bool {
+	eventually(t, "the kubelet is running", time.Minute, func() bool {
 		_, err := cluster.Kubelet(context.Background(), "/healthz")
 		return err == nil
 	})

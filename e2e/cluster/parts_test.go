@@ -10,16 +10,18 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
-// The parts of a node come and go, and no probe fails for it.
-func TestPartsComeAndGo(t *testing.T) {
+// The components of a node can be restarted without failing a probe.
+func TestComponentsRestart(t *testing.T) {
 	deploy(t, nil)
 	pod := run(t, web("steady"))
 	awaitHits(t, pod.Name, 3)
 	client := startClient(t, pod)
 
-	t.Run("daemon rolled", func(t *testing.T) {
+	t.Run("daemon rollout", func(t *testing.T) {
 		watch := watchSteady(t, pod)
 		deploy(t, map[string]any{"podAnnotations": map[string]any{"release": "2"}})
 		awaitHits(t, pod.Name, 3)
@@ -38,7 +40,7 @@ func TestPartsComeAndGo(t *testing.T) {
 		deploy(t, nil)
 		awaitHits(t, later.Name, 3)
 		if readStatus(t).of("later").Adopted {
-			t.Error("it was not attached at ADD, but adopted")
+			t.Error("the pod was adopted instead of attached at ADD")
 		}
 		watch.end()
 	})
@@ -67,11 +69,11 @@ func TestPartsComeAndGo(t *testing.T) {
 			watch.kubeletEnds()
 			must(t, cluster.Stop("kubelet", signal))
 			must(t, cluster.StartKubelet())
-			eventually(t, "the new kubelet's cgroup is the prober's", time.Minute, func() bool {
+			eventually(t, "the new kubelet's cgroup is taken for the prober", time.Minute, func() bool {
 				now := readStatus(t).Prober.CgroupIDs
 				return len(now) == 1 && !slices.Equal(now, old)
 			})
-			eventually(t, "the kubelet probes", time.Minute, func() bool {
+			eventually(t, "the kubelet sends probes", time.Minute, func() bool {
 				counts, err := cluster.ProbeCounts(t.Context(), pod)
 				return err == nil && counts["app"]["liveness"].Successful > 3
 			})
@@ -82,7 +84,7 @@ func TestPartsComeAndGo(t *testing.T) {
 	client.end()
 }
 
-// stopAPIServer kills the API server. It is there again after start, and at the end of the test.
+// stopAPIServer kills the API server. It runs again after start, and at the end of the test.
 func stopAPIServer(t *testing.T) (start func()) {
 	t.Helper()
 	must(t, cluster.Stop("kube-apiserver", syscall.SIGKILL))
@@ -95,9 +97,9 @@ func stopAPIServer(t *testing.T) (start func()) {
 	return start
 }
 
-// killDaemon kills the daemon's process, in its pod.
+// killDaemon kills the daemon's process in its pod.
 func killDaemon() error {
-	pids, err := processes("cmdline", func(text string) bool { return strings.HasPrefix(text, "/usr/local/bin/probeletd\x00run") })
+	pids, err := kube.Processes("cmdline", func(text string) bool { return strings.HasPrefix(text, "/usr/local/bin/probeletd\x00run") })
 	if err != nil || len(pids) != 1 {
 		return fmt.Errorf("processes of the daemon: %v, %w", pids, err)
 	}

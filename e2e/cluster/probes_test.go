@@ -11,39 +11,41 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
-// everything is a pod with all kinds of probes that are answered.
+// everything returns a pod with all kinds of probes that can be answered.
 func everything(name string) *corev1.Pod {
-	first := App("first", 8080, 8081)
+	first := kube.App("first", 8080, 8081)
 	first.Ports = []corev1.ContainerPort{{Name: "web", ContainerPort: 8080}}
-	first.StartupProbe = HTTP("/healthz", intstr.FromString("web"))
-	first.ReadinessProbe = HTTP("/healthz", intstr.FromString("web"))
-	first.LivenessProbe = HTTP("/live?full=1", intstr.FromInt32(8081))
-	second := App("second", 9090)
+	first.StartupProbe = kube.HTTP("/healthz", intstr.FromString("web"))
+	first.ReadinessProbe = kube.HTTP("/healthz", intstr.FromString("web"))
+	first.LivenessProbe = kube.HTTP("/live?full=1", intstr.FromInt32(8081))
+	second := kube.App("second", 9090)
 	second.Ports = []corev1.ContainerPort{{Name: "store", ContainerPort: 9090}}
-	second.StartupProbe = TCP(intstr.FromInt32(9090))
-	second.ReadinessProbe = TCP(intstr.FromString("store"))
-	second.LivenessProbe = TCP(intstr.FromInt32(9090))
-	sidecar := App("sidecar", 7070)
+	second.StartupProbe = kube.TCP(intstr.FromInt32(9090))
+	second.ReadinessProbe = kube.TCP(intstr.FromString("store"))
+	second.LivenessProbe = kube.TCP(intstr.FromInt32(9090))
+	sidecar := kube.App("sidecar", 7070)
 	always := corev1.ContainerRestartPolicyAlways
 	sidecar.RestartPolicy = &always
-	sidecar.StartupProbe = HTTP("/", intstr.FromInt32(7070))
-	sidecar.ReadinessProbe = HTTP("/", intstr.FromInt32(7070))
-	sidecar.LivenessProbe = HTTP("/", intstr.FromInt32(7070))
-	pod := Pod(name, first, second)
+	sidecar.StartupProbe = kube.HTTP("/", intstr.FromInt32(7070))
+	sidecar.ReadinessProbe = kube.HTTP("/", intstr.FromInt32(7070))
+	sidecar.LivenessProbe = kube.HTTP("/", intstr.FromInt32(7070))
+	pod := kube.Pod(name, first, second)
 	pod.Spec.InitContainers = []corev1.Container{sidecar}
 	return pod
 }
 
-// account is of one endpoint, of all pods alike.
+// account sums up one endpoint of all pods that are alike.
 type account struct {
-	succeeded int // probes, says the kubelet
+	succeeded int // probes, according to the kubelet
 	answered  int // in the kernel
-	logged    int // in the program's access log
+	logged    int // in the app's access log
 }
 
-// accounts are those of pods, by endpoint. Each pod's must add up.
+// accounts returns the accounts of pods by endpoint. Each pod's must add up.
 func accounts(t *testing.T, pods []*corev1.Pod) map[string]account {
 	t.Helper()
 	all := map[string]account{}
@@ -60,7 +62,7 @@ func accounts(t *testing.T, pods []*corev1.Pod) map[string]account {
 				one.succeeded += counts[p.Container][p.Type].Successful
 			}
 			name := fmt.Sprintf("%s %d%s", e.Kind, e.Port, e.Path)
-			// Not all is read at the same moment, and there are up to three probes each second.
+			// The sources are not read at the same moment, and there are up to three probes per second.
 			if difference := one.succeeded - one.answered - one.logged; max(difference, -difference) > 3 || one.logged == 0 {
 				t.Errorf("%s, %s: %+v", pod.Name, name, one)
 			}
@@ -71,10 +73,10 @@ func accounts(t *testing.T, pods []*corev1.Pod) map[string]account {
 	return all
 }
 
-// logged is how many of an endpoint's probes are in the access log of its program.
+// logged returns how many probes of an endpoint are in the access log of its app.
 func logged(t *testing.T, pod *corev1.Pod, e endpoint) (n int) {
 	t.Helper()
-	lines, err := AccessLog(pod, e.Probes[0].Container, 0)
+	lines, err := kube.AccessLog(pod, e.Probes[0].Container, 0)
 	must(t, err)
 	prefix := fmt.Sprintf("%d GET %s kube-probe/", e.Port, e.Path)
 	if e.Path == "" {
@@ -88,7 +90,7 @@ func logged(t *testing.T, pod *corev1.Pod, e endpoint) (n int) {
 	return n
 }
 
-// All kinds of probes, with and without probelet: the same for Kubernetes, less for the pod.
+// Probes of all kinds look the same to Kubernetes with and without probelet, and fewer reach the pod.
 func TestProbesAreAnswered(t *testing.T) {
 	measureWithout(t)
 	deploy(t, nil)
@@ -104,7 +106,7 @@ func TestProbesAreAnswered(t *testing.T) {
 	_, _ = fmt.Fprintf(table, "%d PODS\tREADY AFTER\n", alike)
 	_, _ = fmt.Fprintf(table, "without probelet\t%v\nmode off\t%v\nmode answer\t%v\n", withoutProbelet, readyOff, readyOn)
 	must(t, table.Flush())
-	// To be looked at, not asserted: what a busy machine makes of times decides it.
+	// Shown but not asserted: a busy machine distorts times.
 
 	_, _ = fmt.Fprintf(table, "ENDPOINT\tMODE\tPROBES\tANSWERED\tIN THE ACCESS LOG\n")
 	accountsOff, accountsOn := accounts(t, off), accounts(t, on)

@@ -15,9 +15,11 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
-// Everything that does not outlive a reboot is gone: processes, /run, BPF file systems, devices.
+// After a reboot, everything volatile is gone: processes, /run, BPF file systems, devices.
 func TestReboot(t *testing.T) {
 	if cluster.Kind {
 		testRebootOnKind(t)
@@ -37,14 +39,14 @@ func TestReboot(t *testing.T) {
 			must(t, netlink.LinkDel(device))
 		}
 	}
-	must(t, cluster.emptyRun())
-	must(t, unix.Unmount(BPFFS, unix.MNT_DETACH))
+	must(t, cluster.EmptyRun())
+	must(t, unix.Unmount(kube.BPFFS, unix.MNT_DETACH))
 	must(t, cluster.MountBPFFS())
 
-	must(t, cluster.startContainerd())
+	must(t, cluster.StartContainerd())
 	must(t, cluster.StartKubelet())
-	pod, err = cluster.Await(t.Context(), pod, 2*time.Minute, "made anew", func(now *corev1.Pod) bool {
-		return Ready(now) && Restarts(now) == 1
+	pod, err = cluster.Await(t.Context(), pod, 2*time.Minute, "recreated", func(now *corev1.Pod) bool {
+		return kube.Ready(now) && kube.Restarts(now) == 1
 	})
 	if err != nil {
 		t.Fatalf("%v\n%v\n%v", err, events(t, nil), cluster.Log("kubelet"))
@@ -53,7 +55,7 @@ func TestReboot(t *testing.T) {
 	awaitHits(t, pod.Name, 5)
 }
 
-// testRebootOnKind is run before the node is restarted, and after that: kind/run.sh does so.
+// testRebootOnKind runs before and after kind/run.sh restarts the node.
 func testRebootOnKind(t *testing.T) {
 	pod := web("rebooted")
 	switch os.Getenv("PROBELET_KIND") {
@@ -64,30 +66,30 @@ func testRebootOnKind(t *testing.T) {
 		awaitReady(t, made)
 		awaitHits(t, pod.Name, 3)
 	case "rebooted":
-		now, err := cluster.Await(t.Context(), pod, 5*time.Minute, "made anew", func(now *corev1.Pod) bool {
-			return Ready(now) && Restarts(now) > 0
+		now, err := cluster.Await(t.Context(), pod, 5*time.Minute, "recreated", func(now *corev1.Pod) bool {
+			return kube.Ready(now) && kube.Restarts(now) > 0
 		})
 		must(t, err)
 		awaitHits(t, pod.Name, 5)
 		must(t, cluster.Delete(t.Context(), now))
 	default:
-		t.Skip("the node is restarted by kind/run.sh, later")
+		t.Skip("kind/run.sh restarts the node later")
 	}
 }
 
-// killAllContainers kills what the runtime has started.
+// killAllContainers kills the processes that the runtime started.
 func killAllContainers() error {
-	pids, err := processes("cmdline", func(text string) bool {
+	pids, err := kube.Processes("cmdline", func(text string) bool {
 		program, _, _ := strings.Cut(text, "\x00")
 		return slices.Contains([]string{"containerd-shim-runc-v2", "app", "probeletd"}, filepath.Base(program))
 	})
 	for _, pid := range pids {
-		_ = syscall.Kill(pid, syscall.SIGKILL) // or it has ended
+		_ = syscall.Kill(pid, syscall.SIGKILL) // may have exited already
 	}
 	return err
 }
 
-// What was lost by somebody's hand is put back.
+// The daemon repairs what was removed by accident.
 func TestRepair(t *testing.T) {
 	deploy(t, nil)
 	pod := run(t, web("repaired"))
@@ -99,13 +101,13 @@ func TestRepair(t *testing.T) {
 	}{
 		{"links", func() { detachLinks(t, attachmentOf(t, pod)) }},
 		{"pins", func() { must(t, os.RemoveAll(filepath.Join(pinsDir, attachmentOf(t, pod)))) }},
-		{"bpffs", func() { must(t, unix.Unmount(BPFFS, unix.MNT_DETACH)); must(t, cluster.MountBPFFS()) }},
-		{"all", func() { must(t, os.RemoveAll(BPFFS+"/probelet")) }},
+		{"bpffs", func() { must(t, unix.Unmount(kube.BPFFS, unix.MNT_DETACH)); must(t, cluster.MountBPFFS()) }},
+		{"all", func() { must(t, os.RemoveAll(kube.BPFFS+"/probelet")) }},
 	} {
 		t.Run(lost.name, func(t *testing.T) {
 			lost.lose()
 			hits := 0
-			eventually(t, "it is answered again", 2*time.Minute, func() bool {
+			eventually(t, "the pod is answered again", 2*time.Minute, func() bool {
 				was := hits
 				hits = readStatus(t).hits(pod.Name)
 				return hits > was && was > 0
@@ -115,7 +117,8 @@ func TestRepair(t *testing.T) {
 	watch.end()
 }
 
-// detachLinks takes the programs off a pod's device, as bpftool link detach does. The daemon makes them links after ADD.
+// detachLinks detaches the programs from a pod's device, as bpftool link detach does. The daemon turns them into links after
+// ADD.
 func detachLinks(t *testing.T, attachment string) {
 	t.Helper()
 	want := 2 // steer and observe
@@ -144,7 +147,7 @@ func linksOf(t *testing.T, attachment string) (links []link.Link) {
 	return links
 }
 
-// attachmentOf is the name of an attachment's directory.
+// attachmentOf returns the name of an attachment's directory.
 func attachmentOf(t *testing.T, pod *corev1.Pod) string {
 	t.Helper()
 	a := readStatus(t).of(pod.Name)

@@ -19,7 +19,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/kube"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
 func must(t *testing.T, err error) {
@@ -29,10 +30,10 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// deployed are the values of the release that runs; nil: none.
+// deployed holds the values of the deployed release; nil means none.
 var deployed map[string]any
 
-// deploy runs the chart's pod with these values, besides that probes are answered, by the hook under test.
+// deploy deploys the chart with these values, in mode answer and with the hook under test.
 func deploy(t *testing.T, values map[string]any) {
 	t.Helper()
 	all := map[string]any{"mode": "answer", "hook": *hook}
@@ -51,7 +52,7 @@ func deploy(t *testing.T, values map[string]any) {
 	deployed = all
 }
 
-// daemonReady asks the daemon.
+// daemonReady reports whether the daemon says that it is ready.
 func daemonReady() bool {
 	response, err := http.Get("http://127.0.0.1:9553/readyz")
 	if err != nil {
@@ -61,14 +62,14 @@ func daemonReady() bool {
 	return response.StatusCode == http.StatusOK
 }
 
-// undeploy ends the daemon, and leaves the node as it is.
+// undeploy ends the daemon and leaves the node as it is.
 func undeploy(t *testing.T) {
 	t.Helper()
 	deployed = nil
 	must(t, cluster.Undeploy(t.Context()))
 }
 
-// uninstall does what the chart says.
+// uninstall follows the chart's instructions.
 func uninstall(t *testing.T) {
 	t.Helper()
 	deployed = nil
@@ -78,15 +79,15 @@ func uninstall(t *testing.T) {
 	undeploy(t)
 }
 
-// installed is whether the plugin is on the node.
+// installed reports whether the plugin is on the node.
 func installed() bool {
-	_, err := os.Stat(filepath.Join(BinDir, "probelet"))
+	_, err := os.Stat(filepath.Join(kube.BinDir, "probelet"))
 	return err == nil
 }
 
-// daemonLog is what the daemon's pods have written.
+// daemonLog returns the logs of the daemon's pods.
 func daemonLog() string {
-	files, _ := filepath.Glob("/var/log/pods/" + System + "_*/*/*.log")
+	files, _ := filepath.Glob("/var/log/pods/" + kube.System + "_*/*/*.log")
 	var all strings.Builder
 	for _, file := range files {
 		text, _ := os.ReadFile(file)
@@ -115,22 +116,22 @@ func create(t *testing.T, pod *corev1.Pod) *corev1.Pod {
 
 func awaitReady(t *testing.T, pod *corev1.Pod) *corev1.Pod {
 	t.Helper()
-	pod, err := cluster.Await(t.Context(), pod, time.Minute, "ready", Ready)
+	pod, err := cluster.Await(t.Context(), pod, time.Minute, "ready", kube.Ready)
 	if err != nil {
 		t.Fatalf("%v\n%v", err, events(t, pod))
 	}
 	return pod
 }
 
-// web is a pod that is asked each second, by two probes on one path.
+// web returns a pod with two probes per second on the same path.
 func web(name string) *corev1.Pod {
-	c := App("app", 8080)
-	c.ReadinessProbe = HTTP("/healthz", intstr.FromInt32(8080))
-	c.LivenessProbe = HTTP("/healthz", intstr.FromInt32(8080))
-	return Pod(name, c)
+	c := kube.App("app", 8080)
+	c.ReadinessProbe = kube.HTTP("/healthz", intstr.FromInt32(8080))
+	c.LivenessProbe = kube.HTTP("/healthz", intstr.FromInt32(8080))
+	return kube.Pod(name, c)
 }
 
-// events are those of a pod, or all.
+// events returns the events of a pod, or of all pods.
 func events(t *testing.T, of *corev1.Pod) string {
 	t.Helper()
 	list, err := cluster.Client.CoreV1().Events(metav1.NamespaceAll).List(context.Background(), metav1.ListOptions{})
@@ -144,7 +145,7 @@ func events(t *testing.T, of *corev1.Pod) string {
 	return all.String()
 }
 
-// status is what the tests want of probeletctl status -o json.
+// status is the part of the output of probeletctl status -o json that the tests need.
 type status struct {
 	Prober      *struct{ CgroupIDs []uint64 }
 	Counters    map[string]int
@@ -168,10 +169,10 @@ type endpoint struct {
 	}
 }
 
-// of is the attachment of a pod, or an empty one.
+// of returns the attachment of a pod, or an empty one.
 func (s status) of(pod string) attachment {
 	for _, a := range s.Attachments {
-		if a.Pod == Namespace+"/"+pod {
+		if a.Pod == kube.Namespace+"/"+pod {
 			return a
 		}
 	}
@@ -198,7 +199,7 @@ func readStatus(t *testing.T) (s status) {
 	return s
 }
 
-// awaitHits waits until n more probes of a pod were answered in the kernel, by the hook under test.
+// awaitHits waits until the kernel has answered n more probes of a pod, with the hook under test.
 func awaitHits(t *testing.T, pod string, n int) {
 	t.Helper()
 	before := readStatus(t).hits(pod)
@@ -226,7 +227,7 @@ func process(t *testing.T, pod *corev1.Pod) (pid int) {
 	now, err := cluster.Get(t.Context(), pod)
 	must(t, err)
 	_, id, _ := strings.Cut(now.Status.ContainerStatuses[0].ContainerID, "://")
-	pids, err := processes("cgroup", func(text string) bool { return strings.Contains(text, id) })
+	pids, err := kube.Processes("cgroup", func(text string) bool { return strings.Contains(text, id) })
 	must(t, err)
 	if len(pids) == 0 {
 		t.Fatalf("no process of container %s", id)
@@ -234,7 +235,7 @@ func process(t *testing.T, pod *corev1.Pod) (pid int) {
 	return pids[0]
 }
 
-// filter adds a rule to a hook of the node's netfilter, until the end of the test.
+// filter adds a rule to one of the node's netfilter hooks, until the end of the test.
 func filter(t *testing.T, family nftables.TableFamily, hook *nftables.ChainHook, rule ...expr.Any) {
 	t.Helper()
 	c, err := nftables.New()

@@ -17,15 +17,17 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
 const stateDir = "/run/probelet"
 
-// pristine is the node before probelet was ever on it, without pods.
+// pristine is the node's state without pods, before it ever ran probelet.
 var pristine map[string]string
 
-// snapshot is what can be seen of probelet on a node: files and directories with mode, owner and contents, devices with what
-// is attached to them, and rules for packets.
+// snapshot returns everything that probelet may change on a node: files and directories with mode, owner and content, devices
+// with what is attached to them, and packet filter rules.
 func snapshot() (map[string]string, error) {
 	all := map[string]string{}
 	for _, part := range []func(map[string]string) error{addFiles, addDevices, addRules} {
@@ -37,7 +39,7 @@ func snapshot() (map[string]string, error) {
 }
 
 func addFiles(all map[string]string) error {
-	for _, dir := range []string{NetDir, BinDir, BPFFS, stateDir} {
+	for _, dir := range []string{kube.NetDir, kube.BinDir, kube.BPFFS, stateDir} {
 		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 			if err != nil {
 				return err
@@ -47,7 +49,7 @@ func addFiles(all map[string]string) error {
 				return err
 			}
 			text := []byte(nil)
-			if dir != BPFFS && info.Mode().IsRegular() {
+			if dir != kube.BPFFS && info.Mode().IsRegular() {
 				if text, err = os.ReadFile(path); err != nil {
 					return err
 				}
@@ -75,7 +77,7 @@ func addDevices(all map[string]string) error {
 		}
 		said := device.Type()
 		for _, q := range qdiscs {
-			if q.Type() != "clsact" { // it stays where ADD made one, because its removal would cost the pod packets
+			if q.Type() != "clsact" { // stays where ADD made it, because removing it would cost the pod packets
 				said += " qdisc " + q.Type()
 			}
 		}
@@ -140,12 +142,12 @@ func takeSnapshot(t *testing.T) map[string]string {
 	return all
 }
 
-// mustBeAs compares the node with what it was.
+// mustBeAs compares the node with an earlier snapshot.
 func mustBeAs(t *testing.T, before map[string]string) {
 	t.Helper()
 	want := maps.Clone(before)
 	var now map[string]string
-	// Sandboxes of pods that have ended are removed later.
+	// The sandboxes of deleted pods are removed later.
 	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(500 * time.Millisecond) {
 		if now = takeSnapshot(t); maps.Equal(now, want) {
 			return
@@ -163,16 +165,16 @@ func mustBeAs(t *testing.T, before map[string]string) {
 	}
 }
 
-// pinnedLinks are the attachments of BPF programs that probelet has made.
+// pinnedLinks returns the BPF links that probelet pinned.
 func pinnedLinks(t *testing.T) (ids []link.ID) {
 	t.Helper()
-	must(t, filepath.WalkDir(BPFFS+"/probelet", func(path string, d fs.DirEntry, err error) error {
+	must(t, filepath.WalkDir(kube.BPFFS+"/probelet", func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
 		}
 		l, err := link.LoadPinnedLink(path, nil)
 		if err != nil {
-			return nil // a map, or a program
+			return nil // a map or a program
 		}
 		defer l.Close() //nolint:errcheck // read only
 		info, err := l.Info()
@@ -187,12 +189,12 @@ func pinnedLinks(t *testing.T) (ids []link.ID) {
 	return ids
 }
 
-// mustBeGone is about links that were there.
+// mustBeGone checks that earlier links no longer exist.
 func mustBeGone(t *testing.T, ids []link.ID) {
 	t.Helper()
 	for _, id := range ids {
 		if l, err := link.NewFromID(id); !errors.Is(err, fs.ErrNotExist) {
-			t.Errorf("link %d is left (%v)", id, err)
+			t.Errorf("link %d still exists (%v)", id, err)
 			if err == nil {
 				_ = l.Close()
 			}

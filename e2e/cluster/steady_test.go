@@ -6,9 +6,11 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+
+	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
-// steady watches pods that are well: that they stay Ready, are not restarted, and that no probe of theirs fails.
+// steady watches healthy pods: they must stay Ready and not be restarted, and none of their probes may fail.
 type steady struct {
 	t    *testing.T
 	pods []*corev1.Pod
@@ -16,9 +18,9 @@ type steady struct {
 }
 
 type condition struct {
-	ready    time.Time // since; of one that has become so again it is another
+	ready    time.Time // since when; changes if the pod becomes Ready again
 	restarts int
-	failed   int // probes, since the kubelet was started
+	failed   int // probes, since the kubelet's start
 }
 
 func watchSteady(t *testing.T, pods ...*corev1.Pod) *steady {
@@ -39,11 +41,12 @@ func conditionOf(t *testing.T, pod *corev1.Pod) (now condition) {
 			now.ready = c.LastTransitionTime.Time
 		}
 	}
-	now.restarts, now.failed = Restarts(pod), failures(t, pod)
+	now.restarts, now.failed = kube.Restarts(pod), failures(t, pod)
 	return now
 }
 
-// failures is how many probes of a pod have failed, to the kubelet's count: of all containers, initial ones too.
+// failures returns how many probes of a pod have failed according to the kubelet, for all containers including init
+// containers.
 func failures(t *testing.T, pod *corev1.Pod) (failed int) {
 	t.Helper()
 	counts, err := cluster.ProbeCounts(context.Background(), pod)
@@ -56,7 +59,7 @@ func failures(t *testing.T, pod *corev1.Pod) (failed int) {
 	return failed
 }
 
-// kubeletEnds is to be told before the kubelet is stopped, whose counts begin anew then.
+// kubeletEnds must be called before the kubelet is stopped, which resets its counts.
 func (s *steady) kubeletEnds() {
 	s.t.Helper()
 	s.end()
@@ -66,7 +69,7 @@ func (s *steady) kubeletEnds() {
 	}
 }
 
-// end says what went wrong.
+// end reports what went wrong.
 func (s *steady) end() {
 	s.t.Helper()
 	for _, pod := range s.pods {
@@ -79,7 +82,7 @@ func (s *steady) end() {
 		}
 		for _, e := range readStatus(s.t).of(pod.Name).Endpoints {
 			if e.Disagreement != "" {
-				s.t.Errorf("%s: the kubelet's verdict on %s %d%s is another one", pod.Name, e.Kind, e.Port, e.Path)
+				s.t.Errorf("%s: the kubelet's verdict on %s %d%s differs", pod.Name, e.Kind, e.Port, e.Path)
 			}
 		}
 	}

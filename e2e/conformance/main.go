@@ -1,6 +1,6 @@
-// Command conformance runs Kubernetes' own specs of probes, and of StatefulSets, on a cluster of one node: without probelet
-// and with it, in several variants. It prints what each spec took, and fails where probelet makes a difference that it is not
-// to make. It is run in its source directory, by make conformance.
+// Command conformance runs Kubernetes' own specs of probes and StatefulSets on a cluster of one node: without probelet, and
+// with it in several variants. It prints the duration of each spec, and fails where probelet makes an unacceptable
+// difference. "make conformance" runs it in its source directory.
 package main
 
 import (
@@ -16,13 +16,13 @@ import (
 	"strings"
 	"time"
 
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// variant is a way in which the specs are run.
+// variant is a way to run the specs.
 type variant struct {
 	name   string
-	values map[string]any // of the chart; nil: without probelet
+	values map[string]any // for the chart; nil: without probelet
 }
 
 var variants = []variant{
@@ -33,32 +33,32 @@ var variants = []variant{
 	{"xdp", map[string]any{"hook": "xdp"}},
 }
 
-// Variants that are compared with each other: without probelet, and with its defaults.
+// The variants that are compared with each other: without probelet, and with its defaults.
 const (
 	plain = "none"
 	usual = "default"
 )
 
-// named is the variant of a name.
+// named returns the variant with this name.
 func named(name string) (variant, error) {
 	i := slices.IndexFunc(variants, func(v variant) bool { return v.name == name })
 	if i < 0 {
-		return variant{}, fmt.Errorf("there is no variant %q", name)
+		return variant{}, fmt.Errorf("unknown variant %q", name)
 	}
 	return variants[i], nil
 }
 
-// options are those of the command line.
+// options are the command-line options.
 type options struct {
 	variants          []string // names
 	focus, out, tools string
 	procs             int
 }
 
-// begin is when the command was started, in seconds since 1970.
+// begin is the start of the command, in seconds since 1970.
 var begin = time.Now().Unix()
 
-// say shows progress.
+// say prints progress.
 func say(format string, args ...any) {
 	fmt.Printf("%5ds %s\n", time.Now().Unix()-begin, fmt.Sprintf(format, args...))
 }
@@ -69,13 +69,13 @@ func main() {
 	for _, v := range variants {
 		names = append(names, v.name)
 	}
-	list := flag.String("variants", strings.Join(names, ","), "`names` of variants to run, with commas between")
+	list := flag.String("variants", strings.Join(names, ","), "comma-separated `names` of variants to run")
 	flag.StringVar(&o.focus, "focus", focus, "`regexp` of the specs")
-	flag.StringVar(&o.out, "out", "", "`directory` for reports and logs, with one in it for each variant")
+	flag.StringVar(&o.out, "out", "", "`directory` for reports and logs, with a subdirectory per variant")
 	flag.StringVar(&o.tools, "tools", "", "`directory` of the cluster's programs")
-	flag.IntVar(&o.procs, "procs", 20, "`number` of specs that run side by side; they mostly wait")
-	one := flag.String("variant", "", "run this variant only, without comparing: the command starts itself so")
-	flag.Int64Var(&begin, "begin", begin, "when the command was started, in `seconds` since 1970, for one that starts itself")
+	flag.IntVar(&o.procs, "procs", 20, "`number` of specs to run in parallel; they mostly wait")
+	one := flag.String("variant", "", "run only this variant, without comparing (used internally)")
+	flag.Int64Var(&begin, "begin", begin, "start of the command, in `seconds` since 1970 (used internally)")
 	flag.Parse()
 	o.variants = strings.Split(*list, ",")
 	if *one != "" {
@@ -92,7 +92,7 @@ func exitCode(err error) int {
 	return 0
 }
 
-// all runs the variants one after the other, and compares them.
+// all runs the variants one after another, and compares them.
 func (o options) all() (err error) {
 	if err := node.Suited(); err != nil {
 		return err
@@ -127,13 +127,13 @@ func (o options) all() (err error) {
 	if len(problems) > 0 {
 		return fmt.Errorf("%d PROBLEMS:\n%s", len(problems), strings.Join(problems, "\n"))
 	}
-	say("no spec failed; none differs from plain Kubernetes in restarts, or takes more than %.1f times as long with the defaults", slowest)
+	say("all specs passed; none differs from plain Kubernetes in restarts, or takes more than %.1f times as long with the defaults", slowest)
 	return nil
 }
 
-// again runs specs that took too long once more, with nothing beside them: a busy machine delays a spec, too.
+// again repeats the specs that took too long, without the others: a busy machine slows specs down, too.
 func (o options) again(names []string) (problems []string, err error) {
-	say("%d specs took more than %.1f times as long with probelet: they are run again, without the others", len(names), slowest)
+	say("%d specs took more than %.1f times as long with probelet: running them again, without the others", len(names), slowest)
 	var quoted []string
 	for _, name := range names {
 		quoted = append(quoted, regexp.QuoteMeta(name))
@@ -154,7 +154,7 @@ func (o options) again(names []string) (problems []string, err error) {
 	return problems, nil
 }
 
-// start runs a variant in a process of its own, on a cluster of its own, and returns what came of it.
+// start runs a variant in its own process and on its own cluster, and returns the result.
 func (o options) start(name, focus, dir string) (result, error) {
 	dir = filepath.Join(o.out, dir)
 	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o755)); err != nil {

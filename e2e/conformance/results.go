@@ -13,23 +13,23 @@ import (
 	"time"
 )
 
-// result is what came of a variant.
+// result is the outcome of a variant.
 type result struct {
 	variant string
 	took    time.Duration
 	specs   map[string]spec // by name
 }
 
-// spec is what came of a spec.
+// spec is the outcome of a spec.
 type spec struct {
 	passed   bool
-	why      string // not passed
+	why      string // if not passed
 	took     time.Duration
 	restarts int // of the container that it watches
 	answered int // probes of its pods, at least
 }
 
-// report is what is read of ginkgo's.
+// report is the part of ginkgo's report that is read here.
 type report struct {
 	RunTime     time.Duration
 	SpecReports []struct {
@@ -40,7 +40,7 @@ type report struct {
 	}
 }
 
-// load reads what a variant has left in a directory.
+// load reads the files that a variant left in a directory.
 func load(variant, dir string) (r result, err error) {
 	answered := map[string]int{}
 	var reports []report
@@ -79,7 +79,7 @@ var (
 	namespace = regexp.MustCompile(`\b[a-z][a-z-]*-\d+\b`)
 )
 
-// restarts is the last count that a spec logged.
+// restarts returns the last count in a spec's log.
 func restarts(log string) (n int) {
 	for _, match := range restarted.FindAllStringSubmatch(log, -1) {
 		n, _ = strconv.Atoi(match[1]) // digits
@@ -87,7 +87,7 @@ func restarts(log string) (n int) {
 	return n
 }
 
-// answeredIn counts the answers in the namespaces that a spec's log names.
+// answeredIn counts the answers in the namespaces that appear in a spec's log.
 func answeredIn(log string, answered map[string]int) (n int) {
 	names := namespace.FindAllString(log, -1)
 	slices.Sort(names)
@@ -106,7 +106,7 @@ func find(results []result, variant string) result {
 	return result{}
 }
 
-// compare returns in words what differs from the run without probelet, where there is one, and what failed.
+// compare describes failures, and differences from the run without probelet, if there is one.
 func compare(results []result) (problems []string) {
 	without := find(results, plain)
 	for _, r := range results {
@@ -115,21 +115,21 @@ func compare(results []result) (problems []string) {
 			was, ran := without.specs[name]
 			switch {
 			case !s.passed:
-				problems = append(problems, fmt.Sprintf("%s: fails: %s\n%s", r.variant, name, s.why))
+				problems = append(problems, fmt.Sprintf("%s: failed: %s\n%s", r.variant, name, s.why))
 			case ran && was.passed && s.restarts != was.restarts:
 				problems = append(problems, fmt.Sprintf("%s: %d restarts, %d without: %s", r.variant, s.restarts, was.restarts, name))
 			}
 		}
 		for _, name := range names(without) {
 			if _, ran := r.specs[name]; !ran {
-				problems = append(problems, fmt.Sprintf("%s: was not run: %s", r.variant, name))
+				problems = append(problems, fmt.Sprintf("%s: did not run: %s", r.variant, name))
 			}
 		}
 	}
 	return problems
 }
 
-// idle returns in words which variants with probelet answered no probe.
+// idle describes variants with probelet that answered no probe.
 func idle(results []result) (problems []string) {
 	for _, r := range results {
 		answered := 0
@@ -143,14 +143,14 @@ func idle(results []result) (problems []string) {
 	return problems
 }
 
-// A spec is not to take more than slowest times as long with probelet's defaults. What is added is a probe's period or two, so
-// it tells only where a spec takes longEnough without it.
+// With probelet's defaults, a spec may take up to slowest times as long as without. Since probelet adds a probe period or
+// two, the ratio is only meaningful for specs that take at least longEnough without it.
 const (
 	slowest    = 1.6
 	longEnough = 20 * time.Second
 )
 
-// slower returns the names of specs that take too long.
+// slower returns the names of the specs that took too long.
 func slower(without, with result) (slow []string) {
 	for _, name := range names(with) {
 		was, ran := without.specs[name]
@@ -161,7 +161,7 @@ func slower(without, with result) (slow []string) {
 	return slow
 }
 
-// names are those of the specs, in order.
+// names returns the sorted names of the specs.
 func names(r result) (names []string) {
 	for name := range r.specs {
 		names = append(names, name)
@@ -170,10 +170,10 @@ func names(r result) (names []string) {
 	return names
 }
 
-// tag is what names of specs are labelled with.
+// tag matches the labels in the names of specs.
 var tag = regexp.MustCompile(`\s*\[[^]]*\]`)
 
-// table has a line for each spec and a column for each variant.
+// table returns a table with a row per spec and a column per variant.
 func table(results []result) string {
 	var text strings.Builder
 	text.WriteString("seconds of each spec; r: restarts of its container; a: probes answered in the kernel, at least\n")
@@ -222,7 +222,7 @@ func cell(r result, name string) string {
 	return text
 }
 
-// sum is the last line's cell: how many specs passed of how many, and the sums.
+// sum returns the cell of the last row: the sums, and how many specs passed out of how many.
 func sum(r result) string {
 	passed, restarts, answered := 0, 0, 0
 	for _, s := range r.specs {

@@ -8,11 +8,11 @@ import (
 	"testing"
 	"time"
 
-	"github.com/probelet/probelet/e2e/cluster"
-	"github.com/probelet/probelet/e2e/manifests"
+	"github.com/probelet/probelet/e2e/harness/kube"
+	"github.com/probelet/probelet/e2e/harness/manifests"
 )
 
-// The specs' logs, as the e2e framework writes them.
+// Logs of specs, in the format of the e2e framework.
 const reported = `[{"RunTime": 90000000000, "SpecReports": [
 	{"ContainerHierarchyTexts": ["[sig-node] Probing container"], "LeafNodeType": "It", "LeafNodeText": "should be restarted [Conformance]",
 	 "State": "passed", "RunTime": 61000000000, "CapturedGinkgoWriterOutput":
@@ -65,10 +65,10 @@ func TestCompare(t *testing.T) {
 		slow    []string
 	}{
 		{"the same", of(usual, time.Minute, same), "", nil},
-		{"a failure", of(usual, time.Minute, func(s *spec) { s.passed = false }), "default: fails: a", nil},
+		{"a failure", of(usual, time.Minute, func(s *spec) { s.passed = false }), "default: failed: a", nil},
 		{"a restart more", of(usual, time.Minute, func(s *spec) { s.restarts++ }), "default: 2 restarts, 1 without: a", nil},
 		{"a restart less", of("xdp", time.Minute, func(s *spec) { s.restarts-- }), "xdp: 0 restarts, 1 without: a", nil},
-		{"one was not run", result{variant: usual, specs: map[string]spec{"a": {passed: true, restarts: 1, answered: 1}}}, "default: was not run: b", nil},
+		{"one was not run", result{variant: usual, specs: map[string]spec{"a": {passed: true, restarts: 1, answered: 1}}}, "default: did not run: b", nil},
 		{"longer", of(usual, time.Minute, func(s *spec) { s.took = 95 * time.Second }), "", nil},
 		{"too long", of(usual, time.Minute, func(s *spec) { s.took = 97 * time.Second }), "", []string{"a"}},
 	} {
@@ -78,21 +78,21 @@ func TestCompare(t *testing.T) {
 			t.Errorf("%s: %q", c.name, problems)
 		}
 		if slow := slower(without, c.with); !slices.Equal(slow, c.slow) {
-			t.Errorf("%s: slow are %q", c.name, slow)
+			t.Errorf("%s: slow: %q", c.name, slow)
 		}
 	}
 	short := of(plain, time.Second, same)
 	if slow := slower(short, of(usual, 9*time.Second, same)); len(slow) > 0 {
-		t.Errorf("of short specs, slow are %q", slow)
+		t.Errorf("slow among short specs: %q", slow)
 	}
-	// Without a run to compare with, failures are still told.
+	// Without a run to compare with, failures are still reported.
 	failed := []result{of("xdp", time.Minute, func(s *spec) { s.passed = false })}
 	if problems := compare(failed); len(problems) != 1 {
 		t.Errorf("alone: %q", problems)
 	}
 }
 
-// Specs whose probes are never answered may be run again alone, but not be all that was run.
+// Specs whose probes are never answered may be repeated on their own, but must not be all that ran.
 func TestIdle(t *testing.T) {
 	unanswered := result{variant: usual, specs: map[string]spec{"a": {passed: true}}}
 	without := result{variant: plain, specs: unanswered.specs}
@@ -104,21 +104,21 @@ func TestIdle(t *testing.T) {
 	}
 }
 
-// A variant is a release of the chart, or none.
+// A variant is either a release of the chart or runs without probelet.
 func TestVariants(t *testing.T) {
 	var without int
 	for _, v := range variants {
 		if v.values == nil {
 			without++
 			if v.name != plain {
-				t.Errorf("%s is without probelet", v.name)
+				t.Errorf("%s runs without probelet", v.name)
 			}
 		}
-		if _, err := manifests.Render(cluster.Chart, "probelet", cluster.System, cluster.Values(v.values)); err != nil {
+		if _, err := manifests.Render(kube.Chart, "probelet", kube.System, kube.Values(v.values)); err != nil {
 			t.Errorf("%s: %v", v.name, err)
 		}
 	}
 	if without != 1 {
-		t.Errorf("%d variants are without probelet", without)
+		t.Errorf("%d variants run without probelet", without)
 	}
 }

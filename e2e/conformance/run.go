@@ -15,28 +15,28 @@ import (
 
 	imageutils "k8s.io/kubernetes/test/utils/image"
 
-	"github.com/probelet/probelet/e2e/cluster"
-	"github.com/probelet/probelet/e2e/image"
-	"github.com/probelet/probelet/e2e/node"
+	"github.com/probelet/probelet/e2e/harness/image"
+	"github.com/probelet/probelet/e2e/harness/kube"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
 const (
 	// focus selects the specs.
 	focus = `Probing (container|restartable init container)|\[sig-apps\] StatefulSet`
-	// skip leaves out those of a feature that is off. Those that need storage skip themselves.
+	// skip excludes specs of a feature that is off. Specs that need storage skip themselves.
 	skip = "StatefulSetRecreateStrategy"
-	// gates are on so that the specs of them run: they are off by default, and concern probes that are never answered.
+	// gates enables features that are off by default, so that their specs run. They concern probes that are never answered.
 	gates = "GRPCContainerProbeTLS=true,H2CContainerProbe=true"
 )
 
-// run runs the specs on a cluster that it starts.
+// run starts a cluster and runs the specs on it.
 func (o options) run(m *node.Machine, name string) (err error) {
 	ctx := context.Background()
 	v, err := named(name)
 	if err != nil {
 		return err
 	}
-	c, err := cluster.Start(ctx, m, o.tools, cluster.Network("ptp", cluster.IPv4, cluster.IPv6), gates, func(string) {})
+	c, err := kube.Start(ctx, m, o.tools, kube.Network("ptp", kube.IPv4, kube.IPv6), gates, func(string) {})
 	if c != nil {
 		defer func() { err = errors.Join(err, c.KeepLogs(filepath.Join(o.out, "logs"))) }()
 	}
@@ -58,23 +58,23 @@ func (o options) run(m *node.Machine, name string) (err error) {
 			return err
 		}
 	}
-	say("%s: the cluster runs", name)
+	say("%s: the cluster is running", name)
 	if err := o.runSpecs(c, v, answered); err != nil {
 		return err
 	}
 	return answered.write(filepath.Join(o.out, answersFile))
 }
 
-// reportFile is what ginkgo calls its report.
+// reportFile is the name of ginkgo's report.
 const reportFile = "report.json"
 
-// runSpecs runs e2e.test, and meanwhile counts answers. Specs that fail are in the report, and no error.
-func (o options) runSpecs(c *cluster.Cluster, v variant, answered answers) error {
+// runSpecs runs e2e.test and counts answers meanwhile. Failed specs are in the report, and not an error.
+func (o options) runSpecs(c *kube.Cluster, v variant, answered answers) error {
 	log, err := os.Create(filepath.Join(o.out, "e2e.log"))
 	if err != nil {
 		return err
 	}
-	defer log.Close() //nolint:errcheck // whatever there is of it
+	defer log.Close() //nolint:errcheck // best effort
 	cmd := exec.Command(filepath.Join(o.tools, "ginkgo"), fmt.Sprintf("--procs=%d", o.procs), "--no-color", "--timeout=30m",
 		"--focus="+o.focus, "--skip="+skip, "--json-report="+reportFile, "--output-dir="+o.out, filepath.Join(o.tools, "e2e.test"), "--",
 		"--kubeconfig="+c.AdminKubeconfig(), "--provider=skeleton", "--kubectl-path="+filepath.Join(o.tools, "kubectl"),
@@ -104,23 +104,23 @@ func (o options) runSpecs(c *cluster.Cluster, v variant, answered answers) error
 		}
 		if seconds%60 == 0 {
 			text, _ := os.ReadFile(log.Name())
-			say("%s: %d specs have passed", v.name, bytes.Count(text, []byte("•")))
+			say("%s: %d specs passed", v.name, bytes.Count(text, []byte("•")))
 		}
 	}
 }
 
-// answersFile has the answers, by namespace.
+// answersFile contains the answers by namespace.
 const answersFile = "answers.json"
 
-// answers counts probes that the kernel answered, by sandbox: namespace, slash, container ID. What comes after the last look
-// at a pod is missed.
+// answers counts the probes answered by the kernel, by sandbox (NAMESPACE/CONTAINER ID). Those after the last poll of a pod
+// are missed.
 type answers map[string]int
 
-// read asks probeletctl.
+// read polls probeletctl.
 func (a answers) read(bin string) {
 	text, err := exec.Command(filepath.Join(bin, "probeletctl"), "status", "-o", "json").Output()
 	if err != nil {
-		return // the next time
+		return // try again at the next poll
 	}
 	var status struct {
 		Attachments []struct {
@@ -156,7 +156,7 @@ func (a answers) write(file string) error {
 	return os.WriteFile(file, text, 0o644)
 }
 
-// images are those that the specs ask for, with as much in them as the specs use.
+// images returns the images that the specs need, with only the content that they use.
 func images(tools string) ([]image.Image, error) {
 	busybox, err := exec.LookPath("busybox")
 	if err != nil {

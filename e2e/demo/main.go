@@ -1,5 +1,5 @@
-// The demo has the kubelet's own prober probe pods that answer themselves, and the same pods once the kernel answers
-// for them. Everything that it makes ends with it.
+// Command demo lets the kubelet's own prober probe pods that answer themselves, and the same pods once the kernel answers for
+// them. Everything that it creates disappears when it ends.
 package main
 
 import (
@@ -9,11 +9,11 @@ import (
 	"os"
 	"strconv"
 
-	"github.com/probelet/probelet/e2e/node"
-	"github.com/probelet/probelet/e2e/role"
+	"github.com/probelet/probelet/e2e/harness/node"
+	"github.com/probelet/probelet/e2e/harness/role"
 )
 
-// probesByDefault of each kind are sent in each run. DEMO_N says otherwise.
+// probesByDefault is the number of probes of each kind in each run. DEMO_N overrides it.
 const probesByDefault = 10_000
 
 func main() {
@@ -31,7 +31,7 @@ func demo(m *node.Machine) (err error) {
 	n := probesByDefault
 	if text := os.Getenv("DEMO_N"); text != "" {
 		if n, err = strconv.Atoi(text); err != nil || n < 1 {
-			return fmt.Errorf("DEMO_N=%q: not a number of probes", text)
+			return fmt.Errorf("DEMO_N %q: must be a positive number", text)
 		}
 	}
 	s, err := setUp(m)
@@ -64,7 +64,7 @@ func writeJSON(file string, results []result) error {
 	return os.WriteFile(file, append(text, '\n'), 0o644)
 }
 
-// verdict is an error if something did not go as it must.
+// verdict returns an error if a result is not as promised.
 func verdict(results []result) error {
 	var errs []error
 	for _, r := range results {
@@ -76,7 +76,7 @@ func verdict(results []result) error {
 		}
 		if r.Entry == absent {
 			if r.Answered > 0 {
-				wrong("the kernel answered %d probes that nothing was known of", r.Answered)
+				wrong("the kernel answered %d probes without evidence", r.Answered)
 			}
 			continue
 		}
@@ -85,17 +85,17 @@ func verdict(results []result) error {
 			wrong("the kernel answered %d of %d probes", r.Answered, r.N)
 		}
 		if r.segments > node.SegmentsOfTCPProbe*passed || r.ServerRequests > passed {
-			wrong("%d TCP segments and %d requests reached the pod, and %d probes were passed on", r.segments, r.ServerRequests, passed)
+			wrong("%d TCP segments and %d requests reached the pod for %d forwarded probes", r.segments, r.ServerRequests, passed)
 		}
 		if r.TimeWaitHost > passed || r.TimeWaitPod > passed {
-			wrong("%d sockets were left in TIME_WAIT on the host, %d in the pod", r.TimeWaitHost, r.TimeWaitPod)
+			wrong("%d sockets are left in TIME_WAIT on the host, %d in the pod", r.TimeWaitHost, r.TimeWaitPod)
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// mayPass returns how many probes of a fresh endpoint may reach the pod. Of TCP probes at most nine in a row are answered, and
-// none while the pod still has to accept a connection, as it often has when they come back to back.
+// mayPass returns how many probes of a fresh endpoint may reach the pod. At most nine TCP probes in a row are answered, and
+// none while the pod still has to accept a connection, as is often the case when probes come back to back.
 func mayPass(r result) int {
 	if r.Probe == "tcp" {
 		return r.N / 2

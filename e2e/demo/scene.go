@@ -9,8 +9,8 @@ import (
 	"slices"
 	"time"
 
-	"github.com/probelet/probelet/e2e/node"
-	"github.com/probelet/probelet/e2e/role"
+	"github.com/probelet/probelet/e2e/harness/node"
+	"github.com/probelet/probelet/e2e/harness/role"
 )
 
 const (
@@ -22,7 +22,7 @@ const (
 	longPeriod = 600
 )
 
-// scene is a node with two pods, each with a server in it, and a prober.
+// scene is a node with two pods, each running a server, and a prober.
 type scene struct {
 	node    *node.Node
 	pods    [2]*node.Pod
@@ -64,7 +64,7 @@ func setUp(m *node.Machine) (*scene, error) {
 	return s, nil
 }
 
-// tearDown ends everything in the order in which a node would. What it cannot end dies with the namespaces.
+// tearDown ends everything in the order in which a node would. Whatever it fails to end dies with the namespaces.
 func (s *scene) tearDown() error {
 	var errs []error
 	for i := range s.pods {
@@ -75,7 +75,7 @@ func (s *scene) tearDown() error {
 	return errors.Join(append(errs, s.daemon.Stop())...)
 }
 
-// printStatus has each endpoint probed twice before, so that there is something to see.
+// printStatus prints the status, after probing each endpoint twice so that there is something to see.
 func (s *scene) printStatus(w io.Writer) error {
 	for _, q := range s.questions() {
 		if err := s.makeFresh(q); err != nil {
@@ -92,13 +92,13 @@ func (s *scene) printStatus(w io.Writer) error {
 	return err
 }
 
-// Values of result.Entry: what the kernel knows of the endpoint.
+// Values of result.Entry: what the kernel knows about the endpoint.
 const (
 	absent = "absent"
 	fresh  = "fresh"
 )
 
-// result is what one run came to.
+// result is the outcome of a run.
 type result struct {
 	Probe          string  `json:"probe"`
 	Family         string  `json:"family"`
@@ -116,7 +116,7 @@ type result struct {
 	messages []string
 }
 
-// question is what is probed: an endpoint of one of the pods.
+// question is a probed endpoint of one of the pods.
 type question struct {
 	probe, family string
 	pod           *node.Pod
@@ -141,8 +141,8 @@ func (s *scene) questions() []question {
 	return questions
 }
 
-// runAll measures each question twice in a row. The fresh one goes first: the other leaves sockets in TIME_WAIT, which
-// would make it harder for the next to find a port.
+// runAll measures each question twice in a row, first with fresh evidence: the run without it leaves sockets in TIME_WAIT,
+// which would make it harder for the next run to find a port.
 func (s *scene) runAll(n int) ([]result, error) {
 	var results []result
 	for _, q := range s.questions() {
@@ -172,7 +172,7 @@ func (s *scene) runAbsent(q question, n int) (result, error) {
 	return s.run(q, absent, n)
 }
 
-// makeFresh lets the kernel see one probe of each endpoint of the pods.
+// makeFresh lets the kernel observe one probe of an endpoint.
 func (s *scene) makeFresh(q question) error {
 	var pods []node.Probed
 	for i, p := range s.pods {
@@ -198,7 +198,7 @@ func (q question) probes(n int) role.Probes {
 	return role.Probes{Address: q.address.String(), Port: q.port, Path: q.path, Count: n, Timeout: time.Second}
 }
 
-// reading is what is counted of a question.
+// reading holds the counts for a question at one time.
 type reading struct {
 	host, pod map[node.Connection]bool // in TIME_WAIT
 	seen      role.Seen
@@ -252,7 +252,7 @@ func (s *scene) run(q question, entry string, n int) (result, error) {
 	return r, nil
 }
 
-// percentile of sorted durations, in microseconds.
+// percentile returns a percentile of sorted durations, in microseconds.
 func percentile(sorted []time.Duration, p int) float64 {
 	return float64(sorted[(len(sorted)-1)*p/100].Nanoseconds()) / 1000
 }

@@ -1,10 +1,12 @@
-// Package kind has what make e2e-kind needs. Its tests are about what can be said without Docker.
+// Package kind runs the cluster tests on kind (make e2e-kind). Its own tests cover what can be checked without Docker.
 package kind
 
 import (
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"k8s.io/kubelet/config/v1beta1"
@@ -12,7 +14,7 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-func TestConfigIsKinds(t *testing.T) {
+func TestKindConfig(t *testing.T) {
 	text, err := os.ReadFile("kind.yaml")
 	if err != nil {
 		t.Fatal(err)
@@ -27,8 +29,8 @@ func TestConfigIsKinds(t *testing.T) {
 	}
 }
 
-// What is handed on to kubeadm is the kubelet's, field by field.
-func TestPatchesAreTheKubelets(t *testing.T) {
+// The patches that kind passes to kubeadm are valid kubelet configurations.
+func TestKubeadmPatches(t *testing.T) {
 	text, err := os.ReadFile("kind.yaml")
 	if err != nil {
 		t.Fatal(err)
@@ -47,38 +49,51 @@ func TestPatchesAreTheKubelets(t *testing.T) {
 	}
 }
 
-func TestScriptIsBash(t *testing.T) {
+func TestScriptSyntax(t *testing.T) {
 	if out, err := exec.Command("bash", "-n", "run.sh").CombinedOutput(); err != nil {
 		t.Errorf("%v: %s", err, out)
 	}
 }
 
-// What the workflow runs is there to be run.
-func TestWorkflow(t *testing.T) {
-	text, err := os.ReadFile("../../.github/workflows/e2e-kind.yaml")
+// The workflows run existing targets of the Makefile, this one among them.
+func TestWorkflows(t *testing.T) {
+	files, err := filepath.Glob("../../.github/workflows/*.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}
-	var workflow struct {
-		Jobs map[string]struct {
-			Steps []struct {
-				Run string `json:"run"`
-			} `json:"steps"`
-		} `json:"jobs"`
-	}
-	if err := yaml.Unmarshal(text, &workflow); err != nil {
-		t.Fatal(err)
-	}
 	var commands []string
-	for _, job := range workflow.Jobs {
-		for _, step := range job.Steps {
-			commands = append(commands, step.Run)
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var workflow struct {
+			Jobs map[string]struct {
+				Steps []struct {
+					Run string `json:"run"`
+				} `json:"steps"`
+			} `json:"jobs"`
+		}
+		if err := yaml.Unmarshal(text, &workflow); err != nil {
+			t.Fatalf("%s: %v", file, err)
+		}
+		for _, job := range workflow.Jobs {
+			for _, step := range job.Steps {
+				commands = append(commands, strings.Split(strings.TrimSpace(step.Run), "\n")...)
+			}
 		}
 	}
 	if !slices.Contains(commands, "make e2e-kind") {
 		t.Errorf("commands: %q", commands)
 	}
-	if out, err := exec.Command("make", "-n", "-C", "../..", "e2e-kind").CombinedOutput(); err != nil {
-		t.Errorf("%v: %s", err, out)
+	for _, command := range commands {
+		target, isMake := strings.CutPrefix(command, "make ")
+		if !isMake {
+			continue
+		}
+		args := append([]string{"-n", "-C", "../.."}, strings.Fields(target)...)
+		if out, err := exec.Command("make", args...).CombinedOutput(); err != nil {
+			t.Errorf("%s: %v: %s", command, err, out)
+		}
 	}
 }

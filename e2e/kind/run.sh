@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests on a cluster that kind makes, on its node, and removes the cluster. BIN is where everything is built; after a
-# failure the cluster's logs are there too.
+# Creates a kind cluster, runs the cluster tests on its node and deletes the cluster:
+#   run.sh BIN   BIN contains the built programs; after a failure, BIN/kind-logs contains the cluster's logs
 set -euo pipefail
 bin="$1"
 here="$(cd "$(dirname "$0")" && pwd)"
@@ -8,11 +8,11 @@ name=probelet-e2e
 node="$name-control-plane"
 command -v docker >/dev/null || { echo "docker is missing"; exit 1; }
 work="$(mktemp -d)"
-# The user's kubeconfig stays as it is.
+# Leave the user's kubeconfig alone.
 kind() { (cd "$here" && KUBECONFIG="$work/kubeconfig" go run sigs.k8s.io/kind "$@"); }
 trap 'rm -rf "$work"' EXIT
 if kind get clusters | grep -qx "$name"; then
-	echo "there is a cluster named $name, which somebody may need: kind delete cluster --name $name"
+	echo "a cluster named $name exists already; delete it if it is not needed: kind delete cluster --name $name"
 	exit 1
 fi
 
@@ -27,7 +27,7 @@ end() {
 }
 trap end EXIT
 
-# tests runs those that a pattern matches. The suite ends before the workflow's limit of an hour, and says then what hung.
+# tests MODE PATTERN runs the matching tests. The suite times out before the workflow's limit of an hour, and then reports what hung.
 tests() {
 	docker exec --workdir /probelet/e2e/cluster -e PROBELET_KIND="$1" -e PROBELET_BIN=/probelet/bin "$node" \
 		./cluster.test -test.v -test.timeout 40m -test.run "$2"

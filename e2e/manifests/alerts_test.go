@@ -1,4 +1,4 @@
-package manifests
+package manifests_test
 
 import (
 	"fmt"
@@ -9,12 +9,12 @@ import (
 
 	"github.com/prometheus/prometheus/model/rulefmt"
 
-	"github.com/probelet/probelet/e2e/alerts"
+	"github.com/probelet/probelet/e2e/harness/alerts"
 )
 
 const alertsFile = chart + "/alerts.yaml"
 
-// rules are those of the file.
+// rules returns the rules in the chart.
 func rules(t *testing.T) []rulefmt.Rule {
 	t.Helper()
 	all, err := alerts.Read(alertsFile)
@@ -24,7 +24,8 @@ func rules(t *testing.T) []rulefmt.Rule {
 	return all
 }
 
-// healthy is what a node that is well shows for two hours, a sample each minute, with a restart of the daemon after one.
+// healthy is what a healthy node exposes for two hours, one sample per minute, with a restart of the daemon after the first
+// hour.
 const healthy = `
   up{instance="n"} 1x120
   probelet_prober_found{instance="n"} 1x120
@@ -43,7 +44,7 @@ const healthy = `
   probelet_map_capacity_entries{instance="n", map="flows"} 4096x120
 `
 
-// Each alert fires of what it is about and of nothing else, and none of a node that is well.
+// Each alert fires for its own condition and no other, and none fires for a healthy node.
 func TestAlertsFire(t *testing.T) {
 	for alert, sick := range map[string]string{
 		"":                        "",
@@ -64,11 +65,11 @@ func TestAlertsFire(t *testing.T) {
 		expectFiring(t, series(`probelet_disagreements_total{instance="n", kind="discarded"} _x100 1x20`), "ProbeletDisagreement")
 	})
 	if n := len(rules(t)); n != 10 {
-		t.Errorf("%d alerts: the table above has 10", n)
+		t.Errorf("%d alerts, but the table above has 10", n)
 	}
 }
 
-// series are the healthy ones, but for the sick.
+// series returns the healthy series, replacing those of the sick metric.
 func series(sick string) string {
 	name, _, _ := strings.Cut(sick, "}")
 	var lines []string
@@ -81,7 +82,7 @@ func series(sick string) string {
 	return strings.ReplaceAll(strings.Join(lines, "\n  "), `instance="n"`, `instance="n", job="probelet"`)
 }
 
-// expectFiring expects one alert to fire (none: ""), with the labels that its annotations name.
+// expectFiring expects one alert to fire (none if want is empty), with the labels that its annotations use.
 func expectFiring(t *testing.T, text, want string) {
 	t.Helper()
 	series, err := alerts.Load(text)

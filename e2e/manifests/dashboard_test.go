@@ -1,4 +1,4 @@
-package manifests
+package manifests_test
 
 import (
 	"encoding/json"
@@ -11,7 +11,7 @@ import (
 	"github.com/prometheus/prometheus/promql/parser"
 )
 
-// dashboard is what of one is of interest here.
+// dashboard is the part of a dashboard that is checked here.
 type dashboard struct {
 	Templating struct {
 		List []struct {
@@ -31,7 +31,7 @@ type dashboard struct {
 
 type datasource struct{ Type, UID string }
 
-// documented are the labels of each metric, and those that Prometheus adds.
+// documented returns the documented labels of each metric, plus those that Prometheus adds.
 func documented(t *testing.T) map[string][]string {
 	t.Helper()
 	text, err := os.ReadFile("../../docs/metrics.md")
@@ -52,7 +52,7 @@ func documented(t *testing.T) map[string][]string {
 	return metrics
 }
 
-// What the dashboard asks for is PromQL, about metrics and labels that there are.
+// The dashboard's queries are valid PromQL about existing metrics and labels.
 func TestDashboard(t *testing.T) {
 	text, err := os.ReadFile("../../cni-conf/grafana/probelet.json")
 	if err != nil {
@@ -83,7 +83,7 @@ func TestDashboard(t *testing.T) {
 	}
 }
 
-// expectShown expects whatever alerts are about, and what says why probes are not answered.
+// expectShown expects the metrics used by alerts, and those that explain why probes are not answered.
 func expectShown(t *testing.T, dashboard string) {
 	t.Helper()
 	wanted := []string{"probelet_ineligible_endpoints", "probelet_estimated_probes_total"}
@@ -104,7 +104,7 @@ func expectQuery(t *testing.T, title, query, legend string, metrics map[string][
 		t.Errorf("%s: %s: %v", title, query, err)
 		return
 	}
-	var shown []string // the labels of what is shown
+	var shown []string // labels of the result
 	parser.Inspect(root, func(node parser.Node, above []parser.Node) error {
 		selector, ok := node.(*parser.VectorSelector)
 		if !ok {
@@ -134,7 +134,7 @@ func expectQuery(t *testing.T, title, query, legend string, metrics map[string][
 	})
 	for _, label := range regexp.MustCompile(`{{(\w+)}}`).FindAllStringSubmatch(legend, -1) {
 		if !slices.Contains(shown, label[1]) {
-			t.Errorf("%s: the legend's %s is not in %s", title, label[0], query)
+			t.Errorf("%s: the legend's label %s is not in %s", title, label[0], query)
 		}
 	}
 }

@@ -1,4 +1,4 @@
-package manifests
+package manifests_test
 
 import (
 	"cmp"
@@ -27,10 +27,11 @@ import (
 	"sigs.k8s.io/kustomize/kyaml/filesys"
 	"sigs.k8s.io/yaml"
 
-	"github.com/probelet/probelet/e2e/image"
+	"github.com/probelet/probelet/e2e/harness/image"
+	"github.com/probelet/probelet/e2e/harness/manifests"
 )
 
-var update = flag.Bool("update", false, "write what is rendered into cni-conf/kustomize")
+var update = flag.Bool("update", false, "write the rendered chart to cni-conf/kustomize")
 
 const (
 	chart     = "../../cni-conf/helm/probelet"
@@ -39,18 +40,18 @@ const (
 
 func render(t *testing.T, values map[string]any) []runtime.Object {
 	t.Helper()
-	text, err := Render(chart, "probelet", "probelet", withImage(values))
+	text, err := manifests.Render(chart, "probelet", "probelet", withImage(values))
 	if err != nil {
 		t.Fatal(err)
 	}
-	objects, err := Decode(text)
+	objects, err := manifests.Decode(text)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return objects
 }
 
-// one is the object of a type.
+// one returns the only object of a type.
 func one[T runtime.Object](t *testing.T, objects []runtime.Object) T {
 	t.Helper()
 	var found []T
@@ -65,7 +66,25 @@ func one[T runtime.Object](t *testing.T, objects []runtime.Object) T {
 	return found[0]
 }
 
-// daemonSet is the one of the daemon.
+// environment returns the variables of the daemon's container. They must be in the pod template itself: one kept in a ConfigMap can
+// be stale when the pod starts.
+func environment(t *testing.T, objects []runtime.Object) map[string]string {
+	t.Helper()
+	container := daemonSet(t, objects).Spec.Template.Spec.Containers[0]
+	if len(container.EnvFrom) > 0 {
+		t.Fatalf("container %s has variables from elsewhere: %+v", container.Name, container.EnvFrom)
+	}
+	variables := map[string]string{}
+	for _, v := range container.Env {
+		if _, twice := variables[v.Name]; twice {
+			t.Errorf("container %s has variable %s twice", container.Name, v.Name)
+		}
+		variables[v.Name] = v.Value
+	}
+	return variables
+}
+
+// daemonSet returns the daemon's DaemonSet.
 func daemonSet(t *testing.T, objects []runtime.Object) *appsv1.DaemonSet {
 	t.Helper()
 	return named(t, objects, "probelet")
@@ -82,7 +101,7 @@ func named(t *testing.T, objects []runtime.Object, name string) *appsv1.DaemonSe
 	return nil
 }
 
-func TestChartIsClean(t *testing.T) {
+func TestChartLint(t *testing.T) {
 	for _, message := range lint.RunAll(chart, nil, "probelet").Messages {
 		if message.Severity > support.InfoSev {
 			t.Error(message)
@@ -90,7 +109,7 @@ func TestChartIsClean(t *testing.T) {
 	}
 }
 
-// with is a set of values, written as in values.yaml, with an image.
+// with parses values in the syntax of values.yaml, and adds an image.
 func with(t *testing.T, text string) map[string]any {
 	t.Helper()
 	values := map[string]any{}
@@ -100,7 +119,7 @@ func with(t *testing.T, text string) map[string]any {
 	return withImage(values)
 }
 
-// withImage adds an image's name where none is given.
+// withImage adds the name of an image if there is none.
 func withImage(values map[string]any) map[string]any {
 	repository, _, _ := strings.Cut(image.Reference, ":")
 	all := map[string]any{"image": map[string]any{"repository": repository}}
@@ -108,7 +127,7 @@ func withImage(values map[string]any) map[string]any {
 	return all
 }
 
-// variants are values that people will set.
+// variants are values that users are likely to set.
 var variants = map[string]string{
 	"defaults":     "",
 	"answer":       "{mode: answer, config: {staleness-ceiling: 2, metrics-per-pod: true, refresh: 500ms}}",
@@ -140,7 +159,7 @@ func TestRefusedValues(t *testing.T) {
 		`image: {repository: ""}`:          "helm upgrade --reset-then-reuse-values",
 		"platform: eks-anywhere":           "platform",
 		"mode: on":                         "mode",
-		"mode: off":                        `must be quoted where it is "off"`,
+		"mode: off":                        `must be quoted if it is "off"`,
 		"moed: answer":                     "moed",
 		"stateDir: run":                    "stateDir",
 		"hook: tcx":                        "hook",
@@ -152,13 +171,13 @@ func TestRefusedValues(t *testing.T) {
 		"updateStrategy: {type: OnDelete}": "type",
 		"updateStrategy: {rollingUpdate: {maxSurge: 1, maxUnavailable: 0}}": "maxSurge",
 	} {
-		if _, err := Render(chart, "probelet", "probelet", with(t, values)); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := manifests.Render(chart, "probelet", "probelet", with(t, values)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", values, err, want)
 		}
 	}
 }
 
-// An API server that does not know the permission would take it, and the kubelets refuse all the same.
+// An API server too old for this permission would accept it, but the kubelets would still refuse the daemon.
 func TestOldClusters(t *testing.T) {
 	for version, test := range map[string]struct{ values, fails, notes string }{
 		"v1.32.9": {"", "rbac.nodesProxy=true", ""},
@@ -168,7 +187,7 @@ func TestOldClusters(t *testing.T) {
 		"v1.33.1": {"", "", "Kubelets before 1.33"},
 		"v1.36.1": {"", "", "mode is observe"},
 	} {
-		files, err := files(chart, "probelet", "probelet", with(t, test.values), version)
+		files, err := manifests.Files(chart, "probelet", "probelet", with(t, test.values), version)
 		if test.fails != "" {
 			if err == nil || !strings.Contains(err.Error(), test.fails) {
 				t.Errorf("%s: %v", version, err)
@@ -185,7 +204,7 @@ func TestOldClusters(t *testing.T) {
 	}
 }
 
-// capabilities of each container, and no other.
+// capabilities lists all capabilities of each container.
 var capabilities = map[string][]corev1.Capability{
 	"install":     {"DAC_OVERRIDE", "CHOWN", "SYS_PTRACE"},
 	"probeletd":   {"BPF", "NET_ADMIN", "PERFMON", "DAC_OVERRIDE", "CHOWN", "SYS_PTRACE"},
@@ -193,7 +212,7 @@ var capabilities = map[string][]corev1.Capability{
 	"uninstalled": nil,
 }
 
-// What the pods may do is little, and written down here.
+// The pods run with few privileges, all of which are listed here.
 func TestLeastPrivileges(t *testing.T) {
 	for name, values := range variants {
 		t.Run(name, func(t *testing.T) {
@@ -218,34 +237,34 @@ func TestLeastPrivileges(t *testing.T) {
 
 func expectPod(t *testing.T, spec corev1.PodSpec) {
 	t.Helper()
-	// Of the host's processes the daemon looks at the kubelet and the runtime; their IPC is no concern of it.
+	// The daemon looks at the processes of the kubelet and the runtime, but needs no access to IPC.
 	if !spec.HostNetwork || !spec.HostPID || spec.HostIPC || spec.HostUsers != nil || spec.SecurityContext != nil {
 		t.Errorf("network %t, PID %t, IPC %t, %+v", spec.HostNetwork, spec.HostPID, spec.HostIPC, spec.SecurityContext)
 	}
 	containers := slices.Concat(spec.InitContainers, spec.Containers)
 	for _, v := range spec.Volumes {
-		// Where the CNI's directories are not, they must not be made: the runtime has others.
+		// If the CNI directories do not exist, they must not be created: the runtime uses others.
 		if made := v.HostPath != nil && *v.HostPath.Type == corev1.HostPathDirectoryOrCreate; made && strings.HasPrefix(v.Name, "cni-") {
-			t.Errorf("volume %s: would be made", v.Name)
+			t.Errorf("volume %s: would be created", v.Name)
 		}
 		if v.HostPath == nil || *v.HostPath.Type == corev1.HostPathUnset {
 			t.Errorf("volume %s: %+v", v.Name, v)
 		}
 		if !slices.ContainsFunc(containers, func(c corev1.Container) bool { return mounts(c, v.Name) }) {
-			t.Errorf("volume %s: nobody mounts it", v.Name)
+			t.Errorf("volume %s: not mounted", v.Name)
 		}
 	}
 	for _, c := range containers {
 		for _, m := range c.VolumeMounts {
 			i := slices.IndexFunc(spec.Volumes, func(v corev1.Volume) bool { return v.Name == m.Name })
 			if i < 0 {
-				t.Fatalf("%s mounts %s, which is no volume", c.Name, m.Name)
+				t.Fatalf("%s mounts %s, which is not a volume", c.Name, m.Name)
 			}
 			if path := spec.Volumes[i].HostPath.Path; path != m.MountPath && m.Name != "cgroup" {
 				t.Errorf("%s: %s is at %s", c.Name, path, m.MountPath)
 			}
 			if m.Name == "cgroup" && !m.ReadOnly {
-				t.Error("the host's cgroups could be written")
+				t.Error("the host's cgroups are mounted writable")
 			}
 		}
 	}
@@ -273,7 +292,7 @@ func expectContainer(t *testing.T, c corev1.Container) {
 	}
 }
 
-// The socket that the daemon is told of is in a directory that it is given, where the daemon runs and asks the kubelet.
+// The kubelet socket in the daemon's configuration is in a mounted directory, unless the daemon does not need it.
 func TestPodsAPISocket(t *testing.T) {
 	for name, want := range map[string]string{
 		"defaults": "/var/lib/kubelet/pods-api", "root-dir": "/var/lib/k0s/kubelet/pods-api", "API server": "", "uninstall": "",
@@ -286,9 +305,9 @@ func TestPodsAPISocket(t *testing.T) {
 				mounted = m.MountPath
 			}
 		}
-		socket := one[*corev1.ConfigMap](t, objects).Data["PROBELET_KUBELET_PODS_SOCKET"]
+		socket := environment(t, objects)["PROBELET_KUBELET_PODS_SOCKET"]
 		if mounted != want || want != "" && socket != want+"/pods-api.sock" {
-			t.Errorf("%s: mounts %q, told of %q; want %q", name, mounted, socket, want)
+			t.Errorf("%s: mounts %q, configured with %q; want %q", name, mounted, socket, want)
 		}
 	}
 }
@@ -322,15 +341,15 @@ func TestPermissions(t *testing.T) {
 	}
 }
 
-// "helm uninstall" alone takes probelet off the nodes: with what the chart's uninstall does, after the daemon is gone.
+// "helm uninstall" alone removes probelet from the nodes, in the same way as uninstall=true, after the daemon is gone.
 func TestUninstallHooks(t *testing.T) {
 	for name, values := range variants {
 		t.Run(name, func(t *testing.T) {
-			text, err := RenderHooks(chart, "probelet", "probelet", with(t, values))
+			text, err := manifests.RenderHooks(chart, "probelet", "probelet", with(t, values))
 			if err != nil {
 				t.Fatal(err)
 			}
-			objects, err := Decode(text)
+			objects, err := manifests.Decode(text)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -353,16 +372,16 @@ func TestUninstallHooks(t *testing.T) {
 			}
 			want := daemonSet(t, render(t, with(t, variants["uninstall"]))).Spec.Template.Spec
 			if name == "defaults" && !reflect.DeepEqual(set.Spec.Template.Spec, want) {
-				t.Errorf("the pods are\n%+v, with uninstall=true they are\n%+v", set.Spec.Template.Spec, want)
+				t.Errorf("the pods are\n%+v\nwith uninstall=true\n%+v", set.Spec.Template.Spec, want)
 			}
 			if !maps.Equal(set.Spec.Selector.MatchLabels, set.Spec.Template.Labels) {
-				t.Errorf("it selects %s of %s", set.Spec.Selector.MatchLabels, set.Spec.Template.Labels)
+				t.Errorf("selector %s, labels %s", set.Spec.Selector.MatchLabels, set.Spec.Template.Labels)
 			}
 			if maps.Equal(set.Spec.Selector.MatchLabels, daemonSet(t, render(t, with(t, values))).Spec.Selector.MatchLabels) {
-				t.Error("it selects the daemon's pods")
+				t.Error("the selector matches the daemon's pods")
 			}
 			if args := job.Spec.Template.Spec.Containers[0].Args; !slices.Equal(args, []string{"wait", "--daemonset", set.Namespace + "/" + set.Name}) {
-				t.Errorf("waits by %q", args)
+				t.Errorf("wait has arguments %q", args)
 			}
 			role := one[*rbacv1.Role](t, objects)
 			if len(role.Rules) != 1 || !slices.Equal(role.Rules[0].ResourceNames, []string{set.Name}) || !slices.Equal(role.Rules[0].Verbs, []string{"get"}) {
@@ -376,16 +395,16 @@ func TestUninstallHooks(t *testing.T) {
 }
 
 func TestSafeFirstStep(t *testing.T) {
-	if mode := one[*corev1.ConfigMap](t, render(t, nil)).Data["PROBELET_MODE"]; mode != "observe" {
-		t.Errorf("the first step is %s", mode)
+	if mode := environment(t, render(t, nil))["PROBELET_MODE"]; mode != "observe" {
+		t.Errorf("the default mode is %s, want observe", mode)
 	}
 }
 
-// What writes the plugin's configuration first, and what keeps it, have the same hook.
+// install, which first writes the plugin's configuration, and the daemon, which maintains it, use the same hook.
 func TestHook(t *testing.T) {
 	for values, want := range map[string]string{"": "tc", "hook: xdp": "xdp"} {
 		objects := render(t, with(t, values))
-		if got := one[*corev1.ConfigMap](t, objects).Data["PROBELET_HOOK"]; got != want {
+		if got := environment(t, objects)["PROBELET_HOOK"]; got != want {
 			t.Errorf("the daemon has %q, want %s", got, want)
 		}
 		args := daemonSet(t, objects).Spec.Template.Spec.InitContainers[0].Args
@@ -395,7 +414,7 @@ func TestHook(t *testing.T) {
 	}
 }
 
-// A platform has its directories, unless they are given; none that does not exist is made.
+// A platform sets its directories, unless they are given. Directories that do not exist are not created.
 func TestPlatforms(t *testing.T) {
 	text, err := os.ReadFile(chart + "/platforms.yaml")
 	if err != nil {
@@ -415,7 +434,7 @@ func TestPlatforms(t *testing.T) {
 	expect := func(values, netDir, binDir string) {
 		t.Helper()
 		objects := render(t, with(t, values))
-		data := one[*corev1.ConfigMap](t, objects).Data
+		data := environment(t, objects)
 		if data["PROBELET_CNI_NET_DIR"] != netDir || data["PROBELET_CNI_BIN_DIR"] != binDir {
 			t.Errorf("%s: %s", values, data)
 		}
@@ -433,19 +452,16 @@ func TestPlatforms(t *testing.T) {
 		expect("{platform: "+name+", cni: {binDir: /mine}}", netDir, "/mine")
 		row := regexp.MustCompile("(?m)^\\| [^|]+ \\| `" + name + "` \\| `" + netDir + "` \\| `" + binDir + "` \\|").Find(table)
 		if row == nil {
-			t.Errorf("docs/platforms.md has no row of %s with %s and %s", name, netDir, binDir)
+			t.Errorf("docs/platforms.md has no row for %s with %s and %s", name, netDir, binDir)
 		}
 	}
 	expect("", "/etc/cni/net.d", "/opt/cni/bin")
 }
 
-// probeletctl, in the daemon's container, has the directories from its environment.
+// probeletctl gets the directories from the environment of the daemon's container.
 func TestDirectories(t *testing.T) {
 	objects := render(t, with(t, variants["all sorts"]))
-	variables := maps.Clone(one[*corev1.ConfigMap](t, objects).Data)
-	for _, v := range daemonSet(t, objects).Spec.Template.Spec.Containers[0].Env {
-		variables[v.Name] = v.Value
-	}
+	variables := environment(t, objects)
 	for name, want := range map[string]string{
 		"PROBELET_CNI_NET_DIR": "/net", "PROBELET_CNI_BIN_DIR": "/bin", "PROBELET_STATE_DIR": "/state", "PROBELET_BPF_DIR": "/bpf/probelet",
 	} {
@@ -455,7 +471,7 @@ func TestDirectories(t *testing.T) {
 	}
 }
 
-// The probes of the daemon, and the PodMonitor, find the port that it listens on.
+// The daemon's probes and the PodMonitor use the port that the daemon listens on.
 func TestPorts(t *testing.T) {
 	for name, values := range variants {
 		objects := render(t, with(t, values))
@@ -463,7 +479,7 @@ func TestPorts(t *testing.T) {
 		if daemon.Name != "probeletd" {
 			continue
 		}
-		host, port, err := net.SplitHostPort(one[*corev1.ConfigMap](t, objects).Data["PROBELET_METRICS_LISTEN"])
+		host, port, err := net.SplitHostPort(environment(t, objects)["PROBELET_METRICS_LISTEN"])
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -487,7 +503,7 @@ func TestPorts(t *testing.T) {
 	}
 }
 
-// Prometheus asks pods with a network of their own, which may do nothing to the node.
+// Prometheus scrapes pods with their own network, which have no access to the node.
 func TestPodMonitor(t *testing.T) {
 	objects := render(t, with(t, variants["PodMonitor"]))
 	m, set := one[*monitoringv1.PodMonitor](t, objects), named(t, objects, "probelet-metrics")
@@ -497,10 +513,10 @@ func TestPodMonitor(t *testing.T) {
 	pod := set.Spec.Template.Spec
 	port := m.Spec.PodMetricsEndpoints[0].Port
 	if port == nil || !slices.ContainsFunc(pod.Containers[0].Ports, func(p corev1.ContainerPort) bool { return p.Name == *port && p.HostPort == 0 }) {
-		t.Errorf("nobody has the port of %+v", m.Spec.PodMetricsEndpoints[0])
+		t.Errorf("no container has the port of %+v", m.Spec.PodMetricsEndpoints[0])
 	}
 	relabeled := m.Spec.PodMetricsEndpoints[0].RelabelConfigs
-	if job := relabeled[len(relabeled)-1]; job.TargetLabel != "job" || *job.Replacement != "probelet" { // as the alerts have it
+	if job := relabeled[len(relabeled)-1]; job.TargetLabel != "job" || *job.Replacement != "probelet" { // as in the alerts
 		t.Errorf("%+v", relabeled)
 	}
 	if pod.HostNetwork || pod.HostPID || *pod.AutomountServiceAccountToken || len(pod.Volumes) != 1 {
@@ -513,12 +529,12 @@ func TestPodMonitor(t *testing.T) {
 	if len(s.Capabilities.Add) > 0 || !*s.ReadOnlyRootFilesystem || *s.AllowPrivilegeEscalation || !pod.Containers[0].VolumeMounts[0].ReadOnly {
 		t.Errorf("%+v", s)
 	}
-	if listen := one[*corev1.ConfigMap](t, objects).Data["PROBELET_METRICS_LISTEN"]; !strings.HasPrefix(listen, "127.0.0.1:") {
-		t.Errorf("the node has an open port: %s", listen)
+	if listen := environment(t, objects)["PROBELET_METRICS_LISTEN"]; !strings.HasPrefix(listen, "127.0.0.1:") {
+		t.Errorf("the daemon listens on %s, want a loopback address", listen)
 	}
 }
 
-// The alerts are PromQL about metrics and labels that there are, and each has its page.
+// The alerts are valid PromQL about existing metrics and labels, and each has a runbook.
 func TestAlerts(t *testing.T) {
 	rule := one[*monitoringv1.PrometheusRule](t, render(t, with(t, variants["PodMonitor"])))
 	if rule.Labels["release"] != "prom" || len(rule.Spec.Groups) != 1 {
@@ -541,7 +557,7 @@ func TestAlerts(t *testing.T) {
 		}
 		text, err := os.ReadFile("../../" + page)
 		if err != nil || !strings.Contains(string(text), r.Expr.String()) || !strings.HasPrefix(string(text), "# "+r.Alert+"\n") {
-			t.Errorf("%s: its page is about something else: %v", r.Alert, err)
+			t.Errorf("%s: the runbook does not match: %v", r.Alert, err)
 		}
 		for _, label := range regexp.MustCompile(`\$labels\.(\w+)`).FindAllStringSubmatch(r.Annotations["summary"], -1) {
 			expectQuery(t, r.Alert, r.Expr.String(), "{{"+label[1]+"}}", metrics)
@@ -552,7 +568,7 @@ func TestAlerts(t *testing.T) {
 	}
 }
 
-// A typing error is one, whoever's the kind is.
+// Typos are errors, also in custom resources.
 func TestDecodeIsStrict(t *testing.T) {
 	for text, want := range map[string]string{
 		"apiVersion: v1\nkind: Pod\nspec: {hostNetwrk: true}":                                                    "hostNetwrk",
@@ -560,20 +576,20 @@ func TestDecodeIsStrict(t *testing.T) {
 		"apiVersion: monitoring.coreos.com/v1\nkind: PodMonitor\nspec: {podMetricsEndpoints: [{prot: metrics}]}": "prot",
 		"apiVersion: monitoring.coreos.com/v1\nkind: PodMoniter":                                                 "no kind",
 	} {
-		if _, err := Decode(text); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := manifests.Decode(text); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", text, err, want)
 		}
 	}
 }
 
-// The kustomize bases are what the chart gives.
+// The kustomize bases match the chart.
 func TestKustomize(t *testing.T) {
 	for dir, values := range map[string]map[string]any{"base": nil, "answer": {"mode": "answer"}, "uninstall": {"uninstall": true}} {
-		text, err := Render(chart, "probelet", "probelet", withImage(values))
+		text, err := manifests.Render(chart, "probelet", "probelet", withImage(values))
 		if err != nil {
 			t.Fatal(err)
 		}
-		text = "# What the Helm chart gives: go test ./manifests -update in e2e/ writes it.\n" + text
+		text = "# Rendered from the Helm chart: cd e2e && go test ./manifests -update\n" + text
 		file := filepath.Join(kustomize, dir, "probelet.yaml")
 		if *update {
 			if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
@@ -581,17 +597,17 @@ func TestKustomize(t *testing.T) {
 			}
 		}
 		if got, err := os.ReadFile(file); err != nil || string(got) != text {
-			t.Errorf("%s is not what the chart gives (-update writes it): %v", file, err)
+			t.Errorf("%s differs from the chart (run with -update): %v", file, err)
 		}
 		objects := build(t, filepath.Join(kustomize, dir))
-		// It refuses pods that use the host's network and see its processes, if it does not say otherwise.
+		// Without this label, the namespace would refuse pods that use the host's network and see its processes.
 		if n := one[*corev1.Namespace](t, objects); n.Labels["pod-security.kubernetes.io/enforce"] != "privileged" {
 			t.Errorf("namespace: %s", n.Labels)
 		}
 		spec := daemonSet(t, objects).Spec.Template.Spec
 		terms := one[*corev1.ResourceQuota](t, objects).Spec.ScopeSelector.MatchExpressions
 		if len(terms) != 1 || !slices.Equal(terms[0].Values, []string{spec.PriorityClassName}) {
-			t.Errorf("the quota is for %+v", terms)
+			t.Errorf("the quota applies to %+v", terms)
 		}
 	}
 }
@@ -606,26 +622,31 @@ func build(t *testing.T, dir string) []runtime.Object {
 	if err != nil {
 		t.Fatal(err)
 	}
-	objects, err := Decode(string(whole))
+	objects, err := manifests.Decode(string(whole))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return objects
 }
 
-// What people will paste is of the image that the chart expects, and off the nodes goes by the same commands wherever they are.
+// The commands in the documentation use the image that the chart expects, and uninstall in the same way everywhere.
 func TestCommands(t *testing.T) {
 	_, tag, _ := strings.Cut(image.Reference, ":")
-	files := map[string]string{}
-	for _, name := range []string{"../../README.md", "../../cni-conf/README.md", chart + "/values.yaml", chart + "/templates/NOTES.txt"} {
+	pages, err := filepath.Glob("../../docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pages = append(pages, "../../README.md")
+	build, found := "docker build -t YOUR_REGISTRY/probelet:"+tag, false
+	for _, name := range append(pages, "../../cni-conf/README.md", chart+"/values.yaml", chart+"/templates/NOTES.txt") {
 		text, err := os.ReadFile(name)
 		if err != nil {
 			t.Fatal(err)
 		}
-		files[name] = string(text)
+		found = found || strings.Contains(string(text), build)
 		for _, built := range regexp.MustCompile(`YOUR_REGISTRY/probelet:([\w.]+)`).FindAllStringSubmatch(string(text), -1) {
 			if built[1] != tag {
-				t.Errorf("%s: %s, and the chart's tag is %s", name, built[0], tag)
+				t.Errorf("%s: %s, but the chart's tag is %s", name, built[0], tag)
 			}
 		}
 		for _, path := range regexp.MustCompile(`cni-conf/(?:helm|kustomize)/[\w./]*\w`).FindAllString(string(text), -1) {
@@ -634,20 +655,20 @@ func TestCommands(t *testing.T) {
 			}
 		}
 		if strings.Contains(string(text), "--reuse-values") || strings.Contains(string(text), "upgrade … --set") {
-			t.Errorf("%s: what it says would reset other values, or lack new ones", name)
+			t.Errorf("%s: a command would reset other values, or miss new ones", name)
 		}
 		for _, wanted := range []string{"--reset-then-reuse-values --set uninstall=true\n", "--reset-then-reuse-values --set mode=answer\n", "rollout status daemonset/"} {
-			if name != "../../README.md" && !strings.Contains(string(text), wanted) {
-				t.Errorf("%s does not say %q", name, wanted)
+			if !slices.Contains(pages, name) && !strings.Contains(string(text), wanted) {
+				t.Errorf("%s does not contain %q", name, wanted)
 			}
 		}
 	}
-	if build := "docker build -t YOUR_REGISTRY/probelet:" + tag; !strings.Contains(files["../../README.md"], build) {
-		t.Errorf("README.md does not say %q", build)
+	if !found {
+		t.Errorf("the documentation does not contain %q", build)
 	}
 }
 
-// One's own image is named in one place.
+// A custom image is named in one place.
 func TestKustomizedImage(t *testing.T) {
 	copied := t.TempDir()
 	if err := os.CopyFS(copied, os.DirFS(kustomize)); err != nil {

@@ -34,7 +34,7 @@ func read(t *testing.T, file string) string {
 func TestChartKnowsTheFlags(t *testing.T) {
 	// The file of specs would be in the image, and a node's name is not all nodes'.
 	var said = []string{"specs", "node-name"}
-	for _, variable := range regexp.MustCompile(`(?m)^  PROBELET_([A-Z_]+):`).FindAllStringSubmatch(read(t, chart+"/templates/configmap.yaml"), -1) {
+	for _, variable := range regexp.MustCompile(`(?m)^- name: PROBELET_([A-Z_]+)$`).FindAllStringSubmatch(read(t, chart+"/templates/_environment.tpl"), -1) {
 		said = append(said, strings.ToLower(strings.ReplaceAll(variable[1], "_", "-")))
 	}
 	if len(said) < 8 {
@@ -67,7 +67,7 @@ func TestChartKnowsTheFlags(t *testing.T) {
 	}
 }
 
-// A ConfigMap that was written by hand may have anything.
+// An environment that was written by hand may have anything.
 func TestMisspeltVariables(t *testing.T) {
 	environ := []string{"PATH=/bin", "PROBELET_MODE=answer", "PROBELET_STALENES=2", "PROBELET_CNI_BIN_DIR=/x", "PROBELETS=1"}
 	if got := flagenv.Unknown(runCommand(io.Discard).Flags(), environ); !slices.Equal(got, []string{"PROBELET_STALENES"}) {

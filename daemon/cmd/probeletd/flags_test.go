@@ -78,24 +78,6 @@ func TestDirectories(t *testing.T) {
 	}
 }
 
-// Networks that are not where uninstall looks may name the plugin: without it no pod could start.
-func TestUninstallLooksElsewhere(t *testing.T) {
-	dir := t.TempDir()
-	plugin := filepath.Join(dir, "probelet")
-	if err := os.WriteFile(plugin, nil, 0o755); err != nil { //nolint:gosec // a program
-		t.Fatal(err)
-	}
-	nets := filepath.Join(dir, "net")
-	err := execute(t.Context(), []string{"uninstall", "--cni-net-dir", nets, "--cni-bin-dir", dir, "--settle", "1ms",
-		"--state-dir", filepath.Join(dir, "state"), "--bpf-dir", filepath.Join(dir, "bpf")}, io.Discard, io.Discard)
-	if err == nil || !strings.Contains(err.Error(), "--cni-net-dir") || !strings.Contains(err.Error(), nets) {
-		t.Errorf("got %v, want an error that names --cni-net-dir and %s", err, nets)
-	}
-	if _, err := os.Stat(plugin); err != nil {
-		t.Error(err)
-	}
-}
-
 func TestLogFormats(t *testing.T) {
 	var text strings.Builder
 	log, err := newLog(&text, "json", &slog.LevelVar{})

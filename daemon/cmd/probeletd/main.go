@@ -1,5 +1,5 @@
-// Command probeletd decides which probes the kernel may answer: it knows what is probed, learns from the outcomes of
-// the probes that reach the pods, and writes evidence and its bounds into the pods' maps.
+// Command probeletd is the daemon: it decides which probes the kernel may answer. It also installs the CNI plugin, and uninstalls
+// probelet from a node.
 package main
 
 import (
@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/daemon/internal/agent/metrics"
+	"github.com/probelet/probelet/daemon/internal/install"
 	"github.com/probelet/probelet/daemon/internal/versioncmd"
 	"github.com/probelet/probelet/internal/version"
 )
@@ -34,7 +35,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(runCommand(stderr), installCommand(stderr), uninstallCommand(stderr), metrics.ProxyCommand(stderr), waitCommand(stderr))
+	root.AddCommand(runCommand(stderr), install.Command(stderr), install.UninstallCommand(stderr), metrics.ProxyCommand(stderr), install.WaitCommand(stderr))
 	root.AddCommand(versioncmd.New())
 	root.SetArgs(args)
 	root.SetOut(stdout)

@@ -2,7 +2,6 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"fmt"
 	"io"
 	"log/slog"
@@ -17,9 +16,9 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/adopt"
 	"github.com/probelet/probelet/daemon/internal/agent"
-	"github.com/probelet/probelet/daemon/internal/chain"
 	"github.com/probelet/probelet/daemon/internal/crosscheck"
 	"github.com/probelet/probelet/daemon/internal/flagenv"
+	"github.com/probelet/probelet/daemon/internal/install"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/prober"
 	"github.com/probelet/probelet/daemon/internal/source"
@@ -27,94 +26,94 @@ import (
 
 const runHelp = `Runs the daemon in the foreground.
 
-Specs come from a source (--source):
+Specs are read from a source (--source):
 
-  kubelet    the pods API of this node's kubelet (--kubelet-pods-socket), which pushes each change of a container's state.
-             Kubernetes 1.37 serves it unless told otherwise. Where it is not there, GET /pods again and again, and soon
-             after a pod is attached, but never more often than each second, nor for more than a tenth of the time. It
-             needs "get" on nodes/pods (before Kubernetes 1.33: nodes/proxy). --kubelet-ca-file must vouch for the
-             kubelet's certificate: one that the kubelet signed itself does so for itself
-             (/var/lib/kubelet/pki/kubelet.crt), with the node's name as --kubelet-server-name. With http: (the
-             read-only port) no token is sent.
-  apiserver  the pods with spec.nodeName=--node-name are watched at the API server.
+  kubelet    the pods API of this node's kubelet (--kubelet-pods-socket), which pushes every change of a container's state.
+             Kubernetes 1.37 and later serve it by default. Without it, the daemon polls GET /pods, also shortly after a pod is
+             attached, but at most once a second and for at most a tenth of the time. That needs "get" on nodes/pods (before
+             Kubernetes 1.33: nodes/proxy). --kubelet-ca-file must verify the kubelet's certificate; a certificate that the
+             kubelet signed itself can be given as its own CA (/var/lib/kubelet/pki/kubelet.crt), with the name of the node as
+             --kubelet-server-name. No token is sent to an http: URL (the read-only port).
+  apiserver  the daemon watches the pods with spec.nodeName=--node-name at the API server.
   file       a file (--specs).
 
-Whatever the source of pods of the cluster, the kubelet's counts of its probes (/metrics/probes at the host of --kubelet-url) are
-compared with what was observed (--crosscheck). It needs "get" on nodes/metrics. An endpoint of whose probes the kubelet says
-otherwise is not answered until its specs change. One that others than its own probes may ask is not compared: probeletctl
-explain names them.
+With kubelet and apiserver, the daemon also compares the kubelet's own counts of its probes (/metrics/probes at the host of
+--kubelet-url) with what it observed (--crosscheck). That needs "get" on nodes/metrics. An endpoint whose counts contradict the
+observations is not answered until its specs change. Endpoints that something other than their own probes may ask are not
+compared; probeletctl explain names what.
 
-While a source cannot be read, what it last said stays in force, and evidence expires as ever.
+While a source cannot be read, the previous specs stay in force, and evidence expires as usual.
 
 A specs file is YAML, with probes as in a pod spec:
 
   pods:
   - name: web
     namespace: shop          # default: default
-    ips: [10.0.0.7]          # needed where the runtime did not tell the plugin the pod's name, and for refresh
+    ips: [10.0.0.7]          # for refresh, and for runtimes that do not pass the name of the pod to the plugin
     annotations: {probelet.dev/staleness: "2", probelet.dev/mode: answer}   # as on a pod; see below
     containers:
     - name: server
       ports: [{name: http, containerPort: 8080}]
       readinessProbe: {httpGet: {path: /ready, port: http}, periodSeconds: 5}
 
-The file is read again when it changes. One that cannot be used is logged, and the last good one stays in force.
+The file is reloaded when it changes. An invalid file is logged, and the previous one stays in force.
 
-The prober (--prober) is whose connections are probes:
+The prober (--prober) determines whose connections are probes:
 
-  kubelet      the process of that name, or of k3s or MicroK8s, that is root's, in the daemon's network and PID namespace
-               and in no pod (default, but for specs from a file). It is followed when it restarts. If it has its cgroup to
-               itself, what it runs is a prober too; otherwise its process alone is. Until it is found, and while it cannot
-               be told from others, nothing is answered. The daemon must see the node's processes and cgroups (hostPID)
-  cgroup:PATH  the processes of the cgroup v2 directory PATH itself (not of those below it): the kubelet's, for example
+  kubelet      the process named kubelet, or that of k3s or MicroK8s, that runs as root in the daemon's network and PID
+               namespaces and outside of all pods (the default, except for specs from a file). The daemon follows its
+               restarts. If it is alone in its cgroup, its child processes are probers too; otherwise only the process itself
+               is. Nothing is answered until it is found, or while it cannot be told apart from others. The daemon must see
+               the node's processes and cgroups (hostPID).
+  cgroup:PATH  the processes in the cgroup v2 directory PATH, not in those below it: the kubelet's, for example
                cgroup:/sys/fs/cgroup/system.slice/kubelet.service
-  host         every process of the host's network namespace. For trying things by hand, not for production: a
-               connection of any local process would be taken for a probe, such as one of a hostNetwork ingress or of a
-               client that came by a NodePort. Its requests would be answered by the kernel, not by the pod, and where
-               the server speaks first both sides would wait: the client for the server, which has not been told.
+  host         every process in the host's network namespace. This is for experiments, not for production: any local
+               connection counts as a probe, even one of a hostNetwork ingress or of a client that came in by a NodePort. The
+               kernel would answer its requests instead of the pod, and where the server speaks first both sides would wait:
+               the client for the server, which never sees the connection.
 
-The mode (--mode, or the pod's annotation probelet.dev/mode) says what is done for a pod:
+The mode (--mode, or the annotation probelet.dev/mode of a pod) determines what is done about a pod's probes:
 
-  answer   probes are observed, and answered while what was observed is fresh
-  observe  probes are observed, and none is answered
-  off      neither
+  answer   they are observed, and answered while what was observed is fresh
+  observe  they are observed only
+  off      nothing
 
-The staleness (--staleness, or the pod's annotation probelet.dev/staleness) says for how long after its observation a
-success is answered, in periods of the shortest probe of the same endpoint (startup probes, which end with their success,
-do not count beside others): a number from 0.5 to 5. The smallest timeout of these probes is added, but at most half a
-period, so that a probe that is due after just so many periods is surely answered. Where the kernel can look at the pod's
-listening socket, a TCP probe is answered for as long as that accepts connections, up to 9 in a row (fewer if its queue is
-short), and the staleness is 10 periods unless somebody says less. No pod exceeds --staleness-ceiling where that is given,
-whatever its annotation says. What was observed already is not answered for longer when the staleness grows; only the next
-success is.
+The staleness (--staleness, or the annotation probelet.dev/staleness of a pod) is how long a success is answered after it was
+observed, from 0.5 to 5 periods of the shortest probe of the same endpoint. (Startup probes, which end with their success, do not
+count beside others.) The smallest timeout of these probes is added, but at most half a period, so that a probe that is due after
+exactly that many periods is still answered. Where the kernel can inspect the pod's listening socket, a TCP probe is answered for
+as long as the socket accepts connections, up to 9 times in a row (fewer if its backlog is short), and the staleness is 10 periods
+unless a lower one is set. No pod exceeds --staleness-ceiling, if it is set, whatever its annotation requests. Raising the
+staleness affects only successes observed from then on.
 
-With refresh (--refresh, or, where --refresh-by-annotation allows it, the pod's annotation probelet.dev/refresh: true, or the
-longest interval, from 100ms) the daemon itself asks what the probes ask, byte for byte, once in the staleness at least, so that the probes of a pod that is well are
-all answered. It asks only what is known to succeed; a failure withdraws at once, and then the prober finds out that the pod
-has recovered. Each request has a connection of its own, which is reset at its end and leaves no TIME_WAIT. It costs the
-node's CPU, so pods may not ask for it unless the node allows that; they may always do without ("false"). A pod has at most 4
-such connections at a time and 20 per second, however many endpoints it has. Refresh is off, and probeletctl explain says why, for what is not answered, for pods whose address is not known, and for TCP probes that are
-answered by a look at the listening socket.
+With refresh (--refresh, or the annotation probelet.dev/refresh of a pod, if --refresh-by-annotation allows it: true, or the longest
+interval, from 100ms) the daemon sends the requests of the probes itself, byte for byte, at least once per staleness, so that all
+probes of a healthy pod are answered. It sends only requests that are known to succeed. After a failure it withdraws the evidence
+at once, and leaves it to the prober to find out that the pod has recovered. Each request has a connection of its own, which is
+reset at its end and leaves no TIME_WAIT behind. Because this costs the node CPU time, pods may only request it if the node
+allows that; they may always decline it ("false"). A pod has at most 4 such connections at a time and 20 per second, however many
+endpoints it has. Refresh is off, and probeletctl explain says why, for endpoints that are not answered, for pods whose address
+is unknown, and for TCP probes that are answered by inspecting the listening socket.
 
-An annotation that cannot be used is logged and shown by probeletctl status, and of its pod nothing is answered: whoever
-wrote it did not want the defaults.
+A pod with an invalid annotation is not answered at all, because its author did not want the defaults. The annotation is logged,
+and shown by probeletctl status.
 
-The daemon listens on <state-dir>/probeletd.sock, for root only: POST /v1/invalidate takes
-{"namespace": "shop", "pod": "web", "port": 8080, "path": "/ready"} (without path and port: all of the pod) and returns when
-nothing is answered from what was known of it (404: there is no such pod, or endpoint; 400: malformed). Controllers on other
-machines can be given the same on TLS with client certificates (--api-listen).
+The daemon listens on <state-dir>/probeletd.sock, which only root can open. POST /v1/invalidate takes
+{"namespace": "shop", "pod": "web", "port": 8080, "path": "/ready"} (without path and port: the whole pod) and returns once nothing
+is answered from what was known of it (404: no such pod or endpoint; 400: malformed). Controllers on other machines can be given
+access to the same request over TLS with client certificates (--api-listen).
 
-Every flag can be given by the environment too: --staleness-ceiling as PROBELET_STALENESS_CEILING. What is given on the command
-line prevails.
+Each flag can also be set by an environment variable, for example --staleness-ceiling by PROBELET_STALENESS_CEILING. The command
+line takes precedence.
 
-On SIGTERM and SIGINT the daemon ends and leaves everything as it is: evidence expires by itself.`
+On SIGTERM and SIGINT the daemon exits and leaves everything in place: evidence expires on its own.`
 
-// serviceAccount is where a pod finds its service account.
+// serviceAccount is where pods have their service account.
 const serviceAccount = "/var/run/secrets/kubernetes.io/serviceaccount/"
 
 func runCommand(stderr io.Writer) *cobra.Command {
 	c := agent.Config{LogLevel: &slog.LevelVar{}}
-	var network network
+	var network install.Options
 	var logFormat string
 	c.Kubelet.SelfSigned = func() ([]byte, error) { return prober.KubeletCertificate("/proc") }
 	cmd := &cobra.Command{
@@ -128,48 +127,51 @@ func runCommand(stderr io.Writer) *cobra.Command {
 				return err
 			}
 			if unknown := flagenv.Unknown(cmd.Flags(), os.Environ()); len(unknown) > 0 {
-				log.Warn("variables of the environment that are no flag's have no effect", "names", unknown)
+				log.Warn("ignoring environment variables that match no flag", "names", unknown)
 			}
-			if c.FollowChain, err = network.follow(c, log); err != nil {
-				return err
+			if network.NetDir != "" {
+				network.BPFDir, network.StateDir, network.Hook, network.Log = c.BPFDir, c.StateDir, c.Hook, log
+				if c.FollowChain, err = install.Keeper(network); err != nil {
+					return err
+				}
 			}
 			return agent.Run(cmd.Context(), c, log)
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&c.Source, "source", "", "where specs come from: `kubelet|apiserver|file` (default: file with --specs, otherwise kubelet)")
-	flags.StringVar(&c.Specs, "specs", "", "YAML `FILE` of pods and their probes")
+	flags.StringVar(&c.Source, "source", "", "source of specs: `kubelet|apiserver|file` (default: file with --specs, otherwise kubelet)")
+	flags.StringVar(&c.Specs, "specs", "", "YAML `FILE` with pods and their probes")
 	kubelet := "https://" + net.JoinHostPort(cmp.Or(os.Getenv("NODE_IP"), "127.0.0.1"), "10250") + "/pods"
-	flags.StringVar(&c.Kubelet.URL, "kubelet-url", kubelet, "`URL` of the kubelet's pods (default: with $NODE_IP, if that is set)")
-	flags.StringVar(&c.Kubelet.TokenFile, "kubelet-token-file", serviceAccount+"token", "`FILE` of the token for the kubelet")
-	flags.StringVar(&c.Kubelet.CAFile, "kubelet-ca-file", serviceAccount+"ca.crt", "`FILE` of the authority of the kubelet's certificate; one that the kubelet made for itself is recognised")
-	flags.StringVar(&c.Kubelet.ServerName, "kubelet-server-name", "", "`NAME` in the kubelet's certificate (default: the host of its URL)")
-	flags.StringVar(&c.Kubelet.Socket, "kubelet-pods-socket", source.PodsAPISocket, "`SOCKET` of the kubelet's pods API; empty: it is not used")
-	flags.DurationVar(&c.Kubelet.Poll, "kubelet-poll", 10*time.Second, "longest `INTERVAL` at which the kubelet is asked for all pods, from 1s")
-	flags.DurationVar(&c.Crosscheck, "crosscheck", 15*time.Second, "`INTERVAL` at which the kubelet's verdicts on its probes are compared with what was observed, up to 1m; 0: never")
-	flags.StringVar(&c.Kubeconfig, "kubeconfig", "", "`FILE` that says how to reach the API server (default: as in a pod)")
+	flags.StringVar(&c.Kubelet.URL, "kubelet-url", kubelet, "`URL` of the kubelet's list of pods (default: at $NODE_IP, if set)")
+	flags.StringVar(&c.Kubelet.TokenFile, "kubelet-token-file", serviceAccount+"token", "`FILE` with the token for the kubelet")
+	flags.StringVar(&c.Kubelet.CAFile, "kubelet-ca-file", serviceAccount+"ca.crt", "`FILE` with the CA of the kubelet's certificate; a certificate that the kubelet generated itself is recognised without")
+	flags.StringVar(&c.Kubelet.ServerName, "kubelet-server-name", "", "`NAME` in the kubelet's certificate (default: the host of --kubelet-url)")
+	flags.StringVar(&c.Kubelet.Socket, "kubelet-pods-socket", source.PodsAPISocket, "`SOCKET` of the kubelet's pods API; empty: do not use it")
+	flags.DurationVar(&c.Kubelet.Poll, "kubelet-poll", 10*time.Second, "longest `INTERVAL` between two lists of all pods from the kubelet, from 1s")
+	flags.DurationVar(&c.Crosscheck, "crosscheck", 15*time.Second, "`INTERVAL` at which the kubelet's verdicts are compared with what was observed, up to 1m; 0: never")
+	flags.StringVar(&c.Kubeconfig, "kubeconfig", "", "kubeconfig `FILE` for the API server (default: the service account of the pod)")
 	flags.StringVar(&c.NodeName, "node-name", os.Getenv("NODE_NAME"), "`NAME` of this node at the API server (default: $NODE_NAME)")
-	flags.StringVar(&c.Prober, "prober", "", "whose connections are probes: `kubelet|cgroup:PATH|host` (default: kubelet, but for specs from a file)")
-	hookFlag(flags, &c.Hook)
+	flags.StringVar(&c.Prober, "prober", "", "whose connections are probes: `kubelet|cgroup:PATH|host` (default: kubelet, except for specs from a file)")
+	install.HookFlag(flags, &c.Hook)
 	flags.StringVar(&c.BPFDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
-	flags.StringVar(&c.StateDir, "state-dir", attach.DefaultStateDir, "`directory` of attachment records and the daemon's state")
+	flags.StringVar(&c.StateDir, "state-dir", attach.DefaultStateDir, "`directory` with attachment records and the daemon's state")
 	policyFlags(flags, &c.Defaults)
-	flags.BoolVar(&c.Repair, "repair", true, "attach pods that had their network before probelet, and put right what was lost")
-	flags.StringVar(&c.CNICacheDir, "cni-cache-dir", adopt.DefaultCacheDir, "`directory` of the host where the runtime's CNI library keeps results, for that")
-	flags.StringVar(&network.netDir, "cni-net-dir", "", "`directory` of network configurations, to keep the plugin in the chain of (default: somebody else does)")
-	flags.StringVar(&network.binDir, "cni-bin-dir", "/opt/cni/bin", "`directory` of CNI plugins; while the runtime would not find the plugin there, it is kept out of the chain")
-	flags.StringVar(&network.chain, "chain", "auto", "how the plugin is in the chain: `auto|dropin|copy`, as with install")
-	flags.StringVar(&c.MetricsListen, "metrics-listen", "127.0.0.1:9553", "`ADDRESS` of /metrics, /healthz and /readyz, in plain HTTP; empty: none")
-	flags.BoolVar(&c.MetricsPerPod, "metrics-per-pod", false, "one metric of each pod besides: as many time series as there are pods")
-	flags.StringVar(&c.API.Listen, "api-listen", "", "`ADDRESS` of the API for controllers, in TLS with client certificates")
-	flags.StringVar(&c.API.CertFile, "api-cert-file", "", "`FILE` of its certificate")
-	flags.StringVar(&c.API.KeyFile, "api-key-file", "", "`FILE` of its key")
-	flags.StringVar(&c.API.ClientCAFile, "api-client-ca-file", "", "`FILE` of the authority of its clients")
+	flags.BoolVar(&c.Repair, "repair", true, "repair attachments, and adopt pods that were started before probelet")
+	flags.StringVar(&c.CNICacheDir, "cni-cache-dir", adopt.DefaultCacheDir, "`directory` on the host where libcni caches results, which has the pods to adopt")
+	flags.StringVar(&network.NetDir, "cni-net-dir", "", "`directory` with network configurations, to keep the plugin in their chain (default: do not)")
+	flags.StringVar(&network.BinDir, "cni-bin-dir", "/opt/cni/bin", "`directory` with CNI plugins; the plugin is kept out of the chain while the runtime would not find it there")
+	flags.StringVar(&network.Chain, "chain", "auto", "how the plugin joins the chain: `auto|dropin|copy`, as for install")
+	flags.StringVar(&c.MetricsListen, "metrics-listen", "127.0.0.1:9553", "`ADDRESS` to serve /metrics, /healthz and /readyz on, in plain HTTP; empty: none")
+	flags.BoolVar(&c.MetricsPerPod, "metrics-per-pod", false, "add a metric per pod: as many time series as there are pods")
+	flags.StringVar(&c.API.Listen, "api-listen", "", "`ADDRESS` to serve the API for controllers on, over TLS with client certificates")
+	flags.StringVar(&c.API.CertFile, "api-cert-file", "", "`FILE` with its certificate")
+	flags.StringVar(&c.API.KeyFile, "api-key-file", "", "`FILE` with its key")
+	flags.StringVar(&c.API.ClientCAFile, "api-client-ca-file", "", "`FILE` with the CA of its clients")
 	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error {
 		if err := flagenv.Apply(cmd.Flags()); err != nil {
 			return err
 		}
-		if err := checkDirs(cmd.Flags()); err != nil {
+		if err := install.CheckDirs(cmd.Flags()); err != nil {
 			return err
 		}
 		noteChosen(cmd.Flags(), &c.Defaults)
@@ -181,52 +183,27 @@ func runCommand(stderr io.Writer) *cobra.Command {
 		}
 		return nil
 	}
-	flags.BoolVar(&c.Events, "events", true, "write an Event about a pod whose annotation cannot be used")
-	flags.TextVar(c.LogLevel, "log-level", &slog.LevelVar{}, "least `level` that is logged: debug, info, warn, error; probeletctl log-level changes it")
-	flags.StringVar(&logFormat, "log-format", "text", "how is logged: `text|json`")
+	flags.BoolVar(&c.Events, "events", true, "write Events about pods with invalid annotations")
+	flags.TextVar(c.LogLevel, "log-level", &slog.LevelVar{}, "lowest `level` to log: debug, info, warn or error; probeletctl log-level changes it at run time")
+	flags.StringVar(&logFormat, "log-format", "text", "log format: `text|json`")
 	return cmd
-}
-
-// network is where the chain is that the plugin is kept in.
-type network struct {
-	netDir, binDir string // netDir empty: somebody else sees to the chain
-	chain          string // --chain
-}
-
-// follow returns what keeps the plugin in the chain; nil if nothing is to.
-func (n network) follow(c agent.Config, log *slog.Logger) (func(context.Context, func(error)) error, error) {
-	if n.netDir == "" {
-		return nil, nil
-	}
-	way, err := chainWay(n.chain, log)
-	if err != nil {
-		return nil, err
-	}
-	return func(ctx context.Context, looked func(error)) error {
-		node := chain.Node{
-			NetDir: n.netDir, BinDir: n.binDir, StateDir: c.StateDir, Conf: pluginConf(c.BPFDir, c.StateDir, c.Hook), Log: log,
-			Runtimes: chain.CachedRuntimes("/proc"),
-			Looked:   func(_ chain.Joined, err error) { looked(err) },
-		}
-		return node.Follow(ctx, way, false)
-	}, nil
 }
 
 func policyFlags(flags *pflag.FlagSet, d *probe.Defaults) {
 	builtIn := probe.NewDefaults()
-	flags.TextVar(&d.Mode, "mode", builtIn.Mode, "what is done for pods without an annotation: `answer|observe|off`")
-	flags.TextVar(&d.Staleness, "staleness", builtIn.Staleness, "for how many `periods` a success is answered")
-	flags.TextVar(&d.Ceiling, "staleness-ceiling", builtIn.Ceiling, "most `periods` that an annotation can ask for")
-	flags.TextVar(&d.Refresh, "refresh", builtIn.Refresh, "whether the daemon asks by itself: `true|false`, or the longest interval")
-	flags.BoolVar(&d.RefreshByAnnotation, "refresh-by-annotation", false, "pods may ask for refresh by annotation, at the node's cost")
+	flags.TextVar(&d.Mode, "mode", builtIn.Mode, "mode of pods without an annotation: `answer|observe|off`")
+	flags.TextVar(&d.Staleness, "staleness", builtIn.Staleness, "how many `periods` a success is answered for")
+	flags.TextVar(&d.Ceiling, "staleness-ceiling", builtIn.Ceiling, "most `periods` that an annotation can request")
+	flags.TextVar(&d.Refresh, "refresh", builtIn.Refresh, "whether the daemon sends requests of its own: `true|false`, or the longest interval between them")
+	flags.BoolVar(&d.RefreshByAnnotation, "refresh-by-annotation", false, "let pods request refresh by annotation, at the node's expense")
 }
 
-// noteChosen tells values that were given from built-in ones that are the same.
+// noteChosen records which values were given, as opposed to defaults that happen to be the same.
 func noteChosen(flags *pflag.FlagSet, d *probe.Defaults) {
 	d.StalenessSet, d.CeilingSet = flags.Changed("staleness"), flags.Changed("staleness-ceiling")
 }
 
-// newLog returns a logger that writes a line for each record.
+// newLog returns a logger that writes one line per record.
 func newLog(to io.Writer, format string, level *slog.LevelVar) (*slog.Logger, error) {
 	options := &slog.HandlerOptions{Level: level}
 	switch format {

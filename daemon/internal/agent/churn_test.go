@@ -16,6 +16,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/refresh"
+	"github.com/probelet/probelet/daemon/internal/repair"
 )
 
 const (
@@ -50,7 +51,7 @@ func TestChurn(t *testing.T) {
 // churn is a daemon whose pods come and go. None is attached in the kernel; outcomes come from simulated records.
 type churn struct {
 	t         *testing.T
-	d         *daemon
+	d         *agent
 	assembler *evidence.Assembler
 	history   crosscheck.History
 	pods      []probe.Pod
@@ -98,7 +99,7 @@ func (c *churn) wave() {
 	}
 	err := attach.WriteRecord(c.d.stateDir, c.records[len(c.records)-1])
 	for id := range c.d.deleted {
-		c.d.deleted[id] = time.Now().Add(-beingDeleted - time.Second) // time goes by
+		c.d.deleted[id] = time.Now().Add(-repair.DeletionGrace - time.Second) // time goes by
 	}
 	c.d.readRecords()
 	if err := errors.Join(err, attach.RemoveRecord(c.d.stateDir, c.records[len(c.records)-1].ID())); err != nil {

@@ -14,11 +14,11 @@ import (
 )
 
 // crosscheck starts to compare the kubelet's verdicts with what is observed, where the prober is the kubelet.
-func (l *loop) crosscheck(ctx context.Context, c Config, in *inputs) error {
-	if c.Crosscheck == 0 || c.sourceName() == "file" || l.who.AnyLocal {
+func (ag *agent) startCrosscheck(ctx context.Context, c Config, in *inputs) error {
+	if c.Crosscheck == 0 || c.sourceName() == "file" || ag.prober.who.AnyLocal {
 		return nil
 	}
-	checker, err := crosscheck.New(c.Kubelet.Config, l, c.Crosscheck, l.log)
+	checker, err := crosscheck.New(c.Kubelet.Config, ag, c.Crosscheck, ag.log)
 	if err != nil {
 		return fmt.Errorf("--crosscheck: --kubelet-url: %w", err)
 	}
@@ -27,14 +27,14 @@ func (l *loop) crosscheck(ctx context.Context, c Config, in *inputs) error {
 }
 
 // Observed implements crosscheck.Node.
-func (l *loop) Observed(ctx context.Context) (all map[crosscheck.ID]crosscheck.Endpoint, err error) {
-	err = l.call(ctx, func() { all = l.counted() })
+func (ag *agent) Observed(ctx context.Context) (all map[crosscheck.ID]crosscheck.Endpoint, err error) {
+	err = ag.call(ctx, func() { all = ag.counted() })
 	return all, err
 }
 
 // Disagree implements crosscheck.Node.
-func (l *loop) Disagree(ctx context.Context, d crosscheck.Disagreement) error {
-	return l.call(ctx, func() { l.disagree(d) })
+func (ag *agent) Disagree(ctx context.Context, d crosscheck.Disagreement) error {
+	return ag.call(ctx, func() { ag.disagree(d) })
 }
 
 // crosschecked is what is held against the kubelet's verdicts on an attachment's pod, and what came of it.
@@ -64,9 +64,9 @@ func (a *attachment) tally(o probe.Outcome) {
 
 // counted returns what was counted of each endpoint that is observed, and asked by its own probes only, of pods that the
 // kubelet's counts tell apart.
-func (d *daemon) counted() map[crosscheck.ID]crosscheck.Endpoint {
+func (ag *agent) counted() map[crosscheck.ID]crosscheck.Endpoint {
 	all := map[crosscheck.ID]crosscheck.Endpoint{}
-	for id, a := range d.attachments {
+	for id, a := range ag.attachments {
 		if a.pod == nil || a.pod.UID == "" || a.maps == nil {
 			continue
 		}
@@ -125,12 +125,12 @@ func strangersAmong(pods []probe.Pod) []stranger {
 }
 
 // share notes who else may ask the endpoints: strangers, and the pod's own hooks.
-func (d *daemon) share(a *attachment, endpoints []probe.EndpointSpec) {
+func (ag *agent) share(a *attachment, endpoints []probe.EndpointSpec) {
 	a.shared = map[probe.Endpoint]string{}
 	if a.pod == nil {
 		return
 	}
-	others := slices.Clone(d.strangers)
+	others := slices.Clone(ag.strangers)
 	for _, p := range a.pod.Hooks {
 		if p.Host == "" {
 			others = append(others, stranger{p, a.pod.String()})
@@ -158,8 +158,8 @@ var barReasons = map[crosscheck.Kind]string{
 	crosscheck.Discarded: "the kubelet's verdict differs: it discarded probes that were taken for successes",
 }
 
-func (d *daemon) disagree(x crosscheck.Disagreement) {
-	a := d.attachments[x.Attachment]
+func (ag *agent) disagree(x crosscheck.Disagreement) {
+	a := ag.attachments[x.Attachment]
 	if a == nil || a.pod == nil || a.barred[x.Endpoint].kind != "" {
 		return
 	}
@@ -168,16 +168,16 @@ func (d *daemon) disagree(x crosscheck.Disagreement) {
 		return
 	}
 	a.barred[x.Endpoint] = bar{x.Kind, statedir.EndpointOf(a.tracker.Endpoints()[i], probe.Question{}).Probes}
-	d.metrics.Disagreed(x.Kind)
-	d.log.Error("endpoint is not answered any more, until its specs change", "pod", a.podName(), "endpoint", x.Endpoint,
+	ag.metrics.Disagreed(x.Kind)
+	ag.log.Error("endpoint is not answered any more, until its specs change", "pod", a.podName(), "endpoint", x.Endpoint,
 		"because", barReasons[x.Kind], "probes", x.Probes)
 	for _, c := range a.withdraw(func(e probe.Endpoint) bool { return e == x.Endpoint }) {
 		c.Cause = probe.ByVerdict
-		d.note(a, c, nil)
+		ag.note(a, c, nil)
 	}
-	d.ask(a)
-	d.sync(a)
-	d.describe() // now: another daemon, should this one die, must know it
+	ag.ask(a)
+	ag.sync(a)
+	ag.describe() // now: another daemon, should this one die, must know it
 }
 
 // bar gives a reason to the endpoints that are barred, and lifts the bars of those that are not asked as they were then.
@@ -202,9 +202,9 @@ func sameProbe(a, b statedir.Probe) bool {
 }
 
 // crosscheckedBefore begins to count, with the bars of an earlier run.
-func (d *daemon) crosscheckedBefore(id attach.ID) crosschecked {
+func (ag *agent) crosscheckedBefore(id attach.ID) crosschecked {
 	counts, barred := map[probe.Endpoint]crosscheck.Counts{}, map[probe.Endpoint]bar{}
-	for _, a := range d.previous.Attachments {
+	for _, a := range ag.previous.Attachments {
 		if a.ContainerID != id.ContainerID || a.IfName != id.IfName {
 			continue
 		}

@@ -57,7 +57,7 @@ func TestEventsOfBadAnnotations(t *testing.T) {
 		t.Fatal(err)
 	}
 	k := newKept(t)
-	k.reporter = newReporter(Config{Source: "kubelet", Kubeconfig: kubeconfig, Events: true, NodeName: "node-1"}, k.daemon.log)
+	k.reporter = newReporter(Config{Source: "kubelet", Kubeconfig: kubeconfig, Events: true, NodeName: "node-1"}, k.agent.log)
 	go k.reporter.Run(t.Context())
 	k.adopted()
 	k.pods = slices.Clone(k.pods)

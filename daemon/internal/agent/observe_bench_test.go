@@ -54,7 +54,7 @@ func observable(k *kept, pods int) (batch []evidence.Observation) {
 				Period: time.Second, Timeout: time.Second,
 			})
 		}
-		k.addEnds(p, k.addBegins(p))
+		k.FinishADD(p, k.BeginADD(p))
 		for i, path := range []string{"/readiness", "/liveness"} {
 			text := fmt.Sprintf("GET %s HTTP/1.1\r\nHost: %s:80\r\nUser-Agent: kube-probe/1.37\r\nAccept: */*\r\nConnection: close\r\n\r\n", path, p.IPv4)
 			request, err := probe.ParseRequest([]byte(text))
@@ -62,7 +62,7 @@ func observable(k *kept, pods int) (batch []evidence.Observation) {
 				k.t.Fatal(err)
 			}
 			question := probe.Question{Hash: uint64(p.IfIndex)<<8 | uint64(i+1), Check: 1}
-			batch = append(batch, evidence.Observation{Device: k.device(p), Outcome: probe.Outcome{
+			batch = append(batch, evidence.Observation{Device: k.Device(p), Outcome: probe.Outcome{
 				Port: 80, Kind: probe.HTTP, Request: request, Question: question, Text: []byte(text), Event: probe.Answered, Status: 200,
 			}})
 		}

@@ -54,27 +54,27 @@ func TestFollowProber(t *testing.T) {
 
 	first := remake()
 	var set []uint64
-	l := &loop{
+	f := &proberFollower{
 		log:    slog.New(slog.NewTextHandler(t.Output(), nil)),
-		prober: finder,
+		finder: finder,
 		who:    datapath.Prober{CgroupIDs: []uint64{first}},
 		set: func(p datapath.Prober) error {
 			set = append(set, append(p.CgroupIDs, 0)[0])
 			return nil
 		},
 	}
-	l.followProber()
+	f.follow()
 	if err := os.Remove(cgroup); err != nil {
 		t.Fatal(err)
 	}
-	l.followProber()
-	l.followProber()
+	f.follow()
+	f.follow()
 	if !slices.Equal(set, []uint64{0}) {
 		t.Errorf("without its cgroup the prober is %d, want nobody (0), said once", set)
 	}
 	second := remake()
-	l.followProber()
-	l.followProber()
+	f.follow()
+	f.follow()
 	if first == second || !slices.Equal(set, []uint64{0, second}) {
 		t.Errorf("first %d, then %d; set to %d", first, second, set)
 	}
@@ -97,7 +97,7 @@ func TestStartsWithoutAKubelet(t *testing.T) {
 		who, err := n.d.Prober()
 		return err == nil && !who.AnyLocal && len(who.CgroupIDs) == 0
 	})
-	n.eventually("a word of it", func() bool { return logged("no prober, so nothing") == 1 })
+	n.eventually("a word of it", func() bool { return logged("no prober found") == 1 })
 }
 
 // ownCgroup is the directory of this process' cgroup.
@@ -230,8 +230,8 @@ func TestAProberThatCannotBeSet(t *testing.T) {
 	var log strings.Builder
 	var now datapath.Prober
 	tries, broken := 0, errors.New("no BTF")
-	l := &loop{
-		log: slog.New(slog.NewTextHandler(&log, nil)), prober: finder, who: datapath.Prober{AnyLocal: true},
+	f := &proberFollower{
+		log: slog.New(slog.NewTextHandler(&log, nil)), finder: finder, who: datapath.Prober{AnyLocal: true},
 		set: func(p datapath.Prober) error {
 			if len(p.CgroupIDs) > 0 {
 				if tries++; broken != nil {
@@ -243,16 +243,16 @@ func TestAProberThatCannotBeSet(t *testing.T) {
 		},
 	}
 	for range 5 {
-		l.followProber()
+		f.follow()
 	}
-	if tries != 1 || now.AnyLocal || len(now.CgroupIDs) > 0 || l.lost != "no BTF" || strings.Count(log.String(), "no BTF") != 1 {
-		t.Errorf("tried %d times; the prober is %+v; lost: %q; log:\n%s", tries, now, l.lost, &log)
+	if tries != 1 || now.AnyLocal || len(now.CgroupIDs) > 0 || f.lost != "no BTF" || strings.Count(log.String(), "no BTF") != 1 {
+		t.Errorf("tried %d times; the prober is %+v; lost: %q; log:\n%s", tries, now, f.lost, &log)
 	}
-	l.refused.at = l.refused.at.Add(-setAgain)
+	f.refused.at = f.refused.at.Add(-setAgain)
 	broken = nil
-	l.followProber()
-	l.followProber()
-	if tries != 2 || len(now.CgroupIDs) != 1 || l.lost != "" {
-		t.Errorf("afterwards: tried %d times; the prober is %+v; lost: %q", tries, now, l.lost)
+	f.follow()
+	f.follow()
+	if tries != 2 || len(now.CgroupIDs) != 1 || f.lost != "" {
+		t.Errorf("afterwards: tried %d times; the prober is %+v; lost: %q", tries, now, f.lost)
 	}
 }

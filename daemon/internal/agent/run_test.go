@@ -18,13 +18,13 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cilium/ebpf/link"
 	"github.com/containernetworking/plugins/pkg/ns"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/repair/repairtest"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/store"
 )
@@ -230,17 +230,9 @@ func (n *node) pin(name string) string {
 // detach detaches one of the pod's programs, as bpftool does it.
 func (n *node) detach(program string) {
 	n.t.Helper()
-	if err := detachPinned(n.pin(program)); err != nil {
+	if err := repairtest.DetachPinned(n.pin(program)); err != nil {
 		n.t.Fatal(err)
 	}
-}
-
-func detachPinned(pin string) error {
-	l, err := link.LoadPinnedLink(pin, nil)
-	if err != nil {
-		return err
-	}
-	return errors.Join(l.Detach(), l.Close())
 }
 
 // has is whether the kernel has a record of the endpoint.

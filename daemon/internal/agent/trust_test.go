@@ -13,6 +13,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/repair/repairtest"
 )
 
 // The program that makes the answers is gone, which nothing notifies the daemon of. One probe is held up until its client repeats
@@ -49,7 +50,7 @@ func TestAnswersThatDoNotArrive(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.want("/healthz", 200, true)
-	n.eventually("said", func() bool { return logged("are tried again") > 0 })
+	n.eventually("said", func() bool { return logged("trying answers by the device again") > 0 })
 	if n := logged("answers do not arrive"); n != 1 {
 		t.Errorf("said %d times, through several looks", n)
 	}
@@ -71,15 +72,15 @@ func (n *node) attachRespond() {
 func TestALostDeviceGoes(t *testing.T) {
 	k := newKept(t)
 	p := k.adopted()
-	a := k.attachments[idOf(p)]
-	device := datapath.Device{Key: k.device(p), Trust: datapath.TrustLost, Loss: "unacknowledged"}
+	a := k.attachments[repairtest.ID(p)]
+	device := datapath.Device{Key: k.Device(p), Trust: datapath.TrustLost, Loss: "unacknowledged"}
 	k.noteTrust(a, device)
 	k.noteTrust(a, device)
 	if err := k.datapath.RemoveDevice(device.Key); err != nil {
 		t.Fatal(err)
 	}
 	k.checkDevices()
-	if k.logged("answers do not arrive") != 1 || k.logged("tried again") != 0 {
+	if k.log.Count("answers do not arrive") != 1 || k.log.Count("trying answers by the device again") != 0 {
 		t.Error(k.log)
 	}
 }
@@ -89,23 +90,23 @@ func TestALostDeviceGoes(t *testing.T) {
 func TestOutcomesOfAnEarlierLife(t *testing.T) {
 	k := newKept(t)
 	p, other := k.adopted(), k.adopted()
-	earlier := k.device(p)
+	earlier := k.Device(p)
 	k.attachClsact(p)
-	if k.device(p) == earlier {
+	if k.Device(p) == earlier {
 		t.Fatal("it is the same life")
 	}
-	for _, key := range []datapath.DeviceKey{earlier, k.device(other)} {
+	for _, key := range []datapath.DeviceKey{earlier, k.Device(other)} {
 		if k.observeAs(key); k.fresh(p) {
-			t.Errorf("learned from %+v, and is %+v", key, k.device(p))
+			t.Errorf("learned from %+v, and is %+v", key, k.Device(p))
 		}
 	}
-	if k.observeAs(k.device(p)); !k.fresh(p) {
+	if k.observeAs(k.Device(p)); !k.fresh(p) {
 		t.Errorf("not fresh\n%s", k.log)
 	}
 
 	// Before the daemon has noticed, too.
-	k.inNode(func() error {
-		return attach.Attach(k.datapath, k.bpfDir, idOf(p), k.record(p).Target(), attach.ViaAuto)
+	k.In(func() error {
+		return attach.Attach(k.datapath, k.bpfDir, repairtest.ID(p), k.Record(p).Target(), attach.ViaAuto)
 	})
 	if k.arm(p); k.fresh(p) {
 		t.Error("learned before it was known that the device was attached again")
@@ -117,12 +118,12 @@ func TestADeviceGoesWhileItIsWritten(t *testing.T) {
 	k := newKept(t)
 	p := k.adopted()
 	k.arm(p)
-	key := k.device(p)
+	key := k.Device(p)
 	if err := k.datapath.RemoveDevice(key); err != nil {
 		t.Fatal(err)
 	}
 	k.observeAs(key)
-	if n := k.logged("level=ERROR"); n != 0 {
+	if n := k.log.Count("level=ERROR"); n != 0 {
 		t.Error(k.log)
 	}
 }

@@ -37,7 +37,7 @@ func BenchmarkSnapshot(b *testing.B) {
 }
 
 // benchPods returns so many pods, which the daemon has records of.
-func benchPods(n int, d *daemon) []probe.Pod {
+func benchPods(n int, d *agent) []probe.Pod {
 	var pods []probe.Pod
 	for i := range n {
 		pod := probe.Pod{

@@ -28,8 +28,8 @@ type cleaner interface {
 }
 
 // unattached returns a daemon that has records, and of whose pods none is attached, so that it needs no kernel.
-func unattached(t cleaner, stateDir string) *daemon {
-	d := newDaemon(slog.New(slog.DiscardHandler), nil, Config{StateDir: stateDir, Defaults: probe.NewDefaults()},
+func unattached(t cleaner, stateDir string) *agent {
+	d := newAgent(slog.New(slog.DiscardHandler), nil, Config{StateDir: stateDir, Defaults: probe.NewDefaults()},
 		statedir.Endpoints{}, idleRefresher(t))
 	return d
 }
@@ -45,7 +45,7 @@ func idleRefresher(t cleaner) *refresh.Refresher {
 }
 
 // describes returns what a daemon writes, as JSON.
-func describes(t cleaner, d *daemon) string {
+func describes(t cleaner, d *agent) string {
 	d.describe()
 	e, err := statedir.ReadEndpoints(d.stateDir)
 	if err != nil {

@@ -19,6 +19,7 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/repair"
+	"github.com/probelet/probelet/daemon/internal/repair/repairtest"
 )
 
 // v3 is what builds with ABI v3 left: under <bpfDir>/v3 the objects, and for each attachment its two maps, an XDP link, and a
@@ -71,7 +72,7 @@ func (v *v3) pinMap(path string) {
 // attach attaches a pod as that build did, by tcx or by clsact.
 func (v *v3) attach(stateDir string, p *bpftest.Pod, tcx bool) {
 	v.t.Helper()
-	dir := filepath.Join(v.dir, "attachments", idOf(p).ContainerID+"@eth0")
+	dir := filepath.Join(v.dir, "attachments", repairtest.ID(p).ContainerID+"@eth0")
 	v.must(os.Mkdir(dir, 0o700))
 	for _, name := range []string{"evidence", "tallies"} {
 		v.pinMap(filepath.Join(dir, name))
@@ -97,7 +98,7 @@ func (v *v3) attach(stateDir string, p *bpftest.Pod, tcx bool) {
 		return errors.Join(l.Pin(filepath.Join(dir, "steer")), l.Close())
 	})
 	v.must(attach.WriteRecord(stateDir, attach.Record{
-		ContainerID: idOf(p).ContainerID, IfName: "eth0", Network: "pods", IfIndex: p.IfIndex, HostIfName: p.HostIfName,
+		ContainerID: repairtest.ID(p).ContainerID, IfName: "eth0", Network: "pods", IfIndex: p.IfIndex, HostIfName: p.HostIfName,
 		PodNetns: p.Netns, PodNamespace: "shop", PodName: p.HostIfName, PodUID: "u-1", PodIPs: []string{p.IPv4.String()},
 	}))
 }
@@ -154,18 +155,18 @@ func TestUpgradeFromV3(t *testing.T) {
 	for name, tcx := range map[string]bool{"tcx": true, "clsact": false} {
 		t.Run(name, func(t *testing.T) {
 			k := newKept(t)
-			k.haveTCX()
+			k.RequireTCX()
 			old := newV3(t, k.bpfDir)
 			p, gone, deleted := k.run(), k.run(), k.run()
 			for _, p := range []*bpftest.Pod{p, gone, deleted} {
 				old.attach(k.stateDir, p, tcx)
 			}
 			k.pods = k.pods[:1]
-			k.deleteDevice(gone)
-			if err := attach.RemoveRecord(k.stateDir, idOf(gone)); err != nil {
+			k.DeleteDevice(gone)
+			if err := attach.RemoveRecord(k.stateDir, repairtest.ID(gone)); err != nil {
 				t.Fatal(err)
 			}
-			if err := k.del(deleted); err != nil { // before the daemon has looked
+			if err := k.DEL(deleted); err != nil { // before the daemon has looked
 				t.Fatal(err)
 			}
 			wantBare(t, deleted, false)
@@ -174,7 +175,7 @@ func TestUpgradeFromV3(t *testing.T) {
 				t.Errorf("removed with what is attached: %v", err)
 			}
 			k.look(1)
-			k.wantWhole(p)
+			k.WantWhole(p)
 			wantBare(t, p, true)
 			if k.fresh(p) {
 				t.Error("fresh by what the old build knew")
@@ -240,28 +241,29 @@ func TestUninstallOfV3(t *testing.T) {
 func TestFiltersWhosePinsAreLost(t *testing.T) {
 	lost := func(t *testing.T) (*kept, *bpftest.Pod) {
 		k := newKept(t)
-		k.haveTCX()
+		k.RequireTCX()
 		p := k.adopted()
 		k.attachClsact(p)
 		if err := os.RemoveAll(k.bpfDir); err != nil {
 			t.Fatal(err)
 		}
-		if len(k.filters(p)) != 2 {
-			t.Fatalf("filters %q", k.filters(p))
+		if len(k.Filters(p)) != 2 {
+			t.Fatalf("filters %q", k.Filters(p))
 		}
 		return k, p
 	}
 	t.Run("uninstall", func(t *testing.T) {
 		k, p := lost(t)
-		uninstall(t, k.node.NS, k.bpfDir, k.stateDir)
+		uninstall(t, k.NS, k.bpfDir, k.stateDir)
 		wantBare(t, p, false)
 		wantGone(t, k.bpfDir, k.stateDir)
 	})
 	t.Run("attached again", func(t *testing.T) {
 		k, p := lost(t)
-		k.load()
+		k.Load()
+		k.start()
 		k.look(2)
-		k.wantWhole(p)
+		k.WantWhole(p)
 		wantBare(t, p, true)
 	})
 }
@@ -270,9 +272,9 @@ func TestFiltersWhosePinsAreLost(t *testing.T) {
 func TestUninstallAgain(t *testing.T) {
 	k := newKept(t)
 	p := k.adopted()
-	k.inNode(func() error { return attach.Detach(k.datapath, k.bpfDir, idOf(p)) })
+	k.In(func() error { return attach.Detach(k.datapath, k.bpfDir, repairtest.ID(p)) })
 	for range 2 {
-		uninstall(t, k.node.NS, k.bpfDir, k.stateDir)
+		uninstall(t, k.NS, k.bpfDir, k.stateDir)
 	}
 	wantBare(t, p, false)
 	wantGone(t, k.bpfDir, k.stateDir)

@@ -18,10 +18,10 @@ import (
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
-// Client speaks with the daemon of a state directory.
+// Client sends requests to the daemon of a state directory.
 type Client struct{ http http.Client }
 
-// NewClient returns a client. Whether a daemon runs shows when it is asked.
+// NewClient returns a client. It does not connect until the first request.
 func NewClient(stateDir string) *Client {
 	c := &Client{}
 	c.http.Timeout = 2 * patience
@@ -35,37 +35,37 @@ func NewClient(stateDir string) *Client {
 	return c
 }
 
-// ErrDown: no daemon listens.
+// ErrDown is returned if no daemon is listening.
 var ErrDown = errors.New("probeletd is not running")
 
-// Invalidate is POST /v1/invalidate.
+// Invalidate sends POST /v1/invalidate.
 func (c *Client) Invalidate(ctx context.Context, r InvalidateRequest) (reply InvalidateReply, err error) {
 	return reply, c.do(ctx, http.MethodPost, "/v1/invalidate", r, &reply)
 }
 
-// Events is GET /v1/pods/{namespace}/{pod}/events.
+// Events sends GET /v1/pods/{namespace}/{pod}/events.
 func (c *Client) Events(ctx context.Context, namespace, pod string) (reply EventsReply, err error) {
 	path := "/v1/pods/" + url.PathEscape(namespace) + "/" + url.PathEscape(pod) + "/events"
 	return reply, c.do(ctx, http.MethodGet, path, nil, &reply)
 }
 
-// Endpoints is GET /v1/endpoints.
+// Endpoints sends GET /v1/endpoints.
 func (c *Client) Endpoints(ctx context.Context) (reply EndpointsReply, err error) {
 	return reply, c.do(ctx, http.MethodGet, "/v1/endpoints", nil, &reply)
 }
 
-// Source is GET /v1/source.
+// Source sends GET /v1/source.
 func (c *Client) Source(ctx context.Context) (reply SourceReply, err error) {
 	return reply, c.do(ctx, http.MethodGet, "/v1/source", nil, &reply)
 }
 
-// SetLogLevel is PUT /v1/log-level.
+// SetLogLevel sends PUT /v1/log-level.
 func (c *Client) SetLogLevel(ctx context.Context, level slog.Level) error {
 	var reply LogLevel
 	return c.do(ctx, http.MethodPut, "/v1/log-level", LogLevel{level}, &reply)
 }
 
-// Ready is GET /readyz: what the daemon lacks, a line for each thing.
+// Ready sends GET /readyz. It returns what the daemon lacks, and nothing if it is ready.
 func (c *Client) Ready(ctx context.Context) (missing []string, err error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://probeletd/readyz", nil)
 	if err != nil {
@@ -78,7 +78,7 @@ func (c *Client) Ready(ctx context.Context) (missing []string, err error) {
 	return strings.Split(strings.TrimSpace(string(text)), "\n"), nil
 }
 
-// send returns ErrDown if nobody listens.
+// send returns ErrDown if nothing is listening.
 func (c *Client) send(request *http.Request) (status int, text []byte, err error) {
 	response, err := c.http.Do(request)
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {

@@ -9,11 +9,11 @@ import (
 	"sync"
 )
 
-// maxConnections is how many connections a server has. Its clients are Prometheus, the kubelet and a few people.
+// maxConnections is the maximum number of connections of a server. Its clients are Prometheus, the kubelet and a few people.
 const maxConnections = 64
 
-// connections keeps a server to maxConnections. A new one takes the place of the oldest that has not sent its request, or of the
-// oldest of all: to let new ones wait would let any process of the node keep the kubelet from asking whether the daemon is well.
+// connections limits a server to maxConnections. A new connection evicts the oldest one whose request is not being answered, or else the
+// oldest of all. If new connections had to wait instead, any process on the node could keep the kubelet from checking the daemon.
 type connections struct {
 	mutex sync.Mutex
 	all   []*connection // oldest first
@@ -21,12 +21,12 @@ type connections struct {
 
 type connection struct {
 	net.Conn
-	answered bool // at this moment
+	answered bool // a request on it is being answered
 }
 
 type connectionKey struct{}
 
-// limit keeps a server to its connections.
+// limit limits the connections of a server.
 func limit(server *http.Server) {
 	c := &connections{}
 	server.ConnContext = c.begun
@@ -44,7 +44,7 @@ func limit(server *http.Server) {
 	})
 }
 
-// begun is http.Server.ConnContext.
+// begun is the server's ConnContext hook.
 func (c *connections) begun(ctx context.Context, conn net.Conn) context.Context {
 	c.mutex.Lock()
 	defer c.mutex.Unlock()
@@ -58,7 +58,7 @@ func (c *connections) begun(ctx context.Context, conn net.Conn) context.Context 
 	return context.WithValue(ctx, connectionKey{}, one)
 }
 
-// closeNow does not wait for the client, as the end of TLS may.
+// closeNow closes a connection without waiting for the client, as closing a TLS connection may.
 func closeNow(conn net.Conn) {
 	if encrypted, ok := conn.(*tls.Conn); ok {
 		conn = encrypted.NetConn()
@@ -78,8 +78,8 @@ func (c *connections) answer(conn *connection, now bool) {
 	conn.answered = now
 }
 
-// oneAtATime has requests wait for each other, for as long as the daemon may take to answer. What is written meanwhile is kept until
-// it is whole, so that nobody waits for a client that does not read.
+// oneAtATime serializes requests. A request waits for as long as the daemon may take to reply. Replies are buffered, so that no request
+// waits for a client that does not read.
 func oneAtATime(handler http.Handler) http.Handler {
 	free := make(chan struct{}, 1)
 	return http.TimeoutHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -14,13 +14,13 @@ import (
 	"time"
 )
 
-// well is a Node that is.
+// well is a healthy Node.
 type well struct{ Node }
 
 func (well) Alive(context.Context) error               { return nil }
 func (well) Unready(context.Context) ([]string, error) { return nil, nil }
 
-// serve serves what monitoring asks, on loopback.
+// serve serves Health on loopback.
 func serve(t *testing.T, metrics http.HandlerFunc) (address string) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -46,7 +46,7 @@ func dial(t *testing.T, address, text string) net.Conn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.Close() })
-	_, _ = io.WriteString(conn, text) // of no matter if it was replaced already
+	_, _ = io.WriteString(conn, text) // fails if it was evicted already
 	return conn
 }
 
@@ -66,7 +66,7 @@ func get(t *testing.T, url string) (status int, text string) {
 	return response.StatusCode, string(body)
 }
 
-// Whatever clients leave unfinished, the server has no more connections than it should, and answers those that ask.
+// However many requests clients leave unfinished, the server keeps to its limit and answers complete ones.
 func TestUnfinishedRequests(t *testing.T) {
 	address := serve(t, func(http.ResponseWriter, *http.Request) {})
 	for name, text := range map[string]string{
@@ -110,8 +110,8 @@ func TestLongHeaders(t *testing.T) {
 	}
 }
 
-// A scrape that is under way keeps its connection while others come and go.
-func TestAnAnsweredConnectionStays(t *testing.T) {
+// A scrape in progress keeps its connection while others come and go.
+func TestConnectionBeingAnsweredIsNotEvicted(t *testing.T) {
 	begun, end := make(chan struct{}), make(chan struct{})
 	address := serve(t, func(w http.ResponseWriter, _ *http.Request) {
 		close(begun)
@@ -136,8 +136,8 @@ func TestAnAnsweredConnectionStays(t *testing.T) {
 	}
 }
 
-// Scrapes are gathered one after the other, and none waits for clients that do not read theirs.
-func TestScrapesAtATime(t *testing.T) {
+// Metrics are gathered for one scrape at a time, and no scrape waits for a client that does not read.
+func TestScrapesAreSerialized(t *testing.T) {
 	var gathering atomic.Int32
 	large := bytes.Repeat([]byte("metric 1\n"), 1<<20)
 	address := serve(t, func(w http.ResponseWriter, r *http.Request) {

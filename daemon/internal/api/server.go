@@ -21,22 +21,22 @@ import (
 )
 
 const (
-	// maxBody is more than any request needs.
+	// maxBody limits the body of a request; none needs as much.
 	maxBody = 64 << 10
-	// maxHeader is more than a request's line and headers need; net/http adds 4 KiB to it.
+	// maxHeader limits the request line and headers; none needs as much. net/http adds 4 KiB to it.
 	maxHeader = 8 << 10
-	// patience is how long the daemon may take to answer: it decides one thing after the other.
+	// patience is how long the daemon may take to reply, because its loop handles one thing at a time.
 	patience = 5 * time.Second
 )
 
-// Listen listens on the socket of a state directory, in place of one that a daemon before left: the caller has the state
-// directory to itself. Only the owner may connect, from the first moment on.
+// Listen listens on the socket of a state directory and replaces one that a previous daemon left; the caller must hold the state
+// directory. At no time can anyone but the owner connect.
 func Listen(stateDir string) (net.Listener, error) {
 	return listen(stateDir, statedir.SocketPath(stateDir), 0o600)
 }
 
-// ListenMetrics listens, likewise, on a socket for what monitoring asks. Whoever sees it may connect: it is in a directory of its own,
-// for pods that see nothing else.
+// ListenMetrics listens on the socket for monitoring in the same way. Every process that can see it may connect: it has a directory of
+// its own, which can be mounted into a pod that sees nothing else.
 func ListenMetrics(stateDir string) (net.Listener, error) {
 	path := statedir.MetricsSocketPath(stateDir)
 	if err := os.Mkdir(filepath.Dir(path), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
@@ -50,7 +50,7 @@ func listen(stateDir, path string, mode os.FileMode) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer os.RemoveAll(private) //nolint:errcheck // of no harm
+	defer os.RemoveAll(private) //nolint:errcheck // harmless if it stays
 	temporary := filepath.Join(private, "s")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: temporary, Net: "unix"})
 	if err != nil {
@@ -66,7 +66,8 @@ func listen(stateDir, path string, mode os.FileMode) (net.Listener, error) {
 	return l, nil
 }
 
-// TLSConfig demands client certificates of an authority. Files are read for each connection, as all are renewed.
+// TLSConfig returns a configuration that requires client certificates issued by the given authority. The files are read again for each
+// connection, so that renewed certificates take effect.
 func TLSConfig(certFile, keyFile, clientCAFile string) (*tls.Config, error) {
 	load := func() (*tls.Config, error) {
 		certificate, err := tls.LoadX509KeyPair(certFile, keyFile)
@@ -79,7 +80,7 @@ func TLSConfig(certFile, keyFile, clientCAFile string) (*tls.Config, error) {
 		}
 		pool := x509.NewCertPool()
 		if !pool.AppendCertsFromPEM(authority) {
-			return nil, fmt.Errorf("client authority %s: no certificate in it", clientCAFile)
+			return nil, fmt.Errorf("client authority %s: has no certificate", clientCAFile)
 		}
 		return &tls.Config{
 			Certificates: []tls.Certificate{certificate}, ClientCAs: pool,
@@ -94,8 +95,8 @@ func TLSConfig(certFile, keyFile, clientCAFile string) (*tls.Config, error) {
 	return config, nil
 }
 
-// Serve answers on a listener until ctx ends. The error is one of the listener's. What clients can make it hold is bounded, by the
-// number of connections and by what is read of each; see connections.
+// Serve serves requests on a listener until ctx ends, and returns an error if the listener fails. It limits the memory that clients can
+// occupy by the number of connections (see connections) and by what it reads from each.
 func Serve(ctx context.Context, l net.Listener, handler http.Handler, log *slog.Logger) error {
 	server := &http.Server{
 		Handler: handler, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
@@ -111,22 +112,22 @@ func Serve(ctx context.Context, l net.Listener, handler http.Handler, log *slog.
 	return nil
 }
 
-// Controls is what programs may ask of the daemon: POST /v1/invalidate.
+// Controls returns the handler for programs: POST /v1/invalidate.
 func Controls(n Node) http.Handler {
 	mux := http.NewServeMux()
 	addControls(mux, n)
 	return mux
 }
 
-// Health is what monitoring asks: GET /metrics, /healthz and /readyz.
+// Health returns the handler for monitoring: GET /metrics, /healthz and /readyz.
 func Health(n Node, metrics http.Handler) http.Handler {
 	mux := http.NewServeMux()
 	addHealth(mux, n, metrics)
 	return mux
 }
 
-// Local is all of it, and what probeletctl asks besides.
-// level, if not nil, is that of the daemon's log.
+// Local returns the handler for the local socket: Controls, Health, profiles and the requests of probeletctl. If level is not nil,
+// PUT /v1/log-level changes it.
 func Local(n Node, metrics http.Handler, level *slog.LevelVar) http.Handler {
 	mux := http.NewServeMux()
 	addDebugging(mux, level)
@@ -148,7 +149,7 @@ func Local(n Node, metrics http.Handler, level *slog.LevelVar) http.Handler {
 	return mux
 }
 
-// addDebugging adds profiles (as net/http/pprof has them; none may take longer than the server's WriteTimeout) and the log's level.
+// addDebugging adds the profiles of net/http/pprof, which must not take longer than the server's WriteTimeout, and the log level.
 func addDebugging(mux *http.ServeMux, level *slog.LevelVar) {
 	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
 	mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
@@ -188,18 +189,18 @@ func addHealth(mux *http.ServeMux, n Node, metrics http.Handler) {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), patience)
 		defer cancel()
-		tell(w, nil, n.Alive(ctx))
+		report(w, nil, n.Alive(ctx))
 	})
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), patience)
 		defer cancel()
 		missing, err := n.Unready(ctx)
-		tell(w, missing, err)
+		report(w, missing, err)
 	})
 }
 
-// tell answers in plain text, a line for each thing that is not well.
-func tell(w http.ResponseWriter, missing []string, err error) {
+// report replies in plain text, with a line per problem.
+func report(w http.ResponseWriter, missing []string, err error) {
 	if err != nil {
 		missing = append(missing, err.Error())
 	}
@@ -211,7 +212,7 @@ func tell(w http.ResponseWriter, missing []string, err error) {
 	_, _ = io.WriteString(w, strings.Join(missing, "\n")+"\n")
 }
 
-// errMalformed: the request is not understood.
+// errMalformed is wrapped by errors about the request itself.
 var errMalformed = errors.New("malformed request")
 
 func decode(body io.Reader) (InvalidateRequest, error) {
@@ -269,7 +270,7 @@ func malformed(format string, a ...any) error {
 	return fmt.Errorf("%w: %s", errMalformed, fmt.Sprintf(format, a...))
 }
 
-// failure is the body of an answer that is none.
+// failure is the body of an error reply.
 type failure struct {
 	Error string `json:"error"`
 }

@@ -10,14 +10,14 @@ import (
 	"github.com/probelet/probelet/daemon/internal/statedir"
 )
 
-// Who may connect is said by the modes: the daemon's own socket is root's, the other one is for a pod that runs as nobody, and sees its
-// directory and nothing above. Remove leaves neither.
+// The modes decide who may connect: the main socket belongs to root, the other one is for a pod that runs as nobody and sees only its
+// directory. Remove removes both.
 func TestSockets(t *testing.T) {
 	stateDir := filepath.Join(t.TempDir(), "state")
 	if err := os.Mkdir(stateDir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	for _, listen := range []func(string) (net.Listener, error){Listen, ListenMetrics, Listen, ListenMetrics} { // as the next daemon does
+	for _, listen := range []func(string) (net.Listener, error){Listen, ListenMetrics, Listen, ListenMetrics} { // the second time as the next daemon
 		l, err := listen(stateDir)
 		if err != nil {
 			t.Fatal(err)
@@ -37,6 +37,6 @@ func TestSockets(t *testing.T) {
 		t.Error(err)
 	}
 	if _, err := os.Stat(stateDir); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("%v: it is left", err)
+		t.Errorf("%v: still exists", err)
 	}
 }

@@ -19,7 +19,7 @@ import (
 
 func TestMain(m *testing.M) { bpftest.RunInOwnCgroup(m.Run) }
 
-// On a real device: a program of another agent drops an answer; what is said of that, and what trust does about it.
+// On a real device, another agent's program drops an answer: the commands show that, and trust resolves it.
 func TestTrustOfARealDevice(t *testing.T) {
 	pod := bpftest.NewNode(t).AddPod(t)
 	bpfDir, stateDir := bpftest.BPFDir(t), t.TempDir()
@@ -62,29 +62,29 @@ func TestTrustOfARealDevice(t *testing.T) {
 		}
 		return stdout.String()
 	}
-	if said := run("trust", "shop/web"); said != "shop/web: nothing to do: no answer by "+pod.HostIfName+" has been tried yet\n" {
+	if said := run("trust", "shop/web"); said != "shop/web: nothing to do: no answer through "+pod.HostIfName+" has been tried yet\n" {
 		t.Errorf("said %q", said)
 	}
 
 	bpftest.AcceptAll(pod.Listen(t, 8080))
 	pod.NewDropper(t).At(t, bpftest.HostIn, 8080, bpftest.Drop{Mask: bpftest.SYN, Flags: bpftest.SYN, First: 1})
-	_ = pod.Dial(t, fmt.Sprintf("%s:8080", pod.IPv4)).Close() // held up until its SYN comes again
+	_ = pod.Dial(t, fmt.Sprintf("%s:8080", pod.IPv4)).Close() // delayed until the SYN is repeated
 	for _, args := range [][]string{{"status"}, {"explain", "shop/web"}} {
 		said := run(args...)
-		for _, want := range []string{"answers do not arrive by " + pod.HostIfName + ": a prober sent its SYN again", "dropper at tc filter ingress, after ours"} {
+		for _, want := range []string{"answers through " + pod.HostIfName + " stopped arriving ", "a prober repeated its SYN", "dropper at tc filter ingress, after ours"} {
 			if !strings.Contains(said, want) {
 				t.Errorf("%s does not say %q:\n%s", args[0], want, said)
 			}
 		}
 	}
 
-	if said := run("trust", "shop/web"); said != "shop/web: answers by "+pod.HostIfName+" are tried again\n" {
+	if said := run("trust", "shop/web"); said != "shop/web: answers through "+pod.HostIfName+" will be tried again\n" {
 		t.Errorf("said %q", said)
 	}
 	var said string
-	for range 50 { // the server may be slow to accept, and then the next connection is not taken
+	for range 50 { // if the server is slow to accept, the next connection is not taken
 		_ = pod.Dial(t, fmt.Sprintf("%s:8080", pod.IPv4)).Close()
-		if said = run("explain", "shop/web"); strings.Contains(said, "answers by "+pod.HostIfName+" arrive") {
+		if said = run("explain", "shop/web"); strings.Contains(said, "answers through "+pod.HostIfName+" arrive") {
 			return
 		}
 		time.Sleep(100 * time.Millisecond)

@@ -4,26 +4,27 @@ package ctl
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 
 	"github.com/spf13/cobra"
 
-	"github.com/probelet/probelet/daemon/internal/chain"
 	"github.com/probelet/probelet/daemon/internal/doctor"
+	"github.com/probelet/probelet/daemon/internal/install/chain"
 	"github.com/probelet/probelet/daemon/internal/status"
 )
 
-const doctorHelp = `Looks at everything that probelet needs on this node, changes nothing, and says in words what to do about what is not well.
-Before an install it looks at what the install needs, and says what that would do.
+const doctorHelp = `Checks everything that probelet needs on this node, and says what to do about what is wrong. It changes nothing. Before an
+install it checks what the install needs, and says what it would do.
 
   ok        as it should be
   note      probelet works, but you may want to know
   would     an install would do this
-  PROBLEM   something is not answered, or not attached, or keeps from an install; the command then ends with 1
+  PROBLEM   something is not answered, is not attached, or prevents an install; the exit code is then 1
 
-It needs root, on the node or in the daemon's pod, and looks as the process that it is.`
+It needs root, on the node or in the daemon's pod, and sees what a process there sees.`
 
 func doctorCommand(env *environment) *cobra.Command {
 	var where place
@@ -31,7 +32,7 @@ func doctorCommand(env *environment) *cobra.Command {
 	node := chain.Node{Runtimes: env.host.Runtimes, Log: slog.New(slog.DiscardHandler)}
 	cmd := &cobra.Command{
 		Use:   "doctor",
-		Short: "Look at everything that probelet needs on this node, and say what to do",
+		Short: "Check what probelet needs on this node, and say what to do",
 		Long:  doctorHelp,
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -43,12 +44,12 @@ func doctorCommand(env *environment) *cobra.Command {
 	}
 	where.flags(cmd)
 	cmd.Flags().StringVarP(&output, "output", "o", "text", "`format`: json|text")
-	cmd.Flags().StringVar(&node.NetDir, "cni-net-dir", "/etc/cni/net.d", "`directory` of network configurations")
+	cmd.Flags().StringVar(&node.NetDir, "cni-net-dir", "/etc/cni/net.d", "`directory` of CNI network configurations")
 	cmd.Flags().StringVar(&node.BinDir, "cni-bin-dir", "/opt/cni/bin", "`directory` of CNI plugins")
 	return cmd
 }
 
-// examine prints findings as they are made, and below each what to do; in JSON, all of them at the end.
+// examine prints each finding as it is made, or all of them in JSON at the end.
 func examine(ctx context.Context, env *environment, d doctor.Doctor, asJSON bool) error {
 	var findings []status.Finding
 	d.Report = func(f status.Finding) {
@@ -65,8 +66,12 @@ func examine(ctx context.Context, env *environment, d doctor.Doctor, asJSON bool
 			return err
 		}
 	}
-	if n := status.Problems(findings); n > 0 {
-		return fmt.Errorf("%d of these need attention", n)
+	switch n := status.Problems(findings); n {
+	case 0:
+		return nil
+	case 1:
+		return errors.New("1 problem found")
+	default:
+		return fmt.Errorf("%d problems found", n)
 	}
-	return nil
 }

@@ -12,21 +12,22 @@ import (
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/survey"
+	"github.com/probelet/probelet/daemon/internal/survey/surveytest"
 )
 
-// What looks at the listening socket came to is shown of TCP endpoints that they are for.
+// The checks of the listening socket are shown for TCP endpoints.
 func TestListener(t *testing.T) {
 	m := newMachine(t)
-	tcp := endpoint(probe.TCP, 80, "")
+	tcp := surveytest.Endpoint(probe.TCP, 80, "")
 	tcp.Live, tcp.StalenessBound = 9, 101
-	m.web(fakeMaps{
-		datapath.PortKey(80): {success(1, 100, 0), datapath.Tally{Answered: 3, AnsweredMax: 4, Obstacle: 2}},
-		datapath.TCPKey(80):  {evidence: success(1, 100, 0)},
+	m.Web(surveytest.Maps{
+		datapath.PortKey(80): {Evidence: surveytest.Success(1, 100, 0), Tally: datapath.Tally{Answered: 3, AnsweredMax: 4, Obstacle: 2}},
+		datapath.TCPKey(80):  {Evidence: surveytest.Success(1, 100, 0)},
 	}, tcp)
 	text, err := m.run("explain", "shop/web")
 	for _, want := range []string{
 		"while the listening socket accepts, and at most 9 times in a row",
-		"listening socket 3 of at most 4 probes were answered since one was accepted; the last one that was not: the queue was more than half full",
+		"listening socket 3 of at most 4 probes were answered since the pod last accepted one; the last one passed on: the queue was more than half full",
 	} {
 		if err != nil || !strings.Contains(squeeze(text), want) {
 			t.Errorf("%v, does not say %q:\n%s", err, want, text)
@@ -42,30 +43,30 @@ func TestListener(t *testing.T) {
 	}
 }
 
-// As many as may be were answered: the next probe reaches the pod, whichever of the port's endpoints it asks, unless one on its
-// way may yet be found to have been accepted.
+// After the maximum of answers in a row the next probe reaches the pod, whichever of the port's endpoints it asks, unless a pending
+// connection may turn out to have been accepted.
 func TestRealDue(t *testing.T) {
-	tcp, http := endpoint(probe.TCP, 80, ""), endpoint(probe.HTTP, 80, "/x")
+	tcp, http := surveytest.Endpoint(probe.TCP, 80, ""), surveytest.Endpoint(probe.HTTP, 80, "/x")
 	tcp.Live = 9
-	const due = "as many probes as may be were answered in a row (4), so the pod must accept one"
+	const due = "the maximum of 4 probes in a row were answered, so the pod must accept one"
 	for name, test := range map[string]struct {
 		tally datapath.Tally
 		live  int
 		why   string
 	}{
-		"due":                 {datapath.Tally{Answered: 4, AnsweredMax: 4}, 9, due},
-		"not yet":             {datapath.Tally{Answered: 3, AnsweredMax: 4}, 9, ""},
-		"one on its way":      {datapath.Tally{Answered: 4, AnsweredMax: 4, ConnectedAt: 1}, 9, ""},
-		"not looked at":       {datapath.Tally{}, 9, ""},
-		"not to be looked at": {datapath.Tally{Answered: 4, AnsweredMax: 4}, 0, ""},
+		"due":               {datapath.Tally{Answered: 4, AnsweredMax: 4}, 9, due},
+		"not yet":           {datapath.Tally{Answered: 3, AnsweredMax: 4}, 9, ""},
+		"one pending":       {datapath.Tally{Answered: 4, AnsweredMax: 4, ConnectedAt: 1}, 9, ""},
+		"not checked":       {datapath.Tally{}, 9, ""},
+		"cannot be checked": {datapath.Tally{Answered: 4, AnsweredMax: 4}, 0, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
 			tcp.Live = test.live
-			m.web(fakeMaps{
-				datapath.PortKey(80): {success(1, 5, 0), test.tally},
-				datapath.TCPKey(80):  {evidence: success(1, 5, 0)},
-				keyOf(80, "/x"):      {evidence: success(1, 5, 200)},
+			m.Web(surveytest.Maps{
+				datapath.PortKey(80):       {Evidence: surveytest.Success(1, 5, 0), Tally: test.tally},
+				datapath.TCPKey(80):        {Evidence: surveytest.Success(1, 5, 0)},
+				surveytest.KeyOf(80, "/x"): {Evidence: surveytest.Success(1, 5, 200)},
 			}, tcp, http)
 			var s survey.Status
 			if err := json.Unmarshal([]byte(m.status("-o", "json")), &s); err != nil {
@@ -80,10 +81,9 @@ func TestRealDue(t *testing.T) {
 	}
 }
 
-// What kept probes from being answered is said of every endpoint of the port, by HTTP too; what is counted, only where a TCP probe
-// makes it count.
+// The obstacle is shown for every endpoint of the port, HTTP included; the count only where the port has a TCP probe.
 func TestListenerOfHTTP(t *testing.T) {
-	tcp, http := endpoint(probe.TCP, 80, ""), endpoint(probe.HTTP, 80, "/x")
+	tcp, http := surveytest.Endpoint(probe.TCP, 80, ""), surveytest.Endpoint(probe.HTTP, 80, "/x")
 	tcp.Live = 9
 	for name, test := range map[string]struct {
 		tally   datapath.Tally
@@ -92,16 +92,16 @@ func TestListenerOfHTTP(t *testing.T) {
 		wide    string
 	}{
 		"alone, nothing":       {datapath.Tally{AnsweredMax: 9}, nil, "", "tc proven - - -"},
-		"alone, vetoed":        {datapath.Tally{AnsweredMax: 9, Obstacle: 3}, nil, "listening socket the last probe that was not answered for it: a connection had waited", "tc proven head_old - -"},
+		"alone, vetoed":        {datapath.Tally{AnsweredMax: 9, Obstacle: 3}, nil, "listening socket the last probe passed on because of it: a connection had been waiting", "tc proven head_old - -"},
 		"beside TCP":           {datapath.Tally{Answered: 1, AnsweredMax: 2, Obstacle: 5}, []statedir.Endpoint{tcp}, "listening socket 1 of at most 2 probes", "tc proven 1/2 real_due - -"},
-		"beside TCP, accepted": {datapath.Tally{Answered: 2, AnsweredMax: 2, ConnectedAt: 1}, []statedir.Endpoint{tcp}, "since one was accepted, and another has reached it since", "tc proven 2/2 - -"},
+		"beside TCP, accepted": {datapath.Tally{Answered: 2, AnsweredMax: 2, ConnectedAt: 1}, []statedir.Endpoint{tcp}, "since the pod last accepted one, and another has reached the pod since", "tc proven 2/2 - -"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
-			m.web(fakeMaps{
-				datapath.PortKey(80): {success(1, 5, 0), test.tally},
-				datapath.TCPKey(80):  {evidence: success(1, 5, 0)},
-				keyOf(80, "/x"):      {evidence: success(1, 5, 200)},
+			m.Web(surveytest.Maps{
+				datapath.PortKey(80):       {Evidence: surveytest.Success(1, 5, 0), Tally: test.tally},
+				datapath.TCPKey(80):        {Evidence: surveytest.Success(1, 5, 0)},
+				surveytest.KeyOf(80, "/x"): {Evidence: surveytest.Success(1, 5, 200)},
 			}, append([]statedir.Endpoint{http}, test.beside...)...)
 			text, err := m.run("explain", "shop/web")
 			about, _, _ := strings.Cut(text[strings.Index(text, "HTTP :80/x"):], "\n\n")

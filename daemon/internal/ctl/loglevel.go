@@ -16,7 +16,7 @@ func logLevelCommand(env *environment) *cobra.Command {
 	var where place
 	cmd := &cobra.Command{
 		Use:       "log-level debug|info|warn|error",
-		Short:     "Change what the daemon logs, until it ends",
+		Short:     "Change the daemon's log level until it exits",
 		Args:      cobra.ExactArgs(1),
 		ValidArgs: []string{"debug", "info", "warn", "error"},
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -27,7 +27,7 @@ func logLevelCommand(env *environment) *cobra.Command {
 			if err := api.NewClient(where.stateDir).SetLogLevel(cmd.Context(), level); err != nil {
 				return err
 			}
-			_, err := fmt.Fprintf(env.stdout, "the daemon logs from level %s on\n", level)
+			_, err := fmt.Fprintf(env.stdout, "log level set to %s\n", level)
 			return err
 		},
 	}

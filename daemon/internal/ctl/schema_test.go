@@ -20,16 +20,17 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/survey"
+	"github.com/probelet/probelet/daemon/internal/survey/surveytest"
 )
 
 var update = flag.Bool("update", false, "write docs/status.schema.json")
 
 const schemaFile = "../../../docs/status.schema.json"
 
-// reflected is the schema of Status, with the comments of its fields.
+// reflected returns the schema of Status, with the comments of its fields as descriptions.
 func reflected(t *testing.T) []byte {
 	t.Helper()
-	// What writes itself as text is a string.
+	// Types that marshal themselves to text are strings.
 	marshaler := reflect.TypeFor[encoding.TextMarshaler]()
 	r := &generator.Reflector{Mapper: func(t reflect.Type) *generator.Schema {
 		if t.Implements(marshaler) {
@@ -44,7 +45,7 @@ func reflected(t *testing.T) []byte {
 	}
 	comments := map[string]string{}
 	for name, text := range r.CommentMap {
-		// It takes the way to the directory for part of the package's path.
+		// The generator takes the relative path for part of the package path.
 		if i := strings.Index(name, "daemon/"); i >= 0 {
 			name = "github.com/probelet/probelet/" + name[i:]
 		}
@@ -60,7 +61,7 @@ func reflected(t *testing.T) []byte {
 	return append(text, '\n')
 }
 
-// The documented schema is that of the types: go test ./daemon/internal/ctl -run Schema -update
+// The documented schema matches the types. To update it: go test ./daemon/internal/ctl -run Schema -update
 func TestSchemaIsDocumented(t *testing.T) {
 	want := reflected(t)
 	if *update {
@@ -70,27 +71,27 @@ func TestSchemaIsDocumented(t *testing.T) {
 	}
 	got, err := os.ReadFile(schemaFile)
 	if err != nil || !bytes.Equal(got, want) {
-		t.Errorf("%s is not what the types give (-update writes it): %v", schemaFile, err)
+		t.Errorf("%s does not match the types (-update writes it): %v", schemaFile, err)
 	}
 }
 
-// What is printed is as documented.
-func TestOutputFitsTheSchema(t *testing.T) {
+// The output matches the documented schema.
+func TestOutputMatchesTheSchema(t *testing.T) {
 	schema, err := jsonschema.NewCompiler().Compile(schemaFile)
 	if err != nil {
 		t.Fatal(err)
 	}
 	empty, full := newMachine(t), newMachine(t)
-	empty.kernel = nil
-	full.daemon()
-	e := endpoint(probe.HTTP, 8080, "/ready")
+	empty.Kernel = nil
+	full.Daemon()
+	e := surveytest.Endpoint(probe.HTTP, 8080, "/ready")
 	e.HeadersID, e.InstanceID, e.StalenessCapped, e.Refresh = "abcd", "b", true, 5
-	full.kernel.neighbours = map[int][]attach.Neighbour{7: {{Hook: "xdp", What: "XDP program 3", Before: true}}}
-	full.web(fakeMaps{
-		datapath.PortKey(8080): {success(4, 7, 0), withdrawn(9)},
-		keyOf(8080, "/ready"):  {success(4, 7, 204), datapath.Tally{Hits: 3, AnsweredAt: now}},
-	}, e, endpoint(probe.TCP, 81, ""))
-	full.lose("unobserved")
+	full.Kernel.NeighboursOf = map[int][]attach.Neighbour{7: {{Hook: "xdp", What: "XDP program 3", Before: true}}}
+	full.Web(surveytest.Maps{
+		datapath.PortKey(8080):           {Evidence: surveytest.Success(4, 7, 0), Tally: surveytest.Withdrawn(9)},
+		surveytest.KeyOf(8080, "/ready"): {Evidence: surveytest.Success(4, 7, 204), Tally: datapath.Tally{Hits: 3, AnsweredAt: surveytest.Now}},
+	}, e, surveytest.Endpoint(probe.TCP, 81, ""))
+	full.Lose("unobserved")
 	for name, m := range map[string]*machine{"nothing loaded": empty, "something": full} {
 		var value any
 		if err := json.Unmarshal([]byte(m.status("-o", "json")), &value); err != nil {
@@ -101,6 +102,6 @@ func TestOutputFitsTheSchema(t *testing.T) {
 		}
 	}
 	if err := schema.Validate(map[string]any{"daemon": map[string]any{"running": "yes"}}); err == nil {
-		t.Error("anything fits the schema")
+		t.Error("the schema accepts anything")
 	}
 }

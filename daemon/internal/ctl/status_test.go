@@ -7,17 +7,12 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"log/slog"
-	"net/http"
 	"os"
 	"path/filepath"
 	"reflect"
 	"regexp"
 	"strings"
 	"testing"
-	"time"
-
-	"github.com/cilium/ebpf"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
@@ -28,110 +23,22 @@ import (
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/survey"
+	"github.com/probelet/probelet/daemon/internal/survey/surveytest"
 )
 
-const (
-	second = uint64(time.Second)
-	now    = 1000 * second
-)
-
-// fakeKernel holds pods' maps and devices by container.
-type fakeKernel struct {
-	prober  datapath.Prober
-	pods    map[string]fakeMaps
-	devices map[string]datapath.Device
-	// neighbours by ifindex; those of a device that has none are looked for in vain.
-	neighbours    map[int][]attach.Neighbour
-	neighboursErr error
-	trusted       []datapath.DeviceKey
-	// unwatched: listening sockets that close are not noticed.
-	unwatched bool
-	// blind: listening sockets are not looked at.
-	blind bool
-}
-
-type fakeMaps map[datapath.EndpointKey]fakeRecord
-
-type fakeRecord struct {
-	evidence datapath.Evidence
-	tally    datapath.Tally
-}
-
-func (k fakeKernel) Prober() (datapath.Prober, error) { return k.prober, nil }
-func (k fakeKernel) Watched() bool                    { return !k.unwatched }
-func (k fakeKernel) SeesListeners() bool              { return !k.blind }
-func (k fakeKernel) Close() error                     { return nil }
-
-func (k fakeKernel) Counters() (map[string]uint64, error) {
-	return map[string]uint64{"answered_http": 12, "answered_tcp": 3, "observed": 20, "handed_over": 1}, nil
-}
-
-func (k fakeKernel) Pod(id attach.ID) (survey.PodMaps, error) {
-	if maps, ok := k.pods[id.ContainerID]; ok {
-		return maps, nil
-	}
-	return nil, os.ErrNotExist
-}
-
-func (k fakeKernel) AttachedDevice(id attach.ID) (datapath.Device, error) {
-	if device, ok := k.devices[id.ContainerID]; ok {
-		return device, nil
-	}
-	return datapath.Device{}, os.ErrNotExist
-}
-
-func (k fakeKernel) Neighbours(ifindex int) ([]attach.Neighbour, error) {
-	return k.neighbours[ifindex], k.neighboursErr
-}
-
-func (k *fakeKernel) TrustAgain(key datapath.DeviceKey) error {
-	k.trusted = append(k.trusted, key)
-	return nil
-}
-
-func (m fakeMaps) Get(key datapath.EndpointKey) (datapath.Evidence, datapath.Tally, error) {
-	r, ok := m[key]
-	if !ok {
-		return r.evidence, r.tally, ebpf.ErrKeyNotExist
-	}
-	return r.evidence, r.tally, nil
-}
-
-// success was observed so many seconds ago, and is fresh for so many more.
-func success(ago, fresh uint64, status uint16) datapath.Evidence {
-	return datapath.Evidence{
-		Result: datapath.ResultSuccess, Status: status, ObservedAt: now - ago*second, FreshUntil: now + fresh*second,
-	}
-}
-
-func failed(ago uint64, status uint16) datapath.Evidence {
-	return datapath.Evidence{Result: datapath.ResultFailure, Status: status, ObservedAt: now - ago*second}
-}
-
-func hits(n uint64) datapath.Tally { return datapath.Tally{Hits: n} }
-
-func withdrawn(ago uint64) datapath.Tally { return datapath.Tally{WithdrawnAt: now - ago*second} }
-
-// machine is what a command of the test finds.
+// machine is a node to run commands on.
 type machine struct {
-	t        *testing.T
-	kernel   *fakeKernel // nil: nothing is loaded
-	stateDir string
-	stderr   bytes.Buffer
-	host     doctor.Host
-	width    int
-	openErr  error // of the kernel side
+	*surveytest.Machine
+	stderr bytes.Buffer
+	host   doctor.Host
+	width  int
 }
 
-func newMachine(t *testing.T) *machine {
-	return &machine{t: t, stateDir: t.TempDir(), kernel: &fakeKernel{
-		prober: datapath.Prober{CgroupIDs: []uint64{4711}}, pods: map[string]fakeMaps{}, devices: map[string]datapath.Device{},
-	}}
-}
+func newMachine(t *testing.T) *machine { return &machine{Machine: surveytest.NewMachine(t)} }
 
-// run runs a command. That the daemon is down, which the command has shown, is no error here: see TestExitCodes.
+// run runs a command. It does not return the error that the daemon is down, which the command has shown: see TestExitCodes.
 func (m *machine) run(args ...string) (string, error) {
-	m.t.Helper()
+	m.T.Helper()
 	text, err := m.execute(args...)
 	var coded *status.Error
 	if errors.As(err, &coded) && coded.Shown {
@@ -141,98 +48,33 @@ func (m *machine) run(args ...string) (string, error) {
 }
 
 func (m *machine) execute(args ...string) (string, error) {
-	m.t.Helper()
+	m.T.Helper()
 	var stdout bytes.Buffer
 	env := environment{
-		stdout: &stdout, stderr: &m.stderr,
-		now: func() uint64 { return now },
-		open: func(string) (survey.Kernel, error) {
-			if m.kernel == nil || m.openErr != nil {
-				return nil, m.openErr
-			}
-			return m.kernel, nil
-		},
-		host: m.host, width: m.width,
+		stdout: &stdout, stderr: &m.stderr, now: func() uint64 { return surveytest.Now }, open: m.Open, host: m.host, width: m.width,
 	}
-	err := execute(context.Background(), env, append(args, "--state-dir", m.stateDir))
+	err := execute(context.Background(), env, append(args, "--state-dir", m.StateDir))
 	return stdout.String(), err
 }
 
 func (m *machine) status(args ...string) string {
-	m.t.Helper()
+	m.T.Helper()
 	out, err := m.run(append([]string{"status"}, args...)...)
 	if err != nil {
-		m.t.Fatal(err)
+		m.T.Fatal(err)
 	}
 	return out
 }
 
-// daemon says that one runs.
-func (m *machine) daemon() {
-	m.t.Helper()
-	held, err := statedir.Lock(m.stateDir)
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	m.t.Cleanup(func() { _ = held.Release() })
-}
-
-func (m *machine) describe(e statedir.Endpoints) {
-	m.t.Helper()
-	if err := statedir.WriteEndpoints(m.stateDir, e); err != nil {
-		m.t.Fatal(err)
-	}
-}
-
-func (m *machine) record(r attach.Record) {
-	m.t.Helper()
-	if err := attach.WriteRecord(m.stateDir, r); err != nil {
-		m.t.Fatal(err)
-	}
-}
-
-func endpoint(kind probe.Kind, port uint16, path string) statedir.Endpoint {
-	return statedir.Endpoint{
-		Kind: kind, Port: port, Path: path, Observed: true, Period: 10, Timeout: 1, StalenessBound: 11, Successes: 1,
-		Question: questionOf(path),
-		Probes: []statedir.Probe{{
-			Asker:  probe.Asker{Container: "c", Type: probe.Readiness},
-			Period: 10, Timeout: 1, FailureThreshold: 3, Detection: 43, DetectionPlain: 31, DetectionAnswered: 43,
-		}},
-	}
-}
-
-// questionOf stands for that of a probe's request.
-func questionOf(path string) probe.Question { return probe.Question{Hash: uint64(len(path)), Check: 1} }
-
-func keyOf(port uint16, path string) datapath.EndpointKey {
-	return datapath.HTTPKey(port, datapath.Question(questionOf(path)))
-}
-
-// webDevice is web's.
-var webDevice = datapath.DeviceKey{Ifindex: 7, Generation: 4}
-
-// web attaches a pod with these endpoints.
-func (m *machine) web(maps fakeMaps, endpoints ...statedir.Endpoint) {
-	m.t.Helper()
-	m.record(attach.Record{ContainerID: "c0ffee", IfName: "eth0", IfIndex: 7, HostIfName: "veth7", PodIPs: []string{"10.0.0.7"}})
-	m.describe(statedir.Endpoints{Attachments: []statedir.Attachment{{
-		ContainerID: "c0ffee", IfName: "eth0", Pod: "shop/web", Endpoints: endpoints,
-		Settings: statedir.SettingsOf(probe.NewDefaults().Settings(nil)),
-	}}})
-	m.kernel.pods["c0ffee"] = maps
-	m.kernel.devices["c0ffee"] = datapath.Device{Key: webDevice, Trust: datapath.TrustProven}
-}
-
-// squeeze makes of each run of blanks one.
+// squeeze replaces each run of blanks by one.
 func squeeze(s string) string { return strings.Join(strings.Fields(s), " ") }
 
 func TestNothingLoaded(t *testing.T) {
 	m := newMachine(t)
-	m.kernel = nil
-	m.stateDir = filepath.Join(m.stateDir, "missing")
+	m.Kernel = nil
+	m.StateDir = filepath.Join(m.StateDir, "missing")
 	want := "nothing attached\n" +
-		"probeletd: NOT RUNNING; nothing is answered, every probe reaches its pod\n" +
+		"probeletd: NOT RUNNING; nothing is answered, so every probe reaches its pod\n" +
 		"kernel: the BPF objects are not loaded\n"
 	if got := m.status(); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
@@ -248,13 +90,13 @@ func TestNothingLoaded(t *testing.T) {
 
 func TestTable(t *testing.T) {
 	m := newMachine(t)
-	tls := endpoint(probe.HTTPS, 443, "/")
+	tls := surveytest.Endpoint(probe.HTTPS, 443, "/")
 	tls.Observed, tls.NotAnswered, tls.NotAnsweredCode = false, "HTTPS is never answered", probe.ReasonKind
-	m.web(fakeMaps{
-		datapath.PortKey(8080): {evidence: success(4, 7, 0)},
-		keyOf(8080, "/ready"):  {success(4, 7, 204), hits(41)},
-	}, endpoint(probe.HTTP, 8080, "/ready"), tls)
-	m.record(attach.Record{ContainerID: "dead", IfName: "eth0", PodNamespace: "shop", PodName: "bad", Error: "no veth"})
+	m.Web(surveytest.Maps{
+		datapath.PortKey(8080):           {Evidence: surveytest.Success(4, 7, 0)},
+		surveytest.KeyOf(8080, "/ready"): {Evidence: surveytest.Success(4, 7, 204), Tally: surveytest.Hits(41)},
+	}, surveytest.Endpoint(probe.HTTP, 8080, "/ready"), tls)
+	m.Record(attach.Record{ContainerID: "dead", IfName: "eth0", PodNamespace: "shop", PodName: "bad", Error: "no veth"})
 	got := m.status()
 	want := `NAMESPACE/POD   HOST VETH   ENDPOINT           STATE     AGE   BOUND   HITS   WHY NOT ANSWERED
 shop/bad        -           -                  -         -     -       -      not attached: no veth
@@ -283,14 +125,14 @@ answered: 12 HTTP, 3 TCP; observed: 20; handed over: 1
 	}
 }
 
-// Every state, and every reason that is not the specs'.
+// Every state, and every reason that does not come from the specs.
 func TestStates(t *testing.T) {
-	http, tcp := endpoint(probe.HTTP, 80, "/x"), endpoint(probe.TCP, 80, "")
-	x, port := keyOf(80, "/x"), datapath.PortKey(80)
+	http, tcp := surveytest.Endpoint(probe.HTTP, 80, "/x"), surveytest.Endpoint(probe.TCP, 80, "")
+	x, port := surveytest.KeyOf(80, "/x"), datapath.PortKey(80)
 	one, both := []statedir.Endpoint{http}, []statedir.Endpoint{http, tcp}
 	startup := tcp
 	startup.StartupOnly, startup.NotAnswered, startup.NotAnsweredCode = true, "startup probe", probe.ReasonStartup
-	// In mode observe the kernel is told of no bound, which is then 11 s.
+	// In mode observe the kernel is not given a bound; it would be 11 s.
 	withheld := http
 	withheld.NotAnswered, withheld.NotAnsweredCode, withheld.Withheld = "mode observe", probe.ReasonMode, true
 	threshold := http
@@ -298,35 +140,35 @@ func TestStates(t *testing.T) {
 	observing := []statedir.Endpoint{withheld}
 	unbound := func(e datapath.Evidence) datapath.Evidence { e.FreshUntil = 0; return e }
 	for name, test := range map[string]struct {
-		maps      fakeMaps
+		maps      surveytest.Maps
 		endpoints []statedir.Endpoint
 		state     status.State
 		why       string
 	}{
-		"answered":           {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {evidence: success(1, 5, 0)}}, one, status.StateFresh, ""},
-		"no record yet":      {fakeMaps{}, one, status.StateUnknown, "nothing observed yet"},
-		"nothing observed":   {fakeMaps{x: {}, port: {}}, one, status.StateUnknown, "nothing observed yet"},
-		"redirect":           {fakeMaps{x: {evidence: datapath.Evidence{Status: 302, ObservedAt: 1}}}, one, status.StateUnknown, "status 302: a redirect"},
-		"error status":       {fakeMaps{x: {evidence: failed(2, 503)}}, one, status.StateFailed, "status 503"},
-		"reset":              {fakeMaps{x: {evidence: failed(2, 0)}}, one, status.StateFailed, "refused, reset, or no complete and valid response in time"},
-		"too late":           {fakeMaps{x: {evidence: failed(2, 200)}}, one, status.StateFailed, "status 200 came too late"},
-		"not often enough":   {fakeMaps{x: {evidence: unbound(success(1, 0, 200))}}, []statedir.Endpoint{threshold}, status.StateStale, "3 probes in a row must succeed"},
-		"expired":            {fakeMaps{x: {evidence: datapath.Evidence{Result: datapath.ResultSuccess, ObservedAt: 1, FreshUntil: now - 3*second}}}, one, status.StateStale, "expired 3s ago"},
-		"withdrawn":          {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(4)}}, one, status.StateStale, "withdrawn"},
-		"withdrawn before":   {fakeMaps{x: {evidence: success(4, 5, 200)}, port: {success(4, 5, 0), withdrawn(5)}}, one, status.StateFresh, ""},
-		"other unknown":      {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, both, status.StateFresh, "taking a connection would also answer TCP :80 (unknown)"},
-		"another path":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, endpoint(probe.HTTP, 80, "/y")}, status.StateFresh, "not open yet"},
-		"other failed":       {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}, datapath.TCPKey(80): {evidence: failed(1, 0)}}, both, status.StateFresh, "TCP :80 (failed)"},
-		"startup probe only": {fakeMaps{x: {evidence: success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, startup}, status.StateFresh, "not open yet"},
-		"would be answered":  {fakeMaps{x: {evidence: unbound(success(10, 0, 200))}, port: {}}, observing, status.StateFresh, "mode observe"},
-		"would have expired": {fakeMaps{x: {evidence: unbound(success(12, 0, 200))}, port: {}}, observing, status.StateStale, "mode observe"},
-		"would be withdrawn": {fakeMaps{x: {evidence: unbound(success(1, 0, 200))}, port: {tally: withdrawn(1)}}, observing, status.StateStale, "mode observe"},
-		"would not be":       {fakeMaps{x: {evidence: failed(1, 500)}, port: {}}, observing, status.StateFailed, "mode observe"},
-		"nothing to be seen": {fakeMaps{x: {}, port: {}}, observing, status.StateUnknown, "mode observe"},
+		"answered":                  {surveytest.Maps{x: {Evidence: surveytest.Success(1, 5, 200)}, port: {Evidence: surveytest.Success(1, 5, 0)}}, one, status.StateFresh, ""},
+		"no record yet":             {surveytest.Maps{}, one, status.StateUnknown, "nothing observed yet"},
+		"nothing observed":          {surveytest.Maps{x: {}, port: {}}, one, status.StateUnknown, "nothing observed yet"},
+		"redirect":                  {surveytest.Maps{x: {Evidence: datapath.Evidence{Status: 302, ObservedAt: 1}}}, one, status.StateUnknown, "status 302: a redirect"},
+		"error status":              {surveytest.Maps{x: {Evidence: surveytest.Failed(2, 503)}}, one, status.StateFailed, "status 503"},
+		"reset":                     {surveytest.Maps{x: {Evidence: surveytest.Failed(2, 0)}}, one, status.StateFailed, "refused, reset, or no complete and valid response in time"},
+		"too late":                  {surveytest.Maps{x: {Evidence: surveytest.Failed(2, 200)}}, one, status.StateFailed, "status 200 came too late"},
+		"not often enough":          {surveytest.Maps{x: {Evidence: unbound(surveytest.Success(1, 0, 200))}}, []statedir.Endpoint{threshold}, status.StateStale, "3 probes in a row must succeed"},
+		"expired":                   {surveytest.Maps{x: {Evidence: datapath.Evidence{Result: datapath.ResultSuccess, ObservedAt: 1, FreshUntil: surveytest.Now - 3*surveytest.Second}}}, one, status.StateStale, "expired 3s ago"},
+		"withdrawn":                 {surveytest.Maps{x: {Evidence: surveytest.Success(4, 5, 200)}, port: {Evidence: surveytest.Success(4, 5, 0), Tally: surveytest.Withdrawn(4)}}, one, status.StateStale, "withdrawn"},
+		"withdrawn before":          {surveytest.Maps{x: {Evidence: surveytest.Success(4, 5, 200)}, port: {Evidence: surveytest.Success(4, 5, 0), Tally: surveytest.Withdrawn(5)}}, one, status.StateFresh, ""},
+		"other unknown":             {surveytest.Maps{x: {Evidence: surveytest.Success(1, 5, 200)}, port: {}}, both, status.StateFresh, "taking a connection would also answer TCP :80 (unknown)"},
+		"another path":              {surveytest.Maps{x: {Evidence: surveytest.Success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, surveytest.Endpoint(probe.HTTP, 80, "/y")}, status.StateFresh, "not open for answers yet"},
+		"other failed":              {surveytest.Maps{x: {Evidence: surveytest.Success(1, 5, 200)}, port: {}, datapath.TCPKey(80): {Evidence: surveytest.Failed(1, 0)}}, both, status.StateFresh, "TCP :80 (failed)"},
+		"startup probe only":        {surveytest.Maps{x: {Evidence: surveytest.Success(1, 5, 200)}, port: {}}, []statedir.Endpoint{http, startup}, status.StateFresh, "not open for answers yet"},
+		"would be answered":         {surveytest.Maps{x: {Evidence: unbound(surveytest.Success(10, 0, 200))}, port: {}}, observing, status.StateFresh, "mode observe"},
+		"would have expired":        {surveytest.Maps{x: {Evidence: unbound(surveytest.Success(12, 0, 200))}, port: {}}, observing, status.StateStale, "mode observe"},
+		"would be withdrawn":        {surveytest.Maps{x: {Evidence: unbound(surveytest.Success(1, 0, 200))}, port: {Tally: surveytest.Withdrawn(1)}}, observing, status.StateStale, "mode observe"},
+		"would not be":              {surveytest.Maps{x: {Evidence: surveytest.Failed(1, 500)}, port: {}}, observing, status.StateFailed, "mode observe"},
+		"nothing observed, observe": {surveytest.Maps{x: {}, port: {}}, observing, status.StateUnknown, "mode observe"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
-			m.web(test.maps, test.endpoints...)
+			m.Web(test.maps, test.endpoints...)
 			var s survey.Status
 			if err := json.Unmarshal([]byte(m.status("-o", "json")), &s); err != nil {
 				t.Fatal(err)
@@ -345,15 +187,15 @@ func TestStates(t *testing.T) {
 	}
 }
 
-// In mode observe nothing is said to be answered, and all that would be.
-func TestObserved(t *testing.T) {
+// In mode observe, output says "would be" instead of "is".
+func TestModeObserve(t *testing.T) {
 	m := newMachine(t)
-	e := endpoint(probe.HTTP, 80, "/x")
+	e := surveytest.Endpoint(probe.HTTP, 80, "/x")
 	e.NotAnswered, e.NotAnsweredCode, e.Withheld = "mode observe", probe.ReasonMode, true
 	e.Probes[0].Detection = 31
-	observed := success(1, 0, 200)
+	observed := surveytest.Success(1, 0, 200)
 	observed.FreshUntil = 0
-	m.web(fakeMaps{keyOf(80, "/x"): {evidence: observed}, datapath.PortKey(80): {}}, e)
+	m.Web(surveytest.Maps{surveytest.KeyOf(80, "/x"): {Evidence: observed}, datapath.PortKey(80): {}}, e)
 	text, err := m.run("explain", "shop/web")
 	for _, want := range []string{"state fresh, status 200", "next probe reaches the pod: mode observe", "bound a success would be answered for 11s",
 		"a failure would be detected within 43s (31s without probelet)"} {
@@ -361,73 +203,25 @@ func TestObserved(t *testing.T) {
 			t.Errorf("%v, does not say %q:\n%s", err, want, text)
 		}
 	}
-	if _, err := m.run("invalidate", "shop/web"); err == nil || !strings.Contains(err.Error(), "of shop/web nothing is answered") {
+	if _, err := m.run("invalidate", "shop/web"); err == nil || !strings.Contains(err.Error(), "shop/web: nothing is answered") {
 		t.Errorf("without a daemon: %v", err)
 	}
 }
 
-// node is a daemon that knows of a pod's endpoints.
-type node struct {
-	api.Node
-	endpoints    []api.Endpoint
-	inconclusive map[string]uint64
-	source       api.SourceReply
-	unready      []string
-}
-
-func (n node) Endpoints(context.Context) (api.EndpointsReply, error) {
-	return api.EndpointsReply{
-		Endpoints:    n.endpoints,
-		Inconclusive: []api.Inconclusive{{ContainerID: "c0ffee", IfName: "eth0", Reasons: n.inconclusive}},
-	}, nil
-}
-
-func (n node) Source() api.SourceReply { return n.source }
-
-func (n node) Unready(context.Context) ([]string, error) { return n.unready, nil }
-
-func (n node) Events(context.Context, string, string) (api.EventsReply, error) {
-	return api.EventsReply{}, nil
-}
-
-// serve makes web's daemon know this of its endpoints.
-func (m *machine) serve(endpoints ...api.Endpoint) {
-	m.t.Helper()
-	for i := range endpoints {
-		endpoints[i].ContainerID, endpoints[i].IfName = "c0ffee", "eth0"
-	}
-	m.serveNode(node{endpoints: endpoints})
-}
-
-func (m *machine) serveNode(n node) {
-	m.t.Helper()
-	m.daemon()
-	listener, err := api.Listen(m.stateDir)
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	ctx, stop := context.WithCancel(m.t.Context())
-	served := make(chan error)
-	go func() {
-		served <- api.Serve(ctx, listener, api.Local(n, http.NotFoundHandler(), &slog.LevelVar{}), slog.New(slog.DiscardHandler))
-	}()
-	m.t.Cleanup(func() { stop(); <-served })
-}
-
-// In mode observe it is said what mode answer would have made of the probes that were seen.
+// In mode observe, output says what mode answer would have done with the probes that were seen.
 func TestEstimate(t *testing.T) {
 	m := newMachine(t)
-	e := endpoint(probe.HTTP, 80, "/x")
+	e := surveytest.Endpoint(probe.HTTP, 80, "/x")
 	e.NotAnswered, e.NotAnsweredCode, e.Withheld = "mode observe", probe.ReasonMode, true
-	m.web(fakeMaps{datapath.PortKey(80): {}}, e)
-	m.serve(api.Endpoint{Kind: probe.HTTP, Port: 80, Path: "/x", Result: "success", Estimate: &api.Estimate{
+	m.Web(surveytest.Maps{datapath.PortKey(80): {}}, e)
+	m.Serve(api.Endpoint{Kind: probe.HTTP, Port: 80, Path: "/x", Result: "success", Estimate: &api.Estimate{
 		Answered: 12, Hidden: 1, Passed: map[probe.Why]uint64{probe.WhyExpired: 10, probe.WhyUnknown: 2},
 	}})
 	if table := m.status(); !strings.Contains(table, "mode observe; 12 of 24 probes would have been answered") {
 		t.Errorf("got\n%s", table)
 	}
-	const want = "mode answer would have answered 12 of 24 probes (of these, 1 failed); " +
-		"the others reach the pod: 2 before anything was known, 10 after the bound"
+	const want = "mode answer would have answered 12 of 24 probes (1 of which failed); " +
+		"the others would have reached the pod: 2 before anything was known, 10 after the bound had passed"
 	if text, err := m.run("explain", "shop/web"); err != nil || !strings.Contains(squeeze(text), want) {
 		t.Errorf("%v, does not say %q:\n%s", err, want, text)
 	}
@@ -438,13 +232,13 @@ func TestEstimate(t *testing.T) {
 	}
 }
 
-// Of a failure before a request was ever seen only the daemon knows.
+// Only the daemon knows of a failure before the first request was seen.
 func TestFailureWithoutRequest(t *testing.T) {
 	m := newMachine(t)
-	e := endpoint(probe.HTTP, 80, "/x")
+	e := surveytest.Endpoint(probe.HTTP, 80, "/x")
 	e.Question = probe.Question{}
-	m.web(fakeMaps{datapath.PortKey(80): {}}, e)
-	m.serve(api.Endpoint{Kind: probe.HTTP, Port: 80, Path: "/x", Result: "failure", ObservedAt: now - 3*second})
+	m.Web(surveytest.Maps{datapath.PortKey(80): {}}, e)
+	m.Serve(api.Endpoint{Kind: probe.HTTP, Port: 80, Path: "/x", Result: "failure", ObservedAt: surveytest.Now - 3*surveytest.Second})
 	if table := squeeze(m.status()); !strings.Contains(table, "HTTP :80/x failed 3s 11s 0 the last probe failed: refused, reset, or no complete and valid response in time") {
 		t.Errorf("got\n%s", table)
 	}
@@ -452,10 +246,10 @@ func TestFailureWithoutRequest(t *testing.T) {
 
 func TestRefreshOff(t *testing.T) {
 	m := newMachine(t)
-	e := endpoint(probe.HTTP, 80, "/x")
+	e := surveytest.Endpoint(probe.HTTP, 80, "/x")
 	e.RefreshOff = "the specs do not give the pod's address"
-	m.web(fakeMaps{}, e)
-	m.describe(statedir.Endpoints{Attachments: []statedir.Attachment{{
+	m.Web(surveytest.Maps{}, e)
+	m.Describe(statedir.Endpoints{Attachments: []statedir.Attachment{{
 		ContainerID: "c0ffee", IfName: "eth0", Pod: "shop/web", Endpoints: []statedir.Endpoint{e},
 		Settings: statedir.SettingsOf(probe.NewDefaults().Settings(map[string]string{probe.AnnotationRefresh: "true"})),
 	}}})
@@ -467,12 +261,12 @@ func TestRefreshOff(t *testing.T) {
 	}
 }
 
-// Connections that had no certain outcome are counted by why, of a pod and of all.
+// Connections without a certain outcome are counted by reason, per pod and in total.
 func TestInconclusive(t *testing.T) {
 	m := newMachine(t)
-	m.web(fakeMaps{}, endpoint(probe.HTTP, 80, "/x"))
-	m.serveNode(node{inconclusive: map[string]uint64{"unseen": 2, "no_probe": 1}})
-	const want = "inconclusive: 3 (2 not seen whole, 1 not asked as a probe asks)"
+	m.Web(surveytest.Maps{}, surveytest.Endpoint(probe.HTTP, 80, "/x"))
+	m.ServeNode(surveytest.Node{Inconclusive: map[string]uint64{"unseen": 2, "no_probe": 1}})
+	const want = "inconclusive: 3 (2 not fully observed, 1 not a probe's request)"
 	if table := m.status(); !strings.HasSuffix(table, "\n"+want+"\n") {
 		t.Errorf("does not end with %q:\n%s", want, table)
 	}
@@ -488,16 +282,16 @@ func TestInconclusive(t *testing.T) {
 
 func TestNotCompared(t *testing.T) {
 	m := newMachine(t)
-	e := endpoint(probe.HTTP, 80, "/x")
+	e := surveytest.Endpoint(probe.HTTP, 80, "/x")
 	e.NotCompared = "agent/liveness of pod kube-system/agent may ask the same"
-	m.web(fakeMaps{}, e)
+	m.Web(surveytest.Maps{}, e)
 	want := "kubelet's verdict not compared: agent/liveness of pod kube-system/agent may"
 	if text, err := m.run("explain", "shop/web"); err != nil || !strings.Contains(squeeze(text), want) {
 		t.Errorf("%v\n%s", err, text)
 	}
 }
 
-// Settings are shown where somebody said something, and who it was.
+// Settings that differ from the defaults are shown with what set them.
 func TestSettings(t *testing.T) {
 	said := func(annotations map[string]string) *statedir.Settings {
 		return statedir.SettingsOf(probe.NewDefaults().Settings(annotations))
@@ -515,10 +309,10 @@ func TestSettings(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
-			e := endpoint(probe.HTTP, 80, "/x")
+			e := surveytest.Endpoint(probe.HTTP, 80, "/x")
 			e.StalenessCapped = test.capped
-			m.web(fakeMaps{}, e)
-			m.describe(statedir.Endpoints{Attachments: []statedir.Attachment{{
+			m.Web(surveytest.Maps{}, e)
+			m.Describe(statedir.Endpoints{Attachments: []statedir.Attachment{{
 				ContainerID: "c0ffee", IfName: "eth0", Settings: test.settings, Endpoints: []statedir.Endpoint{e},
 			}}})
 			if got := squeeze(m.status("-o", "wide")); !strings.Contains(got, test.want) {
@@ -538,11 +332,11 @@ func TestSettings(t *testing.T) {
 	}
 }
 
-// A pod that was there before is told from those that came after.
+// Adopted pods are distinguished from those that the plugin attached.
 func TestAdopted(t *testing.T) {
 	m := newMachine(t)
-	m.web(fakeMaps{}, endpoint(probe.HTTP, 80, "/x"))
-	m.record(attach.Record{ContainerID: "c0ffee", IfName: "eth0", IfIndex: 7, HostIfName: "veth7", Adopted: true})
+	m.Web(surveytest.Maps{}, surveytest.Endpoint(probe.HTTP, 80, "/x"))
+	m.Record(attach.Record{ContainerID: "c0ffee", IfName: "eth0", IfIndex: 7, HostIfName: "veth7", Adopted: true})
 	if got := squeeze(m.status("-o", "wide")); !strings.Contains(got, "c0ffee 43s/31s daemon tc proven - -") {
 		t.Errorf("%s", got)
 	}
@@ -551,26 +345,26 @@ func TestAdopted(t *testing.T) {
 	}
 }
 
-// What keeps a whole attachment from being answered.
+// Reasons that keep a whole attachment from being answered.
 func TestAttachments(t *testing.T) {
-	fresh := fakeMaps{datapath.PortKey(80): {evidence: success(1, 5, 0)}, keyOf(80, "/x"): {evidence: success(1, 5, 200)}}
+	fresh := surveytest.Maps{datapath.PortKey(80): {Evidence: surveytest.Success(1, 5, 0)}, surveytest.KeyOf(80, "/x"): {Evidence: surveytest.Success(1, 5, 200)}}
 	for name, test := range map[string]struct {
 		change func(*machine)
 		why    string
 	}{
 		"nothing":         {func(*machine) {}, ""},
-		"objects gone":    {func(m *machine) { m.kernel = nil }, "not loaded"},
-		"maps gone":       {func(m *machine) { m.kernel.pods = nil }, "the programs do not know device 7"},
-		"nobody probes":   {func(m *machine) { m.kernel.prober = datapath.Prober{} }, "nobody is the prober"},
-		"everybody":       {func(m *machine) { m.kernel.prober = datapath.Prober{AnyLocal: true} }, ""},
-		"no specs":        {func(m *machine) { m.web(fresh) }, "knows no probes"},
-		"not described":   {func(m *machine) { m.describe(statedir.Endpoints{}) }, "none is running"},
-		"not yet":         {func(m *machine) { m.describe(statedir.Endpoints{}); m.daemon() }, "has not seen it yet"},
-		"failed to start": {func(m *machine) { m.record(attach.Record{ContainerID: "c0ffee", IfName: "eth0", Error: "busy"}) }, "not attached: busy"},
+		"objects gone":    {func(m *machine) { m.Kernel = nil }, "not loaded"},
+		"maps gone":       {func(m *machine) { m.Kernel.Pods = nil }, "the programs do not know device 7"},
+		"no prober":       {func(m *machine) { m.Kernel.ProberSet = datapath.Prober{} }, "the prober is unknown"},
+		"any process":     {func(m *machine) { m.Kernel.ProberSet = datapath.Prober{AnyLocal: true} }, ""},
+		"no specs":        {func(m *machine) { m.Web(fresh) }, "knows of no probes"},
+		"not described":   {func(m *machine) { m.Describe(statedir.Endpoints{}) }, "none is running"},
+		"not yet":         {func(m *machine) { m.Describe(statedir.Endpoints{}); m.Daemon() }, "has not seen this pod yet"},
+		"failed to start": {func(m *machine) { m.Record(attach.Record{ContainerID: "c0ffee", IfName: "eth0", Error: "busy"}) }, "not attached: busy"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
-			m.web(fresh, endpoint(probe.HTTP, 80, "/x"))
+			m.Web(fresh, surveytest.Endpoint(probe.HTTP, 80, "/x"))
 			test.change(m)
 			var s survey.Status
 			if err := json.Unmarshal([]byte(m.status("-o", "json")), &s); err != nil {
@@ -595,16 +389,16 @@ func TestAttachments(t *testing.T) {
 
 func TestUnattached(t *testing.T) {
 	m := newMachine(t)
-	m.describe(statedir.Endpoints{Unattached: []string{"shop/api"}})
+	m.Describe(statedir.Endpoints{Unattached: []string{"shop/api"}})
 	if got := squeeze(m.status()); !strings.Contains(got, "shop/api - - - - - - not attached") {
 		t.Errorf("got\n%s", got)
 	}
 }
 
-func TestSummary(t *testing.T) {
+func TestFooter(t *testing.T) {
 	m := newMachine(t)
-	m.daemon()
-	m.kernel.prober = datapath.Prober{AnyLocal: true}
+	m.Daemon()
+	m.Kernel.ProberSet = datapath.Prober{AnyLocal: true}
 	got := m.status()
 	for _, part := range []string{"probeletd: running, pid ", "prober: every process of the host's network namespace"} {
 		if !strings.Contains(got, part) {
@@ -626,17 +420,17 @@ func TestErrors(t *testing.T) {
 		stdout: &bytes.Buffer{}, stderr: &m.stderr, now: datapath.Now,
 		open: func(string) (survey.Kernel, error) { return nil, broken },
 	}
-	if err := execute(t.Context(), env, []string{"status", "--state-dir", m.stateDir}); !errors.Is(err, broken) {
+	if err := execute(t.Context(), env, []string{"status", "--state-dir", m.StateDir}); !errors.Is(err, broken) {
 		t.Errorf("opening: %v", err)
 	}
 }
 
-// What cannot be read is said, and the rest is shown.
+// Files that cannot be read cause warnings, and the rest is shown.
 func TestUnreadableState(t *testing.T) {
 	m := newMachine(t)
-	m.web(fakeMaps{})
+	m.Web(surveytest.Maps{})
 	for _, path := range []string{"endpoints.json", "attachments/beef@eth0.json"} {
-		if err := os.WriteFile(filepath.Join(m.stateDir, path), []byte("{"), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(m.StateDir, path), []byte("{"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -650,10 +444,10 @@ func TestUnreadableState(t *testing.T) {
 	}
 }
 
-// A daemon that is not ready, because it keeps the plugin out of the chain for example, says why in the first line.
-func TestStatusSaysWhatIsMissing(t *testing.T) {
+// If the daemon is not ready, for example because it keeps the plugin out of the chain, the line about it says why.
+func TestStatusShowsWhyTheDaemonIsNotReady(t *testing.T) {
 	m := newMachine(t)
-	m.serveNode(node{unready: []string{"the plugin is kept out of the chain", "no prober was found"}})
+	m.ServeNode(surveytest.Node{Missing: []string{"the plugin is kept out of the chain", "no prober was found"}})
 	text, err := m.run("status")
 	if want := ", NOT READY: the plugin is kept out of the chain; no prober was found\n"; err != nil || !strings.Contains(text, want) {
 		t.Errorf("does not say %q: %v\n%s", want, err, text)

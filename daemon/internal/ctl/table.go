@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/probelet/probelet/daemon/internal/evidence"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/status"
@@ -15,7 +16,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/table"
 )
 
-// row is a line of the table: one endpoint, or what has none.
+// row is a line of the table: an endpoint, or an attachment or pod without any.
 type row struct {
 	pod, device, endpoint, state, age, bound, hits    string
 	probes, ifindex, status, period, timeout, sandbox string
@@ -42,7 +43,7 @@ func (r row) columns(wide bool) []string {
 	return columns
 }
 
-// Columns that a narrow terminal does without, in this order.
+// optional lists the columns that a narrow terminal drops, first one first.
 var optional = []int{1, 5, 6} // HOST VETH, BOUND, HITS
 
 func printTable(env *environment, s survey.Status, wide bool) error {
@@ -73,7 +74,7 @@ func printTable(env *environment, s survey.Status, wide bool) error {
 	return printSummary(env, s)
 }
 
-// printLost names the pods by whose device answers did not arrive, and who else is there.
+// printLost lists the pods whose answers did not arrive, with the neighbours on their devices.
 func printLost(env *environment, s survey.Status) error {
 	var text table.Text
 	for _, a := range s.Attachments {
@@ -123,7 +124,7 @@ func attachmentRows(a survey.Attachment) []row {
 	return rows
 }
 
-// settings are those that are not the default, and who said so.
+// settings formats the settings that are not the default, with what set them.
 func settings(s *statedir.Settings) string {
 	if s == nil {
 		return ""
@@ -151,7 +152,7 @@ func (r *row) fill(e survey.Endpoint) {
 	if e.MayBeAnswered() {
 		r.bound = status.Duration(e.StalenessBound).String()
 	}
-	if e.RefreshOff != "" { // refresh is the last of them
+	if e.RefreshOff != "" { // belongs to refresh, which is last
 		r.settings += ", but off: " + e.RefreshOff
 	}
 	if e.StalenessCapped {
@@ -175,7 +176,7 @@ func (r *row) fill(e survey.Endpoint) {
 	r.probes, r.detection = strings.Join(probes, ","), strings.Join(detection, ",")
 }
 
-// printSummary says what holds for all of the table.
+// printSummary prints the lines below the table.
 func printSummary(env *environment, s survey.Status) error {
 	var summary table.Text
 	summary.Line(s.Daemon.String())
@@ -196,4 +197,20 @@ func printSummary(env *environment, s survey.Status) error {
 		summary.Line(text)
 	}
 	return summary.Write(env.stdout, env.width)
+}
+
+// inconclusive says how many connections had no certain outcome and why; it returns "" if there were none.
+func inconclusive(reasons map[string]uint64) string {
+	var total uint64
+	var why []string
+	for _, doubt := range evidence.Doubts() {
+		if n := reasons[string(doubt)]; n > 0 {
+			total += n
+			why = append(why, fmt.Sprintf("%d %s", n, status.DoubtText(string(doubt))))
+		}
+	}
+	if total == 0 {
+		return ""
+	}
+	return fmt.Sprintf("inconclusive: %d (%s)", total, strings.Join(why, ", "))
 }

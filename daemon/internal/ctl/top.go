@@ -19,8 +19,8 @@ import (
 	"github.com/probelet/probelet/daemon/internal/table"
 )
 
-const topHelp = `Shows the endpoints that are answered most, again and again until Ctrl-C. HITS/S are probes answered in the kernel since the
-last time, and OBSERVED/S, in the first line, those that were passed to pods. The daemon need not run.`
+const topHelp = `Shows the endpoints that are answered most, and updates until Ctrl-C. HITS/S is the rate of probes answered in the kernel since
+the last update; observed/s, above the table, is the rate of probes that were passed to pods. The daemon need not be running.`
 
 func topCommand(env *environment) *cobra.Command {
 	var where place
@@ -42,8 +42,8 @@ func topCommand(env *environment) *cobra.Command {
 			return top(cmd.Context(), env, where, only, interval, times)
 		},
 	}
-	cmd.Flags().DurationVarP(&interval, "interval", "d", time.Second, "`TIME` from one to the next")
-	cmd.Flags().IntVar(&times, "iterations", 0, "how many `TIMES`; 0: until Ctrl-C")
+	cmd.Flags().DurationVarP(&interval, "interval", "d", time.Second, "`TIME` between updates")
+	cmd.Flags().IntVar(&times, "iterations", 0, "number of `UPDATES`; 0: until Ctrl-C")
 	only.flags(cmd)
 	where.flags(cmd)
 	return cmd
@@ -66,7 +66,7 @@ func top(ctx context.Context, env *environment, where place, only namespaceFilte
 			return err
 		}
 		now := env.now()
-		text := topTable(env, before, only.of(s), *survey.Seconds(now, last))
+		text := topTable(env, before, only.of(s), time.Duration(now-last).Seconds())
 		if terminalHeight(env) > 0 {
 			text = "\x1b[H\x1b[2J" + text
 		}
@@ -78,7 +78,7 @@ func top(ctx context.Context, env *environment, where place, only namespaceFilte
 	return nil
 }
 
-// usage is a line of the table.
+// usage is a row of the table.
 type usage struct {
 	pod, endpoint, state, age string
 	rate                      float64
@@ -121,7 +121,7 @@ func topTable(env *environment, before, now survey.Status, elapsed float64) stri
 	heading.Line(fmt.Sprintf("answered/s: %.1f HTTP, %.1f TCP; observed/s: %.1f; handed over/s: %.1f; endpoints: %d",
 		per("answered_http"), per("answered_tcp"), per("observed"), per("handed_over"), len(all)))
 	heading.Line("")
-	_ = heading.Write(&text, env.width) // into memory
+	_ = heading.Write(&text, env.width) // cannot fail: it writes to memory
 	t := table.Table{Header: []string{"NAMESPACE/POD", "ENDPOINT", "STATE", "AGE", "HITS/S", "HITS"}, Optional: []int{3, 2}}
 	for _, u := range all[:min(len(all), rows(env, strings.Count(text.String(), "\n")))] {
 		t.Rows = append(t.Rows, []string{u.pod, u.endpoint, u.state, u.age, fmt.Sprintf("%.1f", u.rate), strconv.FormatUint(u.hits, 10)})
@@ -130,16 +130,16 @@ func topTable(env *environment, before, now survey.Status, elapsed float64) stri
 	return text.String()
 }
 
-// rows are how many endpoints fit the terminal, below a heading of so many lines.
+// rows returns how many endpoints fit on the terminal below a heading of that many lines.
 func rows(env *environment, heading int) int {
-	heading += 2 // the table's own, and where the cursor is
+	heading += 2 // the table's own heading, and the line of the cursor
 	if height := terminalHeight(env); height > 0 {
 		return max(1, height-heading)
 	}
 	return 1 << 30
 }
 
-// terminalHeight is how many lines the terminal has; 0 if there is none.
+// terminalHeight returns the height of the terminal in lines; 0 if stdout is not one.
 func terminalHeight(env *environment) int {
 	if f, ok := env.stdout.(*os.File); ok {
 		return table.HeightOf(f)

@@ -24,7 +24,7 @@ var (
 	question = datapath.Question{Hash: 5, Check: 6}
 )
 
-// record is one whose time is set by records.
+// record returns a record without a time, which records sets.
 func record(fromPod bool, flags uint8, offset int, payload string) datapath.Record {
 	return datapath.Record{
 		FromPod: fromPod, TCPFlags: flags, Offset: uint32(offset), Len: uint32(len(payload)), Payload: []byte(payload),
@@ -51,13 +51,13 @@ func with(r datapath.Record, change func(*datapath.Record)) datapath.Record {
 	return r
 }
 
-// at moves a record in time, by milliseconds.
+// at moves a record to a time, in milliseconds.
 func at(ms int, r datapath.Record) datapath.Record {
 	r.ObservedAt = startAt + uint64(ms)*uint64(time.Millisecond)
 	return r
 }
 
-// records are those of one connection, a millisecond apart unless they have a time.
+// records makes the records belong to one connection, a millisecond apart unless they have a time.
 func records(owner uint64, all ...datapath.Record) []datapath.Record {
 	for i := range all {
 		if all[i].ObservedAt == 0 {
@@ -68,7 +68,7 @@ func records(owner uint64, all ...datapath.Record) []datapath.Record {
 	return all
 }
 
-// observe returns the outcomes, and checks how much the assembler says it keeps.
+// observe returns the outcomes, and checks the assembler's count of what it keeps.
 func observe(t interface{ Fatalf(string, ...any) }, a *Assembler, all []datapath.Record) []Observation {
 	var observed []Observation
 	for _, r := range all {
@@ -80,7 +80,7 @@ func observe(t interface{ Fatalf(string, ...any) }, a *Assembler, all []datapath
 			kept += x.size
 		}
 		if kept != a.bytes || kept > maxBytes {
-			t.Fatalf("%d bytes are kept, and counted as %d", kept, a.bytes)
+			t.Fatalf("%d bytes are kept, but %d are counted", kept, a.bytes)
 		}
 	}
 	return observed
@@ -93,7 +93,7 @@ func TestOutcome(t *testing.T) {
 	recognised := map[probe.Kind]bool{}
 	for name, test := range map[string]struct {
 		records []datapath.Record
-		event   probe.Event // none: no outcome
+		event   probe.Event // none if there is no outcome
 		kind    probe.Kind
 		doubt   Doubt
 	}{
@@ -121,7 +121,7 @@ func TestOutcome(t *testing.T) {
 		"a gap, not needed":          {[]datapath.Record{synAck, asks, whole, podFIN(len(response)+9, "x"), clientFIN}, probe.Answered, probe.HTTP, ""},
 		"a part not recorded":        {[]datapath.Record{synAck, asks, with(whole, func(r *datapath.Record) { r.Payload = r.Payload[:9] }), clientFIN}, none, "", DoubtTooLarge},
 		"recorded later":             {[]datapath.Record{synAck, asks, with(whole, func(r *datapath.Record) { r.Payload = r.Payload[:9] }), pod(9, response[9:]), clientFIN}, probe.Answered, probe.HTTP, ""},
-		"data behind the end":        {[]datapath.Record{synAck, asks, podFIN(0, response), pod(len(response), "!"), clientFIN}, none, "", DoubtDisorder},
+		"data after the end":         {[]datapath.Record{synAck, asks, podFIN(0, response), pod(len(response), "!"), clientFIN}, none, "", DoubtDisorder},
 		"urgent data":                {[]datapath.Record{synAck, asks, pod(0, response[:second]), with(podFIN(second, response[second:]), func(r *datapath.Record) { r.TCPFlags |= datapath.FlagURG }), clientFIN}, none, "", DoubtTiming},
 		"two ends":                   {[]datapath.Record{synAck, asks, podFIN(0, response), podFIN(0, response[:second]), clientFIN}, none, "", DoubtDisorder},
 		"keep-alive":                 {[]datapath.Record{synAck, asks, pod(-1, "?"), whole, clientFIN}, probe.Answered, probe.HTTP, ""},
@@ -142,7 +142,7 @@ func TestOutcome(t *testing.T) {
 		"two requests":               {[]datapath.Record{synAck, asks, with(record(false, datapath.FlagACK, len(request), request), func(r *datapath.Record) { r.Question = question }), whole, clientFIN}, none, "", DoubtNoProbe},
 		"request sent again, other":  {[]datapath.Record{synAck, asks, with(asks, func(r *datapath.Record) { r.Payload = bytes.ToUpper(r.Payload) }), whole, clientFIN}, none, "", DoubtDisorder},
 		"request not whole":          {[]datapath.Record{synAck, with(asks, func(r *datapath.Record) { r.Payload = r.Payload[:50] }), whole, clientFIN}, none, "", DoubtNoProbe},
-		"more behind the request":    {[]datapath.Record{synAck, with(asks, func(r *datapath.Record) { r.Len += 5 }), whole, clientFIN}, none, "", DoubtNoProbe},
+		"more after the request":     {[]datapath.Record{synAck, with(asks, func(r *datapath.Record) { r.Len += 5 }), whole, clientFIN}, none, "", DoubtNoProbe},
 		"request with a body":        {[]datapath.Record{synAck, with(asks, func(r *datapath.Record) { r.Payload = append(r.Payload, '!'); r.Len++ }), whole, clientFIN}, none, "", DoubtNoProbe},
 		"a long response":            {[]datapath.Record{synAck, asks, pod(0, ok+"\r\n"+strings.Repeat("x", maxBody)), with(pod(20000, ""), func(r *datapath.Record) { r.Len = 60000 }), clientRST}, probe.Answered, probe.HTTP, ""},
 		"a very long response":       {slices.Concat([]datapath.Record{synAck, asks, pod(0, ok+"\r\n"+strings.Repeat("x", maxBody))}, repeat(with(pod(20000, ""), func(r *datapath.Record) { r.Len = 60000 }), 5000), []datapath.Record{clientRST}), probe.Answered, probe.HTTP, ""},
@@ -174,10 +174,10 @@ func TestOutcome(t *testing.T) {
 			}
 			isHTTP := test.kind == probe.HTTP
 			if isHTTP != (string(o.Text) == request) || isHTTP != (o.Question == probe.Question(question)) || isHTTP != (o.Request.Path == "/x") {
-				t.Errorf("got %+v: not what was asked", o)
+				t.Errorf("got %+v, which does not match the request", o)
 			}
 			if o.Duration <= 0 || o.ObservedAt != startAt+uint64(o.Duration) {
-				t.Errorf("it took %s until %d", o.Duration, o.ObservedAt)
+				t.Errorf("duration %s, observed at %d", o.Duration, o.ObservedAt)
 			}
 		})
 	}
@@ -196,8 +196,8 @@ func repeat(r datapath.Record, n int) []datapath.Record {
 	return all
 }
 
-// However a response is cut into packets, and whatever of it is sent again or overtaken: it is judged as if it had come in
-// one.
+// The packets of a response do not matter, nor do retransmissions and their order: the response is judged as if it had
+// come in one packet.
 func TestPacketsDoNotMatter(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		text := rapid.SampledFrom([]string{
@@ -230,8 +230,8 @@ func TestPacketsDoNotMatter(t *testing.T) {
 	})
 }
 
-// Exchanges of several connections do not mix, and those that have ended do not begin again.
-func TestConnectionsAreApart(t *testing.T) {
+// Exchanges on different connections do not mix, and finished ones do not begin again.
+func TestConnectionsDoNotMix(t *testing.T) {
 	a := NewAssembler()
 	other := ok + "Content-Length: 2\r\n\r\nno"
 	one := records(1, synAck, asks, pod(0, response), clientFIN, podRST)
@@ -252,21 +252,21 @@ func TestAbandonedAreForgotten(t *testing.T) {
 	a := NewAssembler()
 	observe(t, a, records(1, synAck, asks, pod(0, response)))
 	if len(a.exchanges) != 1 || a.bytes == 0 {
-		t.Fatalf("%d exchanges of %d bytes are known", len(a.exchanges), a.bytes)
+		t.Fatalf("%d exchanges of %d bytes are kept", len(a.exchanges), a.bytes)
 	}
 	later := int((abandonedAfter + tidyEvery) / time.Millisecond)
 	observed := observe(t, a, records(2, at(later, synAck), at(later, asks), at(later, pod(0, response)), at(later, clientFIN)))
 	if doubtful := a.TakeDoubtful(); len(observed) != 1 || len(a.exchanges) != 1 || a.bytes != 0 || doubtful[Doubtful{device, DoubtUnseen}] != 1 {
-		t.Errorf("got %+v; %d exchanges of %d bytes are known, doubts %v", observed, len(a.exchanges), a.bytes, doubtful)
+		t.Errorf("got %+v; %d exchanges of %d bytes are kept, doubts %v", observed, len(a.exchanges), a.bytes, doubtful)
 	}
 	later += int((lingering + tidyEvery) / time.Millisecond)
 	observe(t, a, records(1, at(later, clientFIN)))
 	if len(a.exchanges) != 0 {
-		t.Errorf("%d exchanges are still known", len(a.exchanges))
+		t.Errorf("%d exchanges are still kept", len(a.exchanges))
 	}
 }
 
-// Whatever does not end, what is kept has its bounds, and what fits is still judged.
+// Memory stays bounded however many exchanges never end, and exchanges that fit are still judged.
 func TestBounds(t *testing.T) {
 	a := NewAssembler()
 	for owner := range uint64(maxExchanges + 10) {
@@ -275,18 +275,18 @@ func TestBounds(t *testing.T) {
 		}
 	}
 	if len(a.exchanges) != maxExchanges {
-		t.Errorf("%d exchanges are known, want %d", len(a.exchanges), maxExchanges)
+		t.Errorf("%d exchanges are kept, want %d", len(a.exchanges), maxExchanges)
 	}
 	a.Add(records(maxExchanges, at(3, clientFIN))[0])
 	if doubtful := a.TakeDoubtful(); doubtful[Doubtful{device, DoubtTooLarge}] != 1 {
-		t.Errorf("one too many: %v", doubtful)
+		t.Errorf("beyond the limit: %v", doubtful)
 	}
 	for owner := range uint64(maxBytes / (16 << 10)) {
 		a.Add(records(owner, at(3, pod(0, ok+strings.Repeat("x", 16<<10))))[0])
 	}
 	observed := observe(t, a, records(0, at(9, pod(0, response)), at(9, clientFIN)))
 	if doubtful := a.TakeDoubtful(); len(observed) != 0 || doubtful[Doubtful{device, DoubtDisorder}] != 1 {
-		t.Errorf("got %+v of one that contradicts itself, %v", observed, doubtful)
+		t.Errorf("got %+v of a contradictory exchange, %v", observed, doubtful)
 	}
 	if observed := observe(t, a, records(1e4, at(9, pod(0, response)), at(9, clientFIN))); len(observed) != 1 {
 		t.Errorf("got %+v", observed)

@@ -18,7 +18,7 @@ func TestJudge(t *testing.T) {
 	for name, test := range map[string]struct {
 		text string
 		end  End
-		want verdict // in doubt: whatever else
+		want verdict // the event of a doubt does not matter
 	}{
 		"whole":                            {ok + "Content-Length: 2\r\n\r\nok", Open, success},
 		"whole, closed":                    {ok + "Content-Length: 2\r\n\r\nok", Closed, success},
@@ -55,11 +55,11 @@ func TestJudge(t *testing.T) {
 		"status line, open":                {ok, Open, waits},
 		"too short":                        {ok + "Content-Length: 100\r\n\r\nhello", Closed, failed},
 		"contradicting lengths":            {ok + "Content-Length: 2\r\nContent-Length: 3\r\n\r\nok!", Closed, failed},
-		"coded twice":                      {ok + "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", Closed, failed},
+		"encoded twice":                    {ok + "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", Closed, failed},
 		"unknown coding":                   {ok + "Transfer-Encoding: identity\r\n\r\nok", Closed, failed},
 		"no colon":                         {ok + "no colon\r\nContent-Length: 2\r\n\r\nok", Closed, failed},
 		"status 2000":                      {"HTTP/1.1 2000 OK\r\nContent-Length: 2\r\n\r\nok", Closed, failed},
-		"no HTTP":                          {"SSH-2.0-x\r\n", Closed, failed},
+		"not HTTP":                         {"SSH-2.0-x\r\n", Closed, failed},
 		"chunks":                           {chunked + "2\r\nok\r\n0\r\n\r\n", Open, success},
 		"chunks, open":                     {chunked + "2\r\nok\r\n0\r\n", Open, waits},
 		"chunks, no end":                   {chunked + "2\r\nok\r\n0\r\n", Closed, failed},

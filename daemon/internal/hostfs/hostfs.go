@@ -1,4 +1,4 @@
-// Package hostfs reads files below another root directory, such as /proc/1/root, as a process with that root would.
+// Package hostfs reads files below another root directory, such as /proc/1/root, as a process with that root directory would.
 package hostfs
 
 import (
@@ -10,19 +10,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// FS is a file system below Root.
+// FS resolves paths and symlinks below Root.
 type FS struct{ Root string }
 
-// Open opens a file or directory. Links in its path lead to where they do below Root.
+// Open opens a file or directory for reading.
 func (f FS) Open(path string) (*os.File, error) { return f.open(path, unix.O_RDONLY) }
 
-// Stat describes a file or directory, or what a link leads to.
+// Stat describes a file or directory. It follows symlinks.
 func (f FS) Stat(path string) (os.FileInfo, error) {
 	file, err := f.open(path, unix.O_PATH)
 	if err != nil {
 		return nil, err
 	}
-	defer file.Close() //nolint:errcheck // nothing is lost
+	defer file.Close() //nolint:errcheck // read only
 	return file.Stat()
 }
 
@@ -49,7 +49,8 @@ func (f FS) ReadFile(path string) ([]byte, error) {
 	return io.ReadAll(file)
 }
 
-// Glob returns the paths in a directory whose last element matches, sorted. A directory that is not there has none.
+// Glob returns the sorted paths that match a pattern, which may have wildcards in its last element only. A missing directory has no
+// matches.
 func (f FS) Glob(pattern string) ([]string, error) {
 	dir, last := filepath.Split(pattern)
 	file, err := f.Open(filepath.Clean(dir))

@@ -1,4 +1,4 @@
-// Package kubeapi makes clients of the API server, each of which knows one group only: all of client-go's would make the daemon
+// Package kubeapi creates clients for the API server. Each knows a single API group, because all of client-go's would make the daemon
 // much larger.
 package kubeapi
 
@@ -15,7 +15,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 )
 
-// Config reads a kubeconfig file; empty: as in a pod of the cluster.
+// Config reads a kubeconfig file, or returns the in-cluster configuration if kubeconfig is empty.
 func Config(kubeconfig string) (*rest.Config, error) {
 	if kubeconfig == "" {
 		return rest.InClusterConfig()
@@ -23,12 +23,12 @@ func Config(kubeconfig string) (*rest.Config, error) {
 	return clientcmd.BuildConfigFromFlags("", kubeconfig)
 }
 
-// Core returns a client of the core group.
+// Core returns a client for the core group.
 func Core(config *rest.Config) (rest.Interface, error) {
 	return client(config, "/api", corev1.SchemeGroupVersion, corev1.AddToScheme)
 }
 
-// Apps returns a client of the group apps.
+// Apps returns a client for the apps group.
 func Apps(config *rest.Config) (rest.Interface, error) {
 	return client(config, "/apis", appsv1.SchemeGroupVersion, appsv1.AddToScheme)
 }

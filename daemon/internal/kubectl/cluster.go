@@ -26,22 +26,22 @@ import (
 )
 
 const (
-	// selector finds the daemon's pods, and container is the daemon's in them: as in the chart and the kustomize base.
+	// selector matches the daemon's pods, and container is its container in them, as in the chart and the kustomize base.
 	selector  = "app.kubernetes.io/name=probelet"
 	container = "probeletd"
 )
 
-// cluster is what the API server says, and the nodes' daemons through it.
+// cluster gives access to the API server, and through it to the daemons on the nodes.
 type cluster struct {
 	config *rest.Config
 	core   rest.Interface
 	codec  runtime.ParameterCodec
-	// namespace is where the daemons are; empty: anywhere.
+	// namespace is the daemons' namespace; if empty, all namespaces are searched.
 	namespace string
 }
 
 func connect(config *rest.Config, namespace string) (*cluster, error) {
-	// The core API only: all of client-go's would make the program much larger.
+	// Only the core API, because all of client-go's would make the program much larger.
 	scheme := runtime.NewScheme()
 	if err := corev1.AddToScheme(scheme); err != nil {
 		return nil, err
@@ -56,7 +56,7 @@ func connect(config *rest.Config, namespace string) (*cluster, error) {
 	return &cluster{config, core, runtime.NewParameterCodec(scheme), namespace}, err
 }
 
-// daemons returns the daemons' pods, by node; of one node if that is not empty. There is at least one.
+// daemons returns the daemons' pods by node, or that of the given node. It returns an error if there is none.
 func (c *cluster) daemons(ctx context.Context, node string) (map[string]*corev1.Pod, error) {
 	options := metav1.ListOptions{LabelSelector: selector}
 	if node != "" {
@@ -65,7 +65,7 @@ func (c *cluster) daemons(ctx context.Context, node string) (map[string]*corev1.
 	var list corev1.PodList
 	err := c.core.Get().Namespace(c.namespace).Resource("pods").VersionedParams(&options, c.codec).Do(ctx).Into(&list)
 	if apierrors.IsForbidden(err) && c.namespace == "" {
-		return nil, status.Errorf(status.NotAllowed, "%w; if you may list those of probelet's namespace, say with --daemon-namespace which that is", err)
+		return nil, status.Errorf(status.NotAllowed, "%w; if you may list pods in probelet's namespace, pass it as --daemon-namespace", err)
 	}
 	if err != nil {
 		return nil, failure(err)
@@ -83,28 +83,28 @@ func (c *cluster) daemons(ctx context.Context, node string) (map[string]*corev1.
 		}
 	}
 	switch {
-	case len(namespaces) > 1: // one of them may be somebody's who wants to be taken for probelet
+	case len(namespaces) > 1: // one of them may impersonate probelet
 		names := make([]string, 0, len(namespaces))
 		for name := range namespaces {
 			names = append(names, name)
 		}
 		slices.Sort(names)
-		return nil, status.Errorf(status.Usage, "pods labelled %s are in namespaces %s: say with --daemon-namespace which are probelet's", selector, strings.Join(names, ", "))
+		return nil, status.Errorf(status.Usage, "pods labelled %s are in several namespaces, %s: pass probelet's as --daemon-namespace", selector, strings.Join(names, ", "))
 	case len(found) == 0 && node != "":
-		return nil, status.Errorf(status.DaemonDown, "node %s: no pod of probelet's daemon is there", node)
+		return nil, status.Errorf(status.DaemonDown, "node %s: probelet's daemon has no pod there", node)
 	case len(found) == 0:
-		return nil, status.Errorf(status.DaemonDown, "no pods of a DaemonSet are labelled %s in %s: is probelet installed?", selector, cmp.Or(c.namespace, "any namespace"))
+		return nil, status.Errorf(status.DaemonDown, "no DaemonSet has pods labelled %s in %s: is probelet installed?", selector, cmp.Or(c.namespace, "any namespace"))
 	}
 	return found, nil
 }
 
-// isDaemon tells the DaemonSet's pods from others that have its label.
+// isDaemon distinguishes the DaemonSet's pods from other pods with the same label.
 func isDaemon(p *corev1.Pod) bool {
 	owner := metav1.GetControllerOf(p)
 	return owner != nil && owner.Kind == "DaemonSet" && p.Spec.HostNetwork
 }
 
-// nodeOf is where a pod is, or is to be: a DaemonSet's pod names its node before it is scheduled.
+// nodeOf returns the node of a pod. A DaemonSet's pod names its node even before it is scheduled.
 func nodeOf(p *corev1.Pod) string {
 	if p.Spec.NodeName != "" || p.Spec.Affinity == nil || p.Spec.Affinity.NodeAffinity == nil {
 		return p.Spec.NodeName
@@ -122,7 +122,7 @@ func nodeOf(p *corev1.Pod) string {
 	return ""
 }
 
-// better reports which of two pods on a node is to be asked: while one ends, another may have begun.
+// better reports whether p is the one to ask of two pods on a node: while one is terminating, its successor may be running.
 func better(p, other *corev1.Pod) bool {
 	rank := func(p *corev1.Pod) int {
 		switch {
@@ -149,14 +149,14 @@ func (c *cluster) nodes(ctx context.Context) ([]string, error) {
 	return names, nil
 }
 
-// pod returns a pod that is on a node.
+// pod returns a pod that has been scheduled.
 func (c *cluster) pod(ctx context.Context, namespace, name string) (*corev1.Pod, error) {
 	var p corev1.Pod
 	if err := c.core.Get().Namespace(namespace).Resource("pods").Name(name).Do(ctx).Into(&p); err != nil {
 		return nil, failure(err)
 	}
 	if p.Spec.NodeName == "" {
-		return nil, status.Errorf(status.NotFound, "pod %s/%s is on no node yet", namespace, name)
+		return nil, status.Errorf(status.NotFound, "pod %s/%s is not scheduled yet", namespace, name)
 	}
 	return &p, nil
 }
@@ -164,14 +164,14 @@ func (c *cluster) pod(ctx context.Context, namespace, name string) (*corev1.Pod,
 // pods returns the names of a namespace's pods, for completion.
 func (c *cluster) pods(ctx context.Context, namespace string) (names []string) {
 	var list corev1.PodList
-	_ = c.core.Get().Namespace(namespace).Resource("pods").Do(ctx).Into(&list) // then there are none to propose
+	_ = c.core.Get().Namespace(namespace).Resource("pods").Do(ctx).Into(&list) // best effort
 	for i := range list.Items {
 		names = append(names, list.Items[i].Name)
 	}
 	return names
 }
 
-// failure gives the API server's refusals their exit codes.
+// failure adds exit codes to the API server's errors.
 func failure(err error) error {
 	switch {
 	case apierrors.IsNotFound(err):
@@ -182,15 +182,15 @@ func failure(err error) error {
 	return err
 }
 
-// ask runs probeletctl in a daemon's pod. Its exit code is the error's; what it says on stderr is passed on.
+// ask runs probeletctl in a daemon's pod and copies its output. If it fails, the error has its exit code.
 //
-// Running it there needs no port, no other privilege on the node, and no right but those that an administrator has already.
-// A port that is forwarded would reach only what listens on TCP, so what the daemon tells root on its socket would have to be
-// told every process of the node.
+// Running it there needs no port, no further privileges on the node and no permissions that an administrator does not have already.
+// Port forwarding only reaches TCP listeners, so the daemon would have to serve to every process on the node what it now serves only
+// to root, on its socket.
 func (c *cluster) ask(ctx context.Context, daemon *corev1.Pod, stdout, stderr io.Writer, args ...string) error {
 	url := c.core.Post().Namespace(daemon.Namespace).Resource("pods").Name(daemon.Name).SubResource("exec").VersionedParams(
 		&corev1.PodExecOptions{Container: container, Command: append([]string{"probeletctl"}, args...), Stdout: true, Stderr: true}, c.codec).URL()
-	// As kubectl exec does it: by a web socket, or SPDY where a server or proxy does not know that.
+	// Like kubectl exec: over a WebSocket, or SPDY if a server or proxy does not support that.
 	socket, err := remotecommand.NewWebSocketExecutor(c.config, "GET", url.String())
 	if err != nil {
 		return err
@@ -203,7 +203,7 @@ func (c *cluster) ask(ctx context.Context, daemon *corev1.Pod, stdout, stderr io
 	executor, err := remotecommand.NewFallbackExecutor(socket, spdy, func(err error) bool {
 		var upgrade *httpstream.UpgradeFailureError
 		if errors.As(err, &upgrade) && (apierrors.IsForbidden(upgrade.Cause) || apierrors.IsUnauthorized(upgrade.Cause)) {
-			forbidden = true // as "get"; the other way is "create", and its error has no code
+			forbidden = true // as "get"; SPDY needs "create", and its error has no code
 		}
 		return upgrade != nil || httpstream.IsHTTPSProxyError(err)
 	})
@@ -224,26 +224,27 @@ func (c *cluster) ask(ctx context.Context, daemon *corev1.Pod, stdout, stderr io
 	return failure(err)
 }
 
-// read has probeletctl answer in JSON.
+// read runs probeletctl and decodes its JSON output.
 func read[T any](ctx context.Context, c *cluster, daemon *corev1.Pod, args ...string) (reply T, err error) {
 	var stdout, stderr bytes.Buffer
 	err = c.ask(ctx, daemon, &stdout, &stderr, append(args, "-o", "json")...)
 	if json.Unmarshal(stdout.Bytes(), &reply) == nil {
-		return reply, nil // what it ended with is in there, too
+		return reply, nil // it also says why the exit code is not 0
 	}
 	if said := strings.TrimSpace(stderr.String()); err != nil && said != "" {
 		err = errors.New(said)
 	}
 	if err == nil {
-		err = fmt.Errorf("probeletctl says %.100q, which is not understood", stdout.String())
+		err = fmt.Errorf("probeletctl printed %.100q, which is not the expected JSON", stdout.String())
 	}
 	return reply, err
 }
 
-// trouble says what is wrong with a daemon's pod, as far as the API server knows; empty: nothing. asked: it can be asked for more.
-func trouble(p *corev1.Pod) (why string, asked bool) {
+// trouble says what is wrong with a daemon's pod as far as the API server knows; empty if nothing is. It also reports whether
+// probeletctl can be run in the pod.
+func trouble(p *corev1.Pod) (why string, reachable bool) {
 	if p.DeletionTimestamp != nil {
-		return "the pod is ending", false
+		return "the pod is terminating", false
 	}
 	for _, s := range p.Status.InitContainerStatuses {
 		if why := waiting(s); why != "" && !s.Ready {
@@ -253,7 +254,7 @@ func trouble(p *corev1.Pod) (why string, asked bool) {
 	for _, s := range p.Status.ContainerStatuses {
 		switch why := waiting(s); {
 		case s.Name == "uninstalled":
-			return "probelet was taken off the node", false
+			return "probelet was uninstalled from the node", false
 		case s.Name != container:
 		case why != "":
 			return why, false
@@ -271,7 +272,7 @@ func trouble(p *corev1.Pod) (why string, asked bool) {
 	return "the pod is " + strings.ToLower(string(cmp.Or(p.Status.Phase, corev1.PodPending))), false
 }
 
-// waiting says why a container does not run; empty: it does, or has ended well.
+// waiting says why a container is not running; empty if it is, or if it has succeeded.
 func waiting(s corev1.ContainerStatus) string {
 	var said []string
 	if w := s.State.Waiting; w != nil {
@@ -279,7 +280,7 @@ func waiting(s corev1.ContainerStatus) string {
 	}
 	for _, t := range []*corev1.ContainerStateTerminated{s.State.Terminated, s.LastTerminationState.Terminated} {
 		if t != nil && t.ExitCode != 0 && s.State.Running == nil {
-			said = append(said, strings.TrimSuffix(fmt.Sprintf("ended with %d: %s", t.ExitCode, cmp.Or(t.Message, t.Reason)), ": "))
+			said = append(said, strings.TrimSuffix(fmt.Sprintf("exited with code %d: %s", t.ExitCode, cmp.Or(t.Message, t.Reason)), ": "))
 		}
 	}
 	return strings.Join(said, "; ")

@@ -1,5 +1,5 @@
-// Package kubectl is the plugin of kubectl: it asks the nodes' daemons through the API server, with the user's own kubeconfig and
-// rights. It runs on any system.
+// Package kubectl implements the kubectl plugin. It asks the daemons on the nodes through the API server, with the user's kubeconfig and
+// permissions, and runs on any system.
 package kubectl
 
 import (
@@ -23,35 +23,35 @@ import (
 	"github.com/probelet/probelet/daemon/internal/versioncmd"
 	"github.com/probelet/probelet/internal/version"
 
-	_ "k8s.io/client-go/plugin/pkg/client/auth" // what a kubeconfig may ask for
+	_ "k8s.io/client-go/plugin/pkg/client/auth" // auth providers that a kubeconfig may name
 )
 
 const (
 	pluginName = "kubectl-probelet"
-	// completeName is the program that kubectl asks for completions of the plugin's arguments.
+	// completeName is the program that kubectl runs to complete the plugin's arguments.
 	completeName = "kubectl_complete-probelet"
 )
 
-const help = `Asks the nodes' daemons, through the API server and with your own kubeconfig and rights. You need to be allowed to list pods of probelet's
-namespace and to run commands in them (create pods/exec), which is as much as root on the nodes; to get the pod that you ask about,
-and to list nodes, without which those that have no daemon are not named.
+const help = `Asks the daemons on the nodes through the API server, with your kubeconfig and permissions. You need permission to list pods in
+probelet's namespace and to run commands in them (create pods/exec), which amounts to root on the nodes. You also need permission
+to get the pod that you ask about, and to list nodes; without the latter, nodes that have no daemon are not shown.
 
 Exit codes:
-  0  all is well
+  0  success
   1  a node is not ready or has a problem, or the command failed
-  2  an unknown command or flag, or a value that it does not take
-  3  no daemon runs there
-  4  there is no such pod or node, or the pod is not attached
-  5  you lack a right at the API server`
+  2  an unknown command or flag, or an invalid value
+  3  no daemon is running there
+  4  no such pod or node, or the pod is not attached
+  5  you lack a permission at the API server`
 
-// Named reports whether a program was started under a name of the plugin.
+// Named reports whether a program was started under one of the plugin's names.
 func Named(program string) bool {
 	return name(program) == pluginName || name(program) == completeName
 }
 
 func name(program string) string { return strings.TrimSuffix(filepath.Base(program), ".exe") }
 
-// Main runs the plugin with the arguments of the process, and returns its exit code.
+// Main runs the plugin with the arguments of the process and returns its exit code.
 func Main(ctx context.Context, args []string) int {
 	completing := name(args[0]) == completeName
 	if args = args[1:]; completing {
@@ -64,10 +64,10 @@ func Main(ctx context.Context, args []string) int {
 type environment struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
-	width          int // of a line; 0: any
+	width          int // maximum length of a line; 0: no limit
 }
 
-// session is what all commands share.
+// session has what all commands share.
 type session struct {
 	environment
 	rules           *clientcmd.ClientConfigLoadingRules
@@ -81,7 +81,7 @@ func execute(ctx context.Context, env environment, args []string) error {
 	s := &session{environment: env, rules: clientcmd.NewDefaultClientConfigLoadingRules(), overrides: &clientcmd.ConfigOverrides{}}
 	root := &cobra.Command{
 		Use:           "probelet",
-		Short:         "Shows what probelet knows and does on a cluster's nodes",
+		Short:         "Show what probelet knows and does on a cluster's nodes",
 		Long:          help,
 		Version:       version.String(),
 		Annotations:   map[string]string{cobra.CommandDisplayNameAnnotation: "kubectl probelet"},
@@ -89,11 +89,11 @@ func execute(ctx context.Context, env environment, args []string) error {
 		SilenceErrors: true,
 	}
 	flags := root.PersistentFlags()
-	flags.StringVar(&s.rules.ExplicitPath, "kubeconfig", "", "`FILE` that says how to reach the API server (default: as kubectl)")
+	flags.StringVar(&s.rules.ExplicitPath, "kubeconfig", "", "kubeconfig `FILE` for the API server (default: that of kubectl)")
 	clientcmd.BindOverrideFlags(s.overrides, flags, clientcmd.RecommendedConfigOverrideFlags(""))
-	flags.StringVar(&s.daemonNamespace, "daemon-namespace", "", "`NAMESPACE` of probelet's DaemonSet (default: wherever it is)")
-	flags.DurationVar(&s.patience, "node-timeout", 20*time.Second, "longest `TIME` that a node is waited for")
-	flags.IntVar(&s.width, "width", s.width, "longest `LINE` in characters, of tables and text; 0: any (default: the terminal's)")
+	flags.StringVar(&s.daemonNamespace, "daemon-namespace", "", "`NAMESPACE` of probelet's DaemonSet (default: search all)")
+	flags.DurationVar(&s.patience, "node-timeout", 20*time.Second, "maximum `TIME` to wait for a node")
+	flags.IntVar(&s.width, "width", s.width, "maximum `LENGTH` of a line in characters; 0: no limit (default: the terminal's width)")
 	root.AddCommand(s.statusCommand(), s.explainCommand(), s.doctorCommand(), s.estimateCommand())
 	root.AddCommand(versioncmd.New())
 	root.PersistentPreRunE = func(*cobra.Command, []string) error {
@@ -140,10 +140,10 @@ func (s *session) nodeFlag(cmd *cobra.Command, usage string) {
 	cmd.Flags().StringVar(&s.node, "node", "", usage)
 	_ = cmd.RegisterFlagCompletionFunc("node", func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
 		return s.complete(cmd, func(ctx context.Context, c *cluster) []string {
-			names, _ := c.nodes(ctx) // of what may not be listed: nothing
+			names, _ := c.nodes(ctx) // best effort
 			return names
 		})
-	}) // fails for a flag that does not exist
+	}) // fails only if the flag does not exist
 }
 
 func (s *session) complete(cmd *cobra.Command, names func(context.Context, *cluster) []string) ([]string, cobra.ShellCompDirective) {
@@ -156,14 +156,14 @@ func (s *session) complete(cmd *cobra.Command, names func(context.Context, *clus
 	return names(ctx, c), cobra.ShellCompDirectiveNoFileComp
 }
 
-const explainHelp = `Finds the pod's node, and shows what its daemon knows of the pod: each endpoint with the probes that ask it, whether it is answered
-and why not, for how long at most a failure can go unnoticed by each probe, and the last events.`
+const explainHelp = `Finds the pod's node and shows what its daemon knows about the pod: each endpoint with the probes that ask it, whether the next
+probe is answered and if not why, how long a failure can go unnoticed by each probe, and recent events.`
 
 func (s *session) explainCommand() *cobra.Command {
 	var output *string
 	cmd := &cobra.Command{
 		Use:   "explain [NAMESPACE/]POD",
-		Short: "Show what is known of a pod, and why it is answered or not",
+		Short: "Show what is known about a pod, and why it is answered or not",
 		Long:  explainHelp,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
@@ -190,12 +190,12 @@ func (s *session) explainCommand() *cobra.Command {
 	return cmd
 }
 
-// podName reads [NAMESPACE/]POD. Without a namespace it is kubectl's.
+// podName parses [NAMESPACE/]POD. The default namespace is kubectl's.
 func (s *session) podName(text string) (namespace, pod string, err error) {
 	if namespace, pod, full := strings.Cut(text, "/"); full {
 		given := s.overrides.Context.Namespace
 		if namespace == "" || pod == "" || strings.Contains(pod, "/") || given != "" && given != namespace {
-			return "", "", status.Errorf(status.Usage, "%q: must be POD or NAMESPACE/POD, of --namespace %s if that is given", text, cmp.Or(given, "NAMESPACE"))
+			return "", "", status.Errorf(status.Usage, "%q: must be POD or NAMESPACE/POD, in --namespace %s if that is given", text, cmp.Or(given, "NAMESPACE"))
 		}
 		return namespace, pod, nil
 	}
@@ -213,25 +213,25 @@ func (s *session) explain(ctx context.Context, namespace, name, output string) e
 		return err
 	}
 	if pod.Spec.HostNetwork {
-		return status.Errorf(status.NotFound, "pod %s/%s has hostNetwork, so it has no device of its own to attach to, and all of its probes reach it", namespace, name)
+		return status.Errorf(status.NotFound, "pod %s/%s has hostNetwork, so there is no device to attach to, and all of its probes reach it", namespace, name)
 	}
 	return s.relay(ctx, c, pod.Spec.NodeName, "explain", namespace+"/"+name, "-o", output)
 }
 
-// patient bounds how long a node is waited for.
+// patient bounds the wait for a node.
 func (s *session) patient(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeoutCause(ctx, s.patience, fmt.Errorf("no answer within %s", s.patience))
 }
 
-// relay shows what probeletctl says on a node, as it says it.
+// relay runs probeletctl on a node and copies its output.
 func (s *session) relay(ctx context.Context, c *cluster, node string, args ...string) error {
 	daemons, err := c.daemons(ctx, node)
 	if err != nil {
 		return err
 	}
 	daemon := daemons[node]
-	if why, asked := trouble(daemon); !asked {
-		return status.Errorf(status.DaemonDown, "node %s: pod %s/%s: %s; what the kernel still answers there, probeletctl shows on the node", node, daemon.Namespace, daemon.Name, why)
+	if why, reachable := trouble(daemon); !reachable {
+		return status.Errorf(status.DaemonDown, "node %s: pod %s/%s: %s; probeletctl on the node shows what the kernel still answers", node, daemon.Namespace, daemon.Name, why)
 	}
 	ctx, cancel := s.patient(ctx)
 	defer cancel()

@@ -25,18 +25,18 @@ import (
 	"github.com/probelet/probelet/daemon/internal/status"
 )
 
-// apiServer lists what a test has, and runs commands in containers by the kubelet's own code (of SPDY; it refuses the web socket
-// that is tried first, as an old server does). The real one is asked in e2e/cluster.
+// apiServer serves a test's objects, and runs commands in containers with the kubelet's own SPDY code. Like an old server it refuses
+// WebSockets, which clients try first. The tests in e2e/cluster use a real API server.
 type apiServer struct {
 	*httptest.Server
 	t     *testing.T
 	pods  []*corev1.Pod
 	nodes []string
-	// forbidden are paths that the user may not get.
+	// forbidden lists the paths that the user has no permission for.
 	forbidden []string
-	// says is what probeletctl prints in a daemon's pod, by the pod and its arguments, and what it ends with.
+	// says has the output and exit code of probeletctl, by the daemon's pod.
 	says map[string]func(args []string) (text string, code int)
-	ran  []string // pod and arguments
+	ran  []string // pods and arguments
 }
 
 func newAPIServer(t *testing.T) *apiServer {
@@ -134,7 +134,7 @@ func (e executor) ExecInContainer(_ context.Context, pod, _, _ string, command [
 	return exec.CodeExitError{Err: fmt.Errorf("exit status %d", code), Code: code}
 }
 
-// daemon adds a daemon's pod to a node, which says this of the node.
+// daemon adds a node with a daemon's pod that reports this summary.
 func (s *apiServer) daemon(node string, says status.Node) *corev1.Pod {
 	controller := true
 	p := &corev1.Pod{
@@ -192,12 +192,12 @@ var ended = metav1.Now()
 
 var well = status.Node{Version: "v1", Running: true, Attached: 3, Endpoints: 4, Answered: 2, Probes: status.Probes{Answered: 30, Passed: 10}}
 
-// Whatever is wrong with a node, its line says so.
+// The line of a node says what is wrong with it.
 func TestClusterStatus(t *testing.T) {
 	for name, test := range map[string]struct {
 		change func(s *apiServer, p *corev1.Pod)
 		code   int
-		want   string // a line; blanks count as one
+		want   string // a line, with runs of blanks squeezed
 	}{
 		"well":      {func(*apiServer, *corev1.Pod) {}, status.OK, `node1 yes 3 0 75 % 40 v1 -`},
 		"sum":       {func(*apiServer, *corev1.Pod) {}, status.OK, `2 of 2 nodes are ready; 6 pods are attached, 0 are not; 75 % of 80 probes were answered in the kernel`},
@@ -223,28 +223,28 @@ func TestClusterStatus(t *testing.T) {
 			n.Version = "v2"
 			s.daemon("node3", n)
 		}, status.OK, `versions differ: v1 on 2 nodes, v2 on 1 nodes`},
-		"without a daemon":    {func(s *apiServer, _ *corev1.Pod) { s.nodes = append(s.nodes, "fargate") }, status.OK, `fargate - - - - - - no pod of the daemon is meant for it \(taints, node selector\)`},
-		"nodes not to be had": {func(s *apiServer, _ *corev1.Pod) { s.forbidden = []string{"/api/v1/nodes"} }, status.OK, `kubectl-probelet: warning: nodes without a daemon are not shown: .*forbidden`},
+		"without a daemon":        {func(s *apiServer, _ *corev1.Pod) { s.nodes = append(s.nodes, "fargate") }, status.OK, `fargate - - - - - - the daemon has no pod there \(taints, node selector\)`},
+		"nodes may not be listed": {func(s *apiServer, _ *corev1.Pod) { s.forbidden = []string{"/api/v1/nodes"} }, status.OK, `kubectl-probelet: warning: nodes without a daemon are not shown: .*forbidden`},
 		"no image": {func(_ *apiServer, p *corev1.Pod) {
 			p.Status.ContainerStatuses[0].State = corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff", Message: "no such image"}}
 		}, status.Failed, `node1 no - - - - - ImagePullBackOff: no such image`},
 		"crashes": {func(_ *apiServer, p *corev1.Pod) {
 			p.Status.ContainerStatuses[0].State = corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "CrashLoopBackOff"}}
 			p.Status.ContainerStatuses[0].LastTerminationState.Terminated = &corev1.ContainerStateTerminated{ExitCode: 1, Reason: "Error"}
-		}, status.Failed, `node1 no - - - - - CrashLoopBackOff; ended with 1: Error`},
+		}, status.Failed, `node1 no - - - - - CrashLoopBackOff; exited with code 1: Error`},
 		"install refuses": {func(_ *apiServer, p *corev1.Pod) {
 			p.Status.Phase = corev1.PodPending
 			p.Status.InitContainerStatuses = []corev1.ContainerStatus{{Name: "install", State: corev1.ContainerState{
 				Terminated: &corev1.ContainerStateTerminated{ExitCode: 1, Reason: "Error"}}}}
-		}, status.Failed, `node1 no - - - - - container install: ended with 1: Error`},
+		}, status.Failed, `node1 no - - - - - container install: exited with code 1: Error`},
 		"not scheduled": {func(_ *apiServer, p *corev1.Pod) {
 			p.Status = corev1.PodStatus{Conditions: []corev1.PodCondition{{Type: corev1.PodScheduled, Status: corev1.ConditionFalse, Message: "no room"}}}
 			p.Spec.NodeName = ""
 			p.Spec.Affinity = &corev1.Affinity{NodeAffinity: &corev1.NodeAffinity{RequiredDuringSchedulingIgnoredDuringExecution: &corev1.NodeSelector{
 				NodeSelectorTerms: []corev1.NodeSelectorTerm{{MatchFields: []corev1.NodeSelectorRequirement{{Key: "metadata.name", Values: []string{"node1"}}}}}}}}
 		}, status.Failed, `node1 no - - - - - not scheduled: no room`},
-		"uninstalled": {func(_ *apiServer, p *corev1.Pod) { p.Status.ContainerStatuses[0].Name = "uninstalled" }, status.Failed, `node1 no - - - - - probelet was taken off the node`},
-		"ending":      {func(_ *apiServer, p *corev1.Pod) { p.DeletionTimestamp = &ended }, status.Failed, `node1 no - - - - - the pod is ending`},
+		"uninstalled": {func(_ *apiServer, p *corev1.Pod) { p.Status.ContainerStatuses[0].Name = "uninstalled" }, status.Failed, `node1 no - - - - - probelet was uninstalled from the node`},
+		"terminating": {func(_ *apiServer, p *corev1.Pod) { p.DeletionTimestamp = &ended }, status.Failed, `node1 no - - - - - the pod is terminating`},
 		"replaced": {func(s *apiServer, p *corev1.Pod) {
 			old := *p
 			old.Name, old.DeletionTimestamp = "probelet-old", &ended
@@ -257,7 +257,7 @@ func TestClusterStatus(t *testing.T) {
 		"too old": {func(s *apiServer, p *corev1.Pod) {
 			s.says[p.Name] = func([]string) (string, int) { return "", 2 }
 		}, status.Failed, `node1 no - - - - - cannot be asked: probeletctl: says 2`},
-		// A label is anybody's to take.
+		// Any pod can have the label.
 		"an impostor": {func(s *apiServer, p *corev1.Pod) {
 			s.pod("shop", "probelet", "node2").Labels = p.Labels
 		}, status.OK, `2 of 2 nodes are ready; .*`},
@@ -265,9 +265,9 @@ func TestClusterStatus(t *testing.T) {
 			other := *p
 			other.Namespace = "shop"
 			s.pods = append(s.pods, &other)
-		}, status.Usage, `kubectl-probelet: pods labelled app.kubernetes.io/name=probelet are in namespaces kube-system, shop: say with --daemon-namespace which are probelet's`},
-		"not there":    {func(s *apiServer, _ *corev1.Pod) { s.pods = nil }, status.DaemonDown, `kubectl-probelet: no pods of a DaemonSet are labelled .*`},
-		"may not list": {func(s *apiServer, _ *corev1.Pod) { s.forbidden = []string{"/api/v1/pods"} }, status.NotAllowed, `kubectl-probelet: .*; if you may list those of probelet's namespace, say with --daemon-namespace which that is`},
+		}, status.Usage, `kubectl-probelet: pods labelled app.kubernetes.io/name=probelet are in several namespaces, kube-system, shop: pass probelet's as --daemon-namespace`},
+		"not there":    {func(s *apiServer, _ *corev1.Pod) { s.pods = nil }, status.DaemonDown, `kubectl-probelet: no DaemonSet has pods labelled .*`},
+		"may not list": {func(s *apiServer, _ *corev1.Pod) { s.forbidden = []string{"/api/v1/pods"} }, status.NotAllowed, `kubectl-probelet: .*; if you may list pods in probelet's namespace, pass it as --daemon-namespace`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newAPIServer(t)
@@ -305,7 +305,7 @@ func TestClusterStatusOfANamespace(t *testing.T) {
 	}
 }
 
-// What is asked of a pod or node is asked of its daemon, and comes back as it is said, exit code and all.
+// Questions about a pod or node go to its daemon, and the output and exit code come back unchanged.
 func TestRelay(t *testing.T) {
 	for name, test := range map[string]struct {
 		change func(s *apiServer)
@@ -316,12 +316,12 @@ func TestRelay(t *testing.T) {
 		"of kubectl's namespace": {nil, []string{"explain", "web"}, 0, "relayed: explain shop/web -o text --width=0\n"},
 		"of a namespace":         {nil, []string{"explain", "-n", "bank", "safe"}, 0, "relayed: explain bank/safe -o text"},
 		"with its namespace":     {nil, []string{"explain", "bank/safe", "-o", "json"}, 0, "relayed: explain bank/safe -o json"},
-		"two namespaces":         {nil, []string{"explain", "-n", "shop", "bank/safe"}, status.Usage, `"bank/safe": must be POD or NAMESPACE/POD, of --namespace shop`},
+		"two namespaces":         {nil, []string{"explain", "-n", "shop", "bank/safe"}, status.Usage, `"bank/safe": must be POD or NAMESPACE/POD, in --namespace shop`},
 		"of none":                {nil, []string{"explain"}, status.Usage, "0 arguments: must be one"},
 		"no pod":                 {nil, []string{"explain", "nobody"}, status.NotFound, "nobody not found"},
-		"not scheduled":          {func(s *apiServer) { s.pod("shop", "new", "") }, []string{"explain", "new"}, status.NotFound, "pod shop/new is on no node yet"},
+		"not scheduled":          {func(s *apiServer) { s.pod("shop", "new", "") }, []string{"explain", "new"}, status.NotFound, "pod shop/new is not scheduled yet"},
 		"host's network":         {func(s *apiServer) { s.pod("shop", "agent", "node1").Spec.HostNetwork = true }, []string{"explain", "agent"}, status.NotFound, "pod shop/agent has hostNetwork"},
-		"not probelet's node":    {func(s *apiServer) { s.pod("shop", "far", "node9") }, []string{"explain", "far"}, status.DaemonDown, "node node9: no pod of probelet's daemon is there"},
+		"not probelet's node":    {func(s *apiServer) { s.pod("shop", "far", "node9") }, []string{"explain", "far"}, status.DaemonDown, "node node9: probelet's daemon has no pod there"},
 		"may not see the pod":    {func(s *apiServer) { s.forbidden = []string{"/api/v1/namespaces/shop/pods/web"} }, []string{"explain", "web"}, status.NotAllowed, "forbidden"},
 		"may not ask": {func(s *apiServer) {
 			s.forbidden = []string{"/api/v1/namespaces/kube-system/pods/probelet-node1/exec"}
@@ -331,16 +331,16 @@ func TestRelay(t *testing.T) {
 		}, []string{"explain", "web"}, status.DaemonDown, "what is known\nprobeletctl: says 3\n"},
 		"daemon's pod crashes": {func(s *apiServer) {
 			s.pods[0].Status.ContainerStatuses[0].State = corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "CrashLoopBackOff"}}
-		}, []string{"explain", "web"}, status.DaemonDown, "node node1: pod kube-system/probelet-node1: CrashLoopBackOff; what the kernel still answers there"},
+		}, []string{"explain", "web"}, status.DaemonDown, "node node1: pod kube-system/probelet-node1: CrashLoopBackOff; probeletctl on the node shows what the kernel still answers"},
 		"status of a node":    {nil, []string{"status", "--node", "node2"}, 0, "relayed: status -o table --width=0\n"},
 		"and of a namespace":  {nil, []string{"status", "--node", "node2", "-n", "shop", "-o", "wide"}, 0, "relayed: status -o wide -n shop --width=0\n"},
 		"width":               {nil, []string{"status", "--node", "node2", "--width", "70"}, 0, "--width=70\n"},
-		"no such node":        {nil, []string{"status", "--node", "node9"}, status.DaemonDown, "node node9: no pod"},
+		"no such node":        {nil, []string{"status", "--node", "node9"}, status.DaemonDown, "node node9: probelet's daemon has no pod"},
 		"no format":           {nil, []string{"status", "-o", "xml"}, status.Usage, `--output "xml": must be one of table|wide|json`},
 		"all and one":         {nil, []string{"status", "-A", "-n", "shop"}, status.Usage, `--namespace "shop", --all-namespaces: must be one or the other`},
 		"no command":          {nil, []string{"stauts"}, status.Usage, `unknown command "stauts" for "kubectl probelet"`},
 		"no such context":     {nil, []string{"status", "--context", "nowhere"}, status.Failed, `context "nowhere" does not exist`},
-		"its namespace":       {nil, []string{"explain", "web", "--daemon-namespace", "elsewhere"}, status.DaemonDown, "node node1: no pod of probelet's daemon"},
+		"its namespace":       {nil, []string{"explain", "web", "--daemon-namespace", "elsewhere"}, status.DaemonDown, "node node1: probelet's daemon has no pod"},
 		"no patience":         {nil, []string{"status", "--node-timeout", "0s"}, status.Usage, "--node-timeout 0s: must be more than 0"},
 		"completion":          {nil, []string{"__complete", "explain", ""}, 0, "web\n:4\n"},
 		"completion of nodes": {nil, []string{"__complete", "status", "--node", ""}, 0, "node1\nnode2\n:4\n"},
@@ -396,7 +396,7 @@ func TestClusterDoctor(t *testing.T) {
 	}
 }
 
-// A node that says nothing does not keep the others from being shown.
+// A node that does not reply does not keep the others from being shown.
 func TestSilentNode(t *testing.T) {
 	s := newAPIServer(t)
 	silent := s.daemon("node1", well)
@@ -414,7 +414,7 @@ func TestSilentNode(t *testing.T) {
 	}
 }
 
-func TestManyNodes(t *testing.T) {
+func TestEachNodeKeepsTheOrder(t *testing.T) {
 	daemons := map[string]*corev1.Pod{}
 	for i := range 100 {
 		daemons[fmt.Sprintf("node%03d", i)] = &corev1.Pod{}
@@ -425,7 +425,7 @@ func TestManyNodes(t *testing.T) {
 	}
 }
 
-func TestNames(t *testing.T) {
+func TestNamed(t *testing.T) {
 	for program, want := range map[string]bool{
 		"kubectl-probelet": true, "/usr/local/bin/kubectl-probelet": true, "kubectl-probelet.exe": true,
 		"kubectl_complete-probelet": true, "probeletctl": false, "kubectl-probeletd": false,

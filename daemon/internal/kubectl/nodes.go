@@ -17,10 +17,10 @@ import (
 	"github.com/probelet/probelet/daemon/internal/table"
 )
 
-// atOnce is how many nodes are asked at the same time: each costs the API server a connection.
+// atOnce limits how many nodes are asked at the same time, because each takes a connection of the API server.
 const atOnce = 16
 
-// eachNode asks all daemons, some at a time. The order of answers is that of the nodes' names.
+// eachNode asks all daemons, a few at a time. The answers are in the order of the nodes' names.
 func eachNode[T any](daemons map[string]*corev1.Pod, ask func(node string, daemon *corev1.Pod) T) []T {
 	names := slices.Sorted(maps.Keys(daemons))
 	answers := make([]T, len(names))
@@ -37,7 +37,7 @@ func eachNode[T any](daemons map[string]*corev1.Pod, ask func(node string, daemo
 	return answers
 }
 
-// chosen returns the daemons that are to be asked.
+// chosen returns the daemons to ask.
 func (s *session) chosen(ctx context.Context) (*cluster, map[string]*corev1.Pod, error) {
 	c, err := s.connect()
 	if err != nil {
@@ -47,15 +47,15 @@ func (s *session) chosen(ctx context.Context) (*cluster, map[string]*corev1.Pod,
 	return c, daemons, err
 }
 
-const statusHelp = `Shows each node in a line: the daemon's version, whether probes can be answered and why not, how many pods are attached, and the
-share of probes that was answered in the kernel. Below are pods that should be attached and are not, and the nodes' sum.
+const statusHelp = `Shows a line per node: the daemon's version, whether probes can be answered and if not why, how many pods are attached, and the share
+of probes that was answered in the kernel. Below follow the pods that should be attached but are not, and the totals of all nodes.
 
 With --node it shows every attachment and endpoint of that node, as probeletctl status does there.`
 
-// Cluster is what status -o json prints.
+// Cluster is the output of status -o json.
 type Cluster struct {
 	Nodes []Node `json:"nodes"`
-	// Without are nodes that have no pod of the daemon.
+	// Without lists the nodes that have no pod of the daemon.
 	Without []string `json:"nodesWithout"`
 }
 
@@ -63,9 +63,9 @@ type Cluster struct {
 type Node struct {
 	Name  string `json:"name"`
 	Ready bool   `json:"ready"`
-	// Why says what keeps its probes from being answered, as far as that is known; empty if it is ready.
+	// Why says why the node is not ready, as far as that is known; empty if it is.
 	Why string `json:"why,omitempty"`
-	// Node is what its daemon says; null if it could not be asked.
+	// Node is the summary from its daemon; null if that could not be asked.
 	Node *status.Node `json:"node"`
 }
 
@@ -74,7 +74,7 @@ func (s *session) statusCommand() *cobra.Command {
 	var output *string
 	cmd := &cobra.Command{
 		Use:   "status",
-		Short: "Show the nodes, what they answer, and which pods are not attached",
+		Short: "Show the nodes, what they answer and which pods are not attached",
 		Long:  statusHelp,
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -89,8 +89,8 @@ func (s *session) statusCommand() *cobra.Command {
 		},
 	}
 	output = outputFlag(cmd, "table", "wide", "json")
-	s.nodeFlag(cmd, "the attachments of this `NODE`")
-	cmd.Flags().BoolVarP(&all, "all-namespaces", "A", false, "pods of all namespaces (the default)")
+	s.nodeFlag(cmd, "show the attachments of this `NODE`")
+	cmd.Flags().BoolVarP(&all, "all-namespaces", "A", false, "pods in all namespaces (the default)")
 	return cmd
 }
 
@@ -137,11 +137,11 @@ func (s *session) status(ctx context.Context, namespace, output string) error {
 	return nil
 }
 
-// ask asks one node.
+// ask asks the daemon of a node.
 func (s *session) ask(ctx context.Context, c *cluster, name string, daemon *corev1.Pod) Node {
 	n := Node{Name: name}
-	why, asked := trouble(daemon)
-	if n.Why = why; !asked {
+	why, reachable := trouble(daemon)
+	if n.Why = why; !reachable {
 		return n
 	}
 	ctx, cancel := s.patient(ctx)
@@ -159,7 +159,7 @@ func (s *session) ask(ctx context.Context, c *cluster, name string, daemon *core
 	return n
 }
 
-// only leaves the pods of a namespace; empty: all.
+// only keeps the pods of a namespace; an empty one keeps all.
 func (c *Cluster) only(namespace string) {
 	for _, n := range c.Nodes {
 		if n.Node != nil && namespace != "" {
@@ -189,7 +189,7 @@ func (c *Cluster) print(env environment, wide bool) error {
 	}
 	for _, name := range c.Without {
 		row := slices.Repeat([]string{table.Blank}, len(t.Header))
-		row[0], row[len(row)-1] = name, "no pod of the daemon is meant for it (taints, node selector)"
+		row[0], row[len(row)-1] = name, "the daemon has no pod there (taints, node selector)"
 		t.Rows = append(t.Rows, row)
 	}
 	width := env.width
@@ -214,7 +214,7 @@ func (n Node) row() []string {
 	return row
 }
 
-// summary names the pods that are not attached, and adds up the nodes.
+// summary lists the pods that are not attached, and adds up the nodes.
 func (c *Cluster) summary() *table.Text {
 	var text table.Text
 	var probes status.Probes
@@ -250,10 +250,10 @@ func (c *Cluster) summary() *table.Text {
 	return &text
 }
 
-const doctorHelp = `Has every node look at everything that probelet needs there, and say in words what to do about what is not well. Of all nodes
-it shows what is not as it should be, of one (--node) all.`
+const doctorHelp = `Checks everything that probelet needs on each node, and says what to do about what is wrong. It shows only what is not as it should
+be; with --node it shows all checks of one node.`
 
-// Examined is what doctor -o json prints, for each node.
+// Examined is the output of doctor -o json for one node.
 type Examined struct {
 	Node     string           `json:"node"`
 	Findings []status.Finding `json:"findings"`
@@ -263,7 +263,7 @@ func (s *session) doctorCommand() *cobra.Command {
 	var output *string
 	cmd := &cobra.Command{
 		Use:   "doctor",
-		Short: "Look at everything that probelet needs on the nodes, and say what to do",
+		Short: "Check what probelet needs on the nodes, and say what to do",
 		Long:  doctorHelp,
 		Args:  cobra.NoArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return s.doctor(cmd.Context(), *output) },
@@ -298,14 +298,14 @@ func (s *session) doctor(ctx context.Context, output string) error {
 	return err
 }
 
-// examine has one node looked at. A daemon that cannot be asked is a problem.
+// examine runs doctor on one node. A daemon that cannot be asked is a problem.
 func (s *session) examine(ctx context.Context, c *cluster, name string, daemon *corev1.Pod) Examined {
 	e := Examined{Node: name}
-	why, asked := trouble(daemon)
-	if !asked {
+	why, reachable := trouble(daemon)
+	if !reachable {
 		e.Findings = []status.Finding{{
 			Verdict: status.Problem, About: "pod", What: daemon.Namespace + "/" + daemon.Name + ": " + why,
-			Do: "kubectl logs, and describe; run probeletctl doctor on the node",
+			Do: "see kubectl logs and kubectl describe for the pod; run probeletctl doctor on the node",
 		}}
 		return e
 	}

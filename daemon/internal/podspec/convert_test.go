@@ -12,8 +12,8 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// sentByClient is the path that Go's client writes for a probe, its URL being made as the kubelet makes it. Empty if
-// nothing is sent, or something that does not end at the first space.
+// sentByClient returns the path that Go's client sends for a probe whose URL is made as the kubelet makes it. It is empty
+// if nothing is sent, or if the path does not end at the first space.
 func sentByClient(t *testing.T, path string) string {
 	t.Helper()
 	u, err := url.Parse(path)
@@ -55,7 +55,7 @@ func TestWirePath(t *testing.T) {
 		"//other/x":          "/x",
 		"http://other:1/x?y": "/x?y",
 		"/a:b":               "/a:b",
-		"/x?a b":             "", // sent as it is
+		"/x?a b":             "", // sent unchanged
 	} {
 		got, err := wirePath(path)
 		if got != want || (err == nil) != (want != "") {
@@ -67,8 +67,8 @@ func TestWirePath(t *testing.T) {
 	}
 	for _, path := range []string{
 		"a:b/c",          // an opaque URL without a host
-		"//user@other/x", // an Authorization header of its own
-		"/x?ü",           // sent as it is; the kernel side reads ASCII
+		"//user@other/x", // adds an Authorization header
+		"/x?ü",           // sent unchanged, but the kernel side reads ASCII
 	} {
 		if got, err := wirePath(path); err == nil {
 			t.Errorf("wirePath(%q) = %q, want an error", path, got)

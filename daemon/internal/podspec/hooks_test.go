@@ -12,7 +12,8 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// The headers of a hook are those that the kubelet's client sends (NewRequestForHTTPGetAction in its pkg/probe/http/request.go).
+// The headers of a hook are those that the kubelet's client sends (NewRequestForHTTPGetAction in its
+// pkg/probe/http/request.go).
 func TestHookHeaders(t *testing.T) {
 	got := make(chan http.Header, 1)
 	server := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { got <- r.Header }))
@@ -43,7 +44,7 @@ func TestHookHeaders(t *testing.T) {
 			want.Add(h.Name, h.Value)
 		}
 		sent := <-got
-		if agents := want["User-Agent"]; len(agents) > 1 { // net/http sends the first
+		if agents := want["User-Agent"]; len(agents) > 1 { // net/http sends only the first
 			want["User-Agent"] = agents[:1]
 		}
 		if !maps.EqualFunc(sent, want, slices.Equal) {

@@ -9,7 +9,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// Whatever a probe that dials another host sends, it may ask the endpoint if, and only if, that is the endpoint's request.
+// A probe that dials another host may ask the endpoint if, and only if, it sends the endpoint's request.
 func TestMayBeAskedBy(t *testing.T) {
 	ips := []netip.Addr{netip.MustParseAddr("10.0.0.7"), netip.MustParseAddr("fd00::7")}
 	headers := rapid.SliceOfNDistinct(rapid.SampledFrom([]Header{
@@ -43,12 +43,12 @@ func TestMayBeAskedBy(t *testing.T) {
 			asked++
 		}
 	})
-	if asked == 0 && !testing.Short() { // of the few cases of a short run, none may
-		t.Error("none asked the same")
+	if asked == 0 && !testing.Short() { // a short run draws too few cases to be sure of one
+		t.Error("no two probes asked the same")
 	}
 }
 
-// A connection says nothing of where it was sent.
+// A connection does not reveal which address it was made to.
 func TestMayBeAskedByTCP(t *testing.T) {
 	ips := []netip.Addr{netip.MustParseAddr("10.0.0.7")}
 	own := Spec{Container: "c", Type: Readiness, Kind: TCP, Port: 80}
@@ -73,17 +73,17 @@ func TestMayBeAskedByTCP(t *testing.T) {
 	}
 }
 
-// What is not known of a request may make it any.
-func TestMayBeAskedByTheUnknown(t *testing.T) {
+// If the request is unknown, it may be any request.
+func TestMayBeAskedByUnknownRequest(t *testing.T) {
 	own := Spec{Container: "c", Type: Readiness, Kind: HTTP, Port: 80, Path: "/"}
 	all, err := Endpoints(Pod{Probes: []Spec{own}}, Settings{}, Limits{Request: 1024, Records: 64})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !all[0].MayBeAskedBy(Spec{Kind: HTTP, Port: 80, Path: "/", Host: "web.example", Problem: "path holds credentials"}, nil) {
-		t.Error("the same path")
+	if !all[0].MayBeAskedBy(Spec{Kind: HTTP, Port: 80, Path: "/", Host: "web.example", Problem: "the path contains credentials"}, nil) {
+		t.Error("the same path: want true")
 	}
-	if all[0].MayBeAskedBy(Spec{Kind: HTTP, Port: 80, Path: "/x", Host: "web.example", Problem: "path holds credentials"}, nil) {
-		t.Error("another path")
+	if all[0].MayBeAskedBy(Spec{Kind: HTTP, Port: 80, Path: "/x", Host: "web.example", Problem: "the path contains credentials"}, nil) {
+		t.Error("another path: want false")
 	}
 }

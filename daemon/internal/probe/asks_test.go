@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// sentBy returns what a client sends for a request, by its own transport.
+// sentBy returns what a client sends for a request through its own transport.
 func sentBy(t *testing.T, transport *http.Transport, request *http.Request) Request {
 	t.Helper()
 	client, server := net.Pipe()
@@ -36,7 +36,7 @@ func sentBy(t *testing.T, transport *http.Transport, request *http.Request) Requ
 	return asked
 }
 
-// kubelet is how the kubelet probes, or calls a lifecycle hook (pkg/probe/http of Kubernetes).
+// kubelet describes a request of the kubelet's, for a probe or a lifecycle hook (pkg/probe/http of Kubernetes).
 type kubelet struct {
 	host, path, agent string
 	headers           []Header
@@ -71,7 +71,7 @@ func (k kubelet) asks(t *testing.T) Request {
 
 func TestAsks(t *testing.T) {
 	const own = "10.0.0.7:80"
-	// With these a probe and a hook ask the same but for Connection, if the hook does not set that.
+	// With these a probe and a hook ask the same, except for Connection, unless the hook sets that.
 	encoded := []Header{{"User-Agent", "me"}, {"Accept-Encoding", "identity"}}
 	a, b, host := Header{"X-Auth", "a"}, Header{"x-auth", "b"}, Header{"host", "h.example"}
 	for name, test := range map[string]struct {
@@ -79,31 +79,31 @@ func TestAsks(t *testing.T) {
 		sent    kubelet
 		asks    bool
 	}{
-		"the probe":                      {nil, kubelet{host: own}, true},
-		"of another version":             {nil, kubelet{host: own, agent: "kube-probe/1.99+"}, true},
-		"of another path":                {nil, kubelet{host: own, path: "/x?b"}, false},
-		"at another address":             {nil, kubelet{host: "[fd00::7]:80"}, false},
-		"at a name":                      {nil, kubelet{host: "h.example:80"}, false},
-		"with a header more":             {nil, kubelet{host: own, headers: []Header{a}}, false},
-		"with a header less":             {[]Header{a}, kubelet{host: own}, false},
-		"with headers":                   {[]Header{a, b}, kubelet{host: own, headers: []Header{a, b}}, true},
-		"with other values":              {[]Header{a}, kubelet{host: own, headers: []Header{b}}, false},
-		"with values in another order":   {[]Header{a, b}, kubelet{host: own, headers: []Header{b, a}}, false},
-		"with Host":                      {[]Header{host}, kubelet{host: own, headers: []Header{host}}, true},
-		"with Host, set by another only": {nil, kubelet{host: own, headers: []Header{host}}, false},
-		"with Connection":                {[]Header{{"Connection", "x"}}, kubelet{host: own, headers: []Header{{"Connection", "x"}}}, true},
-		"with Pragma":                    {[]Header{{"Pragma", "no-cache"}}, kubelet{host: own, headers: []Header{{"Pragma", "no-cache"}}}, true},
-		"with no Accept":                 {[]Header{{"Accept", ""}}, kubelet{host: own, headers: []Header{{"Accept", ""}}}, true},
-		"with Accept, where none is":     {[]Header{{"Accept", ""}}, kubelet{host: own}, false},
-		"with spaces":                    {[]Header{{"A", " x "}}, kubelet{host: own, headers: []Header{{"A", "x"}}}, true},
-		"its own User-Agent":             {[]Header{{"User-Agent", "me"}}, kubelet{host: own, headers: []Header{{"User-Agent", "me"}}}, true},
-		"another User-Agent":             {[]Header{{"User-Agent", "me"}}, kubelet{host: own}, false},
-		"a User-Agent, where none is":    {nil, kubelet{host: own, headers: []Header{{"User-Agent", "me"}}}, false},
-		"of somebody else":               {nil, kubelet{host: own, agent: "curl/8"}, false},
-		"a hook":                         {nil, kubelet{host: own, agent: "kube-lifecycle/1.37", hook: true}, false},
-		"a hook of its User-Agent":       {[]Header{{"User-Agent", "me"}}, kubelet{host: own, headers: []Header{{"User-Agent", "me"}}, hook: true}, false},
-		"a hook that is the same":        {encoded, kubelet{host: own, headers: append(encoded, Header{"Connection", "close"}), hook: true}, true},
-		"a hook like it":                 {nil, kubelet{host: own, headers: []Header{{"Connection", "close"}}, hook: true}, false},
+		"the probe":                         {nil, kubelet{host: own}, true},
+		"of another version":                {nil, kubelet{host: own, agent: "kube-probe/1.99+"}, true},
+		"of another path":                   {nil, kubelet{host: own, path: "/x?b"}, false},
+		"at another address":                {nil, kubelet{host: "[fd00::7]:80"}, false},
+		"at a name":                         {nil, kubelet{host: "h.example:80"}, false},
+		"with one header more":              {nil, kubelet{host: own, headers: []Header{a}}, false},
+		"with one header less":              {[]Header{a}, kubelet{host: own}, false},
+		"with headers":                      {[]Header{a, b}, kubelet{host: own, headers: []Header{a, b}}, true},
+		"with other values":                 {[]Header{a}, kubelet{host: own, headers: []Header{b}}, false},
+		"with values in another order":      {[]Header{a, b}, kubelet{host: own, headers: []Header{b, a}}, false},
+		"with Host":                         {[]Header{host}, kubelet{host: own, headers: []Header{host}}, true},
+		"with Host, set by another only":    {nil, kubelet{host: own, headers: []Header{host}}, false},
+		"with Connection":                   {[]Header{{"Connection", "x"}}, kubelet{host: own, headers: []Header{{"Connection", "x"}}}, true},
+		"with Pragma":                       {[]Header{{"Pragma", "no-cache"}}, kubelet{host: own, headers: []Header{{"Pragma", "no-cache"}}}, true},
+		"with no Accept":                    {[]Header{{"Accept", ""}}, kubelet{host: own, headers: []Header{{"Accept", ""}}}, true},
+		"with Accept, where there is none":  {[]Header{{"Accept", ""}}, kubelet{host: own}, false},
+		"with spaces":                       {[]Header{{"A", " x "}}, kubelet{host: own, headers: []Header{{"A", "x"}}}, true},
+		"its own User-Agent":                {[]Header{{"User-Agent", "me"}}, kubelet{host: own, headers: []Header{{"User-Agent", "me"}}}, true},
+		"another User-Agent":                {[]Header{{"User-Agent", "me"}}, kubelet{host: own}, false},
+		"a User-Agent, where there is none": {nil, kubelet{host: own, headers: []Header{{"User-Agent", "me"}}}, false},
+		"of another client":                 {nil, kubelet{host: own, agent: "curl/8"}, false},
+		"a hook":                            {nil, kubelet{host: own, agent: "kube-lifecycle/1.37", hook: true}, false},
+		"a hook of its User-Agent":          {[]Header{{"User-Agent", "me"}}, kubelet{host: own, headers: []Header{{"User-Agent", "me"}}, hook: true}, false},
+		"a hook that is the same":           {encoded, kubelet{host: own, headers: append(encoded, Header{"Connection", "close"}), hook: true}, true},
+		"a hook like it":                    {nil, kubelet{host: own, headers: []Header{{"Connection", "close"}}, hook: true}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if test.sent.path == "" {
@@ -138,8 +138,8 @@ func TestAsksWithoutAddress(t *testing.T) {
 	}
 }
 
-// A pod with two addresses may be asked the same at the other one, if the request does not say which. Without any, who
-// knows.
+// Another pod's probe may ask the same of the pod's second address, unless the request says which address it is for.
+// Without any known address, that is unknown.
 func TestHostHeader(t *testing.T) {
 	own, other := netip.MustParseAddr("10.0.0.7"), netip.MustParseAddr("fd00::7")
 	set := with(httpProbe(Readiness, "/x"), func(s *Spec) { s.Headers = []Header{{"host", "x"}} })
@@ -164,13 +164,13 @@ func TestHostHeader(t *testing.T) {
 	likeOwn := with(httpProbe(Liveness, "/x"), func(s *Spec) { s.Host, s.Headers = "fd00::7", []Header{{"Host", "10.0.0.7:80"}} })
 	for _, s := range endpoints(t, httpProbe(Readiness, "/x"), likeOwn) {
 		if s.Host == "" && s.Reason.Text == "" {
-			t.Errorf("answered, and so is %s, which is said not to be", likeOwn.Asker())
+			t.Errorf("answered, which would also answer %s", likeOwn.Asker())
 		}
 	}
 }
 
-// Probes for which the kubelet sends the same are one endpoint, whatever their specs say; others are two. The rest of what
-// net/http makes of headers is held against the kubelet's own code (TestSameBytesAreOneEndpoint in daemon/differential).
+// Probes with the same request are one endpoint, whatever their specs say; others are two. TestSameBytesAreOneEndpoint in
+// daemon/differential checks the rest of what net/http does to headers, against the kubelet's own code.
 func TestOneEndpointForOneRequest(t *testing.T) {
 	h := func(namesAndValues ...string) (all []Header) {
 		for i := 0; i < len(namesAndValues); i += 2 {
@@ -184,32 +184,32 @@ func TestOneEndpointForOneRequest(t *testing.T) {
 		a, b []Header
 		same bool
 	}{
-		"Accept as it is anyway":               {own, nil, h("Accept", "*/*"), true},
-		"Accept as it is anyway, beside":       {own, h("A", "1"), h("A", "1", "accept", "*/*"), true},
-		"another Accept":                       {own, nil, h("Accept", "text/html"), false},
-		"no Accept":                            {own, nil, h("Accept", ""), false},
-		"an Accept of blanks":                  {own, h("Accept", " "), h("Accept", ""), false},
-		"the kubelet's own agent":              {own, nil, h("User-Agent", "kube-probe/1.37"), true},
-		"perhaps the kubelet's own agent":      {own, nil, h("User-Agent", "kube-probe/1.30"), true},
-		"another agent":                        {own, nil, h("User-Agent", "kube-probe"), false},
-		"no agent":                             {own, nil, h("User-Agent", ""), false},
-		"no agent, no Accept":                  {own, h("Accept", ""), h("User-Agent", ""), false},
-		"the connection closes":                {own, nil, h("Connection", "close"), true},
-		"the connection is kept":               {own, nil, h("Connection", "keep-alive"), false},
-		"what is not sent":                     {own, nil, h("Content-Length", "7", "Trailer", "x", "Transfer-Encoding", "chunked"), true},
-		"Host as it is anyway":                 {own, nil, h("Host", "10.0.0.7:80"), true},
-		"Host, empty":                          {own, nil, h("Host", ""), true},
-		"another Host":                         {own, nil, h("Host", "10.0.0.7"), false},
-		"only one Host counts":                 {own, h("Host", "x", "Host", "y"), h("Host", "x"), true},
-		"perhaps Host as it is anyway":         {nil, nil, h("Host", "10.0.0.7:80"), true},
-		"Host of another port":                 {nil, nil, h("Host", "10.0.0.7:81"), false},
-		"Host, a name, where no address known": {nil, nil, h("Host", "pod:80"), false},
-		"order and case of names":              {own, h("a", "1", "B", "2"), h("b", "2", "A", "1"), true},
-		"blanks around values":                 {own, h("A", "1"), h("A", " 1 "), true},
-		"another value":                        {own, h("A", "1"), h("A", "2"), false},
-		"another name":                         {own, h("A", "1"), h("B", "1"), false},
-		"one more":                             {own, h("A", "1"), h("A", "1", "A", "1"), false},
-		"order of values":                      {own, h("A", "1", "A", "2"), h("A", "2", "A", "1"), false},
+		"Accept as it is anyway":           {own, nil, h("Accept", "*/*"), true},
+		"Accept as it is anyway, beside":   {own, h("A", "1"), h("A", "1", "accept", "*/*"), true},
+		"another Accept":                   {own, nil, h("Accept", "text/html"), false},
+		"no Accept":                        {own, nil, h("Accept", ""), false},
+		"an Accept of blanks":              {own, h("Accept", " "), h("Accept", ""), false},
+		"the kubelet's own agent":          {own, nil, h("User-Agent", "kube-probe/1.37"), true},
+		"perhaps the kubelet's own agent":  {own, nil, h("User-Agent", "kube-probe/1.30"), true},
+		"another agent":                    {own, nil, h("User-Agent", "kube-probe"), false},
+		"no agent":                         {own, nil, h("User-Agent", ""), false},
+		"no agent, no Accept":              {own, h("Accept", ""), h("User-Agent", ""), false},
+		"the connection closes":            {own, nil, h("Connection", "close"), true},
+		"the connection is kept":           {own, nil, h("Connection", "keep-alive"), false},
+		"headers that are not sent":        {own, nil, h("Content-Length", "7", "Trailer", "x", "Transfer-Encoding", "chunked"), true},
+		"Host as it is anyway":             {own, nil, h("Host", "10.0.0.7:80"), true},
+		"Host, empty":                      {own, nil, h("Host", ""), true},
+		"another Host":                     {own, nil, h("Host", "10.0.0.7"), false},
+		"only one Host counts":             {own, h("Host", "x", "Host", "y"), h("Host", "x"), true},
+		"perhaps Host as it is anyway":     {nil, nil, h("Host", "10.0.0.7:80"), true},
+		"Host of another port":             {nil, nil, h("Host", "10.0.0.7:81"), false},
+		"Host is a name, no address known": {nil, nil, h("Host", "pod:80"), false},
+		"order and case of names":          {own, h("a", "1", "B", "2"), h("b", "2", "A", "1"), true},
+		"blanks around values":             {own, h("A", "1"), h("A", " 1 "), true},
+		"another value":                    {own, h("A", "1"), h("A", "2"), false},
+		"another name":                     {own, h("A", "1"), h("B", "1"), false},
+		"one more":                         {own, h("A", "1"), h("A", "1", "A", "1"), false},
+		"order of values":                  {own, h("A", "1", "A", "2"), h("A", "2", "A", "1"), false},
 	} {
 		probes := []Spec{httpProbe(Liveness, "/x"), httpProbe(Readiness, "/x")}
 		probes[0].Headers, probes[1].Headers = test.a, test.b
@@ -224,14 +224,14 @@ func TestOneEndpointForOneRequest(t *testing.T) {
 			}
 			for j, other := range specs {
 				if s.Asks(other.question.Request) != (i == j) {
-					t.Errorf("%s: %s and %s are not told apart", name, s.Endpoint, other.Endpoint)
+					t.Errorf("%s: %s and %s are not distinguished", name, s.Endpoint, other.Endpoint)
 				}
 			}
 		}
 	}
 }
 
-// Where it cannot be told which of two probes a request was of, as many successes are needed as make sure.
+// If it is unknown which of two probes sent a request, enough successes are needed to be sure for both.
 func TestTwinsCountTogether(t *testing.T) {
 	for name, header := range map[string]Header{
 		"Accept": {"Accept", "*/*"}, "Host": {"Host", "10.0.0.7:80"}, "User-Agent": {"User-Agent", "kube-probe/1.37"},
@@ -257,7 +257,7 @@ func TestTwinsCountTogether(t *testing.T) {
 	}
 }
 
-// What net/http refuses to send is never asked.
+// A request that net/http refuses to send is never seen.
 func TestNotSent(t *testing.T) {
 	for name, header := range map[string]Header{
 		"line": {"A", "1\n2"}, "control character": {"A", "\x01"},

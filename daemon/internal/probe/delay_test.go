@@ -45,7 +45,7 @@ func TestDelays(t *testing.T) {
 				t.Errorf("plain %s, with probelet %s; want %ds, %ds", d.Plain, d.Probelet, test.plain, test.probelet)
 			}
 			if d := delays[0]; (d.Answered != d.Probelet) != (name == "observed only") || d.Answered < d.Probelet {
-				t.Errorf("with probelet %s, where it answers %s", d.Probelet, d.Answered)
+				t.Errorf("with probelet %s, if answered %s", d.Probelet, d.Answered)
 			}
 		})
 	}

@@ -11,7 +11,7 @@ import (
 
 var limits = Limits{Request: 1024, Records: 64}
 
-// httpProbe is an ordinary HTTP probe of port 80.
+// httpProbe returns an ordinary HTTP probe of port 80.
 func httpProbe(probeType Type, path string) Spec {
 	return Spec{
 		Container: "c", Type: probeType, Kind: HTTP, Port: 80, Path: path,
@@ -25,7 +25,7 @@ func tcpProbe(probeType Type) Spec {
 	return s
 }
 
-// with returns the probe, changed.
+// with returns the probe with changes.
 func with(s Spec, changes ...func(*Spec)) Spec {
 	for _, change := range changes {
 		change(&s)
@@ -65,8 +65,8 @@ func TestSharedEndpoint(t *testing.T) {
 	}
 }
 
-// Beside each probe are two ordinary ones of port 80, by HTTP and by TCP. They are answered, except where that would
-// answer the other probe too.
+// Beside each probe there are two ordinary ones of port 80, over HTTP and TCP. They are answered, unless that would also
+// answer the other probe.
 func TestReasons(t *testing.T) {
 	header := func(name, value string) func(*Spec) {
 		return func(s *Spec) { s.Headers = append(s.Headers, Header{name, value}) }
@@ -75,7 +75,7 @@ func TestReasons(t *testing.T) {
 	get, ordinary, same := httpProbe(Liveness, "/other"), httpProbe(Readiness, "/ordinary"), httpProbe(Liveness, "/ordinary")
 	for name, test := range map[string]struct {
 		probe    Spec
-		reason   string // of that probe; empty: it is answered
+		reason   string // of that probe; empty if it is answered
 		observed bool
 		closes   bool // the ordinary HTTP probe beside it is not answered either
 	}{
@@ -94,7 +94,7 @@ func TestReasons(t *testing.T) {
 		"headers":          {with(get, header("X-A", "1")), "", true, false},
 		"Connection":       {with(get, header("connection", "upgrade")), "", true, false},
 		"long request":     {with(get, header("X-A", strings.Repeat("x", 1000))), "at most 1024", true, false},
-		"too long a path":  {with(get, func(s *Spec) { s.Path = "/" + strings.Repeat("x", 1000) }), "at most 1024", true, false},
+		"path too long":    {with(get, func(s *Spec) { s.Path = "/" + strings.Repeat("x", 1000) }), "at most 1024", true, false},
 		"never sent":       {with(get, func(s *Spec) { s.Path = "/\x7f" }), "cannot be sent", false, false},
 		"startup":          {with(get, func(s *Spec) { s.Type = Startup }), "only startup probes", true, false},
 		"startup by HTTPS": {with(get, func(s *Spec) { s.Type, s.Kind = Startup, HTTPS }), "HTTPS", false, false},
@@ -114,8 +114,8 @@ func TestReasons(t *testing.T) {
 		"TCP elsewhere":                          {with(tcpProbe(Liveness), at("10.9.9.9")), "10.9.9.9", false, false},
 		"TCP at a name, another port":            {with(tcpProbe(Liveness), at("h.example"), func(s *Spec) { s.Port = 81 }), "h.example", false, false},
 		"TCP at a name, startup":                 {with(tcpProbe(Startup), at("h.example")), "h.example", false, true},
-		"TCP, startup beside an ordinary":        {tcpProbe(Startup), "", true, false},
-		"HTTP, startup beside an ordinary":       {with(same, func(s *Spec) { s.Type = Startup }), "", true, false},
+		"TCP, startup beside an ordinary one":    {tcpProbe(Startup), "", true, false},
+		"HTTP, startup beside an ordinary one":   {with(same, func(s *Spec) { s.Type = Startup }), "", true, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			specs := endpoints(t, ordinary, tcpProbe(Readiness), test.probe)
@@ -155,7 +155,7 @@ func TestPodNotAnswered(t *testing.T) {
 	}
 }
 
-// Whoever reads why a probe is not answered is to learn which other one is to blame.
+// The reason why a probe is not answered names the other probe that is responsible.
 func TestReasonNamesTheOther(t *testing.T) {
 	tcp := with(tcpProbe(Liveness), func(s *Spec) { s.Host, s.Container = "fd00::7", "sidecar" })
 	for _, s := range endpoints(t, httpProbe(Readiness, "/x"), tcp) {
@@ -170,8 +170,8 @@ func TestReasonNamesTheOther(t *testing.T) {
 	}
 }
 
-// Startup probes end with their success: their period says nothing of the probes that go on, nor do they add more than one
-// success to a row. Their timeout counts, as long as it is not known whose a success is.
+// Startup probes end with their success: their period does not matter to the probes that go on, and they add no more than
+// one success to a row. Their timeout matters, as long as it is unknown which probe succeeded.
 func TestStartupBesideOthers(t *testing.T) {
 	every := func(probeType Type, period, timeout time.Duration, successes int) Spec {
 		return with(httpProbe(probeType, "/x"), func(s *Spec) {
@@ -208,10 +208,10 @@ func TestStartupBesideOthers(t *testing.T) {
 		if test.staleness != 0 && s.Staleness != test.staleness*time.Second {
 			t.Errorf("%s: staleness %s, want %d s", name, s.Staleness, test.staleness)
 		}
-		// What is stated of a startup probe allows for the staleness of the others.
+		// The bound stated for a startup probe includes the staleness, which depends on the other probes.
 		for _, d := range s.Delays() {
 			if test.staleness != 0 && d.Probelet != d.Plain+s.Staleness {
-				t.Errorf("%s: %s is detected within %s, plain %s, staleness %s", name, d.Asker, d.Probelet, d.Plain, s.Staleness)
+				t.Errorf("%s: %s is detected within %s; plain %s, staleness %s", name, d.Asker, d.Probelet, d.Plain, s.Staleness)
 			}
 		}
 	}
@@ -231,11 +231,11 @@ func TestStartupDoesNotHastenRefresh(t *testing.T) {
 
 func TestTooManyEndpoints(t *testing.T) {
 	pod := Pod{}
-	for i := range limits.Records - 1 { // and one for their port
+	for i := range limits.Records - 1 { // one record is for their port
 		pod.Probes = append(pod.Probes, httpProbe(Liveness, "/"+strconv.Itoa(i)))
 	}
 	if _, err := Endpoints(pod, NewDefaults().Settings(nil), limits); err != nil {
-		t.Errorf("as many as fit: %v", err)
+		t.Errorf("at the limit: %v", err)
 	}
 	pod.Probes = append(pod.Probes, httpProbe(Liveness, "/more"))
 	specs, err := Endpoints(pod, NewDefaults().Settings(nil), limits)
@@ -244,7 +244,7 @@ func TestTooManyEndpoints(t *testing.T) {
 	}
 	for _, s := range specs {
 		if s.Observed || s.Reason.Text == "" {
-			t.Errorf("answered all the same: %+v", s)
+			t.Errorf("still answered: %+v", s)
 		}
 	}
 	pod.Probes[0].Kind, pod.Probes[0].Path = Exec, "" // needs no record

@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// estimate returns an estimator of the probes, in mode observe.
+// estimate returns an estimator for the probes, in mode observe.
 func estimate(t *testing.T, limits Limits, probes ...Spec) *Estimator {
 	t.Helper()
 	settings := NewDefaults().Settings(map[string]string{AnnotationMode: "observe"})
@@ -79,13 +79,13 @@ func TestEstimate(t *testing.T) {
 				t.Errorf("got %+v, want %+v", got, test.want)
 			}
 			if judged.Answered != got.Answered {
-				t.Errorf("said of %d that they would be answered, counted %d", judged.Answered, got.Answered)
+				t.Errorf("judged %d as answered, counted %d", judged.Answered, got.Answered)
 			}
 		})
 	}
 }
 
-func TestEstimatesGoWithTheirEndpoints(t *testing.T) {
+func TestEstimatesEndWithTheirEndpoints(t *testing.T) {
 	m := estimate(t, limits, httpProbe(Readiness, "/x"))
 	m.Observe(after(10, x, Answered, 200), 0, 0)
 	if got := m.Estimates()[x].Passed[WhyUnknown]; got != 1 {
@@ -93,6 +93,6 @@ func TestEstimatesGoWithTheirEndpoints(t *testing.T) {
 	}
 	m.SetEndpoints(nil, 1020*second)
 	if got := m.Estimates(); len(got) != 0 {
-		t.Errorf("left: %+v", got)
+		t.Errorf("still there: %+v", got)
 	}
 }

@@ -25,19 +25,19 @@ func TestEveryKindHasARow(t *testing.T) {
 	declared := constants(t)
 	names := slices.Sorted(maps.Values(declared))
 	if all := slices.Sorted(slices.Values(Kinds())); !slices.Equal(all, names) {
-		t.Errorf("the table has %q, declared are %q", all, names)
+		t.Errorf("the table has %q, but the constants are %q", all, names)
 	}
 	for _, k := range kinds {
 		if observable := k.keying != NotKeyed; observable != (k.success != 0) {
 			t.Errorf("%s: keying %d, success %d: an observable kind has both", k.name, k.keying, k.success)
 		}
 	}
-	if Kind("").Observable() || Kind("of tomorrow").Observable() {
-		t.Error("what is not in the table is observable")
+	if Kind("").Observable() || Kind("unknown").Observable() {
+		t.Error("a kind that is not in the table is observable")
 	}
 }
 
-// What the table says of a kind holds for its probes.
+// Probes of each kind behave as the table says.
 func TestKinds(t *testing.T) {
 	for _, k := range Kinds() {
 		t.Run(string(k), func(t *testing.T) {
@@ -59,22 +59,22 @@ func TestKinds(t *testing.T) {
 				Port: e.Port, Kind: k, Request: asked("/x"), Question: Question{1, 2}, Event: k.row().success, Status: 200, ObservedAt: 1010 * second,
 			}
 			if tracker.Observe(outcome); tracker.Evidence()[e.Endpoint].Result != Success || tracker.Gates()[e.Port] == (Gate{}) {
-				t.Errorf("a success is not known: %+v", tracker.Evidence())
+				t.Errorf("a success is not recorded: %+v", tracker.Evidence())
 			}
 			if _, decides := tracker.decider(e.Port); decides != (k.Keying() == KeyedByPort) {
-				t.Errorf("it alone decides about its port: %t", decides)
+				t.Errorf("it decides alone on its port: %t", decides)
 			}
 		})
 	}
 }
 
-// Whatever names a kind is a place that a new kind has to be brought to. All others ask the table.
+// A new kind has to be added wherever kinds are named. Everything else asks the table.
 func TestWhereKindsAreNamed(t *testing.T) {
 	want := []string{
 		"internal/estimate/constants.go", // what a probe costs
 		"internal/evidence/exchange.go",  // from what was recorded
 		"internal/podspec/convert.go",    // from the pod's spec
-		"internal/simulate",              // its scenarios, and their model of the kernel side
+		"internal/simulate",              // its scenarios, and its model of the kernel side
 		"internal/store/store.go",        // to the kernel side's constants
 	}
 	kinds := slices.Collect(maps.Keys(constants(t)))
@@ -94,7 +94,7 @@ func TestWhereKindsAreNamed(t *testing.T) {
 	}
 }
 
-// constants returns the constants of type Kind that this package declares.
+// constants returns the constants of type Kind declared in this package.
 func constants(t *testing.T) map[string]Kind {
 	t.Helper()
 	all := map[string]Kind{}
@@ -120,7 +120,7 @@ func constants(t *testing.T) map[string]Kind {
 	return all
 }
 
-// goFiles parses the files below a folder, without tests.
+// goFiles parses the Go files below a folder, except tests.
 func goFiles(t *testing.T, folder string) map[string]*ast.File {
 	t.Helper()
 	files := map[string]*ast.File{}
@@ -141,7 +141,7 @@ func goFiles(t *testing.T, folder string) map[string]*ast.File {
 	return files
 }
 
-// names reports whether a file of another package names one of the kinds.
+// names reports whether a file of another package refers to one of the kinds.
 func names(file *ast.File, kinds []string) (found bool) {
 	ast.Inspect(file, func(n ast.Node) bool {
 		if s, ok := n.(*ast.SelectorExpr); ok && slices.Contains(kinds, s.Sel.Name) {

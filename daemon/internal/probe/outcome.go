@@ -74,7 +74,7 @@ func (r Result) String() string { return [...]string{"unknown", "success", "fail
 // of the timeout is not trusted.
 func (s EndpointSpec) late(o Outcome) bool { return o.Duration >= s.Timeout-s.Timeout/10 }
 
-// judge returns the kubelet's verdict on an outcome that affects the endpoint. An outcome that is not conclusive is to be
+// judge returns the kubelet's verdict on an outcome that affects the endpoint. An outcome that is not conclusive must be
 // ignored.
 func (s EndpointSpec) judge(o Outcome) (result Result, conclusive bool) {
 	switch o.Event {

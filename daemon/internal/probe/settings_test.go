@@ -77,7 +77,7 @@ func TestStalenessOf(t *testing.T) {
 	}
 }
 
-// set are defaults of a node that says something; 0: nothing.
+// set returns the defaults of a node with these settings; 0 leaves one unset.
 func set(staleness, ceiling Staleness) Defaults {
 	d := NewDefaults()
 	if d.StalenessSet = staleness != 0; d.StalenessSet {
@@ -89,7 +89,8 @@ func set(staleness, ceiling Staleness) Defaults {
 	return d
 }
 
-// A TCP probe's success is believed for as long as the listening socket may be asked instead, unless less is wanted.
+// A TCP probe's success stays valid for as long as checks of the listening socket may stand in for it, unless less is
+// configured.
 func TestLiveStaleness(t *testing.T) {
 	live := limits
 	live.Live = 9
@@ -129,10 +130,10 @@ func TestSettings(t *testing.T) {
 	for name, test := range map[string]struct {
 		node        Defaults
 		annotations texts
-		want        string // mode, its origin, staleness, its origin
+		want        string // mode and its origin, staleness and its origin
 		problem     []string
 	}{
-		"nothing said":         {NewDefaults(), nil, "answer default 1 default", nil},
+		"no settings":          {NewDefaults(), nil, "answer default 1 default", nil},
 		"of others":            {NewDefaults(), texts{"other/mode": "off"}, "answer default 1 default", nil},
 		"annotations":          {NewDefaults(), texts{staleness: "0.5", mode: "off"}, "off annotation 0.5 annotation", nil},
 		"node":                 {cautious, nil, "observe node 0.5 node", nil},
@@ -168,12 +169,12 @@ func TestSettings(t *testing.T) {
 	}
 }
 
-// What settings make of an ordinary endpoint, and of one that is never answered.
+// Settings apply to an ordinary endpoint, and to one that is never answered.
 func TestSettingsApply(t *testing.T) {
 	for name, test := range map[string]struct {
 		annotations map[string]string
 		ceiling     Staleness
-		reason      string // of the ordinary one; the other's own comes first, but in mode off
+		reason      string // of the ordinary endpoint; the other one keeps its own reason, except in mode off
 		staleness   time.Duration
 		observed    bool
 		capped      bool
@@ -209,7 +210,7 @@ func TestSettingsApply(t *testing.T) {
 	}
 }
 
-// Evidence is not prolonged by settings, and comes back only with a new success.
+// Settings do not prolong evidence, and if they end it, only a new success restores it.
 func TestSettingsChange(t *testing.T) {
 	set := func(tracker *Tracker, annotations map[string]string) {
 		specs, err := Endpoints(Pod{Probes: []Spec{httpProbe(Readiness, "/x")}}, NewDefaults().Settings(annotations), limits)
@@ -220,7 +221,7 @@ func TestSettingsChange(t *testing.T) {
 	}
 	for name, test := range map[string]struct {
 		annotations map[string]string
-		fresh, back uint64 // until when, with the annotations, and without them again
+		fresh, back uint64 // until when with the annotations, and after removing them again
 	}{
 		"longer":  {map[string]string{AnnotationStaleness: "5"}, 1021 * second, 1021 * second},
 		"shorter": {map[string]string{AnnotationStaleness: "0.5"}, 1016 * second, 1016 * second},
@@ -246,14 +247,14 @@ func TestSettingsChange(t *testing.T) {
 	}
 }
 
-// Annotations ask for refresh only where the node lets them; they may do without it anywhere.
+// Annotations may turn refresh on only where the node allows it; they may always turn it off.
 func TestRefreshByAnnotation(t *testing.T) {
 	every := func(interval time.Duration) Refresh { return Refresh{true, interval} }
 	for name, test := range map[string]struct {
 		node    Refresh
 		allowed bool
 		asked   string
-		want    time.Duration // 0: off
+		want    time.Duration // 0 if off
 		off     string
 	}{
 		"allowed":            {Refresh{}, true, "true", 10 * time.Second, ""},
@@ -285,7 +286,7 @@ func TestRefreshByAnnotation(t *testing.T) {
 	}
 }
 
-// Refresh that cannot work is said to be off, and why.
+// Refresh that cannot work is reported as off, with the reason.
 func TestRefreshOff(t *testing.T) {
 	live := limits
 	live.Live = 9
@@ -295,11 +296,11 @@ func TestRefreshOff(t *testing.T) {
 		probe       Spec
 		limits      Limits
 		annotations map[string]string
-		off         string // empty: it is on
+		off         string // empty if it is on
 	}{
 		"on":               {known, httpProbe(Readiness, "/x"), live, nil, ""},
 		"TCP":              {known, tcpProbe(Readiness), limits, nil, ""},
-		"TCP, looked at":   {known, tcpProbe(Readiness), live, nil, "the listening socket itself"},
+		"TCP, checked":     {known, tcpProbe(Readiness), live, nil, "the listening socket itself"},
 		"no address":       {nil, httpProbe(Readiness, "/x"), live, nil, "do not give the pod's address"},
 		"never answered":   {known, httpProbe(Startup, "/x"), live, nil, "not answered"},
 		"not observed":     {known, with(httpProbe(Liveness, "/x"), func(s *Spec) { s.Kind = HTTPS }), live, nil, "not answered"},

@@ -16,19 +16,19 @@ const second = uint64(time.Second)
 
 var x = Endpoint{Port: 80, Kind: HTTP, Path: "/x"}
 
-// track returns a tracker of the probes, at 1000 s.
+// track returns a tracker of the probes, set up at 1000 s.
 func track(t testing.TB, probes ...Spec) *Tracker {
 	tracker := NewTracker()
 	tracker.SetEndpoints(endpoints(t, probes...), 1000*second)
 	return tracker
 }
 
-// after is an outcome, seen that many seconds later, which took no time.
+// after returns an outcome observed that many seconds later, with a duration of 0.
 func after(seconds uint64, e Endpoint, event Event, status int) Outcome {
 	return about(e, Outcome{Event: event, Status: status, ObservedAt: (1000 + seconds) * second})
 }
 
-// about makes an outcome one of the endpoint's, or of the port's if that has no kind.
+// about assigns an outcome to the endpoint, or to its port if the endpoint has no kind.
 func about(e Endpoint, o Outcome) Outcome {
 	o.Port, o.Kind = e.Port, e.Kind
 	if e.Kind == HTTP {
@@ -37,7 +37,7 @@ func about(e Endpoint, o Outcome) Outcome {
 	return o
 }
 
-// asked is the kubelet's request of a path.
+// asked returns the kubelet's request for a path.
 func asked(path string) Request {
 	return Request{Path: path, Host: "10.0.0.7:80", Header: http.Header{
 		"User-Agent": {"kube-probe/1.37"}, "Accept": {"*/*"}, "Connection": {"close"},
@@ -64,7 +64,7 @@ func TestJudgement(t *testing.T) {
 		}
 		return e
 	}
-	askedFor := func(d time.Duration) Evidence { // a success dates from when it was asked for
+	askedFor := func(d time.Duration) Evidence { // a success dates from when it was requested
 		return known(Success, 200, 1010*second-uint64(d), 1021*second-uint64(d))
 	}
 	for name, test := range map[string]struct {
@@ -118,13 +118,13 @@ func TestJudgement(t *testing.T) {
 	}
 }
 
-// An answer of any status shows that a connection to the port was accepted, and so prolongs what a TCP probe found, where the
-// listening socket is looked at as well. It arms nothing, and nothing else prolongs.
+// A response of any status shows that a connection to the port was accepted, and so prolongs a TCP probe's success if the
+// listening socket is checked as well. It arms nothing, and no other outcome prolongs.
 func TestAnswersProlongTCP(t *testing.T) {
 	tcp := Endpoint{Port: 80, Kind: TCP}
 	connected := after(5, tcp, Connected, 0)
 	of := func(seconds, live uint64) Evidence {
-		bound := (live+1)*10*second + second // periods and the slack
+		bound := (live+1)*10*second + second // the periods and the slack
 		return known(Success, 0, (1000+seconds)*second, (1000+seconds)*second+bound)
 	}
 	for name, test := range map[string]struct {
@@ -135,7 +135,7 @@ func TestAnswersProlongTCP(t *testing.T) {
 	}{
 		"a success":             {9, 1, []Outcome{connected, after(10, x, Answered, 200)}, of(10, 9)},
 		"an error":              {9, 1, []Outcome{connected, after(10, x, Answered, 503)}, of(10, 9)},
-		"without a look":        {0, 1, []Outcome{connected, after(10, x, Answered, 200)}, of(5, 0)},
+		"without checks":        {0, 1, []Outcome{connected, after(10, x, Answered, 200)}, of(5, 0)},
 		"nothing known":         {9, 1, []Outcome{after(10, x, Answered, 200)}, Evidence{}},
 		"after a failure":       {9, 1, []Outcome{connected, after(7, tcp, Reset, 0), after(10, x, Answered, 200)}, known(Failure, 0, 1007*second, 0)},
 		"no success of its own": {9, 2, []Outcome{connected, after(10, x, Answered, 200)}, known(Success, 0, 1005*second, 0)},
@@ -164,7 +164,7 @@ func TestAnswersProlongTCP(t *testing.T) {
 	}
 }
 
-// The smallest timeout counts: which of the probes it was is not known.
+// The smallest timeout counts, because it is unknown which of the probes it was.
 func TestSharedTimeout(t *testing.T) {
 	tracker := track(t, httpProbe(Readiness, "/x"), with(httpProbe(Liveness, "/x"), func(s *Spec) { s.Timeout = time.Minute }))
 	tracker.Observe(took(2*time.Second, after(10, x, Answered, 200)))
@@ -202,12 +202,12 @@ func TestGate(t *testing.T) {
 		"startup probes only":      {[]Spec{startup, startupTCP}, []Outcome{after(10, y, Answered, 200), after(10, tcp, Connected, 0)}, closed},
 		"beside HTTPS":             {[]Spec{both[0], with(https, func(s *Spec) { s.Type = Liveness })}, []Outcome{good}, ofX},
 		"TCP unknown":              {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{good}, closed},
-		"TCP alone known":          {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{after(12, tcp, Connected, 0)}, Gate{1012 * second, 1023 * second}},
+		"only TCP known":           {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{after(12, tcp, Connected, 0)}, Gate{1012 * second, 1023 * second}},
 		"TCP older":                {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{after(5, tcp, Connected, 0), good}, Gate{1005 * second, 1016 * second}},
 		"TCP too late":             {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{good, took(time.Second, after(12, tcp, Connected, 0))}, closed},
 		"TCP, HTTP failed":         {[]Spec{both[0], tcpProbe(Liveness)}, []Outcome{after(5, tcp, Connected, 0), after(10, x, Answered, 500)}, Gate{1005 * second, 1016 * second}},
 		"TCP at another address":   {[]Spec{both[0], with(tcpProbe(Liveness), func(s *Spec) { s.Host = "fd00::7" })}, []Outcome{good}, closed},
-		"TCP for two types":        {[]Spec{both[0], startupTCP, with(tcpProbe(Liveness), func(s *Spec) { s.Container = "d" })}, []Outcome{good}, closed},
+		"TCP of two types":         {[]Spec{both[0], startupTCP, with(tcpProbe(Liveness), func(s *Spec) { s.Container = "d" })}, []Outcome{good}, closed},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tracker := track(t, test.probes...)
@@ -226,10 +226,10 @@ func TestGatesOfEachPort(t *testing.T) {
 		with(tcpProbe(Liveness), func(s *Spec) { s.Container, s.Port, s.Host = "d", 82, "h" }))
 	tracker.Observe(after(10, x, Answered, 200))
 	if ports := slices.Sorted(maps.Keys(tracker.Gates())); !slices.Equal(ports, []uint16{80, 81}) {
-		t.Errorf("gates of %v, want those of 80 and 81", ports)
+		t.Errorf("gates for ports %v, want 80 and 81", ports)
 	}
 	if gate := tracker.Gates()[81]; gate != (Gate{}) {
-		t.Errorf("what port 80 answers opens port 81: %+v", gate)
+		t.Errorf("a success on port 80 opens port 81: %+v", gate)
 	}
 }
 
@@ -261,7 +261,7 @@ func TestSetEndpoints(t *testing.T) {
 	}
 }
 
-// Probes of one path that differ in their headers each count for themselves.
+// Probes of one path with different headers count separately.
 func TestHeadersAreAnotherEndpoint(t *testing.T) {
 	header := []Header{{"A", "1"}}
 	tracker := track(t, httpProbe(Readiness, "/x"), with(httpProbe(Liveness, "/x"), func(s *Spec) { s.Headers = header }))
@@ -278,7 +278,7 @@ func TestHeadersAreAnotherEndpoint(t *testing.T) {
 	}
 }
 
-// Evidence is about the bytes that were last asked.
+// Evidence belongs to the bytes that were sent last.
 func TestQuestion(t *testing.T) {
 	a, b := Question{1, 2}, Question{3, 4}
 	tracker := track(t, httpProbe(Readiness, "/x"), httpProbe(Liveness, "/y"))
@@ -290,10 +290,10 @@ func TestQuestion(t *testing.T) {
 		want     Question
 	}{
 		{a, Answered, 200, "/x", a},
-		{b, Answered, 200, "/x", b}, // such as of a kubelet that was updated
+		{b, Answered, 200, "/x", b}, // for example after a kubelet update
 		{a, Answered, 503, "/x", a},
 		{Question{}, Reset, 0, "/x", a},
-		{b, Reset, 0, "/y", a}, // about all of the port, but not what is asked here
+		{b, Reset, 0, "/y", a}, // affects the whole port, but not the question
 	} {
 		e := x
 		e.Path = step.path
@@ -310,7 +310,7 @@ func TestQuestion(t *testing.T) {
 	}
 }
 
-// After a failure, or when nothing is known, as many successes are needed as the prober counts.
+// After a failure, or when nothing is known, it takes as many successes as the prober requires.
 func TestSuccessThreshold(t *testing.T) {
 	ok, bad := after(0, x, Answered, 200), after(0, x, Answered, 503)
 	redirect, refused, refresh := after(0, x, Answered, 302), after(0, Endpoint{Port: 80}, Reset, 0), ok
@@ -330,7 +330,7 @@ func TestSuccessThreshold(t *testing.T) {
 		"redirect in between":  {[]Spec{three}, []Outcome{ok, ok, redirect, ok}, false},
 		"by the daemon itself": {[]Spec{three}, []Outcome{ok, ok, refresh}, false},
 		"usual":                {[]Spec{httpProbe(Readiness, "/x")}, []Outcome{bad, ok}, true},
-		// In the 31 s that the readiness probe's third may take, four of the liveness probe's may come.
+		// While the readiness probe takes up to 31 s for its third success, up to four of the liveness probe may arrive.
 		"shared, six":   {[]Spec{three, httpProbe(Liveness, "/x")}, []Outcome{ok, ok, ok, ok, ok, ok}, false},
 		"shared, seven": {[]Spec{three, httpProbe(Liveness, "/x")}, []Outcome{ok, ok, ok, ok, ok, ok, ok}, true},
 	} {
@@ -358,11 +358,11 @@ func TestSuccessThresholdAfterWithdrawal(t *testing.T) {
 	}
 	tracker.Void(func(Endpoint) bool { return true }, 1005*second)
 	if !see(12) {
-		t.Fatal("what came after the withdrawal was counted again")
+		t.Fatal("successes after the withdrawal no longer count")
 	}
 	tracker.Void(func(e Endpoint) bool { return e != x }, 1012*second)
 	if !see(13) {
-		t.Fatal("another endpoint's withdrawal was counted")
+		t.Fatal("the withdrawal of another endpoint counts")
 	}
 	tracker.Void(func(Endpoint) bool { return true }, 1013*second)
 	if see(14) || !see(15) {
@@ -373,15 +373,15 @@ func TestSuccessThresholdAfterWithdrawal(t *testing.T) {
 	if restarted.Restore(x, fresh, 1016*second); restarted.Evidence()[x] != fresh {
 		t.Fatalf("restored %+v", restarted.Evidence()[x])
 	}
-	for seconds, armed := range []bool{false, true} { // what happened meanwhile is not known
+	for seconds, armed := range []bool{false, true} { // what happened meanwhile is unknown
 		restarted.Observe(after(17+uint64(seconds), x, Answered, 200))
 		if got := restarted.Evidence()[x]; (got.FreshUntil != 0) != armed {
-			t.Fatalf("after it was restored, and success %d: %+v", seconds+1, got)
+			t.Fatalf("after restoring and %d successes: %+v", seconds+1, got)
 		}
 	}
 }
 
-// Whatever the old container was asked, or still answers, is not about the new one.
+// Requests to the old container, and its late responses, do not count for the new one.
 func TestNewContainer(t *testing.T) {
 	of := func(instance string) Spec {
 		return with(httpProbe(Readiness, "/x"), func(s *Spec) { s.Instance = instance })
@@ -392,14 +392,14 @@ func TestNewContainer(t *testing.T) {
 		before, after []Spec
 		kept          bool
 	}{
-		"the same":                    {[]Spec{of("a"), liveness}, []Spec{of("a"), liveness}, true},
-		"another":                     {[]Spec{of("a")}, []Spec{of("b")}, false},
-		"ended":                       {[]Spec{of("a")}, []Spec{of("")}, false},
-		"not known before":            {[]Spec{of("")}, []Spec{of("a")}, false},
-		"never known":                 {[]Spec{of("")}, []Spec{of("")}, true},
-		"one of two that ask it":      {[]Spec{of("a"), sidecar}, []Spec{of("b"), sidecar}, false},
-		"the other of two":            {[]Spec{sidecar, of("a")}, []Spec{sidecar, of("b")}, false},
-		"another, that asks not this": {[]Spec{of("a"), with(sidecar, func(s *Spec) { s.Path = "/y" })}, []Spec{of("a"), with(sidecar, func(s *Spec) { s.Path, s.Instance = "/y", "t" })}, true},
+		"the same":                     {[]Spec{of("a"), liveness}, []Spec{of("a"), liveness}, true},
+		"another":                      {[]Spec{of("a")}, []Spec{of("b")}, false},
+		"ended":                        {[]Spec{of("a")}, []Spec{of("")}, false},
+		"not known before":             {[]Spec{of("")}, []Spec{of("a")}, false},
+		"never known":                  {[]Spec{of("")}, []Spec{of("")}, true},
+		"one of two that ask it":       {[]Spec{of("a"), sidecar}, []Spec{of("b"), sidecar}, false},
+		"the other of two":             {[]Spec{sidecar, of("a")}, []Spec{sidecar, of("b")}, false},
+		"another that does not ask it": {[]Spec{of("a"), with(sidecar, func(s *Spec) { s.Path = "/y" })}, []Spec{of("a"), with(sidecar, func(s *Spec) { s.Path, s.Instance = "/y", "t" })}, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tracker := track(t, test.before...)
@@ -421,7 +421,7 @@ func TestNewContainer(t *testing.T) {
 			}
 			tracker.Observe(took(500*time.Millisecond, about(x, Outcome{Event: Answered, Status: 200, ObservedAt: 1015*second + 1})))
 			if got := tracker.Evidence()[x]; got != (Evidence{}) {
-				t.Fatalf("what the old container was asked made %+v", got)
+				t.Fatalf("a request to the old container led to %+v", got)
 			}
 		})
 	}
@@ -438,25 +438,25 @@ func TestWithdraw(t *testing.T) {
 		t.Fatalf("changes %+v, want %+v", changes, want)
 	}
 	if got := tracker.Evidence(); got[x] != (Evidence{}) || got[y] != fresh {
-		t.Fatalf("left %+v", got)
+		t.Fatalf("left: %+v", got)
 	}
 	if got, want := tracker.Gates()[80], (Gate{fresh.ObservedAt, fresh.FreshUntil}); got != want {
-		t.Fatalf("gate %+v, want that of the other path, %+v", got, want)
+		t.Fatalf("gate %+v, want %+v as for the other path", got, want)
 	}
 	tracker.Observe(took(time.Second/2, about(x, Outcome{Event: Answered, Status: 200, ObservedAt: 1012*second + second/4})))
 	if got := tracker.Evidence()[x]; got != (Evidence{}) {
-		t.Fatalf("what was asked before made %+v", got)
+		t.Fatalf("a request from before the withdrawal led to %+v", got)
 	}
 	tracker.Observe(after(13, x, Answered, 200))
 	if got := tracker.Evidence()[x].Result; got != Success {
-		t.Fatalf("afterwards %s", got)
+		t.Fatalf("after the next success: %s", got)
 	}
 	if changes := tracker.Withdraw(func(e Endpoint) bool { return e.Port == 81 }, 1020*second); len(changes) != 0 {
-		t.Fatalf("of an unknown port: %+v", changes)
+		t.Fatalf("for an unknown port: %+v", changes)
 	}
 }
 
-// The daemon asks by itself only what is known to succeed.
+// The daemon sends only requests that are known to succeed.
 func TestRefreshing(t *testing.T) {
 	tracker := NewTracker()
 	pod := Pod{IPs: []netip.Addr{netip.MustParseAddr("10.0.0.7")}, Probes: []Spec{
@@ -494,7 +494,7 @@ func TestRefreshing(t *testing.T) {
 		return o
 	}
 	tracker.Observe(after(10, x, Answered, 200))
-	expect() // with which bytes, is not known
+	expect() // the bytes of the request are unknown
 	tracker.Observe(recorded(after(11, x, Answered, 200)))
 	tracker.Observe(recorded(after(11, Endpoint{Port: 80, Kind: HTTP, Path: "/startup"}, Answered, 200)))
 	tracker.Observe(after(10, tcp, Connected, 0))
@@ -553,7 +553,7 @@ func drawOutcome(t *rapid.T) Outcome {
 	})
 }
 
-// asks is what an outcome is of.
+// asks returns the endpoint that an outcome belongs to.
 func (o Outcome) asks() Endpoint { return Endpoint{Port: o.Port, Kind: o.Kind, Path: o.Request.Path} }
 
 func drawSettings(t *rapid.T) Settings {
@@ -578,7 +578,7 @@ func drawSettings(t *rapid.T) Settings {
 	return defaults.Settings(annotations)
 }
 
-// success is what nobody would dispute: of the very endpoint, in its way, well in time.
+// success reports whether an outcome is an undisputed success: of this very endpoint, of its kind, and well in time.
 func success(o Outcome, e Endpoint) bool {
 	if o.asks() != e || o.Duration >= 900*time.Millisecond {
 		return false
@@ -586,7 +586,7 @@ func success(o Outcome, e Endpoint) bool {
 	return e.Kind == TCP && o.Event == Connected || e.Kind == HTTP && o.Event == Answered && o.Status/100 == 2
 }
 
-// failure is what nobody would overlook.
+// failure reports whether an outcome is an undisputed failure.
 func failure(o Outcome, e Endpoint) bool {
 	if o.Event == Reset && o.Port == e.Port {
 		return true
@@ -597,8 +597,8 @@ func failure(o Outcome, e Endpoint) bool {
 func TestInvariants(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		tracker := NewTracker()
-		successes := map[Endpoint]map[uint64]bool{} // when each endpoint was seen to succeed
-		failures := map[Endpoint]uint64{}           // when it was last seen to fail
+		successes := map[Endpoint]map[uint64]bool{} // when each endpoint was observed to succeed
+		failures := map[Endpoint]uint64{}           // when it was last observed to fail
 		for _, e := range modelEndpoints {
 			successes[e] = map[uint64]bool{}
 		}
@@ -631,7 +631,7 @@ func TestInvariants(t *testing.T) {
 			}
 			checkChanges(t, changes, before, tracker.Evidence())
 			if mode = settings.Mode; mode == Off {
-				clear(failures) // what is not observed is forgotten
+				clear(failures) // endpoints that are not observed are forgotten
 			}
 			for _, s := range specs {
 				staleness[s.Endpoint] = uint64(s.Staleness)
@@ -674,7 +674,7 @@ func TestInvariants(t *testing.T) {
 			"": func(t *rapid.T) {
 				evidence := tracker.Evidence()
 				if mode == Off && len(evidence) > 0 {
-					t.Fatalf("mode off, and something is observed: %+v", evidence)
+					t.Fatalf("mode off, but observed: %+v", evidence)
 				}
 				for _, e := range modelEndpoints {
 					if mode != Answer && evidence[e].FreshUntil != 0 {
@@ -687,18 +687,19 @@ func TestInvariants(t *testing.T) {
 	})
 }
 
-// checkChanges: no change goes unsaid, and none is said that is not one. What is no longer asked is not spoken of.
+// checkChanges checks that every change is reported, and nothing else. Endpoints that are no longer asked are not
+// reported.
 func checkChanges(t *rapid.T, changes []Change, before, after map[Endpoint]Evidence) {
-	said := map[Endpoint]bool{}
+	reported := map[Endpoint]bool{}
 	for _, c := range changes {
-		said[c.Endpoint] = true
+		reported[c.Endpoint] = true
 		if c.From != before[c.Endpoint] || c.To != after[c.Endpoint] || c.Cause == "" {
-			t.Fatalf("said %+v, was %+v, is %+v", c, before[c.Endpoint], after[c.Endpoint])
+			t.Fatalf("reported %+v, was %+v, is %+v", c, before[c.Endpoint], after[c.Endpoint])
 		}
 	}
 	for e, evidence := range after {
-		if evidence != before[e] && !said[e] {
-			t.Fatalf("%s: unsaid change from %+v to %+v", e, before[e], evidence)
+		if evidence != before[e] && !reported[e] {
+			t.Fatalf("%s: unreported change from %+v to %+v", e, before[e], evidence)
 		}
 	}
 }
@@ -718,7 +719,7 @@ func checkEvidence(t *rapid.T, e Endpoint, got Evidence, staleness uint64, succe
 	}
 }
 
-// drawProbes draws what a port may be asked, by whom, and where.
+// drawProbes draws the probes of one port: what they ask, of which container, and at which host.
 func drawProbes(t *rapid.T) []Spec {
 	var probes []Spec
 	for i := range rapid.IntRange(1, 5).Draw(t, "probes") {
@@ -737,8 +738,8 @@ func drawProbes(t *rapid.T) []Spec {
 
 var longPath = strings.Repeat("x", limits.Request)
 
-// TestGateInvariants: at any moment a port is open if and only if one of its endpoints can be answered, and with a TCP
-// probe if and only if that one can be, because taking the connection answers it.
+// TestGateInvariants: a port is open if and only if one of its endpoints can be answered; with a TCP probe, if and only
+// if that one can be, because taking the connection answers it.
 func TestGateInvariants(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		probes := drawProbes(rt)
@@ -771,20 +772,21 @@ func checkGate(t *rapid.T, tracker *Tracker, probes []Spec, now uint64) {
 	ofTCP := Gate{evidence[tcp].ObservedAt, evidence[tcp].FreshUntil}
 	switch asked, elsewhere := askedByTCP(probes); {
 	case elsewhere && open:
-		t.Fatalf("%+v is open, and its TCP probe at another address would be answered", gate)
+		t.Fatalf("%+v is open, so a TCP probe of another address would be answered", gate)
 	case elsewhere:
 	case asked && open != (evidence[tcp].Result == Success && now < ofTCP.FreshUntil):
-		t.Fatalf("%+v at %d, and TCP is %+v", gate, now, evidence[tcp])
+		t.Fatalf("%+v at %d, but TCP is %+v", gate, now, evidence[tcp])
 	case asked && gate.FreshUntil != 0 && gate != ofTCP:
-		t.Fatalf("%+v is not that of TCP, %+v", gate, evidence[tcp])
+		t.Fatalf("%+v is not the gate of TCP, %+v", gate, evidence[tcp])
 	case !asked && open != answerable:
 		t.Fatalf("%+v at %d, of %+v", gate, now, evidence)
 	case !asked && gate.ObservedAt != newest:
-		t.Fatalf("%+v, and the newest evidence is from %d", gate, newest)
+		t.Fatalf("%+v, but the newest evidence is from %d", gate, newest)
 	}
 }
 
-// checkAddresses: what would answer a TCP probe of another address of the pod, of which nothing is known, is not fresh.
+// checkAddresses checks that the port is closed if taking its connections would answer a TCP probe of another address of
+// the pod, which is not observed.
 func checkAddresses(t *rapid.T, tracker *Tracker, probes []Spec) {
 	for _, s := range probes {
 		known := tracker.Evidence()[Endpoint{Port: s.Port, Kind: TCP}]

@@ -72,7 +72,7 @@ func TestCgroupDir(t *testing.T) {
 		"our own":           {ofHost + ofPod, "/below", "/sys/fs/cgroup/below"},
 		"the pod's only":    {ofPod, "/../../.." + kubelet, ""},
 		"not far enough up": {ofPod + ofHost, "/../../../.." + kubelet, ""},
-		"nobody's":          {ofPod + ofHost, "/../.." + kubelet, ""},
+		"below no mount":    {ofPod + ofHost, "/../.." + kubelet, ""},
 		"none":              {v1, kubelet, ""},
 	} {
 		proc := t.TempDir()
@@ -92,12 +92,12 @@ func TestCgroupDir(t *testing.T) {
 	}
 }
 
-// stage has cgroups and processes of the test's.
+// stage manages the cgroups and processes of a test.
 type stage struct {
 	t       *testing.T
 	mount   string // of the hierarchy
-	kubelet string // a program of that name
-	user    uint32 // whose processes are started
+	kubelet string // a program with that name
+	user    uint32 // the user to run processes as
 }
 
 func newStage(t *testing.T) *stage {
@@ -108,9 +108,9 @@ func newStage(t *testing.T) *stage {
 		t.Fatal(err)
 	}
 	if who, err := (&Finder{Kubelet: true}).Find(); err == nil {
-		t.Skipf("there is a kubelet on this machine already: %+v", who)
+		t.Skipf("a kubelet is already running on this machine: %+v", who)
 	}
-	dir, err := os.MkdirTemp("", "kubelet") // where another user can run it, too
+	dir, err := os.MkdirTemp("", "kubelet") // in a place where another user can run it, too
 	if err == nil {
 		err = os.Chmod(dir, 0o755)
 	}
@@ -129,7 +129,7 @@ func newStage(t *testing.T) *stage {
 	return s
 }
 
-// cgroup makes one, with those above it, and removes what it made.
+// cgroup creates a cgroup and those above it, and removes them at the end.
 func (s *stage) cgroup(name string) string {
 	s.t.Helper()
 	dir := filepath.Join(s.mount, fmt.Sprintf("probelet-test-%d", os.Getpid()))
@@ -141,7 +141,7 @@ func (s *stage) cgroup(name string) string {
 			s.t.Cleanup(func() {
 				err := os.Remove(made)
 				for end := time.Now().Add(10 * time.Second); errors.Is(err, unix.EBUSY) && time.Now().Before(end); err = os.Remove(made) {
-					time.Sleep(time.Millisecond) // what was killed is not gone yet
+					time.Sleep(time.Millisecond) // killed processes may not be gone yet
 				}
 				if err != nil {
 					s.t.Error(err)
@@ -154,7 +154,7 @@ func (s *stage) cgroup(name string) string {
 	return dir
 }
 
-// in has a command start in a cgroup.
+// in makes a command start in a cgroup.
 func (s *stage) in(cgroup string, cmd *exec.Cmd, namespaces uintptr) *exec.Cmd {
 	s.t.Helper()
 	dir, err := os.Open(cgroup)
@@ -171,7 +171,7 @@ func (s *stage) in(cgroup string, cmd *exec.Cmd, namespaces uintptr) *exec.Cmd {
 	return cmd
 }
 
-// run runs a kubelet in a cgroup, and returns that one's id and what ends it.
+// run runs a kubelet in a cgroup, and returns the cgroup's id and a function that ends the kubelet.
 func (s *stage) run(cgroup string, namespaces uintptr) (id uint64, end func()) {
 	s.t.Helper()
 	return s.start(cgroup, namespaces, s.kubelet, "300")
@@ -184,7 +184,7 @@ func (s *stage) start(cgroup string, namespaces uintptr, program ...string) (id 
 		s.t.Fatal(err)
 	}
 	end = sync.OnceFunc(func() {
-		_ = unix.Kill(-cmd.Process.Pid, unix.SIGKILL) // with what it runs
+		_ = unix.Kill(-cmd.Process.Pid, unix.SIGKILL) // and its descendants
 		_ = cmd.Wait()
 	})
 	s.t.Cleanup(end)
@@ -195,7 +195,7 @@ func (s *stage) start(cgroup string, namespaces uintptr, program ...string) (id 
 	return id, end
 }
 
-// Where the kubelet's cgroup and a pod's part is not seen from the pod, which has a cgroup namespace of its own.
+// In a pod with a cgroup namespace of its own, the common ancestor of the pod's cgroup and the kubelet's is not visible.
 func TestKubeletIsFoundFromAPod(t *testing.T) {
 	if os.Getenv("PROBELET_TEST_POD") != "" {
 		findFromPod(t)
@@ -226,7 +226,7 @@ func TestKubeletIsFoundFromAPod(t *testing.T) {
 }
 
 func findFromPod(t *testing.T) {
-	runtime.LockOSThread() // for good: its namespace is another one
+	runtime.LockOSThread() // never unlocked, because the thread's namespace is changed
 	if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
 		t.Fatal(err)
 	}
@@ -252,7 +252,7 @@ func TestKubeletIsFoundByItsProcess(t *testing.T) {
 	s.expect(&prober, second)
 }
 
-// expect looks around, too. The kubelet has its cgroup to itself.
+// expect also checks a find that looks at all processes. The kubelet is alone in its cgroup.
 func (s *stage) expect(prober *Finder, want uint64) {
 	s.t.Helper()
 	for range lookAround {
@@ -262,7 +262,7 @@ func (s *stage) expect(prober *Finder, want uint64) {
 	}
 }
 
-// refuses is true of a look around at the latest.
+// refuses waits for a find that looks at all processes.
 func (s *stage) refuses(prober *Finder, because string) {
 	s.t.Helper()
 	var err error
@@ -277,7 +277,7 @@ func (s *stage) refuses(prober *Finder, because string) {
 	}
 }
 
-// Others can have the kubelet's name. They are not taken for it, nor do they keep it from being found.
+// Other processes may have the kubelet's name. They are not mistaken for it, and do not prevent it from being found.
 func TestFalseKubelets(t *testing.T) {
 	s := newStage(t)
 	for name, test := range map[string]struct {
@@ -308,7 +308,8 @@ func TestFalseKubelets(t *testing.T) {
 	}
 }
 
-// A user can run a program that is root's, under any name: whoever reads the name and the user that it runs as, sees root's kubelet.
+// A user can run a setuid program of root's under any name. To an observer who only checks the name and the effective
+// user, it looks like root's kubelet.
 func TestSetuidKubelet(t *testing.T) {
 	s := newStage(t)
 	setuid := filepath.Join(filepath.Dir(s.kubelet), "setuid", "kubelet")
@@ -327,11 +328,11 @@ func TestSetuidKubelet(t *testing.T) {
 
 func init() {
 	if os.Getenv("PROBELET_TEST_LEADERLESS") != "" {
-		_, _, _ = unix.RawSyscall(unix.SYS_EXIT, 0, 0, 0) // of the first thread; the runtime's others stay
+		_, _, _ = unix.RawSyscall(unix.SYS_EXIT, 0, 0, 0) // ends the first thread; the runtime's other threads stay
 	}
 }
 
-// A process whose first thread has ended looks like one that has ended, but it can connect to a pod still.
+// A process whose first thread has ended looks as if it had ended itself, but can still connect to a pod.
 func TestSharedCgroupWithoutFirstThread(t *testing.T) {
 	s := newStage(t)
 	cgroup := s.cgroup("k0scontroller.service")
@@ -362,8 +363,8 @@ func hasZombie(t *testing.T, cgroup string) bool {
 	})
 }
 
-// Where something else is in the kubelet's cgroup, as in RKE2, its process alone is the prober. What the kubelet runs is no such
-// thing, even if it has the kubelet's name still.
+// If something else runs in the kubelet's cgroup, as in RKE2, only the kubelet's process is the prober. Its descendants
+// do not count as something else, even while they still have the kubelet's name.
 func TestSharedCgroup(t *testing.T) {
 	s := newStage(t)
 	prober := Finder{Kubelet: true}
@@ -399,8 +400,8 @@ func TestSharedCgroup(t *testing.T) {
 	s.refuses(&prober, "several kubelets")
 }
 
-// k3s and MicroK8s have the kubelet inside another process.
-func TestKubeletInside(t *testing.T) {
+// k3s and MicroK8s embed the kubelet in another process.
+func TestKubeletInsideAnotherProcess(t *testing.T) {
 	s := newStage(t)
 	for _, name := range []string{"k3s-server", "k3s-agent", "kubelite"} {
 		program := filepath.Join(filepath.Dir(s.kubelet), name)
@@ -413,14 +414,14 @@ func TestKubeletInside(t *testing.T) {
 	}
 }
 
-// client is a process that connects to a pod when it is told to.
+// client is a process that connects to a pod on command.
 type client struct {
 	t     *testing.T
 	ask   io.Writer
 	reply *bufio.Scanner
 }
 
-// client starts one under a name.
+// client starts a client under a name.
 func (s *stage) client(cgroup, name string, namespaces uintptr, pod *bpftest.Pod) *client {
 	s.t.Helper()
 	program := filepath.Join(s.t.TempDir(), name)
@@ -445,7 +446,7 @@ func (s *stage) client(cgroup, name string, namespaces uintptr, pod *bpftest.Pod
 		s.t.Fatal(err)
 	}
 	s.t.Cleanup(func() {
-		_ = in.Close() // which ends it
+		_ = in.Close() // ends the client
 		if err := cmd.Wait(); err != nil {
 			s.t.Error(err)
 		}
@@ -462,7 +463,7 @@ func (c *client) wait(state string) {
 			return
 		}
 	}
-	c.t.Fatalf("the client has ended before it was %s: %v", state, c.reply.Err())
+	c.t.Fatalf("the client ended before it was %s: %v", state, c.reply.Err())
 }
 
 func (c *client) connect() {
@@ -473,12 +474,12 @@ func (c *client) connect() {
 	c.wait("connected")
 }
 
-// TestClient is no test, but what a client runs. The thread that connects is in the node's network namespace, where the pod is;
-// the process is in the one in which the daemon looks.
+// TestClient is not a test, but the program of a client. The thread that connects is in the node's network namespace,
+// where the pod is; the process is in the one where the daemon looks.
 func TestClient(t *testing.T) {
 	to := os.Getenv("PROBELET_TEST_CLIENT")
 	if to == "" {
-		t.Skip("for other tests")
+		t.Skip("a helper process of other tests")
 	}
 	node, err := ns.GetNS("/proc/self/fd/3")
 	if err != nil {
@@ -500,8 +501,8 @@ func TestClient(t *testing.T) {
 	}
 }
 
-// Real processes connect to a pod. Whoever is not the kubelet is not taken for it: neither what shares its cgroup, nor a pod's process of
-// its name, nor the kubelet itself while it cannot be told apart.
+// Real processes connect to a pod. Only the kubelet is the prober: not the processes that share its cgroup, not a pod's
+// process with its name, and not the kubelet itself while it cannot be distinguished.
 func TestBystandersAreNotTheKubelet(t *testing.T) {
 	s := newStage(t)
 	pod := bpftest.NewNode(t).AddPod(t)
@@ -521,7 +522,7 @@ func TestBystandersAreNotTheKubelet(t *testing.T) {
 	kubelet := s.client(shared, "kubelet", 0, pod)
 	inPod := s.client(s.cgroup("kubepods.slice/kubepods-pod1.slice/1.scope"), "kubelet", 0, pod)
 	finder := Finder{Kubelet: true}
-	// isProber reports whether a connection of a client's counts as the prober's.
+	// isProber reports whether a client's connection counts as the prober's.
 	isProber := func(c *client) bool {
 		t.Helper()
 		before, err := d.Counters()
@@ -549,7 +550,7 @@ func TestBystandersAreNotTheKubelet(t *testing.T) {
 	want := func(when string, c *client, prober bool) {
 		t.Helper()
 		if isProber(c) != prober {
-			t.Errorf("%s: taken for the prober: %v", when, !prober)
+			t.Errorf("%s: recognised as the prober: %v", when, !prober)
 		}
 	}
 	set()
@@ -563,9 +564,9 @@ func TestBystandersAreNotTheKubelet(t *testing.T) {
 	if err := d.SetProber(datapath.Prober{}); err != nil {
 		t.Fatal(err)
 	}
-	want("the kubelet, when nobody is the prober", kubelet, false)
+	want("the kubelet, without a prober", kubelet, false)
 	set()
-	// Another process of the daemon's has set the prober and ended: what it set says nothing about whose sockets are marked.
+	// Another process of the daemon's has set the prober and ended: that says nothing about whose sockets are marked.
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
 	}

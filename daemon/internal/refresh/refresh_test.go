@@ -26,7 +26,7 @@ import (
 
 func now() uint64 { return uint64(time.Now().UnixNano()) }
 
-// listen serves each connection on loopback, in a goroutine of its own.
+// listen serves each connection on loopback in a goroutine of its own.
 func listen(t *testing.T, serve func(net.Conn)) netip.AddrPort {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -62,7 +62,7 @@ func target(at netip.AddrPort, path string) Target {
 	return t
 }
 
-// plain opens ordinary sockets, and counts those that were opened and settled.
+// plain opens ordinary sockets, and counts how many were opened and settled.
 type plain struct {
 	err             error
 	opened, settled atomic.Int64
@@ -99,7 +99,7 @@ func outcomes(r *Refresher, f func(Outcome) bool) {
 	}
 }
 
-// askOnce returns the first outcome, and none if the target has been asked twice without one.
+// askOnce returns the first outcome; none if the target was asked twice without an outcome.
 func askOnce(t *testing.T, asked Target) (o probe.Outcome, known bool) {
 	t.Helper()
 	sockets := &plain{}
@@ -132,7 +132,7 @@ func serveHTTP(handler http.HandlerFunc) func(net.Conn) {
 	}
 }
 
-// response is what a handler answers with, sent as HTTP/1.1.
+// response is the response of a handler, sent as HTTP/1.1.
 type response struct {
 	header http.Header
 	status int
@@ -165,8 +165,8 @@ func TestOutcome(t *testing.T) {
 	const brief = 50 * time.Millisecond
 	for name, test := range map[string]struct {
 		serve   func(net.Conn)
-		timeout time.Duration // 0: ample
-		event   probe.Event   // 0: no observation
+		timeout time.Duration // 0 for an ample one
+		event   probe.Event   // 0 for no outcome
 		status  int
 	}{
 		"200":            {says("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"), 0, probe.Answered, 200},
@@ -179,7 +179,7 @@ func TestOutcome(t *testing.T) {
 		"long headers":   {says("HTTP/1.1 200 OK\r\nX: " + body + "\r\nContent-Length: 0\r\n\r\n"), 0, 0, 0},
 		"one of ours":    {says("HTTP/1.1 200 OK\r\nContent-Length: 0\r\nCache-Status: probelet; hit\r\n\r\n"), 0, 0, 0},
 		"too short body": {says("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok"), 0, probe.Failed, 0},
-		"no HTTP":        {says("220 mail.example ESMTP\r\n"), 0, probe.Failed, 0},
+		"not HTTP":       {says("220 mail.example ESMTP\r\n"), 0, probe.Failed, 0},
 		"closed":         {says(""), 0, probe.Failed, 0},
 		"stays open": {func(conn net.Conn) {
 			says("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")(conn)
@@ -226,7 +226,7 @@ func TestOutcome(t *testing.T) {
 			}
 			if got.Kind != probe.HTTP || got.Port != asked.Endpoint.Port || got.Request.Path != "/x" || got.Question != asked.Question ||
 				!bytes.Equal(got.Text, asked.Request) || !got.Refresh {
-				t.Errorf("got %+v, which is not about what was asked", got)
+				t.Errorf("got %+v, which does not match the request", got)
 			}
 			if test.event == probe.NoAnswer && got.Duration < test.timeout {
 				t.Errorf("no answer after %s, before the timeout", got.Duration)
@@ -245,7 +245,7 @@ func TestOutcomeOfTCP(t *testing.T) {
 		t.Errorf("got %+v, want connected", got)
 	}
 	if err := <-closed; err == nil {
-		t.Error("something was sent")
+		t.Error("data was sent")
 	}
 }
 
@@ -271,8 +271,8 @@ func TestEveryObservableKindIsAsked(t *testing.T) {
 	}
 }
 
-// What keeps the daemon from asking says nothing of the pod.
-func TestNotAsked(t *testing.T) {
+// Local errors that prevent a request say nothing about the pod.
+func TestLocalErrorsAreNotReported(t *testing.T) {
 	for _, path := range []string{"", "/x"} {
 		r := newRefresher(t, &plain{err: errors.New("no more files")})
 		r.Set(podID, []Target{target(netip.MustParseAddrPort("127.0.0.1:9"), path)})
@@ -299,8 +299,8 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-// Each request goes over a connection of its own: a pod that accepts none any more may go on answering on those it has.
-func TestRequestIsSentAsItIs(t *testing.T) {
+// Each request uses a connection of its own: a pod that no longer accepts connections may still answer on existing ones.
+func TestRequestIsSentUnchanged(t *testing.T) {
 	received, ended := make(chan string, 2), make(chan error, 2)
 	at := listen(t, func(conn net.Conn) {
 		var text []byte
@@ -324,7 +324,7 @@ func TestRequestIsSentAsItIs(t *testing.T) {
 			t.Errorf("sent %q", text)
 		}
 		if err := <-ended; !errors.Is(err, syscall.ECONNRESET) {
-			t.Errorf("the connection ended with %v, and left a TIME_WAIT", err)
+			t.Errorf("the connection ended with %v and left a TIME_WAIT", err)
 		}
 	}
 }
@@ -348,7 +348,7 @@ func TestWithoutRequestNothingIsAsked(t *testing.T) {
 
 var podID = attach.ID{ContainerID: "c", IfName: "eth0"}
 
-// A request whose target is withdrawn has no outcome, and its connection ends.
+// A request whose target is withdrawn has no outcome, and its connection is closed.
 func TestWithdrawn(t *testing.T) {
 	connected, ended := make(chan bool, 1), make(chan error, 1)
 	at := listen(t, func(conn net.Conn) {
@@ -367,7 +367,7 @@ func TestWithdrawn(t *testing.T) {
 		t.Errorf("got %+v", got)
 	}
 	if len(r.open) != 0 || len(r.schedule.pods) != 0 || len(r.schedule.due) != 0 {
-		t.Errorf("left %v, %v", r.open, r.schedule)
+		t.Errorf("left over: %v, %v", r.open, r.schedule)
 	}
 }
 
@@ -388,15 +388,15 @@ func TestSet(t *testing.T) {
 	n := 0
 	outcomes(r, func(o Outcome) bool {
 		if o.Request.Path != "/y" {
-			t.Errorf("asked %s, which it was told not to", o.Request.Path)
+			t.Errorf("asked %s, which is no longer a target", o.Request.Path)
 		}
 		n++
 		return n < 5
 	})
 }
 
-// Nothing is told of a reply that says nothing, and the endpoint is asked again.
-func TestNothingIsNotTold(t *testing.T) {
+// An inconclusive reply is not reported, and the endpoint is asked again.
+func TestInconclusiveReplyIsNotReported(t *testing.T) {
 	var asked atomic.Int32
 	at := listen(t, serveHTTP(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/ours" {
@@ -428,7 +428,7 @@ func TestSocketsAreSettled(t *testing.T) {
 	}
 }
 
-// hostile are 32 pods with 64 endpoints each, that are asked as often as possible.
+// hostile sets up 32 pods with 64 endpoints each, asked as often as possible.
 func hostile(r *Refresher, at netip.AddrPort) {
 	for pod := range 32 {
 		var targets []Target
@@ -439,7 +439,7 @@ func hostile(r *Refresher, at netip.AddrPort) {
 	}
 }
 
-// A pod that sends headers without end is cut off: the daemon keeps no more of them than it judges.
+// A pod that sends endless headers is cut off: the daemon keeps no more of them than it judges.
 func TestEndlessHeaders(t *testing.T) {
 	line := []byte("X-Header: " + strings.Repeat("x", 4000) + "\r\n")
 	var sent atomic.Int64
@@ -475,13 +475,13 @@ func TestEndlessHeaders(t *testing.T) {
 		}
 	}
 	r.Close()
-	// What is read, and what the sockets on both sides buffer meanwhile.
+	// What the daemon reads, and what the sockets on both sides buffer meanwhile.
 	if most := sockets.opened.Load() * 4 << 20; sent.Load() > most {
 		t.Errorf("%d MiB were sent on %d connections", sent.Load()>>20, sockets.opened.Load())
 	}
 }
 
-// Pods that never reply, or byte by byte, do not keep others from being asked.
+// Pods that never reply, or only byte by byte, do not delay the requests to others.
 func TestHeldConnections(t *testing.T) {
 	released := make(chan struct{})
 	defer close(released)
@@ -519,15 +519,15 @@ func TestHeldConnections(t *testing.T) {
 	}
 }
 
-// After the end its descriptors may be anything: nothing is written to them.
-func TestAfterTheEnd(t *testing.T) {
+// After Close its descriptors may belong to anything, so nothing is written to them.
+func TestNothingIsWrittenAfterClose(t *testing.T) {
 	r, err := New(&plain{}, now)
 	if err != nil {
 		t.Fatal(err)
 	}
 	r.Close()
 	file := filepath.Join(t.TempDir(), "another")
-	for range 8 { // one of them has the number of what woke it
+	for range 8 { // one of them reuses the eventfd's number
 		f, err := os.Create(file)
 		if err != nil {
 			t.Fatal(err)
@@ -541,8 +541,8 @@ func TestAfterTheEnd(t *testing.T) {
 	}
 }
 
-// A success counts from when the daemon asked (Outcome.Duration), which is neither after the pod got the request nor before it was due.
-func TestASuccessCountsFromItsRequest(t *testing.T) {
+// A success dates from the daemon's request (Outcome.Duration): not after the pod received it, and not before it was due.
+func TestSuccessDatesFromItsRequest(t *testing.T) {
 	var asked atomic.Uint64
 	at := listen(t, func(conn net.Conn) {
 		r, err := http.ReadRequest(bufio.NewReader(conn))
@@ -558,7 +558,7 @@ func TestASuccessCountsFromItsRequest(t *testing.T) {
 	})
 	for _, path := range []string{"/x", ""} {
 		target := target(at, path)
-		target.Interval = 1 // it is due at once
+		target.Interval = 1 // due at once
 		r := newRefresher(t, &plain{})
 		began := now()
 		r.Set(podID, []Target{target})
@@ -568,7 +568,7 @@ func TestASuccessCountsFromItsRequest(t *testing.T) {
 				asked = o.ObservedAt
 			}
 			if from := o.ObservedAt - uint64(o.Duration); from < began || from > asked {
-				t.Errorf("%q: from %s after it was due, and %s before the pod was asked: %+v", path, time.Duration(from-began), time.Duration(asked-from), o)
+				t.Errorf("%q: dated %s after it was due, and %s before the pod was asked: %+v", path, time.Duration(from-began), time.Duration(asked-from), o)
 			}
 			return false
 		})

@@ -137,8 +137,8 @@ func (s *schedule) drop(j *job, now uint64) {
 	}
 }
 
-// next returns a job that is due, or nil if there is none. If it has a request under way, that is to be checked;
-// otherwise one is to begin.
+// next returns a job that is due, or nil if there is none. If it has a request under way, that must be checked;
+// otherwise one must begin.
 func (s *schedule) next(now uint64) *job {
 	for len(s.due) > 0 && s.due[0].at <= now {
 		j := heap.Pop(&s.due).(*job)

@@ -12,7 +12,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// world runs a schedule in a time of its own.
+// world runs a schedule in simulated time.
 type world struct {
 	*schedule
 	now   uint64
@@ -33,7 +33,7 @@ func (w *world) targets(pod, n int, interval, timeout time.Duration) attach.ID {
 	return id
 }
 
-// run lets time pass; a request of a job takes as long as took says, its timeout at most.
+// run lets time pass. A job's request takes as long as took returns, but at most its timeout.
 func (w *world) run(length time.Duration, took func(*job) time.Duration) {
 	for end := w.now + uint64(length); len(w.due) > 0 && w.due[0].at < end; {
 		w.now = max(w.now, w.due[0].at)
@@ -57,8 +57,8 @@ func (w *world) of(id attach.ID) (began [][]uint64) {
 	return began
 }
 
-// Whatever the pods want and however slow they are: none has more connections, or gets more of them, than it may, and a pod
-// that wants less than that is asked when it is due, whatever the others do.
+// However often the pods are to be asked, and however slow they are: no pod exceeds its limits of connections and of
+// their rate, and a pod within these limits is asked when it is due, whatever the others do.
 func TestLimitsArePerPod(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		w := newWorld()
@@ -97,23 +97,23 @@ func TestLimitsArePerPod(t *testing.T) {
 	})
 }
 
-// All endpoints of a pod that wants more than it may are asked, in turn.
-func TestGreedyPodStarvesNoneOfItsOwn(t *testing.T) {
+// All endpoints of a pod that exceeds its limits are asked, in turn.
+func TestGreedyPodServesAllItsEndpoints(t *testing.T) {
 	w := newWorld()
 	id := w.targets(1, 64, 100*time.Millisecond, time.Second)
 	w.run(time.Minute, func(*job) time.Duration { return time.Millisecond })
 	all := w.of(id)
 	if len(all) != 64 {
-		t.Fatalf("%d of 64 were asked", len(all))
+		t.Fatalf("%d of 64 endpoints were asked", len(all))
 	}
 	for _, began := range all {
 		if len(began) < 10 {
-			t.Errorf("one was asked %d times in a minute", len(began))
+			t.Errorf("an endpoint was asked %d times in a minute", len(began))
 		}
 	}
 }
 
-// A pod that is well is fresh at every moment, whatever the staleness, and is asked no more often than once in the interval.
+// A healthy pod stays fresh throughout, whatever the staleness, and is asked no more than once per interval.
 func TestAlwaysFresh(t *testing.T) {
 	for _, staleness := range []string{"0.5", "1", "2", "5"} {
 		t.Run(staleness, func(t *testing.T) { alwaysFresh(t, staleness) })
@@ -139,7 +139,7 @@ func alwaysFresh(t *testing.T, staleness string) {
 	began := w.of(id)[0]
 	for _, at := range began {
 		if known := at + uint64(took); known > freshUntil {
-			t.Fatalf("had expired for %s", time.Duration(known-freshUntil))
+			t.Fatalf("expired for %s", time.Duration(known-freshUntil))
 		}
 		freshUntil = at + uint64(specs[0].Staleness)
 	}

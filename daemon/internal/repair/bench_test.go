@@ -39,7 +39,7 @@ func benchLook(b *testing.B, via attach.Via, pods int) {
 	}
 	time.Sleep(1100 * time.Millisecond) // pins are read again until they are older than a second
 	bpftest.Do(b, node.NS, func() error {
-		looker, err := repair.New(d, bpfDir)
+		looker, err := repair.NewLooker(d, bpfDir)
 		if err != nil {
 			return err
 		}

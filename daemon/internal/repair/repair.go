@@ -1,136 +1,80 @@
-// Package repair looks whether a node's attachments are as they were made. It changes nothing, and knows nothing of the daemon:
-// what it finds is for others to act on.
+// Package repair keeps a node's attachments whole. A Looker finds what is broken, a Repairer repairs it and adopts pods that
+// were started before probelet, and a Promoter turns clsact attachments into tcx links. They report what they found and did;
+// what follows from that for probes is up to the caller.
 package repair
 
 import (
-	"cmp"
-	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/adopt"
 )
 
-// Finding is the state of an attachment on record.
-type Finding struct {
-	Record attach.Record
-	// Problem is what is wrong with it; nil: nothing, as far as can be seen.
-	Problem error
-	// Gone: its device is gone, or is another one by now.
-	Gone bool
-	// Promotable: it was made by clsact.
-	Promotable bool
+// Config describes the node whose attachments are repaired.
+type Config struct {
+	Datapath         *datapath.Datapath
+	BPFDir, StateDir string
+	Hook             attach.Hook // of adopted pods
+	Adopt            adopt.Node
+	Log              *slog.Logger
 }
 
-// Report is what a look found.
-type Report struct {
-	Findings []Finding // of all records, in their order
-	// Stray: the programs know devices that belong to no attachment on record.
-	Stray bool
-	// Replaced: the BPF objects that are pinned are not those that the daemon uses.
-	Replaced bool
-	Err      error // it could not look, or not at everything
-}
-
-// Action is what a repair did about an attachment.
+// Action is what a repair did to an attachment.
 type Action string
 
 // Actions of repairs.
 const (
 	Reattached Action = "reattached" // part of it was lost
 	Removed    Action = "removed"    // its device is gone
-	Adopted    Action = "adopted"    // the pod was started before probelet
+	Adopted    Action = "adopted"    // its pod was started before probelet
 )
 
 // Actions lists all of them.
 var Actions = []Action{Reattached, Removed, Adopted}
 
-// Looker looks at attachments.
-type Looker struct {
-	datapath  *datapath.Datapath
-	inspector *attach.Inspector
-	requests  chan []attach.Record
-	reports   chan Report
-}
+const (
+	// budget limits how long one call of Repair attaches and detaches, because its caller does nothing else meanwhile.
+	budget = 500 * time.Millisecond
+	// A failed repair is retried after firstRetry, and from then on at intervals that double up to longestRetry.
+	firstRetry   = 5 * time.Second
+	longestRetry = 5 * time.Minute
+	// DeletionGrace is how long the other plugins and the runtime may take to forget a pod after our DEL, the first of the chain's.
+	// Meanwhile the pod is not adopted.
+	DeletionGrace = 2 * time.Minute
+	// pruneEvery is after how many looks leftovers are pruned that a look cannot see.
+	pruneEvery = 12
+)
 
-// New returns a looker of the network namespace that it is called in. It must be closed.
-func New(d *datapath.Datapath, bpfDir string) (*Looker, error) {
-	inspector, err := attach.NewInspector(d, bpfDir)
+// SeesHost returns an error unless this process sees the host's network namespace, without which nothing can be repaired.
+func SeesHost() error {
+	own, err := os.Readlink("/proc/self/ns/net")
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return &Looker{d, inspector, make(chan []attach.Record, 1), make(chan Report)}, nil
-}
-
-// Close frees what the looker holds, once nothing runs of it any more.
-func (l *Looker) Close() error { return l.inspector.Close() }
-
-// Run looks at what Request asks for until ctx ends, in the same network namespace as New.
-func (l *Looker) Run(ctx context.Context) {
-	for {
-		var records []attach.Record
-		select {
-		case <-ctx.Done():
-			return
-		case records = <-l.requests:
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case l.reports <- l.Look(records):
-		}
-	}
-}
-
-// Request asks for a look. The report comes by Reports; until it has been taken no other may be asked for.
-func (l *Looker) Request(records []attach.Record) { l.requests <- records }
-
-// Reports has the report of what was requested.
-func (l *Looker) Reports() <-chan Report { return l.reports }
-
-// Look looks at the attachments of the records.
-func (l *Looker) Look(records []attach.Record) Report {
-	current, err := l.datapath.Current()
-	if err != nil || !current {
-		return Report{Replaced: err == nil, Err: err}
-	}
-	checker, err := l.inspector.Begin()
+	host, err := os.Readlink("/proc/1/ns/net")
 	if err != nil {
-		return Report{Err: err}
+		return fmt.Errorf("the host's network namespace is not visible: %w", err)
 	}
-	report := Report{Findings: make([]Finding, 0, len(records))}
-	for _, r := range records {
-		f := Finding{Record: r}
-		f.Gone, f.Problem = wrong(checker, r, l.inspector.Links())
-		f.Promotable = f.Problem == nil && l.inspector.Promotable(r.ID())
-		report.Findings = append(report.Findings, f)
+	if own != host {
+		return errors.New("not in the host's network namespace")
 	}
-	report.Stray = !l.inspector.Accounted(checker)
-	return report
+	return nil
 }
 
-// wrong returns what is wrong with an attachment on record, and whether its device is gone.
-func wrong(checker *attach.Checker, r attach.Record, links map[int]attach.Link) (gone bool, problem error) {
-	if r.IfIndex == 0 {
-		return false, nil // never attached; the record says why
+// SameBPFFS reports whether bpfDir is in the file system that the host has mounted there. In a pod it differs once the host's was
+// mounted again. It is assumed to be the same if that cannot be determined.
+func SameBPFFS(bpfDir string) bool {
+	var ours, theirs syscall.Stat_t
+	parent := filepath.Dir(bpfDir)
+	if syscall.Stat(parent, &ours) != nil || syscall.Stat(filepath.Join("/proc/1/root", parent), &theirs) != nil {
+		return true
 	}
-	link, present := links[r.IfIndex]
-	// A state directory that outlives the machine's run has records whose devices are now other pods'.
-	if !present || link.Name != r.HostIfName {
-		gone, problem = true, fmt.Errorf("device %d, %s, is gone", r.IfIndex, r.HostIfName)
-	}
-	switch {
-	case !present, gone && r.Error != "":
-		return gone, problem
-	case r.Passing, r.Error != "" && r.Adopted:
-		return false, errors.New("it was not attached")
-	case r.Error != "":
-		return false, nil // the record says why, or an ADD is under way
-	}
-	err := checker.Check(r.ID(), r.IfIndex)
-	if errors.Is(err, attach.ErrIncomplete) || errors.Is(err, attach.ErrNotAttached) {
-		return gone, cmp.Or(problem, err)
-	}
-	return false, nil // as far as can be seen
+	return ours.Dev == theirs.Dev || !filepath.IsAbs(bpfDir)
 }

@@ -11,11 +11,11 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// daemon is the model of probeletd. While it is down the tracker is nil.
+// daemon models probeletd. The tracker is nil while the daemon is down.
 type daemon struct {
 	tracker    *probe.Tracker
-	estimator  *probe.Estimator // sees only the twins, as all probes reach the pod in mode observe
-	known      map[uint16]int   // instances that its source has told of
+	estimator  *probe.Estimator // sees only the twins, because in mode observe all probes reach the pod
+	known      map[uint16]int   // container instances reported by its source
 	refreshing map[probe.Endpoint]*asker
 	staleness  map[probe.Endpoint]time.Duration
 }
@@ -30,7 +30,7 @@ func newDaemon() daemon {
 func (p *pod) startDaemon() {
 	p.tracker = probe.NewTracker()
 	p.setEndpoints()
-	// Evidence outlives a daemon in the maps.
+	// Evidence in the maps outlives a daemon.
 	for endpoint, evidence := range p.evidence {
 		p.tracker.Restore(endpoint, evidence, p.now)
 	}
@@ -64,7 +64,7 @@ func (p *pod) endpoints(specs []probe.Spec) []probe.EndpointSpec {
 	return endpoints
 }
 
-// endpointOf is what a probe asks.
+// endpointOf returns the endpoint that a probe asks.
 func (p *pod) endpointOf(s probe.Spec) probe.Endpoint {
 	return p.endpoints([]probe.Spec{s})[0].Endpoint
 }
@@ -89,14 +89,14 @@ func (p *pod) killDaemon() {
 	})
 }
 
-// questionOf identifies the request that asks an endpoint.
+// questionOf returns the question of an endpoint's request.
 func questionOf(e probe.Endpoint) probe.Question {
 	hash := fnv.New64a()
 	_, _ = fmt.Fprintf(hash, "%+v", e)
 	return probe.Question{Hash: hash.Sum64() | 1, Check: 1}
 }
 
-// meant is the endpoint that something asked is taken for.
+// meant returns the endpoint that e is mistaken for if Question is broken.
 func (p *pod) meant(e probe.Endpoint) probe.Endpoint {
 	if p.Broken != Question {
 		return e
@@ -109,12 +109,12 @@ func (p *pod) meant(e probe.Endpoint) probe.Endpoint {
 	return e
 }
 
-// outcome is the report of a probe that has just ended.
+// outcome reports a probe that has just ended.
 func (p *pod) outcome(e probe.Endpoint, began uint64, x exchange) probe.Outcome {
 	e = p.meant(e)
 	o := probe.Outcome{
 		Port: e.Port, Kind: e.Kind, Request: p.requests[e],
-		Question: questionOf(e), Text: []byte(e.Path), // the tracker wants some
+		Question: questionOf(e), Text: []byte(e.Path), // only has to be set
 		Event: x.event, Status: x.status, ObservedAt: p.now, Duration: time.Duration(p.now - began),
 	}
 	if o.Kind.Keying() != probe.KeyedByRequest {
@@ -124,12 +124,12 @@ func (p *pod) outcome(e probe.Endpoint, began uint64, x exchange) probe.Outcome 
 		o.Event, o.Status = probe.Answered, 200
 	}
 	if !x.connected {
-		o.Kind = "" // what would have been asked is not seen
+		o.Kind = "" // it is unknown what would have been asked
 	}
 	return o
 }
 
-// observe is the daemon's reading of an outcome.
+// observe makes the daemon read an outcome.
 func (p *pod) observe(e probe.Endpoint, o probe.Outcome) {
 	if p.tracker == nil {
 		return
@@ -153,7 +153,7 @@ func (p *pod) observe(e probe.Endpoint, o probe.Outcome) {
 	p.publish()
 }
 
-// learnUnanswered has the tracker learn of connections that the pod did not answer.
+// learnUnanswered tells the tracker about connections that the pod did not answer.
 func (p *pod) learnUnanswered() {
 	for port, all := range p.unanswered {
 		for _, began := range all {
@@ -175,7 +175,7 @@ func (p *pod) sweep() {
 	clear(p.unanswered)
 }
 
-// publish writes what is known into the maps, and asks what is to be refreshed.
+// publish writes the evidence into the maps, and starts the requests of refresh.
 func (p *pod) publish() {
 	p.evidence, p.gates = p.tracker.Evidence(), p.tracker.Gates()
 	wanted := map[probe.Endpoint]bool{}
@@ -194,10 +194,10 @@ func (p *pod) publish() {
 	}
 }
 
-// asker is the daemon's own request of an endpoint, again and again.
+// asker repeats the daemon's own request to an endpoint.
 type asker struct{ spec probe.EndpointSpec }
 
-// refresh is as package refresh does it.
+// refresh follows package refresh.
 func (p *pod) refresh(a *asker) {
 	if p.refreshing[a.spec.Endpoint] != a {
 		return

@@ -6,21 +6,21 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// kernel is the model of the kernel side: what the daemon wrote, and what it notes itself.
+// kernel models the kernel side: what the daemon wrote, and what the kernel side itself notes.
 type kernel struct {
 	evidence map[probe.Endpoint]probe.Evidence
 	gates    map[uint16]probe.Gate
-	// withdrawn is when the evidence of an endpoint was voided, or of a whole port (no kind), and podWithdrawn when all of
-	// the pod's was, because a listening socket of it closed.
+	// withdrawn is when the evidence of an endpoint, or of a whole port (no kind), was voided. podWithdrawn is when a
+	// listening socket closed, which voids all evidence of the pod.
 	withdrawn    map[probe.Endpoint]uint64
 	podWithdrawn uint64
-	answered     map[uint16]int      // by port: since a connection of a prober was last known to be accepted
-	unanswered   map[uint16][]uint64 // by port: when connections began that it did not answer, until they are swept
-	ignored      map[uint16]bool     // by port: whether it did not answer the connection that was passed on last
-	connectedAt  map[uint16]uint64   // when the last one came about with the pod, if it is not known yet to be accepted
+	answered     map[uint16]int      // by port: probes answered since a prober's connection was last known to be accepted
+	unanswered   map[uint16][]uint64 // by port: when unanswered connections began, until they are swept
+	ignored      map[uint16]bool     // by port: whether the last connection passed on was not answered
+	connectedAt  map[uint16]uint64   // by port: when the last connection was established, until it is known to be accepted
 }
 
-// connect is a probe that begins now.
+// connect starts a probe now.
 func (p *pod) connect(e probe.Endpoint, timeout, usual time.Duration) (answered bool, x exchange) {
 	taken := p.taken(e.Port)
 	if taken {
@@ -37,13 +37,13 @@ func (p *pod) connect(e probe.Endpoint, timeout, usual time.Duration) (answered 
 	if !taken {
 		p.ignored[e.Port] = !x.seen() && p.Broken != Unanswered
 	}
-	if x.handedOver = taken; taken { // which takes no time to speak of
+	if x.handedOver = taken; taken { // which takes hardly any time
 		p.result.HandedOver++
 	}
 	return false, x
 }
 
-// taken reports whether a connection that comes now is taken.
+// taken reports whether a connection that arrives now is taken.
 func (p *pod) taken(port uint16) bool {
 	g := p.gates[port]
 	if p.Broken == Gate {
@@ -57,8 +57,8 @@ func (p *pod) taken(port uint16) bool {
 	return fresh && g.ObservedAt > max(p.withdrawn[portOf(port)], p.podWithdrawn) && !p.ignored[port] && p.listening(port)
 }
 
-// listening reports whether a look at the port's listening socket says that a connection would be accepted now, and not
-// too many were answered on that alone.
+// listening reports whether the port's listening socket would accept a connection now, and not too many probes were
+// answered on that basis alone.
 func (p *pod) listening(port uint16) bool {
 	if p.Live == 0 {
 		return true
@@ -67,14 +67,14 @@ func (p *pod) listening(port uint16) bool {
 	if p.Broken != Queue && !s.accepting(p.now, &s.queue) {
 		return false
 	}
-	if at := p.connectedAt[port]; at != 0 && p.now-at >= headAge { // and nobody has waited for as long
+	if at := p.connectedAt[port]; at != 0 && p.now-at >= headAge { // and no connection has waited that long
 		p.connectedAt[port], p.answered[port] = 0, 0
 	}
 	_, asked := p.successes[probe.Endpoint{Port: port, Kind: probe.TCP}]
 	return !asked || p.Broken == Limit || p.answered[port] < s.mostAnswered(p.Live)
 }
 
-// answerable reports whether a request on a connection that was taken just now is answered.
+// answerable reports whether a request on a connection taken just now is answered.
 func (p *pod) answerable(e probe.Endpoint) bool {
 	e = p.meant(e)
 	known := p.evidence[e]
@@ -83,14 +83,14 @@ func (p *pod) answerable(e probe.Endpoint) bool {
 		known.ObservedAt > max(p.withdrawn[e], p.withdrawn[portOf(e.Port)], p.podWithdrawn)
 }
 
-// sweepEvery is how often the daemon looks at connections that were not answered, and forgets them.
+// sweepEvery is how often the daemon reads unanswered connections, and forgets them.
 const sweepEvery = uint64(5 * time.Second)
 
-// gather is how long outcomes wait until the daemon reads them, in their order.
+// gather is how long outcomes may wait before the daemon reads them.
 const gather = uint64(50 * time.Millisecond)
 
-// report tells the daemon what became of a probe that reached the pod. An error status is about what was asked, a reset or
-// refusal about the whole port.
+// report tells the daemon the outcome of a probe that reached the pod. An error status affects the endpoint that was
+// asked, a reset or refusal the whole port.
 func (p *pod) report(e probe.Endpoint, began uint64, x exchange) {
 	if x.handedOver && p.Broken == Handover {
 		return

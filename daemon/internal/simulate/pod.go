@@ -1,6 +1,6 @@
-// Package simulate drives the freshness policy through days of a pod's life, with a model of the kubelet's workers, of
-// the kernel side and of the daemon, and holds it against what plain Kubernetes would have done: each probe has a twin
-// that reaches the pod at the same moment.
+// Package simulate drives the freshness policy through days of a pod's life, using models of the kubelet's workers, of
+// the kernel side and of the daemon. It compares the result with plain Kubernetes: each probe has a twin that reaches the
+// pod at the same moment.
 package simulate
 
 import (
@@ -14,59 +14,59 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// Config describes a pod and its time.
+// Config describes a pod and its simulation.
 type Config struct {
 	Probes []probe.Spec
-	// Strangers are another pod's probes, with host: set to this one.
+	// Strangers are probes of another pod, with host: set to this one.
 	Strangers []probe.Spec
-	// Sidecar: another container, which never ends, owns the probed listening sockets and passes requests on.
+	// Sidecar: another container, which never ends, owns the probed listening sockets and forwards requests.
 	Sidecar bool
 	// Live is probe.Limits.Live.
 	Live     int
 	Defaults probe.Defaults
 	Duration time.Duration
-	Seed     uint64 // of everything that is drawn; the same seed, the same pod
+	Seed     uint64 // seed of the random numbers; the same seed gives the same pod
 
-	// Broken breaks a rule, for a test to see that it is noticed.
+	// Broken breaks a rule, so that a test can check that this is noticed.
 	Broken Rule
 }
 
-// Rule is one that can be broken.
+// Rule is a rule that can be broken.
 type Rule uint8
 
 // Rules.
 const (
 	None       Rule = iota
-	Bound           // answers go on after their bound
+	Bound           // answers continue past their bound
 	Withdrawal      // the kernel side withdraws nothing
 	Failures        // the daemon does not learn of failures
 	Gate            // fresh HTTP evidence opens a port that has a TCP probe
-	Status          // an error status voids the evidence of all of its port
-	Handover        // what is handed over is not observed
-	Instance        // another container is not noticed, nor its listener's closing
-	Malformed       // a response with status 200 is a success, whatever else it is
-	Question        // requests of one path are the same, whatever their headers
-	Threshold       // one success arms an endpoint, whatever its successThreshold
-	WholePod        // a listening socket that closes voids the evidence of its own port only
-	Queue           // a TCP probe is answered whatever waits in the listening socket's queue
-	Unanswered      // a prober that finds no connection has not failed
-	Limit           // any number of TCP probes is answered without one that reaches the pod
+	Status          // an error status voids all evidence of its port
+	Handover        // connections that are handed over are not observed
+	Instance        // a replaced container goes unnoticed, and so does its listener's closing
+	Malformed       // a response with status 200 is a success even if it is malformed
+	Question        // requests for the same path count as equal, whatever their headers
+	Threshold       // one success arms an endpoint, whatever the successThreshold
+	WholePod        // closing a listening socket voids only the evidence of its own port
+	Queue           // a TCP probe is answered regardless of the listening socket's queue
+	Unanswered      // a probe that gets no connection does not count as a failure
+	Limit           // any number of TCP probes in a row is answered
 )
 
-// Result is what was counted of a pod.
+// Result holds the counts of one or more pods.
 type Result struct {
-	Probes, Answered                 int // all of them
-	HealthyProbes, HealthyAnswered   int // of servers that were well
-	Estimated                        int // would have been answered, as mode observe says
+	Probes, Answered                 int // of all probes
+	HealthyProbes, HealthyAnswered   int // of probes of healthy servers
+	Estimated                        int // would have been answered, according to mode observe
 	HandedOver                       int
-	Refreshes                        int // the daemon's own requests
-	Verdicts, PlainVerdicts          int // failures in a row up to the threshold
-	Readied                          int // successes in a row up to a threshold of more than one
-	Detected                         int // failures that lasted for longer than the bound
-	Stopped                          int // failures of TCP probes because a stopped server's queue was full
+	Refreshes                        int // requests of the daemon's own
+	Verdicts, PlainVerdicts          int // rows of failureThreshold failures
+	Readied                          int // rows of successThreshold successes, if that is more than one
+	Detected                         int // failures that lasted longer than the bound
+	Stopped                          int // failures of TCP probes because the queue of a stopped server was full
 	WorstDelay, WorstPlain, MaxBound time.Duration
 	WorstShare                       float64 // the longest delay, as a share of its bound
-	// Violations are promises that were broken, the first few of them.
+	// Violations describes the first few broken promises.
 	Violations []string
 }
 
@@ -86,18 +86,18 @@ func (r *Result) add(o Result) {
 
 const violationsKept = 10
 
-// HitRate is the share of probes of healthy servers that were answered, from 0 to 1.
+// HitRate returns the share of probes of healthy servers that were answered, from 0 to 1.
 func (r Result) HitRate() float64 {
 	return float64(r.HealthyAnswered) / float64(max(r.HealthyProbes, 1))
 }
 
-// TotalHitRate is the share of all probes.
+// TotalHitRate returns the share of all probes that were answered.
 func (r Result) TotalHitRate() float64 { return float64(r.Answered) / float64(max(r.Probes, 1)) }
 
-// The simulated clock begins here: 0 means never.
+// epoch is when the simulated clock starts: 0 would mean never.
 const epoch = uint64(1000 * time.Hour)
 
-// pod is one pod with all that concerns it.
+// pod is a simulated pod, with everything that concerns it.
 type pod struct {
 	Config
 	rng    *rand.Rand
@@ -106,10 +106,10 @@ type pod struct {
 	events queue
 
 	servers   map[uint16]*server
-	instances map[uint16]int                   // of the container behind a port
+	instances map[uint16]int                   // of the container that owns a port
 	startup   map[string]*startup              // by container
-	requests  map[probe.Endpoint]probe.Request // of HTTP endpoints, as they are sent
-	asked     []probe.Endpoint                 // by Probes
+	requests  map[probe.Endpoint]probe.Request // as sent to HTTP endpoints
+	asked     []probe.Endpoint                 // parallel to Probes
 
 	daemon
 	kernel
@@ -117,13 +117,13 @@ type pod struct {
 	result Result
 }
 
-// truth is what there is to be known, for the promises to be held against.
+// truth is what the promises are checked against.
 type truth struct {
-	successes  map[probe.Endpoint]map[uint64]bool // when each was asked that succeeded
+	successes  map[probe.Endpoint]map[uint64]bool // when each success was requested
 	failed     map[probe.Endpoint]uint64          // the last failure that the daemon has read
 	voided     map[probe.Endpoint]uint64          // the last error status; of a port, the last reset or refusal
-	lastClosed uint64                             // when a listener last closed, of any port
-	ended      map[uint16]uint64                  // when what is behind the port last closed its listener
+	lastClosed uint64                             // when any listener last closed
+	ended      map[uint16]uint64                  // when the owner of the port last closed its listener
 }
 
 // Run simulates one pod.
@@ -160,7 +160,7 @@ func (p *pod) prepare() {
 		}
 		p.startup[s.Container].probed = p.startup[s.Container].probed || s.Type == probe.Startup
 	}
-	for _, s := range p.Probes { // in their order, so that a seed gives the same
+	for _, s := range p.Probes { // in order, so that a seed always gives the same result
 		e := p.endpointOf(s)
 		p.asked, p.requests[e] = append(p.asked, e), request(s)
 		if p.servers[s.Port] == nil {
@@ -183,10 +183,10 @@ func (p *pod) prepare() {
 	}
 }
 
-// address is the pod's.
+// address is the pod's address.
 const address = "192.0.2.1"
 
-// request is what the kubelet sends.
+// request returns the request that the kubelet sends.
 func request(s probe.Spec) probe.Request {
 	header := http.Header{"User-Agent": {"kube-probe/1.37"}, "Accept": {"*/*"}, "Connection": {"close"}}
 	for _, h := range s.Headers {
@@ -198,7 +198,8 @@ func request(s probe.Spec) probe.Request {
 // portOf stands for all endpoints of a port.
 func portOf(port uint16) probe.Endpoint { return probe.Endpoint{Port: port} }
 
-// scheduleWorld has the kernel side and the runtime notice what they do: listeners that close, containers that end.
+// scheduleWorld schedules the events that the kernel side and the runtime notice: closing listeners, and ending
+// containers.
 func (p *pod) scheduleWorld(port uint16) {
 	for _, phase := range p.servers[port].phases {
 		switch phase.condition {
@@ -215,7 +216,7 @@ func (p *pod) scheduleWorld(port uint16) {
 	}
 }
 
-// close closes the listening socket of what is behind a port. With a sidecar that is another port's.
+// close closes the listening socket of the owner of a port. With a sidecar that is another port's socket.
 func (p *pod) close(port uint16) {
 	p.ended[port], p.lastClosed = p.now, p.now
 	switch p.Broken {
@@ -229,7 +230,7 @@ func (p *pod) close(port uint16) {
 	}
 }
 
-// visit is a stranger's probe.
+// visit sends a stranger's probe.
 func (p *pod) visit(s probe.Spec, e probe.Endpoint) {
 	began, known := p.now, p.evidence[e]
 	answered, x := p.connect(e, s.Timeout, p.usual())
@@ -244,7 +245,7 @@ func (p *pod) visit(s probe.Spec, e probe.Endpoint) {
 	})
 }
 
-// What is promised.
+// Promises.
 
 func (p *pod) violate(format string, a ...any) {
 	if len(p.result.Violations) < violationsKept {
@@ -253,13 +254,13 @@ func (p *pod) violate(format string, a ...any) {
 	}
 }
 
-// learn takes note of a probe that reached the pod.
+// learn processes a probe that reached the pod.
 func (p *pod) learn(e probe.Endpoint, began uint64, x exchange) {
 	p.noteSuccess(e, began, x)
 	p.report(e, began, x)
 }
 
-// noteSuccess notes what an exchange shows to succeed. An answer of any kind shows that a connection came about.
+// noteSuccess records what an exchange shows to succeed. Any response shows that the connection was established.
 func (p *pod) noteSuccess(e probe.Endpoint, began uint64, x exchange) {
 	if x.succeeded() {
 		p.succeeded(e, began)
@@ -270,7 +271,7 @@ func (p *pod) noteSuccess(e probe.Endpoint, began uint64, x exchange) {
 	}
 }
 
-// succeeded notes when something was asked for that succeeded.
+// succeeded records when a successful request was made.
 func (p *pod) succeeded(e probe.Endpoint, asked uint64) {
 	const many, longAgo = 4096, uint64(time.Hour)
 	if len(p.successes[e]) == many {
@@ -283,23 +284,23 @@ func (p *pod) succeeded(e probe.Endpoint, asked uint64) {
 	p.successes[e][asked] = true
 }
 
-// checkAnswer holds an answer, and the evidence for it, against the truth.
+// checkAnswer checks an answer, and the evidence for it, against the truth.
 func (p *pod) checkAnswer(e probe.Endpoint, known probe.Evidence) {
 	switch {
 	case !p.successes[e][known.ObservedAt]:
-		p.violate("%s answered with what was not observed", e)
+		p.violate("%s answered with evidence that was not observed", e)
 	case p.now > known.ObservedAt+uint64(p.staleness[e]):
 		p.violate("%s answered %s after its bound", e, time.Duration(p.now-known.ObservedAt)-p.staleness[e])
 	case p.failed[e] >= known.ObservedAt:
-		p.violate("%s answered after a failure that the daemon knew", e)
+		p.violate("%s answered after a failure that the daemon knew of", e)
 	case p.ended[e.Port] >= known.ObservedAt:
 		p.violate("%s answered after its listener had closed", e)
 	}
 }
 
-// mayBeAnswered reports whether a probe that begins now need not reach the pod, whatever else its port is asked: its own
-// last success is still to be believed, and the listening socket bears it out. For a request on a port that has a TCP probe
-// that one's must be believable, too.
+// mayBeAnswered reports whether a probe that begins now should be answered, whatever else its port is asked: its own last
+// success is still believable, and the listening socket bears it out. On a port with a TCP probe, that probe's success
+// must be believable, too.
 func (p *pod) mayBeAnswered(e probe.Endpoint) bool {
 	tcp := probe.Endpoint{Port: e.Port, Kind: probe.TCP}
 	_, asked := p.successes[tcp]
@@ -352,5 +353,5 @@ func (p *pod) mean(d time.Duration) time.Duration {
 	return time.Duration(p.rng.ExpFloat64() * float64(d))
 }
 
-// usual is how long a server takes that is well.
+// usual returns how long a healthy server takes.
 func (p *pod) usual() time.Duration { return time.Millisecond + p.upTo(20*time.Millisecond) }

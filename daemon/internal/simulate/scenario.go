@@ -10,20 +10,20 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// Scenario is a kind of pod.
+// Scenario describes a kind of pod.
 type Scenario struct {
 	Name string
-	// Expected is the share of probes of healthy servers that is answered, as computed; 0: not computed. Demanded is the
-	// least that it must be.
+	// Expected is the computed share of probes of healthy servers that are answered; 0 if not computed. Demanded is the
+	// least share that passes.
 	Expected, Demanded float64
-	// Why is how Expected was computed.
+	// Why explains how Expected was computed.
 	Why string
 
 	config Config
-	draw   func(seed uint64) []probe.Spec // instead of the config's probes
+	draw   func(seed uint64) []probe.Spec // draws the probes instead of using the config's
 }
 
-// Run simulates pods, some at a time. done, if not nil, is called after each, one at a time.
+// Run simulates pods concurrently. done, if not nil, is called after each, never concurrently.
 func (s Scenario) Run(pods int, d time.Duration, seed uint64, done func()) Result {
 	results := make([]Result, pods)
 	next := make(chan int)
@@ -83,7 +83,7 @@ func with(staleness string, refresh bool) probe.Defaults {
 	return d
 }
 
-// live is the most TCP probes that the kernel side answers in a row (datapath.MaxAnswers).
+// live is how many TCP probes in a row the kernel side answers at most (datapath.MaxAnswers).
 const live = 9
 
 var (
@@ -93,13 +93,13 @@ var (
 	both = []probe.Spec{get("c", probe.Readiness, 80, "/x", usually), tcp("c", probe.Liveness, 80, usually)}
 )
 
-// Of two probes with a period of 10 s and a timeout of 1 s a fifth begin within a second of each other.
+// Of two probes with a period of 10 s and a timeout of 1 s, a fifth begin within a second of each other.
 const twoOfThree = 0.8*2/3 + 0.2*3/4
 
-// oneTCP is the mean of what limits allow.
+// oneTCP is the mean over limits.
 const oneTCP = (0. + 1./2 + 1./2 + 2./3 + 9./10) / 5
 
-// Scenarios are the kinds of pods that the table has.
+// Scenarios returns the scenarios of the table.
 func Scenarios() []Scenario {
 	const usual = "1"
 	scenario := func(name string, expected, demanded float64, why, staleness string, refresh bool, probes ...probe.Spec) Scenario {
@@ -124,39 +124,39 @@ func Scenarios() []Scenario {
 		return changed(s, func(c *Config) { c.Strangers = []probe.Spec{asks} })
 	}
 	return []Scenario{
-		scenario("one probe", 1./2, .49, "one observed, the next one answered", usual, false, lone...),
-		scenario("one TCP probe", oneTCP, .45, "K answered between two that are observed: 0, 1, 1, 2 or 9, by the length of the queue", usual, false,
+		scenario("one probe", 1./2, .49, "one observed, the next answered", usual, false, lone...),
+		scenario("one TCP probe", oneTCP, .45, "K answered between two observed: 0, 1, 1, 2 or 9, depending on the length of the queue", usual, false,
 			tcp("c", probe.Liveness, 80, usually)),
-		changed(scenario("one TCP probe, listening sockets not looked at", 1./2, .49, "as by HTTP", usual, false,
+		changed(scenario("one TCP probe, listening sockets not inspected", 1./2, .49, "as with HTTP", usual, false,
 			tcp("c", probe.Liveness, 80, usually)), func(c *Config) { c.Live = 0 }),
 		scenario("readiness + liveness, one path", twoOfThree, .66,
-			"two of three answered; three of four for the fifth of pods whose two probes come within a timeout of each other", usual, false, pair...),
-		scenario("readiness + liveness, two paths", 1./2, .49, "each as if alone", usual, false, own...),
+			"two of three answered; three of four for the fifth of pods whose two probes begin within a timeout of each other", usual, false, pair...),
+		scenario("readiness + liveness, two paths", 1./2, .49, "each as if it were alone", usual, false, own...),
 		scenario("readiness + liveness, one path, other headers", 1./2, .49, "likewise", usual, false, lone[0], authorized),
-		strangers(scenario("one probe, and another pod's with host: and headers", 1./2, .49, "likewise", usual, false, lone...), authorized),
-		strangers(scenario("one probe with headers, and another pod's with host: alone", 1./2, .49, "likewise", usual, false, authorized), lone[0]),
-		strangers(scenario("one probe, and another pod's with host: that asks the same", 0, .88,
-			"not computed: whichever comes first once 11 s are over is observed, and the other's are a third as far apart", usual, false, lone...), lone[0]),
-		changed(scenario("one probe, listened for by a sidecar", 1./2, .49, "likewise", usual, false, lone...),
+		strangers(scenario("one probe, plus another pod's with host: and headers", 1./2, .49, "likewise", usual, false, lone...), authorized),
+		strangers(scenario("one probe with headers, plus another pod's with host: only", 1./2, .49, "likewise", usual, false, authorized), lone[0]),
+		strangers(scenario("one probe, plus another pod's with host: asking the same", 0, .88,
+			"not computed: the first probe after 11 s is observed, and the other pod probes three times as often", usual, false, lone...), lone[0]),
+		changed(scenario("one probe, a sidecar owns the listening socket", 1./2, .49, "likewise", usual, false, lone...),
 			func(c *Config) { c.Sidecar = true }),
-		scenario("one probe, successThreshold 3", 1./2, .48, "likewise, once three in a row were observed", usual, false, threeSuccesses),
-		scenario("one probe each second, timeout 30", 1./2, .49, "the slack is half a second", usual, false, patient),
-		scenario("readiness by HTTP, liveness by TCP, one port", 0, .35,
-			"not computed: K counts both, so a short queue holds back HTTP too", usual, false, both...),
-		scenario("startup, readiness, liveness, one path", twoOfThree, .66, "startup probes end", usual, false,
+		scenario("one probe, successThreshold 3", 1./2, .48, "likewise, after three in a row were observed", usual, false, threeSuccesses),
+		scenario("one probe every second, timeout 30 s", 1./2, .49, "the slack is half a second", usual, false, patient),
+		scenario("HTTP readiness + TCP liveness, one port", 0, .35,
+			"not computed: K counts both, so a short queue limits HTTP too", usual, false, both...),
+		scenario("startup + readiness + liveness, one path", twoOfThree, .66, "startup probes end", usual, false,
 			append([]probe.Spec{get("c", probe.Startup, 80, "/x", usually)}, pair...)...),
-		scenario("startup each second, liveness, one path", 1./2, .49, "startup probes end, and their period with them", usual, false,
+		scenario("startup every second + liveness, one path", 1./2, .49, "startup probes end, and then their period no longer counts", usual, false,
 			starting, get("c", probe.Liveness, 80, "/x", usually)),
-		scenario("startup each second, readiness with successThreshold 3, one path", 1./2, .48, "likewise", usual, false,
+		scenario("startup every second + readiness with successThreshold 3, one path", 1./2, .48, "likewise", usual, false,
 			starting, threeSuccesses),
-		scenario("startup each second, liveness, one path, refresh", 1, .99, "likewise", usual, true,
+		scenario("startup every second + liveness, one path, refresh", 1, .99, "likewise", usual, true,
 			starting, get("c", probe.Liveness, 80, "/x", usually)),
-		scenario("two containers", twoOfThree, .66, "each as one", usual, false,
+		scenario("two containers", twoOfThree, .66, "each as if it were alone", usual, false,
 			get("c", probe.Readiness, 80, "/x", usually), get("c", probe.Liveness, 80, "/x", usually),
 			get("d", probe.Readiness, 81, "/x", usually), get("d", probe.Liveness, 81, "/x", usually)),
 		{
-			Name: "one to six probes of 1 to 30 s", config: Config{Live: live, Defaults: with(usual, false)}, draw: drawProbes,
-			Why: "drawn: kinds, paths, periods, timeouts, thresholds",
+			Name: "one to six probes, periods of 1 to 30 s", config: Config{Live: live, Defaults: with(usual, false)}, draw: drawProbes,
+			Why: "not computed: random kinds, paths, periods, timeouts and thresholds",
 		},
 		scenario("one probe, staleness 5", 5./6, .82, "one observed, five answered", "5", false, lone...),
 		scenario("one probe, refresh", 1, .99, "all but the first after a failure", usual, true, lone...),
@@ -164,12 +164,12 @@ func Scenarios() []Scenario {
 		scenario("readiness + liveness, two paths, refresh", 1, .99, "likewise", usual, true, own...),
 		{
 			Name: "one to six probes, refresh", config: Config{Live: live, Defaults: with(usual, true)}, draw: drawProbes,
-			Why: "drawn as above",
+			Why: "not computed: random as above",
 		},
 	}
 }
 
-// Sweep are the scenarios of the plot: stalenesses from 0.5 to 5 periods.
+// Sweep returns the scenarios of the plot: staleness from 0.5 to 5 periods.
 func Sweep() []Scenario {
 	var all []Scenario
 	for _, kind := range []struct {
@@ -187,7 +187,7 @@ func Sweep() []Scenario {
 	return all
 }
 
-// drawProbes draws a pod's probes: of one container, on one or two ports.
+// drawProbes draws the probes of a pod: one or two containers, each with its own port.
 func drawProbes(seed uint64) []probe.Spec {
 	rng := rand.New(rand.NewPCG(seed, 2))
 	types := []probe.Type{probe.Readiness, probe.Liveness, probe.Startup}

@@ -20,7 +20,7 @@ func TestNothingIsViolated(t *testing.T) {
 			if r.Detected == 0 || r.Verdicts == 0 || r.Answered == 0 {
 				t.Errorf("nothing happened: %+v", r)
 			}
-			// Mode observe says what mode answer does. It leaves out refresh and strangers.
+			// Mode observe predicts mode answer. It leaves out refresh and strangers.
 			estimated, answered := float64(r.Estimated)/float64(r.Probes), r.TotalHitRate()
 			if !s.config.Defaults.Refresh.On && s.config.Strangers == nil && math.Abs(estimated-answered) > .01 {
 				t.Errorf("estimated %.3f, answered %.3f", estimated, answered)
@@ -29,7 +29,7 @@ func TestNothingIsViolated(t *testing.T) {
 	}
 }
 
-func TestTheSameSeedIsTheSamePod(t *testing.T) {
+func TestSameSeedGivesSamePod(t *testing.T) {
 	s := Scenarios()[0]
 	a, b := s.Run(2, 6*time.Hour, 7, nil), s.Run(2, 6*time.Hour, 7, nil)
 	if a.Probes != b.Probes || a.Answered != b.Answered || a.WorstDelay != b.WorstDelay || a.Refreshes != b.Refreshes {
@@ -40,7 +40,7 @@ func TestTheSameSeedIsTheSamePod(t *testing.T) {
 	}
 }
 
-// A rule that is broken is noticed. So that nothing is noticed means that none is.
+// Broken rules are noticed. So if no violation is found, no rule is broken.
 func TestBrokenRulesAreNoticed(t *testing.T) {
 	byName, unbroken := map[string]Scenario{}, map[string]Result{}
 	for _, s := range Scenarios() {
@@ -61,15 +61,15 @@ func TestBrokenRulesAreNoticed(t *testing.T) {
 		{Bound, "one probe", "after its bound"},
 		{Withdrawal, "one probe", "after its listener had closed"},
 		{Failures, "one probe, refresh", "after a failure that the daemon knew"},
-		{Gate, "readiness by HTTP, liveness by TCP, one port", "TCP :80 answered"},
-		{Status, "readiness + liveness, two paths", "though it could have been answered"},
+		{Gate, "HTTP readiness + TCP liveness, one port", "TCP :80 answered"},
+		{Status, "readiness + liveness, two paths", "although it could have been answered"},
 		{Instance, "one probe, staleness 5", "after its listener had closed"},
 		{Malformed, "one probe", "not detected within"},
-		{Question, "one probe, and another pod's with host: and headers", "not observed"},
-		{Question, "one probe with headers, and another pod's with host: alone", "not observed"},
+		{Question, "one probe, plus another pod's with host: and headers", "not observed"},
+		{Question, "one probe with headers, plus another pod's with host: only", "not observed"},
 		{Threshold, "one probe, successThreshold 3", "of 3 successes"},
 		{Unanswered, "one probe, successThreshold 3", "of 3 successes"},
-		{WholePod, "one probe, listened for by a sidecar", "after its listener had closed"},
+		{WholePod, "one probe, a sidecar owns the listening socket", "after its listener had closed"},
 		{Queue, "one TCP probe", "of a stopped server"},
 		{Limit, "one TCP probe", "of a stopped server"},
 	} {
@@ -78,24 +78,24 @@ func TestBrokenRulesAreNoticed(t *testing.T) {
 			unbroken[test.scenario] = run(test.scenario, None)
 		}
 		if good := unbroken[test.scenario]; len(good.Violations) > 0 {
-			t.Errorf("rule %d: violated though it holds: %s", rule, good.Violations[0])
+			t.Errorf("rule %d: violated although it holds: %s", rule, good.Violations[0])
 		}
 		broken := run(test.scenario, rule)
 		if !strings.Contains(strings.Join(broken.Violations, "\n"), test.want) {
-			t.Errorf("rule %d is broken, and nothing is %q: %+v", rule, test.want, broken)
+			t.Errorf("rule %d is broken, but no violation says %q: %+v", rule, test.want, broken)
 		}
 	}
 
-	// This one breaks no promise but that of the share that is answered.
+	// This rule breaks no promise except the share of answered probes.
 	const paths = "readiness + liveness, two paths"
 	good, broken := unbroken[paths], run(paths, Handover)
 	if least := byName[paths].Demanded; good.HandedOver == 0 || good.HitRate() < least || broken.HitRate() >= least {
-		t.Errorf("%d handed over; %.3f answered, %.3f if these are not observed; demanded are %.2f",
+		t.Errorf("%d handed over; %.3f answered, %.3f if these are not observed; want at least %.2f",
 			good.HandedOver, good.HitRate(), broken.HitRate(), least)
 	}
 }
 
-// The world by itself: a request that comes to a server in some condition.
+// The world alone: requests to a server in different conditions.
 func TestServer(t *testing.T) {
 	const second = uint64(time.Second)
 	s := &server{limit: 1, phases: []phase{
@@ -123,7 +123,7 @@ func TestServer(t *testing.T) {
 		"overtaken by a hang": {9.999, x, probe.NoAnswer, false},
 		"hanging":             {15, x, probe.NoAnswer, false},
 		"hanging, TCP":        {15, tcp, probe.Connected, true},
-		"to the hang's end":   {19.5, x, probe.Answered, true},
+		"until the hang ends": {19.5, x, probe.Answered, true},
 		"stuck":               {35, x, probe.NoAnswer, false},
 		"stuck, TCP":          {35, tcp, probe.NoAnswer, false},
 		"closed":              {45, x, probe.Reset, false},
@@ -151,8 +151,9 @@ func TestServer(t *testing.T) {
 	}
 }
 
-// A stopped server's queue takes one connection more than its limit (tcp_v4_conn_request in net/ipv4/tcp_ipv4.c drops the
-// SYN of what is over it), and a look at it allows answers while at most half of it is used and nobody has waited for long.
+// The queue of a stopped server takes one connection more than its limit (tcp_v4_conn_request in net/ipv4/tcp_ipv4.c
+// drops the SYN of any further one). Answers are allowed while at most half of it is used and no connection has waited
+// for long.
 func TestStopped(t *testing.T) {
 	for limit, want := range map[int]struct{ accepted, most int }{0: {1, 0}, 1: {2, 1}, 5: {6, 1}, 16: {17, 2}, 128: {129, 9}, 4096: {4097, 9}} {
 		const begun = uint64(time.Hour)
@@ -161,7 +162,7 @@ func TestStopped(t *testing.T) {
 		accepted := 0
 		for at := begun; ; at += uint64(time.Second) {
 			if looks := s.accepting(at, &b); looks != (accepted == 0) {
-				t.Fatalf("limit %d: after %d, a look allows an answer: %v", limit, accepted, looks)
+				t.Fatalf("limit %d: after %d, an answer is allowed: %v", limit, accepted, looks)
 			}
 			q := inquiry{at, probe.Endpoint{Kind: probe.TCP}, time.Second, time.Millisecond}
 			if !s.ask(q, &b).succeeded() {

@@ -6,14 +6,15 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// worker is the kubelet's for one probe (pkg/kubelet/prober/worker.go), with the verdicts of its twins beside.
+// worker is the kubelet's worker of one probe (pkg/kubelet/prober/worker.go), together with the verdicts of the probe's
+// twins.
 type worker struct {
 	*pod
 	spec     probe.Spec
 	endpoint probe.Endpoint
-	base     uint64 // the ticker ticks every period from here
-	waiting  uint64 // when it probes next, lest an earlier plan is followed
-	instance int    // that the counts are about
+	base     uint64 // the ticker ticks every period, starting here
+	waiting  uint64 // when the next probe is due, so that obsolete plans are ignored
+	instance int    // the instance that the counts are about
 
 	with, plain verdict
 	bound       probe.Delay
@@ -21,24 +22,24 @@ type worker struct {
 	halt        halt
 }
 
-// row is successes in a row, since a failure.
+// row counts successes in a row since the last failure.
 type row struct {
 	successes, answered int
 	since               uint64
 }
 
-// verdict is a count of failures, and of each long failure when it was found out.
+// verdict counts failures, and tracks when a long failure is detected.
 type verdict struct {
 	failures int
 	failing  bool
-	// since is when what fails now began to; 0: nothing does. until is the latest that it is to be found out.
+	// since is when the current failure began; 0 if there is none. until is the latest time for its detection.
 	since, until uint64
 }
 
-// halt is a phase in which the server is stopped, as TCP probes find it.
+// halt counts the TCP probes during a phase in which the server is stopped.
 type halt struct {
 	phase, probes int
-	plainFailed   int // number of the first probe that fails without probelet, from 1; 0: none did yet
+	plainFailed   int // number, from 1, of the first probe that fails without probelet; 0 if none has yet
 }
 
 // newWorker starts a probe's worker.
@@ -53,7 +54,7 @@ func (p *pod) newWorker(s probe.Spec) {
 	w.plan(w.base)
 }
 
-// delayOf is the bound that is stated for a probe.
+// delayOf returns the bound stated for a probe.
 func (p *pod) delayOf(s probe.Spec) probe.Delay {
 	for _, e := range p.tracker.Endpoints() {
 		for _, d := range e.Delays() {
@@ -74,7 +75,7 @@ func (w *worker) plan(t uint64) {
 	})
 }
 
-// next is the ticker's next tick; one that was missed comes at once.
+// next returns the ticker's next tick, or now if one was missed.
 func (w *worker) next(last uint64) uint64 {
 	period := uint64(w.spec.Period)
 	tick := w.base + ((last-w.base)/period+1)*period
@@ -84,7 +85,7 @@ func (w *worker) next(last uint64) uint64 {
 func (w *worker) tick() {
 	began := w.now
 	server := w.servers[w.spec.Port]
-	if w.instance != w.instances[w.spec.Port] { // a new container is judged anew
+	if w.instance != w.instances[w.spec.Port] { // a new container starts from scratch
 		w.instance, w.with, w.plain, w.row = w.instances[w.spec.Port], verdict{}, verdict{}, row{since: w.now}
 	}
 	if server.phases[server.at(began)].condition == down || !w.due() {
@@ -103,7 +104,7 @@ func (w *worker) tick() {
 		w.checkAnswer(w.endpoint, known)
 		w.result.Answered++
 	case may:
-		w.violate("%s reached the pod though it could have been answered", w.endpoint)
+		w.violate("%s reached the pod although it could have been answered", w.endpoint)
 	}
 	w.checkHalt(server, x, twin)
 	if condition == healthy {
@@ -119,7 +120,7 @@ func (w *worker) tick() {
 		w.checkRow(x, answered, began)
 		w.judge(x, twin, condition == stopped)
 		w.plan(w.next(began))
-		// A container that is not ready is probed at once when its status changes, and the ticker begins anew.
+		// A container that is not ready is probed at once when its status changes, which resets the ticker.
 		change := w.now + uint64(w.upTo(5*w.spec.Period))
 		if w.spec.Type == probe.Readiness && w.with.failures > 0 && change < w.waiting {
 			w.base = change
@@ -128,7 +129,7 @@ func (w *worker) tick() {
 	})
 }
 
-// estimate has the daemon estimate what it would do with the twin.
+// estimate makes the estimator judge the twin.
 func (w *worker) estimate(began uint64, twin exchange) {
 	if !twin.seen() {
 		return
@@ -140,8 +141,8 @@ func (w *worker) estimate(began uint64, twin exchange) {
 	}
 }
 
-// checkRow holds a success verdict against the successes that the pod itself had. A probe that begins as soon as one has
-// failed may be answered before the daemon knows of that.
+// checkRow checks that a success verdict rests on the pod's own successes. A probe that begins right after a failure may
+// be answered before the daemon knows of the failure.
 func (w *worker) checkRow(x exchange, answered bool, began uint64) {
 	if !x.succeeded() {
 		w.row = row{since: w.now}
@@ -158,7 +159,7 @@ func (w *worker) checkRow(x exchange, answered bool, began uint64) {
 	}
 }
 
-// checkHalt compares with plain Kubernetes how many probes succeed before a stopped server's queue is full.
+// checkHalt compares with plain Kubernetes how many probes succeed before the queue of a stopped server is full.
 func (w *worker) checkHalt(s *server, x, twin exchange) {
 	i := s.at(w.now)
 	if w.spec.Kind.Keying() != probe.KeyedByPort || w.Live == 0 || s.phases[i].condition != stopped {
@@ -173,20 +174,20 @@ func (w *worker) checkHalt(s *server, x, twin exchange) {
 		w.result.Stopped++
 	}
 	if x.connected && w.halt.plainFailed != 0 && w.halt.probes >= w.halt.plainFailed+s.mostAnswered(w.Live) {
-		w.violate("%s of %s: probe %d of a stopped server succeeded, without probelet probe %d failed",
+		w.violate("%s of %s: probe %d of a stopped server succeeded; without probelet, probe %d failed",
 			w.endpoint, w.spec.Asker(), w.halt.probes, w.halt.plainFailed)
 	}
 }
 
-// due is whether the kubelet probes now: startup first and until it has succeeded, the others after it.
+// due reports whether the kubelet probes now: a startup probe until it has succeeded, the others only after that.
 func (w *worker) due() bool {
 	return w.startup[w.spec.Container].due(w.spec.Type, w.instances[w.spec.Port])
 }
 
-// startup is that of a container: none, or its probe has succeeded for an instance.
+// startup tracks a container's startup probe.
 type startup struct {
 	probed    bool
-	succeeded int // for this instance; -1: for none yet
+	succeeded int // by this instance; -1 if by none yet
 }
 
 func (s *startup) due(t probe.Type, instance int) bool {
@@ -194,8 +195,8 @@ func (s *startup) due(t probe.Type, instance int) bool {
 	return over != (t == probe.Startup)
 }
 
-// judge counts a probe, and its twin. halted: it came to a stopped server, whose queue may be full for the one and not for
-// the other, because the daemon's own connections are in it, too.
+// judge counts a probe and its twin. halted: the probe came to a stopped server, whose queue may be full for only one of
+// them, because it also holds the daemon's own connections.
 func (w *worker) judge(x, twin exchange, halted bool) {
 	if w.instance != w.instances[w.spec.Port] {
 		return
@@ -211,13 +212,13 @@ func (w *worker) judge(x, twin exchange, halted bool) {
 	if w.with.count(x.succeeded(), w.spec.FailureThreshold) {
 		w.result.Verdicts++
 		if !w.plain.failing && !halted {
-			w.violate("%s of %s: a failure verdict that plain Kubernetes does not give", w.endpoint, w.spec.Asker())
+			w.violate("%s of %s: a failure verdict that plain Kubernetes does not reach", w.endpoint, w.spec.Asker())
 		}
 		w.found(&w.with, &w.result.WorstDelay, w.now, w.bound.Probelet, "probelet")
 	}
 }
 
-// count returns whether this one makes it a verdict.
+// count reports whether this outcome completes a failure verdict.
 func (v *verdict) count(success bool, threshold int) bool {
 	if success {
 		v.failures, v.failing = 0, false
@@ -231,7 +232,7 @@ func (v *verdict) count(success bool, threshold int) bool {
 	return true
 }
 
-// begin notes that the endpoint fails every probe from now on.
+// begin records that the endpoint fails every probe from now on.
 func (w *worker) begin(interval [2]uint64) {
 	for _, who := range []string{"probelet", "plain Kubernetes"} {
 		v, bound := &w.with, w.bound.Probelet
@@ -244,7 +245,7 @@ func (w *worker) begin(interval [2]uint64) {
 		}
 		v.since = interval[0]
 		if interval[1] < interval[0]+uint64(bound) {
-			continue // it may end before it is found out
+			continue // it may end before it is detected
 		}
 		v.until = interval[0] + uint64(bound)
 		since, until, instance := v.since, v.until, w.instance
@@ -259,7 +260,7 @@ func (w *worker) begin(interval [2]uint64) {
 	}
 }
 
-// found notes that a verdict was given.
+// found records a failure verdict.
 func (w *worker) found(v *verdict, worst *time.Duration, at uint64, bound time.Duration, who string) {
 	if v.since == 0 || at < v.since {
 		return
@@ -271,7 +272,7 @@ func (w *worker) found(v *verdict, worst *time.Duration, at uint64, bound time.D
 			w.result.WorstShare = max(w.result.WorstShare, float64(delay)/float64(bound))
 		}
 		if at > v.until {
-			w.violate("%s of %s: detected after %s by %s, stated are %s", w.endpoint, w.spec.Asker(), delay, who, bound)
+			w.violate("%s of %s: detected after %s by %s; the stated bound is %s", w.endpoint, w.spec.Asker(), delay, who, bound)
 		}
 	}
 	v.since, v.until = 0, 0

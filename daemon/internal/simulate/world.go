@@ -8,23 +8,23 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// condition is what is the matter with a server.
+// condition is the state of a server.
 type condition uint8
 
 const (
 	healthy      condition = iota
-	hanging                // accepts, and answers nothing until it is over
-	stuck                  // its queue is full of others' connections
-	stopped                // accepts nothing; the kernel does, until the queue is full
-	filtered               // what is sent to it gets lost on the way inside the pod
-	slow                   // takes phase.latency
-	erring                 // answers with phase.status
-	erringOn               // likewise, on phase.path only
-	unauthorized           // likewise, where the request has no custom header
-	flapping               // likewise, now and then
-	malformed              // answers with status 200 and what is no HTTP
-	closed                 // does not listen, and runs on
-	down                   // the container has ended; another one runs afterwards
+	hanging                // accepts, but does not respond until the phase is over
+	stuck                  // its queue is full of other clients' connections
+	stopped                // does not accept, but the kernel does until the queue is full
+	filtered               // packets to it are lost inside the pod
+	slow                   // responds after phase.latency
+	erring                 // responds with phase.status
+	erringOn               // likewise, but only on phase.path
+	unauthorized           // likewise, but only to requests without a custom header
+	flapping               // likewise, but only now and then
+	malformed              // responds with status 200 and invalid HTTP
+	closed                 // does not listen, but keeps running
+	down                   // the container has ended; a new one follows
 	conditions
 )
 
@@ -35,7 +35,7 @@ func (c condition) String() string {
 	}[c]
 }
 
-// phase is a time for which a server's condition stays the same.
+// phase is a period during which a server's condition stays the same.
 type phase struct {
 	condition condition
 	from, to  uint64
@@ -44,24 +44,24 @@ type phase struct {
 	path      string
 }
 
-// server is what listens on a port, for all of the simulated time. It takes no notice of verdicts: with and without
-// probelet the same happens to it.
+// server listens on a port throughout the simulation. It does not react to verdicts: its fate is the same with and
+// without probelet.
 type server struct {
 	phases  []phase
-	limit   int  // of the listening socket's queue
-	sidecar bool // listens for it, and goes on when it does not
-	// queue holds what is not accepted, and plain what would be without probelet.
+	limit   int  // length of the listening socket's queue
+	sidecar bool // listens on behalf of the server, and goes on when that stops
+	// queue holds the connections that are not accepted yet, and plain those that there would be without probelet.
 	queue, plain backlog
 }
 
-// backlog is a listening socket's queue while its server is stopped.
+// backlog is the queue of a listening socket while its server is stopped.
 type backlog struct {
-	phase  int // that it is of
+	phase  int // the phase it belongs to
 	queued int
-	since  uint64 // the first of them
+	since  uint64 // when the first of them was queued
 }
 
-// limits are those of servers' queues: of careless programs, and enough for one to be full within a phase.
+// limits are the lengths of servers' queues: those of careless programs, and some short enough to fill up within a phase.
 var limits = []int{0, 1, 5, 16, 128}
 
 // newServer draws a server's fate until the end. paths are those that may fail alone.
@@ -70,7 +70,7 @@ func newServer(rng *rand.Rand, start, end uint64, paths []string, timeout time.D
 	for t := start; t < end; {
 		well := phase{condition: healthy, from: t, to: t + uint64(rng.ExpFloat64()*float64(40*time.Minute)) + uint64(time.Second)}
 		ill := phase{condition: condition(1 + rng.IntN(int(conditions)-1)), from: well.to}
-		// Blips that may fall between two probes, and failures that nobody may overlook.
+		// Short failures may fall between two probes; long ones must be detected.
 		length := time.Duration(rng.ExpFloat64() * float64(20*time.Second))
 		if rng.IntN(2) == 0 {
 			length = time.Minute + time.Duration(rng.Int64N(int64(10*time.Minute)))
@@ -89,7 +89,7 @@ func newServer(rng *rand.Rand, start, end uint64, paths []string, timeout time.D
 	return s
 }
 
-// at is the index of the phase at a time.
+// at returns the index of the phase at a time.
 func (s *server) at(t uint64) int {
 	return min(sort.Search(len(s.phases), func(i int) bool { return s.phases[i].to > t }), len(s.phases)-1)
 }
@@ -98,11 +98,11 @@ func (s *server) at(t uint64) int {
 type inquiry struct {
 	at       uint64
 	endpoint probe.Endpoint
-	timeout  time.Duration // after which the client gives up
-	usual    time.Duration // that a server takes that is well
+	timeout  time.Duration // when the client gives up
+	usual    time.Duration // how long a healthy server takes
 }
 
-// exchange is what comes of an inquiry.
+// exchange is the result of an inquiry.
 type exchange struct {
 	event      probe.Event
 	status     int
@@ -111,18 +111,18 @@ type exchange struct {
 	end        uint64
 }
 
-// succeeded is the kubelet's verdict.
+// succeeded reports the kubelet's verdict.
 func (x exchange) succeeded() bool {
 	return x.event == probe.Connected || x.event == probe.Answered && x.status >= 200 && x.status < 400
 }
 
-// seen reports whether the kernel side sees it end. A client that gives up connecting sends nothing, unless its connection
-// was taken before.
+// seen reports whether the kernel side sees the exchange end. A client that gives up connecting sends nothing, unless its
+// connection was taken before.
 func (x exchange) seen() bool { return x.event != probe.NoAnswer || x.connected || x.handedOver }
 
 const refusal = 100 * time.Microsecond
 
-// ask is what comes of an inquiry, which may have to wait in a queue.
+// ask returns the result of an inquiry, which may have to wait in a queue.
 func (s *server) ask(q inquiry, b *backlog) exchange {
 	i := s.at(q.at)
 	p := s.phases[i]
@@ -133,12 +133,12 @@ func (s *server) ask(q inquiry, b *backlog) exchange {
 		return exchange{event: probe.NoAnswer, end: q.at + uint64(q.timeout)}
 	}
 	if q.endpoint.Kind.Keying() == probe.KeyedByPort {
-		return exchange{event: probe.Connected, connected: true, end: q.at + uint64(refusal)} // by the pod's kernel, whatever the server does
+		return exchange{event: probe.Connected, connected: true, end: q.at + uint64(refusal)} // accepted by the pod's kernel, whatever the server does
 	}
 	return s.respond(q, i)
 }
 
-// enqueue reports whether the kernel takes another connection, as sk_acceptq_is_full in its include/net/sock.h has it.
+// enqueue reports whether the kernel queues another connection, following sk_acceptq_is_full in its include/net/sock.h.
 func (s *server) enqueue(t uint64, b *backlog) bool {
 	s.drain(t, b)
 	if b.queued > s.limit {
@@ -150,17 +150,17 @@ func (s *server) enqueue(t uint64, b *backlog) bool {
 	return true
 }
 
-// drain empties the queue of an earlier phase.
+// drain empties a queue left over from an earlier phase.
 func (s *server) drain(t uint64, b *backlog) {
 	if i := s.at(t); b.phase != i {
 		*b = backlog{phase: i}
 	}
 }
 
-// headAge is how long the first connection in a queue may have waited for others to be answered.
+// headAge is how long the first connection in a queue may have waited for further probes to be answered.
 const headAge = uint64(50 * time.Millisecond)
 
-// accepting is what a look at the listening socket says.
+// accepting reports whether the listening socket appears to accept connections.
 func (s *server) accepting(t uint64, b *backlog) bool {
 	s.drain(t, b)
 	switch s.phases[s.at(t)].condition {
@@ -174,7 +174,7 @@ func (s *server) accepting(t uint64, b *backlog) bool {
 	return true
 }
 
-// mostAnswered is how many probes may be answered on a look at the listening socket alone.
+// mostAnswered returns how many probes in a row may be answered on the basis of the listening socket alone.
 func (s *server) mostAnswered(live int) int {
 	if s.limit == 0 {
 		return 0
@@ -182,7 +182,7 @@ func (s *server) mostAnswered(live int) int {
 	return min(max(s.limit/8, 1), live)
 }
 
-// respond is what comes of a request on a connection, in a phase.
+// respond returns the result of a request, sent on a connection in phase i.
 func (s *server) respond(q inquiry, i int) exchange {
 	p := s.phases[i]
 	x := exchange{event: probe.Answered, status: 200, connected: true, end: q.at + uint64(q.usual)}
@@ -205,7 +205,7 @@ func (s *server) respond(q inquiry, i int) exchange {
 	return s.overtake(x, q, i)
 }
 
-// refuses reports whether the phase's error status is the response.
+// refuses reports whether the server responds with the phase's error status.
 func (p phase) refuses(q inquiry) bool {
 	const slot = uint64(7 * time.Second)
 	switch p.condition {
@@ -216,12 +216,12 @@ func (p phase) refuses(q inquiry) bool {
 	case unauthorized:
 		return q.endpoint.Headers == ""
 	case flapping:
-		return (q.at/slot*0x9e3779b97f4a7c15)>>62 != 0 // three of four
+		return (q.at/slot*0x9e3779b97f4a7c15)>>62 != 0 // in three of four slots
 	}
 	return false
 }
 
-// overtake changes what comes of a request by what comes over the server before it has answered.
+// overtake adjusts the result of a request to later phases that begin before the server has responded.
 func (s *server) overtake(x exchange, q inquiry, i int) exchange {
 	gaveUp := exchange{event: probe.NoAnswer, connected: true, end: q.at + uint64(q.timeout)}
 	for i++; i < len(s.phases) && s.phases[i].from < x.end; i++ {
@@ -240,13 +240,13 @@ func (s *server) overtake(x exchange, q inquiry, i int) exchange {
 	return x
 }
 
-// failing returns, for each phase in which every probe of the endpoint fails that begins in it, when the first and the
-// last such probe may begin.
+// failing returns, for each phase in which all probes of the endpoint fail, when the first and the last of these probes
+// may begin.
 func (s *server) failing(e probe.Endpoint, timeout time.Duration) (intervals [][2]uint64) {
 	for _, p := range s.phases {
 		to, fails := p.to, e.Kind.Keying() != probe.KeyedByPort
 		switch p.condition {
-		case healthy, down, flapping: // what has ended is not probed
+		case healthy, down, flapping: // a container that has ended is not probed
 			fails = false
 		case stuck, filtered:
 			to, fails = to-min(to, uint64(timeout)), true

@@ -19,7 +19,8 @@ import (
 	"github.com/probelet/probelet/daemon/internal/polltest"
 )
 
-// fakeAPIServer lists and watches pods as an API server does, without what this needs not: watches begin now.
+// fakeAPIServer lists and watches pods as an API server does, as far as the source needs it: a watch starts with the
+// current state.
 type fakeAPIServer struct {
 	*httptest.Server
 	t *testing.T
@@ -55,7 +56,7 @@ func (f *fakeAPIServer) serve(w http.ResponseWriter, r *http.Request) {
 	case down:
 		http.Error(w, "etcd is away", http.StatusServiceUnavailable)
 	case query.Get("sendInitialEvents") != "":
-		f.refuse(w) // a server of before streaming lists
+		f.refuse(w) // like a server too old for streaming lists
 	case query.Get("watch") == "":
 		f.list(w)
 	default:
@@ -173,7 +174,7 @@ func TestAPIServer(t *testing.T) {
 	wantNext(t, snapshots, "a[10.0.0.7]")
 	polltest.Eventually(t, "watched", f.watched)
 	if f.selector != "spec.nodeName=node-1" {
-		t.Errorf("selected by %q: those are not the node's pods", f.selector)
+		t.Errorf("field selector %q does not select the node's pods", f.selector)
 	}
 
 	starting := webPod("b", "")
@@ -183,18 +184,18 @@ func TestAPIServer(t *testing.T) {
 	f.change("DELETED", webPod("a", "10.0.0.7"))
 	wantNext(t, snapshots, "b[10.0.0.8]")
 
-	// An outage: nothing is heard, and nothing forgotten.
+	// During an outage nothing is reported, and nothing forgotten.
 	f.setDown(true)
-	polltest.Eventually(t, "said", func() bool { return log.count("level=ERROR") > 0 })
+	polltest.Eventually(t, "an error is logged", func() bool { return log.count("level=ERROR") > 0 })
 	select {
 	case pods := <-snapshots:
-		t.Fatalf("a snapshot while nothing is known: %v", pods)
+		t.Fatalf("a snapshot during the outage: %v", pods)
 	case <-time.After(100 * time.Millisecond):
 	}
 	f.change("MODIFIED", webPod("c", "10.0.0.9"))
 	f.setDown(false)
 	wantNext(t, snapshots, "b[10.0.0.8]", "c[10.0.0.9]")
-	polltest.Eventually(t, "recovery said", func() bool { return log.count("source of specs recovered") > 0 })
+	polltest.Eventually(t, "the recovery is logged", func() bool { return log.count("source of specs recovered") > 0 })
 }
 
 func TestAPIServerNoPods(t *testing.T) {
@@ -207,7 +208,7 @@ func TestAPIServerNoPods(t *testing.T) {
 	wantNext(t, running(t, a))
 }
 
-// What is kept of a pod is enough for what is made of it.
+// strip keeps everything that the conversion of a pod uses.
 func TestStrip(t *testing.T) {
 	files, err := filepath.Glob("testdata/pods/*.yaml")
 	if err != nil {

@@ -29,7 +29,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// logged is what was logged, readable while it is written.
+// logged is a log that can be read while it is being written.
 type logged struct {
 	mutex sync.Mutex
 	text  bytes.Buffer
@@ -51,7 +51,7 @@ func (l *logged) count(part string) int { return strings.Count(l.String(), part)
 
 func (l *logged) logger() *slog.Logger { return slog.New(slog.NewTextHandler(l, nil)) }
 
-// webPod is a running pod of a container with a readiness probe on port 80.
+// webPod returns a running pod with a readiness probe on port 80.
 func webPod(name, ip string) corev1.Pod {
 	get := &corev1.HTTPGetAction{Path: "/ready", Port: intstr.FromInt32(80)}
 	return corev1.Pod{
@@ -73,7 +73,7 @@ func podList(t *testing.T, pods ...corev1.Pod) string {
 	return string(text)
 }
 
-// fakeKubelet answers as it is told.
+// fakeKubelet answers as instructed.
 type fakeKubelet struct {
 	*httptest.Server
 	handle   atomic.Pointer[http.HandlerFunc]
@@ -161,7 +161,7 @@ func TestKubelet(t *testing.T) {
 	snapshots := running(t, openKubelet(t, at(f.URL), slog.New(slog.DiscardHandler)))
 	wantNext(t, snapshots, "a[10.0.0.7]", "b[10.0.0.8]")
 
-	f.says(podList(t, a, hostNetwork, b)) // the kubelet's order is none
+	f.says(podList(t, a, hostNetwork, b)) // the kubelet lists pods in no particular order
 	before := f.requests.Load()
 	polltest.Eventually(t, "asked again", func() bool { return f.requests.Load() > before+2 })
 	f.says(podList(t, webPod("c", "10.0.0.9"), a))
@@ -174,8 +174,8 @@ func TestKubelet(t *testing.T) {
 	wantNext(t, snapshots)
 }
 
-// A new pod is learned of before the poll interval is over, and its address when the kubelet knows it: the list is asked for
-// at once, and then more and more rarely.
+// A new pod is learned before the poll interval is over, and its address once the kubelet knows it: the list is polled at
+// once, and then less and less often.
 func TestKubeletRefresh(t *testing.T) {
 	f := newFakeKubelet(t, (*httptest.Server).Start)
 	f.says(podList(t))
@@ -201,7 +201,7 @@ func TestKubeletRefresh(t *testing.T) {
 	}
 }
 
-// However many pods are announced, the kubelet spends no more than a tenth of its time on lists of them.
+// However many pods are announced, the kubelet spends no more than a tenth of its time on listing them.
 func TestKubeletIsAskedRarely(t *testing.T) {
 	const took = 50 * time.Millisecond
 	f := newFakeKubelet(t, (*httptest.Server).Start)
@@ -219,11 +219,11 @@ func TestKubeletIsAskedRarely(t *testing.T) {
 		time.Sleep(time.Millisecond)
 	}
 	if asked, most := f.requests.Load(), 1+int32(time.Since(start)/(10*took)); asked > most {
-		t.Errorf("asked %d times, at most %d in that time", asked, most)
+		t.Errorf("asked %d times, want at most %d in that time", asked, most)
 	}
 }
 
-// Whatever is wrong is said once, and what was last known stays in force.
+// Each failure is logged once, and the last snapshot stays in force.
 func TestKubeletFailures(t *testing.T) {
 	good := podList(t, webPod("a", "10.0.0.7"))
 	for name, test := range map[string]struct {
@@ -246,7 +246,7 @@ func TestKubeletFailures(t *testing.T) {
 		"not JSON":         {says("<html>"), "invalid character"},
 		"half":             {says(good[:len(good)/2]), "unexpected EOF"},
 		"two":              {says(good + good), "more than one"},
-		"garbage behind":   {says(good + "}"), "more than one"},
+		"trailing garbage": {says(good + "}"), "more than one"},
 		"a list":           {says("[]"), "expected {"},
 		"another kind":     {says(`{"kind":"Status","code":500}`), `kind: \"Status\"`},
 		"no kind":          {says(`{"items":[]}`), "must be PodList"},
@@ -269,7 +269,7 @@ func TestKubeletFailures(t *testing.T) {
 			before := f.requests.Load()
 			polltest.Eventually(t, "asked again", func() bool { return f.requests.Load() > before+3 })
 			f.says(podList(t, webPod("b", "10.0.0.8")))
-			wantNext(t, snapshots, "b[10.0.0.8]") // and nothing before it
+			wantNext(t, snapshots, "b[10.0.0.8]") // the first snapshot since
 			if log.count("level=ERROR") != 1 || log.count(test.want) == 0 || log.count("source of specs recovered") != 1 {
 				t.Errorf("want one error that says %s, one recovery; logged:\n%s", test.want, log.String())
 			}
@@ -286,14 +286,14 @@ func TestKubeletNotThere(t *testing.T) {
 	f.Close()
 	var log logged
 	running(t, openKubelet(t, KubeletConfig{Config: at(f.URL).Config, Poll: time.Millisecond}, log.logger()))
-	polltest.Eventually(t, "said", func() bool { return log.count("refused") > 0 })
+	polltest.Eventually(t, "the refusal is logged", func() bool { return log.count("refused") > 0 })
 	time.Sleep(50 * time.Millisecond)
 	if log.count("level=ERROR") != 1 {
 		t.Errorf("logged:\n%s", log.String())
 	}
 }
 
-// The authenticated port: a token that is renewed, and an authority.
+// The authenticated port: a token that is renewed, and a certificate authority.
 func TestKubeletTLS(t *testing.T) {
 	f := newFakeKubelet(t, (*httptest.Server).StartTLS)
 	good := podList(t, webPod("a", "10.0.0.7"))
@@ -350,7 +350,7 @@ func TestKubeletCertificate(t *testing.T) {
 	}
 	for name, test := range map[string]struct {
 		config kubelet.Config
-		want   string // error; empty: none
+		want   string // error; empty if none
 	}{
 		"unknown authority": {kubelet.Config{}, "unknown authority"},
 		"another name":      {kubelet.Config{CAFile: ca, ServerName: "node.example.org"}, "node.example.org"},
@@ -372,7 +372,7 @@ func TestKubeletCertificate(t *testing.T) {
 	}
 }
 
-// No token goes over an open connection.
+// No token is sent over an unencrypted connection.
 func TestKubeletPlainHasNoToken(t *testing.T) {
 	f := newFakeKubelet(t, (*httptest.Server).Start)
 	good := podList(t)
@@ -401,7 +401,7 @@ func TestKubeletConfigErrors(t *testing.T) {
 	}
 }
 
-// A huge answer costs time and not memory, and is given up.
+// A huge answer takes time but no memory, and is given up in the end.
 func TestKubeletHugeAnswer(t *testing.T) {
 	item := strings.TrimSuffix(strings.SplitN(podList(t, webPod("a", "10.0.0.7")), `"items":[`, 2)[1], "]}") + ","
 	answer := strings.NewReader(`{"kind":"PodList","items":[` + strings.Repeat(item, 9<<20/len(item)))

@@ -15,7 +15,8 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// The corpus: pods as a kubelet tells of them, and beside each what is asked of it and whether it may be answered.
+// The corpus: pods as the kubelet lists them, each with a file that says which endpoints it has and whether they may be
+// answered.
 func TestCorpus(t *testing.T) {
 	files, err := filepath.Glob("testdata/pods/*.yaml")
 	if err != nil || len(files) < 40 {
@@ -49,7 +50,7 @@ func readFile(t *testing.T, path string) string {
 	return string(text)
 }
 
-// described is what becomes of a pod, a line for each endpoint.
+// described describes the conversion of a pod, with one line per endpoint.
 func described(t *testing.T, p *corev1.Pod) string {
 	t.Helper()
 	pod, matters := podspec.OnNode(p)
@@ -90,7 +91,7 @@ func described(t *testing.T, p *corev1.Pod) string {
 	return lines.String()
 }
 
-// What tells a pod, and a container, from another of the same name.
+// Pods and containers are distinguished from others of the same name.
 func TestIdentity(t *testing.T) {
 	running := corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}
 	pod := podOf(t, "testdata/pods/lone-readiness.yaml")

@@ -30,19 +30,19 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// podsAPI serves the kubelet's pods API on a socket, as the kubelet does (pkg/kubelet/apis/pods/server.go): a client that
-// is 100 events behind is dropped.
+// podsAPI serves the kubelet's pods API on a socket, as the kubelet does (pkg/kubelet/apis/pods/server.go): it drops a
+// client that is 100 events behind.
 type podsAPI struct {
 	podsv1alpha1.UnimplementedPodsServer
 	socket         string
 	watches, lists atomic.Int32
-	listing        func() // between the making of a list and its sending; may be nil
+	listing        func() // called between making a list and sending it; may be nil
 
 	mutex    sync.Mutex
 	pods     map[types.UID]*corev1.Pod
 	clients  map[chan *podsv1alpha1.WatchPodsEvent]bool
 	starting bool // not all pods are known yet
-	dropped  int  // clients
+	dropped  int  // number of dropped clients
 }
 
 type fataler interface {
@@ -147,7 +147,7 @@ func (a *podsAPI) WatchPods(_ *podsv1alpha1.WatchPodsRequest, stream podsv1alpha
 	}
 }
 
-// silently changes what is known of a pod, of which the kubelet tells only who asks.
+// silently changes a pod without an event, so that only a list shows the change.
 func (a *podsAPI) silently(p *corev1.Pod) {
 	a.mutex.Lock()
 	defer a.mutex.Unlock()
@@ -204,7 +204,7 @@ func (a *podsAPI) wasDropped() int {
 	return a.dropped
 }
 
-// pushed is webPod with a UID, and its container in a state.
+// pushed returns webPod with a UID and a container state.
 func pushed(name, ip, containerID string, restarts int32) *corev1.Pod {
 	p := webPod(name, ip)
 	p.UID = types.UID("uid-" + name)
@@ -216,7 +216,8 @@ func pushed(name, ip, containerID string, restarts int32) *corev1.Pod {
 	return &p
 }
 
-// apiKubelet asks the API, and beside it a kubelet whose list has only a pod that the API does not know.
+// apiKubelet returns a source that uses the API. The list of the kubelet beside it has only a pod that the API does not
+// know.
 func apiKubelet(t *testing.T, a *podsAPI, log *slog.Logger) (*Kubelet, *fakeKubelet) {
 	t.Helper()
 	f := newFakeKubelet(t, (*httptest.Server).Start)
@@ -240,7 +241,7 @@ func wantInstance(t *testing.T, snapshots <-chan []probe.Pod, want string) {
 	}
 }
 
-// Each state of a container is pushed.
+// Each change of a container's state is pushed.
 func TestPodsAPI(t *testing.T) {
 	a := newPodsAPI(t)
 	t.Cleanup(a.start(t))
@@ -250,7 +251,7 @@ func TestPodsAPI(t *testing.T) {
 	k, f := apiKubelet(t, a, slog.New(slog.DiscardHandler))
 	snapshots := running(t, k)
 	wantNext(t, snapshots)
-	a.set(pushed("a", "", "", 0)) // it has no address yet
+	a.set(pushed("a", "", "", 0)) // no address yet
 	a.set(pushed("a", "10.0.0.7", "containerd://1", 0))
 	wantInstance(t, snapshots, "containerd://1#0")
 	a.set(pushed("a", "10.0.0.7", "", 0))
@@ -268,9 +269,9 @@ func TestPodsAPI(t *testing.T) {
 	}
 }
 
-// What happened while the kubelet was away is known at once when it is back, and until then nothing else is said: not that
-// there are no pods, and not what a list says that it makes while it is starting.
-func TestPodsAPIAway(t *testing.T) {
+// When the kubelet comes back, everything that changed meanwhile is known at once. Until then no snapshot is sent:
+// neither that there are no pods, nor a list that the kubelet returns while it is starting.
+func TestPodsAPIOutage(t *testing.T) {
 	for name, again := range map[string]func(t *testing.T, a *podsAPI, stop func()){
 		"restarted": func(t *testing.T, a *podsAPI, stop func()) {
 			stop()
@@ -284,7 +285,7 @@ func TestPodsAPIAway(t *testing.T) {
 			defer a.mutex.Unlock()
 			a.starting = false
 		},
-		"lost us": func(t *testing.T, a *podsAPI, stop func()) {
+		"dropped us": func(t *testing.T, a *podsAPI, stop func()) {
 			t.Cleanup(stop)
 			a.dropAll()
 		},
@@ -309,7 +310,7 @@ func TestPodsAPIAway(t *testing.T) {
 	}
 }
 
-// The list is polled where there is no such API, and the API is used when it comes.
+// The list is polled while there is no such API, and the API is used once it is there.
 func TestPodsAPIComesAndGoes(t *testing.T) {
 	a := newPodsAPI(t)
 	a.set(pushed("watched", "10.0.0.7", "containerd://1", 0))
@@ -334,7 +335,7 @@ func TestPodsAPIComesAndGoes(t *testing.T) {
 		before := a.lists.Load()
 		polltest.Eventually(t, "listed", func() bool { return a.lists.Load() > before+3 })
 		if f.requests.Load() != polls {
-			t.Error("polled beside the watch")
+			t.Error("polled while watching")
 		}
 		stop()
 		wantNext(t, snapshots, "polled[10.0.0.99]")
@@ -344,8 +345,8 @@ func TestPodsAPIComesAndGoes(t *testing.T) {
 	}
 }
 
-// A server that has another API there, or tells what cannot be understood.
-func TestPodsAPIOfNoUse(t *testing.T) {
+// The server has a different API, or sends what cannot be understood.
+func TestPodsAPIUnusable(t *testing.T) {
 	nameless := pushed("a", "10.0.0.7", "containerd://1", 0)
 	nameless.Name = ""
 	for name, serve := range map[string]func(*grpc.Server){
@@ -367,13 +368,13 @@ func TestPodsAPIOfNoUse(t *testing.T) {
 			k, f := apiKubelet(t, a, slog.New(slog.DiscardHandler))
 			k.config.Poll, k.timeout = 20*time.Millisecond, 200*time.Millisecond
 			wantNext(t, running(t, k), "polled[10.0.0.99]")
-			polltest.Eventually(t, "polled again and again", func() bool { return f.requests.Load() > 3 })
-			polltest.Eventually(t, "said why", func() bool { d := k.Delivery(); return !d.Pushed && d.Why != "" })
+			polltest.Eventually(t, "polled repeatedly", func() bool { return f.requests.Load() > 3 })
+			polltest.Eventually(t, "the reason is known", func() bool { d := k.Delivery(); return !d.Pushed && d.Why != "" })
 		})
 	}
 }
 
-// tells of one pod, or of none and not that these were all.
+// tells sends one pod, or none, but never completes the initial list.
 type tells struct {
 	podsv1alpha1.UnimplementedPodsServer
 	pod []byte
@@ -388,7 +389,7 @@ func (p tells) WatchPods(_ *podsv1alpha1.WatchPodsRequest, stream podsv1alpha1.P
 	return nil
 }
 
-// A loop that is busy does not make the kubelet drop us, and then hears the last word only.
+// If the receiver of snapshots is busy, the kubelet does not drop us, and the receiver gets only the latest snapshot.
 func TestPodsAPIBusyLoop(t *testing.T) {
 	a := newPodsAPI(t)
 	t.Cleanup(a.start(t))
@@ -400,17 +401,17 @@ func TestPodsAPIBusyLoop(t *testing.T) {
 		time.Sleep(20 * time.Microsecond)
 	}
 	heard := 0
-	polltest.Eventually(t, "the last word", func() bool {
+	polltest.Eventually(t, "the latest snapshot", func() bool {
 		heard++
 		pods := <-snapshots
 		return pods[0].Probes[0].Instance == "containerd://1#999"
 	})
 	if heard > 100 || a.wasDropped() != 0 {
-		t.Errorf("%d snapshots, dropped %d times", heard, a.wasDropped())
+		t.Errorf("%d snapshots; dropped %d times", heard, a.wasDropped())
 	}
 }
 
-// What the kubelet does not push is in its list: here another annotation, and the end of a pod.
+// Changes that the kubelet does not push are in its list: here another annotation, and the end of a pod.
 func TestPodsAPILists(t *testing.T) {
 	a := newPodsAPI(t)
 	t.Cleanup(a.start(t))
@@ -431,7 +432,7 @@ func TestPodsAPILists(t *testing.T) {
 	}
 }
 
-// An event is not undone by a list that was made before it.
+// A list made before an event does not undo the event.
 func TestPodsAPIListIsLate(t *testing.T) {
 	a := newPodsAPI(t)
 	t.Cleanup(a.start(t))
@@ -457,7 +458,7 @@ func TestPodsAPIListIsLate(t *testing.T) {
 	}
 }
 
-// What is pushed while a list is under way does not wait for it.
+// Events during a list need not wait for it.
 func TestPodsAPIPushesDuringAList(t *testing.T) {
 	a := newPodsAPI(t)
 	t.Cleanup(a.start(t))
@@ -477,7 +478,7 @@ func TestPodsAPIPushesDuringAList(t *testing.T) {
 	}
 }
 
-// following is a watch by itself, and what it knows.
+// following returns a watch on its own, and a function that describes its pods.
 func following(t *testing.T, a *podsAPI) (*podsWatch, func() string) {
 	t.Helper()
 	conn, err := dialPodsAPI(a.socket)
@@ -502,7 +503,7 @@ func following(t *testing.T, a *podsAPI) (*podsWatch, func() string) {
 	}
 }
 
-// A list of more than the 4 MiB that gRPC takes unless told otherwise.
+// A list that exceeds gRPC's default limit of 4 MiB.
 func TestPodsAPIManyPods(t *testing.T) {
 	a := newPodsAPI(t)
 	t.Cleanup(a.start(t))
@@ -519,13 +520,13 @@ func TestPodsAPIManyPods(t *testing.T) {
 	t.Logf("listed in %s", time.Since(start))
 }
 
-// Whatever happens to pods and to the API, in the end what is known is what there is.
+// Whatever happens to pods and to the API, the source ends up with the actual pods.
 func TestPodsAPIConverges(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		a := newPodsAPI(t)
 		stop := a.start(rt)
 		k, f := apiKubelet(t, a, slog.New(slog.DiscardHandler))
-		f.does(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "the API is to be used") })
+		f.does(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "not to be polled") })
 		k.config.Poll, k.shortest = 5*time.Millisecond, time.Millisecond
 		ctx, cancel := context.WithCancel(context.Background())
 		snapshots, done := make(chan []probe.Pod), make(chan error)
@@ -574,7 +575,7 @@ func TestPodsAPIConverges(t *testing.T) {
 			case pods := <-snapshots:
 				take(pods)
 			case <-deadline:
-				rt.Fatalf("known: %v, there are %v", got, want)
+				rt.Fatalf("known: %v, actual: %v", got, want)
 			}
 		}
 	})

@@ -15,7 +15,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// logBuffer is a log that may be read while it is written.
+// logBuffer is a log that can be read while it is being written.
 type logBuffer struct {
 	mu   sync.Mutex
 	text bytes.Buffer
@@ -85,7 +85,7 @@ func TestReload(t *testing.T) {
 	write(t, path, podB)
 	next(t, snapshots, "b")
 
-	// Replaced, and then written to: the file that is watched must be the new one.
+	// The file is replaced, and then written to: the new file must be watched.
 	write(t, path+".new", podA)
 	if err := os.Rename(path+".new", path); err != nil {
 		t.Fatal(err)
@@ -101,7 +101,7 @@ func TestReload(t *testing.T) {
 	next(t, snapshots, "a")
 }
 
-// A ConfigMap's volume: the file's directory has a link to a link that is replaced.
+// In a ConfigMap volume the file is a link through a directory link that is replaced.
 func TestReloadConfigMap(t *testing.T) {
 	dir := t.TempDir()
 	version := func(name, text string) {
@@ -136,7 +136,7 @@ func TestReloadKeepsTheLastGoodState(t *testing.T) {
 	for _, bad := range []string{"", "pods: [{name: broken, ips: [x]}]"} {
 		write(t, path, bad)
 		polltest.Eventually(t, "an error is logged", func() bool { return log.count("level=ERROR") == 1 })
-		write(t, filepath.Join(filepath.Dir(path), "other"), bad) // another event, nothing new
+		write(t, filepath.Join(filepath.Dir(path), "other"), bad) // an event without a change
 		time.Sleep(3 * settle)
 		if n := log.count("level=ERROR"); n != 1 {
 			t.Errorf("%q: %d errors logged, want 1", bad, n)
@@ -147,7 +147,7 @@ func TestReloadKeepsTheLastGoodState(t *testing.T) {
 	}
 	select {
 	case pods := <-snapshots:
-		t.Fatalf("a snapshot of a bad file: %v", pods)
+		t.Fatalf("a snapshot from an invalid file: %v", pods)
 	default:
 	}
 	write(t, path, podB)

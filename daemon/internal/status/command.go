@@ -6,19 +6,19 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// Execute runs a command. What it says before one of its subcommands runs is of what was typed: the error has code Usage.
+// Execute runs a command. An error that occurs before a subcommand has started is about the command line, so its code is Usage.
 func Execute(ctx context.Context, root *cobra.Command) error {
-	begun := false
+	started := false
 	for _, cmd := range root.Commands() {
 		if run := cmd.RunE; run != nil {
 			cmd.RunE = func(cmd *cobra.Command, args []string) error {
-				begun = true
+				started = true
 				return run(cmd, args)
 			}
 		}
 	}
 	err := root.ExecuteContext(ctx)
-	if err != nil && !begun {
+	if err != nil && !started {
 		return &Error{Code: Usage, Err: err}
 	}
 	return err

@@ -7,10 +7,10 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// Codes of reasons why the next probe of an endpoint reaches the pod, besides those of package probe, which say why it is never
-// answered. docs/probeletctl.md lists them all.
+// Codes of the reasons why an endpoint's next probe reaches the pod. The codes of package probe, which say why an endpoint is never
+// answered, belong to the same set. docs/probeletctl.md lists all of them.
 const (
-	// Of a whole attachment.
+	// Reasons that concern a whole attachment.
 	AttachFailed  probe.ReasonCode = "attach_failed"
 	NotLoaded     probe.ReasonCode = "not_loaded"
 	UnknownDevice probe.ReasonCode = "unknown_device"
@@ -21,7 +21,7 @@ const (
 	ProberShared  probe.ReasonCode = "prober_shared"
 	AnswersLost   probe.ReasonCode = "answers_lost"
 
-	// Of an endpoint, named as in probelet_estimated_probes_total where that has the same.
+	// Reasons that concern one endpoint, with the names that probelet_estimated_probes_total uses where it has the same reason.
 	Unobserved = probe.ReasonCode(probe.WhyUnknown)
 	LastFailed = probe.ReasonCode(probe.WhyFailed)
 	Threshold  = probe.ReasonCode(probe.WhyThreshold)
@@ -31,18 +31,18 @@ const (
 	Limit      = probe.ReasonCode(probe.WhyLimit)
 	Redirect   = probe.ReasonCode("redirect")
 	PortClosed = probe.ReasonCode("port_closed")
-	// Unclassified: an older daemon left only the text.
+	// Unclassified stands for a reason that an older daemon recorded without a code.
 	Unclassified = probe.ReasonCode("unclassified")
 )
 
-// Codes returns all codes: those of package probe and those above.
+// Codes returns all codes, including those of package probe.
 func Codes() []probe.ReasonCode {
 	return append(probe.ReasonCodes(),
 		AttachFailed, NotLoaded, UnknownDevice, NotSeen, NoDaemon, NoProbes, NoProber, ProberShared, AnswersLost,
 		Unobserved, LastFailed, Threshold, Withdrawn, Expired, BesideTCP, Limit, Redirect, PortClosed, Unclassified)
 }
 
-// Detached reports whether a reason means that the attachment does not work, and what keeps it from working.
+// Detached reports whether a reason means that the pod is not attached, and if so, why.
 func Detached(r probe.Reason) (why string, detached bool) {
 	switch r.Code {
 	case AttachFailed, NotLoaded, UnknownDevice:
@@ -51,22 +51,22 @@ func Detached(r probe.Reason) (why string, detached bool) {
 	return "", false
 }
 
-// ReasonBesideTCP is the reason of a fresh endpoint beside a TCP endpoint that is not.
+// ReasonBesideTCP returns why a fresh endpoint is not answered beside a TCP endpoint that is not fresh.
 func ReasonBesideTCP(tcp probe.Endpoint, state State) probe.Reason {
 	return probe.Reason{Code: BesideTCP, Text: fmt.Sprintf("taking a connection would also answer %s (%s)", tcp, state)}
 }
 
-// ReasonPortClosed is the reason of a fresh endpoint whose port is not open for answers yet.
+// ReasonPortClosed returns why a fresh endpoint is not answered while its port is closed for answers.
 func ReasonPortClosed() probe.Reason {
-	return probe.Reason{Code: PortClosed, Text: "the port is not open yet"}
+	return probe.Reason{Code: PortClosed, Text: "the port is not open for answers yet"}
 }
 
-// ReasonLimit is the reason of a fresh endpoint of whose port n probes were answered in a row.
+// ReasonLimit returns why a fresh endpoint is not answered once the maximum of n probes of its port were answered in a row.
 func ReasonLimit(n uint32) probe.Reason {
-	return probe.Reason{Code: Limit, Text: fmt.Sprintf("as many probes as may be were answered in a row (%d), so the pod must accept one", n)}
+	return probe.Reason{Code: Limit, Text: fmt.Sprintf("the maximum of %d probes in a row were answered, so the pod must accept one", n)}
 }
 
-// text returns what a code means, or the code if it is of a version that this one does not know.
+// text returns what a code means. A code from a newer version stands for itself.
 func text(texts map[string]string, code string) string {
 	if text, ok := texts[code]; ok {
 		return text
@@ -74,17 +74,17 @@ func text(texts map[string]string, code string) string {
 	return code
 }
 
-// LossText says how it was noticed that answers do not arrive, by the names of datapath.Losses.
+// LossText says how lost answers were noticed, given a name from datapath.Losses.
 func LossText(loss string) string { return text(losses, loss) }
 
 var losses = map[string]string{
-	"syn_repeated":     "a prober sent its SYN again although it had been answered",
+	"syn_repeated":     "a prober repeated its SYN although it had been answered",
 	"unacknowledged":   "a prober did not acknowledge the answer to its SYN",
-	"request_repeated": "a prober sent its request again although it had been answered",
-	"unobserved":       "another program at tc ingress keeps the pod's packets from ours",
+	"request_repeated": "a prober repeated its request although it had been answered",
+	"unobserved":       "another program at tc ingress keeps the pod's packets from reaching ours",
 }
 
-// WithdrawalText says why the kernel withdrew evidence, by the names of datapath.WithdrawalCauses.
+// WithdrawalText says why the kernel withdrew evidence, given a name from datapath.WithdrawalCauses.
 func WithdrawalText(cause string) string { return text(withdrawals, cause) }
 
 var withdrawals = map[string]string{
@@ -93,40 +93,40 @@ var withdrawals = map[string]string{
 	"status":          "a probe of the port got a status other than 2xx",
 }
 
-// ObstacleText says why a TCP probe was passed on, by the names of datapath.Obstacles.
+// ObstacleText says why a probe was passed to the pod although its evidence was fresh, given a name from datapath.Obstacles.
 func ObstacleText(obstacle string) string { return text(obstacles, obstacle) }
 
 var obstacles = map[string]string{
-	"no_listener": "nothing listened",
+	"no_listener": "nothing was listening",
 	"queue_long":  "the queue was more than half full",
-	"head_old":    "a connection had waited for 50 ms",
-	"special":     "the socket does not take every packet",
-	"real_due":    "as many as may be had been answered",
-	"unanswered":  "the pod had not answered the connection before",
+	"head_old":    "a connection had been waiting for 50 ms",
+	"special":     "the socket does not accept every packet",
+	"real_due":    "the maximum of probes in a row had been answered",
+	"unanswered":  "the pod had not answered the previous connection",
 }
 
-// WhyText says of probes why they would have reached the pod in mode answer.
+// WhyText says why probes would have reached the pod in mode answer.
 func WhyText(why probe.Why) string { return text(whys, string(why)) }
 
 var whys = map[string]string{
-	string(probe.WhyNever):     "of what is never answered",
+	string(probe.WhyNever):     "to endpoints that are never answered",
 	string(probe.WhyUnknown):   "before anything was known",
 	string(probe.WhyFailed):    "after a failure",
-	string(probe.WhyThreshold): "before enough had succeeded in a row",
+	string(probe.WhyThreshold): "before enough probes in a row had succeeded",
 	string(probe.WhyWithdrawn): "after a listening socket had closed",
-	string(probe.WhyExpired):   "after the bound",
+	string(probe.WhyExpired):   "after the bound had passed",
 	string(probe.WhyTCP):       "because the port's TCP probe was not fresh",
-	string(probe.WhyLimit):     "because as many as may be had been answered in a row",
+	string(probe.WhyLimit):     "because the maximum of probes in a row had been answered",
 }
 
-// DoubtText says of connections why their outcome is not certain, by the names of evidence.Doubts.
+// DoubtText says why the outcome of connections is uncertain, given a name from evidence.Doubts.
 func DoubtText(doubt string) string { return text(doubts, doubt) }
 
 var doubts = map[string]string{
-	"unseen":    "not seen whole",
-	"no_probe":  "not asked as a probe asks",
-	"too_large": "longer than what is recorded",
-	"disorder":  "contradictory",
+	"unseen":    "not fully observed",
+	"no_probe":  "not a probe's request",
+	"too_large": "too long to be recorded",
+	"disorder":  "with contradictory packets",
 	"timing":    "dependent on how the answer arrived",
 	"ours":      "answered by probelet elsewhere",
 }

@@ -122,24 +122,23 @@ func (e Endpoint) Failure() probe.Reason {
 
 // Attachment describes an attachment as far as it decides whether anything behind it is answered.
 type Attachment struct {
-	Error   string // of the attempt to attach it
-	Loaded  bool   // the BPF objects are
+	Error   string // why attaching failed
+	Loaded  bool   // the BPF objects are loaded
 	IfIndex int
-	Known   bool // the programs know the device
-	// Described reports that the daemon, or the one before it, has described the pod, with so many Endpoints.
-	Described bool
-	Endpoints int
-	// DaemonRunning reports whether a daemon runs.
+	Known   bool // the BPF programs know the device
+	// Described reports whether the daemon, or the previous one, has described the pod. Endpoints counts what it described.
+	Described     bool
+	Endpoints     int
 	DaemonRunning bool
-	// ProberKnown reports that it is known whose connections are probes, and ProberShared that the prober's cgroup has other
-	// processes, which only a running daemon tells apart.
+	// ProberKnown reports whether a prober is set, and ProberShared whether its cgroup has other processes too, which only a running
+	// daemon can tell apart.
 	ProberKnown, ProberShared bool
-	// Lost reports that answers do not arrive by the device, and Loss names how that was noticed, as in datapath.Losses.
+	// Lost reports whether answers through the device were lost. Loss names how that was noticed, as in datapath.Losses.
 	Lost bool
 	Loss string
 }
 
-// notAttached begins the text of reasons of attachments that do not work.
+// notAttached is the prefix of reasons why an attachment does not work.
 const notAttached = "not attached: "
 
 // Reason returns why nothing behind the attachment is answered; empty if something may be.
@@ -152,17 +151,17 @@ func (a Attachment) Reason() probe.Reason {
 	case !a.Known:
 		return probe.Reason{Code: UnknownDevice, Text: fmt.Sprintf(notAttached+"the programs do not know device %d", a.IfIndex)}
 	case !a.Described && a.DaemonRunning:
-		return probe.Reason{Code: NotSeen, Text: "the daemon has not seen it yet"}
+		return probe.Reason{Code: NotSeen, Text: "the daemon has not seen this pod yet"}
 	case !a.Described:
-		return probe.Reason{Code: NoDaemon, Text: "not known to a daemon, and none is running"}
+		return probe.Reason{Code: NoDaemon, Text: "no daemon has described this pod, and none is running"}
 	case a.Endpoints == 0:
-		return probe.Reason{Code: NoProbes, Text: "the daemon knows no probes of it"}
+		return probe.Reason{Code: NoProbes, Text: "the daemon knows of no probes of this pod"}
 	case !a.ProberKnown:
-		return probe.Reason{Code: NoProber, Text: "nobody is the prober"}
+		return probe.Reason{Code: NoProber, Text: "the prober is unknown"}
 	case a.ProberShared && !a.DaemonRunning:
-		return probe.Reason{Code: ProberShared, Text: "the prober shares its cgroup with others, and only a daemon that runs tells them apart"}
+		return probe.Reason{Code: ProberShared, Text: "the prober shares its cgroup with other processes, and only a running daemon can tell them apart"}
 	case a.Lost:
-		return probe.Reason{Code: AnswersLost, Text: "answers do not arrive by its device: " + LossText(a.Loss)}
+		return probe.Reason{Code: AnswersLost, Text: "answers through its device do not arrive: " + LossText(a.Loss)}
 	}
 	return probe.Reason{}
 }

@@ -1,5 +1,5 @@
-// Package status has the words that probeletctl uses on a node and kubectl-probelet reads from it: exit codes, findings, and a
-// node in a few numbers. It knows nothing of the kernel, so a workstation of any system can read them.
+// Package status defines what probeletctl, the kubectl plugin and the metrics report: states of endpoints, reasons, findings, node
+// summaries and exit codes. It does not depend on the kernel, so that the plugin runs on any system.
 package status
 
 import (
@@ -18,17 +18,17 @@ import (
 const (
 	OK         = 0
 	Failed     = 1 // doctor found a problem, or the command failed
-	Usage      = 2 // an unknown command or flag, or a value that it does not take
-	DaemonDown = 3 // what is known without the daemon was shown
+	Usage      = 2 // an unknown command or flag, or an invalid value
+	DaemonDown = 3 // the daemon is not running; what is known without it was shown
 	NotFound   = 4 // no such pod or node, or the pod is not attached
-	NotAllowed = 5 // the command needs root, or rights at the API server
+	NotAllowed = 5 // the command needs root, or permissions at the API server
 )
 
-// Error is an error that a command ends with a code of its own for.
+// Error is an error with an exit code.
 type Error struct {
 	Code int
 	Err  error
-	// Shown: what the error says has been printed already.
+	// Shown reports that the user has already been told.
 	Shown bool
 }
 
@@ -40,10 +40,10 @@ func Errorf(code int, format string, a ...any) error {
 // Error implements error.
 func (e *Error) Error() string { return e.Err.Error() }
 
-// Unwrap returns the error within.
+// Unwrap returns the wrapped error.
 func (e *Error) Unwrap() error { return e.Err }
 
-// Code returns the exit code for an error: Failed for one that is no Error.
+// Code returns the exit code for an error: OK for nil, and Failed for one that does not wrap an Error.
 func Code(err error) int {
 	var coded *Error
 	switch {
@@ -55,7 +55,7 @@ func Code(err error) int {
 	return Failed
 }
 
-// Verdict is what doctor thinks of something that it has looked at.
+// Verdict rates a finding.
 type Verdict string
 
 // Verdicts.
@@ -63,20 +63,20 @@ const (
 	Well    Verdict = "ok"
 	Note    Verdict = "note"
 	Problem Verdict = "PROBLEM"
-	// Would: an install would do this.
+	// Would marks what an install would do.
 	Would Verdict = "would"
 )
 
-// Finding is a line of doctor's.
+// Finding is the result of one of doctor's checks.
 type Finding struct {
 	Verdict Verdict `json:"verdict"`
 	About   string  `json:"about"`
 	What    string  `json:"what"`
-	// Do says what to do about it; empty: nothing.
+	// Do says what to do about it; empty if there is nothing to do.
 	Do string `json:"do,omitempty"`
 }
 
-// Text is a finding in lines of at most width characters; 0: any number.
+// Text formats the finding in lines of at most width characters; 0 means no limit.
 func (f Finding) Text(width int) string {
 	var b strings.Builder
 	table.Hang(&b, fmt.Sprintf("%-8s %-13s ", f.Verdict, f.About), f.What, width)
@@ -96,38 +96,38 @@ func Problems(findings []Finding) (n int) {
 	return n
 }
 
-// Node is a node in a few numbers.
+// Node summarizes a node.
 type Node struct {
 	Version string `json:"version"`
 	Running bool   `json:"running"` // the daemon
-	// NotReady says why probes cannot be answered; empty if they can be.
+	// NotReady lists what keeps probes from being answered, or new pods from being attached; empty if nothing does.
 	NotReady []string `json:"notReady"`
-	// Attached counts attachments, Endpoints what is probed behind them, and Answered the endpoints whose next probe is answered
-	// in the kernel.
+	// Attached counts attachments, Endpoints the endpoints behind them, and Answered those endpoints whose next probe is answered in
+	// the kernel.
 	Attached  int `json:"attached"`
 	Endpoints int `json:"endpoints"`
 	Answered  int `json:"answered"`
 	// Probes counts the probers' connections to attached pods since the BPF objects were loaded.
 	Probes Probes `json:"probes"`
-	// Unattached are pods that should be attached and are not, by namespace/name; empty: no reason is known.
+	// Unattached lists the pods that have probes but are not attached, sorted by name.
 	Unattached []Unattached `json:"unattached"`
-	// Still is what is answered while the daemon is down; null while it runs.
+	// Still describes what is answered while the daemon is down; null while it runs.
 	Still *Still `json:"still"`
 }
 
-// Unattached is a pod that has probes and is not attached.
+// Unattached is a pod that has probes but is not attached. Why is empty if no reason is known.
 type Unattached struct {
 	Pod string `json:"pod"` // namespace/name
 	Why string `json:"why,omitempty"`
 }
 
-// Probes counts connections of probers.
+// Probes counts probers' connections.
 type Probes struct {
 	Answered uint64 `json:"answered"` // in the kernel
 	Passed   uint64 `json:"passed"`   // to the pods
 }
 
-// Share is the part of all probes that was answered in the kernel, such as "74 %"; "-" if there were none.
+// Share returns the share of probes that were answered in the kernel, such as "74 %"; "-" if there were none.
 func (p Probes) Share() string {
 	all := p.Answered + p.Passed
 	if all == 0 {
@@ -136,23 +136,23 @@ func (p Probes) Share() string {
 	return fmt.Sprintf("%.0f %%", 100*float64(p.Answered)/float64(all))
 }
 
-// Plus adds two counts.
+// Plus returns the sum of two counts.
 func (p Probes) Plus(o Probes) Probes { return Probes{p.Answered + o.Answered, p.Passed + o.Passed} }
 
-// Still is what the kernel goes on answering without a daemon.
+// Still describes what the kernel goes on answering without a daemon.
 type Still struct {
 	Endpoints int `json:"endpoints"`
-	// For is how many seconds from now the last of them expires.
+	// For is the number of seconds until the last of them expires.
 	For float64 `json:"forSeconds"`
 }
 
-// Words says what is answered until when, by a clock that shows now; of nil, that it is not known.
+// Words says what is answered and until when, given the current time. A nil Still means that it is unknown.
 func (s *Still) Words(now time.Time) string {
 	if s == nil {
-		return "what the kernel still answers is not known"
+		return "what the kernel still answers is unknown"
 	}
 	if s.Endpoints == 0 {
-		return "nothing is answered, every probe reaches its pod"
+		return "nothing is answered, so every probe reaches its pod"
 	}
 	left := time.Duration(s.For * float64(time.Second))
 	what := "1 endpoint is"
@@ -163,12 +163,12 @@ func (s *Still) Words(now time.Time) string {
 		what, now.Add(left).Format("15:04:05 MST"), left.Round(100*time.Millisecond))
 }
 
-// SortUnattached sorts by name.
+// SortUnattached sorts pods by name.
 func SortUnattached(all []Unattached) {
 	slices.SortFunc(all, func(a, b Unattached) int { return cmp.Compare(a.Pod, b.Pod) })
 }
 
-// Exit prints an error that has not been shown yet, after the name of the program, and returns the exit code.
+// Exit prints an error that has not been shown yet, prefixed with the program's name, and returns the exit code.
 func Exit(stderr io.Writer, program string, err error) int {
 	var coded *Error
 	if err != nil && (!errors.As(err, &coded) || !coded.Shown) {

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// The exit codes are documented, all of them and no others.
+// docs/probeletctl.md lists every exit code.
 func TestExitCodesAreDocumented(t *testing.T) {
 	text, err := os.ReadFile("../../../docs/probeletctl.md")
 	if err != nil {
@@ -50,8 +50,8 @@ func TestStill(t *testing.T) {
 		still *Still
 		want  string
 	}{
-		{nil, "what the kernel still answers is not known"},
-		{&Still{}, "nothing is answered, every probe reaches its pod"},
+		{nil, "what the kernel still answers is unknown"},
+		{&Still{}, "nothing is answered, so every probe reaches its pod"},
 		{&Still{1, 0.25}, "1 endpoint is still answered in the kernel, until 12:00:00 UTC (300ms from now) at the latest; nothing renews that"},
 		{&Still{3, 90}, "3 endpoints are still answered in the kernel, until 12:01:30 UTC (1m30s from now) at the latest; nothing renews that"},
 	} {

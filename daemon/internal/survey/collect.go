@@ -12,7 +12,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 
 	"github.com/probelet/probelet/bpf/attach"
@@ -21,34 +20,25 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/status"
-	"github.com/probelet/probelet/daemon/internal/store"
 )
 
-func ProberOf(p datapath.Prober) *Prober {
-	prober := &Prober{Host: p.AnyLocal, CgroupIDs: p.CgroupIDs}
-	if p.Process != nil {
-		prober.Process = p.Process.PID
-	}
-	return prober
-}
-
-// Source is where probelet is on this machine.
+// Source says where to find probelet's state on this machine.
 type Source struct {
 	BPFDir, StateDir string
 	Now              func() uint64 // ns of CLOCK_BOOTTIME
-	// Open returns nil if nothing is loaded.
+	// Open opens the BPF objects; it returns nil if nothing is loaded.
 	Open func(bpfDir string) (Kernel, error)
-	// Warn is told of what cannot be read; the rest is shown.
+	// Warn is called with errors that do not keep the rest from being read.
 	Warn func(error)
 }
 
-// Read reads all but others on the devices.
+// Read collects everything except neighbours.
 func (src Source) Read() (s Status, err error) {
 	s = Status{Attachments: []Attachment{}, Unattached: []string{}}
 	if s.Daemon.PID, s.Daemon.Running, err = statedir.Running(src.StateDir); err != nil {
 		return s, err
 	}
-	known := s.ask(src) // before the file is read, which the daemon then brings up to date
+	known := s.ask(src) // first, because it makes the daemon update the file that is read below
 	records, err := attach.ReadRecords(src.StateDir)
 	if err != nil {
 		src.Warn(err)
@@ -83,7 +73,7 @@ func (src Source) Read() (s Status, err error) {
 	return s, nil
 }
 
-// ask asks the daemon what only it knows: nothing if it does not run.
+// ask gets from the daemon what only it knows. The reply is empty if the daemon is not running.
 func (s *Status) ask(src Source) (reply api.EndpointsReply) {
 	if !s.Daemon.Running {
 		return reply
@@ -127,15 +117,16 @@ func (s *Status) addKnown(reply api.EndpointsReply, now uint64) {
 	}
 }
 
-// daemonPatience is how long the daemon is waited for.
+// daemonPatience bounds the wait for the daemon.
 const daemonPatience = 2 * time.Second
 
-// add adds what the daemon knows. Of an endpoint whose request it has never seen the kernel holds nothing.
+// add adds what the daemon knows. The kernel has no entry for an endpoint until its request was seen once, so only the daemon knows
+// of earlier failures.
 func (e *Endpoint) add(k api.Endpoint, now uint64) {
 	e.Estimate = k.Estimate
 	if e.Age == nil && k.ObservedAt != 0 && k.Result == probe.Failure.String() {
 		known := e.decides(probe.Evidence{Result: probe.Failure, Status: k.Status, ObservedAt: k.ObservedAt}, 0)
-		e.State, e.Status, e.Age = known.State(now), uint16(k.Status), Seconds(now, k.ObservedAt)
+		e.State, e.Status, e.Age = known.State(now), uint16(k.Status), seconds(now, k.ObservedAt)
 		e.explain(e.never(), known.Reason(now))
 	}
 	if n := e.Estimate.Probes(); e.Withheld && n > 0 {
@@ -143,8 +134,8 @@ func (e *Endpoint) add(k api.Endpoint, now uint64) {
 	}
 }
 
-// ReadAll is Read that also looks for others on the devices, which takes a millisecond for each.
-func (src Source) ReadAll() (Status, error) {
+// ReadWithNeighbours is like Read and also collects neighbours, which takes about a millisecond per device.
+func (src Source) ReadWithNeighbours() (Status, error) {
 	s, err := src.Read()
 	if err != nil {
 		return s, err
@@ -181,7 +172,7 @@ func (s *Status) readKernel(k Kernel) error {
 	return err
 }
 
-// attachment joins a record with what the daemon said of it and what the kernel holds.
+// attachment joins a record with the daemon's description of it and the contents of the kernel's maps.
 func (s *Status) attachment(k Kernel, r attach.Record, described statedir.Endpoints, now uint64) (Attachment, error) {
 	a := Attachment{
 		ContainerID: r.ContainerID, IfName: r.IfName, HostIfName: r.HostIfName, IfIndex: r.IfIndex, Adopted: r.Adopted,
@@ -227,17 +218,17 @@ func (s *Status) attachment(k Kernel, r attach.Record, described statedir.Endpoi
 	return a, a.readMaps(maps, now)
 }
 
-// explain sets why nothing behind the attachment is answered.
+// explain records why nothing behind the attachment is answered.
 func (a *Attachment) explain(why probe.Reason) {
 	a.WhyNotAnswered, a.WhyNotAnsweredCode = why.Text, why.Code
 }
 
-// why returns what explain has set.
+// why returns the reason that explain recorded.
 func (a *Attachment) why() probe.Reason {
 	return probe.Reason{Code: a.WhyNotAnsweredCode, Text: a.WhyNotAnswered}
 }
 
-// describeDevice fills in what the kernel says of the device.
+// describeDevice fills in the state of the device.
 func (a *Attachment) describeDevice(d datapath.Device, now uint64) {
 	a.Hook = string(attach.HookTC)
 	if d.Hook == datapath.HookXDP {
@@ -245,11 +236,11 @@ func (a *Attachment) describeDevice(d datapath.Device, now uint64) {
 	}
 	a.Trust, a.Loss = trusts[d.Trust], d.Loss
 	if a.Trust == TrustLost {
-		a.LostAge = Seconds(now, d.LostAt)
+		a.LostAge = seconds(now, d.LostAt)
 	}
 }
 
-// TrustLost is the Trust of a device by which answers do not arrive.
+// TrustLost is the Trust of a device through which answers did not arrive.
 const TrustLost = "lost"
 
 var trusts = map[datapath.Trust]string{
@@ -268,10 +259,10 @@ func openPod(k Kernel, r attach.Record) (PodMaps, error) {
 	return maps, err
 }
 
-// Name is the pod's, as namespace/name, or the container's ID where that is not known.
+// Name returns the pod as namespace/name, or the container ID if the pod is unknown.
 func (a Attachment) Name() string { return cmp.Or(a.Pod, a.ContainerID) }
 
-// decides returns what determines whether anything behind the attachment is answered, apart from its device.
+// decides returns what determines whether anything behind the attachment is answered, apart from the trust in its device.
 func (s *Status) decides(r attach.Record, hasMaps, described bool, endpoints int) status.Attachment {
 	a := status.Attachment{
 		Error: r.Error, Loaded: s.Prober != nil, IfIndex: r.IfIndex, Known: hasMaps,
@@ -281,156 +272,4 @@ func (s *Status) decides(r attach.Record, hasMaps, described bool, endpoints int
 		a.ProberKnown, a.ProberShared = p.Host || len(p.CgroupIDs) > 0, p.Process != 0
 	}
 	return a
-}
-
-// port is what the kernel holds of all endpoints on a port.
-type port struct {
-	evidence datapath.Evidence
-	tally    datapath.Tally
-}
-
-// readMaps fills in what the kernel holds.
-func (a *Attachment) readMaps(maps PodMaps, now uint64) error {
-	ports := map[uint16]port{}
-	for i := range a.Endpoints {
-		e := &a.Endpoints[i]
-		if !e.Observed {
-			continue
-		}
-		if _, known := ports[e.Port]; !known {
-			evidence, tally, err := get(maps, datapath.PortKey(e.Port))
-			if err != nil {
-				return err
-			}
-			ports[e.Port] = port{evidence, tally}
-		}
-		var evidence datapath.Evidence
-		var tally datapath.Tally
-		if key, ok := store.Key(e.Endpoint.Endpoint(), e.Question); ok {
-			var err error
-			if evidence, tally, err = get(maps, key); err != nil {
-				return err
-			}
-		}
-		e.Hits = tally.Hits
-		if tally.AnsweredAt != 0 {
-			e.LastHitAge = Seconds(now, tally.AnsweredAt)
-		}
-		last := ports[e.Port].tally
-		if tally.WithdrawnAt > last.WithdrawnAt {
-			last = tally
-		}
-		if last.WithdrawnAt != 0 {
-			e.WithdrawnAge, e.WithdrawnCause = Seconds(now, last.WithdrawnAt), datapath.WithdrawalCauses[last.WithdrawnCause]
-		}
-		e.Listener = a.listener(e.Port, ports[e.Port].tally)
-		e.judge(evidence, last, now)
-	}
-	for i := range a.Endpoints {
-		e := &a.Endpoints[i]
-		p := ports[e.Port]
-		switch {
-		case e.State != status.StateFresh:
-		case !datapath.PortFresh(p.evidence, p.tally, now):
-			e.explain(a.heldBack(*e))
-		case a.asksListener(e.Port) && realDue(p.tally):
-			e.explain(status.ReasonLimit(p.tally.Answered))
-			e.due = e.never() == (probe.Reason{}) && a.WhyNotAnsweredCode == ""
-		}
-		e.explain(e.never(), e.why(), a.why())
-	}
-	return nil
-}
-
-// get returns zeroes of an endpoint that has no record yet.
-func get(maps PodMaps, key datapath.EndpointKey) (datapath.Evidence, datapath.Tally, error) {
-	evidence, tally, err := maps.Get(key)
-	if errors.Is(err, ebpf.ErrKeyNotExist) {
-		return datapath.Evidence{}, datapath.Tally{}, nil
-	}
-	return evidence, tally, err
-}
-
-// decides returns what the endpoint's state depends on.
-func (e *Endpoint) decides(known probe.Evidence, withdrawnAt uint64) status.Endpoint {
-	return status.Endpoint{
-		Kind: e.Kind, Never: e.never(), Withheld: e.Withheld, Bound: time.Duration(e.StalenessBound * float64(time.Second)),
-		Successes: e.Successes, Evidence: known, WithdrawnAt: withdrawnAt, Cause: e.WithdrawnCause,
-	}
-}
-
-// judge sets the endpoint's state, and why its own evidence keeps it from being answered. withdrawn is the tally of the latest
-// withdrawal that affects it, its own or its port's.
-func (e *Endpoint) judge(record datapath.Evidence, withdrawn datapath.Tally, now uint64) {
-	known := e.decides(store.Evidence(e.Question, record), withdrawn.WithdrawnAt)
-	e.Status, e.State = record.Status, known.State(now)
-	e.explain(known.Reason(now))
-	if record.ObservedAt != 0 {
-		e.Age = Seconds(now, record.ObservedAt)
-	}
-	if e.State == status.StateFresh {
-		fresh := known.FreshFor(now).Seconds()
-		e.FreshFor = &fresh
-	}
-}
-
-// never returns why the endpoint is never answered; empty if it may be.
-func (e *Endpoint) never() probe.Reason {
-	if e.NotAnswered != "" && e.NotAnsweredCode == "" { // left by an older daemon
-		return probe.Reason{Code: status.Unclassified, Text: e.NotAnswered}
-	}
-	return probe.Reason{Code: e.NotAnsweredCode, Text: e.NotAnswered}
-}
-
-// MayBeAnswered reports whether the endpoint is answered while it is fresh, or would be but for mode observe.
-func (e Endpoint) MayBeAnswered() bool { return e.Withheld || e.never() == (probe.Reason{}) }
-
-// explain sets why the endpoint's next probe reaches the pod to the first of the reasons that is not empty.
-func (e *Endpoint) explain(reasons ...probe.Reason) {
-	why := status.First(reasons...)
-	e.WhyNotAnswered, e.WhyNotAnsweredCode = why.Text, why.Code
-}
-
-// why returns what explain has set.
-func (e *Endpoint) why() probe.Reason {
-	return probe.Reason{Code: e.WhyNotAnsweredCode, Text: e.WhyNotAnswered}
-}
-
-// heldBack returns why connections to the port of a fresh endpoint are not taken.
-func (a *Attachment) heldBack(e Endpoint) probe.Reason {
-	for _, o := range a.Endpoints {
-		if o.Port == e.Port && o.Kind.Keying() == probe.KeyedByPort && o.Observed && !o.StartupOnly && o.State != status.StateFresh {
-			return status.ReasonBesideTCP(o.Endpoint.Endpoint(), o.State)
-		}
-	}
-	return status.ReasonPortClosed()
-}
-
-// listener returns what looks at a port's listening socket came to. Where they are a veto only, nothing is counted.
-func (a *Attachment) listener(port uint16, tally datapath.Tally) *store.Listener {
-	l := store.ListenerOf(tally)
-	switch {
-	case a.asksListener(port):
-		return &l
-	case l.Obstacle != "":
-		return &store.Listener{Obstacle: l.Obstacle}
-	}
-	return nil
-}
-
-// asksListener reports whether the port's TCP probes are answered on looks at its listening socket.
-func (a *Attachment) asksListener(port uint16) bool {
-	return slices.ContainsFunc(a.Endpoints, func(e Endpoint) bool { return e.Port == port && e.Observed && e.Live > 0 })
-}
-
-// realDue reports whether the next probe of a port must reach the pod, as many as may be having been answered. No connection
-// is on its way that may turn out to have been accepted.
-func realDue(port datapath.Tally) bool {
-	return port.AnsweredMax > 0 && port.Answered >= uint32(port.AnsweredMax) && port.ConnectedAt == 0
-}
-
-// Seconds is the time from earlier to later, both in ns.
-func Seconds(later, earlier uint64) *float64 {
-	s := (time.Duration(later - min(later, earlier))).Seconds()
-	return &s
 }

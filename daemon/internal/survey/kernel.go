@@ -9,24 +9,26 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// Kernel is what the kernel side tells. Its errors are those of package datapath.
+// Kernel gives access to the BPF objects. Errors are those of package datapath.
 type Kernel interface {
 	Prober() (datapath.Prober, error)
 	Counters() (map[string]uint64, error)
-	// Watched reports whether listening sockets that close are noticed.
+	// Watched reports whether the kernel side notices when listening sockets close.
 	Watched() bool
+	// SeesListeners reports whether the kernel side can look up listening sockets.
 	SeesListeners() bool
-	// Pod returns what is known of an attachment's pod.
+	// Pod opens the maps of an attachment's pod.
 	Pod(attach.ID) (PodMaps, error)
 	// AttachedDevice returns the device of an attachment.
 	AttachedDevice(attach.ID) (datapath.Device, error)
-	// Neighbours returns the programs of others at a device's hooks.
+	// Neighbours returns other agents' programs at a device's hooks.
 	Neighbours(ifindex int) ([]attach.Neighbour, error)
-	// TrustAgain has the programs try again whether answers arrive by a device.
+	// TrustAgain makes the programs try again whether answers through a device arrive.
 	TrustAgain(datapath.DeviceKey) error
 	Close() error
 }
 
+// PodMaps reads the maps of a pod.
 type PodMaps interface {
 	Get(datapath.EndpointKey) (datapath.Evidence, datapath.Tally, error)
 }
@@ -34,7 +36,7 @@ type PodMaps interface {
 type openedKernel struct {
 	*datapath.Datapath
 	bpfDir  string
-	checker *attach.Checker // nil: not needed yet
+	checker *attach.Checker // created on first use
 }
 
 func (k *openedKernel) Pod(id attach.ID) (PodMaps, error) {
@@ -58,7 +60,7 @@ func (k *openedKernel) Neighbours(ifindex int) (_ []attach.Neighbour, err error)
 	return k.checker.Neighbours(ifindex)
 }
 
-// OpenKernel returns nil if nothing is loaded.
+// OpenKernel opens the pinned BPF objects; it returns nil if nothing is loaded.
 func OpenKernel(bpfDir string) (Kernel, error) {
 	d, err := datapath.Open(bpfDir)
 	if errors.Is(err, datapath.ErrNotLoaded) {

@@ -1,7 +1,7 @@
 //go:build linux
 
-// Package survey reads everything that is known about this node, whether or not the daemon runs: attachment records, the file that
-// the daemon leaves, and the kernel's maps.
+// Package survey collects what is known about this node from attachment records, the daemon's file, the kernel's maps and, if it is
+// running, the daemon itself.
 package survey
 
 import (
@@ -21,102 +21,111 @@ import (
 	"github.com/probelet/probelet/internal/version"
 )
 
-// Status is what probeletctl status shows.
+// Status is everything that is known about a node: the output of probeletctl status -o json.
 type Status struct {
 	Daemon Daemon `json:"daemon"`
-	// Prober is whose connections are probes; null if nothing is loaded into the kernel.
+	// Prober identifies the connections that are probes; null if nothing is loaded into the kernel.
 	Prober *Prober `json:"prober" jsonschema:"nullable"`
-	// Counters are the kernel's, by the names of datapath.CounterNames; null if nothing is loaded.
+	// Counters are the kernel's counters, by the names of datapath.CounterNames; null if nothing is loaded.
 	Counters    map[string]uint64 `json:"counters" jsonschema:"nullable"`
 	Attachments []Attachment      `json:"attachments"`
-	// Unattached are pods that the daemon has specs of and that are not attached, as namespace/name.
+	// Unattached lists the pods, as namespace/name, that the daemon has specs for and that are not attached.
 	Unattached []string `json:"unattached"`
 }
 
-// Daemon says whether probeletd runs on this state directory.
+// Daemon reports whether probeletd is running on this state directory.
 type Daemon struct {
 	Running bool `json:"running"`
 	PID     int  `json:"pid,omitempty"`
-	// NotReady is what keeps probes from being answered, or new pods from being attached.
+	// NotReady lists what keeps probes from being answered, or new pods from being attached.
 	NotReady []string `json:"notReady,omitempty"`
-	// Still is what the kernel goes on answering while the daemon is down; null while it runs.
+	// Still describes what the kernel goes on answering while the daemon is down; null while it runs.
 	Still *status.Still `json:"still" jsonschema:"nullable"`
 }
 
-// Prober says whose connections are probes: of every process of the host's network namespace, or of those in cgroups.
+// Prober identifies the processes whose connections are probes: all in the host's network namespace, or those in some cgroups.
 type Prober struct {
 	Host      bool     `json:"host"`
 	CgroupIDs []uint64 `json:"cgroupIDs,omitempty"`
-	// Process is the number of the only process of the cgroup that is meant; missing: all are.
+	// Process is the PID of the one process in the cgroup that counts; missing if all of them do.
 	Process uint32 `json:"process,omitempty"`
 }
 
-// Attachment is the interface of a pod, as recorded by whoever attached it.
+// ProberOf converts a prober from the kernel side.
+func ProberOf(p datapath.Prober) *Prober {
+	prober := &Prober{Host: p.AnyLocal, CgroupIDs: p.CgroupIDs}
+	if p.Process != nil {
+		prober.Process = p.Process.PID
+	}
+	return prober
+}
+
+// Attachment is a pod's interface as the plugin or the daemon recorded it.
 type Attachment struct {
 	Pod         string `json:"pod,omitempty"` // namespace/name
 	ContainerID string `json:"containerID"`
 	IfName      string `json:"ifName"`     // in the pod
-	HostIfName  string `json:"hostIfName"` // of the host-side veth, and so IfIndex
+	HostIfName  string `json:"hostIfName"` // of the host-side veth, like ifIndex
 	IfIndex     int    `json:"ifIndex"`
-	// Adopted: attached by the daemon, because the pod had its network before probelet; otherwise by the CNI plugin at ADD.
+	// Adopted reports that the daemon attached the pod, because its network is older than probelet; otherwise the CNI plugin did, at ADD.
 	Adopted bool `json:"adopted"`
-	// Hook is where answers are made: tc or xdp. Trust says whether they are known to arrive: unproven (not tried yet), proven or
-	// lost. After lost, Loss says how that was noticed: syn_repeated, unacknowledged, request_repeated or unobserved, and LostAge
-	// is the time since. All of them are empty, or null, if nothing is attached.
+	// Hook is where answers are made: tc or xdp. Trust says whether answers are known to arrive: unproven (not tried yet), proven or
+	// lost. If lost, Loss says how that was noticed (syn_repeated, unacknowledged, request_repeated or unobserved), and LostAge is
+	// the time since. All of these are empty or null if nothing is attached.
 	Hook    string   `json:"hook,omitempty"`
 	Trust   string   `json:"trust,omitempty"`
 	Loss    string   `json:"loss,omitempty"`
 	LostAge *float64 `json:"lostAgeSeconds" jsonschema:"nullable"`
-	// Neighbours are programs and filters of others at the device's hooks, in the order in which they run.
+	// Neighbours lists other agents' programs and filters at the device's hooks, in the order in which they run.
 	Neighbours []Neighbour `json:"neighbours"`
-	// WhyNotAnswered is why no endpoint is answered, and WhyNotAnsweredCode the code of that reason (docs/probeletctl.md); empty if
-	// nothing keeps the whole attachment from being answered.
+	// WhyNotAnswered says why no endpoint is answered, and WhyNotAnsweredCode is the code of that reason (docs/probeletctl.md); empty
+	// if the reason, if any, lies with each endpoint.
 	WhyNotAnswered     string           `json:"whyNotAnswered,omitempty"`
 	WhyNotAnsweredCode probe.ReasonCode `json:"whyNotAnsweredCode,omitempty"`
-	// Settings are mode and staleness of the pod; null if the daemon has no specs of it.
+	// Settings are the pod's settings; null if the daemon has no specs of the pod.
 	Settings  *statedir.Settings `json:"settings" jsonschema:"nullable"`
 	Endpoints []Endpoint         `json:"endpoints"`
-	// Inconclusive are how many connections of probers reached the pod and had no certain outcome since the daemon started, by
-	// why: the reasons of the metric probelet_inconclusive_probes_total. Empty if there were none, or the daemon does not run.
+	// Inconclusive counts the probers' connections that reached the pod without a certain outcome since the daemon started, by the
+	// reasons of the metric probelet_inconclusive_probes_total. Empty if there were none, or if the daemon is not running.
 	Inconclusive map[string]uint64 `json:"inconclusive,omitempty"`
 }
 
-// Neighbour is a program or filter of another agent.
+// Neighbour is another agent's program or filter.
 type Neighbour struct {
 	Hook string `json:"hook"` // such as "tcx ingress", "tc filter egress" or "xdp"
 	What string `json:"what"`
-	// Before: it runs before ours, and so may keep packets from them.
+	// Before reports that it runs before ours and so may keep packets from reaching ours.
 	Before bool `json:"before"`
 }
 
-// Endpoint is what probes ask, and what is known of it.
+// Endpoint is what probes ask, and what is known about it.
 type Endpoint struct {
 	statedir.Endpoint
 	// State is fresh, stale, failed or unknown.
 	State status.State `json:"state"`
-	// Age is the time since the last conclusive observation, and FreshFor how long it will be answered (in mode observe:
-	// would be); null if there is none, and if it is not fresh.
+	// Age is the time since the last conclusive observation; null if there was none. FreshFor is how long a success will still be
+	// answered (in mode observe: would be); null if the endpoint is not fresh.
 	Age      *float64 `json:"ageSeconds" jsonschema:"nullable"`
 	FreshFor *float64 `json:"freshForSeconds" jsonschema:"nullable"`
 	Status   uint16   `json:"status,omitempty"` // the last HTTP status
-	// Hits are how many probes were answered in the kernel, and LastHitAge the time since the last; null if there is none.
+	// Hits counts the probes answered in the kernel. LastHitAge is the time since the last of them; null if there was none.
 	Hits       uint64   `json:"hits"`
 	LastHitAge *float64 `json:"lastHitAgeSeconds" jsonschema:"nullable"`
-	// WithdrawnAge is the time since the kernel last withdrew what was known of the port, and WithdrawnCause why:
-	// listener_closed, reset or status; null and empty if it never did.
+	// WithdrawnAge is the time since the kernel last withdrew the endpoint's evidence, and WithdrawnCause says why: listener_closed,
+	// reset or status. Null and empty if it never did.
 	WithdrawnAge   *float64 `json:"withdrawnAgeSeconds" jsonschema:"nullable"`
 	WithdrawnCause string   `json:"withdrawnCause,omitempty"`
-	// WhyNotAnswered is why the next probe will reach the pod, and WhyNotAnsweredCode the code of that reason (docs/probeletctl.md);
-	// empty if it is answered in the kernel.
+	// WhyNotAnswered says why the next probe will reach the pod, and WhyNotAnsweredCode is the code of that reason
+	// (docs/probeletctl.md); empty if the probe will be answered in the kernel.
 	WhyNotAnswered     string           `json:"whyNotAnswered,omitempty"`
 	WhyNotAnsweredCode probe.ReasonCode `json:"whyNotAnsweredCode,omitempty"`
-	// Listener is what looks at the port's listening socket came to; null if it is not looked at, or if the port has no TCP
-	// probe and nothing kept its probes from being answered.
+	// Listener describes the checks of the port's listening socket; null if the socket is not checked, or if the port has no TCP probe
+	// and no check kept its probes from being answered.
 	Listener *store.Listener `json:"listener" jsonschema:"nullable"`
-	// Estimate is what mode answer would have made of the probes that were seen in mode observe; null in other modes, if none
-	// was seen, and if the daemon does not run.
+	// Estimate says what mode answer would have done with the probes seen in mode observe; null in other modes, if no probe was
+	// seen, or if the daemon is not running.
 	Estimate *api.Estimate `json:"estimate" jsonschema:"nullable"`
-	// due: it is fresh, but as many probes as may be were answered in a row.
+	// due reports that the endpoint is fresh, but that the maximum of probes in a row were answered.
 	due bool
 }
 
@@ -135,7 +144,7 @@ func (p Prober) String() string {
 	case p.Host:
 		return "every process of the host's network namespace (not for production)"
 	case len(p.CgroupIDs) == 0:
-		return "nobody"
+		return "none"
 	}
 	ids := make([]string, 0, len(p.CgroupIDs))
 	for _, id := range p.CgroupIDs {
@@ -148,21 +157,21 @@ func (p Prober) String() string {
 	return cgroups
 }
 
-// Answers says whether answers are known to arrive.
+// Answers says whether answers through the device are known to arrive.
 func (a Attachment) Answers() string {
 	switch a.Trust {
 	case TrustLost:
-		return fmt.Sprintf("since %s ago answers do not arrive by %s: %s", status.Duration(*a.LostAge), a.HostIfName, status.LossText(a.Loss))
+		return fmt.Sprintf("answers through %s stopped arriving %s ago: %s", a.HostIfName, status.Duration(*a.LostAge), status.LossText(a.Loss))
 	case trusts[datapath.TrustProven]:
-		return "answers by " + a.HostIfName + " arrive"
+		return "answers through " + a.HostIfName + " arrive"
 	}
-	return "no answer by " + a.HostIfName + " has been tried yet"
+	return "no answer through " + a.HostIfName + " has been tried yet"
 }
 
-// String is for people.
+// String formats the neighbour as text.
 func (n Neighbour) String() string { return attach.Neighbour(n).String() }
 
-// OfPod returns the attachments of a pod, at least one.
+// OfPod returns the attachments of a pod. Without any, the error's code is NotFound.
 func (s Status) OfPod(name string) ([]Attachment, error) {
 	var found []Attachment
 	for _, a := range s.Attachments {
@@ -179,6 +188,7 @@ func (s Status) OfPod(name string) ([]Attachment, error) {
 	return nil, status.Errorf(status.NotFound, "pod %s is not known on this node", name)
 }
 
+// Node summarizes the node.
 func (s Status) Node() status.Node {
 	n := status.Node{Version: version.String(), Running: s.Daemon.Running, Still: s.Daemon.Still, NotReady: []string{}, Unattached: []status.Unattached{}}
 	if !n.Running {
@@ -215,8 +225,8 @@ func (s Status) Node() status.Node {
 // Answered reports whether the next probe is answered in the kernel.
 func (e Endpoint) Answered() bool { return e.State == status.StateFresh && e.WhyNotAnsweredCode == "" }
 
-// Still returns what is answered while nothing renews it. An endpoint whose pod must first accept a connection counts: the kernel
-// notices by itself when it has.
+// Still returns what is answered while nothing renews it. An endpoint whose pod must accept a connection first counts too, because
+// the kernel notices on its own when that has happened.
 func Still(attachments []Attachment) *status.Still {
 	s := &status.Still{}
 	for _, a := range attachments {

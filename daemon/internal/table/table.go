@@ -1,4 +1,4 @@
-// Package table prints tables and labelled prose that fit a terminal.
+// Package table prints tables and labelled prose that fit the width of a terminal.
 package table
 
 import (
@@ -11,21 +11,21 @@ import (
 // Table is a table whose last column is prose.
 type Table struct {
 	Header []string
-	Rows   [][]string // cells; none is empty
-	// Optional are the columns that a narrow terminal does without, beginning with the first of these.
+	Rows   [][]string // no cell is empty; see Blank
+	// Optional lists the columns that are dropped on a narrow terminal, in that order.
 	Optional []int
 }
 
 const (
 	gap = "   " // between columns
-	// leastProse is how many characters of prose a line must hold, else the table goes without another column.
+	// leastProse is how many characters of prose must fit in a line before the table drops another column.
 	leastProse = 30
-	// Blank stands in a cell that has nothing to say.
+	// Blank fills a cell without a value.
 	Blank = "-"
 )
 
-// Write prints the table. Where it is wider than width, in characters, the prose is wrapped, then columns are left out, and last
-// each row becomes lines of its own. Width 0: as wide as it is.
+// Write prints the table in at most width characters per line; 0 means no limit. To fit, it wraps the prose, then drops columns, and
+// finally prints each row in lines of its own.
 func (t Table) Write(w io.Writer, width int) error {
 	var b strings.Builder
 	if columns, room := t.fit(width); columns == nil {
@@ -39,7 +39,7 @@ func (t Table) Write(w io.Writer, width int) error {
 	return err
 }
 
-// fit chooses columns, and how wide the last one may be (0: as it is). There are none if the table cannot be that narrow.
+// fit chooses columns, and how wide the last one may be (0: no limit). It returns no columns if the table cannot be that narrow.
 func (t Table) fit(width int) (columns []int, room int) {
 	for i := range t.Header {
 		columns = append(columns, i)
@@ -77,7 +77,7 @@ func (t Table) writeRow(b *strings.Builder, row []string, columns []int, room in
 	hang(b, prefix.String(), row[columns[len(columns)-1]], room)
 }
 
-// stack prints each row below its first cell, which rows that follow each other may share.
+// stack prints each row below its first cell, once for consecutive rows that share it.
 func (t Table) stack(b *strings.Builder, width int) {
 	before, last := "", len(t.Header)-1
 	for _, row := range t.Rows {
@@ -100,18 +100,18 @@ func (t Table) stack(b *strings.Builder, width int) {
 	}
 }
 
-// Text is prose, some of it beside labels.
+// Text is prose, partly with labels beside it.
 type Text struct{ lines []line }
 
 type line struct{ label, text string }
 
-// Line adds a line; an empty one ends a block, in which labels are equally wide.
+// Line adds a line without a label. It ends a block of pairs; labels within a block are padded to the same width.
 func (t *Text) Line(text string) { t.lines = append(t.lines, line{text: text}) }
 
-// Pair adds prose beside a label.
+// Pair adds a label with prose beside it.
 func (t *Text) Pair(label, text string) { t.lines = append(t.lines, line{label, text}) }
 
-// Write prints the text, wrapped at width characters; 0: as it is.
+// Write prints the text, wrapped at width characters; 0 means no limit.
 func (t *Text) Write(w io.Writer, width int) error {
 	var b strings.Builder
 	labels := 0
@@ -135,7 +135,7 @@ func (t *Text) Write(w io.Writer, width int) error {
 	return err
 }
 
-// Hang prints text to the right of a prefix, or below it where that leaves too little room. Width 0: in one line.
+// Hang prints text to the right of a prefix, or below it if that leaves too little room. With width 0 it prints one line.
 func Hang(b *strings.Builder, prefix, text string, width int) {
 	room := width - length(prefix)
 	if width > 0 && room < min(leastProse, length(text)) {
@@ -146,7 +146,7 @@ func Hang(b *strings.Builder, prefix, text string, width int) {
 	hang(b, prefix, text, max(room, 0))
 }
 
-// hang prints text to the right of a prefix, in lines of room characters; 0: in one.
+// hang prints text to the right of a prefix in lines of at most room characters; with room 0 it prints one line.
 func hang(b *strings.Builder, prefix, text string, room int) {
 	for i, l := range Wrap(text, room) {
 		if i > 0 {
@@ -156,7 +156,7 @@ func hang(b *strings.Builder, prefix, text string, room int) {
 	}
 }
 
-// block prints text in lines that are all indented.
+// block prints text in indented lines.
 func block(b *strings.Builder, indent, text string, width int) {
 	if width > 0 {
 		width = max(1, width-len(indent))
@@ -166,7 +166,7 @@ func block(b *strings.Builder, indent, text string, width int) {
 	}
 }
 
-// Wrap splits text into lines of at most width characters, at blanks where it can. Width 0: one line.
+// Wrap splits text into lines of at most width characters, at blanks where possible. With width 0 it returns one line.
 func Wrap(text string, width int) []string {
 	if width == 0 || length(text) <= width {
 		return []string{text}
@@ -194,7 +194,7 @@ func Wrap(text string, width int) []string {
 
 func length(s string) int { return utf8.RuneCountInString(s) }
 
-// runes is how many bytes the first n characters take.
+// runes returns how many bytes the first n characters take.
 func runes(s string, n int) int {
 	for i := range s {
 		if n == 0 {

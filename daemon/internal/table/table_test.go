@@ -78,7 +78,7 @@ func TestText(t *testing.T) {
 	}
 }
 
-// Whatever the width, no line is longer, and nothing of the prose is lost.
+// No line exceeds the width, and no prose is lost.
 func TestLinesFit(t *testing.T) {
 	cell := rapid.StringMatching(`[a-zä/:.]{1,40}`)
 	rapid.Check(t, func(t *rapid.T) {
@@ -114,7 +114,7 @@ func TestLinesFit(t *testing.T) {
 	})
 }
 
-// hasLetters reports whether the letters of a text come in this order, other columns between them aside.
+// hasLetters reports whether all contains the letters of text in order, ignoring what other columns put between them.
 func hasLetters(all, text string) bool {
 	for _, r := range strings.ReplaceAll(text, " ", "") {
 		i := strings.IndexRune(all, r)

@@ -6,7 +6,7 @@ import (
 	"golang.org/x/term"
 )
 
-// WidthOf returns how many characters a line of a terminal has; 0 if the file is none.
+// WidthOf returns the width of a terminal in characters, or 0 if f is not a terminal.
 func WidthOf(f *os.File) int {
 	width, _, err := term.GetSize(int(f.Fd()))
 	if err != nil {
@@ -15,7 +15,7 @@ func WidthOf(f *os.File) int {
 	return width
 }
 
-// HeightOf returns how many lines a terminal has; 0 if the file is none.
+// HeightOf returns the height of a terminal in lines, or 0 if f is not a terminal.
 func HeightOf(f *os.File) int {
 	_, height, err := term.GetSize(int(f.Fd()))
 	if err != nil {

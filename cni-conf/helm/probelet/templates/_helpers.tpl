@@ -18,7 +18,7 @@ runAsUser: 0
 runAsGroup: 0
 readOnlyRootFilesystem: true
 allowPrivilegeEscalation: false
-# The runtime's profile keeps from looking at processes of the host: the kubelet and the runtime.
+# The runtime's profile denies access to processes of the host, such as the kubelet and the runtime.
 appArmorProfile:
   type: Unconfined
 seccompProfile:
@@ -28,7 +28,7 @@ seLinuxOptions: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 
-{{/* What is different on the platform. */}}
+{{/* Values of the platform. */}}
 {{- define "probelet.platform" -}}
 {{- with .Values.platform }}{{ get ($.Files.Get "platforms.yaml" | fromYaml) . | toYaml }}{{ end }}
 {{- end }}
@@ -42,7 +42,7 @@ seLinuxOptions: {{- toYaml . | nindent 2 }}
 {{- end }}
 
 {{- define "probelet.image" -}}
-image: "{{ required "image.repository: must be set, to where your nodes pull from. To change one value of a release and keep all others: helm upgrade --reset-then-reuse-values" .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
+image: "{{ required "image.repository: must be set to where your nodes pull from. To change one value of a release and keep the others: helm upgrade --reset-then-reuse-values" .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 {{- end }}
 
@@ -63,7 +63,7 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
 - --state-dir={{ .Values.stateDir }}
 {{- end }}
 
-{{/* The annotations of what "helm uninstall" makes after it has deleted the rest, in the order of their weights. */}}
+{{/* Annotations of the objects that "helm uninstall" creates after it has deleted the others, in order of their weights. */}}
 {{- define "probelet.hook" -}}
 helm.sh/hook: post-delete
 helm.sh/hook-weight: {{ . | quote }}

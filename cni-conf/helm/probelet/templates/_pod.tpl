@@ -1,4 +1,4 @@
-{{/* The specification of the pods that run on each node, or, with .Values.uninstall, of those that take probelet off it. */}}
+{{/* Spec of the pods that run probelet on each node or, with .Values.uninstall, remove it. */}}
 {{- define "probelet.pod" -}}
 {{- $listen := .Values.metrics.listen }}
 {{- $port := $listen | splitList ":" | last }}
@@ -9,7 +9,7 @@ automountServiceAccountToken: false
 {{- else }}
 serviceAccountName: {{ .Release.Name }}
 {{- end }}
-# The host-side veths are in the host's network namespace, and the kubelet is one of the host's processes.
+# The host-side veths are in the host's network namespace, and the kubelet is a process of the host.
 hostNetwork: true
 hostPID: true
 dnsPolicy: Default
@@ -44,12 +44,12 @@ initContainers:
       capabilities:
         drop: [ALL]
         add:
-          # To open maps and programs, and to detach these from devices.
+          # To open maps and programs, and to detach programs from devices.
           - BPF
           - NET_ADMIN
-          # The directories of the CNI may be another user's (Kubespray's are kube's), and writable by that one only.
+          # The CNI directories may belong to another user and be writable by that user only (kube with Kubespray).
           - DAC_OVERRIDE
-          # To see CNI plugins at work, and the host's records of pods that CRI-O will delete.
+          # To find the runtime's configuration, running CNI plugins, and the host's records of pods that CRI-O will delete.
           - SYS_PTRACE
   {{- else }}
   - name: install
@@ -65,11 +65,11 @@ initContainers:
       capabilities:
         drop: [ALL]
         add:
-          # The directories of the CNI may be another user's (Kubespray's are kube's), and writable by that one only.
+          # The CNI directories may belong to another user and be writable by that user only (kube with Kubespray).
           - DAC_OVERRIDE
-          # To give a copy of a network's configuration the owner of its original.
+          # To give the copy of a network configuration the owner of its original.
           - CHOWN
-          # To read from the runtime's program which libcni it has, and from its configuration where it looks for plugins.
+          # To read the libcni version from the runtime's binary, and the plugin directory from its configuration.
           - SYS_PTRACE
   {{- end }}
     volumeMounts:
@@ -78,7 +78,7 @@ initContainers:
         mountPath: {{ include "probelet.binDir" . }}
 containers:
   {{- if .Values.uninstall }}
-  # The work is done; a complete rollout says that it is on all nodes.
+  # Keeps the pod running once the work is done: a complete rollout shows that all nodes are done.
   - name: uninstalled
     {{- include "probelet.image" . | nindent 4 }}
     args: [wait]
@@ -91,10 +91,8 @@ containers:
   - name: probeletd
     {{- include "probelet.image" . | nindent 4 }}
     args: [run]
-    envFrom:
-      - configMapRef:
-          name: {{ .Release.Name }}
     env:
+      {{- include "probelet.environment" . | nindent 6 }}
       - name: NODE_NAME
         valueFrom:
           fieldRef:
@@ -105,7 +103,7 @@ containers:
             fieldPath: status.hostIP
     {{- if not $local }}
     ports:
-      # They are the node's: the pod has no network of its own.
+      # A port of the node: the pod uses the host network.
       - name: metrics
         containerPort: {{ $port }}
         hostPort: {{ $port }}
@@ -119,7 +117,7 @@ containers:
         {{- end }}
       periodSeconds: 10
       timeoutSeconds: 5
-    # Not ready: probes cannot be answered, though all else is well. So a rollout stops before all nodes are like that.
+    # The pod is ready only if probes can be answered, so that a rollout stops before it breaks all nodes.
     readinessProbe:
       httpGet:
         path: /readyz
@@ -135,18 +133,18 @@ containers:
       capabilities:
         drop: [ALL]
         add:
-          # Programs and maps; attaching them to devices; the trace point of listening sockets.
+          # To load programs and maps, attach programs to devices, and attach to the tracepoint of listening sockets.
           - BPF
           - NET_ADMIN
           - PERFMON
-          # To keep the chain as it is where the directory is another user's, as with install.
+          # To update the chain in a directory of another user, as in install.
           - DAC_OVERRIDE
           - CHOWN
-          # To find the kubelet, and what the runtime has recorded of pods that run already.
+          # To find the kubelet, and the runtime's records of running pods.
           - SYS_PTRACE
     volumeMounts:
       {{- include "probelet.mounts" . | nindent 6 }}
-      # To see that the runtime finds the plugin.
+      # To check that the runtime finds the plugin.
       - name: cni-bin
         mountPath: {{ include "probelet.binDir" . }}
         readOnly: true
@@ -155,7 +153,7 @@ containers:
         readOnly: true
         mountPropagation: HostToContainer
       {{- if eq .Values.source "kubelet" }}
-      # The directory, because each kubelet recreates the socket.
+      # The directory rather than the socket, which the kubelet recreates when it starts.
       - name: pods-api
         mountPath: {{ .Values.kubeletDir }}/pods-api
         readOnly: true
