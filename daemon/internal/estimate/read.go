@@ -146,7 +146,7 @@ func (in *Input) object(h head, text []byte) error {
 	}
 	pod.Namespace = cmp.Or(pod.Namespace, corev1.NamespaceDefault)
 	if _, err := podspec.Of(&pod); err != nil {
-		return fmt.Errorf("pod %s: %w", name, err)
+		return fmt.Errorf("pod %s: %w", name, cmp.Or(errors.Unwrap(err), err)) // "not understood" says nothing here
 	}
 	in.Pods = append(in.Pods, pod)
 	return nil

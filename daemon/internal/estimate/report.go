@@ -22,9 +22,9 @@ type Report struct {
 	Total Group `json:"total"`
 	// Namespaces are sorted by name.
 	Namespaces []Group `json:"namespaces"`
-	// Nodes counts the nodes that the pods are on, and BusiestNode is the one with the most connections; null if no pod names a node.
+	// Nodes counts the nodes that the pods are on, and BusiestNode is the one with the most connections; absent if no pod names a node.
 	Nodes       int    `json:"nodes"`
-	BusiestNode *Group `json:"busiestNode"`
+	BusiestNode *Group `json:"busiestNode,omitempty"`
 	// NotCounted are objects that are not part of the estimate.
 	NotCounted NotCounted `json:"notCounted"`
 	// Assumptions are sentences for people.
