@@ -29,6 +29,7 @@ import (
 )
 
 const rootHelp = `Shows what probelet knows and does on this node. Installed as kubectl-probelet it is a kubectl plugin, which asks the nodes.
+estimate asks the API server instead, or reads a file, and needs neither root nor a daemon.
 
 Exit codes:
   0  success

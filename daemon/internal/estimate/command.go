@@ -11,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/probelet/probelet/daemon/internal/status"
 )
@@ -91,6 +92,9 @@ func (env Environment) read(ctx context.Context, file, namespace string) (in Inp
 	switch file {
 	case "":
 		config, err := env.Config()
+		if clientcmd.IsEmptyConfig(err) {
+			err = fmt.Errorf("no kubeconfig: name one with --kubeconfig, or a file of pods with --file (%w)", err)
+		}
 		if err != nil {
 			return in, "", err
 		}

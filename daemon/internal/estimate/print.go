@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -138,12 +139,12 @@ func (l Load) columns(wide bool) []string {
 // prose says what the tables do not.
 func (r Report) prose() *table.Text {
 	var text table.Text
-	text.Line("Later detection, at most, of a failure that neither closes a listening socket nor resets a probe nor gives an error status:")
+	text.Line("How much later a failure is detected, at most, if nothing but a probe shows it:")
 	for _, o := range r.Total.Policies {
 		text.Pair(string(o.Policy), o.later())
 	}
 	text.Line("")
-	if n := r.BusiestNode; n != nil {
+	if n := r.BusiestNode; r.Nodes > 1 {
 		d := n.Policies[0].Load
 		text.Line(fmt.Sprintf("The pods are on %d nodes. The busiest, %s, has %d of them, %s probes/s and %s connections/s, %.0f sockets in TIME_WAIT and "+
 			"%.0f conntrack entries; by default %s connections/s, %.0f and %.0f.",
@@ -179,7 +180,7 @@ func (o Outcome) later() string {
 	}
 	text := strings.Join(all, ", ")
 	if o.Policy == Traffic {
-		text += "; a probe that times out while the pod serves other requests is no failure"
+		text += "; a probe that would time out while the pod serves other requests is no failure then"
 	}
 	return text
 }
@@ -192,12 +193,16 @@ func constantTable(all []Constant) table.Table {
 	return t
 }
 
-// rateText prints a number per second.
+// rateText prints a number per second, with two decimals where it is small and none where it is large.
 func rateText(perSecond float64) string {
-	if perSecond >= 99.95 || perSecond == 0 {
-		return fmt.Sprintf("%.0f", perSecond)
+	decimals := 2
+	switch {
+	case perSecond >= 99.95 || perSecond == 0:
+		decimals = 0
+	case perSecond >= 9.995:
+		decimals = 1
 	}
-	return fmt.Sprintf("%.1f", perSecond)
+	return strconv.FormatFloat(perSecond, 'f', decimals, 64)
 }
 
 func percent(part, whole float64) string {

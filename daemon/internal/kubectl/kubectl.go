@@ -35,6 +35,7 @@ const (
 const help = `Asks the daemons on the nodes through the API server, with your kubeconfig and permissions. You need permission to list pods in
 probelet's namespace and to run commands in them (create pods/exec), which amounts to root on the nodes. You also need permission
 to get the pod that you ask about, and to list nodes; without the latter, nodes that have no daemon are not shown.
+estimate asks no daemon: it only lists pods, before an install too.
 
 Exit codes:
   0  success
