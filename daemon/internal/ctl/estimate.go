@@ -10,7 +10,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/estimate"
 )
 
-// estimateCommand is the only command that asks the API server instead of the node.
+// estimateCommand returns the only command that asks the API server instead of the node.
 func estimateCommand(env *environment) *cobra.Command {
 	rules, overrides := clientcmd.NewDefaultClientConfigLoadingRules(), &clientcmd.ConfigOverrides{}
 	var only namespaceFilter

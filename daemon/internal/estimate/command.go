@@ -16,34 +16,34 @@ import (
 	"github.com/probelet/probelet/daemon/internal/status"
 )
 
-const help = `Computes what probelet would save, from the specs of pods alone. It lists pods and reads nothing else, installs nothing, and needs
-neither root nor a node. Without --file it asks the API server.
+const help = `Computes what probelet would save, from the specs of pods alone. It lists pods through the API server, or reads them from a file. It
+installs nothing, and needs neither root nor a node.
 
   kubectl probelet estimate
   kubectl get pods --all-namespaces -o json | kubectl probelet estimate --file -
 
-It shows, for each namespace and in all, the probes per second, how many of them may be answered in the kernel and why others may
-not; then, without probelet and with several settings of the nodes, the share that is answered, new connections to pods per
-second, sockets in TIME_WAIT, entries of connection tracking, and CPU; then by how much a failure may be detected later. What
-this rests on is printed below it: assumptions, and constants with their sources.
+For each namespace and in total, it shows the probes per second, how many of them may be answered in the kernel, and why others may
+not. Without probelet and under several policies, it shows the share of answered probes, new connections to pods per second, sockets
+in TIME_WAIT, conntrack entries and CPU, and how much later a failure may be detected. Assumptions follow, and all constants with
+their sources.
 
   default      a success is answered for one period, and TCP probes while the listening socket would accept a connection
   staleness 5  a success is answered for five periods
   refresh      the daemon keeps successes fresh with requests of its own
-  traffic      a pod's own traffic answers its liveness probes, but for every tenth
+  traffic      a pod's own traffic answers its liveness probes, except every tenth
 
-With -o wide the settings are also shown for each namespace, and the CPU in parts. With -o json, the fields are those of
-docs/estimate.schema.json.`
+With -o wide, policies are shown for each namespace too, and CPU is split up. With -o json, docs/estimate.schema.json describes the
+fields.`
 
-// Environment is what the command needs of the program that it is part of.
+// Environment is what the command needs from the program that it is part of.
 type Environment struct {
 	Stdin  io.Reader
 	Stdout io.Writer
-	// Width returns how many characters a line may have; 0: any number.
+	// Width returns the maximum length of a line in characters; 0 means no limit.
 	Width func() int
 	// Config returns how to reach the API server.
 	Config func() (*rest.Config, error)
-	// Namespace returns the namespace whose pods are meant; empty: all.
+	// Namespace returns the selected namespace; empty means all.
 	Namespace func() (string, error)
 }
 
@@ -83,11 +83,11 @@ func Command(env Environment) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVarP(&output, "output", "o", formats[0], "`format`: "+strings.Join(formats, "|"))
-	cmd.Flags().StringVarP(&file, "file", "f", "", "`FILE` of pods in JSON or YAML, instead of the API server; -: standard input")
+	cmd.Flags().StringVarP(&file, "file", "f", "", "`FILE` of pods in JSON or YAML, instead of the API server; - is standard input")
 	return cmd
 }
 
-// read returns pods, and where they come from.
+// read returns pods and the name of their source.
 func (env Environment) read(ctx context.Context, file, namespace string) (in Input, from string, err error) {
 	switch file {
 	case "":
@@ -109,7 +109,7 @@ func (env Environment) read(ctx context.Context, file, namespace string) (in Inp
 		if f, err = os.Open(file); err != nil {
 			return in, from, err
 		}
-		defer f.Close() //nolint:errcheck // it was read
+		defer f.Close() //nolint:errcheck // only read
 		in, err = Read(f)
 	}
 	if err != nil {
@@ -118,7 +118,7 @@ func (env Environment) read(ctx context.Context, file, namespace string) (in Inp
 	return in, from, err
 }
 
-// Estimate estimates for what was read.
+// Estimate returns the estimate for the input.
 func (in Input) Estimate() Report {
 	r := Pods(in.Pods)
 	for kind, n := range in.Others {
@@ -127,7 +127,7 @@ func (in Input) Estimate() Report {
 	return r
 }
 
-// empty says that there is nothing to estimate for.
+// empty returns the error for an input without pods.
 func empty(r Report, from, namespace string) error {
 	text := from + ": no pods"
 	if namespace != "" {

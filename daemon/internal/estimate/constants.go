@@ -6,7 +6,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// Constant is a number that an estimate rests on.
+// Constant is a number that estimates are based on.
 type Constant struct {
 	Name  string  `json:"name"`
 	Value float64 `json:"value"`
@@ -22,25 +22,24 @@ const (
 	fromDemo    = "README.md, make demo, mean of IPv4 and IPv6"
 )
 
-// constants holds every number that is not computed. The CPU is that of one machine with two shared cores: ratios carry over to
-// others, microseconds do not.
+// constants holds every number that is not computed. CPU was measured on one machine with two shared cores: ratios carry over to
+// other machines, microseconds do not.
 //
-// The density table has, for a hundred Go pods, the CPU of the kubelet, the daemon and the servers at 205 probes a second that all
-// reached the pods, half of them by HTTP and half by TCP, and at 202 of which 51 % by HTTP and 1 % by TCP did. That makes two equations
-// each for what a probe costs the servers by HTTP and by TCP, and for what one that reaches a pod and one that is answered cost the
-// kubelet. TestConstantsAreMeasured solves them.
+// The density table gives the CPU of the kubelet, the daemon and the servers for a hundred Go pods: in one row 205 probes a second, half
+// HTTP and half TCP, all reached the pods; in the other 51 % of the HTTP and 1 % of the TCP probes did, of 202 a second. These are two
+// equations for the cost of HTTP and TCP probes to the servers, and two for the cost of real and answered probes to the kubelet.
+// TestConstantsAreMeasured solves them.
 var constants = struct {
 	// timeWait is how long a socket stays in TIME_WAIT.
 	timeWait Constant
 	// trackedClosed and trackedReset are how long connection tracking keeps a connection that was closed, and one that was reset.
 	trackedClosed, trackedReset Constant
-	// httpNode and httpPod are the shares of HTTP probes that leave a socket in TIME_WAIT on the node and in the pod. Whichever side
-	// closes first has it; where both close at once, neither.
+	// httpNode and httpPod are the shares of HTTP probes that leave a socket in TIME_WAIT on the node and in the pod. The side that
+	// closes first keeps it. Some probes leave none.
 	httpNode, httpPod Constant
-	// tcpNode is the share of TCP probes that do so on the node.
+	// tcpNode is the share of TCP probes that leave one on the node. They leave none in the pod, since the kubelet closes first.
 	tcpNode Constant
-	// kubelet is the kubelet's CPU per probe that reaches a pod, with everything else that it does for the pods, and kubeletAnswered
-	// that per answered probe.
+	// kubelet and kubeletAnswered are the kubelet's CPU per real and per answered probe, including its other work for the pods.
 	kubelet, kubeletAnswered Constant
 	// httpServer and tcpServer are the servers' CPU per probe.
 	httpServer, tcpServer Constant
@@ -73,10 +72,10 @@ func Constants() []Constant {
 	}
 }
 
-// cost is what a probe that reaches its pod costs.
+// cost is the cost of a probe that reaches its pod.
 type cost struct {
 	connects bool
-	// node and pod are the shares of such probes that leave a socket in TIME_WAIT there.
+	// node and pod are the shares of probes that leave a socket in TIME_WAIT on the node and in the pod.
 	node, pod float64
 	// kubelet and server are CPU, in seconds.
 	kubelet, server float64
@@ -84,9 +83,9 @@ type cost struct {
 
 const microsecond = 1e-6
 
-// costs returns what a probe of a kind costs that reaches its pod. Only HTTP and TCP were measured. HTTPS is taken for HTTP, which
-// leaves out its handshake; HTTP/2 and gRPC for HTTP that the client closes. An exec probe is left out: it opens no connection, and its
-// CPU is that of the command.
+// costs returns the cost of a probe of a kind. Only HTTP and TCP were measured. HTTPS counts as HTTP, which leaves out its handshake;
+// HTTP/2 and gRPC count as HTTP with the client closing first. Exec costs nothing here: it opens no connection, and the CPU of its
+// command is unknown.
 func costs(k probe.Kind) cost {
 	c := &constants
 	http := cost{true, c.httpNode.Value, c.httpPod.Value, c.kubelet.Value * microsecond, c.httpServer.Value * microsecond}
@@ -101,6 +100,6 @@ func costs(k probe.Kind) cost {
 	return http
 }
 
-// learning is how long it takes until an observed success is answered with: the response, and the daemon, which reads outcomes every
-// 50 ms.
+// learning is the mean time from the start of a successful probe until others can be answered: the server responds, and the daemon reads
+// outcomes every 50 ms.
 const learning = 36 * time.Millisecond

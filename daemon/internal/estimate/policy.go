@@ -7,10 +7,10 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// Limits are those of the kernel side, on a kernel with BTF. A workstation has no kernel side to ask.
+// Limits describes the kernel side on a kernel with BTF. They are repeated here because package bpf does not build on every workstation.
 var Limits = probe.Limits{Request: 1024, Records: 64, Live: 9}
 
-// Policy names settings of the nodes that an estimate is made for. Pods' annotations override them.
+// Policy names a configuration of the nodes. The annotations of pods override it.
 type Policy string
 
 // Policies.
@@ -24,7 +24,7 @@ const (
 // Policies returns all policies.
 func Policies() []Policy { return []Policy{Default, Staleness, Refresh, Traffic} }
 
-// settings returns what holds for a pod under the policy.
+// settings returns the settings of a pod under the policy.
 func (p Policy) settings(annotations map[string]string) probe.Settings {
 	d := probe.NewDefaults()
 	switch p {
@@ -36,7 +36,7 @@ func (p Policy) settings(annotations map[string]string) probe.Settings {
 	return d.Settings(annotations)
 }
 
-// trafficRow is how many probes in a row traffic answers at most: every tenth probe is real.
+// trafficRow limits how many probes in a row are answered because of traffic: at least every tenth is real.
 const trafficRow = 9
 
 // byTraffic reports whether traffic answers the endpoint's probes: only liveness probes ask it.
@@ -45,7 +45,7 @@ func (p Policy) byTraffic(e probe.EndpointSpec) bool {
 		!slices.ContainsFunc(e.Askers, func(a probe.Asker) bool { return a.Type != probe.Liveness })
 }
 
-// added returns how much later a failure is detected by a probe that asks the endpoint, at most, than without probelet.
+// added returns by how much the policy can delay the detection of a failure by one of the endpoint's probes.
 func (p Policy) added(e probe.EndpointSpec, d probe.Delay) time.Duration {
 	added := d.Probelet - d.Plain
 	if p.byTraffic(e) {

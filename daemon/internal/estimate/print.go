@@ -13,7 +13,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/table"
 )
 
-// print writes the report for people.
+// print writes the report for humans.
 func (r Report) print(w io.Writer, width int, wide bool) error {
 	if wide {
 		width = 0
@@ -41,7 +41,7 @@ func (r Report) print(w io.Writer, width int, wide bool) error {
 	return constantTable(r.Constants).Write(w, width)
 }
 
-// kindsOf returns the kinds that the group's probes have.
+// kindsOf returns the kinds of the group's probes.
 func kindsOf(g Group) (kinds []probe.Kind) {
 	for _, k := range g.Probes {
 		kinds = append(kinds, k.Kind)
@@ -51,7 +51,7 @@ func kindsOf(g Group) (kinds []probe.Kind) {
 
 const everything = "all" // namespaces
 
-// probes is a table with a row for each namespace.
+// probes returns a table with a row for each namespace.
 func (r Report) probes(kinds []probe.Kind) table.Table {
 	t := table.Table{Header: []string{"NAMESPACE", "PODS", "PROBED", "PROBES/s"}, Optional: []int{1, 2}}
 	for _, k := range kinds {
@@ -80,7 +80,7 @@ func (g Group) perSecond() (sum float64) {
 	return sum
 }
 
-// why says why probes are not answered.
+// why lists the reasons why probes are not answered.
 func (g Group) why() string {
 	var all []string
 	for _, c := range g.NotAnswerable {
@@ -92,7 +92,7 @@ func (g Group) why() string {
 	return cmp.Or(strings.Join(all, ", "), table.Blank)
 }
 
-// loads is a table with rows for each policy.
+// loads returns a table with a row for each policy of each group.
 func loads(groups []Group, kinds []probe.Kind, wide bool) table.Table {
 	t := table.Table{Header: []string{"POLICY", "ANSWERED"}}
 	if wide {
@@ -136,10 +136,10 @@ func (l Load) columns(wide bool) []string {
 	return columns
 }
 
-// prose says what the tables do not.
+// prose returns what is printed between the tables.
 func (r Report) prose() *table.Text {
 	var text table.Text
-	text.Line("How much later a failure is detected, at most, if nothing but a probe shows it:")
+	text.Line("Maximum delay in detecting a failure that nothing but a probe shows:")
 	for _, o := range r.Total.Policies {
 		text.Pair(string(o.Policy), o.later())
 	}
@@ -153,10 +153,10 @@ func (r Report) prose() *table.Text {
 		text.Line("")
 	}
 	if n := r.NotCounted.Ended; n > 0 {
-		text.Line(fmt.Sprintf("Not counted: %d pods that have ended.", n))
+		text.Line(fmt.Sprintf("Not counted: %d pods, which have ended.", n))
 	}
 	if found := others(r.NotCounted.Others); found != "" {
-		text.Line("Not counted, since they are no pods: " + found + ".")
+		text.Line("Not counted, because they are not pods: " + found + ".")
 	}
 	if r.NotCounted.Ended > 0 || len(r.NotCounted.Others) > 0 {
 		text.Line("")
@@ -169,18 +169,18 @@ func (r Report) prose() *table.Text {
 	return &text
 }
 
-// later says how much later failures are detected.
+// later describes how much later failures are detected.
 func (o Outcome) later() string {
 	var all []string
 	for _, d := range o.Delays {
 		all = append(all, fmt.Sprintf("%s by %s (within %s instead of %s: %s)", seconds(d.Added), d.Kind, seconds(d.Plain+d.Added), seconds(d.Plain), d.Probe))
 	}
 	if len(all) == 0 {
-		return "no later, since nothing is answered"
+		return "none, since nothing is answered"
 	}
 	text := strings.Join(all, ", ")
 	if o.Policy == Traffic {
-		text += "; a probe that would time out while the pod serves other requests is no failure then"
+		text += "; a probe that would time out while the pod serves other requests is not a failure then"
 	}
 	return text
 }

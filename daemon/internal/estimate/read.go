@@ -25,13 +25,13 @@ import (
 	"github.com/probelet/probelet/daemon/internal/status"
 )
 
-// Input is what was read: pods, and how many other objects there were, by kind.
+// Input holds the pods that were read, and the number of other objects by kind.
 type Input struct {
 	Pods   []corev1.Pod
 	Others map[string]int
 }
 
-// Read reads pods as JSON or YAML: any number of documents, each of which is a Pod, or a list as kubectl prints it. Errors name the
+// Read reads pods as JSON or YAML: any number of documents, each of which is a Pod or a list as kubectl prints it. Errors name the
 // document, the pod and the field.
 func Read(r io.Reader) (Input, error) {
 	in := Input{Others: map[string]int{}}
@@ -53,7 +53,7 @@ func Read(r io.Reader) (Input, error) {
 	}
 }
 
-// documents returns a function that returns one document after the other, as JSON.
+// documents returns a function that returns the next document, as JSON.
 func documents(r io.Reader) (func() ([]byte, error), error) {
 	b := bufio.NewReader(r)
 	for {
@@ -89,7 +89,7 @@ func documents(r io.Reader) (func() ([]byte, error), error) {
 	}
 }
 
-// head is what all objects have in common.
+// head has the fields that all objects share.
 type head struct {
 	Kind     string            `json:"kind"`
 	Items    []json.RawMessage `json:"items"`
@@ -126,7 +126,7 @@ func (in *Input) document(text []byte) error {
 	return in.object(h, text)
 }
 
-// object takes a pod, or counts what is none.
+// object adds a pod, or counts another object.
 func (in *Input) object(h head, text []byte) error {
 	switch h.Kind {
 	case "":
@@ -152,21 +152,21 @@ func (in *Input) object(h head, text []byte) error {
 	return nil
 }
 
-// decode decodes as Kubernetes does: case matters, and fields of later versions do not.
+// decode decodes as Kubernetes does: names are case-sensitive, and unknown fields are ignored.
 func decode[T any](text []byte) (value T, err error) {
 	err = kubejson.UnmarshalCaseSensitivePreserveInts(text, &value)
 	var mismatch *json.UnmarshalTypeError
 	if errors.As(err, &mismatch) {
-		field := strings.ReplaceAll(mismatch.Field, "ProbeHandler.", "") // embedded, so it is not in the text
+		field := strings.ReplaceAll(mismatch.Field, "ProbeHandler.", "") // embedded, so the text does not have it
 		err = fmt.Errorf("%s: %s: must be of type %s", cmp.Or(field, "the document"), mismatch.Value, mismatch.Type)
 	}
 	return value, err
 }
 
-// page is how many pods are asked for at once.
+// page is the number of pods per request.
 const page = "500"
 
-// List reads the pods of a namespace from the API server; of all if it is empty.
+// List reads the pods of a namespace from the API server, or of all namespaces if it is empty.
 func List(ctx context.Context, config *rest.Config, namespace string) (Input, error) {
 	var in Input
 	core, err := kubeapi.Core(config)
@@ -189,19 +189,19 @@ func List(ctx context.Context, config *rest.Config, namespace string) (Input, er
 	}
 }
 
-// refusal gives the API server's refusals their exit codes, and says what else can be done.
+// refusal gives the API server's refusals their exit codes, and adds what to do.
 func refusal(err error, namespace string) error {
 	if !apierrors.IsForbidden(err) && !apierrors.IsUnauthorized(err) {
 		return err
 	}
-	instead := "have the output of kubectl get pods -o json made for you, and read it with --file"
+	instead := "read the output of kubectl get pods -o json with --file, from a person who may list them"
 	if namespace == "" {
-		instead = "name a namespace whose pods you may list with --namespace, or " + instead
+		instead = "select a namespace whose pods you may list with --namespace, or " + instead
 	}
-	return status.Errorf(status.NotAllowed, "%w; listing pods takes the permission to list pods: %s", err, instead)
+	return status.Errorf(status.NotAllowed, "%w; %s", err, instead)
 }
 
-// of keeps the pods of a namespace; of all if it is empty.
+// of keeps the pods of a namespace, or all pods if it is empty.
 func (in Input) of(namespace string) Input {
 	if namespace != "" {
 		in.Pods = slices.DeleteFunc(in.Pods, func(p corev1.Pod) bool { return p.Namespace != namespace })
@@ -209,7 +209,7 @@ func (in Input) of(namespace string) Input {
 	return in
 }
 
-// others names the objects that are no pods.
+// others describes the objects that are not pods.
 func others(counts map[string]int) string {
 	var all []string
 	for _, kind := range slices.Sorted(maps.Keys(counts)) {

@@ -25,24 +25,24 @@ type Report struct {
 	// Nodes counts the nodes that the pods are on, and BusiestNode is the one with the most connections; absent if no pod names a node.
 	Nodes       int    `json:"nodes"`
 	BusiestNode *Group `json:"busiestNode,omitempty"`
-	// NotCounted are objects that are not part of the estimate.
+	// NotCounted counts objects that are not part of the estimate.
 	NotCounted NotCounted `json:"notCounted"`
-	// Assumptions are sentences for people.
+	// Assumptions are sentences for humans.
 	Assumptions []string   `json:"assumptions"`
 	Constants   []Constant `json:"constants"`
 }
 
 // NotCounted counts objects that are not part of an estimate.
 type NotCounted struct {
-	// Ended are pods that have succeeded or failed.
+	// Ended is the number of pods that have succeeded or failed.
 	Ended int `json:"ended"`
-	// Others are objects of a file that are no pods, by kind.
+	// Others counts the objects in a file that are not pods, by kind.
 	Others map[string]int `json:"others"`
 }
 
-// Group is what was estimated for all pods of a namespace or node, or for all pods.
+// Group is the estimate for the pods of a namespace or node, or for all pods.
 type Group struct {
-	// Name is that of the namespace or node; empty for all pods.
+	// Name is the name of the namespace or node; empty for all pods.
 	Name string `json:"name,omitempty"`
 	// Pods counts pods that have not ended, and Probed those of them that have probes.
 	Pods   int `json:"pods"`
@@ -51,11 +51,11 @@ type Group struct {
 	Probes []KindCount `json:"probes"`
 	// Startup counts startup probes, which end with their first success.
 	Startup Count `json:"startup"`
-	// Answerable counts the probes that the default policy may answer, and NotAnswerable all others by the reason. Startup probes are
-	// among neither.
+	// Answerable counts the probes that the default policy may answer, and NotAnswerable the others by reason. Neither includes startup
+	// probes.
 	Answerable    Count         `json:"answerable"`
 	NotAnswerable []ReasonCount `json:"notAnswerable"`
-	// Without is what all probes cost without probelet, and Policies what they cost with it.
+	// Without is the load without probelet, and Policies has the load under each policy.
 	Without  Load      `json:"without"`
 	Policies []Outcome `json:"policies"`
 }
@@ -74,58 +74,57 @@ type KindCount struct {
 
 // ReasonCount counts probes that are never answered for a reason.
 type ReasonCount struct {
-	// Code is that of docs/probeletctl.md, or host_network.
+	// Code is one of the codes in docs/probeletctl.md, or host_network.
 	Code probe.ReasonCode `json:"code"`
 	Count
 }
 
-// HostNetwork is the reason of pods with hostNetwork, which have no device of their own to attach to.
+// HostNetwork is the code for pods with hostNetwork, which have no device of their own to attach to.
 const HostNetwork probe.ReasonCode = "host_network"
 
-// Outcome is what a policy brings.
+// Outcome is the estimate for a policy.
 type Outcome struct {
 	Policy Policy `json:"policy"`
-	// Answered is the share of all probes that is answered in the kernel, from 0 to 1, and AnsweredByKind that of the kinds that may be
-	// answered.
+	// Answered is the share of probes that are answered in the kernel, from 0 to 1. AnsweredByKind has the shares of HTTP and TCP.
 	Answered       float64                `json:"answered"`
 	AnsweredByKind map[probe.Kind]float64 `json:"answeredByKind"`
-	// Refreshes are the daemon's own requests, per second.
+	// Refreshes is the number of the daemon's own requests per second.
 	Refreshes float64 `json:"refreshesPerSecond"`
 	Load      Load    `json:"load"`
-	// Delays has, for each kind that is answered, the probe by which a failure may be detected the most later than without probelet.
+	// Delays has the longest delay of detection for each kind that is answered.
 	Delays []Delay `json:"delays"`
 }
 
-// Delay is how much later a failure is detected, if nothing but the probe reports it.
+// Delay is the longest delay in detecting a failure that nothing but a probe shows.
 type Delay struct {
 	Kind probe.Kind `json:"kind"`
-	// Added is the longest time that is added to Plain, the bound without probelet; both in seconds.
+	// Added is added to Plain, the bound without probelet. Both are in seconds.
 	Added float64 `json:"addedSeconds"`
 	Plain float64 `json:"plainSeconds"`
-	// Probe is an example, as namespace/pod container/type.
+	// Probe is a probe with this delay, as namespace/pod container/type.
 	Probe string `json:"probe"`
 }
 
-// Load is what probes cost all the time.
+// Load is the steady load that probes cause.
 type Load struct {
-	// Connections to pods that begin, per second, the daemon's own among them.
+	// Connections is the number of new connections to pods per second, including the daemon's own.
 	Connections float64 `json:"connectionsPerSecond"`
-	// TimeWaitNodes and TimeWaitPods are sockets in TIME_WAIT, on the nodes and in the pods.
+	// TimeWaitNodes and TimeWaitPods are the numbers of sockets in TIME_WAIT on the nodes and in the pods.
 	TimeWaitNodes float64 `json:"timeWaitNodes"`
 	TimeWaitPods  float64 `json:"timeWaitPods"`
-	// Conntrack are entries of connection tracking on the nodes.
+	// Conntrack is the number of conntrack entries on the nodes.
 	Conntrack float64 `json:"conntrack"`
 	CPU       CPU     `json:"cpuCores"`
 }
 
-// CPU is in cores.
+// CPU is CPU time in cores.
 type CPU struct {
 	Kubelets float64 `json:"kubelets"`
 	Servers  float64 `json:"servers"`
 	Daemons  float64 `json:"daemons"`
 }
 
-// Sum returns the CPU of all.
+// Sum returns the total.
 func (c CPU) Sum() float64 { return c.Kubelets + c.Servers + c.Daemons }
 
 // plus adds n times another load.
@@ -139,7 +138,7 @@ func (l *Load) plus(n float64, o Load) {
 	l.CPU.Daemons += n * o.CPU.Daemons
 }
 
-// Pods estimates for pods.
+// Pods returns the estimate for pods.
 func Pods(pods []corev1.Pod) Report {
 	r := Report{Namespaces: []Group{}, NotCounted: NotCounted{Others: map[string]int{}}, Assumptions: assumptions(), Constants: Constants()}
 	all, namespaces, nodes := newSum(""), map[string]*sum{}, map[string]*sum{}
@@ -183,7 +182,7 @@ func of(sums map[string]*sum, name string) *sum {
 	return sums[name]
 }
 
-// pod is a pod with what is known of it beyond its probes.
+// pod is a pod, converted.
 type pod struct {
 	probe.Pod
 	hostNetwork bool
@@ -192,7 +191,7 @@ type pod struct {
 // placeholder stands for the address of a pod that has none yet.
 var placeholder = netip.MustParseAddr("192.0.2.1")
 
-// newPod converts a pod. One that does not run yet is taken for one that does.
+// newPod converts a pod. One that is not running yet counts as if it were.
 func newPod(p *corev1.Pod) pod {
 	converted, err := podspec.Of(p)
 	if err != nil {
@@ -204,10 +203,10 @@ func newPod(p *corev1.Pod) pod {
 	return pod{converted, p.Spec.HostNetwork}
 }
 
-// estimate adds what is estimated for the pod to sums.
+// estimate adds the pod's estimate to sums.
 func (p pod) estimate(shares cache, sums []*sum) {
 	for i, policy := range Policies() {
-		// The error is that of too many endpoints, of which the specs say so too.
+		// If there are too many endpoints, the specs say so too.
 		specs, _ := probe.Endpoints(p.Pod, policy.settings(p.Annotations), Limits)
 		if p.hostNetwork {
 			for j := range specs {
@@ -229,7 +228,7 @@ func (p pod) estimate(shares cache, sums []*sum) {
 	}
 }
 
-// answers returns the shares of probes that are answered, and how often the daemon asks itself, per second.
+// answers returns the share of answered probes by endpoint and asker, and the daemon's own requests per second by endpoint.
 func answers(specs []probe.EndpointSpec, policy Policy, shares cache) (map[probe.Endpoint]map[probe.Asker]float64, map[probe.Endpoint]float64) {
 	answered, refreshes := map[probe.Endpoint]map[probe.Asker]float64{}, map[probe.Endpoint]float64{}
 	for _, place := range places(specs, policy) {
@@ -249,7 +248,7 @@ func answers(specs []probe.EndpointSpec, policy Policy, shares cache) (map[probe
 	return answered, refreshes
 }
 
-// sum adds up a group.
+// sum accumulates a group.
 type sum struct {
 	Group
 	kinds    map[probe.Kind]Count
@@ -269,7 +268,7 @@ func newSum(name string) *sum {
 
 func (c Count) plus(perSecond float64) Count { return Count{c.Probes + 1, c.PerSecond + perSecond} }
 
-// lasting yields the probes of an endpoint that go on for as long as their containers run.
+// lasting returns the endpoint's probes except startup probes, which end.
 func lasting(s probe.EndpointSpec) []probe.Delay {
 	return slices.DeleteFunc(s.Delays(), func(d probe.Delay) bool { return d.Type == probe.Startup })
 }
@@ -294,7 +293,7 @@ func (s *sum) count(specs []probe.EndpointSpec) {
 	}
 }
 
-// add adds what an endpoint's probes cost, with probelet and, once, without.
+// add adds the load of an endpoint's probes under a policy, and once without probelet.
 func (s *sum) add(policy int, p pod, spec probe.EndpointSpec, answered map[probe.Asker]float64, refreshes float64) {
 	o := &s.policies[policy]
 	c := costs(spec.Kind)
@@ -318,7 +317,7 @@ func (s *sum) add(policy int, p pod, spec probe.EndpointSpec, answered map[probe
 	o.Load.plus(refreshes, refreshed(c))
 }
 
-// passed is the load of one probe per second that reaches its pod.
+// passed returns the load of one real probe per second.
 func passed(c cost, hostNetwork bool) Load {
 	l := Load{CPU: CPU{Kubelets: c.kubelet, Servers: c.server}}
 	if !c.connects {
@@ -336,7 +335,7 @@ func passed(c cost, hostNetwork bool) Load {
 // hit is the load of one answered probe per second.
 var hit = Load{Conntrack: constants.trackedReset.Value, CPU: CPU{Kubelets: constants.kubeletAnswered.Value * microsecond}}
 
-// refreshed is the load of one request of the daemon per second, which it ends by a reset.
+// refreshed returns the load of one request of the daemon per second. The daemon ends it by a reset, so no TIME_WAIT is left.
 func refreshed(c cost) Load {
 	return Load{
 		Connections: 1, Conntrack: constants.trackedReset.Value,
@@ -344,7 +343,7 @@ func refreshed(c cost) Load {
 	}
 }
 
-// delay keeps the longest delay of each kind.
+// delay keeps the longest delay for each kind.
 func (o *Outcome) delay(p pod, spec probe.EndpointSpec, d probe.Delay) {
 	found := Delay{
 		Kind: spec.Kind, Added: o.Policy.added(spec, d).Seconds(), Plain: d.Plain.Seconds(), Probe: p.String() + " " + d.String(),
@@ -358,7 +357,7 @@ func (o *Outcome) delay(p pod, spec probe.EndpointSpec, d probe.Delay) {
 	}
 }
 
-// round removes the digits that adding up in another order would change.
+// round removes digits that depend on the order of additions.
 func round(x float64) float64 { return math.Round(x*1e6) / 1e6 }
 
 func (l Load) rounded() Load {
@@ -368,7 +367,7 @@ func (l Load) rounded() Load {
 	}
 }
 
-// group returns what was added up.
+// group returns the accumulated group.
 func (s *sum) group() Group {
 	g := s.Group
 	g.Probes, g.NotAnswerable = []KindCount{}, []ReasonCount{}
@@ -407,13 +406,13 @@ func (s *sum) group() Group {
 	return g
 }
 
-// assumptions are what an estimate takes for granted.
+// assumptions returns what every estimate assumes.
 func assumptions() []string {
 	return []string{
-		"All pods run, have started and are healthy, and all their nodes are in mode answer with kernels that have BTF. Annotations count.",
-		"Phases of probes are independent of each other. Listening sockets queue at least 72 connections, so " +
-			"nine TCP probes in a row may be answered; a queue of five, as Python's http.server has it, allows one.",
-		"Policy traffic: every pod whose liveness probes have an endpoint of their own asks for probelet.dev/liveness: traffic, and has traffic.",
-		"Nodes track connections, as they do where there are Services.",
+		"All pods have started and are healthy. All nodes are in mode answer, and their kernels have BTF. Annotations of pods apply.",
+		"Probes of a pod have independent phases. Listening sockets have queues of 72 or more, so nine TCP probes in a row may be answered; " +
+			"a queue of five, as in Python's http.server, allows one.",
+		"Policy traffic: every pod has probelet.dev/liveness: traffic, and traffic. It counts for endpoints that only liveness probes ask.",
+		"Nodes track connections, as they do where kube-proxy runs.",
 	}
 }

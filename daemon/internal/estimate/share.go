@@ -10,28 +10,28 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// port is a port of a healthy pod, as the model has it: what is asked there, and how often.
+// port models a port of a healthy pod: its endpoints, and how often they are asked.
 type port struct {
 	endpoints []endpoint
 	askers    []asker
-	// decider is the index of the TCP endpoint, without whose success no connection is taken; -1: there is none.
+	// decider is the index of the TCP endpoint, or -1. While its success is not fresh, no connection is taken.
 	decider int
-	// limit is how many connections in a row are taken at most.
+	// limit is the maximum number of connections in a row that are taken.
 	limit int
 }
 
 // unlimited is the limit of ports without a TCP endpoint.
 const unlimited = math.MaxInt
 
-// endpoint is what probes ask.
+// endpoint models an endpoint.
 type endpoint struct {
 	answerable bool
-	// traffic: the pod's traffic answers, up to trafficRow probes in a row.
+	// traffic: the pod's traffic keeps it fresh, for up to trafficRow probes in a row.
 	traffic   bool
 	staleness time.Duration
 }
 
-// asker is a probe, or the daemon's own requests.
+// asker models a probe, or the daemon's own requests.
 type asker struct {
 	endpoint int
 	period   time.Duration
@@ -39,18 +39,19 @@ type asker struct {
 }
 
 const (
-	// phases is how many combinations of phases the shares are averaged over, at least leastPhases where there are many probes.
+	// phases is the number of combinations of phases that shares are averaged over; leastPhases is enough where there are many probes.
 	phases, leastPhases = 64, 8
-	// counted is how many periods of the slowest asker are counted, a multiple of most cycles: 1 real probe of 2, 3, 4, 5, 6 or 10.
+	// counted is the number of periods of the slowest asker that count. It is a multiple of the usual cycles: one real probe in 2, 3, 4,
+	// 5, 6 or 10.
 	counted = 60
-	// settling is how many pass before, more than any success is believed for.
+	// settling is the number of periods before that, longer than any success stays fresh.
 	settling = 12
-	// manyEvents is how many events a port is given, beyond leastPhases.
+	// manyEvents limits the number of events of a port, beyond leastPhases.
 	manyEvents = 400_000
 )
 
-// shares returns, for each asker, the share of its probes that is answered. Probes keep their periods exactly. Their phases are
-// independent of each other, so the shares are the means over all of them, taken at evenly spread points.
+// shares returns the share of answered probes for each asker. Probes keep their periods exactly, and their phases are independent, so it
+// averages over evenly spread combinations of phases.
 func (p port) shares() []float64 {
 	answered, asked := make([]int, len(p.askers)), make([]int, len(p.askers))
 	for _, phase := range spread(len(p.askers)-1, p.draws()) {
@@ -72,7 +73,7 @@ func (p port) longest() (longest time.Duration) {
 	return longest
 }
 
-// draws returns how many combinations of phases to average over: one probe alone has but one.
+// draws returns the number of combinations of phases to average over. A single probe has only one.
 func (p port) draws() int {
 	if len(p.askers) < 2 {
 		return 1
@@ -84,7 +85,7 @@ func (p port) draws() int {
 	return min(max(manyEvents/max(events, 1), leastPhases), phases)
 }
 
-// spread returns n points of a cube, evenly spread: multiples, modulo 1, of the powers of 1/x where x^(dimensions+1) = x + 1, which
+// spread returns n evenly spread points of the unit cube: multiples, modulo 1, of the powers of 1/x, where x^(dimensions+1) = x + 1
 // generalizes the golden ratio.
 func spread(dimensions, n int) [][]float64 {
 	x := 2.
@@ -101,17 +102,17 @@ func spread(dimensions, n int) [][]float64 {
 	return points
 }
 
-// run is the model of a port with given phases.
+// run is a run of the model with given phases.
 type run struct {
 	port
 	next  []time.Duration // of the askers
 	known []belief        // of the endpoints
-	// row counts connections in a row that were taken, and rows answered probes by endpoint.
+	// row counts the connections in a row that were taken, and rows the answered probes in a row of each endpoint.
 	row  int
 	rows []int
 }
 
-// belief is until when an endpoint's success is believed, and from learnedAt on, until when it will be.
+// belief says until when an endpoint is fresh, and until when it is from learnedAt on.
 type belief struct{ until, learnedAt, thenUntil time.Duration }
 
 func newRun(p port, phase []float64) *run {
@@ -122,7 +123,7 @@ func newRun(p port, phase []float64) *run {
 	return r
 }
 
-// advance runs the model up to a time, and counts if asked is not nil.
+// advance runs the model up to a time. It counts probes unless asked is nil.
 func (r *run) advance(to time.Duration, answered, asked []int) {
 	for {
 		i := 0
@@ -146,8 +147,8 @@ func (r *run) advance(to time.Duration, answered, asked []int) {
 	}
 }
 
-// ask reports whether a probe is answered that begins now. It is the kernel side's decision, and what the daemon learns: see
-// connect, taken and answerable in package simulate, for a server that is well.
+// ask reports whether a probe that begins now is answered, and learns from one that is not. It follows connect, taken and answerable in
+// package simulate, for a healthy server.
 func (r *run) ask(a asker, now time.Duration) (answered bool) {
 	e := r.endpoints[a.endpoint]
 	if a.daemon {
@@ -172,7 +173,7 @@ func (r *run) ask(a asker, now time.Duration) (answered bool) {
 	return false
 }
 
-// taken reports whether a connection that comes now is taken.
+// taken reports whether a connection that begins now is taken.
 func (r *run) taken(now time.Duration) bool {
 	if r.row >= r.limit {
 		return false
@@ -188,7 +189,7 @@ func (r *run) taken(now time.Duration) bool {
 	return false
 }
 
-// believes reports whether the endpoint's own success may be answered now, or traffic instead of it.
+// believes reports whether the endpoint is fresh, or traffic stands in for that.
 func (r *run) believes(i int, now time.Duration) bool {
 	e, k := r.endpoints[i], &r.known[i]
 	if k.learnedAt <= now {
@@ -201,18 +202,18 @@ func (r *run) believes(i int, now time.Duration) bool {
 }
 
 func (r *run) learn(i int, now time.Duration) {
-	r.believes(i, now) // what was learned before counts until then
+	r.believes(i, now) // applies what was learned before
 	r.known[i].learnedAt, r.known[i].thenUntil = now+learning, now+r.endpoints[i].staleness
 }
 
-// place is a port of a pod, with the probes of which its askers are.
+// place is a port together with the endpoints and probes that it models.
 type place struct {
 	port
-	names  []probe.Endpoint // by endpoint
-	probes []probe.Asker    // by asker; those of the daemon are none
+	names  []probe.Endpoint // parallel to endpoints
+	probes []probe.Asker    // parallel to askers; zero for the daemon's requests
 }
 
-// places returns the ports of a pod of which something is observed, with what asks there for as long as its containers run.
+// places returns the ports of a pod that have observed endpoints, without startup probes, which end.
 func places(specs []probe.EndpointSpec, policy Policy) []place {
 	var all []place
 	at := map[uint16]int{}
@@ -253,7 +254,7 @@ func (p *place) add(s probe.EndpointSpec, policy Policy) {
 	}
 }
 
-// cache keeps the shares of ports that are alike, as those of a Deployment's pods are.
+// cache keeps the shares of ports, because the pods of a Deployment are alike.
 type cache map[string][]float64
 
 func (c cache) shares(p port) []float64 {

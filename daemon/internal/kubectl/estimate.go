@@ -8,7 +8,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/status"
 )
 
-// estimateCommand asks no daemon: there need not be one.
+// estimateCommand returns the only command that asks no daemon.
 func (s *session) estimateCommand() *cobra.Command {
 	var all bool
 	cmd := estimate.Command(estimate.Environment{
