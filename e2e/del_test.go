@@ -14,7 +14,7 @@ import (
 	"github.com/probelet/probelet/e2e/harness/node"
 )
 
-// Whatever state a pod is in, DEL removes everything of it, and the neighbour is not affected.
+// Whatever state a pod is in, DEL leaves nothing of it behind, and its neighbour is not affected.
 func TestDelLeavesNothing(t *testing.T) {
 	probes := []node.Probe{longHTTP, longTCP}
 	for _, test := range []struct {

@@ -129,7 +129,7 @@ const (
 	recordsDir = stateDir + "/attachments"
 )
 
-// A pod older than probelet leaves nothing when it is deleted.
+// A pod that existed before probelet leaves nothing behind when it is deleted.
 func TestAdoptedPodIsDeleted(t *testing.T) {
 	if installed() {
 		uninstall(t)

@@ -1,5 +1,5 @@
-// Package adopt finds the host-side veths of pods that had their network before probelet was in the chain. It takes the network
-// namespace from what the runtime's CNI library recorded, and the rest from the kernel.
+// Package adopt finds the host-side veths of pods that were started before probelet joined the chain. It takes their network
+// namespaces from what the runtime's CNI library recorded, and the rest from the kernel.
 package adopt
 
 import (
@@ -19,10 +19,10 @@ import (
 	"github.com/probelet/probelet/daemon/internal/hostfs"
 )
 
-// DefaultCacheDir is where libcni keeps the results of ADD (CacheDir in its api.go), in all runtimes that are known.
+// DefaultCacheDir is where libcni caches the results of ADD (CacheDir in its api.go), in all known runtimes.
 const DefaultCacheDir = "/var/lib/cni"
 
-// result is what libcni keeps of an ADD (cachedInfo in its api.go), and we need.
+// result has the fields that we need of what libcni caches of an ADD (cachedInfo in its api.go).
 type result struct {
 	Kind        string      `json:"kind"`
 	ContainerID string      `json:"containerId"`
@@ -30,7 +30,7 @@ type result struct {
 	NetworkName string      `json:"networkName"`
 	Netns       string      `json:"netns"` // libcni 1.1 and newer
 	Args        [][2]string `json:"cniArgs"`
-	Config      []byte      `json:"config"` // of the network, as it was
+	Config      []byte      `json:"config"` // of the network, at ADD
 	Result      struct {
 		Interfaces []veth.Hint `json:"interfaces"`
 		IPs        []struct {
@@ -48,7 +48,7 @@ func (r result) arg(name string) string {
 	return ""
 }
 
-// netns returns the path of the pod's network namespace. Results of older libcni have it only where the plugin reported it.
+// netns returns the path of the pod's network namespace. Older versions of libcni cache it only if the plugin reported it.
 func (r result) netns() string {
 	if r.Netns != "" {
 		return r.Netns
@@ -63,24 +63,23 @@ func (r result) netns() string {
 	return first
 }
 
-// Pod is what is known of a pod from elsewhere.
+// Pod is a pod to adopt, as its source knows it.
 type Pod struct {
 	Namespace, Name string
-	UID             string // empty: not known
+	UID             string // empty: unknown
 	IPs             []netip.Addr
 }
 
-// Node is where to look.
+// Node says where the host's files are.
 type Node struct {
-	// Root is the host's file system, for example /proc/1/root.
+	// Root is the host's root directory, for example /proc/1/root.
 	Root string
-	// CacheDir is libcni's, in it.
+	// CacheDir is libcni's cache, below Root.
 	CacheDir string
 }
 
-// Find returns the attachments that pods would have if probelet had been in the chain at their ADD, one for each interface.
-// It must be called in the host's network namespace. unknown has the pods whose attachments are not certain, by
-// namespace/name, with the reason.
+// Find returns the attachments that pods would have if probelet had been in the chain at their ADD, one per interface. It must be
+// called in the host's network namespace. unknown has the pods without a certain attachment, by namespace/name, with the reason.
 func (n Node) Find(pods []Pod) (records []attach.Record, unknown map[string]error, err error) {
 	results, err := n.results()
 	if err != nil {
@@ -97,7 +96,7 @@ func (n Node) Find(pods []Pod) (records []attach.Record, unknown map[string]erro
 	return records, unknown, nil
 }
 
-// find returns an error, or at least one.
+// find returns at least one record, or an error.
 func (n Node) find(pod Pod, results []result) ([]attach.Record, error) {
 	var records []attach.Record
 	var reasons []error
@@ -106,7 +105,7 @@ func (n Node) find(pod Pod, results []result) ([]attach.Record, error) {
 			continue
 		}
 		if uid := r.arg("K8S_POD_UID"); uid != "" && pod.UID != "" && uid != pod.UID {
-			continue // of an earlier pod of that name
+			continue // of a previous pod with that name
 		}
 		record, err := n.record(r, pod)
 		if err != nil {
@@ -124,7 +123,7 @@ func (n Node) find(pod Pod, results []result) ([]attach.Record, error) {
 	return nil, fmt.Errorf("the runtime has no record of its network in %s", n.CacheDir)
 }
 
-// Naming is of how many interfaces libcni has kept a network configuration that has a plugin of that type.
+// Naming counts the interfaces whose cached network configuration names a plugin.
 func (n Node) Naming(plugin string) (count int, err error) {
 	results, err := n.results()
 	if errors.Is(err, os.ErrNotExist) {
@@ -137,7 +136,7 @@ func (n Node) Naming(plugin string) (count int, err error) {
 			} `json:"plugins"`
 		}
 		if json.Unmarshal(r.Config, &list) != nil {
-			continue // no runtime could use it either
+			continue // unusable for the runtime, too
 		}
 		for _, p := range list.Plugins {
 			if p.Type == plugin {
@@ -154,7 +153,7 @@ func (n Node) fs() hostfs.FS { return hostfs.FS{Root: n.Root} }
 func (n Node) results() ([]result, error) {
 	dir, err := n.fs().Open(filepath.Join(n.CacheDir, "results"))
 	if err != nil {
-		return nil, fmt.Errorf("what the runtime recorded: %w", err)
+		return nil, fmt.Errorf("reading the runtime's records of networks: %w", err)
 	}
 	defer dir.Close() //nolint:errcheck // read only
 	names, err := dir.Readdirnames(-1)
@@ -171,7 +170,7 @@ func (n Node) results() ([]result, error) {
 			return nil, err
 		}
 		var r result
-		// One that is just being written is read the next time. lo leads nowhere.
+		// A file that is just being written is read the next time. lo leads nowhere.
 		if json.Unmarshal(text, &r) == nil && r.Kind == "cniCacheV1" && r.ContainerID != "" && r.IfName != "" && r.IfName != "lo" {
 			results = append(results, r)
 		}
@@ -179,7 +178,7 @@ func (n Node) results() ([]result, error) {
 	return results, nil
 }
 
-// record returns what Attach needs for the interface, or why it cannot be known.
+// record returns the record of the attachment that an interface would have.
 func (n Node) record(r result, pod Pod) (record attach.Record, err error) {
 	record = attach.Record{
 		ContainerID: r.ContainerID, IfName: r.IfName, Network: r.NetworkName,
@@ -195,7 +194,7 @@ func (n Node) record(r result, pod Pod) (record attach.Record, err error) {
 		matches = matches || slices.Contains(pod.IPs, ip.Address.Addr().Unmap())
 	}
 	if !matches {
-		return record, fmt.Errorf("its addresses are %v, not %v", record.PodIPs, pod.IPs)
+		return record, fmt.Errorf("its addresses are %v, expected one of %v", record.PodIPs, pod.IPs)
 	}
 	end, err := n.hostEnd(r)
 	record.IfIndex, record.HostIfName, record.PodNetns = end.Index, end.Name, end.PodNetns
@@ -217,19 +216,19 @@ func (n Node) hostEnd(r result) (veth.HostEnd, error) {
 	if err != nil {
 		return end, fmt.Errorf("network namespace %s: %w", path, err)
 	}
-	// The process may have ended and its number been given to another pod's. The pair of devices proves only whose they are now.
+	// The process may have exited, and its PID belong to another pod by now. The pair of devices only proves whose it is now.
 	if ofProcess.MatchString(path) && !end.Hinted {
-		return end, fmt.Errorf("network namespace %s: the process may be another one by now, and the result does not name %s", path, end.Name)
+		return end, fmt.Errorf("network namespace %s: the PID may belong to another process by now, and the result does not name %s", path, end.Name)
 	}
 	return end, nil
 }
 
-// ofProcess matches the network namespaces that cri-dockerd reports.
+// ofProcess matches paths of network namespaces as cri-dockerd reports them.
 var ofProcess = regexp.MustCompile(`^/proc/[0-9]+/ns/net$`)
 
 func (n Node) openNetns(path string) (*os.File, error) {
 	if ofProcess.MatchString(path) {
-		return os.Open(filepath.Join(n.Root, path)) // a link that cannot lead out of the host
+		return os.Open(filepath.Join(n.Root, path)) // a magic link, which cannot lead out of the host's root
 	}
 	return n.fs().Open(path)
 }

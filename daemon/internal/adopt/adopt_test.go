@@ -231,7 +231,7 @@ func TestPodsThatAreNotCertain(t *testing.T) {
 		"the loopback device alone":     {pod, func(c map[string]any) { c["ifName"] = "lo" }, "no record of its network"},
 		"other addresses": {pod, func(c map[string]any) {
 			c["result"].(map[string]any)["ips"] = []map[string]string{{"address": "10.0.0.1/24"}}
-		}, "its addresses are [10.0.0.1], not"},
+		}, "its addresses are [10.0.0.1], expected"},
 		"no such interface":             {pod, func(c map[string]any) { c["ifName"] = "net1" }, "no net1 in the pod"},
 		"an ID that no record can have": {pod, func(c map[string]any) { c["containerId"] = strings.Repeat("c", 300) }, "container ID of 300"},
 		"no namespace": {pod, func(c map[string]any) {
@@ -240,9 +240,9 @@ func TestPodsThatAreNotCertain(t *testing.T) {
 		}, "did not record its network namespace"},
 		"a namespace that is gone":                   {pod, func(c map[string]any) { c["netns"] = "/run/netns/gone" }, "no such file"},
 		"a file that is no namespace":                {pod, func(c map[string]any) { c["netns"] = "/etc/hostname" }, "network namespace /etc/hostname"},
-		"a process, whose device is not named":       {pod, ofProcessIn(t, pod, `[{"name": "eth0"}]`), "may be another one by now"},
-		"a process, of which nothing is reported":    {pod, ofProcessIn(t, pod, `[]`), "may be another one by now"},
-		"another pod's process":                      {pod, ofProcessIn(t, other, `[{"name": "eth0", "sandbox": "PATH"}]`), "may be another one by now"},
+		"a process, whose device is not named":       {pod, ofProcessIn(t, pod, `[{"name": "eth0"}]`), "may belong to another process by now"},
+		"a process, of which nothing is reported":    {pod, ofProcessIn(t, pod, `[]`), "may belong to another process by now"},
+		"another pod's process":                      {pod, ofProcessIn(t, other, `[{"name": "eth0", "sandbox": "PATH"}]`), "may belong to another process by now"},
 		"another pod's process, the device is named": {pod, ofProcessIn(t, other, pod.Reported()["ptp"]), "is " + other.HostIfName + ", not " + pod.HostIfName},
 		"a process of the host":                      {pod, func(c map[string]any) { c["netns"] = fmt.Sprintf("/proc/%d/ns/net", os.Getpid()) }, "no veth leads"},
 		"another device": {pod, func(c map[string]any) {

@@ -19,7 +19,7 @@ func (ag *agent) Alive(ctx context.Context) error { return ag.call(ctx, func() {
 func (ag *agent) Unready(ctx context.Context) (missing []string, err error) {
 	err = ag.call(ctx, func() {
 		if !ag.podsKnown {
-			missing = append(missing, "it is not known yet what is probed")
+			missing = append(missing, "the pods are not known yet")
 		}
 		if ag.prober.lost != "" {
 			missing = append(missing, "no prober was found, so nothing is answered: "+ag.prober.lost)
@@ -34,7 +34,7 @@ func (ag *agent) Unready(ctx context.Context) (missing []string, err error) {
 	return missing, err
 }
 
-// Invalidate implements api.Node. When it returns, the kernel side answers nothing from what was known.
+// Invalidate implements api.Node. Once it returns, the kernel answers nothing from what was known.
 func (ag *agent) Invalidate(ctx context.Context, r api.InvalidateRequest) (reply api.InvalidateReply, err error) {
 	called := ag.call(ctx, func() { reply, err = ag.invalidate(r) })
 	return reply, errors.Join(called, err)
@@ -63,7 +63,7 @@ func (ag *agent) invalidate(r api.InvalidateRequest) (api.InvalidateReply, error
 			reply.Withdrawn = append(reply.Withdrawn, c.Endpoint.String())
 		}
 		if ag.sync(a); a.pending && a.problem != "" {
-			return reply, fmt.Errorf("pod %s: what is known could not be taken from the kernel side: %s", name, a.problem)
+			return reply, fmt.Errorf("pod %s: failed to withdraw evidence from the kernel: %s", name, a.problem)
 		}
 	}
 	ag.log.Info("invalidated", "pod", name, "port", r.Port, "path", r.Path, "endpoints", len(reply.Withdrawn))
@@ -97,7 +97,7 @@ func (ag *agent) Endpoints(ctx context.Context) (reply api.EndpointsReply, err e
 	reply.Endpoints, reply.Inconclusive = []api.Endpoint{}, []api.Inconclusive{}
 	return reply, ag.call(ctx, func() {
 		if ag.outdated {
-			ag.describe() // whoever asks this reads that next
+			ag.describe() // callers read it next
 		}
 		for _, a := range ag.attachments {
 			reply.Endpoints = append(reply.Endpoints, a.known()...)
@@ -119,10 +119,10 @@ func (ag *agent) Source() api.SourceReply {
 	return api.SourceReply{Pushed: d.Pushed, Why: d.Why}
 }
 
-// known is what is known of the attachment's endpoints that are observed.
+// known describes what is known of the attachment's observed endpoints.
 func (a *attachment) known() []api.Endpoint {
 	var all []api.Endpoint
-	var estimates map[probe.Endpoint]probe.Estimate // none in other modes than observe
+	var estimates map[probe.Endpoint]probe.Estimate // nil unless in mode observe
 	if a.estimator != nil {
 		estimates = a.estimator.Estimates()
 	}
@@ -140,10 +140,10 @@ func (a *attachment) known() []api.Endpoint {
 	return all
 }
 
-// eventsKept is how many are kept of each endpoint.
+// eventsKept is how many events of each endpoint are kept.
 const eventsKept = 16
 
-// remember keeps the last events of an endpoint; those that only repeat the one before are counted.
+// remember adds an event to the last ones of an endpoint. One that repeats the previous event is counted instead.
 func (a *attachment) remember(c probe.Change, took *time.Duration) {
 	event := api.Event{
 		Time: time.Now(), Count: 1, Kind: c.Endpoint.Kind, Port: c.Endpoint.Port, Path: c.Endpoint.Path, HeadersID: c.Endpoint.Headers,

@@ -13,7 +13,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/store"
 )
 
-// crosscheck starts to compare the kubelet's verdicts with what is observed, where the prober is the kubelet.
+// startCrosscheck starts comparing the kubelet's verdicts with what is observed, unless the prober is not the kubelet.
 func (ag *agent) startCrosscheck(ctx context.Context, c Config, in *inputs) error {
 	if c.Crosscheck == 0 || c.sourceName() == "file" || ag.prober.who.AnyLocal {
 		return nil
@@ -37,16 +37,16 @@ func (ag *agent) Disagree(ctx context.Context, d crosscheck.Disagreement) error 
 	return ag.call(ctx, func() { ag.disagree(d) })
 }
 
-// crosschecked is what is held against the kubelet's verdicts on an attachment's pod, and what came of it.
+// crosschecked has what is compared with the kubelet's verdicts on the pod of an attachment, and the consequences.
 type crosschecked struct {
 	counts map[probe.Endpoint]crosscheck.Counts
 	barred map[probe.Endpoint]bar
-	// shared are endpoints that may be asked by others than their own probes, and by whom. The kubelet does not count those as
-	// the pod's, so nothing follows from its counts.
+	// shared has the endpoints that something other than their own probes may ask, and what. The kubelet does not count such requests
+	// as the pod's, so its counts prove nothing.
 	shared map[probe.Endpoint]string
 }
 
-// tally counts what was observed of a prober's probe.
+// tally counts an outcome of a prober's probe.
 func (a *attachment) tally(o probe.Outcome) {
 	if o.Refresh {
 		return
@@ -62,8 +62,8 @@ func (a *attachment) tally(o probe.Outcome) {
 	}
 }
 
-// counted returns what was counted of each endpoint that is observed, and asked by its own probes only, of pods that the
-// kubelet's counts tell apart.
+// counted returns the counts of endpoints that are observed and asked by nothing but their own probes, for pods that the kubelet's
+// counts distinguish.
 func (ag *agent) counted() map[crosscheck.ID]crosscheck.Endpoint {
 	all := map[crosscheck.ID]crosscheck.Endpoint{}
 	for id, a := range ag.attachments {
@@ -103,7 +103,7 @@ func (a *attachment) workers(s probe.EndpointSpec) []crosscheck.Worker {
 	return all
 }
 
-// stranger is a probe or a hook that dials another host than its pod: perhaps another pod of the node.
+// stranger is a probe or a hook that dials another host than its own pod, perhaps another pod of the node.
 type stranger struct {
 	probe.Spec
 	pod string
@@ -124,7 +124,7 @@ func strangersAmong(pods []probe.Pod) []stranger {
 	return all
 }
 
-// share notes who else may ask the endpoints: strangers, and the pod's own hooks.
+// share records what else may ask the endpoints: strangers, and the pod's own hooks.
 func (ag *agent) share(a *attachment, endpoints []probe.EndpointSpec) {
 	a.shared = map[probe.Endpoint]string{}
 	if a.pod == nil {
@@ -146,15 +146,15 @@ func (ag *agent) share(a *attachment, endpoints []probe.EndpointSpec) {
 	}
 }
 
-// bar keeps an endpoint from being answered for as long as it is asked the same, by whatever containers: others of the same
-// specs answer like those that the verdict was on.
+// bar keeps an endpoint from being answered until its probes change. Restarted containers do not lift it: with the same specs they
+// answer like those that the verdict was on.
 type bar struct {
 	kind   crosscheck.Kind
-	probes []statedir.Probe // that asked when the verdict came
+	probes []statedir.Probe // at the time of the verdict
 }
 
 var barReasons = map[crosscheck.Kind]string{
-	crosscheck.Failed:    "the kubelet's verdict differs: it counted failures of probes that were taken for successes",
+	crosscheck.Failed:    "the kubelet's verdict differs: it counted probes as failures that were taken for successes",
 	crosscheck.Discarded: "the kubelet's verdict differs: it discarded probes that were taken for successes",
 }
 
@@ -169,7 +169,7 @@ func (ag *agent) disagree(x crosscheck.Disagreement) {
 	}
 	a.barred[x.Endpoint] = bar{x.Kind, statedir.EndpointOf(a.tracker.Endpoints()[i], probe.Question{}).Probes}
 	ag.metrics.Disagreed(x.Kind)
-	ag.log.Error("endpoint is not answered any more, until its specs change", "pod", a.podName(), "endpoint", x.Endpoint,
+	ag.log.Error("endpoint is no longer answered, until its specs change", "pod", a.podName(), "endpoint", x.Endpoint,
 		"because", barReasons[x.Kind], "probes", x.Probes)
 	for _, c := range a.withdraw(func(e probe.Endpoint) bool { return e == x.Endpoint }) {
 		c.Cause = probe.ByVerdict
@@ -177,10 +177,10 @@ func (ag *agent) disagree(x crosscheck.Disagreement) {
 	}
 	ag.ask(a)
 	ag.sync(a)
-	ag.describe() // now: another daemon, should this one die, must know it
+	ag.describe() // at once: should this daemon die, the next one must know
 }
 
-// bar gives a reason to the endpoints that are barred, and lifts the bars of those that are not asked as they were then.
+// bar sets the reason of barred endpoints, and lifts the bars of those whose probes have changed.
 func (a *attachment) bar(endpoints []probe.EndpointSpec) {
 	maps.DeleteFunc(a.counts, func(e probe.Endpoint, _ crosscheck.Counts) bool {
 		return !slices.ContainsFunc(endpoints, func(s probe.EndpointSpec) bool { return s.Endpoint == e })
@@ -201,7 +201,7 @@ func sameProbe(a, b statedir.Probe) bool {
 	return a.Asker == b.Asker && a.Period == b.Period && a.Timeout == b.Timeout && a.FailureThreshold == b.FailureThreshold
 }
 
-// crosscheckedBefore begins to count, with the bars of an earlier run.
+// crosscheckedBefore returns counts that start at 0, with the bars that a previous daemon left.
 func (ag *agent) crosscheckedBefore(id attach.ID) crosschecked {
 	counts, barred := map[probe.Endpoint]crosscheck.Counts{}, map[probe.Endpoint]bar{}
 	for _, a := range ag.previous.Attachments {

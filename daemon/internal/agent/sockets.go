@@ -9,19 +9,19 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// openFunc opens a non-blocking TCP socket of an address family, in the node's network namespace.
+// openFunc opens a non-blocking TCP socket in the node's network namespace.
 type openFunc func(family int) (fd int, err error)
 
 func openSocket(family int) (fd int, err error) {
 	return unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
 }
 
-// ownSockets opens sockets whose connections are never taken for a probe's, whoever the prober is: the kernel side is told of each
-// before it connects. Later packets of a connection that was passed on are passed on too. It implements refresh.Sockets.
+// ownSockets opens sockets whose connections are always passed to the pod, whoever the prober is: the kernel learns of each before it
+// connects. It implements refresh.Sockets.
 type ownSockets struct {
 	datapath *datapath.Datapath
 	open     openFunc
-	opened   func() // is called for each
+	opened   func() // called for each socket
 }
 
 // Open implements refresh.Sockets.
@@ -41,6 +41,6 @@ func (o ownSockets) Open(family int) (fd int, cookie uint64, err error) {
 	return fd, cookie, nil
 }
 
-// Done implements refresh.Sockets. A socket that cannot be forgotten does no harm: no other one ever has its cookie, and the
-// least used go first.
+// Done implements refresh.Sockets. Failing to forget a socket does no harm: cookies are never reused, and the map evicts the least
+// recently used.
 func (o ownSockets) Done(cookie uint64) { _ = o.datapath.ForgetSocket(cookie) }

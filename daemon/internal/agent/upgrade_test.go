@@ -1,9 +1,10 @@
 package agent
 
 import (
+	"context"
 	"errors"
+	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 
@@ -18,6 +19,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/daemon/internal/install"
 	"github.com/probelet/probelet/daemon/internal/repair"
 	"github.com/probelet/probelet/daemon/internal/repair/repairtest"
 )
@@ -194,14 +196,11 @@ func TestUpgradeFromV3(t *testing.T) {
 // uninstall takes probelet off a node.
 func uninstall(t *testing.T, netns ns.NetNS, bpfDir, stateDir string) {
 	t.Helper()
-	file, err := program()
-	if err != nil {
-		t.Fatal(err)
+	o := install.Options{
+		NetDir: t.TempDir(), BinDir: t.TempDir(), BPFDir: bpfDir, StateDir: stateDir,
+		Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
 	}
-	p := exec.Command(file, "uninstall", "--cni-net-dir", t.TempDir(), "--cni-bin-dir", t.TempDir(), "--bpf-dir", bpfDir, "--state-dir", stateDir,
-		"--settle", "0", "--in-flight", "0", "--drain", "0")
-	p.Stdout, p.Stderr = t.Output(), t.Output()
-	bpftest.Do(t, netns, p.Run)
+	bpftest.Do(t, netns, func() error { return install.Uninstall(context.Background(), o) })
 }
 
 func wantGone(t *testing.T, paths ...string) {

@@ -24,7 +24,7 @@ func (d *Doctor) attachments() {
 		d.says(status.Problem, "attachments", err.Error(), "remove the record; the daemon adopts the pod, or it is attached when it is recreated")
 	}
 	if unattached := d.status.Unattached; len(unattached) > 0 {
-		d.says(status.Note, "attachments", fmt.Sprintf("%d pods with probes are not attached: %s", len(unattached), strings.Join(unattached, ", ")),
+		d.says(status.Note, "attachments", "these pods have probes, but are not attached: "+strings.Join(unattached, ", "),
 			"restart those that are older than probelet and that the daemon does not adopt; pods with hostNetwork are never attached")
 	}
 	for _, a := range d.status.Attachments {

@@ -1,4 +1,4 @@
-// Package podevents tells people who look at a pod (kubectl describe) what is wrong with its annotations.
+// Package podevents reports invalid annotations where users look at their pods: as Events, which kubectl describe shows.
 package podevents
 
 import (
@@ -18,13 +18,13 @@ import (
 )
 
 const (
-	// interval is the shortest time between two events of this node, whatever its pods say.
+	// interval is the shortest time between two Events from this node, whatever its pods do.
 	interval = time.Second
-	// queued is how many may wait; further ones are dropped, as they are in the log and in the status.
+	// queued is how many Events may wait. More are dropped: the log and probeletctl status have them, too.
 	queued = 64
-	// timeout is how long the API server may take.
+	// timeout is for one request to the API server.
 	timeout = 5 * time.Second
-	// maxMessage is the longest message that the API server takes (pkg/apis/core/validation/events.go: NoteLengthLimit), in bytes.
+	// maxMessage is the longest message that the API server accepts, in bytes (pkg/apis/core/validation/events.go: NoteLengthLimit).
 	maxMessage = 1024
 )
 
@@ -34,16 +34,16 @@ type Reporter struct {
 	node   string
 	log    *slog.Logger
 	events chan *corev1.Event
-	failed bool // the last one, and that was logged
+	failed bool // to write the last one, which was logged
 }
 
-// New returns a reporter, whose Run must be called. node is the name of the node, for the events' source.
+// New returns a reporter, whose Run must be called. node is the name of the node, which is the source of the Events.
 func New(client rest.Interface, node string, log *slog.Logger) *Reporter {
 	return &Reporter{client: client, node: node, log: log, events: make(chan *corev1.Event, queued)}
 }
 
-// BadAnnotation reports a pod's annotation that cannot be used. It does not wait. The same message of the same pod makes one
-// event, also if several daemons report it one after the other.
+// BadAnnotation reports an invalid annotation. It does not block. Reporting the same message for the same pod again has no effect, even
+// from another daemon.
 func (r *Reporter) BadAnnotation(pod probe.Pod, message string) {
 	if r == nil || pod.UID == "" {
 		return
@@ -51,7 +51,7 @@ func (r *Reporter) BadAnnotation(pod probe.Pod, message string) {
 	select {
 	case r.events <- r.event(pod, "ProbeletBadAnnotation", message, time.Now()):
 	default:
-		r.log.Debug("too many events; this one is dropped", "pod", pod, "message", message)
+		r.log.Debug("too many Events; dropping this one", "pod", pod, "message", message)
 	}
 }
 
@@ -71,7 +71,7 @@ func (r *Reporter) event(pod probe.Pod, reason, message string, now time.Time) *
 	}
 }
 
-// Run writes events until ctx ends.
+// Run writes Events until ctx ends.
 func (r *Reporter) Run(ctx context.Context) {
 	for {
 		select {
@@ -88,7 +88,7 @@ func (r *Reporter) Run(ctx context.Context) {
 	}
 }
 
-// write gives an event up if it fails: it is said elsewhere, too.
+// write makes one attempt, because the problem is reported elsewhere, too.
 func (r *Reporter) write(ctx context.Context, e *corev1.Event) {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
@@ -97,7 +97,7 @@ func (r *Reporter) write(ctx context.Context, e *corev1.Event) {
 		err = nil
 	}
 	if err != nil && !r.failed {
-		r.log.Info("an event about a pod could not be written; it is in this log, and in probeletctl status", "error", err)
+		r.log.Info("failed to write an Event about a pod; its problem is in this log and in probeletctl status", "error", err)
 	}
 	r.failed = err != nil
 }

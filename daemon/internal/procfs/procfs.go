@@ -1,4 +1,4 @@
-// Package procfs tells whose processes are.
+// Package procfs tells which processes are trusted.
 package procfs
 
 import (
@@ -7,8 +7,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// IsRoots reports whether root started a process, whose directory in a proc file system is given. Any user can give a process any
-// name, arguments and environment, and a program with the set-user-ID bit is root's for whoever starts it (execve(2)).
+// IsRoots reports whether root started the process with the given directory in a proc file system. Its name, arguments and environment
+// prove nothing, because any user can choose them; nor does its UID, if the program has the set-user-ID bit (execve(2)).
 func IsRoots(dir string) bool {
 	var process, program unix.Stat_t
 	return unix.Stat(dir, &process) == nil && process.Uid == 0 &&

@@ -1,5 +1,5 @@
-// Package statedir is what the daemon leaves in the state directory for probeletctl, and for itself after a restart: a
-// lock that says that it runs, and a file that says what it does.
+// Package statedir manages what the daemon keeps in the state directory for probeletctl and for the next daemon: a lock, held while it
+// runs, and a file that describes what is probed.
 package statedir
 
 import (
@@ -21,42 +21,42 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// Endpoints is the contents of <state dir>/endpoints.json. It changes with specs and attachments; what is observed is in
-// the kernel's maps.
+// Endpoints is the content of <state dir>/endpoints.json. It changes with specs and attachments; what is observed is in the kernel's
+// maps.
 type Endpoints struct {
-	// Attachments are those that the daemon knows, in the order of their records.
+	// Attachments are in the order of their records.
 	Attachments []Attachment `json:"attachments"`
-	// Unattached are pods with specs and without an attachment, as namespace/name.
+	// Unattached lists pods that have specs but no attachment, as namespace/name.
 	Unattached []string `json:"unattached,omitempty"`
 }
 
-// Attachment is one attachment, with what the pod behind it is asked.
+// Attachment describes an attachment and what its pod is asked.
 type Attachment struct {
 	ContainerID string `json:"containerID"`
 	IfName      string `json:"ifName"`
-	// Pod is the pod that the specs say it is, as namespace/name; empty if none.
+	// Pod is namespace/name; empty if the specs have no such pod.
 	Pod string `json:"pod,omitempty"`
-	// Settings are the pod's; null if the specs say nothing of it.
+	// Settings is null if the specs have no such pod.
 	Settings  *Settings  `json:"settings,omitempty"`
 	Endpoints []Endpoint `json:"endpoints,omitempty"`
 }
 
-// Settings are what holds for a pod, and who said so: default, node (a flag of the daemon) or annotation.
+// Settings has the settings of a pod, and where each comes from: default, node (a flag of the daemon) or annotation.
 type Settings struct {
 	Mode     probe.Mode   `json:"mode"`
 	ModeFrom probe.Origin `json:"modeFrom"`
-	// Staleness is in periods, as it is written in the annotation; StalenessCeiling is the node's.
+	// Staleness is in periods, in the format of the annotation; StalenessCeiling is the limit of the node.
 	Staleness        probe.Staleness `json:"staleness"`
 	StalenessFrom    probe.Origin    `json:"stalenessFrom"`
 	StalenessCeiling probe.Staleness `json:"stalenessCeiling"`
-	// Refresh is whether the daemon asks by itself, or how often, as it is written in the annotation.
+	// Refresh is whether, or how often, the daemon asks itself, in the format of the annotation.
 	Refresh     probe.Refresh `json:"refresh"`
 	RefreshFrom probe.Origin  `json:"refreshFrom"`
-	// Problem says which annotation cannot be used, and why; nothing is answered then.
+	// Problem names an invalid annotation, because of which nothing is answered.
 	Problem string `json:"problem,omitempty"`
 }
 
-// SettingsOf describes settings.
+// SettingsOf returns the description of settings.
 func SettingsOf(s probe.Settings) *Settings {
 	return &Settings{
 		Mode: s.Mode, ModeFrom: s.ModeFrom,
@@ -66,15 +66,14 @@ func SettingsOf(s probe.Settings) *Settings {
 	}
 }
 
-// Probe is a probe that asks an endpoint, and the bound on how long a failure can go unnoticed by it. Times are in
-// seconds.
+// Probe is a probe that asks an endpoint, with bounds on how long a failure can go unnoticed by it. Times are in seconds.
 type Probe struct {
 	probe.Asker
 	Period           float64 `json:"periodSeconds"`
 	Timeout          float64 `json:"timeoutSeconds"`
 	FailureThreshold int     `json:"failureThreshold"`
-	// Detection is the longest time from the beginning of a failure to the prober's verdict, DetectionPlain what it would
-	// be without probelet, and DetectionAnswered what it is if the endpoint is answered, or in mode observe would be.
+	// Detection is the longest time from the start of a failure to the prober's verdict. DetectionPlain is the same without probelet,
+	// DetectionAnswered with the endpoint answered, as it would be in mode answer.
 	Detection         float64 `json:"worstDetectionSeconds"`
 	DetectionPlain    float64 `json:"worstDetectionPlainSeconds"`
 	DetectionAnswered float64 `json:"worstDetectionAnsweredSeconds"`
@@ -99,46 +98,46 @@ type Endpoint struct {
 	Path   string     `json:"path,omitempty"` // path and query as in the request line
 	Host   string     `json:"host,omitempty"` // dialled instead of the pod
 	Probes []Probe    `json:"probes"`
-	// Period is the shortest of the probes (of startup probes only if there are no others), Timeout the smallest, and
+	// Period is the shortest period of the probes (ignoring startup probes if there are others), Timeout the smallest timeout, and
 	// StalenessBound how long a success is answered.
 	Period         float64 `json:"periodSeconds"`
 	Timeout        float64 `json:"timeoutSeconds"`
 	StalenessBound float64 `json:"stalenessBoundSeconds"`
-	// StalenessCapped: the node's ceiling lowered the bound.
+	// StalenessCapped is set if the node's ceiling lowered the bound.
 	StalenessCapped bool `json:"stalenessCapped,omitempty"`
-	// HeadersID is a digest of the headers that a probe without custom ones does not have, empty if there are none.
+	// HeadersID is a digest of the headers that custom httpHeaders add or change; empty if they do neither.
 	HeadersID string `json:"headersID,omitempty"`
-	// InstanceID tells the containers of the probes from those before and after them; empty if they are not known.
+	// InstanceID distinguishes the containers of the probes from previous and later ones; empty if it is unknown.
 	InstanceID string `json:"instanceID,omitempty"`
-	// Live is how many TCP probes in a row are answered at most on a look at the pod's listening socket; 0: HTTP, or this
-	// kernel does not allow such a look.
+	// Live is the most TCP probes in a row that are answered by inspecting the pod's listening socket; 0 for HTTP, or if the kernel
+	// does not support that.
 	Live int `json:"live,omitempty"`
-	// Successes is how many probes in a row must succeed before one is answered, after a failure or if nothing is known.
+	// Successes is how many probes in a row must succeed before the next is answered, after a failure or if nothing is known.
 	Successes int `json:"successesNeeded"`
-	// Refresh is how often the daemon asks by itself while the endpoint succeeds; 0: never. RefreshOff is why not, where the
-	// settings want it.
+	// Refresh is how often the daemon asks itself while the endpoint succeeds; 0: never. RefreshOff is the reason if the settings
+	// request it nevertheless.
 	Refresh    float64 `json:"refreshSeconds,omitempty"`
 	RefreshOff string  `json:"refreshOff,omitempty"`
-	// Observed: its probes are observed.
+	// Observed is set if the probes are observed.
 	Observed bool `json:"observed"`
-	// StartupOnly: only startup probes ask it. If it is TCP, it does not keep its port from being answered.
+	// StartupOnly is set if only startup probes ask the endpoint. A TCP endpoint like that does not keep its port from being answered.
 	StartupOnly bool `json:"startupOnly,omitempty"`
-	// NotAnswered is why it is never answered, and NotAnsweredCode the code of that reason; empty if it may be. Withheld: only
-	// because of mode observe.
+	// NotAnswered is why the endpoint is never answered, and NotAnsweredCode the code of that reason; both are empty if it may be
+	// answered. Withheld is set if mode observe is the only reason.
 	NotAnswered     string           `json:"notAnswered,omitempty"`
 	NotAnsweredCode probe.ReasonCode `json:"notAnsweredCode,omitempty"`
 	Withheld        bool             `json:"withheld,omitempty"`
-	// Question is the one by which it was asked last, as the kernel's maps name it; zero if that is not known.
+	// Question identifies the request that last asked the endpoint, as in the kernel's maps; zero if it is unknown.
 	Question probe.Question `json:"question,omitzero"`
-	// Disagreement is how the kubelet's own verdict on its probes differed from what was observed, since when it is not
-	// answered: failed or discarded; empty: it did not.
+	// Disagreement is how the kubelet's verdict on the probes differed from what was observed, failed or discarded, since when the
+	// endpoint is not answered; empty if it never did.
 	Disagreement string `json:"disagreement,omitempty"`
-	// NotCompared is why the kubelet's verdict on its probes is not compared with what was observed: somebody else may ask the
-	// same. Empty: it is, where the daemon can have it.
+	// NotCompared is why the kubelet's verdict is not compared with what was observed: something else may ask the same. It is empty if
+	// it is compared, provided that the daemon can read it.
 	NotCompared string `json:"notCompared,omitempty"`
 }
 
-// EndpointOf describes an endpoint with the question that it is asked, which is zero if that is not known.
+// EndpointOf returns the description of an endpoint, and of the question that it was asked, which is zero if it is unknown.
 func EndpointOf(s probe.EndpointSpec, question probe.Question) Endpoint {
 	return Endpoint{
 		Kind: s.Kind, Port: s.Port, Path: s.Path, Host: s.Host,
@@ -163,22 +162,22 @@ func EndpointOf(s probe.EndpointSpec, question probe.Question) Endpoint {
 	}
 }
 
-// Endpoint is what is asked.
+// Endpoint returns the endpoint that is described.
 func (e Endpoint) Endpoint() probe.Endpoint {
 	return probe.Endpoint{Port: e.Port, Kind: e.Kind, Path: e.Path, Host: e.Host, Headers: e.HeadersID}
 }
 
-// SocketPath is where the daemon listens (package api).
+// SocketPath returns the socket that the daemon listens on (package api).
 func SocketPath(stateDir string) string { return filepath.Join(stateDir, "probeletd.sock") }
 
-// MetricsSocketPath is where the daemon listens for what monitoring asks.
+// MetricsSocketPath returns the socket that the daemon serves monitoring on.
 func MetricsSocketPath(stateDir string) string {
 	return filepath.Join(stateDir, "metrics", "metrics.sock")
 }
 
 func endpointsPath(stateDir string) string { return filepath.Join(stateDir, "endpoints.json") }
 
-// WriteEndpoints replaces the file; a reader sees the old or the new one.
+// WriteEndpoints replaces the file atomically.
 func WriteEndpoints(stateDir string, e Endpoints) error {
 	text, err := json.MarshalIndent(e, "", "  ")
 	if err != nil {
@@ -186,7 +185,7 @@ func WriteEndpoints(stateDir string, e Endpoints) error {
 	}
 	err = renameio.WriteFile(endpointsPath(stateDir), append(text, '\n'), 0o600, renameio.WithTempDir(stateDir))
 	var at *os.PathError
-	if errors.As(err, &at) { // that of the temporary file is another one each time
+	if errors.As(err, &at) { // the name of the temporary file differs each time
 		err = &os.PathError{Op: "write", Path: endpointsPath(stateDir), Err: at.Err}
 	}
 	return err
@@ -206,23 +205,23 @@ func ReadEndpoints(stateDir string) (Endpoints, error) {
 }
 
 var (
-	// ErrRunning: another daemon has the state directory.
+	// ErrRunning means that another daemon holds the state directory, or the pins.
 	ErrRunning = errors.New("another probeletd is running")
-	// ErrRemoved: the state directory was removed or replaced, so another daemon can have the one that there is now.
+	// ErrRemoved means that the state directory was removed or replaced, so that another daemon can hold the current one.
 	ErrRemoved = errors.New("the state directory was removed")
 )
 
-// Held is a state directory that this process has.
+// Held is a state directory that this process holds.
 type Held struct{ file *os.File }
 
 func lockPath(stateDir string) string { return filepath.Join(stateDir, "probeletd.lock") }
 
-// wholeFile is a lock of an open file, as opposed to a process: the kernel releases it with the last descriptor, and it
-// can be asked for without being taken.
+// wholeFile describes a lock owned by an open file instead of a process: the kernel releases it with the last descriptor, and it can be
+// queried without being taken.
 func wholeFile() *unix.Flock_t { return &unix.Flock_t{Type: unix.F_WRLCK} }
 
-// Lock takes the state directory for this process, until Release or its end, and removes what others left unfinished. The error
-// is ErrRunning if another daemon has it.
+// Lock takes the state directory for this process, until Release or its exit, and removes what others left unfinished. The error is
+// ErrRunning if another daemon holds it.
 func Lock(stateDir string) (*Held, error) {
 	f, err := os.OpenFile(lockPath(stateDir), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
@@ -236,20 +235,20 @@ func Lock(stateDir string) (*Held, error) {
 		return nil, errors.Join(fmt.Errorf("locking %s: %w", f.Name(), err), f.Close())
 	}
 	if now, err := os.Stat(f.Name()); err != nil || !isFile(f, now) {
-		// Whoever had the lock has removed the file meanwhile (Remove): it is nobody's any more.
-		return nil, errors.Join(fmt.Errorf("locking %s: it was removed just now; try again", f.Name()), f.Close())
+		// The previous holder has removed the file meanwhile (Remove), so this lock excludes nobody.
+		return nil, errors.Join(fmt.Errorf("locking %s: it has just been removed; try again", f.Name()), f.Close())
 	}
 	if err := removeUnfinished(stateDir); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	_ = writePID(f) // for people only; there may be no room for it
+	_ = writePID(f) // only informative; the disk may be full
 	return &Held{f}, nil
 }
 
-// Release ends what Lock began.
+// Release releases the state directory.
 func (h *Held) Release() error { return h.file.Close() }
 
-// Check returns ErrRemoved if others do not see any more that this process has the state directory.
+// Check returns ErrRemoved if the lock no longer protects the state directory.
 func (h *Held) Check() error {
 	if now, err := os.Stat(h.file.Name()); err == nil && isFile(h.file, now) {
 		return nil
@@ -257,7 +256,7 @@ func (h *Held) Check() error {
 	return fmt.Errorf("%s: %w", filepath.Dir(h.file.Name()), ErrRemoved)
 }
 
-// removeUnfinished removes what writing the file of endpoints and making the socket left, if they were interrupted.
+// removeUnfinished removes what is left if writing the file of endpoints or making the socket was interrupted.
 func removeUnfinished(stateDir string) error {
 	var errs []error
 	for _, pattern := range []string{listening + "[0-9]*", ".endpoints.json[0-9]*"} {
@@ -275,7 +274,7 @@ func isFile(f *os.File, info os.FileInfo) bool {
 	return err == nil && os.SameFile(own, info)
 }
 
-// Running says whether a daemon has the state directory, and its pid; 0 if it could not write that.
+// Running reports whether a daemon holds the state directory, and its PID, which is 0 if the daemon could not write it.
 func Running(stateDir string) (pid int, running bool, err error) {
 	f, err := os.Open(lockPath(stateDir))
 	if errors.Is(err, os.ErrNotExist) {
@@ -318,8 +317,8 @@ func readPID(f *os.File) (int, error) {
 
 func chainLockPath(stateDir string) string { return filepath.Join(stateDir, "chain.lock") }
 
-// LockChain keeps other processes from changing the chain or the plugin's binary, until it is released. The error is
-// lock.ErrHeld when ctx ends before.
+// LockChain keeps other processes from changing the chain or the plugin's binary until it is released. The error is lock.ErrHeld if ctx
+// ends before.
 func LockChain(ctx context.Context, stateDir string) (*lock.Lock, error) {
 	if err := os.MkdirAll(stateDir, 0o700); err != nil {
 		return nil, err
@@ -327,8 +326,8 @@ func LockChain(ctx context.Context, stateDir string) (*lock.Lock, error) {
 	return lock.File(ctx, chainLockPath(stateDir), unix.LOCK_EX)
 }
 
-// Remove removes the daemon's files, those that a killed one left half-written included, and the directory if nothing else is
-// in it. To be called under Lock.
+// Remove removes the daemon's files, including those that a killed daemon left unfinished, and the directory if it is empty then. It must
+// be called under Lock.
 func Remove(stateDir string) error {
 	if err := removeUnfinished(stateDir); err != nil {
 		return err
@@ -342,21 +341,21 @@ func Remove(stateDir string) error {
 		}
 	}
 	err := os.Remove(stateDir)
-	// Others' files stay, and so does the directory; in a pod it is a mount, in a root that is read-only.
+	// Other files stay, and so does the directory then. In a pod, it is a mount in a read-only root.
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EROFS) {
 		return nil
 	}
 	return err
 }
 
-// listening begins the name of the directory in which the daemon makes its socket.
+// listening is the prefix of the temporary directory in which the daemon makes its socket.
 const listening = "api"
 
-// ListeningDir makes a directory for a socket that is to be renamed to SocketPath.
+// ListeningDir creates a directory for a socket that will be renamed to SocketPath.
 func ListeningDir(stateDir string) (string, error) { return os.MkdirTemp(stateDir, listening) }
 
-// ClaimPins claims the objects that are pinned under bpfDir for this process, until release. The error is ErrRunning if another
-// daemon has them, whatever its state directory.
+// ClaimPins takes the BPF objects pinned below bpfDir for this process, until release. The error is ErrRunning if another daemon holds
+// them, with whatever state directory.
 func ClaimPins(bpfDir string) (release func(), err error) {
 	release, err = datapath.Claim(bpfDir)
 	if errors.Is(err, datapath.ErrLocked) {

@@ -73,7 +73,7 @@ const (
 
 func startAPIServerOnKind() error { return os.Rename(parked, apiServerManifest) }
 
-// stopOnKind stops a component in a way that it is not restarted.
+// stopOnKind stops a component so that nothing restarts it.
 func (c *Cluster) stopOnKind(name string, signal os.Signal) error {
 	if name == "kube-apiserver" {
 		if err := os.Rename(apiServerManifest, parked); err != nil {
