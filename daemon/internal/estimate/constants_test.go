@@ -164,7 +164,7 @@ func TestEstimateIsAsMeasured(t *testing.T) {
 			}
 			check("TIME_WAIT", o.Load.TimeWaitNodes*measured/constants.timeWait.Value*scale, row.timeWait, .15)
 			check("conntrack", (o.Load.Connections*measured+answered*constants.trackedReset.Value)*scale, row.conntrack, .05)
-			if server == "Go" { // of which the constants are
+			if server == "Go" { // the constants are Go's
 				check("kubelet", o.Load.CPU.Kubelets*scale, row.kubelet, .05)
 				check("servers", o.Load.CPU.Servers*scale, row.servers, .05)
 				if mode == "answer" {

@@ -109,7 +109,7 @@ func TestShares(t *testing.T) {
 	}
 }
 
-// queues are those of the simulation's servers, as what they allow to be answered in a row.
+// queues says how many answers in a row the queues of the simulation's servers allow.
 var queues = []int{0, 1, 1, 2, 9}
 
 // The model says what simulated pods do while they are well.
