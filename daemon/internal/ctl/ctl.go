@@ -29,6 +29,7 @@ import (
 )
 
 const rootHelp = `Shows what probelet knows and does on this node. Installed as kubectl-probelet it is a kubectl plugin, which asks the nodes.
+estimate asks the API server instead, or reads a file, and needs neither root nor a daemon.
 
 Exit codes:
   0  success
@@ -40,6 +41,7 @@ Exit codes:
 
 // environment gives the commands access to the machine.
 type environment struct {
+	stdin          io.Reader
 	stdout, stderr io.Writer
 	now            func() uint64 // ns of CLOCK_BOOTTIME
 	open           func(bpfDir string) (survey.Kernel, error)
@@ -51,7 +53,7 @@ type environment struct {
 // Main runs probeletctl with the arguments of the process and returns its exit code.
 func Main(ctx context.Context, args []string) int {
 	env := environment{
-		stdout: os.Stdout, stderr: os.Stderr, now: datapath.Now, open: survey.OpenKernel, host: doctor.ThisHost(), width: table.WidthOf(os.Stdout),
+		stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, now: datapath.Now, open: survey.OpenKernel, host: doctor.ThisHost(), width: table.WidthOf(os.Stdout),
 	}
 	return status.Exit(os.Stderr, "probeletctl", execute(ctx, env, args[1:]))
 }
@@ -66,7 +68,7 @@ func execute(ctx context.Context, env environment, args []string) error {
 		SilenceErrors: true,
 	}
 	root.AddCommand(statusCommand(&env), explainCommand(&env), topCommand(&env), invalidateCommand(&env), trustCommand(&env),
-		doctorCommand(&env), logLevelCommand(&env), versioncmd.New())
+		doctorCommand(&env), estimateCommand(&env), logLevelCommand(&env), versioncmd.New())
 	root.PersistentFlags().IntVar(&env.width, "width", env.width, "maximum `LENGTH` of a line in characters; 0: no limit (default: the terminal's width)")
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
 		if env.width < 0 {

@@ -164,7 +164,7 @@ func (x Explanation) printEndpoint(text *table.Text, e survey.Endpoint) {
 		text.Pair("kubelet's verdict", "not compared: "+e.NotCompared)
 	}
 	if n := e.Estimate.Probes(); n > 0 {
-		text.Pair("mode answer", estimate(*e.Estimate, n))
+		text.Pair("mode answer", wouldAnswer(*e.Estimate, n))
 	}
 	for _, p := range e.Probes {
 		text.Pair(p.String(), fmt.Sprintf("every %s, timeout %s, threshold %d: a failure %s detected within %s (%s without probelet)",
@@ -239,8 +239,8 @@ func listener(l store.Listener) string {
 	return cmp.Or(strings.Join(said, "; "), "not checked yet")
 }
 
-// estimate says what mode answer would have done with probes.
-func estimate(e api.Estimate, probes uint64) string {
+// wouldAnswer says what mode answer would have done with probes.
+func wouldAnswer(e api.Estimate, probes uint64) string {
 	text := fmt.Sprintf("would have answered %d of %d probes", e.Answered, probes)
 	if e.Hidden > 0 {
 		text += fmt.Sprintf(" (%d of which failed)", e.Hidden)

@@ -3,6 +3,8 @@
 package kubeapi
 
 import (
+	"cmp"
+
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -42,6 +44,6 @@ func client(config *rest.Config, path string, version schema.GroupVersion, add f
 	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
 	config.ContentType = runtime.ContentTypeProtobuf
 	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
-	config.UserAgent = "probeletd"
+	config.UserAgent = cmp.Or(config.UserAgent, "probeletd")
 	return rest.RESTClientFor(config)
 }

@@ -35,6 +35,7 @@ const (
 const help = `Asks the daemons on the nodes through the API server, with your kubeconfig and permissions. You need permission to list pods in
 probelet's namespace and to run commands in them (create pods/exec), which amounts to root on the nodes. You also need permission
 to get the pod that you ask about, and to list nodes; without the latter, nodes that have no daemon are not shown.
+estimate asks no daemon: it only lists pods, before an install too.
 
 Exit codes:
   0  success
@@ -57,11 +58,12 @@ func Main(ctx context.Context, args []string) int {
 	if args = args[1:]; completing {
 		args = append([]string{cobra.ShellCompRequestCmd}, args...)
 	}
-	env := environment{stdout: os.Stdout, stderr: os.Stderr, width: table.WidthOf(os.Stdout)}
+	env := environment{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, width: table.WidthOf(os.Stdout)}
 	return status.Exit(os.Stderr, pluginName, execute(ctx, env, args))
 }
 
 type environment struct {
+	stdin          io.Reader
 	stdout, stderr io.Writer
 	width          int // maximum length of a line; 0: no limit
 }
@@ -93,7 +95,7 @@ func execute(ctx context.Context, env environment, args []string) error {
 	flags.StringVar(&s.daemonNamespace, "daemon-namespace", "", "`NAMESPACE` of probelet's DaemonSet (default: search all)")
 	flags.DurationVar(&s.patience, "node-timeout", 20*time.Second, "maximum `TIME` to wait for a node")
 	flags.IntVar(&s.width, "width", s.width, "maximum `LENGTH` of a line in characters; 0: no limit (default: the terminal's width)")
-	root.AddCommand(s.statusCommand(), s.explainCommand(), s.doctorCommand())
+	root.AddCommand(s.statusCommand(), s.explainCommand(), s.doctorCommand(), s.estimateCommand())
 	root.AddCommand(versioncmd.New())
 	root.PersistentPreRunE = func(*cobra.Command, []string) error {
 		if s.width < 0 {

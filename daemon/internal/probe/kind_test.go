@@ -71,10 +71,11 @@ func TestKinds(t *testing.T) {
 // A new kind has to be added wherever kinds are named. Everything else asks the table.
 func TestWhereKindsAreNamed(t *testing.T) {
 	want := []string{
-		"internal/evidence/exchange.go", // from what was recorded
-		"internal/simulate",             // its scenarios, and its model of the kernel side
-		"internal/source/convert.go",    // from the pod's spec
-		"internal/store/store.go",       // to the kernel side's constants
+		"internal/estimate/constants.go", // what a probe costs
+		"internal/evidence/exchange.go",  // from what was recorded
+		"internal/podspec/convert.go",    // from the pod's spec
+		"internal/simulate",              // its scenarios, and its model of the kernel side
+		"internal/store/store.go",        // to the kernel side's constants
 	}
 	kinds := slices.Collect(maps.Keys(constants(t)))
 	var got []string

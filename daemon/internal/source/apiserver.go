@@ -15,6 +15,7 @@ import (
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/probelet/probelet/daemon/internal/kubeapi"
+	"github.com/probelet/probelet/daemon/internal/podspec"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
@@ -105,7 +106,7 @@ func (*APIServer) pods(store cache.Store) []probe.Pod {
 	var pods []probe.Pod
 	for _, object := range store.List() {
 		if p, ok := object.(*corev1.Pod); ok {
-			if pod, matters := onNode(p); matters {
+			if pod, matters := podspec.OnNode(p); matters {
 				pods = append(pods, pod)
 			}
 		}

@@ -20,6 +20,7 @@ import (
 	kubejson "sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
 
+	"github.com/probelet/probelet/daemon/internal/podspec"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
@@ -203,7 +204,7 @@ func parsePod(raw []byte) (probe.Pod, error) {
 		}
 		pod.Status.PodIPs = append(pod.Status.PodIPs, corev1.PodIP{IP: text})
 	}
-	return fromPod(&pod)
+	return podspec.Of(&pod)
 }
 
 // decodeStrict rejects unknown fields, and fields whose case differs; for a type mismatch it reports the value.

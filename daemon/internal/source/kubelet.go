@@ -11,6 +11,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/probelet/probelet/daemon/internal/kubelet"
+	"github.com/probelet/probelet/daemon/internal/podspec"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
@@ -163,7 +164,7 @@ func (k *Kubelet) fetch(ctx context.Context) ([]probe.Pod, error) {
 	defer response.Body.Close() //nolint:errcheck // read only
 	var pods []probe.Pod
 	err = readPodList(kubelet.Limit(response.Body, kubelet.MaxAnswer), func(p *corev1.Pod) {
-		if pod, matters := onNode(p); matters {
+		if pod, matters := podspec.OnNode(p); matters {
 			pods = append(pods, pod)
 		}
 	})

@@ -11,6 +11,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/yaml"
 
+	"github.com/probelet/probelet/daemon/internal/podspec"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
@@ -52,7 +53,7 @@ func readFile(t *testing.T, path string) string {
 // described describes the conversion of a pod, with one line per endpoint.
 func described(t *testing.T, p *corev1.Pod) string {
 	t.Helper()
-	pod, matters := onNode(p)
+	pod, matters := podspec.OnNode(p)
 	if pod.LeftAlone != "" {
 		text := "skipped: " + pod.LeftAlone + "\n"
 		for _, s := range slices.Concat(pod.Probes, pod.Hooks) {
@@ -114,7 +115,7 @@ func TestIdentity(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, p := range []*corev1.Pod{pod, stripped.(*corev1.Pod)} {
-			got, matters := onNode(p)
+			got, matters := podspec.OnNode(p)
 			if !matters || len(got.Probes) == 0 {
 				t.Fatalf("%s, %d probes", got.LeftAlone, len(got.Probes))
 			}

@@ -18,6 +18,7 @@ import (
 	podsv1alpha1 "k8s.io/kubelet/pkg/apis/pods/v1alpha1"
 
 	"github.com/probelet/probelet/daemon/internal/kubelet"
+	"github.com/probelet/probelet/daemon/internal/podspec"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
@@ -171,7 +172,7 @@ func (w *podsWatch) apply(event *podsv1alpha1.WatchPodsEvent) error {
 	if err != nil {
 		return err
 	}
-	pod, matters := onNode(p)
+	pod, matters := podspec.OnNode(p)
 	w.mutex.Lock()
 	defer w.mutex.Unlock()
 	w.newer[p.UID] = true
@@ -217,7 +218,7 @@ func (w *podsWatch) list(ctx context.Context, timeout time.Duration) error {
 		if err != nil {
 			return err
 		}
-		if pod, matters := onNode(p); matters {
+		if pod, matters := podspec.OnNode(p); matters {
 			listed[p.UID] = pod
 		}
 	}

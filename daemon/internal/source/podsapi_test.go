@@ -25,6 +25,7 @@ import (
 	podsv1alpha1 "k8s.io/kubelet/pkg/apis/pods/v1alpha1"
 	"pgregory.net/rapid"
 
+	"github.com/probelet/probelet/daemon/internal/podspec"
 	"github.com/probelet/probelet/daemon/internal/polltest"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
@@ -585,7 +586,7 @@ func (a *podsAPI) known() map[string]string {
 	defer a.mutex.Unlock()
 	all := map[string]string{}
 	for _, p := range a.pods {
-		all[p.Name] = instance(p.Status, "web")
+		all[p.Name] = podspec.Instance(p.Status, "web")
 	}
 	return all
 }

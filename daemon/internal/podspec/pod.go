@@ -1,4 +1,5 @@
-package source
+// Package podspec says how the kubelet probes a pod, from the pod as the API server has it.
+package podspec
 
 import (
 	"cmp"
@@ -11,9 +12,9 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// onNode converts a pod of the node. The pod matters unless it is left alone and none of its probes dials another host.
-func onNode(p *corev1.Pod) (pod probe.Pod, matters bool) {
-	pod, err := fromPod(p)
+// OnNode converts a pod of the node. The pod matters unless it is left alone and none of its probes dials another host.
+func OnNode(p *corev1.Pod) (pod probe.Pod, matters bool) {
+	pod, err := Of(p)
 	if err != nil {
 		// The API server rejects such a pod today: a probe of a kind that is yet unknown may ask anything.
 		pod.NotAnswered = cmp.Or(pod.NotAnswered, err.Error())
@@ -51,9 +52,9 @@ func ofOthers(all []probe.Spec) []probe.Spec {
 	return kept
 }
 
-// fromPod returns how the kubelet probes a pod. The error names fields and values that the API server would reject; the
+// Of returns how the kubelet probes a pod. The error names fields and values that the API server would reject; the
 // result includes the probes that are understood.
-func fromPod(p *corev1.Pod) (probe.Pod, error) {
+func Of(p *corev1.Pod) (probe.Pod, error) {
 	pod := probe.Pod{
 		Namespace: p.Namespace, Name: p.Name, UID: uid(p),
 		IPs: addresses(p.Status), Annotations: probe.OwnAnnotations(p.Annotations),
@@ -72,7 +73,7 @@ func fromPod(p *corev1.Pod) (probe.Pod, error) {
 	}
 	for i := range pod.Probes {
 		pod.Probes[i].Host = dialled(pod.Probes[i].Host, own)
-		pod.Probes[i].Instance = instance(p.Status, pod.Probes[i].Container)
+		pod.Probes[i].Instance = Instance(p.Status, pod.Probes[i].Container)
 	}
 	pod.NotAnswered = ending(p)
 	if ended(p) {
@@ -87,8 +88,8 @@ func uid(p *corev1.Pod) string {
 	return cmp.Or(p.Annotations[corev1.MirrorPodAnnotationKey], string(p.UID))
 }
 
-// instance identifies a running container among its predecessors and successors; empty if it is not running.
-func instance(status corev1.PodStatus, container string) string {
+// Instance identifies a running container among its predecessors and successors; empty if it is not running.
+func Instance(status corev1.PodStatus, container string) string {
 	for _, c := range slices.Concat(status.ContainerStatuses, status.InitContainerStatuses) {
 		if c.Name == container && c.State.Running != nil {
 			return fmt.Sprintf("%s#%d", c.ContainerID, c.RestartCount)

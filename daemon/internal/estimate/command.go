@@ -1,0 +1,143 @@
+package estimate
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/probelet/probelet/daemon/internal/status"
+)
+
+const help = `Computes what probelet would save, from the specs of pods alone. It lists pods through the API server, or reads them from a file. It
+installs nothing, and needs neither root nor a node.
+
+  kubectl probelet estimate
+  kubectl get pods --all-namespaces -o json | kubectl probelet estimate --file -
+
+For each namespace and in total, it shows the probes per second, how many of them may be answered in the kernel, and why others may
+not. Without probelet and under several policies, it shows the share of answered probes, new connections to pods per second, sockets
+in TIME_WAIT, conntrack entries and CPU, and how much later a failure may be detected. Assumptions follow, and all constants with
+their sources.
+
+  default      a success is answered for one period, and TCP probes while the listening socket would accept a connection
+  staleness 5  a success is answered for five periods
+  refresh      the daemon keeps successes fresh with requests of its own
+  traffic      a pod's own traffic answers its liveness probes, except every tenth
+
+With -o wide, policies are shown for each namespace too, and CPU is split up. With -o json, docs/estimate.schema.json describes the
+fields.`
+
+// Environment is what the command needs from the program that it is part of.
+type Environment struct {
+	Stdin  io.Reader
+	Stdout io.Writer
+	// Width returns the maximum length of a line in characters; 0 means no limit.
+	Width func() int
+	// Config returns how to reach the API server.
+	Config func() (*rest.Config, error)
+	// Namespace returns the selected namespace; empty means all.
+	Namespace func() (string, error)
+}
+
+// formats are the values of -o.
+var formats = []string{"table", "wide", "json"}
+
+// Command returns the command estimate.
+func Command(env Environment) *cobra.Command {
+	var output, file string
+	cmd := &cobra.Command{
+		Use:   "estimate",
+		Short: "Compute what probelet would save, from the specs of pods",
+		Long:  help,
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if !slices.Contains(formats, output) {
+				return status.Errorf(status.Usage, "--output %q: must be one of %s", output, strings.Join(formats, "|"))
+			}
+			namespace, err := env.Namespace()
+			if err != nil {
+				return err
+			}
+			in, from, err := env.read(cmd.Context(), file, namespace)
+			if err != nil {
+				return err
+			}
+			report := in.of(namespace).Estimate()
+			if report.Total.Pods == 0 {
+				return empty(report, from, namespace)
+			}
+			if output == "json" {
+				encoder := json.NewEncoder(env.Stdout)
+				encoder.SetIndent("", "  ")
+				return encoder.Encode(report)
+			}
+			return report.print(env.Stdout, env.Width(), output == "wide")
+		},
+	}
+	cmd.Flags().StringVarP(&output, "output", "o", formats[0], "`format`: "+strings.Join(formats, "|"))
+	cmd.Flags().StringVarP(&file, "file", "f", "", "`FILE` of pods in JSON or YAML, instead of the API server; - is standard input")
+	return cmd
+}
+
+// read returns pods and the name of their source.
+func (env Environment) read(ctx context.Context, file, namespace string) (in Input, from string, err error) {
+	switch file {
+	case "":
+		config, err := env.Config()
+		if clientcmd.IsEmptyConfig(err) {
+			err = fmt.Errorf("no kubeconfig: name one with --kubeconfig, or a file of pods with --file (%w)", err)
+		}
+		if err != nil {
+			return in, "", err
+		}
+		in, err = List(ctx, config, namespace)
+		return in, config.Host, err
+	case "-":
+		from = "standard input"
+		in, err = Read(env.Stdin)
+	default:
+		from = file
+		var f *os.File
+		if f, err = os.Open(file); err != nil {
+			return in, from, err
+		}
+		defer f.Close() //nolint:errcheck // only read
+		in, err = Read(f)
+	}
+	if err != nil {
+		err = fmt.Errorf("%s: %w", from, err)
+	}
+	return in, from, err
+}
+
+// Estimate returns the estimate for the input.
+func (in Input) Estimate() Report {
+	r := Pods(in.Pods)
+	for kind, n := range in.Others {
+		r.NotCounted.Others[kind] += n
+	}
+	return r
+}
+
+// empty returns the error for an input without pods.
+func empty(r Report, from, namespace string) error {
+	text := from + ": no pods"
+	if namespace != "" {
+		text += " in namespace " + namespace
+	}
+	if n := r.NotCounted.Ended; n > 0 {
+		text += fmt.Sprintf("; %d have ended", n)
+	}
+	if found := others(r.NotCounted.Others); found != "" {
+		text += "; other objects: " + found
+	}
+	return status.Errorf(status.NotFound, "%s", text)
+}

@@ -1,0 +1,176 @@
+package estimate
+
+import (
+	"fmt"
+	"math"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/probelet/probelet/daemon/internal/probe"
+)
+
+// dense is a row of the table in docs/density.md. CPU is in cores.
+type dense struct {
+	perSecond, answered, http, tcp float64
+	kubelet, daemon, servers       float64
+	timeWait, conntrack            float64
+}
+
+func densityRow(t *testing.T, name string) dense {
+	t.Helper()
+	for line := range strings.Lines(read(t, "../../../docs/density.md")) {
+		rest, ok := strings.CutPrefix(line, name+" ")
+		if !ok {
+			continue
+		}
+		var n []float64
+		for _, text := range regexp.MustCompile(`[\d.]+`).FindAllString(rest, -1) {
+			value, err := strconv.ParseFloat(text, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			n = append(n, value)
+		}
+		if len(n) != 11 {
+			t.Fatalf("%q: %d numbers", line, len(n))
+		}
+		return dense{n[0], n[1] / 100, n[2] / 100, n[3] / 100, n[5] / 100, n[6] / 100, n[7] / 100, n[9], n[10]}
+	}
+	t.Fatalf("docs/density.md has no row %q", name)
+	return dense{}
+}
+
+func read(t *testing.T, file string) string {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+func about(got, want, tolerance float64) bool { return math.Abs(got-want) <= tolerance*math.Abs(want) }
+
+// The constants are what the tables say that they name as their sources.
+func TestConstantsAreMeasured(t *testing.T) {
+	off, on := densityRow(t, "Go, mode off"), densityRow(t, "Go, mode answer")
+	realHTTP, realTCP := on.perSecond/2*(1-on.http), on.perSecond/2*(1-on.tcp)
+	// servers = http × httpServer + tcp × tcpServer, in both rows.
+	both := off.servers / (off.perSecond / 2)
+	httpServer := (on.servers - realTCP*both) / (realHTTP - realTCP)
+	kubelet := off.kubelet / off.perSecond
+	real := realHTTP + realTCP
+	c := &constants
+	for _, test := range []struct {
+		Constant
+		want float64 // in seconds
+	}{
+		{c.httpServer, httpServer},
+		{c.tcpServer, both - httpServer},
+		{c.kubelet, kubelet},
+		{c.kubeletAnswered, (on.kubelet - real*kubelet) / (on.perSecond - real)},
+		{c.daemonPod, off.daemon / 100},
+		{c.daemonProbe, (on.daemon - off.daemon) / on.perSecond},
+		{c.daemonRefresh, (0.17 - 0.0007 - 0.0026) / 1000}, // of what the daemon takes: with refresh, without probes, and for watching
+	} {
+		if !about(test.Value*microsecond, test.want, .02) {
+			t.Errorf("%s: %g %s, want %.1f", test.Name, test.Value, test.Unit, test.want/microsecond)
+		}
+	}
+	if page := read(t, "../../../docs/density.md"); !regexp.MustCompile(`with refresh: 1,000 requests a second.* \| 17 %`).MatchString(page) ||
+		!strings.Contains(page, "| no probes | 0.07 %, and 0.26 %") {
+		t.Error("docs/density.md: what the daemon takes has changed")
+	}
+
+	readme := read(t, "../../../README.md")
+	left := func(kind string, column int) (mean float64) {
+		for _, family := range []string{"ipv4", "ipv6"} {
+			row := regexp.MustCompile(`(?m)^ +` + kind + ` +` + family + ` +absent .*$`).FindString(readme)
+			fields := strings.Fields(row)
+			if len(fields) != 11 {
+				t.Fatalf("README.md: %s, %s: %q", kind, family, row)
+			}
+			n, err := strconv.ParseFloat(fields[column], 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			mean += n / 10000 / 2
+		}
+		return mean
+	}
+	for _, test := range []struct {
+		Constant
+		want float64
+	}{{c.httpNode, left("http", 7)}, {c.httpPod, left("http", 8)}, {c.tcpNode, left("tcp", 7)}} {
+		if !about(test.Value, test.want, .01) {
+			t.Errorf("%s: %g, want %.3f", test.Name, test.Value, test.want)
+		}
+	}
+	if in := left("tcp", 8); in != 0 {
+		t.Errorf("TCP probes leave a TIME_WAIT in the pod: %g", in)
+	}
+}
+
+// densePods are the pods that docs/density.md was measured with.
+func densePods(t *testing.T) []corev1.Pod {
+	t.Helper()
+	var text strings.Builder
+	for i := range 100 {
+		fmt.Fprintf(&text, `
+---
+kind: Pod
+metadata: {name: dense-%d}
+spec:
+  containers:
+  - name: web
+    readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
+    livenessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1}
+`, i)
+	}
+	in, err := Read(strings.NewReader(text.String()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return in.Pods
+}
+
+// An estimate for the measured pods is what was measured.
+func TestEstimateIsAsMeasured(t *testing.T) {
+	r := Pods(densePods(t))
+	perSecond := r.Total.Answerable.PerSecond
+	if perSecond != 200 {
+		t.Fatalf("%g probes per second", perSecond)
+	}
+	const measured = 30. // seconds; conntrack's time-out for TIME_WAIT was as long
+	for _, server := range []string{"Go", "Python"} {
+		for mode, o := range map[string]Outcome{"off": {Load: r.Total.Without}, "answer": r.Total.Policies[0]} {
+			row := densityRow(t, server+", mode "+mode)
+			scale := row.perSecond / perSecond
+			answered := o.Answered * perSecond
+			check := func(what string, got, want, tolerance float64) {
+				if !about(got, want, tolerance) {
+					t.Errorf("%s, mode %s: %s: %.3g estimated, %.3g measured", server, mode, what, got, want)
+				}
+			}
+			if mode == "answer" {
+				check("answered", o.Answered, row.answered, .03)
+				check("answered by HTTP", o.AnsweredByKind[probe.HTTP], row.http, .03)
+				check("answered by TCP", o.AnsweredByKind[probe.TCP], row.tcp, .03)
+			}
+			check("TIME_WAIT", o.Load.TimeWaitNodes*measured/constants.timeWait.Value*scale, row.timeWait, .15)
+			check("conntrack", (o.Load.Connections*measured+answered*constants.trackedReset.Value)*scale, row.conntrack, .05)
+			if server == "Go" { // the constants are Go's
+				check("kubelet", o.Load.CPU.Kubelets*scale, row.kubelet, .05)
+				check("servers", o.Load.CPU.Servers*scale, row.servers, .05)
+				if mode == "answer" {
+					check("daemon", o.Load.CPU.Daemons*scale, row.daemon, .05)
+				}
+			}
+		}
+	}
+}

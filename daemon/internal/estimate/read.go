@@ -1,0 +1,219 @@
+package estimate
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/util/yaml"
+	"k8s.io/client-go/rest"
+	kubejson "sigs.k8s.io/json"
+	sigsyaml "sigs.k8s.io/yaml"
+
+	"github.com/probelet/probelet/daemon/internal/kubeapi"
+	"github.com/probelet/probelet/daemon/internal/podspec"
+	"github.com/probelet/probelet/daemon/internal/status"
+)
+
+// Input holds the pods that were read, and the number of other objects by kind.
+type Input struct {
+	Pods   []corev1.Pod
+	Others map[string]int
+}
+
+// Read reads pods as JSON or YAML: any number of documents, each of which is a Pod or a list as kubectl prints it. Errors name the
+// document, the pod and the field.
+func Read(r io.Reader) (Input, error) {
+	in := Input{Others: map[string]int{}}
+	next, err := documents(r)
+	if err != nil {
+		return in, err
+	}
+	for n := 1; ; n++ {
+		text, err := next()
+		if errors.Is(err, io.EOF) {
+			return in, nil
+		}
+		if err == nil {
+			err = in.document(text)
+		}
+		if err != nil {
+			return in, fmt.Errorf("document %d: %w", n, err)
+		}
+	}
+}
+
+// documents returns a function that returns the next document, as JSON.
+func documents(r io.Reader) (func() ([]byte, error), error) {
+	b := bufio.NewReader(r)
+	for {
+		first, err := b.ReadByte()
+		if errors.Is(err, io.EOF) {
+			return func() ([]byte, error) { return nil, io.EOF }, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		if bytes.IndexByte([]byte(" \t\r\n"), first) >= 0 {
+			continue
+		}
+		if err := b.UnreadByte(); err != nil {
+			return nil, err
+		}
+		if first == '{' {
+			d := json.NewDecoder(b)
+			return func() (text []byte, err error) {
+				var raw json.RawMessage
+				err = d.Decode(&raw)
+				return raw, err
+			}, nil
+		}
+		y := yaml.NewYAMLReader(b)
+		return func() ([]byte, error) {
+			text, err := y.Read()
+			if err != nil {
+				return nil, err
+			}
+			return sigsyaml.YAMLToJSON(text)
+		}, nil
+	}
+}
+
+// head has the fields that all objects share.
+type head struct {
+	Kind     string            `json:"kind"`
+	Items    []json.RawMessage `json:"items"`
+	Metadata struct {
+		Name      string `json:"name"`
+		Namespace string `json:"namespace"`
+	} `json:"metadata"`
+}
+
+func (in *Input) document(text []byte) error {
+	if text = bytes.TrimSpace(text); len(text) == 0 || bytes.Equal(text, []byte("null")) {
+		return nil
+	}
+	h, err := decode[head](text)
+	if err != nil {
+		return err
+	}
+	switch h.Kind {
+	case "List", "PodList":
+		for i, item := range h.Items {
+			one, err := decode[head](item)
+			if err == nil && h.Kind == "PodList" {
+				one.Kind = cmp.Or(one.Kind, "Pod") // the API server's lists do not repeat it
+			}
+			if err == nil {
+				err = in.object(one, item)
+			}
+			if err != nil {
+				return fmt.Errorf("items[%d]: %w", i, err)
+			}
+		}
+		return nil
+	}
+	return in.object(h, text)
+}
+
+// object adds a pod, or counts another object.
+func (in *Input) object(h head, text []byte) error {
+	switch h.Kind {
+	case "":
+		return errors.New("kind: missing")
+	case "Pod":
+	default:
+		in.Others[h.Kind]++
+		return nil
+	}
+	if h.Metadata.Name == "" {
+		return errors.New("metadata.name: missing")
+	}
+	name := cmp.Or(h.Metadata.Namespace, corev1.NamespaceDefault) + "/" + h.Metadata.Name
+	pod, err := decode[corev1.Pod](text)
+	if err != nil {
+		return fmt.Errorf("pod %s: %w", name, err)
+	}
+	pod.Namespace = cmp.Or(pod.Namespace, corev1.NamespaceDefault)
+	if _, err := podspec.Of(&pod); err != nil {
+		return fmt.Errorf("pod %s: %w", name, cmp.Or(errors.Unwrap(err), err)) // "not understood" says nothing here
+	}
+	in.Pods = append(in.Pods, pod)
+	return nil
+}
+
+// decode decodes as Kubernetes does: names are case-sensitive, and unknown fields are ignored.
+func decode[T any](text []byte) (value T, err error) {
+	err = kubejson.UnmarshalCaseSensitivePreserveInts(text, &value)
+	var mismatch *json.UnmarshalTypeError
+	if errors.As(err, &mismatch) {
+		field := strings.ReplaceAll(mismatch.Field, "ProbeHandler.", "") // embedded, so the text does not have it
+		err = fmt.Errorf("%s: %s: must be of type %s", cmp.Or(field, "the document"), mismatch.Value, mismatch.Type)
+	}
+	return value, err
+}
+
+// page is the number of pods per request.
+const page = "500"
+
+// List reads the pods of a namespace from the API server, or of all namespaces if it is empty.
+func List(ctx context.Context, config *rest.Config, namespace string) (Input, error) {
+	var in Input
+	core, err := kubeapi.Core(config)
+	if err != nil {
+		return in, err
+	}
+	for more := ""; ; {
+		var list corev1.PodList
+		request := core.Get().Namespace(namespace).Resource("pods").Param("limit", page)
+		if more != "" {
+			request = request.Param("continue", more)
+		}
+		if err := request.Do(ctx).Into(&list); err != nil {
+			return in, refusal(err, namespace)
+		}
+		in.Pods = append(in.Pods, list.Items...)
+		if more = list.Continue; more == "" {
+			return in, nil
+		}
+	}
+}
+
+// refusal gives the API server's refusals their exit codes, and adds what to do.
+func refusal(err error, namespace string) error {
+	if !apierrors.IsForbidden(err) && !apierrors.IsUnauthorized(err) {
+		return err
+	}
+	instead := "read the output of kubectl get pods -o json with --file, from a person who may list them"
+	if namespace == "" {
+		instead = "select a namespace whose pods you may list with --namespace, or " + instead
+	}
+	return status.Errorf(status.NotAllowed, "%w; %s", err, instead)
+}
+
+// of keeps the pods of a namespace, or all pods if it is empty.
+func (in Input) of(namespace string) Input {
+	if namespace != "" {
+		in.Pods = slices.DeleteFunc(in.Pods, func(p corev1.Pod) bool { return p.Namespace != namespace })
+	}
+	return in
+}
+
+// others describes the objects that are not pods.
+func others(counts map[string]int) string {
+	var all []string
+	for _, kind := range slices.Sorted(maps.Keys(counts)) {
+		all = append(all, fmt.Sprintf("%d of kind %s", counts[kind], kind))
+	}
+	return strings.Join(all, ", ")
+}
