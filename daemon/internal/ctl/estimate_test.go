@@ -15,7 +15,7 @@ import (
 
 // A workstation knows what the kernel side can do.
 func TestLimitsOfEstimates(t *testing.T) {
-	want := probe.Limits{Request: store.Limits.Request, Records: store.Limits.Records, Live: datapath.MaxAnswers}
+	want := probe.Limits{Request: store.Limits.Request, Records: store.Limits.Records, Live: datapath.MaxAnswers, Traffic: store.Limits.Traffic}
 	if estimate.Limits != want {
 		t.Errorf("%+v, want %+v", estimate.Limits, want)
 	}

@@ -346,7 +346,7 @@ func refreshed(c cost) Load {
 // delay keeps the longest delay for each kind.
 func (o *Outcome) delay(p pod, spec probe.EndpointSpec, d probe.Delay) {
 	found := Delay{
-		Kind: spec.Kind, Added: o.Policy.added(spec, d).Seconds(), Plain: d.Plain.Seconds(), Probe: p.String() + " " + d.String(),
+		Kind: spec.Kind, Added: (d.Probelet - d.Plain).Seconds(), Plain: d.Plain.Seconds(), Probe: p.String() + " " + d.String(),
 	}
 	i := slices.IndexFunc(o.Delays, func(other Delay) bool { return other.Kind == spec.Kind })
 	switch {

@@ -26,8 +26,8 @@ const unlimited = math.MaxInt
 // endpoint models an endpoint.
 type endpoint struct {
 	answerable bool
-	// traffic: the pod's traffic keeps it fresh, for up to trafficRow probes in a row.
-	traffic   bool
+	// traffic: the pod's traffic keeps it fresh, for up to so many probes in a row; 0 if it is no evidence.
+	traffic   int
 	staleness time.Duration
 }
 
@@ -198,7 +198,7 @@ func (r *run) believes(i int, now time.Duration) bool {
 	if !e.answerable {
 		return false
 	}
-	return now < k.until || e.traffic && k.until > 0 && r.rows[i] < trafficRow
+	return now < k.until || e.traffic > 0 && k.until > 0 && r.rows[i] < e.traffic
 }
 
 func (r *run) learn(i int, now time.Duration) {
@@ -235,7 +235,7 @@ func (p *place) add(s probe.EndpointSpec, policy Policy) {
 	n := len(p.endpoints)
 	p.names = append(p.names, s.Endpoint)
 	p.endpoints = append(p.endpoints, endpoint{
-		answerable: s.Reason == (probe.Reason{}), traffic: policy.byTraffic(s), staleness: s.Staleness,
+		answerable: s.Reason == (probe.Reason{}), traffic: s.Traffic, staleness: s.Staleness,
 	})
 	if s.Kind.Keying() == probe.KeyedByPort {
 		p.decider = n

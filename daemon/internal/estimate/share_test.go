@@ -29,7 +29,7 @@ func tcp(t probe.Type, period time.Duration) probe.Spec {
 
 func defaults(staleness probe.Staleness, refresh bool) probe.Defaults {
 	d := probe.NewDefaults()
-	d.Staleness, d.StalenessSet = staleness, staleness != probe.DefaultStaleness
+	d.Staleness, d.StalenessSet = probe.StalenessRange{Short: staleness, Long: staleness}, staleness != probe.DefaultStaleness
 	d.Refresh.On = refresh
 	return d
 }
