@@ -111,7 +111,7 @@ func TestAnotherBPFFS(t *testing.T) {
 			f.start()
 			f.look(5)
 			if hook == attach.HookXDP {
-				if r := f.Record(p); !strings.Contains(r.Error, "if another BPF file system was mounted over") {
+				if r := f.Record(p); !strings.Contains(r.Error, "if another BPF file system is mounted over") {
 					t.Errorf("record %+v", r)
 				}
 				if f.log.Count("failed to repair") != 1 {
