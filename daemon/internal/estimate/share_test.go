@@ -101,6 +101,9 @@ func TestShares(t *testing.T) {
 			.8*2/3 + .2*3/4},
 	} {
 		t.Run(name, func(t *testing.T) {
+			if test.policy == Traffic {
+				test.defaults.Liveness = probe.LivenessByTraffic
+			}
 			got, _ := share(test.policy, endpoints(t, test.defaults, test.live, test.probes...), unlimited)
 			if math.Abs(got-test.want) > .01 {
 				t.Errorf("%.4f answered, want %.4f", got, test.want)
