@@ -540,7 +540,7 @@ func TestAnXDPProgramInTheWayIsNamed(t *testing.T) {
 	t.Cleanup(func() { _ = unix.Unmount(mount, unix.MNT_DETACH) })
 	w.load()
 	err := w.tryAttach(way{attach.HookXDP, attach.ViaAuto})
-	if err == nil || !strings.Contains(err.Error(), "respond of another probelet; if another BPF file system was mounted over") {
+	if err == nil || !strings.Contains(err.Error(), "respond of another probelet; if another BPF file system is mounted over") {
 		t.Errorf("%v", err)
 	}
 }

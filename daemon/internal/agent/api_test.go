@@ -180,7 +180,7 @@ func TestReadiness(t *testing.T) {
 	n.eventually("the socket", func() bool { _, err := os.Stat(statedir.SocketPath(n.config.StateDir)); return err == nil })
 	n.eventually("missing parts reported", func() bool {
 		status, reply := do(t, n.local(), http.MethodGet, "http://probeletd/readyz", "")
-		return status == http.StatusServiceUnavailable && strings.HasPrefix(reply, "no prober was found, so nothing is answered: --prober kubelet: no process")
+		return status == http.StatusServiceUnavailable && strings.HasPrefix(reply, "no prober was found, so nothing is answered: --prober kubelet: no root process")
 	})
 }
 
