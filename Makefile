@@ -61,14 +61,14 @@ test: build ## Run all tests, then list the skipped ones (the privileged ones ne
 	export PROBELET_BIN=$(BIN) CGO_ENABLED=0; $(call gotest,bench,-timeout 10m -ldflags '$(KUBE_VERSION)' . -measure -short)
 	$(gotest-end)
 
-# The built binaries that the tests of e2e start are the ordinary ones.
+# Of e2e only what runs in the tests' own processes: the others start the binaries in bin/, which have no race detector.
 .PHONY: race
-race: build ## Run the tests under Go's race detector (root; gcc)
+race: ## Run the tests under Go's race detector (root; gcc)
 	$(call need,gcc,gcc libc6-dev)
 	$(gotest-begin)
-	$(call gotest,.,-race -timeout 30m ./...)
-	export PROBELET_BIN=$(BIN); $(call gotest,e2e,-race -timeout 30m -ldflags '$(KUBE_VERSION)' ./...)
-	$(call gotest,daemon/differential,-race ./...)
+	$(call gotest,.,-race -timeout 40m ./...)
+	$(call gotest,e2e,-race ./conformance ./demo ./harness/... ./manifests ./tools)
+	$(call gotest,daemon/differential,-race -timeout 20m ./...)
 	$(call gotest,bench,-race ./...)
 	$(gotest-end)
 
@@ -122,7 +122,7 @@ oldkernel: ## Run BPF tests on Debian's Linux 6.1 and 6.12 under emulation (qemu
 	bpf/bpftest/oldkernel.sh linux-image-6.12-cloud-amd64 '$(OLDKERNEL_TESTS)'
 
 .PHONY: check
-check: format tidy vet drift lint vulncheck ## Run all the checks that follow
+check: format tidy vet drift lint workflows vulncheck ## Run all the checks that follow
 
 .PHONY: format
 format: clang ## Check the formatting of Go and C
@@ -151,6 +151,11 @@ lint: ## Run golangci-lint
 	cd e2e && $(BIN)/golangci-lint run --config ../.golangci.yml
 	cd daemon/differential && $(BIN)/golangci-lint run --config ../../.golangci.yml
 	cd bench && $(BIN)/golangci-lint run --config ../.golangci.yml
+
+.PHONY: workflows
+workflows: ## Check the GitHub workflows with actionlint
+	$(call tool,actionlint)
+	$(BIN)/actionlint
 
 # Generates in a copy, so that the working tree stays untouched.
 .PHONY: drift

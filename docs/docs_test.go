@@ -223,6 +223,26 @@ func TestNamedPathsExist(t *testing.T) {
 	}
 }
 
+// ARCHITECTURE.md names every part.
+func TestPartsAreNamed(t *testing.T) {
+	page := files(t, "ARCHITECTURE.md")["ARCHITECTURE.md"]
+	for _, pattern := range []string{"bpf/*", "daemon/*", "daemon/internal/*"} {
+		matches, err := filepath.Glob(filepath.Join(root, pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, match := range matches {
+			name, err := filepath.Rel(root, match)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if info, err := os.Stat(match); err == nil && info.IsDir() && name != "daemon/internal" && !strings.Contains(page, "`"+name+"`") {
+				t.Errorf("ARCHITECTURE.md does not name %s", name)
+			}
+		}
+	}
+}
+
 // Every flag of the programs is documented, and the table of flags has no others.
 func TestFlagsAreDocumented(t *testing.T) {
 	registered := map[string]bool{}

@@ -41,7 +41,7 @@ func TestExplainAndInvalidate(t *testing.T) {
 		`bound +a success is answered for 10m1s`,
 		`container0/readiness +every 10m0s, timeout 1s, threshold 3: a failure is detected within 40m2s \(30m1s without probelet\)`,
 		`ago +observed by probe: success 200, took `,
-		`ago +answered in the kernel \(3 times so far\)`,
+		`ago +answered in the kernel \(3 so far\)`,
 		`(?s)TCP :9090\n +state +fresh, observed`,
 		`listening socket +3 of at most 9 probes were answered since the pod last accepted one\n`,
 	)
@@ -81,7 +81,7 @@ func TestExplainAndInvalidate(t *testing.T) {
 	must(t, s.AwaitState(p.Pod, longHTTP.Port, longHTTP.Path, node.Fresh))
 	s.daemon.Kill()
 	text := s.ctl(t, "explain", name)
-	expectText(t, text, `probeletd: NOT RUNNING; [12] endpoints? (is|are) still answered in the kernel, until \d\d:\d\d:\d\d \S+ \(\d+m.* from now\)`, `next probe +answered in the kernel`, `answered in the kernel \(3 times so far\)`)
+	expectText(t, text, `probeletd: NOT RUNNING; [12] endpoints? (is|are) still answered in the kernel, until \d\d:\d\d:\d\d \S+ \(\d+m.* from now\)`, `next probe +answered in the kernel`, `answered in the kernel \(3 so far\)`)
 	if strings.Contains(text, "observed by probe") {
 		t.Errorf("shows what only the daemon knows:\n%s", text)
 	}

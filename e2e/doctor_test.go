@@ -60,6 +60,6 @@ func TestDoctor(t *testing.T) {
 	if err == nil {
 		t.Fatal("no error")
 	}
-	expectText(t, err.Error(), `PROBLEM +chain +no network configuration`, `PROBLEM +daemon +not running on`, `-> probeletd run`,
+	expectText(t, err.Error(), `PROBLEM +chain +no network configuration`, `PROBLEM +daemon +not running on`, `-> start it with probeletd run`,
 		`PROBLEM +attachments +default/pod1: .*not attached`, `3 problems found`)
 }

@@ -31,7 +31,7 @@ func (p *plugin) cmdAdd(args *skel.CmdArgs) error {
 	})(args)
 }
 
-// add attaches. If it fails, nothing stays attached. If the pod shall start regardless, the error is an ignoredError, and the
+// add attaches. If it fails, nothing stays attached. If the pod must start regardless, the error is an ignoredError, and the
 // record, where it can be written, holds the reason.
 func (p *plugin) add(conf *netConf, args *skel.CmdArgs) error {
 	record := attach.Record{

@@ -78,7 +78,7 @@ func TestAddAddDelDel(t *testing.T) {
 		w.check(pod).must(t)
 		w.wantAttachedTo(pod, way)
 		if keys := w.evidence(pod); len(keys) > 0 {
-			t.Errorf("the second ADD left what was known of the pod: %v", keys)
+			t.Errorf("the second ADD left evidence about the pod: %v", keys)
 		}
 		w.putEvidence(pod)
 		w.del(pod).must(t)
@@ -101,7 +101,7 @@ func TestDelWithoutAnything(t *testing.T) {
 	}
 }
 
-// The daemon may be repairing what is to be removed. It is waited for; one that hangs does not keep the pod.
+// The daemon may be repairing what is being removed. DEL waits for it, but a daemon that hangs does not block the removal.
 func TestDelWaitsForTheDaemon(t *testing.T) {
 	for _, busy := range []time.Duration{200 * time.Millisecond, time.Hour} {
 		w := newWorld(t)
@@ -123,13 +123,13 @@ func TestDelWaitsForTheDaemon(t *testing.T) {
 	}
 }
 
-func TestDelWithWhatIsLeft(t *testing.T) {
+func TestDelWithRemains(t *testing.T) {
 	tests := map[string]struct {
 		lose harm
-		veth bool // is gone too
+		veth bool // is gone, too
 		gc   bool // finds what no pin leads to
 	}{
-		"everything there":            {},
+		"nothing missing":             {},
 		"veth gone":                   {veth: true},
 		"record gone":                 {lose: removeRecord},
 		"record of an unfinished ADD": {lose: editRecord(func(r *attach.Record) { r.Error = attach.Unfinished })},
@@ -177,8 +177,8 @@ func TestDelWithWhatIsLeft(t *testing.T) {
 	})
 }
 
-// TestDelWithObjectsIncomplete: entries of maps stay, for the next daemon replaces all that is loaded.
-func TestDelWithObjectsIncomplete(t *testing.T) {
+// Map entries remain, because the next daemon replaces everything that is loaded.
+func TestDelWithIncompleteObjects(t *testing.T) {
 	inEachWay(t, func(t *testing.T, w *world, _ way) {
 		pod := w.node.AddPod(t)
 		w.status(newPlugin()).must(t) // loads the objects
@@ -210,13 +210,13 @@ func TestDelLeavesOthersAlone(t *testing.T) {
 		w.check(two).must(t)
 		w.wantAttached(two)
 		if keys := w.evidence(two); len(keys) != 2 {
-			t.Errorf("left of the other pod's evidence: %v", keys)
+			t.Errorf("remaining evidence of the other pod: %v", keys)
 		}
 	})
 }
 
-// TestDelLeavesAnotherLifeOfTheDevice: its index may belong to another pod by now.
-func TestDelLeavesAnotherLifeOfTheDevice(t *testing.T) {
+// The index of a device may belong to another pod by now.
+func TestDelLeavesAReusedIndexAlone(t *testing.T) {
 	w := newWorld(t)
 	pod := w.node.AddPod(t)
 	w.add(pod).must(t)
@@ -229,7 +229,7 @@ func TestDelLeavesAnotherLifeOfTheDevice(t *testing.T) {
 	}
 }
 
-func TestDelNeedsNoNamespaceNorConfiguration(t *testing.T) {
+func TestDelNeedsNeitherNamespaceNorConfiguration(t *testing.T) {
 	w := newWorld(t)
 	pod := w.node.AddPod(t)
 	before := w.state()
@@ -241,14 +241,14 @@ func TestDelNeedsNoNamespaceNorConfiguration(t *testing.T) {
 
 	for _, stdin := range []string{``, `{`, `{"name": "net", "type": "probelet", "bpfDir": 3}`} {
 		conf := parseConfForDel([]byte(stdin))
-		if conf.bpfDir != datapath.DefaultDir { // otherwise DEL would look elsewhere
+		if conf.bpfDir != datapath.DefaultDir { // if not, DEL would look elsewhere
 			t.Errorf("%s: %+v", stdin, conf)
 		}
 	}
 }
 
-// TestDelFailsWhereItMayNotGiveUp: a runtime tries again only after an error.
-func TestDelFailsWhereItMayNotGiveUp(t *testing.T) {
+// A runtime retries only after an error.
+func TestDelFailsIfTheRuntimeMustRetry(t *testing.T) {
 	w := newWorld(t)
 	pod := w.node.AddPod(t)
 	w.add(pod).must(t)
@@ -257,11 +257,11 @@ func TestDelFailsWhereItMayNotGiveUp(t *testing.T) {
 	}
 	wantFault(t, w.del(pod).err, codeDetach, "respond")
 	if _, err := attach.ReadRecord(w.stateDir(), idOf(pod)); err != nil {
-		t.Errorf("the record went before the attachment: %v", err)
+		t.Errorf("the record was removed before the attachment: %v", err)
 	}
 }
 
-// troubles are worlds in which ADD can't do its work.
+// troubles are worlds in which ADD cannot do its work.
 func troubles() map[string]trouble {
 	return map[string]trouble{
 		"foreign XDP program": {code: codeAttach, text: "XDP program", make: func(w *world, p *bpftest.Pod) *world {
@@ -338,14 +338,14 @@ type trouble struct {
 	kernel   uint32
 	code     uint
 	text     string
-	noRecord bool // can be left
+	noRecord bool // no record can be written
 }
 
 func (w *world) withInterfaces(p *bpftest.Pod, interfaces ...fields) *world {
 	return w.reporting(p, interfaces)
 }
 
-// reporting is the world after a plugin that reported these interfaces, in whatever form.
+// reporting returns the world after a plugin that reported these interfaces, in whatever form.
 func (w *world) reporting(p *bpftest.Pod, interfaces any) *world {
 	prev := prevResult(p)
 	prev["interfaces"] = interfaces
@@ -353,7 +353,7 @@ func (w *world) reporting(p *bpftest.Pod, interfaces any) *world {
 	return w.with(fields{"prevResult": prev})
 }
 
-// world is one with a pod, and the trouble in it.
+// world returns a world with a pod, and the trouble in it.
 func (tr trouble) world(t *testing.T) (*world, *bpftest.Pod) {
 	t.Helper()
 	w := newWorld(t)
@@ -376,7 +376,7 @@ func (tr trouble) add(w *world, pod *bpftest.Pod) result {
 	return w.run(p, func(p *plugin) func(*skel.CmdArgs) error { return p.funcs().Add }, w.args(pod, w.stdin(changes)))
 }
 
-func TestAddInTroubleIsIgnoredByDefault(t *testing.T) {
+func TestFailingAddIsIgnoredByDefault(t *testing.T) {
 	for name, tr := range troubles() {
 		t.Run(name, func(t *testing.T) {
 			w, pod := tr.world(t)
@@ -406,7 +406,7 @@ func TestAddInTroubleIsIgnoredByDefault(t *testing.T) {
 	}
 }
 
-func TestAddInTroubleFailsIfAsked(t *testing.T) {
+func TestFailingAddFailsIfConfigured(t *testing.T) {
 	for name, tr := range troubles() {
 		t.Run(name, func(t *testing.T) {
 			w, pod := tr.world(t)
@@ -415,7 +415,7 @@ func TestAddInTroubleFailsIfAsked(t *testing.T) {
 			r := tr.add(w, pod)
 			wantFault(t, r.err, tr.code, tr.text)
 			if r.stdout != "" {
-				t.Errorf("stdout %q beside the error", r.stdout)
+				t.Errorf("stdout %q in addition to the error", r.stdout)
 			}
 			w.wantState(before)
 			w.del(pod).must(t)
@@ -424,7 +424,7 @@ func TestAddInTroubleFailsIfAsked(t *testing.T) {
 	}
 }
 
-// TestWhateverPluginsReport: the pair of devices is the proof, and prevResult is a hint.
+// The pair of devices is the proof, and prevResult is only a hint.
 func TestWhateverPluginsReport(t *testing.T) {
 	base := newWorld(t).with(fields{"onError": "fail"})
 	other, pod := base.node.AddPod(t), base.node.AddPod(t)
@@ -477,7 +477,7 @@ func TestNoNetns(t *testing.T) {
 	}
 }
 
-// TestIDTooLong: files named after it could not be made, so there is nothing to remove either.
+// Files named after the ID cannot be created, so there is nothing to remove either.
 func TestIDTooLong(t *testing.T) {
 	for name, id := range map[string]string{
 		"300 characters":              strings.Repeat("c", 300),
@@ -518,7 +518,7 @@ func TestIDTooLong(t *testing.T) {
 	}
 }
 
-// TestLongestID: what is accepted can be attached, checked, collected and removed.
+// An ID that is accepted can be attached, checked, collected and removed.
 func TestLongestID(t *testing.T) {
 	w := newWorld(t).with(fields{"onError": "fail"})
 	pod := w.node.AddPod(t)
@@ -540,8 +540,8 @@ func TestLongestID(t *testing.T) {
 	w.wantAttached()
 }
 
-// TestSecondAddInTrouble: what the first one attached must not stay.
-func TestSecondAddInTrouble(t *testing.T) {
+// The attachment of the first ADD must not remain.
+func TestSecondAddFails(t *testing.T) {
 	w := newWorld(t)
 	pod := w.node.AddPod(t)
 	before := w.state()
@@ -556,7 +556,7 @@ func TestSecondAddInTrouble(t *testing.T) {
 	w.wantState(before)
 }
 
-func TestAddWaitsForTheLockInVain(t *testing.T) {
+func TestAddGivesUpOnTheLock(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes 5 s")
 	}
@@ -656,7 +656,7 @@ func TestCheckFinds(t *testing.T) {
 						t.Fatal(err)
 					}
 					var found error
-					if !eventually(func() bool { found = w.check(pod).err; return found != nil }) { // links are detached in their own time
+					if !eventually(func() bool { found = w.check(pod).err; return found != nil }) { // the kernel detaches links asynchronously
 						t.Fatal("CHECK finds nothing wrong")
 					}
 					wantFault(t, found, codeCheck, test.text)
@@ -668,7 +668,7 @@ func TestCheckFinds(t *testing.T) {
 	})
 }
 
-// TestCheckAcceptsNeighbours: programs of others are none of CHECK's business, as long as ours are there.
+// CHECK ignores programs of others as long as ours are there.
 func TestCheckAcceptsNeighbours(t *testing.T) {
 	inEachWay(t, func(t *testing.T, w *world, way way) {
 		pod := w.node.AddPod(t)
@@ -684,7 +684,7 @@ func TestCheckAcceptsNeighbours(t *testing.T) {
 	})
 }
 
-// A runtime that checks with the configuration of ADD, CRI-O, is not to fail for what was uninstalled.
+// A runtime that checks with the configuration of ADD, such as CRI-O, must not fail after an uninstall.
 func TestCheckAfterUninstall(t *testing.T) {
 	w := newWorld(t)
 	pod := w.node.AddPod(t)
@@ -700,7 +700,7 @@ func TestCheckAfterUninstall(t *testing.T) {
 	wantFault(t, w.with(fields{"onError": "fail"}).check(pod).err, codeCheck, "no record")
 }
 
-// TestCheckFindsAnotherVeth: the pod's interface was replaced after ADD.
+// The pod's interface was replaced after ADD.
 func TestCheckFindsAnotherVeth(t *testing.T) {
 	w := newWorld(t)
 	pod := w.node.AddPod(t)
@@ -715,7 +715,7 @@ func TestCheckFindsAnotherVeth(t *testing.T) {
 	wantFault(t, w.check(pod).err, codeCheck, "the record says")
 }
 
-func TestGCRemovesOnlyWhatIsItsOwnAndNotListed(t *testing.T) {
+func TestGCRemovesOnlyItsOwnUnlistedAttachments(t *testing.T) {
 	w := newWorld(t)
 	blue, red := w.with(fields{"name": "blue"}), w.with(fields{"name": "red"})
 	kept, dropped, gone := w.node.AddPod(t), w.node.AddPod(t), w.node.AddPod(t)
@@ -739,7 +739,7 @@ func TestGCRemovesOnlyWhatIsItsOwnAndNotListed(t *testing.T) {
 	w.wantAttached(others)
 }
 
-// wantAttached compares attachments and what the programs know with these pods.
+// wantAttached asserts that exactly these pods are attached and known to the programs.
 func (w *world) wantAttached(pods ...*bpftest.Pod) {
 	w.t.Helper()
 	var want []uint32
@@ -765,7 +765,7 @@ func (w *world) wantAttached(pods ...*bpftest.Pod) {
 	}
 }
 
-// TestGCWithoutAList: an absent list must not be taken for an empty one.
+// A missing list must not be mistaken for an empty one.
 func TestGCWithoutAList(t *testing.T) {
 	w := newWorld(t)
 	pod, gone := w.node.AddPod(t), w.node.AddPod(t)
@@ -790,11 +790,11 @@ func TestGCWithoutAList(t *testing.T) {
 		wantFault(t, gc(changes).err, types.ErrInvalidNetworkConfig, "cni.dev/valid-attachments")
 		w.wantState(before)
 	}
-	gc(fields{"cni.dev/valid-attachments": nil}).must(t) // as libcni writes an empty list
+	gc(fields{"cni.dev/valid-attachments": nil}).must(t) // how libcni writes an empty list
 	w.wantAttached()
 }
 
-func TestGCRemovesWhatHasNoRecord(t *testing.T) {
+func TestGCRemovesOrphansWithoutRecord(t *testing.T) {
 	w := newWorld(t)
 	alive, gone, unpinned := w.node.AddPod(t), w.node.AddPod(t), w.node.AddPod(t)
 	for _, pod := range []*bpftest.Pod{alive, gone, unpinned} {
@@ -808,10 +808,10 @@ func TestGCRemovesWhatHasNoRecord(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.gc().must(t)
-	w.wantAttached(alive) // whose network is not known
+	w.wantAttached(alive) // its network is unknown
 }
 
-func TestGCGoesOnAfterAnError(t *testing.T) {
+func TestGCContinuesAfterAnError(t *testing.T) {
 	w := newWorld(t)
 	pod := w.node.AddPod(t)
 	w.add(pod).must(t)
@@ -841,7 +841,7 @@ func TestStatus(t *testing.T) {
 	}
 }
 
-func TestStatusOfAReadOnlyStateDirectory(t *testing.T) {
+func TestStatusWithReadOnlyStateDir(t *testing.T) {
 	w := newWorld(t).with(fields{"onError": "fail"})
 	dir := t.TempDir()
 	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
@@ -873,7 +873,7 @@ func TestLogFile(t *testing.T) {
 		t.Errorf("log:\n%s", text)
 	}
 	if r := w.with(fields{"logFile": "/nonexistent/log"}).add(pod).must(t); !strings.Contains(r.stderr, "/nonexistent/log") {
-		t.Errorf("stderr %q does not tell of the log that can't be opened", r.stderr)
+		t.Errorf("stderr %q does not mention the log that cannot be opened", r.stderr)
 	}
 	w.check(pod).must(t)
 }
@@ -898,11 +898,11 @@ func TestConcurrentAddsAndDels(t *testing.T) {
 			t.Errorf("%v, stderr %q", r.err, r.stderr)
 		}
 	}
-	each(func(i int) { mustOK(w.add(pods[i])) }) // the first of them loads
+	each(func(i int) { mustOK(w.add(pods[i])) }) // the first one loads
 	for _, pod := range pods {
 		mustOK(w.check(pod))
 	}
-	each(func(i int) { // beside each other
+	each(func(i int) { // concurrently
 		if i%2 == 0 {
 			mustOK(w.del(pods[i]))
 		} else {
@@ -918,7 +918,7 @@ func TestConcurrentAddsAndDels(t *testing.T) {
 	w.wantState(before)
 }
 
-// command runs the plugin as a process of the node.
+// command runs the plugin as a process on the node.
 func (w *world) command(t *testing.T, env map[string]string, stdin string) (string, error) {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe")
@@ -973,7 +973,7 @@ func TestProcess(t *testing.T) {
 	if err == nil || !strings.Contains(out, `"code": 7`) || !strings.Contains(out, "onError") {
 		t.Errorf("ADD with an invalid configuration: %s, %v", out, err)
 	}
-	// Name and type; the two directories only because the test must not use the machine's.
+	// Name and type, and the two directories only because the test must not use the machine's.
 	minimal := fmt.Sprintf(`{"name": "net", "type": "probelet", "bpfDir": %q, "stateDir": %q}`, w.bpfDir(), w.stateDir())
 	gone := env("DEL")
 	gone["CNI_NETNS"] = ""
@@ -985,8 +985,8 @@ func TestProcess(t *testing.T) {
 	w.wantState(before)
 }
 
-// TestDelWithAnythingOnStdin: a pod must be removable whatever its configuration has become. The plugin runs as a process, because
-// skel looks at the configuration too.
+// A pod must be removable whatever has become of its configuration. The plugin runs as a process, because skel parses the
+// configuration, too.
 func TestDelWithAnythingOnStdin(t *testing.T) {
 	w := newWorld(t)
 	pod := w.node.AddPod(t)
@@ -996,20 +996,20 @@ func TestDelWithAnythingOnStdin(t *testing.T) {
 	}
 	dirs := fmt.Sprintf(`"bpfDir": %q, "stateDir": %q`, w.bpfDir(), w.stateDir())
 	for name, stdin := range map[string]string{
-		"no name":                    `{` + dirs + `}`,
-		"no version":                 `{"name": "net", ` + dirs + `}`,
-		"a version of the future":    `{"cniVersion": "9.9.9", "name": "net", ` + dirs + `}`,
-		"no version at all":          `{"cniVersion": {}, "name": "net", ` + dirs + `}`,
-		"a name that is none":        `{"cniVersion": "1.0.0", "name": "../..", ` + dirs + `}`,
-		"wrong types":                `{"cniVersion": 1, "name": [], "type": {}, "onError": 7, "logFile": [], "dns": 3, "ipam": "x", ` + dirs + `}`,
-		"an invalid prevResult":      `{"cniVersion": "1.0.0", "name": "net", "prevResult": {"ips": 7, "interfaces": "x"}, ` + dirs + `}`,
-		"a result of another spec":   `{"cniVersion": "1.0.0", "name": "net", "prevResult": {"cniVersion": "0.2.0", "ip4": []}, ` + dirs + `}`,
-		"fields of nobody":           `{"cniVersion": "1.0.0", "name": "net", "what": 1, ` + dirs + `}`,
-		"a log that cannot be":       `{"name": "net", "logFile": "/dev/null/log", ` + dirs + `}`,
-		"a long log name":            `{"name": "net", "logFile": "/` + strings.Repeat("l", 300) + `", ` + dirs + `}`,
-		"4 MiB beside":               `{"name": "net", "what": "` + strings.Repeat("x", 4<<20) + `", ` + dirs + `}`,
-		"9,000 levels beside":        `{"name": "net", "what": ` + strings.Repeat("[", 9000) + strings.Repeat("]", 9000) + `, ` + dirs + `}`,
-		"keys in other letter cases": `{"NAME": 1, "CNIVERSION": 2, ` + dirs + `}`,
+		"no name":                          `{` + dirs + `}`,
+		"no version":                       `{"name": "net", ` + dirs + `}`,
+		"a future version":                 `{"cniVersion": "9.9.9", "name": "net", ` + dirs + `}`,
+		"no version at all":                `{"cniVersion": {}, "name": "net", ` + dirs + `}`,
+		"an invalid name":                  `{"cniVersion": "1.0.0", "name": "../..", ` + dirs + `}`,
+		"wrong types":                      `{"cniVersion": 1, "name": [], "type": {}, "onError": 7, "logFile": [], "dns": 3, "ipam": "x", ` + dirs + `}`,
+		"an invalid prevResult":            `{"cniVersion": "1.0.0", "name": "net", "prevResult": {"ips": 7, "interfaces": "x"}, ` + dirs + `}`,
+		"a result of another spec version": `{"cniVersion": "1.0.0", "name": "net", "prevResult": {"cniVersion": "0.2.0", "ip4": []}, ` + dirs + `}`,
+		"unknown fields":                   `{"cniVersion": "1.0.0", "name": "net", "what": 1, ` + dirs + `}`,
+		"an impossible log file":           `{"name": "net", "logFile": "/dev/null/log", ` + dirs + `}`,
+		"a long log name":                  `{"name": "net", "logFile": "/` + strings.Repeat("l", 300) + `", ` + dirs + `}`,
+		"4 MiB beside":                     `{"name": "net", "what": "` + strings.Repeat("x", 4<<20) + `", ` + dirs + `}`,
+		"9,000 levels beside":              `{"name": "net", "what": ` + strings.Repeat("[", 9000) + strings.Repeat("]", 9000) + `, ` + dirs + `}`,
+		"keys in other letter cases":       `{"NAME": 1, "CNIVERSION": 2, ` + dirs + `}`,
 	} {
 		t.Run(name, func(t *testing.T) {
 			w.add(pod).must(t)
@@ -1019,7 +1019,7 @@ func TestDelWithAnythingOnStdin(t *testing.T) {
 			w.wantState(before)
 		})
 	}
-	// Where these directories are cannot be told, so DEL looks in those of the machine, which has no such container.
+	// These do not reveal the directories, so DEL looks in the machine's, which have no such container.
 	for name, stdin := range map[string]string{
 		"nothing":          ``,
 		"blanks":           " \n",
@@ -1056,7 +1056,7 @@ func TestDelWithAnythingOnStdin(t *testing.T) {
 	}
 }
 
-// TestDelStillChecksItsEnvironment: only the configuration may be anything.
+// Only the configuration may be arbitrary.
 func TestDelStillChecksItsEnvironment(t *testing.T) {
 	w := newWorld(t)
 	out, err := w.command(t, map[string]string{"CNI_COMMAND": "DEL", "CNI_IFNAME": "eth0"}, "{}")
@@ -1065,7 +1065,7 @@ func TestDelStillChecksItsEnvironment(t *testing.T) {
 	}
 }
 
-// TestResultGetsAVersion: the runtime cannot read a result without one.
+// A runtime cannot parse a result without a version.
 func TestResultGetsAVersion(t *testing.T) {
 	w := newWorld(t)
 	pod := w.node.AddPod(t)

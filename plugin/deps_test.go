@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// TestLinksNothingHeavy: a runtime starts the plugin twice for each pod, and every package's initialization costs both times.
+// A runtime starts the plugin twice per pod, and each time pays for the initialization of every package.
 func TestLinksNothingHeavy(t *testing.T) {
 	out, err := exec.Command("go", "list", "-deps", ".").Output()
 	if err != nil {

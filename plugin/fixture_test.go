@@ -29,7 +29,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// runMain makes the test binary be the plugin, so that commands can be run as a runtime runs them.
+// runMain turns the test binary into the plugin, so that commands can run as a runtime runs them.
 const runMain = "PROBELET_TEST_RUN_MAIN"
 
 func TestMain(m *testing.M) {
@@ -40,18 +40,18 @@ func TestMain(m *testing.M) {
 	bpftest.RunInOwnCgroup(m.Run)
 }
 
-// fields are those of a network configuration or of a result.
+// fields holds the fields of a network configuration or a result.
 type fields map[string]any
 
-// world is a node, and a configuration with directories of the test's own.
+// world is a node, and a configuration with directories of its own.
 type world struct {
 	t      testing.TB
 	node   *bpftest.Node
-	netDir string // of network configurations; it has none at first
+	netDir string // of network configurations; empty at first
 	conf   fields
 }
 
-// newWorld makes a world in which ADD attaches by clsact.
+// newWorld returns a world in which ADD attaches by clsact.
 func newWorld(t testing.TB) *world {
 	t.Helper()
 	w := &world{t, bpftest.NewNode(t), t.TempDir(), fields{
@@ -82,7 +82,7 @@ func (w *world) writeChain(types ...string) {
 	}
 }
 
-// way is one of the ways in which ADD attaches.
+// way is a way in which ADD attaches.
 type way struct {
 	hook attach.Hook
 	via  attach.Via
@@ -99,7 +99,7 @@ func inEachWay(t *testing.T, test func(t *testing.T, w *world, way way)) {
 	}
 }
 
-// world makes a world in which ADD attaches in this way.
+// world returns a world in which ADD attaches in this way.
 func (way way) world(t testing.TB) *world {
 	t.Helper()
 	w := newWorld(t).with(fields{"hook": way.hook})
@@ -112,7 +112,7 @@ func (way way) world(t testing.TB) *world {
 func (w *world) bpfDir() string   { return w.conf["bpfDir"].(string) }
 func (w *world) stateDir() string { return w.conf["stateDir"].(string) }
 
-// in returns the world as seen by a subtest.
+// in returns the world for a subtest.
 func (w *world) in(t testing.TB) *world { return &world{t, w.node, w.netDir, w.conf} }
 
 // with returns the world with changes to its configuration.
@@ -122,7 +122,7 @@ func (w *world) with(changes fields) *world {
 	return &world{w.t, w.node, w.netDir, conf}
 }
 
-// prevResult is what a plugin that made the pod's veth returns, and something that this build does not know.
+// prevResult returns the result of a plugin that created the pod's veth, with fields that this build does not know.
 func prevResult(p *bpftest.Pod) fields {
 	return fields{
 		"cniVersion": "1.1.0",
@@ -142,13 +142,13 @@ func idOf(p *bpftest.Pod) attach.ID {
 	return attach.ID{ContainerID: "of." + p.HostIfName, IfName: "eth0"}
 }
 
-// result is what a command did.
+// result is the outcome of a command.
 type result struct {
 	err            error
 	stdout, stderr string
 }
 
-// run runs a command in the node, in this process.
+// run runs a command on the node, in this process.
 func (w *world) run(p *plugin, command func(*plugin) func(*skel.CmdArgs) error, args *skel.CmdArgs) result {
 	w.t.Helper()
 	var stdout, stderr bytes.Buffer
@@ -242,15 +242,15 @@ func (w *world) record(p *bpftest.Pod) attach.Record {
 	return r
 }
 
-// fileName is what files and pins of the pod's attachment are named after.
+// fileName returns the name of files and pins of the pod's attachment.
 func fileName(p *bpftest.Pod) string { return "of%2E" + p.HostIfName + "@eth0" }
 
-// recordFile is the file of the pod's record.
+// recordFile returns the path of the pod's record.
 func (w *world) recordFile(p *bpftest.Pod) string {
 	return filepath.Join(attach.RecordsDir(w.stateDir()), fileName(p)+".json")
 }
 
-// pins is where the pod's attachment is pinned.
+// pins returns the directory where the pod's attachment is pinned.
 func (w *world) pins(p *bpftest.Pod) string {
 	return filepath.Join(datapath.AttachmentsDir(w.bpfDir()), fileName(p))
 }
@@ -258,7 +258,7 @@ func (w *world) pins(p *bpftest.Pod) string {
 // harm damages an attachment.
 type harm func(*world, *bpftest.Pod) error
 
-// unpin removes some of the pod's pins; an empty name stands for all.
+// unpin removes some of the pod's pins. An empty name stands for all of them.
 func unpin(names ...string) harm {
 	return func(w *world, p *bpftest.Pod) error {
 		if _, err := os.Stat(w.pins(p)); err != nil {
@@ -272,12 +272,12 @@ func unpin(names ...string) harm {
 	}
 }
 
-// unpinDevice removes what says which device is attached.
+// unpinDevice removes the marker that identifies the attached device.
 func unpinDevice(w *world, p *bpftest.Pod) error {
 	return unpin(fmt.Sprintf("device-%d-%d", p.IfIndex, w.device(p).Generation))(w, p)
 }
 
-// detachProgram takes one of the programs off the pod's device.
+// detachProgram detaches one of the programs from the pod's device.
 func detachProgram(program string) harm {
 	return func(w *world, p *bpftest.Pod) error {
 		l, err := link.LoadPinnedLink(filepath.Join(w.pins(p), program), nil)
@@ -316,12 +316,12 @@ func filterOf(p *bpftest.Pod, program string) (netlink.Filter, error) {
 	return nil, fmt.Errorf("%s is not a tc program", program)
 }
 
-// removeQdisc removes the qdisc of the filters, and thereby these.
+// removeQdisc removes the qdisc of the filters, and with it the filters.
 func removeQdisc(w *world, p *bpftest.Pod) error {
 	return w.node.NS.Do(func(ns.NetNS) error { return netlink.QdiscDel(clsact(p)) })
 }
 
-// inDatapath does something with the objects that are loaded in the world.
+// inDatapath runs a function on the objects that are loaded in the world.
 func (w *world) inDatapath(do func(*datapath.Datapath) error) error {
 	d, err := datapath.Open(w.bpfDir())
 	if err != nil {
@@ -340,17 +340,17 @@ func (w *world) device(p *bpftest.Pod) datapath.DeviceKey {
 	return key
 }
 
-// forgetDevice makes the programs forget the pod's device.
+// forgetDevice removes the pod's device from the maps.
 func forgetDevice(w *world, p *bpftest.Pod) error {
 	return w.inDatapath(func(d *datapath.Datapath) error { return d.RemoveDevice(w.device(p)) })
 }
 
-// lookElsewhere makes it so that the id of the pod's namespace is not the one that was recorded.
+// lookElsewhere changes the recorded id of the pod's namespace.
 func lookElsewhere(w *world, p *bpftest.Pod) error {
 	return w.inDatapath(func(d *datapath.Datapath) error { return d.LookInto(w.device(p), 4711, 0) })
 }
 
-// interruptRemoval does what RemoveDevice does first, as if it had not come further.
+// interruptRemoval performs only the first step of RemoveDevice, as if it had been interrupted.
 func interruptRemoval(w *world, p *bpftest.Pod) error {
 	w.putEvidence(p)
 	devices, err := ebpf.LoadPinnedMap(filepath.Join(w.bpfDir(), datapath.ABI, "devices"), nil)
@@ -385,7 +385,7 @@ func truncateRecord(w *world, p *bpftest.Pod) error {
 
 func removeRecord(w *world, p *bpftest.Pod) error { return attach.RemoveRecord(w.stateDir(), idOf(p)) }
 
-// putEvidence makes a port of the pod and its TCP endpoint known.
+// putEvidence puts evidence about a port of the pod and its TCP endpoint.
 func (w *world) putEvidence(p *bpftest.Pod) {
 	w.t.Helper()
 	err := w.inDatapath(func(d *datapath.Datapath) error {
@@ -401,7 +401,7 @@ func (w *world) putEvidence(p *bpftest.Pod) {
 	}
 }
 
-// evidence returns what is known of the pod.
+// evidence returns the keys of the pod's evidence.
 func (w *world) evidence(p *bpftest.Pod) (keys []datapath.EndpointKey) {
 	w.t.Helper()
 	err := w.inDatapath(func(d *datapath.Datapath) error {
@@ -444,7 +444,7 @@ func (w *world) wantAttachedTo(p *bpftest.Pod, way way) {
 	}
 }
 
-// state describes everything that ADD makes and DEL must remove: pins, entries of maps, records, and what is attached to
+// state describes everything that ADD creates and DEL must remove: pins, map entries, records, and what is attached to
 // the node's devices.
 func (w *world) state() string {
 	w.t.Helper()
@@ -463,7 +463,7 @@ func (w *world) state() string {
 	return strings.Join(lines, "\n")
 }
 
-// files lists pins of attachments and records.
+// files lists pins of attachments, and records.
 func (w *world) files() (lines []string, err error) {
 	for _, dir := range []string{datapath.AttachmentsDir(w.bpfDir()), attach.RecordsDir(w.stateDir())} {
 		walkErr := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
@@ -500,7 +500,7 @@ func (w *world) mapEntries() (lines []string, err error) {
 	return lines, err
 }
 
-// attachedToDevices lists qdiscs, filters and programs at both sides, for each device of this namespace.
+// attachedToDevices lists the qdiscs, filters and programs on both sides of each device in this namespace.
 func attachedToDevices() (lines []string, err error) {
 	devices, err := netlinksafe.LinkList()
 	if err != nil {
@@ -547,7 +547,7 @@ func tcxPrograms(found *link.QueryResult) []link.AttachedProgram {
 	return found.Programs
 }
 
-// side is one of the two sides of a device, and the name of the program that ADD attaches there.
+// side is one of the two sides of a device, with the name of the program that ADD attaches there.
 type side struct {
 	name, program string
 	parent        uint32
@@ -559,13 +559,13 @@ var sides = []side{
 	{"egress", "steer", netlink.HANDLE_MIN_EGRESS, ebpf.AttachTCXEgress},
 }
 
-// wantState waits for a state: the kernel detaches a link that lost its pin in its own time.
+// wantState waits for a state, because the kernel detaches a link without a pin asynchronously.
 func (w *world) wantState(want string) {
 	w.t.Helper()
 	w.wantStateWithout("", want)
 }
 
-// wantStateWithout is wantState for everything but the lines with a prefix; an empty one leaves nothing out.
+// wantStateWithout is like wantState, but ignores lines with a prefix; an empty prefix ignores none.
 func (w *world) wantStateWithout(prefix, want string) {
 	w.t.Helper()
 	var got string
@@ -587,7 +587,7 @@ func without(prefix, state string) string {
 	return strings.Join(lines, "\n")
 }
 
-// eventually reports whether a condition comes true.
+// eventually reports whether a condition becomes true.
 func eventually(done func() bool) bool {
 	for deadline := time.Now().Add(5 * time.Second); !done(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
@@ -597,7 +597,7 @@ func eventually(done func() bool) bool {
 	return true
 }
 
-// foreignProgram loads a program of nobody's that lets every packet pass, for the rest of the test.
+// foreignProgram loads a foreign program that passes every packet, for the rest of the test.
 func foreignProgram(t testing.TB, kind ebpf.ProgramType, pass int32) *ebpf.Program {
 	t.Helper()
 	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
@@ -611,14 +611,14 @@ func foreignProgram(t testing.TB, kind ebpf.ProgramType, pass int32) *ebpf.Progr
 	return program
 }
 
-// What makes a packet go on.
+// Verdicts that let a packet pass.
 const (
 	xdpPass  = 2  // XDP_PASS
 	tcxNext  = -1 // TCX_NEXT
 	tcUnspec = -1 // TC_ACT_UNSPEC
 )
 
-// attachForeignXDP puts another XDP program on the pod's host side, for the rest of the test.
+// attachForeignXDP attaches another XDP program to the pod's host end, for the rest of the test.
 func attachForeignXDP(t testing.TB, p *bpftest.Pod) {
 	t.Helper()
 	program := foreignProgram(t, ebpf.XDP, xdpPass)
@@ -631,7 +631,7 @@ func attachForeignXDP(t testing.TB, p *bpftest.Pod) {
 	})
 }
 
-// attachForeignTCX puts another tcx program on one side of the pod's device, behind those that are there, for the rest of
+// attachForeignTCX attaches another tcx program to one side of the pod's device, after existing ones, for the rest of
 // the test.
 func attachForeignTCX(t testing.TB, p *bpftest.Pod, side ebpf.AttachType) error {
 	t.Helper()
@@ -645,7 +645,7 @@ func attachForeignTCX(t testing.TB, p *bpftest.Pod, side ebpf.AttachType) error 
 	})
 }
 
-// fillTCX attaches as many tcx programs as there is room for: BPF_MPROG_MAX in include/linux/bpf_mprog.h.
+// fillTCX attaches as many tcx programs as possible: BPF_MPROG_MAX in include/linux/bpf_mprog.h.
 func fillTCX(t testing.TB, p *bpftest.Pod, side ebpf.AttachType) {
 	t.Helper()
 	for {
@@ -659,7 +659,7 @@ func fillTCX(t testing.TB, p *bpftest.Pod, side ebpf.AttachType) {
 	}
 }
 
-// replaceFilter puts another program in the place of steer's filter.
+// replaceFilter replaces steer's filter with another program.
 func replaceFilter(w *world, p *bpftest.Pod) error {
 	program := foreignProgram(w.t, ebpf.SchedCLS, tcUnspec)
 	return w.node.NS.Do(func(ns.NetNS) error {
@@ -673,7 +673,7 @@ func replaceFilter(w *world, p *bpftest.Pod) error {
 	})
 }
 
-// A device has place for one of the two.
+// A device has room for only one of the two.
 func clsact(p *bpftest.Pod) *netlink.Clsact { return &netlink.Clsact{QdiscAttrs: ingressOf(p)} }
 
 func ingressQdisc(p *bpftest.Pod) *netlink.Ingress { return &netlink.Ingress{QdiscAttrs: ingressOf(p)} }

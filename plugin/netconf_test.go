@@ -13,7 +13,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// wantFault fails the test unless err is a CNI error with the code and all of the texts.
+// wantFault fails the test unless err is a CNI error with the given code and all of the texts.
 func wantFault(t *testing.T, err error, code uint, texts ...string) {
 	t.Helper()
 	var e *types.Error
@@ -30,7 +30,7 @@ func wantFault(t *testing.T, err error, code uint, texts ...string) {
 	}
 }
 
-func TestParseConfNamesWhatIsWrong(t *testing.T) {
+func TestParseConfNamesTheProblem(t *testing.T) {
 	tests := []struct {
 		fields string
 		code   uint

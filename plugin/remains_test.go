@@ -16,8 +16,8 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// TestManyAddsAndDelsLeaveNothing: of 1,000 pods that came and went, as of one, nothing stays.
-func TestManyAddsAndDelsLeaveNothing(t *testing.T) {
+// A thousand pods that came and went leave no more behind than one: nothing.
+func TestManyAddsAndDelsLeaveNothingBehind(t *testing.T) {
 	inEachWay(t, func(t *testing.T, w *world, way way) {
 		rounds := 1000
 		if way.via == attach.ViaTCX { // each ADD waits for RCU grace periods
@@ -46,7 +46,7 @@ func TestManyAddsAndDelsLeaveNothing(t *testing.T) {
 		}
 		w.check(neighbour).must(t)
 		if keys := w.evidence(neighbour); len(keys) != 2 {
-			t.Errorf("left of the neighbour's evidence: %v", keys)
+			t.Errorf("remaining evidence of the neighbour: %v", keys)
 		}
 	})
 }

@@ -19,7 +19,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// eachWay runs a test for each way to attach, each with a pod of its own.
+// eachWay runs a test for every way to attach, each with a pod of its own.
 func eachWay(t *testing.T, test func(t *testing.T, w *world, way way)) {
 	t.Helper()
 	w := newWorld(t)
@@ -28,10 +28,10 @@ func eachWay(t *testing.T, test func(t *testing.T, w *world, way way)) {
 	}
 }
 
-// removals are the two ways to take an attachment away.
+// removals lists the two ways to remove an attachment.
 var removals = map[string]func(*world){"detach": (*world).detach, "release": (*world).release}
 
-func TestAttachLeavesNothingWhenItIsRemoved(t *testing.T) {
+func TestRemovalLeavesNothingBehind(t *testing.T) {
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		before := w.state()
 		for name, remove := range removals {
@@ -51,7 +51,7 @@ func TestAttachLeavesNothingWhenItIsRemoved(t *testing.T) {
 	})
 }
 
-func TestAttachingAgainReplaces(t *testing.T) {
+func TestReattachReplaces(t *testing.T) {
 	w := newWorld(t)
 	before := w.state()
 	for _, first := range ways {
@@ -68,7 +68,7 @@ func TestAttachingAgainReplaces(t *testing.T) {
 	}
 }
 
-func TestRemovalAfterTheDeviceIsGone(t *testing.T) {
+func TestRemovalWithoutTheDevice(t *testing.T) {
 	w := newWorld(t)
 	before := onlyPins(w.state())
 	for _, remove := range removals {
@@ -99,14 +99,14 @@ func (w *world) wantOrphaned(want bool) {
 	}))
 }
 
-// onlyPins is the part of a state that does not go with the device.
+// onlyPins returns the part of a state that does not disappear with the device.
 func onlyPins(s state) state {
 	s = maps.Clone(s)
 	maps.DeleteFunc(s, func(thing string, _ int) bool { return !strings.HasPrefix(thing, "pin ") })
 	return s
 }
 
-// hold attaches a program at tcx egress, so that it cannot be attached there again.
+// hold attaches a program at tcx egress so that it cannot be attached there again.
 func (w *world) hold(program *ebpf.Program) {
 	w.t.Helper()
 	w.do(func(device netlink.Link) error {
@@ -119,7 +119,7 @@ func (w *world) hold(program *ebpf.Program) {
 	})
 }
 
-// takeOurPriority makes it impossible to add our filter to egress, after the one at ingress was added: a priority is for one
+// takeOurPriority makes adding our filter to egress fail after the one at ingress has been added, because a priority belongs to one
 // protocol.
 func (w *world) takeOurPriority(device netlink.Link) error {
 	theirs := bpfFilter(device.Attrs().Index, netlink.HANDLE_MIN_EGRESS, 2, verdictProgram(w.t, verdictNext))
@@ -127,7 +127,7 @@ func (w *world) takeOurPriority(device netlink.Link) error {
 	return errors.Join(netlink.QdiscAdd(clsactQdisc(device.Attrs().Index)), netlink.FilterAdd(theirs))
 }
 
-// When a step fails, those before it are undone.
+// When a step fails, the previous ones are undone.
 func TestAttachIsAllOrNothing(t *testing.T) {
 	failures := map[string]struct {
 		spoil  func(w *world)
@@ -138,8 +138,8 @@ func TestAttachIsAllOrNothing(t *testing.T) {
 			t.IfIndex = 9999
 			return t
 		}},
-		"no room among the devices": {spoil: (*world).fillDevices},
-		"the namespace has as many devices as it may": {spoil: func(w *world) {
+		"no room for another device": {spoil: (*world).fillDevices},
+		"the namespace has the maximum of devices": {spoil: func(w *world) {
 			for i := range 4 {
 				w.must(w.d.AddDevice(datapath.DeviceKey{Ifindex: uint32(5000 + i), Generation: 1}, w.pod.Netns, datapath.HookTC))
 			}
@@ -154,7 +154,7 @@ func TestAttachIsAllOrNothing(t *testing.T) {
 			w.hold(w.d.Steer())
 			w.do(w.takeOurPriority)
 		}},
-		"another XDP program is there": {onlyOf: attach.HookXDP, spoil: func(w *world) {
+		"another XDP program is attached": {onlyOf: attach.HookXDP, spoil: func(w *world) {
 			program := loadProgram(w.t, ebpf.XDP, "theirs", returns(2)) // XDP_PASS
 			w.do(func(device netlink.Link) error {
 				return netlink.LinkSetXdpFdWithFlags(device, program.FD(), unix.XDP_FLAGS_SKB_MODE)
@@ -186,7 +186,7 @@ func TestAttachIsAllOrNothing(t *testing.T) {
 	}
 }
 
-// fillDevices leaves no room in the map of devices.
+// fillDevices fills the map of devices.
 func (w *world) fillDevices() {
 	w.t.Helper()
 	devices, err := ebpf.LoadPinnedMap(filepath.Join(w.d.Dir(), "devices"), nil)
@@ -198,8 +198,8 @@ func (w *world) fillDevices() {
 	w.must(devices.Close())
 }
 
-// A process that is killed in Attach leaves behind the steps that it had taken.
-func TestAttemptsThatEndedHalfWay(t *testing.T) {
+// A process that is killed in Attach leaves the completed steps behind.
+func TestInterruptedAttach(t *testing.T) {
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		before := w.state()
 		w.attach(way)
@@ -232,7 +232,7 @@ func TestAttemptsThatEndedHalfWay(t *testing.T) {
 	})
 }
 
-// attachUntil takes only the first steps of Attach.
+// attachUntil performs only the first steps of Attach.
 func (w *world) attachUntil(way way, kept int) {
 	w.t.Helper()
 	w.attach(way)
@@ -241,7 +241,7 @@ func (w *world) attachUntil(way way, kept int) {
 	}
 }
 
-// step is a step that Attach takes.
+// step is a step of Attach.
 type step struct {
 	name string
 	undo func() error
@@ -292,7 +292,7 @@ func (w *world) steps(way way) []step {
 		filter("ingress"), filter("egress"))
 }
 
-// breakages are the pieces of an attachment that others may remove. Each reports whether the attachment has the piece.
+// breakages are the parts of an attachment that others may remove. Each reports whether the attachment has that part.
 var breakages = map[string]func(w *world, way way) bool{
 	"steer":   func(w *world, _ way) bool { return w.takeOff("steer", "egress") },
 	"observe": func(w *world, _ way) bool { return w.takeOff("observe", "ingress") },
@@ -308,7 +308,7 @@ var breakages = map[string]func(w *world, way way) bool{
 		w.must(errors.Join(err, w.d.RemoveDevice(key)))
 		return true
 	},
-	"another life of the device": func(w *world, _ way) bool {
+	"another attachment of the device": func(w *world, _ way) bool {
 		key, err := datapath.NewDeviceKey(w.pod.IfIndex)
 		w.must(errors.Join(err, w.d.AddDevice(key, w.pod.Netns, datapath.HookTC)))
 		return true
@@ -338,7 +338,7 @@ func (w *world) takeOff(pin, side string) bool {
 	return true
 }
 
-// detachLink detaches a link by force, as bpftool does. Its pin stays.
+// detachLink detaches a link by force, like bpftool. Its pin stays.
 func (w *world) detachLink(pin string) {
 	w.t.Helper()
 	l, err := link.LoadPinnedLink(filepath.Join(w.dir(), pin), nil)
@@ -346,7 +346,7 @@ func (w *world) detachLink(pin string) {
 	w.must(errors.Join(l.Detach(), l.Close()))
 }
 
-func TestCheckFindsWhatIsMissingAndAttachRepairsIt(t *testing.T) {
+func TestCheckFindsDamageAndAttachRepairsIt(t *testing.T) {
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		before := w.state()
 		for piece, breakIt := range breakages {
@@ -362,19 +362,19 @@ func TestCheckFindsWhatIsMissingAndAttachRepairsIt(t *testing.T) {
 				}
 				w.attach(way)
 				w.wantWhole()
-				if piece != "name of the device" { // without which only Attach finds the filters
+				if piece != "name of the device" { // without it only Attach finds the filters
 					breakIt(w, way)
 				}
 				w.detach()
-				w.must(attach.Prune(t.Context(), w.d, w.bpfDir)) // another life of the device is not ours to remove
+				w.must(attach.Prune(t.Context(), w.d, w.bpfDir)) // another attachment of the device is not ours to remove
 				w.wantState(before)
 			})
 		}
 	})
 }
 
-// Filters and qdisc outlive their pins, and are recognized as ours.
-func TestAttachingAfterPinsWereLost(t *testing.T) {
+// Filters and qdisc outlive their pins and are recognized as ours.
+func TestAttachAfterPinsWereLost(t *testing.T) {
 	eachWay(t, func(_ *testing.T, w *world, way way) {
 		before := w.state()
 		w.attach(way)
@@ -385,7 +385,7 @@ func TestAttachingAfterPinsWereLost(t *testing.T) {
 			w.attach(way)
 			w.wantWhole()
 			if now := len(w.state()); now != whole {
-				w.t.Errorf("%d things, and %d at first: %v", now, whole, w.state())
+				w.t.Errorf("%d things, at first %d: %v", now, whole, w.state())
 			}
 		}
 		w.detach()
@@ -393,7 +393,7 @@ func TestAttachingAfterPinsWereLost(t *testing.T) {
 	})
 }
 
-// waitForRelease waits until the kernel has taken the programs off whose links are not pinned any more.
+// waitForRelease waits until the kernel has detached the programs whose links are no longer pinned.
 func (w *world) waitForRelease() {
 	w.t.Helper()
 	for range 500 {
@@ -404,10 +404,10 @@ func (w *world) waitForRelease() {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	w.t.Fatal("programs stay")
+	w.t.Fatal("programs are still loaded")
 }
 
-func TestClsactOfOthersStays(t *testing.T) {
+func TestForeignClsactStays(t *testing.T) {
 	theirs := map[string]func(w *world, device netlink.Link) error{
 		"empty": func(*world, netlink.Link) error { return nil },
 		"egress": func(w *world, device netlink.Link) error {
@@ -434,8 +434,8 @@ func TestClsactOfOthersStays(t *testing.T) {
 	})
 }
 
-// The qdisc is ours, but removing it would remove their filters.
-func TestClsactThatOthersUseStays(t *testing.T) {
+// The qdisc is ours, but removing it would remove foreign filters.
+func TestSharedClsactStays(t *testing.T) {
 	all := newWorld(t)
 	for side, parent := range parents {
 		w := all.withNewPod(t)
@@ -449,13 +449,13 @@ func TestClsactThatOthersUseStays(t *testing.T) {
 			t.Errorf("%s: %v", side, s)
 		}
 		if s["filter at "+side+", priority 2"] != 0 {
-			t.Errorf("%s: ours is left: %v", side, s)
+			t.Errorf("%s: ours is left behind: %v", side, s)
 		}
 	}
 }
 
-// An ingress qdisc has no egress side and keeps clsact out, although the kernel's error is the one for an existing clsact.
-func TestAnIngressQdiscIsNoClsact(t *testing.T) {
+// An ingress qdisc has no egress side and excludes clsact, although the kernel reports the same error as for an existing clsact.
+func TestIngressQdiscIsNotClsact(t *testing.T) {
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		w.do(func(device netlink.Link) error { return netlink.QdiscAdd(ingressQdisc(device.Attrs().Index)) })
 		before := w.state()
@@ -477,8 +477,8 @@ func TestAnIngressQdiscIsNoClsact(t *testing.T) {
 	})
 }
 
-// tcx is the fallback for whatever makes clsact fail.
-func TestClsactThatFailsIsTCX(t *testing.T) {
+// Attach falls back to tcx if clsact fails for any reason.
+func TestFallbackToTCX(t *testing.T) {
 	requireTCX(t)
 	w := newWorld(t)
 	w.do(w.takeOurPriority)
@@ -505,7 +505,7 @@ func TestListAndOrphaned(t *testing.T) {
 	})
 }
 
-func TestPruneKeepsWhatIsAttached(t *testing.T) {
+func TestPruneKeepsAttachments(t *testing.T) {
 	eachWay(t, func(_ *testing.T, w *world, way way) {
 		w.attach(way)
 		before := w.state()
@@ -520,7 +520,7 @@ func TestPruneKeepsWhatIsAttached(t *testing.T) {
 	})
 }
 
-// The programs' pins are gone, the attachment's are not.
+// The programs' pins are gone, but those of the attachment are not.
 func TestDetachWithoutDatapath(t *testing.T) {
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		before := w.state()
@@ -531,8 +531,8 @@ func TestDetachWithoutDatapath(t *testing.T) {
 	})
 }
 
-// Our own XDP program, pinned in a BPF file system that another one now hides, would be hard to find.
-func TestAnXDPProgramInTheWayIsNamed(t *testing.T) {
+// Our own XDP program would be hard to find if the BPF file system where it is pinned is hidden by another one.
+func TestConflictingXDPProgramIsNamed(t *testing.T) {
 	w := newWorld(t)
 	w.attach(way{attach.HookXDP, attach.ViaAuto})
 	mount := filepath.Dir(w.bpfDir)
@@ -545,8 +545,8 @@ func TestAnXDPProgramInTheWayIsNamed(t *testing.T) {
 	}
 }
 
-// Attaching and removing a thousand times leaves no more than once.
-func TestNothingPilesUp(t *testing.T) {
+// Attaching and removing a thousand times leaves no more behind than once.
+func TestNoLeaks(t *testing.T) {
 	const rounds = 1000
 	clsact := way{attach.HookTC, attach.ViaClsact}
 	for name, remove := range removals {
@@ -562,13 +562,13 @@ func TestNothingPilesUp(t *testing.T) {
 			}
 			w.wantState(before)
 			if now := w.countPrograms(); now != programs {
-				t.Errorf("%d programs use our maps, and at first %d", now, programs)
+				t.Errorf("%d programs use our maps, at first %d", now, programs)
 			}
 		})
 	}
 }
 
-// countPrograms counts those in the kernel that use our map of devices.
+// countPrograms counts the programs in the kernel that use our map of devices.
 func (w *world) countPrograms() (n int) {
 	w.t.Helper()
 	devices, err := ebpf.LoadPinnedMap(filepath.Join(w.d.Dir(), "devices"), nil)
@@ -584,7 +584,7 @@ func (w *world) countPrograms() (n int) {
 		w.must(err)
 		p, err := ebpf.NewProgramFromID(id)
 		if err != nil {
-			continue // it has just gone
+			continue // it has just been unloaded
 		}
 		info, err := p.Info()
 		w.must(errors.Join(err, p.Close()))

@@ -32,8 +32,8 @@ func get(address string) (string, error) {
 	return string(reply), err
 }
 
-// BenchmarkKill kills a pod's server (kill -9) and reports how long, from the signal on, connections are still accepted in its
-// name: percentiles over b.N kills. The evidence is good for an hour, so only watch can end it.
+// BenchmarkKill kills a pod's server (kill -9) and reports for how long after the signal connections are still accepted in its
+// name, as percentiles over b.N kills. The evidence is fresh for an hour, so only watch can end it.
 func BenchmarkKill(b *testing.B) {
 	node := bpftest.NewNode(b)
 	pod := node.AddPod(b)
@@ -75,7 +75,7 @@ func BenchmarkKill(b *testing.B) {
 	b.ReportMetric(float64(took[len(took)-1].Microseconds()), "max-µs")
 }
 
-// startServer starts this test's program as a server in the pod, and waits until it listens.
+// startServer starts the test binary as a server in the pod and waits until it listens.
 func startServer(t testing.TB, pod *bpftest.Pod, address string) *exec.Cmd {
 	t.Helper()
 	server := exec.Command("/proc/self/exe")
@@ -110,7 +110,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	// Defaults, which the command line overrides: each check holds many conversations, and most tests wait for timers.
+	// Defaults that the command line overrides: each check holds many conversations, and most tests wait for timers.
 	for name, value := range map[string]string{"rapid.checks": "3", "test.parallel": "8"} {
 		if err := flag.Set(name, value); err != nil {
 			panic(err)

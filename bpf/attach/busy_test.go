@@ -20,9 +20,9 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// BenchmarkBusyServer probes a server (TCP, b.N times, 20 ms apart) that 64 clients in its pod keep busy, each request on a connection of
-// its own, and reports the percentage of probes that each obstacle kept from being answered. PROBELET_TEST_NGINX=PATH measures nginx,
-// one worker, beside a Go server.
+// BenchmarkBusyServer probes a server (TCP, b.N times, 20 ms apart) that 64 clients in its pod keep busy, each request on a new
+// connection, and reports the percentage of probes that each obstacle kept from being answered. It measures a Go server, and with
+// PROBELET_TEST_NGINX=PATH also nginx with one worker.
 func BenchmarkBusyServer(b *testing.B) {
 	servers := map[string]func(b *testing.B, pod *bpftest.Pod){"go": func(b *testing.B, pod *bpftest.Pod) {
 		l := pod.Listen(b, knockPort)
@@ -57,7 +57,7 @@ func BenchmarkBusyServer(b *testing.B) {
 	}
 }
 
-// load has clients in the pod send requests, one per connection, and counts the replies.
+// load makes clients in the pod send requests, one per connection, and counts the replies.
 func load(b *testing.B, pod *bpftest.Pod, clients int) *atomic.Int64 {
 	b.Helper()
 	var served atomic.Int64

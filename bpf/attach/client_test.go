@@ -23,7 +23,7 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 )
 
-// halfClose sends a request, ends its side, and returns what comes back.
+// halfClose sends a request, closes its sending side, and returns what comes back.
 func halfClose(to netip.AddrPort, request string) (reply string, err error) {
 	conn, err := dialFrom(netip.AddrPort{}, to)
 	if err != nil {
@@ -40,7 +40,7 @@ func halfClose(to netip.AddrPort, request string) (reply string, err error) {
 	return string(all), err
 }
 
-// A client may end its side before it reads: it gets all of the reply, whoever that is from.
+// A client may close its sending side before it reads. It gets the whole reply, whether from the kernel or the pod.
 func TestHalfClose(t *testing.T) {
 	eachFamily(t, func(t *testing.T, s *served, addr netip.Addr) {
 		s.serveEchoOn(t, echoPort)
@@ -65,9 +65,9 @@ func TestHalfClose(t *testing.T) {
 	})
 }
 
-// A limit: a client that says nothing, ends its side and only then wants to hear a server that speaks first is reset. On the wire
-// it is the same as a TCP probe, which has its answer when it closes.
-func TestHalfCloseWithoutARequestIsATCPProbe(t *testing.T) {
+// A limitation: a client that sends nothing, closes its sending side, and only then reads from a server that speaks first is reset.
+// On the wire this looks the same as a TCP probe, which has its answer when it closes.
+func TestHalfCloseWithoutRequestIsATCPProbe(t *testing.T) {
 	eachFamily(t, func(t *testing.T, s *served, addr netip.Addr) {
 		s.serveBanner(t)
 		bpftest.Do(t, s.Node.NS, func() error {
@@ -83,7 +83,7 @@ func TestHalfCloseWithoutARequestIsATCPProbe(t *testing.T) {
 	})
 }
 
-// A whole TLS session takes place between client and pod.
+// A complete TLS session takes place between client and pod.
 func TestTLSIsHandedOver(t *testing.T) {
 	eachFamily(t, func(t *testing.T, s *served, addr netip.Addr) {
 		const port = 8443
@@ -99,7 +99,7 @@ func TestTLSIsHandedOver(t *testing.T) {
 		trusted := x509.NewCertPool()
 		trusted.AddCert(server.Certificate())
 		client := http.Client{Timeout: patience, Transport: &http.Transport{
-			TLSClientConfig: &tls.Config{RootCAs: trusted, ServerName: "example.com"}, // of httptest's certificate
+			TLSClientConfig: &tls.Config{RootCAs: trusted, ServerName: "example.com"}, // httptest's certificate
 			DialContext: func(_ context.Context, _, address string) (conn net.Conn, err error) {
 				err = inNS(s.Node.NS, func() error {
 					conn, err = net.DialTimeout("tcp", address, patience)
@@ -115,7 +115,7 @@ func TestTLSIsHandedOver(t *testing.T) {
 				t.Fatal(err)
 			}
 			if got, err := io.ReadAll(reply.Body); err != nil || string(got) != body {
-				t.Fatalf("%d bytes came back of %d, %v", len(got), n, err)
+				t.Fatalf("%d of %d bytes came back, %v", len(got), n, err)
 			}
 		}
 		client.CloseIdleConnections()
@@ -126,8 +126,8 @@ func TestTLSIsHandedOver(t *testing.T) {
 	})
 }
 
-// A client whose process is killed leaves nothing, whatever it was doing.
-func TestAKilledClient(t *testing.T) {
+// A client whose process is killed leaves nothing behind, whatever it was doing.
+func TestKilledClient(t *testing.T) {
 	eachFamily(t, func(t *testing.T, s *served, addr netip.Addr) {
 		s.serveEchoOn(t, echoPort)
 		for i := range 10 {
@@ -149,7 +149,7 @@ func TestAKilledClient(t *testing.T) {
 	})
 }
 
-// foreverEnv makes this program a client that talks with an echo until it is killed: its value is the echo's address.
+// foreverEnv turns the test binary into a client that exchanges data with an echo server until it is killed. Its value is the address.
 const foreverEnv = "PROBELET_TEST_FOREVER"
 
 func runForever(address string) error {
@@ -165,7 +165,7 @@ func runForever(address string) error {
 	}
 }
 
-// No more is sent than can be kept until the pod has the connection.
+// A client never sends more than can be stored until the pod has its connection.
 func TestFirstWindow(t *testing.T) {
 	const window = 2048 // STORED_MAX in bpf/abi.h
 	eachFamily(t, func(t *testing.T, s *served, addr netip.Addr) {
@@ -174,7 +174,7 @@ func TestFirstWindow(t *testing.T) {
 		dropper.At(t, bpftest.PodIn, echoPort, bpftest.Drop{Mask: bpftest.SYN, Flags: bpftest.SYN, Percent: 100})
 		conn := s.Dial(t, netip.AddrPortFrom(addr, echoPort).String()).(*net.TCPConn)
 		if got := tcpInfo(conn).Snd_wnd; got != window {
-			t.Errorf("a first window of %d bytes", got)
+			t.Errorf("first window of %d bytes", got)
 		}
 		const n = 100_000
 		sent := make(chan error, 1)
@@ -197,9 +197,9 @@ func TestFirstWindow(t *testing.T) {
 	})
 }
 
-// A pod that has just been started has to find its neighbours first. That takes a client no longer for being handed over.
-func TestAPodJustStarted(t *testing.T) {
-	const longer = 1500 * time.Millisecond // it was up to 4 s
+// A pod that has just been started must resolve its neighbours first. Handing a connection over must not prolong that.
+func TestNewPod(t *testing.T) {
+	const longer = 1500 * time.Millisecond // it used to take up to 4 s
 	for _, way := range ways {
 		for name, request := range map[string]string{"GET": unknown, "POST": post(300_000)} {
 			t.Run(fmt.Sprintf("%s %s", way, name), func(t *testing.T) {
@@ -217,7 +217,7 @@ func TestAPodJustStarted(t *testing.T) {
 					took[i] = time.Since(start)
 				}
 				if took[1] > took[0]+longer {
-					t.Errorf("handed over it took %v, passed on %v", took[1], took[0])
+					t.Errorf("took %v handed over, %v passed on", took[1], took[0])
 				}
 				if n := handed.counters(t)["handed_over"]; n != 1 {
 					t.Errorf("%d connections were handed over", n)

@@ -22,26 +22,26 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 )
 
-// conversation is what a client and a server say to each other on one connection.
+// conversation describes what a client and a server send each other on one connection.
 type conversation struct {
 	IPv6     bool
 	Greeting int // bytes that the server sends before it reads
 	Rounds   []round
 	Accept   string
 	Ending   string
-	Cut      int // bytes of the client's after which a side aborts, if Ending says so
+	Cut      int // bytes from the client after which a side aborts, if Ending says so
 	Drops    map[bpftest.Place]bpftest.Drop
 	Seed     uint64
 }
 
-// round is a request and its reply. The client sends the next one after it has read the reply, unless there is none.
+// round is a request and its reply. The client sends the next request after it has read the reply, unless that is empty.
 type round struct {
 	Prefix         string // of the request
 	Request, Reply int    // bytes
 	Pieces         []piece
 }
 
-// piece ends a write of the client's after so many percent of the request.
+// piece ends a write of the client after the given percentage of the request.
 type piece struct {
 	Percent int
 	Pause   time.Duration
@@ -53,7 +53,7 @@ const (
 	acceptSlowly = "slowly"
 	acceptFull   = "after its queue was full"
 	acceptData   = "when there is data" // TCP_DEFER_ACCEPT
-	acceptNever  = "never: nobody listens"
+	acceptNever  = "never: no listener"
 )
 
 // How a conversation ends.
@@ -66,15 +66,15 @@ const (
 	clientAbandons = "client closes in the middle"
 )
 
-// The ways in which a stream of bytes ends.
+// How a stream of bytes ends.
 const (
 	endEOF     = "EOF"
 	endReset   = "reset"
-	endNone    = "none" // the side has aborted itself
+	endNone    = "none" // the side itself has aborted
 	endTimeout = "timeout"
 )
 
-// transcript is what the two sides have got.
+// transcript is what the two sides have received.
 type transcript struct {
 	server, client side
 }
@@ -102,8 +102,8 @@ func endOf(err error) string {
 	return err.Error()
 }
 
-// patience is how long anything in a conversation may take. Without SACK, lost packets cost seconds rather than
-// milliseconds (grantMSSOnly).
+// patience limits how long anything in a conversation may take. Without SACK, lost packets cost seconds rather than milliseconds
+// (grantMSSOnly).
 const patience = time.Minute
 
 func (c *conversation) aborted() bool { return c.Ending == clientResets || c.Ending == clientAbandons }
@@ -134,7 +134,7 @@ func (c *conversation) replies() []byte {
 	return all
 }
 
-// hold has the conversation with a server in the pod.
+// hold holds the conversation with a server in the pod.
 func (c *conversation) hold(_ testing.TB, pod *bpftest.Pod, port uint16) (transcript, error) {
 	var got transcript
 	listener, err := c.listen(pod, port)
@@ -144,7 +144,7 @@ func (c *conversation) hold(_ testing.TB, pod *bpftest.Pod, port uint16) (transc
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
-		got.server = side{end: endEOF} // as if the client had closed at once: a probe of TCP
+		got.server = side{end: endEOF} // as if the client had closed immediately, like a TCP probe
 		if listener == nil {
 			return
 		}
@@ -153,7 +153,7 @@ func (c *conversation) hold(_ testing.TB, pod *bpftest.Pod, port uint16) (transc
 		}
 	}()
 	got.client = c.ask(pod, port)
-	if c.aborted() && listener != nil { // the pod may never hear of it
+	if c.aborted() && listener != nil { // the pod may never learn about it
 		_ = listener.SetDeadline(time.Now().Add(2 * time.Second))
 	}
 	<-served
@@ -221,7 +221,7 @@ func (c *conversation) accept(listener *net.TCPListener) (*net.TCPConn, error) {
 		if err != nil || !conn.RemoteAddr().(*net.TCPAddr).IP.IsLoopback() {
 			return conn, err
 		}
-		_ = conn.Close() // what filled the queue, and may have come into it late
+		_ = conn.Close() // what filled the queue, and may have arrived there late
 	}
 }
 
@@ -258,7 +258,7 @@ func (c *conversation) serve(conn *net.TCPConn) side {
 	return side{got.Bytes(), endOf(err)}
 }
 
-// inbox is what a client reads, beside writing.
+// inbox is what a client reads while it writes.
 type inbox struct {
 	mu      sync.Mutex
 	changed *sync.Cond
@@ -282,7 +282,7 @@ func (b *inbox) read(conn net.Conn) {
 	}
 }
 
-// await waits for so many bytes, or the end.
+// await waits for the given number of bytes, or the end.
 func (b *inbox) await(n int) (ended bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -329,7 +329,7 @@ func (c *conversation) ask(pod *bpftest.Pod, port uint16) side {
 		_ = conn.CloseWrite()
 	}
 	<-reading
-	if failed != endEOF && in.end == endEOF { // the socket tells of a reset once, here the writer
+	if failed != endEOF && in.end == endEOF { // the socket reports a reset only once, here to the writer
 		in.end = failed
 	}
 	return in.side
@@ -369,12 +369,12 @@ func (c *conversation) say(conn *net.TCPConn, in *inbox) error {
 	return nil
 }
 
-// exact reports whether nothing of the conversation depends on chance.
+// exact reports whether nothing in the conversation depends on chance.
 func (c *conversation) exact() bool {
 	return !c.aborted() && (c.Ending != serverResets || len(c.Drops) == 0 && c.Greeting == 0)
 }
 
-// compare returns what is wrong with a transcript, given that of the same conversation with a pod that is not attached.
+// compare returns what is wrong with a transcript, given the transcript of the same conversation with a pod that is not attached.
 func (c *conversation) compare(got, plain transcript) error {
 	var errs []error
 	if !bytes.HasPrefix(c.requests(), got.server.got) || !bytes.HasPrefix(c.replies(), got.client.got) {
@@ -396,7 +396,7 @@ var prefixes = []string{
 	"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "\r\n",
 }
 
-// sizes are around what one segment, a probe's request and the first window hold.
+// sizes are close to what fits into one segment, a probe's request, and the first window.
 var sizes = []int{1, 100, 511, 1023, 1024, 1025, 1460, 1461, 1900, 2047, 2048, 2049, 4096, 20_000, 300_000}
 
 var rounds = rapid.Custom(func(t *rapid.T) round {
@@ -414,9 +414,9 @@ var rounds = rapid.Custom(func(t *rapid.T) round {
 	}
 })
 
-// drops are what may happen to packets on their way. An answer to a SYN is never lost at HostIn: the device would not be
-// trusted any more. Nor is a client's reset at ClientOut, which is sent once: nobody would know that the client is gone
-// (TestPortsOfAVanishedOwnerAreAnybodys).
+// drops are what may happen to packets on their way. An answer to a SYN is never lost at HostIn, because the device would lose
+// trust. Nor is a client's reset at ClientOut, because it is sent only once, and nothing would reveal that the client is gone
+// (TestPortsOfAVanishedOwnerAreReusable).
 var drops = map[bpftest.Place][]bpftest.Drop{
 	bpftest.ClientOut: {{First: 1}, {Mask: bpftest.PSH, Flags: bpftest.PSH, First: 1}, {Mask: bpftest.RST, Percent: 3}},
 	bpftest.PodIn: {

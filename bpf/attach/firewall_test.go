@@ -16,14 +16,14 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 )
 
-// firewall is a table of nftables in a node's namespace.
+// firewall is an nftables table in a node's namespace.
 type firewall struct {
 	t     testing.TB
 	conn  *nftables.Conn
 	table *nftables.Table
 }
 
-// newFirewall makes an empty table, or skips the test where the kernel has no nftables.
+// newFirewall creates an empty table, or skips the test if the kernel has no nftables.
 func newFirewall(t testing.TB, node *bpftest.Node) *firewall {
 	t.Helper()
 	conn, err := nftables.New(nftables.WithNetNSFd(int(node.NS.Fd())))
@@ -38,7 +38,7 @@ func newFirewall(t testing.TB, node *bpftest.Node) *firewall {
 	return f
 }
 
-// hooks of a firewall, with the priority at which filters are.
+// Hooks of a firewall where filters can be attached, by name.
 var (
 	prerouting = nftables.ChainHookPrerouting
 	filterHook = map[string]*nftables.ChainHook{
@@ -47,7 +47,7 @@ var (
 	}
 )
 
-// chain adds rules at a hook, in a chain of that name.
+// chain adds rules at a hook, in a chain with the given name.
 func (f *firewall) chain(name string, hook *nftables.ChainHook, rules ...[]expr.Any) {
 	f.t.Helper()
 	chain := f.conn.AddChain(&nftables.Chain{
@@ -61,7 +61,7 @@ func (f *firewall) chain(name string, hook *nftables.ChainHook, rules ...[]expr.
 	}
 }
 
-// redirect makes connections to a port arrive at another one.
+// redirect redirects connections from one port to another.
 func (f *firewall) redirect(from, to uint16) {
 	f.t.Helper()
 	chain := f.conn.AddChain(&nftables.Chain{
@@ -80,7 +80,7 @@ func (f *firewall) redirect(from, to uint16) {
 	}
 }
 
-// counted returns how many packets met the first counter of a chain's rules.
+// counted returns the value of the first counter in a chain.
 func (f *firewall) counted(name string) (packets uint64) {
 	f.t.Helper()
 	rules, err := f.conn.GetRules(f.table, &nftables.Chain{Name: name, Table: f.table})
@@ -106,7 +106,7 @@ func (f *firewall) remove() {
 
 var drop = &expr.Verdict{Kind: expr.VerdictDrop}
 
-// rule is the parts of a rule, one after the other.
+// rule concatenates the parts of a rule.
 func rule(parts ...[]expr.Any) (all []expr.Any) {
 	for _, part := range parts {
 		all = append(all, part...)
@@ -116,7 +116,7 @@ func rule(parts ...[]expr.Any) (all []expr.Any) {
 
 func then(parts ...expr.Any) []expr.Any { return parts }
 
-// tcpFlags matches segments in which, of the flags in mask, those in flags are set. Both are of the two bytes that begin
+// tcpFlags matches segments in which, of the flags in mask, exactly those in flags are set. Both cover the two bytes that begin
 // with the header's length.
 func tcpFlags(mask, flags uint16) []expr.Any {
 	return []expr.Any{
@@ -128,7 +128,7 @@ func tcpFlags(mask, flags uint16) []expr.Any {
 	}
 }
 
-// connState matches packets that connection tracking has in one of these states.
+// connState matches packets that connection tracking classifies as one of these states.
 func connState(bits uint32) []expr.Any {
 	return []expr.Any{
 		&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
@@ -148,7 +148,7 @@ func marked() []expr.Any {
 	}
 }
 
-// noRouteBack matches packets whose source is not reached by the device that they came in by: rp_filter for both families.
+// noRouteBack matches packets whose source is not reachable through the device that received them: rp_filter for both families.
 func noRouteBack() []expr.Any {
 	return []expr.Any{
 		&expr.Fib{Register: 1, FlagSADDR: true, FlagIIF: true, ResultOIF: true},
@@ -207,7 +207,7 @@ func TestStrictNetfilter(t *testing.T) {
 					}
 				}
 				if n := f.counted("spoofed"); n > 0 {
-					t.Errorf("%d packets came in by a device that their source is not at", n)
+					t.Errorf("%d packets arrived on a device that does not lead to their source", n)
 				}
 				if f.counted("tracked") == 0 {
 					t.Error("no connection was tracked")

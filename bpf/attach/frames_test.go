@@ -28,10 +28,10 @@ const (
 	etherTypeVLAN    = 0x8100
 	etherTypeIPv6    = 0x86dd
 	etherTypeSteered = 0x88b5 // ETH_P_STEERED: IEEE 802 local experimental 1
-	protocol8022     = 0x0004 // ETH_P_802_2: what the kernel calls a frame with a length for an EtherType
+	protocol8022     = 0x0004 // ETH_P_802_2: the kernel's value for frames with a length instead of an EtherType
 )
 
-// packetSocket opens a socket for frames of a protocol at a device.
+// packetSocket opens a socket for frames of a protocol on a device.
 func packetSocket(t testing.TB, in ns.NetNS, device string, protocol uint16) int {
 	t.Helper()
 	var fd int
@@ -54,14 +54,14 @@ func packetSocket(t testing.TB, in ns.NetNS, device string, protocol uint16) int
 	return fd
 }
 
-// frame is one that the pod sends to the node.
+// frame returns a frame that the pod sends to the node.
 func (s *served) frame(etherType uint16, payload []byte) []byte {
 	header := slices.Concat(s.HostMAC, s.MAC, binary.BigEndian.AppendUint16(nil, etherType))
 	return append(header, payload...)
 }
 
 // A pod may use the EtherType that steer and respond use between them.
-func TestFramesOfThePodArrive(t *testing.T) {
+func TestPodFramesArrive(t *testing.T) {
 	v4 := bpftest.Segment{
 		Src: netip.MustParseAddrPort("10.244.1.8:8080"), Dst: netip.MustParseAddrPort("10.244.1.1:40000"),
 		SrcMAC: bpftest.PodMAC, DstMAC: bpftest.ClientMAC, Flags: "SA", Payload: string(make([]byte, 600)),
@@ -97,9 +97,9 @@ func TestFramesOfThePodArrive(t *testing.T) {
 	})
 }
 
-// Programs after ours at tc ingress get whole Ethernet frames, as without us. Generic XDP takes the headers from some
+// Programs after ours at tc ingress receive whole Ethernet frames, as without us. Generic XDP removes the headers from some
 // packets before any program runs.
-func TestNeighboursGetWholeFrames(t *testing.T) {
+func TestNeighboursSeeWholeFrames(t *testing.T) {
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		s := w.serve(way)
 		program, counts := newFrameCounter(t)
@@ -146,8 +146,8 @@ func (w *world) behind(program *ebpf.Program, side string) {
 	})
 }
 
-// The client's mark must not come back with the answer: it might be routed by it.
-func TestAnswersBearNoMark(t *testing.T) {
+// The client's mark must not come back with the answer, because it might affect routing.
+func TestAnswersCarryNoMark(t *testing.T) {
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		s := w.serve(way)
 		f := newFirewall(t, s.Node)
@@ -179,7 +179,7 @@ func TestAnswersBearNoMark(t *testing.T) {
 	})
 }
 
-// askBy sends a request and reads all that comes back.
+// askBy sends a request and reads everything that comes back.
 func askBy(dialer net.Dialer, address, text string) error {
 	conn, err := dialer.Dial("tcp", address)
 	if err != nil {

@@ -28,7 +28,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// twins are two pods of a node, of which one is attached, and every connection to it is handed over.
+// twins are two pods on a node. One of them is attached, and every connection to it is handed over.
 type twins struct {
 	*served
 	plain    *bpftest.Pod
@@ -45,12 +45,12 @@ func newTwins(t *testing.T, way way) *twins {
 		tw.droppers[pod] = pod.NewDropper(t)
 	}
 	tw.prove(t)
-	tw.lookAway(t) // or a busy server keeps connections from being taken
+	tw.lookAway(t) // or a busy server would keep connections from being taken
 	return tw
 }
 
-// grantMSSOnly makes a pod grant its clients no option but the MSS, which is all that a connection that is handed over
-// has. With SACK and timestamps the plain pod's connections would recover from loss many times faster.
+// grantMSSOnly makes a pod grant its clients no option but the MSS, which is all that a handed-over connection has. With SACK and
+// timestamps the plain pod's connections would recover from loss many times faster.
 func grantMSSOnly(t *testing.T, pod *bpftest.Pod) {
 	t.Helper()
 	bpftest.Do(t, pod.NS, func() (err error) {
@@ -61,7 +61,7 @@ func grantMSSOnly(t *testing.T, pod *bpftest.Pod) {
 	})
 }
 
-// prove has one connection answered by the device, so that it is trusted.
+// prove lets the device answer a connection so that it becomes trusted.
 func (s *served) prove(t *testing.T) {
 	t.Helper()
 	if reply := s.ask(t, s.Node.NS, s.IPv4, probe); !strings.Contains(reply, hit) {
@@ -73,10 +73,10 @@ func inNS(n ns.NetNS, f func() error) error {
 	return n.Do(func(ns.NetNS) error { return f() })
 }
 
-// basePort is of the first of the conversations that are held at once.
+// basePort is the port of the first of the concurrent conversations.
 const basePort = 10_000
 
-// hold has conversations with one of the pods, all at once.
+// hold holds conversations with one of the pods concurrently.
 func (tw *twins) hold(t *testing.T, pod *bpftest.Pod, all []*conversation) []transcript {
 	t.Helper()
 	got, errs := make([]transcript, len(all)), make([]error, len(all))
@@ -98,8 +98,8 @@ func (tw *twins) hold(t *testing.T, pod *bpftest.Pod, all []*conversation) []tra
 	return got
 }
 
-// A conversation that is handed over is, byte for byte, what the client and the pod would have had without us.
-func TestHandedOverIsAsThePodAlone(t *testing.T) {
+// A handed-over conversation is, byte for byte, what the client and the pod would have had without us.
+func TestHandedOverEqualsThePodAlone(t *testing.T) {
 	for _, way := range ways {
 		t.Run(way.String(), func(t *testing.T) {
 			t.Parallel()
@@ -107,7 +107,7 @@ func TestHandedOverIsAsThePodAlone(t *testing.T) {
 			rapid.Check(t, func(r *rapid.T) {
 				all := rapid.SliceOfN(conversations, 16, 24).Draw(r, "conversations")
 				lasting := success()
-				lasting.ObservedAt += uint64(time.Minute) // each listener that closes voids what was observed until then
+				lasting.ObservedAt += uint64(time.Minute) // closing a listener voids all earlier evidence
 				for i := range all {
 					tw.put(t, datapath.PortKey(uint16(basePort+i)), lasting)
 				}
@@ -148,8 +148,8 @@ func (s *served) counters(t testing.TB) map[string]uint64 {
 	return counters
 }
 
-// left waits for nothing to be left of connections, and returns what is left all the same: flows, stored requests, and
-// sockets of the pod. It waits for a minute: a FIN that was lost is repeated when its sender has learned to, which loss makes late.
+// left waits until nothing is left of connections, and returns what is left nevertheless: flows, stored requests, and sockets of
+// the pod. It waits for a minute: the retransmission timeout of a lost FIN depends on earlier losses.
 func (s *served) left(t testing.TB) (left string) {
 	t.Helper()
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
@@ -174,7 +174,7 @@ func (s *served) wantNothingLeft(t testing.TB) {
 	}
 }
 
-// requests is the number of stored requests.
+// requests returns the number of stored requests.
 func (s *served) requests(t testing.TB) (n int) {
 	t.Helper()
 	info, err := s.d.Steer().Info()
@@ -198,8 +198,8 @@ func (s *served) requests(t testing.TB) (n int) {
 	return n
 }
 
-// sockets are the TCP sockets in a namespace, as the kernel lists them, but those that listen or are in TIME_WAIT. Nor in
-// LAST_ACK: a flow ends with the last acknowledgement, and one that gets lost behind us is not brought again (bpf/flow.h).
+// sockets returns the TCP sockets in a namespace as the kernel lists them, except those in LISTEN and TIME_WAIT. It also omits
+// LAST_ACK: a flow ends with the last acknowledgement, and one that is lost after us is not repeated (bpf/flow.h).
 func sockets(t testing.TB, n ns.NetNS) (all []string) {
 	t.Helper()
 	const timeWait, lastACK, listen = "06", "09", "0A" // include/net/tcp_states.h
@@ -223,7 +223,7 @@ func sockets(t testing.TB, n ns.NetNS) (all []string) {
 	return all
 }
 
-// ways of using the pod's HTTP server, each with what is to be read then.
+// uses lists ways of using the pod's HTTP server, each with the expected response.
 var uses = []struct {
 	request, reply string
 	end            func(conn *net.TCPConn) error // after the request
@@ -244,7 +244,7 @@ func post(n int) string {
 	return fmt.Sprintf("POST /x HTTP/1.1\r\nHost: pod\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", n, strings.Repeat("x", n))
 }
 
-// manyFor is how long TestManyAtOnce takes with each way.
+// manyFor is how long TestManyAtOnce spends on each way.
 const manyFor = 2 * time.Second
 
 func TestManyAtOnce(t *testing.T) {
@@ -254,7 +254,7 @@ func TestManyAtOnce(t *testing.T) {
 			node := bpftest.NewNode(t)
 			s := serve(t, node.AddPod(t), way)
 			s.prove(t)
-			s.lookAway(t) // the server is as busy as can be
+			s.lookAway(t) // the server is as busy as possible
 			var made atomic.Int64
 			all := make([]func() error, clients)
 			for i := range all {
@@ -310,9 +310,9 @@ func (s *served) use(i int, addr netip.Addr) error {
 	return nil
 }
 
-// The pod's end of its veth may have a smaller MTU (the CNI plugin tuning sets it there). A packet that is longer, and is not
-// segmented any more, would be dropped on its way.
-func TestAPodWithASmallerMTU(t *testing.T) {
+// The pod's end of its veth may have a smaller MTU (the CNI plugin tuning sets it there). A packet that is longer, and no longer
+// segmented, would be dropped on its way.
+func TestPodWithASmallerMTU(t *testing.T) {
 	const mtu = 1300
 	eachFamily(t, func(t *testing.T, s *served, addr netip.Addr) {
 		bpftest.Do(t, s.NS, func() error {
@@ -324,7 +324,7 @@ func TestAPodWithASmallerMTU(t *testing.T) {
 		})
 		s.serveEchoOn(t, echoPort)
 		bpftest.Do(t, s.Node.NS, func() error {
-			for _, n := range []int{100, mtu + 50, echoed} { // by the first it is learned
+			for _, n := range []int{100, mtu + 50, echoed} { // the first one teaches us the MTU
 				conn, err := dialFrom(netip.AddrPort{}, netip.AddrPortFrom(addr, echoPort))
 				if err != nil {
 					return err
@@ -345,8 +345,8 @@ func TestAPodWithASmallerMTU(t *testing.T) {
 	})
 }
 
-// The pod sends no more than fits the client's window, from the first packet on.
-func TestAClientWithASmallWindow(t *testing.T) {
+// The pod never sends more than fits the client's window, from the first packet on.
+func TestClientWithASmallWindow(t *testing.T) {
 	eachFamily(t, func(t *testing.T, s *served, addr netip.Addr) {
 		listener := s.Listen(t, echoPort)
 		s.armPort(t, echoPort)
@@ -370,7 +370,7 @@ func TestAClientWithASmallWindow(t *testing.T) {
 			bpftest.Do(t, s.Node.NS, func() error {
 				dialer := net.Dialer{Control: func(_, _ string, socket syscall.RawConn) (err error) {
 					control := socket.Control(func(fd uintptr) {
-						err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 2304) // the least there is, see socket(7)
+						err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 2304) // the minimum, see socket(7)
 					})
 					return errors.Join(control, err)
 				}}
@@ -405,7 +405,7 @@ func tcpInfo(conn *net.TCPConn) (info *unix.TCPInfo) {
 	return info
 }
 
-// Urgent data stays what it is: it is no part of the stream.
+// Urgent data stays urgent: it does not become part of the stream.
 func TestUrgentDataIsHandedOver(t *testing.T) {
 	eachFamily(t, func(t *testing.T, s *served, addr netip.Addr) {
 		s.serveEchoOn(t, echoPort)

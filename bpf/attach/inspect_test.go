@@ -21,8 +21,8 @@ func (w *world) inspector() (i *attach.Inspector) {
 	return i
 }
 
-// inspect checks the attachment as an inspector does, after some looks at it, and after so long that what it has read is not
-// read again.
+// inspect checks the attachment with an inspector after some rounds, and after enough time that unchanged pins are not read
+// again.
 func (w *world) inspect(i *attach.Inspector) error {
 	w.t.Helper()
 	return w.inNode(func() error {
@@ -43,9 +43,9 @@ func (w *world) inspectOften(i *attach.Inspector) {
 	}
 }
 
-// An inspector that remembers what it has read finds what is missing, as one does that looks for the first time, and finds it whole
-// when it has been attached again.
-func TestInspectorFindsWhatIsMissing(t *testing.T) {
+// An inspector that caches what it has read finds what is missing, like one that looks for the first time, and accepts the attachment
+// once it has been repaired.
+func TestInspectorFindsDamage(t *testing.T) {
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		i := w.inspector()
 		for piece, breakIt := range breakages {
@@ -77,8 +77,8 @@ func TestInspectorFindsWhatIsMissing(t *testing.T) {
 	})
 }
 
-// Where news is lost (ENOBUFS), all filters are looked at again.
-func TestInspectorMissesNews(t *testing.T) {
+// If notifications are lost (ENOBUFS), all filters are read again.
+func TestInspectorRecoversFromLostNotifications(t *testing.T) {
 	w := newWorld(t)
 	i := w.inspector()
 	w.attach(way{attach.HookTC, attach.ViaClsact})

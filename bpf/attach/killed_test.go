@@ -16,8 +16,8 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// attachEnv makes this test's program attach and detach until it is killed: network namespace, BPF directory, ifindex, hook
-// and way.
+// attachEnv makes the test binary attach and detach until it is killed. Its value holds the network namespace, BPF directory, ifindex,
+// hook and way.
 const attachEnv = "PROBELET_TEST_ATTACH"
 
 func init() {
@@ -61,7 +61,7 @@ func attachForever(bpfDir string, target attach.Target, via attach.Via) error {
 
 // Whenever a process is killed while it attaches or detaches, the next Detach and Prune clean up.
 func TestKilledAtAnyMoment(t *testing.T) {
-	kills := map[attach.Via]int{attach.ViaClsact: 60, attach.ViaAuto: 15} // most of the latter are in a wait for RCU
+	kills := map[attach.Via]int{attach.ViaClsact: 60, attach.ViaAuto: 15} // most of the latter would be killed while waiting for RCU
 	eachWay(t, func(_ *testing.T, w *world, way way) {
 		before := w.state()
 		for range kills[way.via] {

@@ -25,7 +25,7 @@ import (
 // knockPort is the port of TCP probes in these tests.
 const knockPort = 9000
 
-// socket says how to listen, by default at any address of both families.
+// socket describes how to listen, by default on any address of both families.
 type socket struct {
 	port     int // 0 is knockPort
 	address  netip.Addr
@@ -34,7 +34,7 @@ type socket struct {
 	set      func(fd int) error // before it is bound
 }
 
-// listen makes the socket in a namespace, and accepts nothing.
+// listen creates the socket in a namespace, and accepts nothing.
 func (o socket) listen(t testing.TB, in ns.NetNS) net.Listener {
 	t.Helper()
 	var l net.Listener
@@ -82,13 +82,13 @@ func option(level, name, value int) func(fd int) error {
 	return func(fd int) error { return unix.SetsockoptInt(fd, level, name, value) }
 }
 
-// filtered lets every packet through.
+// filtered attaches a filter that lets every packet through.
 func filtered(fd int) error {
 	pass := unix.SockFilter{Code: unix.BPF_RET, K: 1 << 16}
 	return unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: 1, Filter: &pass})
 }
 
-// keyed makes connections from 192.0.2.1 bear a signature.
+// keyed requires a signature on connections from 192.0.2.1.
 func keyed(fd int) error {
 	md5 := struct { // struct tcp_md5sig in include/uapi/linux/tcp.h
 		Family           uint16
@@ -103,7 +103,7 @@ func keyed(fd int) error {
 	return errors.Join(err, unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_MD5SIG, string(text)))
 }
 
-// knockable is a pod whose device is proven. A pod just started has to find its neighbours first, which takes a second.
+// knockable returns a pod whose device is proven. A new pod must first resolve its neighbours, which takes a second.
 func knockable(t *testing.T, w *world) *served {
 	t.Helper()
 	if !w.d.SeesListeners() {
@@ -116,10 +116,10 @@ func knockable(t *testing.T, w *world) *served {
 	return s
 }
 
-// families are a pod's two addresses.
+// families returns a pod's two addresses.
 func (s *served) families() []netip.Addr { return []netip.Addr{s.IPv4, s.IPv6} }
 
-// armTCP makes a port's TCP probe one that has just succeeded for the first time.
+// armTCP acts as if a port's TCP probe had just succeeded for the first time.
 func (s *served) armTCP(t testing.TB, port uint16) {
 	t.Helper()
 	if err := s.known(t).Delete(datapath.PortKey(port)); err != nil {
@@ -129,7 +129,7 @@ func (s *served) armTCP(t testing.TB, port uint16) {
 	s.armPort(t, port)
 }
 
-// knock is a TCP probe. It reports whether it succeeded, and whether the pod was asked.
+// knock performs a TCP probe. It reports whether the probe succeeded, and whether it was passed on to the pod.
 func (s *served) knock(t testing.TB, to netip.AddrPort) (ok, passed bool) {
 	t.Helper()
 	before := s.tally(t, datapath.TCPKey(to.Port())).Hits
@@ -146,7 +146,7 @@ func (s *served) tally(t testing.TB, key datapath.EndpointKey) datapath.Tally {
 	return tally
 }
 
-// obstacle is what the port's probe met last.
+// obstacle returns the last obstacle on the port.
 func (s *served) obstacle(t testing.TB, port uint16) string {
 	t.Helper()
 	return datapath.Obstacles[s.tally(t, datapath.PortKey(port)).Obstacle]
@@ -161,12 +161,12 @@ func connects(t testing.TB, node *bpftest.Node, to netip.AddrPort) bool {
 		return err
 	})
 	if err == nil {
-		err = conn.Close() // which an answered probe is counted at
+		err = conn.Close() // where an answered probe counts
 	}
 	return err == nil
 }
 
-// A TCP probe is answered only where the pod's kernel would take the connection, as a real one shows.
+// A TCP probe is answered only if the pod's kernel would accept the connection, as a real one shows.
 func TestWhatListens(t *testing.T) {
 	s := knockable(t, newWorld(t))
 	other := s.Node.AddPod(t)
@@ -191,10 +191,10 @@ func TestWhatListens(t *testing.T) {
 		"another pod":                  {func(t *testing.T) { bpftest.AcceptAll(anyIP.listen(t, other.NS)) }, none},
 		"the node":                     {func(t *testing.T) { bpftest.AcceptAll(anyIP.listen(t, s.Node.NS)) }, none},
 		"a filter":                     {s.listens(anyIP.with(filtered)), []string{"special", "special"}},
-		"a least TTL":                  {s.listens(anyIPv4.with(option(unix.IPPROTO_IP, unix.IP_MINTTL, 5))), []string{"special", "no_listener"}},
-		"a least hop limit":            {s.listens(anyIP.with(option(unix.IPPROTO_IPV6, unix.IPV6_MINHOPCOUNT, 5))), []string{"special", "special"}},
+		"a minimum TTL":                {s.listens(anyIPv4.with(option(unix.IPPROTO_IP, unix.IP_MINTTL, 5))), []string{"special", "no_listener"}},
+		"a minimum hop limit":          {s.listens(anyIP.with(option(unix.IPPROTO_IPV6, unix.IPV6_MINHOPCOUNT, 5))), []string{"special", "special"}},
 		"signatures":                   {s.listens(anyIPv4.with(keyed)), []string{"special", "no_listener"}},
-		"room for one at a time":       {s.listens(socket{}), []string{"real_due", "real_due"}},
+		"room for only one":            {s.listens(socket{}), []string{"real_due", "real_due"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c.listen(t)
@@ -203,7 +203,7 @@ func TestWhatListens(t *testing.T) {
 				to := netip.AddrPortFrom(addr, knockPort)
 				before := s.counters(t)
 				ok, passed := s.knock(t, to)
-				for range 20 { // a busy machine has not accepted the last connection yet
+				for range 20 { // a busy machine has not yet accepted the previous connection
 					if met := s.obstacle(t, knockPort); !passed || met != "queue_long" && met != "head_old" {
 						break
 					}
@@ -229,10 +229,10 @@ func TestWhatListens(t *testing.T) {
 	}
 }
 
-// accepted is longer than it takes to know that a real connection was accepted.
+// accepted is longer than it takes to find out that a real connection was accepted.
 const accepted = 60 * time.Millisecond
 
-// listens makes sockets in the pod that accept.
+// listens creates sockets in the pod that accept.
 func (s *served) listens(sockets ...socket) func(t *testing.T) {
 	return func(t *testing.T) {
 		for _, o := range sockets {
@@ -241,14 +241,14 @@ func (s *served) listens(sockets ...socket) func(t *testing.T) {
 	}
 }
 
-// at is a socket at one address.
+// at returns a socket on one address.
 func at(a netip.Addr) socket { return socket{address: a, backlog: 128} }
 
 func boundTo(device string) func(fd int) error {
 	return func(fd int) error { return unix.BindToDevice(fd, device) }
 }
 
-// connectsReally connects to the pod while there is no prober, so that nothing is answered for it.
+// connectsReally connects to the pod while there is no prober, so that nothing is answered in its name.
 func (s *served) connectsReally(t testing.TB, to netip.AddrPort) (ok bool) {
 	t.Helper()
 	err := s.d.SetProber(datapath.Prober{})
@@ -259,7 +259,7 @@ func (s *served) connectsReally(t testing.TB, to netip.AddrPort) (ok bool) {
 	return ok
 }
 
-// What the pod still has of an earlier connection on the same ports neither hides a listener nor is taken for one.
+// An earlier connection that the pod still has on the same ports neither hides a listener nor is mistaken for one.
 func TestEarlierConnection(t *testing.T) {
 	s := knockable(t, newWorld(t))
 	for name, c := range map[string]struct{ vanished, listens bool }{
@@ -296,7 +296,7 @@ func TestEarlierConnection(t *testing.T) {
 	}
 }
 
-// leave leaves something of a connection in the pod, and returns its client's address.
+// leave leaves a remnant of a connection in the pod, and returns the client's address.
 func (s *served) leave(t *testing.T, listener net.Listener, to netip.AddrPort, vanishes bool) (from netip.AddrPort) {
 	t.Helper()
 	bpftest.Do(t, s.Node.NS, func() error {
@@ -313,15 +313,15 @@ func (s *served) leave(t *testing.T, listener net.Listener, to netip.AddrPort, v
 			t.Cleanup(func() { _ = server.Close() })
 			return abandon(client)
 		}
-		err = server.Close() // first, so the TIME_WAIT is its
+		err = server.Close() // first, so that it ends in TIME_WAIT
 		_, readErr := io.ReadAll(client)
 		return errors.Join(err, readErr, client.Close())
 	})
 	return from
 }
 
-// A socket that is bound to the pod's device is never answered for. Whether it is found depends on the indexes that the two ends of the
-// veth happen to have, because the look-up is made at the host's.
+// Nothing is answered in the name of a socket that is bound to the pod's device. Whether it is found depends on the indexes of the two
+// ends of the veth, because the lookup uses that of the host end.
 func TestBoundToThePodsDevice(t *testing.T) {
 	s := knockable(t, newWorld(t))
 	s.listens(socket{backlog: 128, set: boundTo("eth0")})(t)
@@ -336,8 +336,8 @@ func TestBoundToThePodsDevice(t *testing.T) {
 	}
 }
 
-// A server that has stopped accepting is found out as by plain probes, at most K probes later: a connection that reaches it stays in its
-// queue, and a probe fails once that is full.
+// A server that has stopped accepting is detected as by plain probes, at most K probes later: a connection that reaches it stays in its
+// queue, and probes fail once that is full.
 func TestStoppedServer(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -350,7 +350,7 @@ func TestStoppedServer(t *testing.T) {
 				from, to = plain.IPv6, s.IPv6
 			}
 			plain.Listen(t, knockPort)
-			bpftest.Dial(t, s.Node.NS, netip.AddrPortFrom(from, knockPort).String()) // finds the neighbour
+			bpftest.Dial(t, s.Node.NS, netip.AddrPortFrom(from, knockPort).String()) // resolves the neighbour
 			for _, c := range []struct{ backlog, most int }{{0, 0}, {1, 1}, {5, 1}, {15, 1}, {16, 2}, {128, 9}} {
 				for i, delay := range []int{0, 30} {
 					server := socket{port: knockPort + 1 + 2*c.backlog + i, backlog: c.backlog, set: option(unix.IPPROTO_TCP, unix.TCP_DEFER_ACCEPT, delay)}
@@ -363,7 +363,7 @@ func TestStoppedServer(t *testing.T) {
 						pause := []time.Duration{0, accepted}[i]
 						with := untilFailure(t, s.Node, netip.AddrPortFrom(to, uint16(server.port)), pause)
 						if without != c.backlog+2 || with != without+c.most {
-							t.Errorf("probe %d failed first without, and probe %d with answers", without, with)
+							t.Errorf("first failure without answers: probe %d; with answers: probe %d", without, with)
 						}
 						if port := s.tally(t, datapath.PortKey(uint16(server.port))); int(port.AnsweredMax) != c.most {
 							t.Errorf("K is %d, want %d", port.AnsweredMax, c.most)
@@ -375,9 +375,9 @@ func TestStoppedServer(t *testing.T) {
 	}
 }
 
-// A pod may give connections to another socket than the one that is found: by a rule of netfilter, a program that chooses of those that
-// share the port, or because one is bound to the device. Whatever accepts beside it, once that socket's process has stopped K probes are
-// answered, and no more.
+// A pod may give connections to another socket than the one that is found: by a netfilter rule, by a program that selects among sockets
+// sharing the port, or because one is bound to the device. Whatever else accepts, once the process of that socket has stopped, at most
+// K probes are answered.
 func TestStoppedServerElsewhere(t *testing.T) {
 	const backlog, most, elsewhere = 16, 2, 7000
 	shared := option(unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
@@ -409,13 +409,13 @@ func TestStoppedServerElsewhere(t *testing.T) {
 			bpftest.AcceptAll(c.found.listen(t, s.NS))
 			s.armTCP(t, knockPort)
 			if n := untilFailure(t, s.Node, netip.AddrPortFrom(s.IPv4, knockPort), accepted); n != backlog+2+c.most {
-				t.Errorf("probe %d failed first, want %d", n, backlog+2+c.most)
+				t.Errorf("first failure: probe %d, want %d", n, backlog+2+c.most)
 			}
 		})
 	}
 }
 
-// untilFailure probes until one fails, and returns its number, from 1 on.
+// untilFailure probes until a probe fails, and returns its number, counting from 1.
 func untilFailure(t testing.TB, node *bpftest.Node, to netip.AddrPort, pause time.Duration) int {
 	t.Helper()
 	for i := 1; i < 10_000; i++ {
@@ -428,8 +428,8 @@ func untilFailure(t testing.TB, node *bpftest.Node, to netip.AddrPort, pause tim
 	return 0
 }
 
-// Of a server that accepts K probes of K + 1 are answered. Of sockets that share a port some are, since only the one that this probe
-// would meet is looked at, and it says nothing of what became of a connection with another one.
+// If a server accepts, K probes out of K + 1 are answered. If sockets share a port only some are, because only the socket that this
+// probe would meet is examined, which reveals nothing about a connection with another one.
 func TestAcceptingServer(t *testing.T) {
 	s := knockable(t, newWorld(t))
 	shared := option(unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
@@ -474,8 +474,8 @@ func TestAcceptingServer(t *testing.T) {
 	}
 }
 
-// Real connections that come more often than it takes to know that one was accepted keep nothing from being answered.
-func TestProbesThatComeOften(t *testing.T) {
+// Real connections that arrive more often than acceptance can be confirmed do not keep probes from being answered.
+func TestFrequentProbes(t *testing.T) {
 	s := knockable(t, newWorld(t))
 	s.listens(socket{backlog: 5})(t) // K is 1
 	s.armTCP(t, knockPort)
@@ -493,8 +493,8 @@ func TestProbesThatComeOften(t *testing.T) {
 	}
 }
 
-// A queue that is more than half full is a reason to pass a probe on, be it the one of connections that wait to be accepted or the one of
-// those that are being made.
+// A probe is passed on if a queue is more than half full, either that of connections waiting to be accepted or that of connections in
+// the making.
 func TestLongQueues(t *testing.T) {
 	const backlog = 8
 	s := knockable(t, newWorld(t))
@@ -532,8 +532,8 @@ func acceptsNow(l net.Listener) bool {
 	return err == nil
 }
 
-// A connection that is handed over is a real one, too.
-func TestHandedOverIsReal(t *testing.T) {
+// A handed-over connection counts as a real one.
+func TestHandedOverCountsAsReal(t *testing.T) {
 	s := knockable(t, newWorld(t))
 	serveEcho(socket{backlog: 16}.listen(t, s.NS)) // K is 2
 	s.armTCP(t, knockPort)
@@ -564,7 +564,7 @@ func TestHandedOverIsReal(t *testing.T) {
 	}
 }
 
-// It does not matter when a server stops: what was answered before gives it no more than K.
+// Whenever a server stops, the answers given before do not grant it more than K.
 func TestServerThatStops(t *testing.T) {
 	t.Parallel()
 	const backlog, most = 16, 2
@@ -588,13 +588,13 @@ func TestServerThatStops(t *testing.T) {
 				time.Sleep(accepted)
 			}
 			if n := untilFailure(t, s.Node, to, accepted); n < backlog+2 || n > backlog+2+most {
-				t.Errorf("probe %d failed first, want %d to %d", n, backlog+2, backlog+2+most)
+				t.Errorf("first failure: probe %d, want %d to %d", n, backlog+2, backlog+2+most)
 			}
 		})
 	}
 }
 
-// A process is stopped, and its queue is as long as Go makes it.
+// A process is stopped, and its queue has the length that Go chooses.
 func TestStoppedProcess(t *testing.T) {
 	const backlog, most = 4096, 9
 	if limit, err := os.ReadFile("/proc/sys/net/core/somaxconn"); err != nil || string(limit) != "4096\n" {
@@ -610,15 +610,15 @@ func TestStoppedProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	if n := untilFailure(t, s.Node, netip.AddrPortFrom(s.IPv4, knockPort), 0); n < backlog+2 || n > backlog+2+most {
-		t.Errorf("probe %d failed first, want %d to %d", n, backlog+2, backlog+2+most)
+		t.Errorf("first failure: probe %d, want %d to %d", n, backlog+2, backlog+2+most)
 	}
 	if o := s.obstacle(t, knockPort); o != "head_old" {
 		t.Errorf("passed on last because of %q", o)
 	}
 }
 
-// For an HTTP probe the listening socket decides only against an answer.
-func TestListenersVeto(t *testing.T) {
+// For an HTTP probe the listening socket has only a veto.
+func TestListenerVeto(t *testing.T) {
 	s := knockable(t, newWorld(t))
 	wantPassed := func(to netip.AddrPort, obstacle string) {
 		t.Helper()
@@ -638,7 +638,7 @@ func TestListenersVeto(t *testing.T) {
 		wantPassed(to, "no_listener")
 		s.armPort(t, knockPort) // again, after a refusal
 		listener := socket{backlog: 5, set: filtered}.listen(t, s.NS)
-		for range 20 { // no K, and nothing special about a filter
+		for range 20 { // no K, and a filter is nothing special
 			wantPassed(to, "")
 		}
 		waiting := bpftest.Dial(t, s.NS, to.String())
@@ -657,8 +657,8 @@ func TestListenersVeto(t *testing.T) {
 	}
 }
 
-// Without a cookie steer takes that of the first socket in the namespace with the right inode number. With one it looks into no other
-// namespace.
+// Without a cookie, steer adopts that of the first socket in the namespace with the right inode number. With a cookie it looks into no
+// other namespace.
 func TestOnlyThePodsSocketsCount(t *testing.T) {
 	w := newWorld(t)
 	for name, c := range map[string]struct {
@@ -690,7 +690,7 @@ func TestOnlyThePodsSocketsCount(t *testing.T) {
 	}
 }
 
-// A pod's namespace is gone, and the next pod's has got its id and listens there. The device is left, because its other
+// A pod's namespace is gone, and the next pod's has received its id and listens there. The device still exists, because its other
 // end was moved elsewhere.
 func TestReusedNamespaceID(t *testing.T) {
 	w := newWorld(t)
@@ -736,7 +736,7 @@ func TestReusedNamespaceID(t *testing.T) {
 	if err := w.check(); !errors.Is(err, attach.ErrIncomplete) {
 		t.Errorf("the device leads elsewhere: %v", err)
 	}
-	// The test is one: but for the cookie the socket would have been taken for the pod's.
+	// Proves that this is a test: without the cookie the socket would have been mistaken for the pod's.
 	w.must(w.d.LookInto(s.device(t).Key, id, bpftest.NetnsCookie(t, next)))
 	s.armTCP(t, knockPort)
 	if ok, passed := s.knock(t, to); !ok || passed {
@@ -744,8 +744,8 @@ func TestReusedNamespaceID(t *testing.T) {
 	}
 }
 
-// A listening socket that closes while its device is trusted again still voids the pod's evidence.
-func TestTrustAgainLosesNoWithdrawal(t *testing.T) {
+// A listening socket that closes while its device is put on trial again still voids the pod's evidence.
+func TestTrustAgainKeepsWithdrawals(t *testing.T) {
 	s := knockable(t, newWorld(t))
 	key := s.device(t).Key
 	for range 100 {
@@ -767,7 +767,7 @@ func TestTrustAgainLosesNoWithdrawal(t *testing.T) {
 			}
 		}
 		if at := s.device(t).WithdrawnAt; at < before {
-			t.Fatalf("withdrawn %d, and a listening socket was closed after %d", at, before)
+			t.Fatalf("withdrawn at %d, but a listening socket was closed after %d", at, before)
 		}
 	}
 }

@@ -18,14 +18,14 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// placement is where, and when, a neighbour attaches its program.
+// placement describes where and when a neighbour attaches its program.
 type placement struct {
 	name     string
-	earlier  bool // than we do
+	earlier  bool // than ours
 	tcx      bool
-	anchor   link.Anchor // of tcx; nil: behind those that are there
+	anchor   link.Anchor // for tcx; nil: after existing programs
 	priority uint16      // of a filter
-	// Whether it then runs before ours, if those are tcx links and if they are filters.
+	// Whether it then runs before ours, if those are tcx links or filters.
 	beforeTCX, beforeFilters bool
 }
 
@@ -53,8 +53,8 @@ func (p placement) put(w *world, program *ebpf.Program, side string) {
 	})
 }
 
-// beside attaches to the pod, and a neighbour's program to each of some sides before or after that. It reports whether the
-// neighbour's runs first.
+// beside attaches to the pod, and a neighbour's program to each of the given sides before or after that. It reports whether the
+// neighbour's program runs first.
 func (p placement) beside(w *world, way way, program *ebpf.Program, sides ...string) (s *served, first bool) {
 	w.t.Helper()
 	if p.tcx {
@@ -76,7 +76,7 @@ func (p placement) beside(w *world, way way, program *ebpf.Program, sides ...str
 	return s, p.beforeFilters
 }
 
-// eachPlacement runs a test for each of them and each way of ours. IPv4 is enough in it: a line is the same for both families.
+// eachPlacement runs a test for each placement and each way of ours. IPv4 suffices, because both families pass the same programs.
 func eachPlacement(t *testing.T, test func(t *testing.T, w *world, p placement, way way)) {
 	t.Helper()
 	w := newWorld(t)
@@ -87,8 +87,8 @@ func eachPlacement(t *testing.T, test func(t *testing.T, w *world, p placement, 
 	}
 }
 
-// A neighbour that ends the chain hides what the node sends from us if it runs first. Then nothing is answered, and all works.
-func TestBesideOneThatEndsTheChainAtEgress(t *testing.T) {
+// A neighbour that ends the chain hides what the node sends from us if it runs first. Then nothing is answered, and everything works.
+func TestNeighbourEndsTheChainAtEgress(t *testing.T) {
 	eachPlacement(t, func(t *testing.T, w *world, p placement, way way) {
 		s, first := p.beside(w, way, verdictProgram(t, verdictOK), "egress")
 		if !first {
@@ -102,7 +102,7 @@ func TestBesideOneThatEndsTheChainAtEgress(t *testing.T) {
 
 // At ingress it hides what the pod sends. Answers arrive, but connections could not be handed over, so we stop taking them
 // after the first one.
-func TestBesideOneThatEndsTheChainAtIngress(t *testing.T) {
+func TestNeighbourEndsTheChainAtIngress(t *testing.T) {
 	eachPlacement(t, func(t *testing.T, w *world, p placement, way way) {
 		s, first := p.beside(w, way, verdictProgram(t, verdictOK), "ingress")
 		if !first {
@@ -118,8 +118,8 @@ func TestBesideOneThatEndsTheChainAtIngress(t *testing.T) {
 	})
 }
 
-// If the first connection cannot be answered, that one is lost, but no other.
-func TestOneIsLostWhereNothingIsObserved(t *testing.T) {
+// If the first connection cannot be answered, only that one is lost.
+func TestOneProbeIsLostWhereNothingIsObserved(t *testing.T) {
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		s := w.serve(way)
 		head := placement{tcx: true, anchor: link.Head()}
@@ -137,22 +137,22 @@ func TestOneIsLostWhereNothingIsObserved(t *testing.T) {
 	})
 }
 
-// One that lets every packet go on changes nothing, wherever it is. We name it, and say whether it comes before ours.
-func TestBesideOneThatPassesEverything(t *testing.T) {
+// A neighbour that passes every packet changes nothing, wherever it is. We name it and report whether it comes before ours.
+func TestNeighbourPassesEverything(t *testing.T) {
 	eachPlacement(t, func(t *testing.T, w *world, p placement, way way) {
 		s, first := p.beside(w, way, verdictProgram(t, verdictNext), "ingress", "egress")
 		s.wantAllBy(t, s.IPv4)
 		w.wantWhole()
 		p.wantNamed(w, w.checker(), first)
 
-		// Nothing comes before ours where they are not attached, or not even loaded.
+		// Where ours are not attached, or not even loaded, nothing comes before them.
 		w.detach()
 		p.wantNamed(w, w.checker(), false)
 		p.wantNamed(w, &attach.Checker{}, false)
 	})
 }
 
-// wantNamed checks that the neighbour is named, at both sides.
+// wantNamed asserts that the neighbour is named on both sides.
 func (p placement) wantNamed(w *world, c *attach.Checker, before bool) {
 	w.t.Helper()
 	got := w.neighboursOf(c)
@@ -170,8 +170,8 @@ func (p placement) wantNamed(w *world, c *attach.Checker, before bool) {
 	}
 }
 
-// Cilium's legacy loader and AWS' network policy agent replace the filter with priority 1 and handle 1.
-func TestBesideOneThatReplacesPriorityOne(t *testing.T) {
+// Cilium's legacy loader and the AWS network policy agent replace the filter with priority 1 and handle 1.
+func TestNeighbourReplacesPriorityOne(t *testing.T) {
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		s := w.serve(way)
 		theirs := verdictProgram(t, verdictNext)
@@ -194,7 +194,7 @@ func TestBesideOneThatReplacesPriorityOne(t *testing.T) {
 	})
 }
 
-// wipers remove all filters, ours included.
+// wipers remove all filters, including ours.
 var wipers = map[string]func(device netlink.Link) error{
 	"filters": func(device netlink.Link) error {
 		return errors.Join(deleteFilters(device, netlink.HANDLE_MIN_EGRESS, ""), deleteFilters(device, netlink.HANDLE_MIN_INGRESS, ""))
@@ -204,7 +204,7 @@ var wipers = map[string]func(device netlink.Link) error{
 	"qdisc":        func(device netlink.Link) error { return netlink.QdiscDel(clsactQdisc(device.Attrs().Index)) },
 }
 
-func TestBesideOneThatRemovesAllFilters(t *testing.T) {
+func TestNeighbourRemovesAllFilters(t *testing.T) {
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		for name, wipe := range wipers {
 			t.Run(name, func(t *testing.T) {
@@ -232,9 +232,9 @@ func TestBesideOneThatRemovesAllFilters(t *testing.T) {
 	})
 }
 
-// bandwidth shapes a pod's traffic as the CNI plugin of that name does (containernetworking/plugins, plugins/meta/bandwidth):
-// a token bucket at the host-side veth for what goes to the pod, and for what it sends another at an ifb device, to which
-// an ingress qdisc sends it.
+// bandwidth shapes a pod's traffic like the CNI plugin of that name (containernetworking/plugins, plugins/meta/bandwidth):
+// a token bucket at the host-side veth for what is sent to the pod, and one at an ifb device for what the pod sends, which an
+// ingress qdisc redirects there.
 func (w *world) bandwidth() error {
 	w.t.Helper()
 	err := w.inNode(func() error {
@@ -262,7 +262,7 @@ func (w *world) bandwidth() error {
 	return err
 }
 
-// addIfb makes the device, if it is not there yet.
+// addIfb creates the device if it does not exist yet.
 func addIfb() (ifindex int, err error) {
 	ifb := &netlink.Ifb{LinkAttrs: netlink.LinkAttrs{Name: "bwp0", Flags: net.FlagUp}}
 	if err := netlink.LinkAdd(ifb); err != nil && !errors.Is(err, unix.EEXIST) {
@@ -294,7 +294,7 @@ func (s *served) wantEcho(t testing.TB) {
 	}
 }
 
-func TestBesideBandwidthThatCameBefore(t *testing.T) {
+func TestBandwidthBeforeUs(t *testing.T) {
 	requireTCX(t)
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		w.must(w.bandwidth())
@@ -303,11 +303,11 @@ func TestBesideBandwidthThatCameBefore(t *testing.T) {
 	})
 }
 
-func TestBesideBandwidthThatComesAfter(t *testing.T) {
+func TestBandwidthAfterUs(t *testing.T) {
 	requireTCX(t)
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		s := w.serve(way)
-		if way.via == attach.ViaClsact { // why the plugin does not use it where bandwidth may follow
+		if way.via == attach.ViaClsact { // why the plugin avoids it where bandwidth may follow
 			if err := w.bandwidth(); !errors.Is(err, unix.EEXIST) {
 				t.Errorf("beside clsact: %v", err)
 			}
@@ -338,8 +338,8 @@ func (s *served) besideBandwidth(t *testing.T) {
 	s.wantPassed(t)
 }
 
-// An ingress qdisc that replaced our clsact is not ours to remove.
-func TestAnIngressQdiscThatTookOurPlaceStays(t *testing.T) {
+// An ingress qdisc that has replaced our clsact is not ours to remove.
+func TestReplacingIngressQdiscStays(t *testing.T) {
 	w := newWorld(t)
 	w.attach(way{attach.HookTC, attach.ViaClsact})
 	w.do(func(device netlink.Link) error {
@@ -351,7 +351,7 @@ func TestAnIngressQdiscThatTookOurPlaceStays(t *testing.T) {
 	}
 }
 
-// neighboursOf returns what a checker tells of others on the pod's device.
+// neighboursOf returns what a checker reports about neighbours on the pod's device.
 func (w *world) neighboursOf(c *attach.Checker) (all []attach.Neighbour) {
 	w.t.Helper()
 	w.must(w.inNode(func() (err error) {
@@ -368,7 +368,7 @@ func (w *world) checker() *attach.Checker {
 	return c
 }
 
-func TestWithoutNeighboursNoneIsNamed(t *testing.T) {
+func TestNoNeighbours(t *testing.T) {
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		w.attach(way)
 		if got := w.neighboursOf(w.checker()); len(got) > 0 {
@@ -377,7 +377,7 @@ func TestWithoutNeighboursNoneIsNamed(t *testing.T) {
 	})
 }
 
-func TestNeighboursAreNamedInTheirOrder(t *testing.T) {
+func TestNeighboursAreNamedInOrder(t *testing.T) {
 	requireTCX(t)
 	w := newWorld(t)
 	names := []string{"first", "second", "third", "fourth"}
@@ -404,13 +404,13 @@ func TestNeighboursAreNamedInTheirOrder(t *testing.T) {
 	}
 }
 
-// An ingress qdisc lists its filter at both sides, but has only one.
-func TestBandwidthIsNamedAsANeighbour(t *testing.T) {
+// An ingress qdisc lists its filter on both sides, but has only one.
+func TestBandwidthIsANeighbour(t *testing.T) {
 	requireTCX(t)
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		w.must(w.bandwidth())
 		w.attach(way)
-		for _, c := range []*attach.Checker{w.checker(), {}} { // a checker without programs takes all for neighbours
+		for _, c := range []*attach.Checker{w.checker(), {}} { // a checker without programs considers all of them neighbours
 			got := w.neighboursOf(c)
 			filters := 0
 			for _, n := range got {
@@ -431,7 +431,7 @@ func TestBandwidthIsNamedAsANeighbour(t *testing.T) {
 	})
 }
 
-func TestAnXDPProgramIsANeighbour(t *testing.T) {
+func TestXDPProgramIsANeighbour(t *testing.T) {
 	for mode, flags := range map[string]int{"generic": unix.XDP_FLAGS_SKB_MODE, "native": unix.XDP_FLAGS_DRV_MODE} {
 		w := newWorld(t)
 		program := loadProgram(t, ebpf.XDP, "theirs", returns(2)) // XDP_PASS
@@ -448,8 +448,8 @@ func TestAnXDPProgramIsANeighbour(t *testing.T) {
 	}
 }
 
-// Another XDP program on the device does not bother hook tc.
-func TestBesideAnXDPProgram(t *testing.T) {
+// Another XDP program on the device does not affect hook tc.
+func TestNeighbourWithXDP(t *testing.T) {
 	all := newWorld(t)
 	for mode, flags := range map[string]int{"generic": unix.XDP_FLAGS_SKB_MODE, "native": unix.XDP_FLAGS_DRV_MODE} {
 		for _, via := range []attach.Via{attach.ViaAuto, attach.ViaClsact} {

@@ -19,7 +19,7 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 )
 
-// txOff ends a device's offering to compute checksums, as ethtool -K DEVICE tx off does.
+// txOff stops a device from offering checksum computation, like ethtool -K DEVICE tx off.
 func txOff(t testing.TB, n ns.NetNS, ifName string) {
 	t.Helper()
 	const setTxChecksums = 0x17 // ETHTOOL_STXCSUM in linux/ethtool.h
@@ -44,7 +44,7 @@ func txOff(t testing.TB, n ns.NetNS, ifName string) {
 	})
 }
 
-// checksumErrors is how many TCP segments with a wrong checksum a namespace has received.
+// checksumErrors returns how many TCP segments with a wrong checksum a namespace has received.
 func checksumErrors(t testing.TB, n ns.NetNS) (errors string) {
 	t.Helper()
 	bpftest.Do(t, n, func() error {
@@ -105,21 +105,21 @@ func addBackend(t *testing.T, pod *bpftest.Pod) (ns.NetNS, [2]netip.Addr) {
 	return backend, addrs
 }
 
-// checksumTest is a pod somewhere on whose way checksums are computed by software.
+// checksumTest is a pod with a place on the way where checksums are computed by software.
 type checksumTest struct {
 	*served
 	server  ns.NetNS
 	targets []netip.Addr
 }
 
-// places where they are.
+// places maps names to such places.
 var places = map[string]func(t *testing.T, c *checksumTest){
 	"nowhere": func(*testing.T, *checksumTest) {},
 	"the pod": func(t *testing.T, c *checksumTest) { txOff(t, c.NS, "eth0") },
 	"the host's side": func(t *testing.T, c *checksumTest) {
 		txOff(t, c.Node.NS, c.HostIfName)
 	},
-	"nowhere, and packets are captured": func(t *testing.T, c *checksumTest) {
+	"nowhere, while packets are captured": func(t *testing.T, c *checksumTest) {
 		bpftest.Do(t, c.Node.NS, func() error {
 			all := uint16(unix.ETH_P_ALL)
 			fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, int(all<<8|all>>8))
@@ -168,7 +168,7 @@ var places = map[string]func(t *testing.T, c *checksumTest){
 	},
 }
 
-// Whoever computes checksums, and wherever, those of answered and of handed-over connections are right.
+// Wherever checksums are computed, those of answered and handed-over connections are correct.
 func TestChecksumsWithoutOffload(t *testing.T) {
 	for _, way := range ways {
 		for place, set := range places {
@@ -194,7 +194,7 @@ func (c *checksumTest) run(t *testing.T) {
 		}
 		return err
 	})
-	c.lookAway(t) // the server may be behind the pod, and nobody listens on one of the ports
+	c.lookAway(t) // the server may be behind the pod, and one of the ports has no listener
 	for _, target := range c.targets {
 		c.armPort(t, echoPort)
 		c.armPort(t, nobody)
@@ -234,7 +234,7 @@ func (c *checksumTest) run(t *testing.T) {
 	c.wantNothingLeft(t)
 }
 
-// Packets of more than 64 KiB (BIG TCP) are translated as any other.
+// Packets of more than 64 KiB (BIG TCP) are translated like any other.
 func TestBigTCP(t *testing.T) {
 	const size = 200_000
 	for _, way := range ways {

@@ -17,16 +17,16 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// v3Layouts are the forms of an attachment under ABI v3, which had XDP always, and steer alone at tc.
+// v3Layouts are the forms of an attachment under ABI v3, which always had XDP, and only steer at tc.
 var v3Layouts = map[string]func(w *world, dir string){
 	"tcx":           func(w *world, dir string) { w.v3TCX(dir) },
 	"clsact":        func(w *world, dir string) { w.v3Clsact(dir, true) },
 	"others clsact": func(w *world, dir string) { w.v3Clsact(dir, false) },
-	"ingress qdisc": func(w *world, dir string) { w.v3Clsact(dir, false) }, // which v3 took for clsact
+	"ingress qdisc": func(w *world, dir string) { w.v3Clsact(dir, false) }, // which v3 mistook for clsact
 	"no steer yet":  func(*world, string) {},
 }
 
-// layV3 attaches what ABI v3 did, of programs that do nothing, and returns its directory.
+// layV3 attaches what ABI v3 attached, using programs that do nothing, and returns its directory.
 func (w *world) layV3(steer func(w *world, dir string)) string {
 	w.t.Helper()
 	name := strings.NewReplacer("%", "%25", ".", "%2E").Replace(w.id.ContainerID) + "@" + strings.ReplaceAll(w.id.IfName, ".", "%2E")
@@ -68,7 +68,7 @@ func (w *world) v3Clsact(dir string, owned bool) {
 	w.must(netlink.FilterAdd(filter))
 }
 
-// withV3 is the world with a new pod, attached by v3. It returns the state before that, too.
+// withV3 returns the world with a new pod, attached by v3, and the previous state.
 func (w *world) withV3(t *testing.T, layout string) (*world, state) {
 	t.Helper()
 	if layout == "tcx" {
@@ -92,7 +92,7 @@ func (w *world) withV3(t *testing.T, layout string) (*world, state) {
 	return w, before
 }
 
-func TestWhatV3AttachedIsListedAndDetached(t *testing.T) {
+func TestV3AttachmentIsListedAndDetached(t *testing.T) {
 	w := newWorld(t)
 	for layout := range v3Layouts {
 		for name, remove := range removals {
@@ -114,7 +114,7 @@ func TestWhatV3AttachedIsListedAndDetached(t *testing.T) {
 	}
 }
 
-func TestWhatV3AttachedIsReplaced(t *testing.T) {
+func TestV3AttachmentIsReplaced(t *testing.T) {
 	w := newWorld(t)
 	for layout := range v3Layouts {
 		for _, way := range ways {
@@ -136,8 +136,8 @@ func TestWhatV3AttachedIsReplaced(t *testing.T) {
 	}
 }
 
-// What v3 attached to a device that is gone.
-func TestWhatV3AttachedToAnOrphan(t *testing.T) {
+// Remains of an attachment by v3 to a device that is gone.
+func TestOrphanedV3Attachment(t *testing.T) {
 	w := newWorld(t)
 	for layout := range v3Layouts {
 		t.Run(layout, func(t *testing.T) {
@@ -151,8 +151,8 @@ func TestWhatV3AttachedToAnOrphan(t *testing.T) {
 	}
 }
 
-// A set of programs that is incomplete is put aside, with what is attached of it.
-func TestWhatWasPutAsideIsReplaced(t *testing.T) {
+// An incomplete set of programs is put aside, along with its attachments.
+func TestAttachmentPutAsideIsReplaced(t *testing.T) {
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		w.load()
 		w.attach(way)
@@ -171,7 +171,7 @@ func TestWhatWasPutAsideIsReplaced(t *testing.T) {
 		w.detach()
 		w.attach(way)
 		if now := w.state(); len(now) != len(before) {
-			t.Errorf("%v, and before: %v", now, before)
+			t.Errorf("%v, before: %v", now, before)
 		}
 	})
 }

@@ -42,7 +42,7 @@ func dialFrom(local, remote netip.AddrPort) (*net.TCPConn, error) {
 	return conn.(*net.TCPConn), conn.SetDeadline(time.Now().Add(patience))
 }
 
-// exchange has n random bytes echoed, and ends the connection.
+// exchange sends n random bytes, expects them echoed, and ends the connection.
 func exchange(conn *net.TCPConn, n int) error {
 	defer conn.Close() //nolint:errcheck // a test's
 	sent := make([]byte, n)
@@ -58,14 +58,14 @@ func exchange(conn *net.TCPConn, n int) error {
 		return fmt.Errorf("after %d of %d bytes: %w", len(got), n, err)
 	}
 	if !bytes.Equal(sent, got) {
-		return fmt.Errorf("%d bytes came back of %d, or others", len(got), n)
+		return fmt.Errorf("%d of %d bytes came back, or different ones", len(got), n)
 	}
 	return nil
 }
 
 const echoed = 100_000 // bytes of an exchange
 
-// clientEnv makes this program a client that has an exchange: its value is the addresses from and to which.
+// clientEnv turns the test binary into a client that performs an exchange. Its value holds both addresses.
 const clientEnv = "PROBELET_TEST_CLIENT"
 
 func runClient(addresses string) error {
@@ -77,7 +77,7 @@ func runClient(addresses string) error {
 	return exchange(conn, echoed)
 }
 
-// exchangeIn has an exchange by another process, in a cgroup.
+// exchangeIn performs an exchange by another process, in a cgroup.
 func exchangeIn(cgroup string, n ns.NetNS, c connection) error {
 	dir, err := os.Open(cgroup)
 	if err != nil {
@@ -98,7 +98,7 @@ func exchangeIn(cgroup string, n ns.NetNS, c connection) error {
 	return nil
 }
 
-// abandon makes a socket vanish without a packet, as one whose last packets get lost (tcp_close in net/ipv4/tcp.c).
+// abandon makes a socket vanish without a packet, as if its last packets were lost (tcp_close in net/ipv4/tcp.c).
 func abandon(conn *net.TCPConn) error {
 	socket, err := conn.SyscallConn()
 	if err != nil {
@@ -110,7 +110,7 @@ func abandon(conn *net.TCPConn) error {
 	return errors.Join(control, err, conn.Close())
 }
 
-// ownerTest is a pod whose prober is this process, and nobody else.
+// ownerTest is a pod whose only prober is this process.
 type ownerTest struct {
 	*served
 	dropper *bpftest.Dropper
@@ -140,7 +140,7 @@ func newOwnerTest(t *testing.T, way way, ipv6, bridged bool) *ownerTest {
 	return o
 }
 
-// eachOwnerTest runs the test over all ways and both families, at once.
+// eachOwnerTest runs the test for all ways and both families, in parallel.
 func eachOwnerTest(t *testing.T, test func(t *testing.T, o *ownerTest)) {
 	t.Helper()
 	for _, way := range ways {
@@ -153,10 +153,10 @@ func eachOwnerTest(t *testing.T, test func(t *testing.T, o *ownerTest)) {
 	}
 }
 
-// connection is the addresses of one, the client's first.
+// connection holds the addresses of a connection, the client's first.
 type connection struct{ from, to netip.AddrPort }
 
-// open makes a connection whose flow is in a state. Handed over, "hello" has been sent; it comes back once that is done.
+// open makes a connection whose flow is in the given state. If that is handed over, "hello" has been sent, and comes back once it is.
 func (o *ownerTest) open(t *testing.T, state string) (connection, *net.TCPConn) {
 	t.Helper()
 	o.ports++
@@ -197,7 +197,7 @@ func hello(conn net.Conn) error {
 	return nil
 }
 
-// vanish leaves a flow in a state behind, whose owner is gone.
+// vanish leaves a flow in the given state behind, whose owner is gone.
 func (o *ownerTest) vanish(t *testing.T, state string) connection {
 	t.Helper()
 	c, conn := o.open(t, state)
@@ -208,7 +208,7 @@ func (o *ownerTest) vanish(t *testing.T, state string) connection {
 	return c
 }
 
-// States of a flow, as bpf/flow.h has them.
+// States of a flow, as in bpf/flow.h.
 const (
 	observing  = "observing"
 	taken      = "taken"
@@ -218,7 +218,7 @@ const (
 
 var states = []string{observing, taken, handing, handedOver}
 
-// wantFlows fails the test unless there are so many flows.
+// wantFlows fails the test unless there is the given number of flows.
 func (s *served) wantFlows(t *testing.T, want int) {
 	t.Helper()
 	if n, err := s.d.Flows(); n != want || err != nil {
@@ -236,8 +236,8 @@ func atOnce(all []func() error) error {
 	return errors.Join(errs...)
 }
 
-// Whoever uses the ports of a connection whose owner has vanished has a connection of its own.
-func TestPortsOfAVanishedOwnerAreAnybodys(t *testing.T) {
+// Another client that uses the ports of a connection whose owner has vanished has a connection of its own.
+func TestPortsOfAVanishedOwnerAreReusable(t *testing.T) {
 	other, _, err := bpftest.Cgroup("other")
 	if err != nil {
 		t.Fatal(err)
@@ -247,7 +247,7 @@ func TestPortsOfAVanishedOwnerAreAnybodys(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// As another process of the node, and as another of the prober's sockets.
+	// Another process on the node, or another socket of the prober.
 	foreign := map[string]func(n ns.NetNS, c connection) error{
 		"another cgroup":  func(n ns.NetNS, c connection) error { return exchangeIn(other, n, c) },
 		"the root cgroup": func(n ns.NetNS, c connection) error { return exchangeIn(root, n, c) },
@@ -294,7 +294,7 @@ func TestPortsOfAVanishedOwnerAreAnybodys(t *testing.T) {
 }
 
 // While a client connects, it resets what the pod has left of an earlier connection. That is not recorded.
-func TestAStaleConnectionIsNotRecorded(t *testing.T) {
+func TestStaleConnectionIsNotRecorded(t *testing.T) {
 	eachOwnerTest(t, func(t *testing.T, o *ownerTest) {
 		c := o.vanish(t, observing)
 		o.expirePort(t, c.to.Port())
@@ -333,7 +333,7 @@ func nft(t testing.TB, n ns.NetNS, rules string) {
 	})
 }
 
-// requireCommand skips the test where there is no such command.
+// requireCommand skips the test if the command does not exist.
 func requireCommand(t testing.TB, name string) {
 	t.Helper()
 	if _, err := exec.LookPath(name); err != nil {
@@ -341,7 +341,7 @@ func requireCommand(t testing.TB, name string) {
 	}
 }
 
-// forward makes a namespace pass on what is not for itself.
+// forward makes a namespace forward packets.
 func forward(t testing.TB, n ns.NetNS) {
 	t.Helper()
 	bpftest.Do(t, n, func() error {
@@ -352,7 +352,7 @@ func forward(t testing.TB, n ns.NetNS) {
 	})
 }
 
-// defaultRoutes leads what a namespace sends to elsewhere by its eth0.
+// defaultRoutes makes eth0 a namespace's default route.
 func defaultRoutes(t testing.TB, n ns.NetNS, via ...netip.Addr) {
 	t.Helper()
 	bpftest.Do(t, n, func() error {
@@ -365,8 +365,8 @@ func defaultRoutes(t testing.TB, n ns.NetNS, via ...netip.Addr) {
 	})
 }
 
-// Connections of another pod that get the node's address and the ports of a flow (masquerading) are no prober's.
-func TestPortsOfAVanishedOwnerAreForwardedOnes(t *testing.T) {
+// Connections of another pod that get the node's address and the ports of a flow (masquerading) are not a prober's.
+func TestForwardedConnectionsReusePorts(t *testing.T) {
 	for _, way := range ways {
 		for _, ipv6 := range []bool{false, true} {
 			for _, bridged := range []bool{false, true} {
@@ -411,7 +411,7 @@ func TestPortsOfAVanishedOwnerAreForwardedOnes(t *testing.T) {
 	}
 }
 
-// Connections go on to their end when nobody is a prober any more.
+// Connections continue to their end when there is no prober any more.
 func TestConnectionsOutliveTheProberSet(t *testing.T) {
 	eachOwnerTest(t, func(t *testing.T, o *ownerTest) {
 		var all []func() error
@@ -444,8 +444,8 @@ func TestConnectionsOutliveTheProberSet(t *testing.T) {
 	})
 }
 
-// A client gives up while the pod does not answer, without a packet that says so. Its ports are anybody's then.
-func TestAClientThatGivesUpWhileHandedOver(t *testing.T) {
+// A client gives up while the pod does not answer, and sends no packet that says so. Its ports are free for others.
+func TestClientGivesUpWhileHandedOver(t *testing.T) {
 	eachOwnerTest(t, func(t *testing.T, o *ownerTest) {
 		c, conn := o.open(t, handing)
 		socket, err := conn.SyscallConn()

@@ -9,9 +9,9 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// A prober that shares its cgroup: connections of the other processes there reach the pod, whatever is fresh, and whether their
-// program was started by the prober or not.
-func TestOnlyAProcessIsTheProber(t *testing.T) {
+// If a prober shares its cgroup, connections of the other processes there reach the pod, whatever is fresh, and whether or not the
+// prober started them.
+func TestProberIsAProcess(t *testing.T) {
 	eachOwnerTest(t, func(t *testing.T, o *ownerTest) {
 		dir, err := bpftest.CurrentCgroupDir()
 		if err != nil {
@@ -27,7 +27,7 @@ func TestOnlyAProcessIsTheProber(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		// taken reports whether connections are taken: of this process, and of another one in the same cgroup.
+		// taken reports whether connections are taken from this process, and from another one in the same cgroup.
 		taken := func() (own, bystander bool) {
 			t.Helper()
 			before := o.counters(t)["handed_over"]
@@ -62,8 +62,8 @@ func TestOnlyAProcessIsTheProber(t *testing.T) {
 	})
 }
 
-// A marker ends with the process that has it: from then on nobody is the prober, and never the whole cgroup.
-func TestNobodyIsTheProberWithoutAMarker(t *testing.T) {
+// A marker ends with its process. From then on there is no prober; the whole cgroup never becomes one.
+func TestNoProberWithoutAMarker(t *testing.T) {
 	bpftest.RequireRoot(t)
 	dir, err := bpftest.CurrentCgroupDir()
 	if err != nil {
@@ -77,6 +77,6 @@ func TestNobodyIsTheProberWithoutAMarker(t *testing.T) {
 	err = d.SetProber(datapath.Prober{CgroupIDs: []uint64{1}, Process: &datapath.Process{PID: 1, Cgroup: dir + "/missing"}})
 	who, readErr := d.Prober()
 	if err == nil || readErr != nil || len(who.CgroupIDs) > 0 || who.AnyLocal {
-		t.Errorf("in a cgroup that is not there: %v; the prober is %+v, %v", err, who, readErr)
+		t.Errorf("in a missing cgroup: %v; the prober is %+v, %v", err, who, readErr)
 	}
 }

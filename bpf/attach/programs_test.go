@@ -7,14 +7,14 @@ import (
 	"github.com/cilium/ebpf/asm"
 )
 
-// Verdicts of tc programs (include/uapi/linux/pkt_cls.h). Those of tcx are the same numbers.
+// Verdicts of tc programs (include/uapi/linux/pkt_cls.h). Those of tcx have the same values.
 const (
-	verdictNext = -1 // TC_ACT_UNSPEC, TCX_NEXT: the next in line decides
-	verdictOK   = 0  // TC_ACT_OK, TCX_PASS: the packet goes on, unseen by those behind
+	verdictNext = -1 // TC_ACT_UNSPEC, TCX_NEXT: the next program decides
+	verdictOK   = 0  // TC_ACT_OK, TCX_PASS: the packet passes, unseen by later programs
 	verdictDrop = 2  // TC_ACT_SHOT, TCX_DROP
 )
 
-// Offsets in a frame, of IPv4 without options and of IPv6.
+// Offsets in a frame, for IPv4 without options and for IPv6.
 const (
 	etherTypeAt  = 12
 	v4ProtocolAt = 14 + 9
@@ -75,8 +75,8 @@ func newPolicy(t testing.TB) policy {
 	}
 }
 
-// eachSegment runs then for segments in which SYN and ACK are set as in flags, with R1 the map and R2 a pointer to the
-// key: the ports at the two offsets into the TCP header.
+// eachSegment runs then for segments in which SYN and ACK are set as in flags. R1 is the map, and R2 points to the key: the
+// ports at the two offsets into the TCP header.
 func eachSegment(connections *ebpf.Map, flags, clientPortAt, podPortAt int32, then asm.Instructions) asm.Instructions {
 	return append(append(asm.Instructions{
 		asm.Mov.Reg(asm.R6, asm.R1),
@@ -106,17 +106,17 @@ func eachSegment(connections *ebpf.Map, flags, clientPortAt, podPortAt int32, th
 	)
 }
 
-// frameCounts are what a neighbour at tc ingress has counted.
+// frameCounts is what a neighbour at tc ingress has counted.
 type frameCounts struct {
 	*ebpf.Map
 }
 
 type frameKey struct {
-	Protocol  uint16 // of the packet, as the kernel has it
-	EtherType uint16 // in the header that it begins with
+	Protocol  uint16 // the kernel's value for the packet
+	EtherType uint16 // in the header at its beginning
 }
 
-// newFrameCounter counts packets by what they are and what they begin with.
+// newFrameCounter counts packets by their protocol and by what they begin with.
 func newFrameCounter(t testing.TB) (*ebpf.Program, frameCounts) {
 	t.Helper()
 	counts, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Hash, KeySize: 4, ValueSize: 8, MaxEntries: 1024})

@@ -28,7 +28,7 @@ import (
 
 const echoPort = 7
 
-// serveEcho makes the pod send back what it gets on echoPort, and connections to it taken.
+// serveEcho makes the pod echo on echoPort, and connections to it taken.
 func (s *served) serveEcho(t testing.TB) {
 	t.Helper()
 	s.serveEchoOn(t, echoPort)
@@ -68,12 +68,12 @@ func echo(conn net.Conn, stop <-chan struct{}) error {
 			return fmt.Errorf("after %d bytes: %w", received, err)
 		}
 		if _, _ = source.Read(want); !bytes.Equal(got, want) {
-			return fmt.Errorf("other bytes than were sent, within 32 KiB after %d", received)
+			return fmt.Errorf("received different bytes within 32 KiB after %d", received)
 		}
 	}
 }
 
-// request sends a request from the current namespace and returns all that comes back.
+// request sends a request from the current namespace and returns everything that comes back.
 func request(address, text string) (string, error) {
 	conn, err := net.DialTimeout("tcp", address, 20*time.Second)
 	if err != nil {
@@ -95,7 +95,7 @@ const (
 	unknown = "GET /x HTTP/1.1\r\nHost: pod\r\nConnection: close\r\n\r\n"
 )
 
-// mixed asks for what is answered and what is handed over, in turn.
+// mixed sends requests that are answered and requests that are handed over, alternately.
 func mixed(address string) error {
 	reply, err := request(address, fresh)
 	if err != nil || !strings.Contains(reply, hit) {
@@ -130,13 +130,13 @@ func keptAlive(address string) error {
 		}
 		got, err := io.ReadAll(reply.Body)
 		if want := fmt.Sprintf("POST /%d %d", i, len(body)); err != nil || string(got) != want {
-			return fmt.Errorf("%q, not %q, %w", got, want, err)
+			return fmt.Errorf("got %q, want %q, %w", got, want, err)
 		}
 	}
 	return nil
 }
 
-// wantAll checks over both families that answers and handed-over connections work, and that they are what they should be.
+// wantAll asserts, over both families, that answers and handed-over connections work, and that requests are treated as expected.
 func (s *served) wantAll(t testing.TB) {
 	t.Helper()
 	s.wantAllBy(t, s.IPv4, s.IPv6)
@@ -165,7 +165,7 @@ func (s *served) wantAllBy(t testing.TB, addrs ...netip.Addr) {
 	}
 }
 
-// counted returns how many HTTP probes were answered, and how many connections handed over, while f ran.
+// counted returns how many HTTP probes were answered, and how many connections were handed over, while f ran.
 func (s *served) counted(t testing.TB, f func()) (answered, handed uint64) {
 	t.Helper()
 	before, err := s.d.Counters()
@@ -181,7 +181,7 @@ func (s *served) counted(t testing.TB, f func()) (answered, handed uint64) {
 }
 
 // During promotion each program is attached twice.
-func TestTwiceAttachedIsAsOnce(t *testing.T) {
+func TestAttachedTwiceBehavesLikeOnce(t *testing.T) {
 	requireTCX(t)
 	for _, hook := range []attach.Hook{attach.HookTC, attach.HookXDP} {
 		t.Run(string(hook), func(t *testing.T) {
@@ -245,7 +245,7 @@ func TestPromoteUnderTraffic(t *testing.T) {
 					t.Error("trust was lost")
 				}
 				s.wantAll(t)
-				w.attach(clsact) // which forgets what is known
+				w.attach(clsact) // which discards the evidence
 				s.arm(t)
 				s.armPort(t, echoPort)
 			}
@@ -295,8 +295,8 @@ func (s *served) traffic(t *testing.T) (end func()) {
 	}
 }
 
-// The daemon repairs an attachment by attaching again. Connections that were handed over survive that.
-func TestConnectionsOutliveAttachingAgain(t *testing.T) {
+// The daemon repairs an attachment by attaching again, which handed-over connections survive.
+func TestConnectionsOutliveReattach(t *testing.T) {
 	for _, way := range ways {
 		t.Run(way.String(), func(t *testing.T) {
 			s := serve(t, bpftest.NewNode(t).AddPod(t), way)
@@ -322,21 +322,21 @@ func TestConnectionsOutliveAttachingAgain(t *testing.T) {
 	}
 }
 
-// A tcx program that ends the chain cuts clsact off. After promotion we come before it.
-func TestPromotedIsFirstInLine(t *testing.T) {
+// A tcx program that ends the chain keeps clsact from running. After promotion we run before it.
+func TestPromotedRunsFirst(t *testing.T) {
 	requireTCX(t)
 	for side, hook := range tcxSides {
 		t.Run(side, func(t *testing.T) {
 			s := serve(t, bpftest.NewNode(t).AddPod(t), way{attach.HookTC, attach.ViaClsact})
 			w := s.world(t)
 			w.tcx(verdictProgram(t, verdictOK), hook, nil)
-			_, _ = w.ask(fresh) // where answers pass by observe, the first of them shows that
+			_, _ = w.ask(fresh) // if answers bypass observe, the first one reveals that
 			if reply, err := w.ask(fresh); err != nil || strings.Contains(reply, hit) {
 				t.Errorf("before: %q, %v", reply, err)
 			}
 			w.must(w.promote())
 			w.wantWhole()
-			_, _ = w.ask(fresh) // observe did not see the pod answer the last one that was passed on
+			_, _ = w.ask(fresh) // observe did not see the pod answer the connection last passed on
 			s.wantAll(t)
 		})
 	}
@@ -352,8 +352,8 @@ func (w *world) ask(text string) (reply string, err error) {
 	return reply, err
 }
 
-// A promotion that was cut short is finished by the next one.
-func TestPromotionThatEndedHalfWay(t *testing.T) {
+// An interrupted promotion is completed by the next one.
+func TestInterruptedPromotion(t *testing.T) {
 	requireTCX(t)
 	pin := func(w *world, name string, program *ebpf.Program, side ebpf.AttachType) {
 		l := w.tcx(program, side, link.Head())
@@ -382,7 +382,7 @@ func TestPromotionThatEndedHalfWay(t *testing.T) {
 					do(w)
 				}
 				if !attach.Promotable(w.bpfDir, w.id) {
-					t.Error("taken for promoted")
+					t.Error("mistaken for promoted")
 				}
 				w.must(then())
 			}
@@ -396,13 +396,13 @@ func TestPromotionThatEndedHalfWay(t *testing.T) {
 			promoted := w.state()
 			w.attach(way{attach.HookTC, attach.ViaTCX})
 			if fresh := w.state(); len(fresh) != len(promoted) {
-				t.Errorf("left: %v, and a fresh attachment has %v", promoted, fresh)
+				t.Errorf("left behind: %v; a fresh attachment has %v", promoted, fresh)
 			}
 		})
 	}
 }
 
-func TestPromoteOfWhatNeedsNone(t *testing.T) {
+func TestPromoteIsIdempotent(t *testing.T) {
 	requireTCX(t)
 	w := newWorld(t)
 	if err := w.promote(); !errors.Is(err, os.ErrNotExist) || attach.Promotable(w.bpfDir, w.id) {
@@ -417,12 +417,12 @@ func TestPromoteOfWhatNeedsNone(t *testing.T) {
 	w.wantState(before)
 }
 
-// Adding or removing a qdisc makes the kernel drop what the host sends to the pod meanwhile, for some milliseconds.
-func TestNothingSentToThePodIsLost(t *testing.T) {
+// Adding or removing a qdisc makes the kernel drop what the host sends to the pod for some milliseconds.
+func TestAttachingLosesNoPackets(t *testing.T) {
 	requireTCX(t)
 	w := newWorld(t)
 	for range 5 {
-		w.release() // takes the qdisc off
+		w.release() // removes the qdisc
 		w.attach(way{attach.HookTC, attach.ViaClsact})
 		for _, change := range []struct {
 			name string
@@ -440,7 +440,7 @@ func TestNothingSentToThePodIsLost(t *testing.T) {
 	}
 }
 
-// countDatagrams sends datagrams to the pod during f, one after the other, and returns how many were sent and how many arrived.
+// countDatagrams sends datagrams to the pod one by one while f runs, and returns how many were sent and how many arrived.
 func (w *world) countDatagrams(f func()) (sent, received int) {
 	w.t.Helper()
 	var to net.PacketConn
@@ -477,7 +477,7 @@ func (w *world) countDatagrams(f func()) (sent, received int) {
 				close(begun)
 			}
 			if n%64 == 0 {
-				time.Sleep(time.Millisecond) // so that the receiver's buffer never is full
+				time.Sleep(time.Millisecond) // so that the receive buffer is never full
 			}
 		}
 	}()
@@ -491,8 +491,8 @@ func (w *world) countDatagrams(f func()) (sent, received int) {
 	return sent, <-counted
 }
 
-// A device that is about to go loses our qdisc too, promoted or not.
-func TestReleaseTakesTheQdiscOff(t *testing.T) {
+// Releasing a device that is about to be removed also removes our qdisc, whether promoted or not.
+func TestReleaseRemovesTheQdisc(t *testing.T) {
 	requireTCX(t)
 	for name, promoted := range map[string]bool{"clsact": false, "promoted": true} {
 		t.Run(name, func(t *testing.T) {
@@ -502,7 +502,7 @@ func TestReleaseTakesTheQdiscOff(t *testing.T) {
 				w.must(w.promote())
 			}
 			if w.state()[clsactKey] != 1 {
-				t.Fatal("there is no qdisc")
+				t.Fatal("no qdisc")
 			}
 			w.release()
 			if s := w.state(); s[clsactKey] != 0 {
@@ -513,7 +513,7 @@ func TestReleaseTakesTheQdiscOff(t *testing.T) {
 }
 
 // Our qdisc stays as long as others use it.
-func TestPromoteLeavesTheQdiscToThoseWhoUseIt(t *testing.T) {
+func TestPromoteLeavesASharedQdisc(t *testing.T) {
 	requireTCX(t)
 	w := newWorld(t)
 	before := w.state()

@@ -14,7 +14,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 )
 
-// Whatever is done to records, and however old their files are: one that reads only what has changed reads what is there.
+// Whatever happens to records, and however old their files are, a reader that rereads only changed files returns the current ones.
 func TestReader(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		dir, err := os.MkdirTemp("", "")
@@ -29,7 +29,7 @@ func TestReader(t *testing.T) {
 			switch rapid.SampledFrom([]string{"write", "spoil", "age", "remove", "nothing"}).Draw(t, "action") {
 			case "write":
 				err = attach.WriteRecord(dir, attach.Record{ContainerID: id.ContainerID, IfName: "eth0", IfIndex: step})
-			case "spoil": // in place, and of the same length or not
+			case "spoil": // in place, with the same or another length
 				_ = os.WriteFile(path, []byte(rapid.SampledFrom([]string{"{", "{}", "{}\n"}).Draw(t, "text")), 0o600)
 			case "age":
 				past := time.Now().Add(-time.Hour)

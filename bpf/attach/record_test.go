@@ -17,11 +17,11 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// behaviour is what a pod does with a probe, and what is recorded of it.
+// behaviour describes what a pod does with a probe, and what is recorded of it.
 type behaviour struct {
-	serve   func(conn *net.TCPConn) // nil: nobody listens
+	serve   func(conn *net.TCPConn) // nil: there is no listener
 	drops   map[bpftest.Place]bpftest.Drop
-	gaveUp  time.Duration // from its SYN, when the client closes; 0: it closes once the server has
+	gaveUp  time.Duration // from its SYN until the client closes; 0: it closes after the server
 	says    string        // what the pod sends, as far as it is recorded
 	ends    string        // who ends the connection, and how; empty: clientCloses
 	atLeast time.Duration // from the SYN to the end
@@ -30,7 +30,7 @@ type behaviour struct {
 
 const slow = 300 * time.Millisecond
 
-// says answers a request with text, and closes.
+// says answers a request with text and closes.
 func says(text ...string) func(conn *net.TCPConn) {
 	return func(conn *net.TCPConn) {
 		_, _ = io.ReadFull(conn, make([]byte, len(probe)))
@@ -43,7 +43,7 @@ func says(text ...string) func(conn *net.TCPConn) {
 	}
 }
 
-// resets answers a request with text, and resets the connection.
+// resets answers a request with text and resets the connection.
 func resets(text string) func(conn *net.TCPConn) {
 	return func(conn *net.TCPConn) {
 		_, _ = io.ReadFull(conn, make([]byte, len(probe)))
@@ -59,7 +59,7 @@ var (
 	behaviours = map[string]behaviour{
 		"200":         {serve: says("HTTP/1.1 200 OK\r\n\r\n"), says: "HTTP/1.1 200 OK\r\n\r\n"},
 		"200 in two":  {serve: says("HTTP/1.1 200 OK\r\n", "\r\nhello"), says: "HTTP/1.1 200 OK\r\n\r\nhello"},
-		"large":       {serve: says(large), says: large[:datapath.MaxRecorded]}, // by segmentation offload in few packets
+		"large":       {serve: says(large), says: large[:datapath.MaxRecorded]}, // few packets because of segmentation offload
 		"302":         {serve: says("HTTP/1.1 302 Found\r\n\r\n"), says: "HTTP/1.1 302 Found\r\n\r\n", causes: [2]string{"", "status"}},
 		"503":         {serve: says("HTTP/1.1 503 Busy\r\n\r\n"), says: "HTTP/1.1 503 Busy\r\n\r\n", causes: [2]string{"", "status"}},
 		"100 first":   {serve: says("HTTP/1.1 100 Continue\r\n\r\n", "HTTP/1.1 500 x\r\n\r\n"), says: "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 500 x\r\n\r\n"},
@@ -68,7 +68,7 @@ var (
 		"no answer":   {serve: says()},
 		"gives up":    {serve: says(), gaveUp: slow},
 		"reset":       {serve: resets(""), ends: podResets, causes: [2]string{"reset", ""}},
-		"reset after": {serve: resets("HTTP/1.1 200 OK\r\n\r\n"), says: "HTTP/1.1 200 OK\r\n\r\n", ends: podResets}, // the client may have had all of it
+		"reset after": {serve: resets("HTTP/1.1 200 OK\r\n\r\n"), says: "HTTP/1.1 200 OK\r\n\r\n", ends: podResets}, // the client may have received all of it
 		"refused":     {ends: podResets, causes: [2]string{"reset", ""}},
 		"slow": {serve: func(conn *net.TCPConn) {
 			time.Sleep(slow)
@@ -84,7 +84,7 @@ var (
 
 const podResets = "pod resets"
 
-// Probes are recorded alike, whether they were passed on or handed over.
+// Probes are recorded in the same way, whether they were passed on or handed over.
 func TestProbesAreRecorded(t *testing.T) {
 	for _, way := range ways {
 		for _, ipv6 := range []bool{false, true} {
@@ -98,7 +98,7 @@ func TestProbesAreRecorded(t *testing.T) {
 	}
 }
 
-// learned is what is known of one probe in the end.
+// learned is what is known about one probe in the end.
 type learned struct {
 	behaviour
 	name    string
@@ -143,7 +143,7 @@ func testRecords(t *testing.T, way way, ipv6, passed bool) {
 	s.wantNothingLeft(t)
 	for _, r := range readRecords(t, records) {
 		if all[r.Port] == nil {
-			t.Fatalf("a record of port %d", r.Port)
+			t.Fatalf("unexpected record of port %d", r.Port)
 		}
 		all[r.Port].records = append(all[r.Port].records, r)
 	}
@@ -152,7 +152,7 @@ func testRecords(t *testing.T, way way, ipv6, passed bool) {
 	}
 }
 
-// knowProbe makes what probe asks known, and not answerable.
+// knowProbe makes what probe asks known but not answerable.
 func (s *served) knowProbe(t *testing.T, port uint16, passed bool) {
 	t.Helper()
 	s.armPort(t, port)
@@ -177,7 +177,7 @@ func (l *learned) listen(t *testing.T, s *served) {
 	}()
 }
 
-// probe asks as Kubernetes' prober does.
+// probe sends a request like Kubernetes' prober.
 func (l *learned) probe(to netip.AddrPort) error {
 	start := time.Now()
 	defer func() { l.took = time.Since(start) }()
@@ -206,7 +206,7 @@ func (l *learned) unlessRefused(err error) error {
 	return fmt.Errorf("%s: %w", l.name, err)
 }
 
-// readRecords reads all that there are.
+// readRecords reads all pending records.
 func readRecords(t *testing.T, reader *datapath.RecordReader) (all []datapath.Record) {
 	t.Helper()
 	for reader.Pending() {
@@ -220,7 +220,7 @@ func readRecords(t *testing.T, reader *datapath.RecordReader) (all []datapath.Re
 	return all
 }
 
-// bytesOf puts together what one side sent. Where it is not known, it is 0.
+// bytesOf assembles what one side sent, with 0 for unknown bytes.
 func bytesOf(records []datapath.Record, fromPod bool) string {
 	var all []byte
 	for _, r := range records {
@@ -242,10 +242,10 @@ func (l *learned) check(t *testing.T, s *served, passed bool) {
 	asked := datapath.Question{}
 	for i, r := range l.records {
 		if r.Owner != first.Owner || r.StartedAt != first.StartedAt || r.Device != pod.Device() || r.ObservedAt < r.StartedAt {
-			t.Errorf("%s: of another connection: %+v", l.name, r)
+			t.Errorf("%s: record of another connection: %+v", l.name, r)
 		}
 		if endOfRecord(r) != "" && i < len(l.records)-1 {
-			t.Errorf("%s: records behind the end: %+v", l.name, l.records)
+			t.Errorf("%s: records after the end: %+v", l.name, l.records)
 		}
 		if !r.FromPod && r.Len > 0 {
 			asked = question
@@ -268,7 +268,7 @@ func (l *learned) check(t *testing.T, s *served, passed bool) {
 		t.Errorf("%s: %s, at the end: %+v", l.name, end, last)
 	}
 	if d := time.Duration(last.ObservedAt - last.StartedAt); d < l.atLeast || d > l.took+slow {
-		t.Errorf("%s: it took %v, say the records, and at least %v and at most %v in truth", l.name, d, l.atLeast, l.took)
+		t.Errorf("%s: took %v according to the records, actually between %v and %v", l.name, d, l.atLeast, l.took)
 	}
 	for i, key := range []datapath.EndpointKey{datapath.PortKey(l.port), datapath.HTTPKey(l.port, question)} {
 		tally, err := pod.Tally(key)
@@ -278,7 +278,7 @@ func (l *learned) check(t *testing.T, s *served, passed bool) {
 	}
 }
 
-// endOfRecord tells how a connection ends with a record, if it does.
+// endOfRecord returns how a connection ends with a record, if it does.
 func endOfRecord(r datapath.Record) string {
 	switch {
 	case r.FromPod && r.TCPFlags&datapath.FlagRST != 0:

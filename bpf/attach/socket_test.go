@@ -37,7 +37,7 @@ type served struct {
 	seen     atomic.Int64 // requests that reached the server
 }
 
-// way is how a pod is attached.
+// way is a way to attach a pod.
 type way struct {
 	hook attach.Hook
 	via  attach.Via
@@ -45,12 +45,12 @@ type way struct {
 
 func (w way) String() string { return fmt.Sprintf("hook %s via %s", w.hook, cmp.Or(w.via, "auto")) }
 
-// ways lists them all, the default first.
+// ways lists them all, with the default first.
 var ways = []way{
 	{attach.HookTC, attach.ViaAuto}, {attach.HookTC, attach.ViaClsact}, {attach.HookXDP, attach.ViaAuto}, {attach.HookXDP, attach.ViaClsact},
 }
 
-// eachServed runs a test of a pod in every way of attaching it.
+// eachServed runs a test for every way to attach a pod.
 func eachServed(t *testing.T, test func(t *testing.T, s *served)) {
 	for _, way := range ways {
 		t.Run(way.String(), func(t *testing.T) {
@@ -60,7 +60,7 @@ func eachServed(t *testing.T, test func(t *testing.T, s *served)) {
 	}
 }
 
-// eachFamily is eachServed with each of the pod's addresses. The device is proven already.
+// eachFamily is like eachServed, with each of the pod's addresses. The device is already proven.
 func eachFamily(t *testing.T, test func(t *testing.T, s *served, addr netip.Addr)) {
 	for _, family := range []string{"IPv4", "IPv6"} {
 		t.Run(family, func(t *testing.T) {
@@ -90,7 +90,7 @@ func serve(t testing.TB, pod *bpftest.Pod, way way) *served {
 	return serveBy(t, d, dir, pod, way)
 }
 
-// serveBy is serve with programs that are loaded already. What they were attached to before is detached.
+// serveBy is like serve, with programs that are already loaded. Their previous attachments are detached.
 func serveBy(t testing.TB, d *datapath.Datapath, dir string, pod *bpftest.Pod, way way) *served {
 	t.Helper()
 	s := &served{Pod: pod, d: d, bpfDir: dir}
@@ -112,7 +112,7 @@ func serveBy(t testing.TB, d *datapath.Datapath, dir string, pod *bpftest.Pod, w
 	return s
 }
 
-// known returns what the programs know of the pod.
+// known returns what the programs know about the pod.
 func (s *served) known(t testing.TB) *datapath.Pod {
 	t.Helper()
 	pod, err := attach.OpenPod(s.d, s.bpfDir, servedID)
@@ -129,7 +129,7 @@ func (s *served) put(t testing.TB, key datapath.EndpointKey, e datapath.Evidence
 	}
 }
 
-// putProbe puts evidence of what probe asks on a port.
+// putProbe puts evidence for what probe asks on a port.
 func (s *served) putProbe(t testing.TB, port uint16, e datapath.Evidence) {
 	t.Helper()
 	q := s.question(t)
@@ -137,46 +137,46 @@ func (s *served) putProbe(t testing.TB, port uint16, e datapath.Evidence) {
 	s.put(t, datapath.HTTPKey(port, q), e)
 }
 
-// question is what probe asks.
+// question returns what probe asks.
 func (s *served) question(t testing.TB) (q datapath.Question) {
 	t.Helper()
 	q.Hash, q.Check = bpftest.KeysOf(t, s.d.Steer()).Question(probe)
 	return q
 }
 
-// success is evidence that holds for an hour.
+// success returns evidence that is fresh for an hour.
 func success() datapath.Evidence {
 	now := datapath.Now()
 	return datapath.Evidence{ObservedAt: now, FreshUntil: now + uint64(time.Hour), Result: datapath.ResultSuccess, Status: 200}
 }
 
-// arm makes /healthz answered.
+// arm makes the programs answer /healthz.
 func (s *served) arm(t testing.TB) {
 	t.Helper()
 	s.putProbe(t, 8080, success())
 	s.armPort(t, 8080)
 }
 
-// armPort makes connections to a port taken.
+// armPort makes the programs take connections to a port.
 func (s *served) armPort(t testing.TB, port uint16) {
 	t.Helper()
 	s.put(t, datapath.PortKey(port), success())
 }
 
-// expirePort makes connections to a port observed only.
+// expirePort makes the programs only observe connections to a port.
 func (s *served) expirePort(t testing.TB, port uint16) {
 	t.Helper()
 	s.put(t, datapath.PortKey(port), datapath.Evidence{ObservedAt: 1, FreshUntil: 1, Result: datapath.ResultSuccess})
 }
 
-// serveEchoOn makes the pod send back what it gets on a port, and connections to it taken.
+// serveEchoOn makes the pod echo on a port, and the programs take connections to it.
 func (s *served) serveEchoOn(t testing.TB, port uint16) {
 	t.Helper()
 	serveEcho(s.Listen(t, int(port)))
 	s.armPort(t, port)
 }
 
-// serveEcho sends back what comes in.
+// serveEcho echoes what it receives.
 func serveEcho(listener net.Listener) {
 	go func() {
 		for {
@@ -192,7 +192,7 @@ func serveEcho(listener net.Listener) {
 	}()
 }
 
-// ask sends a request from a namespace and returns all that comes back.
+// ask sends a request from a namespace and returns everything that comes back.
 func (s *served) ask(t *testing.T, from ns.NetNS, addr netip.Addr, request string) string {
 	t.Helper()
 	conn := bpftest.Dial(t, from, netip.AddrPortFrom(addr, 8080).String())
@@ -239,9 +239,9 @@ func TestBothHooksAnswerRealSockets(t *testing.T) {
 	}
 }
 
-// Every local process is a prober here. A pod's processes are none of the node's, even though their packets keep their
-// sockets' cgroup when they cross a bridge.
-func TestAPodIsNoProberOfAnother(t *testing.T) {
+// Every local process is a prober here. A pod's processes are not local to the node, even though their packets keep the cgroup of
+// their socket when they cross a bridge.
+func TestPodsAreNotProbers(t *testing.T) {
 	for _, way := range ways {
 		t.Run(way.String(), func(t *testing.T) {
 			t.Parallel()
@@ -286,11 +286,11 @@ func TestHandedOverConnectionsEnd(t *testing.T) {
 	})
 }
 
-// The pod stopped listening after the SYN was answered: the client is told so by a reset.
-func TestAPodThatStoppedListening(t *testing.T) {
+// The pod stops listening after the SYN was answered. The client learns that from a reset.
+func TestPodStopsListening(t *testing.T) {
 	eachFamily(t, func(t *testing.T, s *served, addr netip.Addr) {
 		s.lookAway(t)
-		s.armPort(t, 8081) // nobody listens there
+		s.armPort(t, 8081) // no listener
 		conn := s.Dial(t, netip.AddrPortFrom(addr, 8081).String())
 		if _, err := io.WriteString(conn, probe); err != nil {
 			t.Fatal(err)
@@ -303,8 +303,8 @@ func TestAPodThatStoppedListening(t *testing.T) {
 	})
 }
 
-// A client hears a server that speaks first once its keep-alive shows that it waits.
-func TestAServerThatSpeaksFirst(t *testing.T) {
+// A client hears from a server that speaks first once its keep-alive shows that it waits.
+func TestServerSpeaksFirst(t *testing.T) {
 	eachFamily(t, func(t *testing.T, s *served, addr netip.Addr) {
 		s.serveBanner(t)
 		conn := s.Dial(t, netip.AddrPortFrom(addr, bannerPort).String())
@@ -327,7 +327,7 @@ const (
 	banner     = "220 ready\r\n"
 )
 
-// serveBanner makes the pod greet whoever connects to bannerPort, and close.
+// serveBanner makes the pod greet clients that connect to bannerPort, and close.
 func (s *served) serveBanner(t testing.TB) {
 	t.Helper()
 	listener := s.Listen(t, bannerPort)
@@ -344,8 +344,8 @@ func (s *served) serveBanner(t testing.TB) {
 	s.armPort(t, bannerPort)
 }
 
-// With respond detached no answer arrives: the client's second SYN reaches the pod, and nothing is taken any more.
-func TestWithoutRespondThePodGetsTheSecondSYN(t *testing.T) {
+// With respond detached no answer arrives. The client's second SYN reaches the pod, and no connection is taken any more.
+func TestPodGetsTheSecondSYNWithoutRespond(t *testing.T) {
 	for _, via := range []attach.Via{attach.ViaAuto, attach.ViaClsact} {
 		for _, family := range []string{"IPv4", "IPv6"} {
 			t.Run(fmt.Sprintf("via %s %s", cmp.Or(via, "auto"), family), func(t *testing.T) {
@@ -365,7 +365,7 @@ func TestWithoutRespondThePodGetsTheSecondSYN(t *testing.T) {
 				}
 				counters := s.counters(t)
 				if counters["devices_lost"] != 1 || counters["passed_untrusted"] != 1 {
-					t.Errorf("%v, want that the second connection was passed on", counters)
+					t.Errorf("%v, want the second connection passed on", counters)
 				}
 				if device := s.device(t); device.Trust != datapath.TrustLost || device.Loss != "syn_repeated" {
 					t.Errorf("%+v", device)
@@ -375,9 +375,9 @@ func TestWithoutRespondThePodGetsTheSecondSYN(t *testing.T) {
 	}
 }
 
-// Something drops our answers: the pod gives them instead, and nothing is taken any more. An answer to a request is given twice,
-// in case it was only held up.
-func TestAnAnswerThatIsDropped(t *testing.T) {
+// If something drops our answers, the pod answers instead, and no connection is taken any more. An answer to a request is sent twice,
+// in case the first was only delayed.
+func TestDroppedAnswer(t *testing.T) {
 	for loss, drop := range map[string]bpftest.Drop{
 		"syn_repeated":     {Mask: bpftest.SYN, Flags: bpftest.SYN, First: 1},
 		"request_repeated": {Mask: bpftest.PSH, Flags: bpftest.PSH, First: 2},
@@ -418,7 +418,7 @@ func (s *served) detachRespond(t *testing.T) {
 	}
 }
 
-// lookAway has steer take connections without a look at the pod's listening sockets, as if the namespace's id were not known.
+// lookAway makes steer take connections without looking at the pod's listening sockets, as if the namespace's id were unknown.
 func (s *served) lookAway(t *testing.T) {
 	t.Helper()
 	if err := s.d.LookInto(s.device(t).Key, -1, 0); err != nil {
@@ -438,11 +438,11 @@ func (s *served) device(t *testing.T) datapath.Device {
 func waitFor(t testing.TB, what string, done func() bool) {
 	t.Helper()
 	if !await(done) {
-		t.Fatalf("waited in vain for %s", what)
+		t.Fatalf("timed out waiting for %s", what)
 	}
 }
 
-// await polls until it is done, and reports whether it was within 10 s.
+// await polls until done returns true, and reports whether that happened within 10 s.
 func await(done func() bool) bool {
 	for range 1000 {
 		if done() {
@@ -453,12 +453,12 @@ func await(done func() bool) bool {
 	return false
 }
 
-// When a listening socket of the pod closes, whatever the cause and whatever its port, nothing of the pod is answered any more: before
-// anything asks.
-func TestAListenerThatClosesEndsAllEvidence(t *testing.T) {
+// When a listening socket of the pod closes, for whatever reason and on whatever port, nothing about the pod is answered any more,
+// even before the next probe.
+func TestClosedListenerVoidsAllEvidence(t *testing.T) {
 	eachServed(t, func(t *testing.T, s *served) {
 		if !s.d.Watched() {
-			t.Skip("this kernel does not describe its types (BTF)")
+			t.Skip("this kernel has no BTF")
 		}
 		s.armPort(t, 9090)
 		elsewhere := s.Node.AddPod(t).Listen(t, 8080)
@@ -469,7 +469,7 @@ func TestAListenerThatClosesEndsAllEvidence(t *testing.T) {
 			t.Fatalf("withdrawn by another pod's listener: %q", reply)
 		}
 		for _, l := range []net.Listener{
-			s.Listen(t, 9091), // a sidecar's, say
+			s.Listen(t, 9091), // for instance a sidecar's
 			socket{address: netip.IPv6Loopback(), protocol: unix.IPPROTO_MPTCP}.listen(t, s.NS),
 			s.listener,
 		} {
@@ -484,18 +484,18 @@ func TestAListenerThatClosesEndsAllEvidence(t *testing.T) {
 					t.Fatalf("port %d: %+v, %v", port, tally, err)
 				}
 			}
-			// An MPTCP socket has a TCP one inside, which counts too.
+			// An MPTCP socket contains a TCP one, which counts as well.
 			if n := s.counters(t)["withdrawn_listener_closed"] - closed; n < 1 || n > 2 {
 				t.Fatalf("counted %d withdrawals", n)
 			}
 			if reply, err := s.get(); strings.Contains(reply, hit) {
-				t.Fatalf("answered with what was known before: %q, %v", reply, err)
+				t.Fatalf("answered on withdrawn evidence: %q, %v", reply, err)
 			}
 		}
 	})
 }
 
-// get asks as ask does, and returns an error if it cannot.
+// get is like ask, but returns an error if it fails.
 func (s *served) get() (reply string, err error) {
 	err = inNS(s.Node.NS, func() error {
 		reply, err = get(fmt.Sprintf("%s:8080", s.IPv4))
@@ -504,8 +504,8 @@ func (s *served) get() (reply string, err error) {
 	return reply, err
 }
 
-// What the daemon itself asks reaches the pod, though every local process is a prober and everything is fresh.
-func TestAnExemptSocketIsNoProbers(t *testing.T) {
+// The daemon's own requests reach the pod, although every local process is a prober and everything is fresh.
+func TestExemptSocketIsNotAProbers(t *testing.T) {
 	eachServed(t, func(t *testing.T, s *served) {
 		const n = 2 // requests
 		var cookie uint64
@@ -521,7 +521,7 @@ func TestAnExemptSocketIsNoProbers(t *testing.T) {
 				return err
 			}
 			defer conn.Close() //nolint:errcheck // a test's
-			// Twice, which does no harm, while the connection goes on.
+			// Twice, which is harmless, while the connection lasts.
 			if err := errors.Join(s.d.ForgetSocket(cookie), s.d.ForgetSocket(cookie)); err != nil {
 				return err
 			}

@@ -22,7 +22,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// result is how a probe went.
+// result describes how a probe went.
 type result struct {
 	reply   string
 	err     error
@@ -31,7 +31,7 @@ type result struct {
 
 func (r result) String() string { return fmt.Sprintf("%q, %v, delayed %v", r.reply, r.err, r.delayed) }
 
-// probeFrom probes /healthz from a namespace. The time to connect, if any, is limited.
+// probeFrom probes /healthz from a namespace. timeout, if not 0, limits the time to connect.
 func probeFrom(from ns.NetNS, address string, timeout time.Duration) (r result) {
 	err := from.Do(func(ns.NetNS) error {
 		r = probeOnce(address, timeout)
@@ -68,7 +68,7 @@ func retransmitted(conn net.Conn) bool {
 	return again
 }
 
-// device returns what the programs know of the pod's device.
+// device returns what the programs know about the pod's device.
 func (w *world) device() datapath.Device {
 	w.t.Helper()
 	devices, err := w.d.Devices()
@@ -88,7 +88,7 @@ func (w *world) wantTrust(trust datapath.Trust, losses ...string) {
 	}
 }
 
-// wantPassed checks that probes and other requests go to the pod as if we were not there.
+// wantPassed asserts that probes and other requests reach the pod as if we were not there.
 func (s *served) wantPassed(t testing.TB) {
 	t.Helper()
 	s.wantPassedBy(t, s.IPv4, s.IPv6)
@@ -110,7 +110,7 @@ func (s *served) wantPassedBy(t testing.TB, addrs ...netip.Addr) {
 
 // culprits drop our answers, but not what the pod sends. Each returns a function that removes it.
 var culprits = map[string]func(t *testing.T, s *served) (remove func()){
-	// A policy engine saw no SYN go to the pod, so it takes no SYN-ACK from it.
+	// A policy engine that saw no SYN go to the pod accepts no SYN-ACK from it.
 	"policy": func(t *testing.T, s *served) func() {
 		w, p := s.world(t), newPolicy(t)
 		if w.isTCX() {
@@ -130,7 +130,7 @@ var culprits = map[string]func(t *testing.T, s *served) (remove func()){
 			})
 		}
 	},
-	// A firewall takes a SYN-ACK with no option but the MSS for a forged one.
+	// A firewall considers a SYN-ACK with no option but the MSS forged.
 	"netfilter": func(t *testing.T, s *served) func() {
 		f := newFirewall(t, s.Node)
 		f.chain("forged", prerouting, rule(tcpFlags(0xf012, 0x6012), then(drop)))
@@ -138,7 +138,7 @@ var culprits = map[string]func(t *testing.T, s *served) (remove func()){
 	},
 }
 
-// eachCulprit runs a test beside each of them, on a device that is new.
+// eachCulprit runs a test beside each of them, on a new device.
 func eachCulprit(t *testing.T, test func(t *testing.T, s *served, remove func())) {
 	t.Helper()
 	for name, install := range culprits {
@@ -152,7 +152,7 @@ func eachCulprit(t *testing.T, test func(t *testing.T, s *served, remove func())
 	}
 }
 
-// One probe is delayed; then every one goes to the pod, until a person says so or the device is attached again.
+// One probe is delayed. Then every probe reaches the pod, until an administrator trusts the device or it is attached again.
 func TestTrustIsLostByOneProbe(t *testing.T) {
 	eachCulprit(t, func(t *testing.T, s *served, remove func()) {
 		w := s.world(t)
@@ -180,8 +180,8 @@ func TestTrustIsLostByOneProbe(t *testing.T) {
 	})
 }
 
-// Attaching again makes us try again, too.
-func TestAttachingAgainIsTrustedAgain(t *testing.T) {
+// Attaching again starts another trial, too.
+func TestReattachRestoresTrust(t *testing.T) {
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		s := w.serve(way)
 		remove := culprits["netfilter"](t, s)
@@ -195,13 +195,13 @@ func TestAttachingAgainIsTrustedAgain(t *testing.T) {
 		s.wantAll(t)
 		w.wantTrust(datapath.TrustProven)
 		if err := w.d.TrustAgain(lost); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("an earlier life of the device: %v", err)
+			t.Errorf("previous attachment of the device: %v", err)
 		}
 	})
 }
 
-// Many probes come at once to a device that is new: one is tried, and the others do not wait for it.
-func TestOneOfManyIsTried(t *testing.T) {
+// Many probes arrive at a new device at once. One becomes the trial, and the others do not wait for it.
+func TestOneOfManyProbesIsTheTrial(t *testing.T) {
 	eachCulprit(t, func(t *testing.T, s *served, _ func()) {
 		bad := 0
 		for _, r := range probeAtOnce(s, 50) {
@@ -212,15 +212,15 @@ func TestOneOfManyIsTried(t *testing.T) {
 			}
 		}
 		if bad > 1 {
-			t.Errorf("%d were delayed or failed, want 1 at most", bad)
+			t.Errorf("%d were delayed or failed, want at most 1", bad)
 		}
 		s.world(t).wantTrust(datapath.TrustLost, "syn_repeated", "unacknowledged")
 		s.wantPassed(t)
 	})
 }
 
-// With nothing in the way, none is delayed and the device is trusted.
-func TestManyAtOnceEarnTrust(t *testing.T) {
+// With nothing in the way, no probe is delayed, and the device becomes trusted.
+func TestConcurrentProbesEarnTrust(t *testing.T) {
 	for _, way := range ways {
 		s := serve(t, bpftest.NewNode(t).AddPod(t), way)
 		for _, r := range probeAtOnce(s, 50) {
@@ -233,7 +233,7 @@ func TestManyAtOnceEarnTrust(t *testing.T) {
 	}
 }
 
-// probeAtOnce probes n times at once, by both families.
+// probeAtOnce sends n concurrent probes over both families.
 func probeAtOnce(s *served, n int) []result {
 	results := make([]result, n)
 	var running sync.WaitGroup
@@ -250,7 +250,7 @@ func probeAtOnce(s *served, n int) []result {
 	return results
 }
 
-// A prober may give up before its SYN is ever repeated.
+// A prober may give up before it repeats its SYN.
 func TestTrustIsLostByProbersThatGiveUp(t *testing.T) {
 	eachCulprit(t, func(t *testing.T, s *served, _ func()) {
 		for _, timeout := range []time.Duration{900 * time.Millisecond, time.Second} {
@@ -265,7 +265,7 @@ func TestTrustIsLostByProbersThatGiveUp(t *testing.T) {
 	})
 }
 
-// failures probes some ports in turn, n times, and returns how many of each failed or were delayed.
+// failures probes some ports in turn, n times, and returns how many probes of each failed or were delayed.
 func (s *served) failures(n int, timeout time.Duration, ports ...uint16) map[uint16]int {
 	failed := map[uint16]int{}
 	for range n {
@@ -279,8 +279,8 @@ func (s *served) failures(n int, timeout time.Duration, ports ...uint16) map[uin
 	return failed
 }
 
-// A firewall that comes later, when answers have long been arriving, costs each port one probe at most.
-func TestTrustThatWasEarnedIsLost(t *testing.T) {
+// A firewall that appears when answers have been arriving for a long time costs each port at most one probe.
+func TestEarnedTrustIsLost(t *testing.T) {
 	for _, timeout := range []time.Duration{900 * time.Millisecond, patience} {
 		for _, way := range ways {
 			t.Run(fmt.Sprintf("%s timeout %v", way, timeout), func(t *testing.T) {
@@ -295,7 +295,7 @@ func TestTrustThatWasEarnedIsLost(t *testing.T) {
 				culprits["netfilter"](t, s)
 				for port, n := range s.failures(4, timeout, 8080, 8081) {
 					if n > 1 {
-						t.Errorf("port %d lost %d probes, want 1 at most", port, n)
+						t.Errorf("port %d lost %d probes, want at most 1", port, n)
 					}
 				}
 				w.wantTrust(datapath.TrustLost, "unacknowledged", "syn_repeated")
@@ -317,7 +317,7 @@ func answerAll(listener net.Listener) {
 	}
 }
 
-// If the answer to the request is dropped, but not the one to the SYN, the client's repeated request goes to the pod.
+// If the answer to the request is dropped, but not the one to the SYN, the client's repeated request reaches the pod.
 func TestTrustIsLostByARepeatedRequest(t *testing.T) {
 	eachWay(t, func(t *testing.T, w *world, way way) {
 		s := w.serve(way)

@@ -36,7 +36,7 @@ type world struct {
 	released bool
 }
 
-// oddID has every character that names of files treat specially.
+// oddID contains every character that file names treat specially.
 var oddID = attach.ID{ContainerID: "c.1_%2E", IfName: "eth0.7"}
 
 func newWorld(t testing.TB) *world {
@@ -46,7 +46,7 @@ func newWorld(t testing.TB) *world {
 	return w
 }
 
-// withNewPod is the same world for a subtest, with a pod of its own: programs need not be loaded again.
+// withNewPod returns the same world for a subtest, with a pod of its own. The programs need not be loaded again.
 func (w *world) withNewPod(t testing.TB) *world {
 	t.Helper()
 	w = w.in(t)
@@ -58,14 +58,14 @@ func (w *world) withNewPod(t testing.TB) *world {
 	return w
 }
 
-// serve is the function serve for the world's pod, with its programs.
+// serve is like the function serve, for the world's pod and programs.
 func (w *world) serve(way way) *served {
 	w.t.Helper()
 	w.id = servedID
 	return serveBy(w.t, w.d, w.bpfDir, w.pod, way)
 }
 
-// load loads the programs, or opens those that are pinned.
+// load loads the programs, or opens the pinned ones.
 func (w *world) load() {
 	w.t.Helper()
 	d, err := datapath.Ensure(w.t.Context(), w.bpfDir)
@@ -76,19 +76,19 @@ func (w *world) load() {
 	w.d = d
 }
 
-// in is the same world for a subtest.
+// in returns the same world for a subtest.
 func (w *world) in(t testing.TB) *world {
 	sub := *w
 	sub.t = t
 	return &sub
 }
 
-// world is the one of a pod with a server.
+// world returns the world of a pod with a server.
 func (s *served) world(t testing.TB) *world {
 	return &world{t: t, pod: s.Pod, d: s.d, bpfDir: s.bpfDir, id: servedID}
 }
 
-// do runs f in the node's namespace, with the pod's host-side veth.
+// do runs f in the node's namespace with the pod's host-side veth.
 func (w *world) do(f func(device netlink.Link) error) {
 	w.t.Helper()
 	bpftest.Do(w.t, w.pod.Node.NS, func() error {
@@ -155,7 +155,7 @@ func (w *world) wantWhole() {
 	}
 }
 
-// dir is where the attachment is pinned.
+// dir returns the directory where the attachment is pinned.
 func (w *world) dir() string {
 	w.t.Helper()
 	found, err := filepath.Glob(filepath.Join(datapath.AttachmentsDir(w.bpfDir), "*"))
@@ -186,7 +186,7 @@ func requireTCX(t testing.TB) {
 	}
 }
 
-// clsactQdisc is the qdisc that tc filters of a device hang on.
+// clsactQdisc returns the qdisc that tc filters of a device belong to.
 func clsactQdisc(ifindex int) *netlink.Clsact {
 	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
 		LinkIndex: ifindex, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
@@ -204,7 +204,7 @@ var parents = map[string]uint32{"egress": netlink.HANDLE_MIN_EGRESS, "ingress": 
 
 var tcxSides = map[string]ebpf.AttachType{"egress": ebpf.AttachTCXEgress, "ingress": ebpf.AttachTCXIngress}
 
-// bpfFilter is a filter of another agent's.
+// bpfFilter returns a filter of another agent.
 func bpfFilter(ifindex int, parent uint32, priority uint16, program *ebpf.Program) *netlink.BpfFilter {
 	return &netlink.BpfFilter{
 		FilterAttrs: netlink.FilterAttrs{
@@ -214,7 +214,7 @@ func bpfFilter(ifindex int, parent uint32, priority uint16, program *ebpf.Progra
 	}
 }
 
-// deleteFilters removes the filters of one side whose names begin so.
+// deleteFilters removes the filters on one side whose names have the prefix.
 func deleteFilters(device netlink.Link, parent uint32, prefix string) error {
 	filters, err := netlinksafe.FilterList(device, parent)
 	if err != nil {
@@ -230,7 +230,7 @@ func deleteFilters(device netlink.Link, parent uint32, prefix string) error {
 	return nil
 }
 
-// state is everything that an attachment may leave behind, each thing with how many there are of it.
+// state counts everything that an attachment may leave behind.
 type state map[string]int
 
 func (s state) without(other state) []string {
@@ -244,7 +244,7 @@ func (s state) without(other state) []string {
 	return lines
 }
 
-// state looks at the BPF file system, the maps, the device, and the links of our programs.
+// state inspects the BPF file system, the maps, the device, and the links of our programs.
 func (w *world) state() state {
 	w.t.Helper()
 	s := state{}
@@ -296,7 +296,7 @@ func (w *world) addLinks(s state) {
 	}
 }
 
-// countLinks looks again if another process was just making a link.
+// countLinks retries if another process was just creating a link.
 func (w *world) countLinks(ours map[ebpf.ProgramID]string) (counts map[string]int) {
 	w.t.Helper()
 	for {
@@ -354,9 +354,9 @@ func addDevice(s state, device netlink.Link) error {
 	return nil
 }
 
-// wantState compares with an earlier state, once the kernel has released links whose pins are gone, which takes a moment. Unless
-// the attachment was released, an empty clsact may be left: its removal would cost the device packets
-// (TestNothingSentToThePodIsLost).
+// wantState compares with an earlier state, once the kernel has released links without pins, which takes a moment. Unless the
+// attachment was released, an empty clsact may remain, because its removal would cost the device packets
+// (TestAttachingLosesNoPackets).
 func (w *world) wantState(want state) {
 	w.t.Helper()
 	var now state
@@ -367,12 +367,12 @@ func (w *world) wantState(want state) {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	w.t.Errorf("there are %q and there were %q", now.without(want), want.without(now))
+	w.t.Errorf("now %q, previously %q", now.without(want), want.without(now))
 }
 
 const clsactKey = "qdisc clsact"
 
-// withoutEmptyClsact leaves out a clsact qdisc that has no filters.
+// withoutEmptyClsact omits a clsact qdisc that has no filters.
 func (s state) withoutEmptyClsact() state {
 	if slices.ContainsFunc(slices.Collect(maps.Keys(s)), func(thing string) bool { return strings.HasPrefix(thing, "filter") }) {
 		return s

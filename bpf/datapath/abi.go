@@ -52,7 +52,7 @@ func RemoveOthers(bpfDir string) error {
 	others, err := Others(bpfDir)
 	errs := []error{err}
 	for _, dir := range others {
-		// Fails if another build is attaching at this moment, whose directory then stays.
+		// Fails while another build is attaching, whose directory then stays.
 		if err := os.Remove(filepath.Join(dir, attachmentsDir)); err == nil || Absent(err) {
 			errs = append(errs, os.RemoveAll(dir))
 		}

@@ -240,7 +240,7 @@ func TestProberIsIdentifiedByItsCgroup(t *testing.T) {
 	}
 }
 
-// A connection continues as it began, whoever the prober is by then.
+// A connection continues as it began, even if the prober has changed.
 func TestConnectionOutlivesTheProberSet(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		b.arm()
@@ -530,7 +530,7 @@ func TestCheckIsCompared(t *testing.T) {
 	})
 }
 
-// All keys are drawn anew whenever the programs are loaded.
+// All keys are redrawn whenever the programs are loaded.
 func TestKeysAreSecret(t *testing.T) {
 	bpftest.RequireRoot(t)
 	seen, keys := map[string]bool{}, 0

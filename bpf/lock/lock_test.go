@@ -17,14 +17,14 @@ import (
 
 var nobody = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 
-// now has ended, so locking tries once.
+// now is an expired context, so that locking tries only once.
 func now() context.Context {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	return ctx
 }
 
-// Files and directories, with whatever mode they had before: another user cannot lock them, so cannot keep us from it.
+// Other users cannot lock files or directories, whatever their previous mode, and so cannot block us.
 func TestOtherUsersCannotLock(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("needs root")
@@ -40,7 +40,7 @@ func TestOtherUsersCannotLock(t *testing.T) {
 		"open to anyone": {func(path string) error { return errors.Join(os.Mkdir(path, 0o700), os.Chmod(path, 0o777)) }, Dir},
 	} {
 		t.Run(name, func(t *testing.T) {
-			dir, err := os.MkdirTemp("", "lock") // t.TempDir is closed to others
+			dir, err := os.MkdirTemp("", "lock") // t.TempDir is not accessible to others
 			if err == nil {
 				err = os.Chmod(dir, 0o755)
 			}
@@ -57,7 +57,7 @@ func TestOtherUsersCannotLock(t *testing.T) {
 				t.Fatal(err)
 			}
 			if _, err := test.lock(now(), path, unix.LOCK_SH); !errors.Is(err, ErrHeld) {
-				t.Errorf("while it is held: %v", err)
+				t.Errorf("while held: %v", err)
 			}
 			l.Release()
 			attempt := exec.Command("flock", "--nonblock", path, "true")
@@ -84,7 +84,7 @@ func TestNoDirectory(t *testing.T) {
 	}
 }
 
-// A link would have us make, or close to others, a file elsewhere.
+// A link would make us create a file elsewhere, or remove others' access to one.
 func TestLinksAreNotFollowed(t *testing.T) {
 	dir := t.TempDir()
 	link := filepath.Join(dir, "l")
@@ -96,8 +96,8 @@ func TestLinksAreNotFollowed(t *testing.T) {
 	}
 }
 
-// One at a time has it, though some of them remove the file.
-func TestRemoveIsNoWayAround(t *testing.T) {
+// Only one holder at a time, although some of them remove the file.
+func TestRemoveKeepsExclusion(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "l")
 	var inside atomic.Int32
 	var all sync.WaitGroup
@@ -110,7 +110,7 @@ func TestRemoveIsNoWayAround(t *testing.T) {
 					return
 				}
 				if inside.Add(1) != 1 {
-					t.Error("two have the lock")
+					t.Error("two holders at once")
 				}
 				inside.Add(-1)
 				if i%2 == 0 {

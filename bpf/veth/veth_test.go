@@ -15,7 +15,7 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 )
 
-// find asks for an interface of a pod, in its node's namespace.
+// find looks for an interface of a pod, in its node's namespace.
 func find(t *testing.T, p *bpftest.Pod, ifName string, hints []Hint) (end HostEnd, err error) {
 	t.Helper()
 	bpftest.Do(t, p.Node.NS, func() error {
@@ -90,8 +90,8 @@ func TestContradictions(t *testing.T) {
 	}
 }
 
-// Each device is the host end of one interface only, whatever numbers and names have in common.
-func TestTwoPodsOfTwoInterfaces(t *testing.T) {
+// Each device is the host end of only one interface, even if others share its number or name.
+func TestTwoPodsWithTwoInterfaces(t *testing.T) {
 	node := bpftest.NewNode(t)
 	pods := []*bpftest.Pod{node.AddPod(t), node.AddPod(t)}
 	seen := map[int]bool{}
@@ -128,7 +128,7 @@ func add(t *testing.T, where ns.NetNS, device netlink.Link) {
 	}
 }
 
-// move moves the pod's host end into another namespace, and returns its index, which it keeps.
+// move moves the pod's host end into another namespace and returns its index, which it keeps.
 func move(t *testing.T, p *bpftest.Pod, to ns.NetNS) (index int) {
 	t.Helper()
 	bpftest.Do(t, p.Node.NS, func() error {
@@ -236,7 +236,7 @@ func TestNoHostEnd(t *testing.T) {
 }
 
 // A path that leads back to the host, where a device happens to have the interface's name.
-func TestTheHostsOwnNamespace(t *testing.T) {
+func TestHostNamespace(t *testing.T) {
 	node := bpftest.NewNode(t)
 	add(t, node.NS, &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}, PeerName: "veth1"})
 	if end, err := find(t, &bpftest.Pod{Node: node, NS: node.NS}, "eth0", nil); !errors.Is(err, ErrNoHostEnd) {
@@ -253,7 +253,7 @@ func TestNoNetns(t *testing.T) {
 	}
 }
 
-// TestNamespaceWithoutID: until the host's kernel has reported a device that leads into the pod's namespace, it has no id for it.
+// Until the host's kernel has reported a device that leads into the pod's namespace, it has no id for that namespace.
 func TestNamespaceWithoutID(t *testing.T) {
 	node, inside := bpftest.NewNode(t), bpftest.NewNode(t)
 	add(t, inside.NS, &netlink.Veth{
@@ -262,7 +262,7 @@ func TestNamespaceWithoutID(t *testing.T) {
 	bpftest.Do(t, node.NS, func() error {
 		id, err := netlink.GetNetNsIdByFd(int(inside.NS.Fd()))
 		if id >= 0 {
-			t.Errorf("the namespace has id %d already, so this tests nothing", id)
+			t.Errorf("the namespace already has id %d, so this tests nothing", id)
 		}
 		return err
 	})
@@ -273,7 +273,7 @@ func TestNamespaceWithoutID(t *testing.T) {
 	}
 }
 
-// TestWithoutSysAdmin: the daemon has CAP_NET_ADMIN, and cannot enter namespaces.
+// The daemon has CAP_NET_ADMIN, but cannot enter namespaces.
 func TestWithoutSysAdmin(t *testing.T) {
 	node, inside := bpftest.NewNode(t), bpftest.NewNode(t)
 	pods := []*bpftest.Pod{node.AddPod(t), {Node: node, NS: inside.NS}} // the second has no id yet
@@ -296,19 +296,19 @@ func TestWithoutSysAdmin(t *testing.T) {
 				t.Errorf("%+v, %v", end, err)
 			}
 		}
-		// Find asks for the cookie in a thread of its own, which has all capabilities here.
+		// Find reads the cookie in a thread of its own, which has all capabilities here.
 		netns, err := os.Open(inside.NS.Path())
 		if err == nil {
 			_, err = cookieFromInside(netns)
 		}
 		if !errors.Is(err, unix.EPERM) {
-			t.Errorf("the cookie: %v", err)
+			t.Errorf("cookie: %v", err)
 		}
 	}()
 	<-done
 }
 
-// keepOnly takes all but one capability from the thread.
+// keepOnly drops all capabilities of the thread but one.
 func keepOnly(capability int) error {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	data := [2]unix.CapUserData{{Effective: 1 << capability, Permitted: 1 << capability}}

@@ -53,7 +53,7 @@ func TestKubectl(t *testing.T) {
 		code       int
 		says       []string
 	}{
-		{admin, "probelet status", 0, []string{`(?m)^` + cluster.NodeName + ` +yes +\d+ +0 +\d+ % +\d+ +\S+ +-$`, `1 of 1 nodes are ready; \d+ pods are attached, 0 are not; \d+ % of \d+ probes were answered`}},
+		{admin, "probelet status", 0, []string{`(?m)^` + cluster.NodeName + ` +yes +\d+ +0 +\d+ % +\d+ +\S+ +-$`, `1 of 1 node ready; \d+ pods? attached, 0 not attached; \d+ % of \d+ probes answered`}},
 		{admin, "probelet status -o json", 0, []string{`"nodesWithout": \[\]`, `"ready": true`}},
 		{admin, "probelet status -o wide -n " + kube.Namespace + " --node " + cluster.NodeName, 0, []string{kube.Namespace + `/asked .* HTTP :8080/healthz .* app/readiness`}},
 		{admin, "probelet explain asked -n " + kube.Namespace, 0, []string{`probeletd: running`, kube.Namespace + `/asked  device`, `next probe +answered in the kernel|next probe +reaches the pod`, `observed by probe: success 200`}},

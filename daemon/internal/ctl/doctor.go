@@ -4,7 +4,6 @@ package ctl
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -66,12 +65,8 @@ func examine(ctx context.Context, env *environment, d doctor.Doctor, asJSON bool
 			return err
 		}
 	}
-	switch n := status.Problems(findings); n {
-	case 0:
-		return nil
-	case 1:
-		return errors.New("1 problem found")
-	default:
-		return fmt.Errorf("%d problems found", n)
+	if n := status.Problems(findings); n > 0 {
+		return fmt.Errorf("%s found", status.Count(n, "problem"))
 	}
+	return nil
 }

@@ -247,7 +247,7 @@ func (x Explanation) eventsOf(e survey.Endpoint) []happening {
 		}
 	}
 	if e.LastHitAge != nil {
-		all = append(all, happening{*e.LastHitAge, fmt.Sprintf("answered in the kernel (%d times so far)", e.Hits)})
+		all = append(all, happening{*e.LastHitAge, fmt.Sprintf("answered in the kernel (%d so far)", e.Hits)})
 	}
 	if e.WithdrawnAge != nil {
 		all = append(all, happening{*e.WithdrawnAge, "withdrawn by the kernel: " + status.WithdrawalText(e.WithdrawnCause)})

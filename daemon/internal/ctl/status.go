@@ -125,7 +125,7 @@ func printNode(env *environment, s survey.Status, n status.Node) error {
 	var text table.Text
 	text.Pair("version", n.Version)
 	text.Pair("daemon", strings.TrimPrefix(s.Daemon.String(), "probeletd: "))
-	text.Pair("attached", fmt.Sprintf("%d, with %d endpoints, of which %d are answered now", n.Attached, n.Endpoints, n.Answered))
+	text.Pair("attached", fmt.Sprintf("%s with %s, %d answered now", status.Count(n.Attached, "pod"), status.Count(n.Endpoints, "endpoint"), n.Answered))
 	text.Pair("answered", fmt.Sprintf("%s of %d probes", n.Probes.Share(), n.Probes.Answered+n.Probes.Passed))
 	if n.Running { // otherwise the line about the daemon has said so
 		for _, why := range n.NotReady {

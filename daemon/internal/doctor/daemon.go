@@ -17,7 +17,7 @@ import (
 func (d *Doctor) daemon(ctx context.Context) {
 	if !d.status.Daemon.Running {
 		d.says(status.Problem, "daemon", "not running on "+d.Source.StateDir+"; "+d.status.Daemon.Still.Words(time.Now()),
-			"probeletd run; if it exits at once, its log says why")
+			"start it with probeletd run; if it exits at once, its log says why")
 		return
 	}
 	missing, err := api.NewClient(d.Source.StateDir).Ready(ctx)

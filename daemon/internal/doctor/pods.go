@@ -24,7 +24,7 @@ func (d *Doctor) attachments() {
 		d.says(status.Problem, "attachments", err.Error(), "remove the record; the daemon adopts the pod, or it is attached when it is recreated")
 	}
 	if unattached := d.status.Unattached; len(unattached) > 0 {
-		d.says(status.Note, "attachments", fmt.Sprintf("%d pods with probes are not attached: %s", len(unattached), strings.Join(unattached, ", ")),
+		d.says(status.Note, "attachments", "these pods have probes, but are not attached: "+strings.Join(unattached, ", "),
 			"restart those that are older than probelet and that the daemon does not adopt; pods with hostNetwork are never attached")
 	}
 	for _, a := range d.status.Attachments {
@@ -47,7 +47,7 @@ func (d *Doctor) attachments() {
 		err := checker.Check(r.ID(), r.IfIndex)
 		switch {
 		case r.Error != "":
-			d.says(status.Problem, "attachments", nameOf(r)+" was not attached: "+r.Error, "the pod runs without probelet")
+			d.says(status.Problem, "attachments", nameOf(r)+" was not attached: "+r.Error, "correct that and restart the pod; until then it runs without probelet")
 		case err != nil:
 			d.says(status.Problem, "attachments", nameOf(r)+": "+err.Error(), "the daemon repairs this within 10 s, unless another program holds the hook")
 		default:
@@ -149,7 +149,7 @@ func (d *Doctor) others() {
 		switch {
 		case i >= 0:
 			d.says(status.Note, "attachments", fmt.Sprintf("other programs on %s of %s: %s", one.Name, nameOf(records[i]), what),
-				"those before ours may keep probes from being answered; those after ours may drop the answers")
+				"nothing while probes are answered: those before ours may prevent that, and those after ours may drop the answers")
 		case one.Veth:
 			veths = append(veths, fmt.Sprintf("%s (%s)", one.Name, what))
 		default:

@@ -10,6 +10,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"sync"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -210,7 +211,10 @@ func (c *cluster) ask(ctx context.Context, daemon *corev1.Pod, stdout, stderr io
 	if err != nil {
 		return err
 	}
-	err = executor.StreamWithContext(ctx, remotecommand.StreamOptions{Stdout: stdout, Stderr: stderr})
+	out, errs := &gate{w: stdout}, &gate{w: stderr}
+	defer out.close()
+	defer errs.close()
+	err = executor.StreamWithContext(ctx, remotecommand.StreamOptions{Stdout: out, Stderr: errs})
 	if err != nil && ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
@@ -222,6 +226,28 @@ func (c *cluster) ask(ctx context.Context, daemon *corev1.Pod, stdout, stderr io
 		return &status.Error{Code: status.NotAllowed, Err: err}
 	}
 	return failure(err)
+}
+
+// gate passes writes on until it is closed. When ctx ends, StreamWithContext returns before its goroutines have stopped writing.
+type gate struct {
+	mutex  sync.Mutex
+	w      io.Writer
+	closed bool
+}
+
+func (g *gate) Write(p []byte) (int, error) {
+	g.mutex.Lock()
+	defer g.mutex.Unlock()
+	if g.closed {
+		return 0, io.ErrClosedPipe
+	}
+	return g.w.Write(p)
+}
+
+func (g *gate) close() {
+	g.mutex.Lock()
+	defer g.mutex.Unlock()
+	g.closed = true
 }
 
 // read runs probeletctl and decodes its JSON output.

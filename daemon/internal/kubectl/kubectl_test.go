@@ -36,7 +36,6 @@ type apiServer struct {
 	forbidden []string
 	// says has the output and exit code of probeletctl, by the daemon's pod.
 	says map[string]func(args []string) (text string, code int)
-	ran  []string // pods and arguments
 }
 
 func newAPIServer(t *testing.T) *apiServer {
@@ -120,7 +119,6 @@ type executor struct{ *apiServer }
 func (e executor) ExecInContainer(_ context.Context, pod, _, _ string, command []string, _ io.Reader, stdout, stderr io.WriteCloser,
 	_ bool, _ <-chan remotecommand.TerminalSize, _ time.Duration,
 ) error {
-	e.ran = append(e.ran, pod+": "+strings.Join(command, " "))
 	says := e.says[pod]
 	if says == nil {
 		return errors.New("container not found")
@@ -200,7 +198,7 @@ func TestClusterStatus(t *testing.T) {
 		want   string // a line, with runs of blanks squeezed
 	}{
 		"well":      {func(*apiServer, *corev1.Pod) {}, status.OK, `node1 yes 3 0 75 % 40 v1 -`},
-		"sum":       {func(*apiServer, *corev1.Pod) {}, status.OK, `2 of 2 nodes are ready; 6 pods are attached, 0 are not; 75 % of 80 probes were answered in the kernel`},
+		"sum":       {func(*apiServer, *corev1.Pod) {}, status.OK, `2 of 2 nodes ready; 6 pods attached, 0 not attached; 75 % of 80 probes answered in the kernel`},
 		"not ready": {func(_ *apiServer, p *corev1.Pod) { p.Status.ContainerStatuses[0].Ready = false }, status.Failed, `node1 no 3 0 75 % 40 v1 not ready`},
 		"not ready, and why": {func(s *apiServer, _ *corev1.Pod) {
 			n := well
@@ -222,7 +220,7 @@ func TestClusterStatus(t *testing.T) {
 			n := well
 			n.Version = "v2"
 			s.daemon("node3", n)
-		}, status.OK, `versions differ: v1 on 2 nodes, v2 on 1 nodes`},
+		}, status.OK, `versions differ: v1 on 2 nodes, v2 on 1 node`},
 		"without a daemon":        {func(s *apiServer, _ *corev1.Pod) { s.nodes = append(s.nodes, "fargate") }, status.OK, `fargate - - - - - - the daemon has no pod there \(taints, node selector\)`},
 		"nodes may not be listed": {func(s *apiServer, _ *corev1.Pod) { s.forbidden = []string{"/api/v1/nodes"} }, status.OK, `kubectl-probelet: warning: nodes without a daemon are not shown: .*forbidden`},
 		"no image": {func(_ *apiServer, p *corev1.Pod) {
@@ -260,7 +258,7 @@ func TestClusterStatus(t *testing.T) {
 		// Any pod can have the label.
 		"an impostor": {func(s *apiServer, p *corev1.Pod) {
 			s.pod("shop", "probelet", "node2").Labels = p.Labels
-		}, status.OK, `2 of 2 nodes are ready; .*`},
+		}, status.OK, `2 of 2 nodes ready; .*`},
 		"two DaemonSets": {func(s *apiServer, p *corev1.Pod) {
 			other := *p
 			other.Namespace = "shop"

@@ -132,7 +132,7 @@ func (s *session) status(ctx context.Context, namespace, output string) error {
 		return err
 	}
 	if n := result.notReady(); n > 0 {
-		return fmt.Errorf("%d of %d nodes are not ready", n, len(result.Nodes))
+		return fmt.Errorf("%d of %s not ready", n, status.Count(len(result.Nodes), "node"))
 	}
 	return nil
 }
@@ -236,14 +236,14 @@ func (c *Cluster) summary() *table.Text {
 	text.Line("")
 	share := "no probes yet"
 	if all := probes.Answered + probes.Passed; all > 0 {
-		share = fmt.Sprintf("%s of %d probes were answered in the kernel", probes.Share(), all)
+		share = fmt.Sprintf("%s of %d probes answered in the kernel", probes.Share(), all)
 	}
-	text.Line(fmt.Sprintf("%d of %d nodes are ready; %d pods are attached, %d are not; %s",
-		len(c.Nodes)-c.notReady(), len(c.Nodes), attached, unattached, share))
+	text.Line(fmt.Sprintf("%d of %s ready; %s attached, %d not attached; %s",
+		len(c.Nodes)-c.notReady(), status.Count(len(c.Nodes), "node"), status.Count(attached, "pod"), unattached, share))
 	if len(versions) > 1 {
 		var each []string
 		for _, v := range slices.Sorted(maps.Keys(versions)) {
-			each = append(each, fmt.Sprintf("%s on %d nodes", v, versions[v]))
+			each = append(each, fmt.Sprintf("%s on %s", v, status.Count(versions[v], "node")))
 		}
 		text.Line("versions differ: " + strings.Join(each, ", "))
 	}
@@ -293,7 +293,7 @@ func (s *session) doctor(ctx context.Context, output string) error {
 		}
 	}
 	if err == nil && problems > 0 {
-		err = fmt.Errorf("%d problems on %d of %d nodes", problems, ill, len(all))
+		err = fmt.Errorf("%s on %d of %s", status.Count(problems, "problem"), ill, status.Count(len(all), "node"))
 	}
 	return err
 }

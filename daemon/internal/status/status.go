@@ -155,12 +155,20 @@ func (s *Still) Words(now time.Time) string {
 		return "nothing is answered, so every probe reaches its pod"
 	}
 	left := time.Duration(s.For * float64(time.Second))
-	what := "1 endpoint is"
-	if s.Endpoints > 1 {
-		what = fmt.Sprintf("%d endpoints are", s.Endpoints)
+	verb := "are"
+	if s.Endpoints == 1 {
+		verb = "is"
 	}
-	return fmt.Sprintf("%s still answered in the kernel, until %s (%s from now) at the latest; nothing renews that",
-		what, now.Add(left).Format("15:04:05 MST"), left.Round(100*time.Millisecond))
+	return fmt.Sprintf("%s %s still answered in the kernel, until %s (%s from now) at the latest; nothing renews that",
+		Count(s.Endpoints, "endpoint"), verb, now.Add(left).Format("15:04:05 MST"), left.Round(100*time.Millisecond))
+}
+
+// Count returns a number with its noun, such as "1 node" or "2 nodes".
+func Count(n int, noun string) string {
+	if n != 1 {
+		noun += "s"
+	}
+	return fmt.Sprintf("%d %s", n, noun)
 }
 
 // SortUnattached sorts pods by name.
