@@ -232,7 +232,7 @@ func TestPodsThatAreNotCertain(t *testing.T) {
 		"other addresses": {pod, func(c map[string]any) {
 			c["result"].(map[string]any)["ips"] = []map[string]string{{"address": "10.0.0.1/24"}}
 		}, "its addresses are [10.0.0.1], expected"},
-		"no such interface":             {pod, func(c map[string]any) { c["ifName"] = "net1" }, "no net1 in the pod"},
+		"no such interface":             {pod, func(c map[string]any) { c["ifName"] = "net1" }, "the pod has no net1"},
 		"an ID that no record can have": {pod, func(c map[string]any) { c["containerId"] = strings.Repeat("c", 300) }, "container ID of 300"},
 		"no namespace": {pod, func(c map[string]any) {
 			delete(c, "netns")
@@ -248,7 +248,7 @@ func TestPodsThatAreNotCertain(t *testing.T) {
 		"another device": {pod, func(c map[string]any) {
 			c["result"].(map[string]any)["interfaces"] = []map[string]string{{"name": other.HostIfName}, {"name": "eth0", "sandbox": pod.NS.Path()}}
 		}, "is " + pod.HostIfName + ", not " + other.HostIfName},
-		"an interface that is gone":           {odd, named("eth7"), "no eth7 in the pod"},
+		"an interface that is gone":           {odd, named("eth7"), "the pod has no eth7"},
 		"an interface that is not a veth":     {odd, named("eth1"), "of type bridge, not veth"},
 		"a veth between two other namespaces": {odd, named("eth2"), "decoy, is not the peer of eth2"},
 		"a veth whose other end is elsewhere": {odd, named("eth3"), "is not in this namespace"},
