@@ -226,12 +226,12 @@ func places(specs []probe.EndpointSpec, policy Policy) []place {
 			i = len(all)
 			at[s.Port], all = i, append(all, place{port: port{decider: -1, limit: unlimited}})
 		}
-		all[i].add(s, policy)
+		all[i].add(s)
 	}
 	return all
 }
 
-func (p *place) add(s probe.EndpointSpec, policy Policy) {
+func (p *place) add(s probe.EndpointSpec) {
 	n := len(p.endpoints)
 	p.names = append(p.names, s.Endpoint)
 	p.endpoints = append(p.endpoints, endpoint{

@@ -139,7 +139,7 @@ func (p *pod) observe(e probe.Endpoint, o probe.Outcome) {
 	if timeout := o.Event == probe.NoAnswer; failure || timeout {
 		for endpoint := range p.successes {
 			concerned := e == endpoint || o.Event == probe.Reset && e.Port == endpoint.Port
-			if concerned && !(timeout && p.evidence[endpoint].TrafficUntil != 0) {
+			if spoken := timeout && p.evidence[endpoint].TrafficUntil != 0; concerned && !spoken {
 				p.failed[endpoint] = max(p.failed[endpoint], o.ObservedAt)
 			}
 		}

@@ -81,10 +81,10 @@ func (p *pod) due(e probe.Endpoint) bool {
 
 // serving reports whether traffic shows that the pod serves.
 func (p *pod) serving(port uint16, until uint64, window time.Duration, byTCP bool) bool {
-	switch {
-	case p.Broken == Due:
+	switch p.Broken {
+	case Due:
 		return until != 0 && p.Clients > 0 && p.servers[port].served(port, p.Clients, window, p.now, byTCP)
-	case p.Broken == Traffic:
+	case Traffic:
 		return p.now < until
 	}
 	return p.now < until && p.Clients > 0 && p.servers[port].served(port, p.Clients, window, p.now, byTCP)
