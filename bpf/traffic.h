@@ -15,29 +15,44 @@
 /* How many probes in a row are answered at most before one is passed on. */
 #define TRAFFIC_ANSWERS_MAX 9
 
+/* Finds the tally of the port from which a pod sent a segment. */
+static __always_inline struct tally *find_traffic_port(const struct segment *seg)
+{
+	struct endpoint_key key = endpoint(seg->flow.ifindex, seg->traffic, seg->flow.pod_port, KIND_PORT, 0);
+	struct tally *port = bpf_map_lookup_elem(&endpoint_tallies, &key);
+	struct device *device;
+
+	if (port)
+		return port;
+	/* The slot is shared, and has the other device's generation. */
+	device = bpf_map_lookup_elem(&devices, &seg->flow.ifindex);
+	if (!device)
+		return NULL;
+	key.device.generation = device->generation;
+	return bpf_map_lookup_elem(&endpoint_tallies, &key);
+}
+
 /* Notes what a pod's packet shows. Call it for packets of the pod only, not for answers in its name. */
 static __always_inline void note_traffic(struct __sk_buff *skb, const struct segment *seg)
 {
-	struct endpoint_key key;
-	struct device *device;
+	bool serves, closes = seg->tcp_flags & TCP_FIN;
 	struct tally *port;
-	__u64 now;
 	__u16 status;
+	__u64 now;
 
-	if (!seg->may_show_traffic || (!seg->payload && !(seg->tcp_flags & TCP_FIN)) || seg->tcp_flags & TCP_RST)
+	if (!seg->traffic || seg->tcp_flags & TCP_RST)
 		return;
-	device = bpf_map_lookup_elem(&devices, &seg->flow.ifindex);
-	if (!device)
+	status = seg->payload ? parse_status(skb, seg) : 0;
+	serves = status >= 200 && status < 500;
+	if (!serves && !closes)
 		return;
-	key = endpoint(seg->flow.ifindex, device->generation, seg->flow.pod_port, KIND_PORT, 0);
-	port = bpf_map_lookup_elem(&endpoint_tallies, &key);
+	port = find_traffic_port(seg);
 	if (!port)
 		return;
 	now = bpf_ktime_get_boot_ns();
-	if (seg->tcp_flags & TCP_FIN)
+	if (closes)
 		port->closed_at = now;
-	status = parse_status(skb, seg);
-	if (status >= 200 && status < 500)
+	if (serves)
 		port->served_at = now;
 }
 

@@ -79,7 +79,7 @@ func onBench(t *testing.T, f func(t *testing.T, b *bench)) {
 // benchIfindex is that of the loopback device, the only one that test runs can name. otherIfindex belongs to another device.
 const benchIfindex, otherIfindex = 1, 2
 
-func newBench(t *testing.T, hook Hook, addrs [2]string) *bench {
+func newBench(t testing.TB, hook Hook, addrs [2]string) *bench {
 	t.Helper()
 	bpftest.RequireRoot(t)
 	carrying.once.Do(func() { carrying.d, carrying.maps = loadCarrying(t) })

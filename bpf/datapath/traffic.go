@@ -26,7 +26,7 @@ func IsRealDue(e Evidence, endpoint Tally) bool {
 	return e.TrafficUntil != 0 && endpoint.Answered >= MaxTrafficAnswers
 }
 
-// trafficSlot computes the slot of what a device's pod sends from a port, as may_show_traffic in bpf/parse.h does.
+// trafficSlot computes the slot of what a device's pod sends from a port, as traffic_slot in bpf/parse.h does.
 func trafficSlot(ifindex uint32, port uint16) uint32 {
 	return (ifindex*31 + uint32(port)) & (trafficSlots - 1)
 }
@@ -34,7 +34,7 @@ func trafficSlot(ifindex uint32, port uint16) uint32 {
 // WantTraffic makes observe note what the pod's traffic on a port shows, for evidence with a TrafficUntil.
 func (p *Pod) WantTraffic(port uint16) error {
 	slot := trafficSlot(p.device.Ifindex, port)
-	if err := p.d.objects.TrafficSlots.Put(slot, uint32(1)); err != nil {
+	if err := p.d.objects.TrafficSlots.Put(slot, p.device.Generation); err != nil {
 		return fmt.Errorf("looking at the traffic of port %d: %w", port, err)
 	}
 	return nil

@@ -174,3 +174,34 @@ func (b *bench) withdraws(key EndpointKey) {
 	tally.WithdrawnAt = Now()
 	b.setTally(key, tally)
 }
+
+// BenchmarkTraffic measures observe on packets of a pod to an ordinary client: where its traffic is no evidence, and where it is.
+// "other" is a port that nobody wants to know about, on a node where a pod has asked for others.
+func BenchmarkTraffic(b *testing.B) {
+	const pause = 20_000 // packets per variant and round
+	bench := newBench(b, HookTC, families["ipv4"])
+	bench.armByTraffic(PortKey(8080), bench.asked())
+	wanted := bench.fromPod("PA", 1, 1, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+	wanted.Dst = netip.AddrPortFrom(bench.client.Addr(), 50123)
+	other, ack, body := wanted, wanted, wanted
+	other.Src = netip.AddrPortFrom(wanted.Src.Addr(), 8081)
+	ack.Flags, ack.Payload = "A", ""
+	body.Payload = "<html>" + body.Payload
+	packets := []struct {
+		name  string
+		frame []byte
+		total time.Duration
+	}{{name: "other", frame: other.Bytes(b, nil)}, {name: "acknowledgement", frame: ack.Bytes(b, nil)}, {name: "body", frame: body.Bytes(b, nil)}, {name: "response", frame: wanted.Bytes(b, nil)}}
+	rounds := 0
+	for b.Loop() {
+		rounds++
+		for i := range packets {
+			_, took, err := bench.d.Observe().Benchmark(packets[i].frame, pause, nil)
+			must(b, err)
+			packets[i].total += took
+		}
+	}
+	for _, p := range packets {
+		b.ReportMetric(float64(p.total.Nanoseconds())/float64(rounds), p.name+"-ns/packet")
+	}
+}
