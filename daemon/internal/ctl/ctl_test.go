@@ -78,7 +78,7 @@ func TestExitCodes(t *testing.T) {
 		"no pod":                      {down, []string{"explain"}, status.Usage, "0 arguments: must be one, NAMESPACE/POD"},
 		"half a pod":                  {down, []string{"explain", "web"}, status.Usage, `"web": must be NAMESPACE/POD, or POD with --namespace`},
 		"two namespaces":              {down, []string{"explain", "shop/web", "-n", "bank"}, status.Usage, `"shop/web": is not in --namespace bank`},
-		"a namespace and all":         {down, []string{"status", "-n", "shop", "-A"}, status.Usage, "none of the others can be"},
+		"a namespace and all":         {down, []string{"status", "-n", "shop", "-A"}, status.Usage, "must not both be given"},
 		"negative width":              {down, []string{"status", "--width", "-1"}, status.Usage, "--width -1: must not be negative"},
 		"top, too often":              {down, []string{"top", "-d", "1ms"}, status.Usage, "--interval 1ms: must be at least 100ms"},
 		"down":                        {down, []string{"status"}, status.DaemonDown, ""},

@@ -412,7 +412,7 @@ func assumptions() []string {
 		"All pods have started and are healthy. All nodes are in mode answer, and their kernels have BTF. Annotations of pods apply.",
 		"Probes of a pod have independent phases. Listening sockets have queues of 72 or more, so nine TCP probes in a row may be answered; " +
 			"a queue of five, as in Python's http.server, allows one.",
-		"Policy traffic: every pod has probelet.dev/liveness: traffic, and traffic. It counts for endpoints that only liveness probes ask.",
+		"Policy traffic: every pod has probelet.dev/liveness: traffic, and clients. It counts for endpoints that only liveness probes ask.",
 		"Nodes track connections, as they do where kube-proxy runs.",
 	}
 }
