@@ -37,7 +37,7 @@ Exit codes:
   2  an unknown command or flag, or an invalid value
   3  the daemon is not running; status and explain have shown what is known without it
   4  the pod is not known on this node, or not attached
-  5  the command needs root`
+  5  the command needs root, or you lack a permission at the API server (estimate)`
 
 // environment gives the commands access to the machine.
 type environment struct {
