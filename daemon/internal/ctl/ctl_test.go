@@ -81,6 +81,7 @@ func TestExitCodes(t *testing.T) {
 		"a namespace and all":         {down, []string{"status", "-n", "shop", "-A"}, status.Usage, "must not both be given"},
 		"negative width":              {down, []string{"status", "--width", "-1"}, status.Usage, "--width -1: must not be negative"},
 		"top, too often":              {down, []string{"top", "-d", "1ms"}, status.Usage, "--interval 1ms: must be at least 100ms"},
+		"no port":                     {down, []string{"invalidate", "shop/web", "--port", "0"}, status.Usage, "--port 0: must be from 1 to 65535"},
 		"down":                        {down, []string{"status"}, status.DaemonDown, ""},
 		"down, in JSON":               {down, []string{"status", "-o", "json"}, status.DaemonDown, ""},
 		"down, in short":              {down, []string{"status", "--summary"}, status.DaemonDown, ""},

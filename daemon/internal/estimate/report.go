@@ -27,6 +27,8 @@ type Report struct {
 	BusiestNode *Group `json:"busiestNode,omitempty"`
 	// NotCounted counts objects that are not part of the estimate.
 	NotCounted NotCounted `json:"notCounted"`
+	// InvalidAnnotations has, for each pod with an annotation that cannot be used, its name and what is wrong.
+	InvalidAnnotations []string `json:"invalidAnnotations"`
 	// Assumptions are sentences for humans.
 	Assumptions []string   `json:"assumptions"`
 	Constants   []Constant `json:"constants"`
@@ -140,7 +142,7 @@ func (l *Load) plus(n float64, o Load) {
 
 // Pods returns the estimate for pods.
 func Pods(pods []corev1.Pod) Report {
-	r := Report{Namespaces: []Group{}, NotCounted: NotCounted{Others: map[string]int{}}, Assumptions: assumptions(), Constants: Constants()}
+	r := Report{Namespaces: []Group{}, NotCounted: NotCounted{Others: map[string]int{}}, InvalidAnnotations: []string{}, Assumptions: assumptions(), Constants: Constants()}
 	all, namespaces, nodes := newSum(""), map[string]*sum{}, map[string]*sum{}
 	shares := cache{}
 	for i := range pods {
@@ -154,6 +156,9 @@ func Pods(pods []corev1.Pod) Report {
 			sums = append(sums, of(nodes, p.Spec.NodeName))
 		}
 		one := newPod(p)
+		if problem := Default.settings(p.Annotations).Problem; problem != "" {
+			r.InvalidAnnotations = append(r.InvalidAnnotations, p.Namespace+"/"+p.Name+": "+problem)
+		}
 		for _, s := range sums {
 			s.Pods++
 			if len(one.Probes) > 0 {
