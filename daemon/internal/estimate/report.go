@@ -218,7 +218,7 @@ func (p pod) estimate(shares cache, sums []*sum) {
 				specs[j].Bar(probe.Reason{Code: HostNetwork, Text: "hostNetwork"})
 			}
 		}
-		answered, refreshes := answers(specs, policy, shares)
+		answered, refreshes := answers(specs, shares)
 		for _, s := range sums {
 			if policy == Default {
 				s.count(specs)
@@ -234,9 +234,9 @@ func (p pod) estimate(shares cache, sums []*sum) {
 }
 
 // answers returns the share of answered probes by endpoint and asker, and the daemon's own requests per second by endpoint.
-func answers(specs []probe.EndpointSpec, policy Policy, shares cache) (map[probe.Endpoint]map[probe.Asker]float64, map[probe.Endpoint]float64) {
+func answers(specs []probe.EndpointSpec, shares cache) (map[probe.Endpoint]map[probe.Asker]float64, map[probe.Endpoint]float64) {
 	answered, refreshes := map[probe.Endpoint]map[probe.Asker]float64{}, map[probe.Endpoint]float64{}
-	for _, place := range places(specs, policy) {
+	for _, place := range places(specs) {
 		for i, share := range shares.shares(place.port) {
 			a := place.askers[i]
 			e := place.names[a.endpoint]

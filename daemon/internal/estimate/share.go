@@ -214,7 +214,7 @@ type place struct {
 }
 
 // places returns the ports of a pod that have observed endpoints, without startup probes, which end.
-func places(specs []probe.EndpointSpec, policy Policy) []place {
+func places(specs []probe.EndpointSpec) []place {
 	var all []place
 	at := map[uint16]int{}
 	for _, s := range specs {

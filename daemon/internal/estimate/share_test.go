@@ -48,9 +48,9 @@ func endpoints(t *testing.T, d probe.Defaults, live int, probes ...probe.Spec) [
 
 // share returns the share of all probes that the model says is answered, and the daemon's requests per probe. The listening sockets
 // allow limit connections in a row to be answered.
-func share(policy Policy, specs []probe.EndpointSpec, limit int) (answered, refreshes float64) {
+func share(specs []probe.EndpointSpec, limit int) (answered, refreshes float64) {
 	var all float64
-	for _, p := range places(specs, policy) {
+	for _, p := range places(specs) {
 		p.limit = min(p.limit, limit)
 		if p.decider < 0 {
 			p.limit = unlimited
@@ -104,7 +104,7 @@ func TestShares(t *testing.T) {
 			if test.policy == Traffic {
 				test.defaults.Liveness = probe.LivenessByTraffic
 			}
-			got, _ := share(test.policy, endpoints(t, test.defaults, test.live, test.probes...), unlimited)
+			got, _ := share(endpoints(t, test.defaults, test.live, test.probes...), unlimited)
 			if math.Abs(got-test.want) > .01 {
 				t.Errorf("%.4f answered, want %.4f", got, test.want)
 			}
@@ -150,7 +150,7 @@ func TestSharesAreTheSimulations(t *testing.T) {
 				if test.live == 0 {
 					limit = unlimited
 				}
-				w, r := share(Default, specs, limit)
+				w, r := share(specs, limit)
 				want, refreshes = want+w/float64(len(queues)), refreshes+r/float64(len(queues))
 			}
 			got := simulated(simulate.Config{Probes: test.probes, Live: test.live, Defaults: test.defaults})
