@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/daemon/internal/agent/metrics"
+	"github.com/probelet/probelet/daemon/internal/flagenv"
 	"github.com/probelet/probelet/daemon/internal/install"
 	"github.com/probelet/probelet/daemon/internal/versioncmd"
 	"github.com/probelet/probelet/internal/version"
@@ -37,6 +38,7 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	}
 	root.AddCommand(runCommand(stderr), install.Command(stderr), install.UninstallCommand(stderr), metrics.ProxyCommand(stderr), install.WaitCommand(stderr))
 	root.AddCommand(versioncmd.New())
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return flagenv.Reword(err) })
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)

@@ -103,7 +103,7 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 	defer cancel()
 	d, err := datapath.Ensure(loading, c.BPFDir)
 	if err != nil {
-		return err
+		return fmt.Errorf("--bpf-dir %s: %w", c.BPFDir, err)
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
 	release, err := statedir.ClaimPins(c.BPFDir)

@@ -37,7 +37,7 @@ Exit codes:
   2  an unknown command or flag, or an invalid value
   3  the daemon is not running; status and explain have shown what is known without it
   4  the pod is not known on this node, or not attached
-  5  the command needs root`
+  5  the command needs root, or you lack a permission at the API server (estimate)`
 
 // environment gives the commands access to the machine.
 type environment struct {
@@ -71,6 +71,9 @@ func execute(ctx context.Context, env environment, args []string) error {
 		doctorCommand(&env), estimateCommand(&env), logLevelCommand(&env), versioncmd.New())
 	root.PersistentFlags().IntVar(&env.width, "width", env.width, "maximum `LENGTH` of a line in characters; 0: no limit (default: the terminal's width)")
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
+		if cmd.Flags().Changed("namespace") && cmd.Flags().Changed("all-namespaces") {
+			return errors.New("--namespace, --all-namespaces: must not both be given")
+		}
 		if env.width < 0 {
 			return fmt.Errorf("--width %d: must not be negative", env.width)
 		}
@@ -110,7 +113,6 @@ type namespaceFilter struct {
 func (f *namespaceFilter) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVarP(&f.namespace, "namespace", "n", "", "only pods in this `NAMESPACE`")
 	cmd.Flags().BoolVarP(&f.all, "all-namespaces", "A", false, "pods in all namespaces (the default)")
-	cmd.MarkFlagsMutuallyExclusive("namespace", "all-namespaces")
 }
 
 // of returns a copy of s that has only the selected pods.

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/probelet/probelet/daemon/internal/api"
+	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/survey"
 )
 
@@ -26,6 +27,9 @@ func invalidateCommand(env *environment) *cobra.Command {
 		Short: "Make a pod's next probes reach it",
 		Long:  invalidateHelp,
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			if cmd.Flags().Changed("port") && r.Port == 0 {
+				return status.Errorf(status.Usage, "--port 0: must be from 1 to 65535")
+			}
 			r.Namespace, r.Pod, _ = pod.parse(args[0])
 			reply, err := api.NewClient(where.stateDir).Invalidate(cmd.Context(), r)
 			if errors.Is(err, api.ErrDown) {

@@ -15,9 +15,14 @@ import (
 func logLevelCommand(env *environment) *cobra.Command {
 	var where place
 	cmd := &cobra.Command{
-		Use:       "log-level debug|info|warn|error",
-		Short:     "Change the daemon's log level until it exits",
-		Args:      cobra.ExactArgs(1),
+		Use:   "log-level debug|info|warn|error",
+		Short: "Change the daemon's log level until it exits",
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return fmt.Errorf("%d arguments: must be one, debug, info, warn or error", len(args))
+			}
+			return nil
+		},
 		ValidArgs: []string{"debug", "info", "warn", "error"},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var level slog.Level

@@ -42,7 +42,7 @@ func (d *Doctor) states(ctx context.Context) {
 		d.says(status.Well, "states", "container changes are pushed", "")
 	default:
 		d.says(status.Note, "states", "container changes are not pushed: "+source.Why,
-			"nothing, but a container that ends without closing a listening socket is noticed late")
+			"nothing to do, but a container that ends without closing a listening socket is noticed late")
 	}
 }
 

@@ -157,10 +157,10 @@ func (d *Doctor) others() {
 		}
 	}
 	if len(veths) > 0 {
-		d.says(status.Note, "others", "on veths without probelet: "+some(veths), "nothing, but a pod whose veth already has an XDP program starts without probelet")
+		d.says(status.Note, "others", "on veths without probelet: "+some(veths), "nothing to do, but a pod whose veth already has an XDP program starts without probelet")
 	}
 	if len(rest) > 0 {
-		d.says(status.Note, "others", "on devices that belong to no pod: "+some(rest), "nothing, but the agent that attached them may attach to the pods' devices too")
+		d.says(status.Note, "others", "on devices that belong to no pod: "+some(rest), "nothing to do, but the agent that attached them may attach to the pods' devices too")
 	}
 }
 

@@ -128,7 +128,7 @@ func (d *Doctor) objects() {
 	}
 	if !k.SeesListeners() {
 		d.says(status.Note, "BPF objects", d.Source.BPFDir+": this kernel does not let the programs check pods' listening sockets",
-			"nothing, but TCP probes are answered for no longer than HTTP probes")
+			"nothing to do, but TCP probes are answered for no longer than HTTP probes")
 		return
 	}
 	d.says(status.Well, "BPF objects", d.Source.BPFDir, "")

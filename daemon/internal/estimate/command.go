@@ -3,6 +3,7 @@ package estimate
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -92,8 +93,12 @@ func (env Environment) read(ctx context.Context, file, namespace string) (in Inp
 	switch file {
 	case "":
 		config, err := env.Config()
-		if clientcmd.IsEmptyConfig(err) {
+		var path *os.PathError
+		switch {
+		case clientcmd.IsEmptyConfig(err):
 			err = fmt.Errorf("no kubeconfig: name one with --kubeconfig, or a file of pods with --file (%w)", err)
+		case errors.As(err, &path):
+			err = fmt.Errorf("--kubeconfig: %w", err)
 		}
 		if err != nil {
 			return in, "", err
@@ -107,7 +112,7 @@ func (env Environment) read(ctx context.Context, file, namespace string) (in Inp
 		from = file
 		var f *os.File
 		if f, err = os.Open(file); err != nil {
-			return in, from, err
+			return in, from, fmt.Errorf("--file: %w", err)
 		}
 		defer f.Close() //nolint:errcheck // only read
 		in, err = Read(f)

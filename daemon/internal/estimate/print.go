@@ -138,6 +138,7 @@ func (l Load) columns(wide bool) []string {
 
 // prose returns what is printed between the tables.
 func (r Report) prose() *table.Text {
+	const maxAnnotations = 10
 	var text table.Text
 	text.Line("Maximum delay in detecting a failure that nothing but a probe shows:")
 	for _, o := range r.Total.Policies {
@@ -159,6 +160,16 @@ func (r Report) prose() *table.Text {
 		text.Line("Not counted, because they are not pods: " + found + ".")
 	}
 	if r.NotCounted.Ended > 0 || len(r.NotCounted.Others) > 0 {
+		text.Line("")
+	}
+	if all := r.InvalidAnnotations; len(all) > 0 {
+		text.Line("Annotations that cannot be used; nothing of these pods is answered:")
+		for _, a := range all[:min(len(all), maxAnnotations)] {
+			text.Pair("-", a)
+		}
+		if more := len(all) - maxAnnotations; more > 0 {
+			text.Pair("-", fmt.Sprintf("%d more (-o json has all)", more))
+		}
 		text.Line("")
 	}
 	text.Line("Assumptions:")

@@ -158,7 +158,7 @@ func decode[T any](text []byte) (value T, err error) {
 	var mismatch *json.UnmarshalTypeError
 	if errors.As(err, &mismatch) {
 		field := strings.ReplaceAll(mismatch.Field, "ProbeHandler.", "") // embedded, so the text does not have it
-		err = fmt.Errorf("%s: %s: must be of type %s", cmp.Or(field, "the document"), mismatch.Value, mismatch.Type)
+		err = fmt.Errorf("%s: %s: must be %s", cmp.Or(field, "the document"), mismatch.Value, podspec.Expected(mismatch))
 	}
 	return value, err
 }

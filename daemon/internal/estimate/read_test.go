@@ -63,12 +63,12 @@ func TestReadErrors(t *testing.T) {
 		"a table":           {"NAME READY\nweb 1/1\n", "document 1: "},
 		"no kind":           {"metadata: {name: x}", "document 1: kind: missing"},
 		"no name":           {podYAML + "---\nkind: Pod\nspec: {}\n", "document 2: metadata.name: missing"},
-		"type of a field":   {text, `document 1: pod shop/web: spec.containers.readinessProbe.periodSeconds: string: must be of type int32`},
-		"bare off":          {strings.Replace(podYAML, "name: web,", "name: web, annotations: {probelet.dev/mode: off},", 1), "document 1: pod shop/web: metadata.annotations"},
+		"type of a field":   {text, `document 1: pod shop/web: spec.containers.readinessProbe.periodSeconds: string: must be a whole number`},
+		"bare off":          {strings.Replace(podYAML, "name: web,", "name: web, annotations: {probelet.dev/mode: off},", 1), "document 1: pod shop/web: metadata.annotations: bool: must be a string; put it in quotes"},
 		"value of a field":  {strings.Replace(podYAML, "{tcp", "{periodSeconds: -1, tcp", 1), `document 1: pod shop/web: containers[0] (web): readinessProbe.periodSeconds: -1: must not be negative`},
 		"no handler":        {strings.Replace(podYAML, "tcpSocket: {port: 80}", "", 1), `containers[0] (web): readinessProbe.httpGet, tcpSocket, grpc, exec: 0 are set; exactly one must be`},
 		"in a list":         {`{"kind": "List", "items": [` + podJSON + "," + text + "]}", "document 1: items[1]: pod shop/web: spec.containers"},
-		"a list of strings": {`{"kind": "List", "items": ["x"]}`, "document 1: items[0]: the document: string: must be of type"},
+		"a list of strings": {`{"kind": "List", "items": ["x"]}`, "document 1: items[0]: the document: string: must be an object"},
 	} {
 		if in, err := Read(strings.NewReader(test.text)); err == nil || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%s: %d pods, %v; want %s", name, len(in.Pods), err, test.want)

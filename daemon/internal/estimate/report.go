@@ -27,6 +27,8 @@ type Report struct {
 	BusiestNode *Group `json:"busiestNode,omitempty"`
 	// NotCounted counts objects that are not part of the estimate.
 	NotCounted NotCounted `json:"notCounted"`
+	// InvalidAnnotations has, for each pod with an annotation that cannot be used, its name and what is wrong.
+	InvalidAnnotations []string `json:"invalidAnnotations"`
 	// Assumptions are sentences for humans.
 	Assumptions []string   `json:"assumptions"`
 	Constants   []Constant `json:"constants"`
@@ -140,7 +142,7 @@ func (l *Load) plus(n float64, o Load) {
 
 // Pods returns the estimate for pods.
 func Pods(pods []corev1.Pod) Report {
-	r := Report{Namespaces: []Group{}, NotCounted: NotCounted{Others: map[string]int{}}, Assumptions: assumptions(), Constants: Constants()}
+	r := Report{Namespaces: []Group{}, NotCounted: NotCounted{Others: map[string]int{}}, InvalidAnnotations: []string{}, Assumptions: assumptions(), Constants: Constants()}
 	all, namespaces, nodes := newSum(""), map[string]*sum{}, map[string]*sum{}
 	shares := cache{}
 	for i := range pods {
@@ -154,6 +156,9 @@ func Pods(pods []corev1.Pod) Report {
 			sums = append(sums, of(nodes, p.Spec.NodeName))
 		}
 		one := newPod(p)
+		if problem := Default.settings(p.Annotations).Problem; problem != "" {
+			r.InvalidAnnotations = append(r.InvalidAnnotations, p.Namespace+"/"+p.Name+": "+problem)
+		}
 		for _, s := range sums {
 			s.Pods++
 			if len(one.Probes) > 0 {
@@ -412,7 +417,7 @@ func assumptions() []string {
 		"All pods have started and are healthy. All nodes are in mode answer, and their kernels have BTF. Annotations of pods apply.",
 		"Probes of a pod have independent phases. Listening sockets have queues of 72 or more, so nine TCP probes in a row may be answered; " +
 			"a queue of five, as in Python's http.server, allows one.",
-		"Policy traffic: every pod has probelet.dev/liveness: traffic, and traffic. It counts for endpoints that only liveness probes ask.",
+		"Policy traffic: every pod has probelet.dev/liveness: traffic, and clients. It counts for endpoints that only liveness probes ask.",
 		"Nodes track connections, as they do where kube-proxy runs.",
 	}
 }

@@ -185,6 +185,15 @@ func TestAnnotations(t *testing.T) {
 	}
 }
 
+// The report says which annotations cannot be used, and what was expected.
+func TestInvalidAnnotations(t *testing.T) {
+	text := podText("a", "annotations: {probelet.dev/liveness: sometimes}", "", "", lone)
+	want := []string{`shop/a: annotation probelet.dev/liveness: "sometimes": must be probes or traffic`}
+	if got := reportOf(t, text, podText("b", "", "", "", lone)).InvalidAnnotations; !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
 func TestGroups(t *testing.T) {
 	other := strings.ReplaceAll(podText("a", "", "nodeName: n2", "", lone), "shop", "bank")
 	r := reportOf(t, podText("a", "", "nodeName: n1", "", lone), podText("b", "", "nodeName: n1", "", "image: x"), other,

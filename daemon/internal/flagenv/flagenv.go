@@ -28,7 +28,7 @@ func Apply(flags *pflag.FlagSet, names ...string) error {
 			return
 		}
 		if err := flags.Set(f.Name, value); err != nil {
-			errs = append(errs, fmt.Errorf("$%s: %w", Variable(f.Name), err))
+			errs = append(errs, fmt.Errorf("$%s: %w", Variable(f.Name), Reword(err)))
 		}
 	})
 	return errors.Join(errs...)

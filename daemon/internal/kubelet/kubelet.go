@@ -52,7 +52,7 @@ func New(c Config) (*Client, error) {
 		return nil, err
 	}
 	if u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-		return nil, fmt.Errorf("%q: must be http://HOST:PORT/PATH or https://HOST:PORT/PATH", c.URL)
+		return nil, fmt.Errorf("--kubelet-url %q: must be http://HOST:PORT/PATH or https://HOST:PORT/PATH", c.URL)
 	}
 	c.ServerName = cmp.Or(c.ServerName, u.Hostname())
 	if u.Scheme == "http" {

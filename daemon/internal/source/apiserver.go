@@ -2,7 +2,7 @@ package source
 
 import (
 	"context"
-	"fmt"
+	"errors"
 	"log/slog"
 	"maps"
 
@@ -32,7 +32,7 @@ type APIServer struct {
 // not connect yet.
 func NewAPIServer(kubeconfig, node string, log *slog.Logger) (*APIServer, error) {
 	if node == "" {
-		return nil, fmt.Errorf("node name %q: must be set", node)
+		return nil, errors.New("--node-name: must be set, here or as $NODE_NAME")
 	}
 	config, err := kubeapi.Config(kubeconfig)
 	if err != nil {

@@ -229,7 +229,7 @@ func TestStrip(t *testing.T) {
 func TestAPIServerErrors(t *testing.T) {
 	t.Setenv("KUBERNETES_SERVICE_HOST", "")
 	for name, test := range map[string]struct{ kubeconfig, node, want string }{
-		"no node":        {"", "", "node name"},
+		"no node":        {"", "", "--node-name"},
 		"no such file":   {"/nowhere/kubeconfig", "n", "/nowhere/kubeconfig"},
 		"not in cluster": {"", "n", "cluster"},
 	} {

@@ -10,7 +10,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"reflect"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -213,11 +212,7 @@ func decodeStrict(raw []byte, into any) error {
 	var mismatch *json.UnmarshalTypeError
 	if errors.As(err, &mismatch) {
 		field := strings.ReplaceAll(mismatch.Field, "ProbeHandler.", "") // embedded, so it does not appear in the file
-		quoted := ""
-		if mismatch.Type.Kind() == reflect.String && (mismatch.Value == "bool" || strings.HasPrefix(mismatch.Value, "number")) {
-			quoted = "; put it in quotes"
-		}
-		return fmt.Errorf("%s: %s: must be of type %s%s", field, valueBefore(raw, mismatch), mismatch.Type, quoted)
+		return fmt.Errorf("%s: %s: must be %s", field, valueBefore(raw, mismatch), podspec.Expected(mismatch))
 	}
 	return errors.Join(append(strict, err)...)
 }

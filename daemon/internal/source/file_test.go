@@ -82,7 +82,7 @@ func TestParseErrors(t *testing.T) {
 		"field of another case": {container("readinessprobe: {tcpSocket: {port: 1}}"),
 			[]string{"shop/web", "containers[0].readinessprobe"}},
 		"wrong type": {container("readinessProbe: {tcpSocket: {port: 1}, periodSeconds: soon}"),
-			[]string{"shop/web", "readinessProbe.periodSeconds", `"soon"`, "int32"}},
+			[]string{"shop/web", "readinessProbe.periodSeconds", `"soon"`, "must be a whole number"}},
 		"boolean for a string": {container("readinessProbe: {exec: {command: [true]}}"),
 			[]string{"shop/web", "readinessProbe.exec.command", "true"}},
 		"fraction": {container("readinessProbe: {tcpSocket: {port: 1}, periodSeconds: 0.5}"),

@@ -4,6 +4,8 @@ import (
 	"context"
 
 	"github.com/spf13/cobra"
+
+	"github.com/probelet/probelet/daemon/internal/flagenv"
 )
 
 // Execute runs a command. An error that occurs before a subcommand has started is about the command line, so its code is Usage.
@@ -17,6 +19,7 @@ func Execute(ctx context.Context, root *cobra.Command) error {
 			}
 		}
 	}
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return flagenv.Reword(err) })
 	err := root.ExecuteContext(ctx)
 	if err != nil && !started {
 		return &Error{Code: Usage, Err: err}

@@ -96,7 +96,7 @@ func (f *follower) watch() error {
 		err = f.watcher.Add(f.NetDir)
 	}
 	if err != nil {
-		return fmt.Errorf("watching %s: %w", f.NetDir, err)
+		return fmt.Errorf("--cni-net-dir: watching %s: %w", f.NetDir, err)
 	}
 	f.watched = now
 	_ = f.watcher.Add(f.BinDir) // best effort: without it Follow notices removed programs at its next check
