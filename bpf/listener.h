@@ -154,6 +154,28 @@ __noinline __u64 find_answering(struct __sk_buff *skb, struct scratch *s, int ns
 	return id;
 }
 
+/*
+ * Reports whether the pod's kernel is repeating what it has sent on the connection in s->tuple, because its client does
+ * not acknowledge it. False if the connection is not found. It is a global function like the ones above.
+ */
+__noinline int is_repeating(struct __sk_buff *skb, struct scratch *s, int nsid)
+{
+	const struct tcp_sock *tcp;
+	struct bpf_sock *found;
+	int repeating = 0;
+
+	if (!s || !sees_listeners || nsid < 0)
+		return 0;
+	found = look_up_tuple(skb, s, nsid);
+	if (!found)
+		return 0;
+	tcp = bpf_skc_to_tcp_sock(found);
+	if (tcp)
+		repeating = tcp->inet_conn.icsk_retransmits != 0;
+	bpf_sk_release(found);
+	return repeating;
+}
+
 static __always_inline void set_tuple(const struct segment *seg, struct scratch *s)
 {
 	__be16 client_port = bpf_htons(seg->flow.client_port), pod_port = bpf_htons(seg->flow.pod_port);

@@ -9,22 +9,38 @@
 #define PROBELET_TRAFFIC_H
 
 #include "evidence.h"
+#include "listener.h"
 #include "maps.h"
 #include "parse.h"
 
 /* How many probes in a row are answered at most before one is passed on. */
 #define TRAFFIC_ANSWERS_MAX 9
 
+/* How exactly it is noted when a pod serves. Within this time another packet of a busy pod costs no look at its socket.
+ */
+#define TRAFFIC_NOTED_NS (SECOND_NS / 50)
+
+static __always_inline bool is_noted(__u64 noted_at, __u64 now)
+{
+	return (__s64)(now - noted_at) < (__s64)TRAFFIC_NOTED_NS;
+}
+
 /* Notes what a pod's packet shows. Call it for packets of the pod only, not for answers in its name. */
 static __always_inline void note_traffic(struct __sk_buff *skb, const struct segment *seg)
 {
+	bool closed = seg->tcp_flags & TCP_FIN, served;
 	struct endpoint_key key;
 	struct device *device;
+	struct scratch *s;
 	struct tally *port;
 	__u64 now;
 	__u16 status;
 
-	if (!seg->may_show_traffic || (!seg->payload && !(seg->tcp_flags & TCP_FIN)) || seg->tcp_flags & TCP_RST)
+	if (!seg->may_show_traffic || (!seg->payload && !closed) || seg->tcp_flags & TCP_RST)
+		return;
+	status = parse_status(skb, seg);
+	served = status >= 200 && status < 500;
+	if (!served && !closed)
 		return;
 	device = bpf_map_lookup_elem(&devices, &seg->flow.ifindex);
 	if (!device)
@@ -34,11 +50,19 @@ static __always_inline void note_traffic(struct __sk_buff *skb, const struct seg
 	if (!port)
 		return;
 	now = bpf_ktime_get_boot_ns();
-	if (seg->tcp_flags & TCP_FIN)
-		port->closed_at = now;
-	status = parse_status(skb, seg);
-	if (status >= 200 && status < 500)
+	if ((!served || is_noted(port->served_at, now)) && (!closed || is_noted(port->closed_at, now)))
+		return;
+	/* The kernel goes on repeating what a client does not acknowledge, for many minutes, even if the pod hangs. */
+	s = get_scratch();
+	if (!s)
+		return;
+	set_tuple(seg, s);
+	if (is_repeating(skb, s, device->nsid))
+		return;
+	if (served)
 		port->served_at = now;
+	if (closed)
+		port->closed_at = now;
 }
 
 /* Reports whether the traffic of a port shows at that time that the endpoint with this evidence would be served. */

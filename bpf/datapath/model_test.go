@@ -247,16 +247,28 @@ func (m *model) notePassed(key EndpointKey) {
 	}
 }
 
+// notedAgain returns when a packet is noted again after one that was noted then.
+func notedAgain(at uint64) uint64 { return at + uint64(20*time.Millisecond) }
+
 // noteTraffic notes what a packet of the pod's shows.
 func (m *model) noteTraffic(p packet) {
 	tally, ok := m.tallies[PortKey(p.of.pod)]
 	if !ok || !m.attached || !m.wanted || p.has("R") {
 		return
 	}
-	if p.has("F") {
+	status := statusOf(p.Payload)
+	served, closed := status >= 200 && status < 500, p.has("F")
+	due := served && m.reached(notedAgain(tally.ServedAt))
+	if closed {
+		due = m.reached(notedAgain(tally.ClosedAt)) || due
+	}
+	if !due {
+		return
+	}
+	if closed {
 		tally.ClosedAt = m.before
 	}
-	if status := statusOf(p.Payload); status >= 200 && status < 500 {
+	if served {
 		tally.ServedAt = m.before
 	}
 	m.tallies[PortKey(p.of.pod)] = tally
