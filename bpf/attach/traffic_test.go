@@ -67,3 +67,51 @@ func TestRepeatsAreNoTraffic(t *testing.T) {
 		})
 	})
 }
+
+// Beside an endpoint that the pod's traffic speaks for, other endpoints of the port are answered only as they would be
+// without traffic.
+func TestTrafficSpeaksForItsEndpointOnly(t *testing.T) {
+	s := knockable(t, newWorld(t))
+	port := uint16(knockPort)
+	for _, spokenFor := range []bool{true, false} {
+		for _, obstacle := range []string{"none", "head_old", "not fresh"} {
+			port++
+			// A worker serves one client, and nobody accepts others.
+			to := netip.AddrPortFrom(s.IPv4, port)
+			listener := socket{port: int(port), backlog: 64}.listen(t, s.NS)
+			s.Dial(t, to.String())
+			conn, err := listener.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			now := success()
+			now.TrafficUntil, now.TrafficWindowMs = now.FreshUntil, 60_000
+			gate, endpoint := now, success()
+			if spokenFor {
+				endpoint = now
+			}
+			if obstacle == "not fresh" {
+				gate.FreshUntil = 1
+			}
+			s.put(t, datapath.PortKey(port), gate)
+			s.putProbe(t, port, endpoint)
+			if err := s.known(t).WantTraffic(port); err != nil {
+				t.Fatal(err)
+			}
+			_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\n\r\n")
+			waitFor(t, "the response", func() bool { return s.tally(t, datapath.PortKey(port)).ServedAt != 0 })
+			if obstacle == "head_old" {
+				bpftest.Dial(t, s.NS, to.String())
+				time.Sleep(accepted)
+			}
+			before := s.counters(t)["answered_http"]
+			client := s.Dial(t, to.String())
+			_, _ = io.WriteString(client, probe)
+			_ = client.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+			_, _ = io.ReadAll(client)
+			if got, want := s.counters(t)["answered_http"] > before, spokenFor || obstacle == "none"; got != want {
+				t.Errorf("spoken for %v, obstacle %s: answered %v, want %v", spokenFor, obstacle, got, want)
+			}
+		}
+	}
+}

@@ -47,6 +47,7 @@ const (
 	contested    = uint32(probeletFlowFlagFLOW_CONTESTED)
 	answering    = uint32(probeletFlowFlagFLOW_ANSWERED)
 	unrecorded   = uint32(probeletFlowFlagFLOW_UNRECORDED)
+	spokenFor    = uint32(probeletFlowFlagFLOW_BY_TRAFFIC)
 )
 
 // model implements the table in bpf/flow.h in Go: what the programs do with packets, given what is known. It holds what the maps
@@ -191,7 +192,11 @@ func (m *model) decide(p packet) decision {
 	if due && fresh {
 		m.meet(p, probeletObstacleOBSTACLE_REAL_DUE)
 	}
+	byTraffic := serving && (!fresh || m.tallies[PortKey(p.of.pod)].AskedAt != 0)
 	take := (fresh && !due && (serving || m.isAnswered(p)) || serving) && m.trusts(p, f)
+	if take && byTraffic {
+		f.Flags |= spokenFor
+	}
 	m.flows[p.of] = f
 	if tally, ok := m.tallies[PortKey(p.of.pod)]; ok && !take {
 		tally.AskedAt = f.StartedAt
@@ -498,6 +503,9 @@ func (m *model) answer(p packet, f *probeletFlow) (decision, bool) {
 		return decision{}, false
 	}
 	port, endpoint := m.tally(PortKey(p.of.pod)), m.tallies[key]
+	if f.Flags&spokenFor != 0 {
+		e.FreshUntil = 0
+	}
 	may := MayAnswer(e, port, endpoint, f.StartedAt, m.before)
 	m.unsure = m.unsure || may != MayAnswer(e, port, endpoint, f.StartedAt, m.after)
 	if !may {
