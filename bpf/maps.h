@@ -150,8 +150,8 @@ __u32 flow_ports[FLOW_PORT_SLOTS];
 
 /*
  * Index: traffic_slot of a device and a port; value: 1 if traffic from there may be evidence. 0 spares all other
- * packets of pods the lookup of the port. Written by the daemon together with a port's evidence, and cleared when it
- * starts; read by observe. Lives until the pins are removed.
+ * packets of pods the lookup of the port. Written by the daemon together with a port's evidence, and cleared soon after
+ * that is gone, or when a daemon starts; read by observe. Lives until the pins are removed.
  */
 #define TRAFFIC_SLOTS 4096
 struct {
