@@ -142,6 +142,9 @@ func (ag *agent) learn(a *attachment, o probe.Outcome, unanswered unansweredFunc
 	}
 	changed := len(a.several) > 0 && ag.learnUnseen(a, unanswered)
 	a.tally(o)
+	for _, s := range a.ranged {
+		a.tracker.Falter(s.Endpoint, a.withdrawnAt(s.Endpoint)) // a listening socket that closed, which no probe need have noticed
+	}
 	changes := a.tracker.Observe(o)
 	for _, c := range changes {
 		ag.outdated = ag.outdated || c.From.Question != c.To.Question
