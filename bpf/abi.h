@@ -258,6 +258,7 @@ enum flow_flag {
 	FLOW_CONTESTED = 1 << 10,  /* handing: the pod also answered a SYN of another connection on these ports */
 	FLOW_ANSWERED = 1 << 11,   /* the first bytes of the pod's answer were seen */
 	FLOW_UNRECORDED = 1 << 12, /* one of its records was lost, so no more are written */
+	FLOW_BY_TRAFFIC = 1 << 13, /* taken only because of the pod's traffic */
 };
 
 struct flow_key {

@@ -59,6 +59,7 @@ struct request_sock_queue {
 struct inet_connection_sock {
 	struct inet_sock icsk_inet;
 	struct request_sock_queue icsk_accept_queue;
+	__u8 icsk_retransmits; /* in a row, without an acknowledgement since */
 } KERNEL_TYPE;
 struct tcp_md5sig_info;
 struct tcp_ao_info;

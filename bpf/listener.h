@@ -154,6 +154,28 @@ __noinline __u64 find_answering(struct __sk_buff *skb, struct scratch *s, int ns
 	return id;
 }
 
+/*
+ * Reports whether the pod's kernel is repeating what it has sent on the connection in s->tuple, because its client does
+ * not acknowledge it. False if the connection is not found. It is a global function like the ones above.
+ */
+__noinline int is_repeating(struct __sk_buff *skb, struct scratch *s, int nsid)
+{
+	const struct tcp_sock *tcp;
+	struct bpf_sock *found;
+	int repeating = 0;
+
+	if (!s || !sees_listeners || nsid < 0)
+		return 0;
+	found = look_up_tuple(skb, s, nsid);
+	if (!found)
+		return 0;
+	tcp = bpf_skc_to_tcp_sock(found);
+	if (tcp)
+		repeating = tcp->inet_conn.icsk_retransmits != 0;
+	bpf_sk_release(found);
+	return repeating;
+}
+
 static __always_inline void set_tuple(const struct segment *seg, struct scratch *s)
 {
 	__be16 client_port = bpf_htons(seg->flow.client_port), pod_port = bpf_htons(seg->flow.pod_port);
@@ -251,10 +273,11 @@ static __always_inline void note_obstacle(struct tally *port, enum obstacle obst
  * Reports whether the pod's listening socket permits answers on a port, provided that the port is fresh. On a port with
  * a TCP probe it decides alone; on others it has a veto. Where sockets cannot be examined, the result is true. The
  * socket is examined even if the port is not fresh, to update answered_max. With serving, the pod's traffic says more
- * than the queue does, so it is enough that there is a listening socket.
+ * than the queue does, so it is enough that there is a listening socket; the flow is marked, because that holds only
+ * for endpoints that traffic speaks for.
  */
 static __always_inline bool is_listening(struct __sk_buff *skb, const struct segment *seg, struct device *device,
-					 struct tally *port, bool fresh, bool serving)
+					 struct tally *port, struct flow *flow, bool fresh, bool serving)
 {
 	struct endpoint_key key = endpoint(seg->flow.ifindex, device->generation, seg->flow.pod_port, KIND_TCP, 0);
 	enum obstacle obstacle = OBSTACLE_NO_LISTENER;
@@ -270,10 +293,12 @@ static __always_inline bool is_listening(struct __sk_buff *skb, const struct seg
 	found = look(skb, seg, device, port, s);
 	if (!fresh && !serving)
 		return false;
-	if (found && serving)
-		obstacle = 0;
-	else if (found)
+	if (found && fresh)
 		obstacle = judge(&s->listener, port, connected_at, bpf_map_lookup_elem(&endpoint_evidence, &key));
+	if (found && obstacle && serving) {
+		flow->flags |= FLOW_BY_TRAFFIC;
+		obstacle = 0;
+	}
 	if (!obstacle)
 		return true;
 	note_obstacle(port, obstacle);

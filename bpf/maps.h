@@ -149,10 +149,9 @@ struct {
 __u32 flow_ports[FLOW_PORT_SLOTS];
 
 /*
- * Index: slot of a device and a port; value: the device's generation if traffic from there may be evidence, otherwise
- * 0, which spares all other packets of pods the lookup of the port. If two ports share a slot, the value is that of
- * either device. Written by the daemon before a port's evidence, and cleared when it starts; read by observe. Lives
- * until the pins are removed.
+ * Index: traffic_slot of a device and a port; value: 1 if traffic from there may be evidence. 0 spares all other
+ * packets of pods the lookup of the port. Written by the daemon together with a port's evidence, and cleared soon after
+ * that is gone, or when a daemon starts; read by observe. Lives until the pins are removed.
  */
 #define TRAFFIC_SLOTS 4096
 struct {

@@ -18,8 +18,8 @@
 /* A TCP segment between a client and a pod, seen from either side. */
 struct segment {
 	struct flow_key flow;
-	bool may_have_flow; /* false: it has none */
-	__u32 traffic;	    /* of traffic_slots; 0: the pod sent nothing that may be evidence */
+	bool may_have_flow;    /* false: it has none */
+	bool may_show_traffic; /* false: the pod sent nothing that may be evidence */
 	__u32 l3_len;
 	__u32 tcp_len; /* header with options */
 	__u32 payload; /* bytes, without padding */
@@ -120,13 +120,13 @@ static __always_inline __u32 *flow_port_slot(__u16 client_port)
 	return &flow_ports[slot & (FLOW_PORT_SLOTS - 1)];
 }
 
-/* Returns the value of traffic_slots for a pod's port. trafficSlot in bpf/datapath computes the same slot. */
-static __always_inline __u32 traffic_slot(__u32 ifindex, __u16 pod_port)
+/* Reports whether traffic from a pod's port may be evidence. trafficSlot in bpf/datapath computes the same slot. */
+static __always_inline bool may_show_traffic(__u32 ifindex, __u16 pod_port)
 {
 	__u32 slot = (ifindex * 31 + pod_port) & (TRAFFIC_SLOTS - 1),
-	      *value = bpf_map_lookup_elem(&traffic_slots, &slot);
+	      *wanted = bpf_map_lookup_elem(&traffic_slots, &slot);
 
-	return value ? *value : 0;
+	return wanted && *wanted;
 }
 
 /* Reads the segment whose TCP header find_tcp has found. Returns false if its lengths are inconsistent. */
@@ -189,8 +189,8 @@ static __always_inline bool parse(struct __sk_buff *skb, struct segment *s, bool
 	if (finding != FOUND)
 		return false;
 	s->may_have_flow = *flow_port_slot(bpf_ntohs(from_pod ? tcp->dest : tcp->source));
-	s->traffic = from_pod ? traffic_slot(skb->ifindex, bpf_ntohs(tcp->source)) : 0;
-	if (!s->may_have_flow && !s->traffic && (from_pod || !begins(flags_of(tcp))))
+	s->may_show_traffic = from_pod && may_show_traffic(skb->ifindex, bpf_ntohs(tcp->source));
+	if (!s->may_have_flow && !s->may_show_traffic && (from_pod || !begins(flags_of(tcp))))
 		return false;
 	return read_segment(skb, s, from_pod, tcp);
 }

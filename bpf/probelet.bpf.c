@@ -292,7 +292,9 @@ static __always_inline bool may_take(struct __sk_buff *skb, const struct segment
 
 	if (tally && valid && port->traffic_until)
 		serving = is_port_serving(seg, flow, port, tally, &due);
-	listening = tally && is_listening(skb, seg, device, tally, fresh && !unanswered && !due, serving);
+	if (serving && (!fresh || unanswered))
+		flow->flags |= FLOW_BY_TRAFFIC;
+	listening = tally && is_listening(skb, seg, device, tally, flow, fresh && !unanswered && !due, serving);
 	if (!fresh && !serving) {
 		count(COUNT_PASSED_NOT_FRESH);
 		return false;
@@ -379,6 +381,8 @@ static __always_inline int decide(struct __sk_buff *skb, const struct segment *s
 		flow->evidence_at = port.observed_at;
 		limit_mss(seg, device, flow);
 	}
+	if (!taken)
+		flow->flags &= ~FLOW_BY_TRAFFIC;
 	flow->deadline = flow->started_at + (taken ? TAKEN_NS : CONNECTING_NS);
 	if (!add_flow(&seg->flow, flow)) {
 		if (flow->flags & FLOW_TRIAL) /* the trial did not take place */
@@ -525,7 +529,9 @@ static __always_inline bool answer_request(struct __sk_buff *skb, const struct s
 		return false;
 	/* Within the grace period, what held at the SYN counts. */
 	at = now - flow->started_at < TAKEN_GRACE_NS ? flow->started_at : now;
-	if (at >= e.fresh_until && (!port || !is_serving(&e, port, KIND_HTTP, at)))
+	/* What kept the port from being taken without traffic concerns all endpoints but those that traffic speaks for.
+	 */
+	if ((at >= e.fresh_until || flow->flags & FLOW_BY_TRAFFIC) && (!port || !is_serving(&e, port, KIND_HTTP, at)))
 		return false;
 	if (!again && is_real_due(&e, tally))
 		return false;

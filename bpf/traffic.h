@@ -9,51 +9,60 @@
 #define PROBELET_TRAFFIC_H
 
 #include "evidence.h"
+#include "listener.h"
 #include "maps.h"
 #include "parse.h"
 
 /* How many probes in a row are answered at most before one is passed on. */
 #define TRAFFIC_ANSWERS_MAX 9
 
-/* Finds the tally of the port from which a pod sent a segment. */
-static __always_inline struct tally *find_traffic_port(const struct segment *seg)
-{
-	struct endpoint_key key = endpoint(seg->flow.ifindex, seg->traffic, seg->flow.pod_port, KIND_PORT, 0);
-	struct tally *port = bpf_map_lookup_elem(&endpoint_tallies, &key);
-	struct device *device;
+/* How exactly it is noted when a pod serves. Within this time another packet of a busy pod costs no look at its socket.
+ */
+#define TRAFFIC_NOTED_NS (SECOND_NS / 50)
 
-	if (port)
-		return port;
-	/* The slot is shared, and has the other device's generation. */
-	device = bpf_map_lookup_elem(&devices, &seg->flow.ifindex);
-	if (!device)
-		return NULL;
-	key.device.generation = device->generation;
-	return bpf_map_lookup_elem(&endpoint_tallies, &key);
+static __always_inline bool is_noted(__u64 noted_at, __u64 now)
+{
+	return (__s64)(now - noted_at) < (__s64)TRAFFIC_NOTED_NS;
 }
 
 /* Notes what a pod's packet shows. Call it for packets of the pod only, not for answers in its name. */
 static __always_inline void note_traffic(struct __sk_buff *skb, const struct segment *seg)
 {
-	bool serves, closes = seg->tcp_flags & TCP_FIN;
+	bool closed = seg->tcp_flags & TCP_FIN, served;
+	struct endpoint_key key;
+	struct device *device;
+	struct scratch *s;
 	struct tally *port;
-	__u16 status;
 	__u64 now;
+	__u16 status;
 
-	if (!seg->traffic || seg->tcp_flags & TCP_RST)
+	if (!seg->may_show_traffic || (!seg->payload && !closed) || seg->tcp_flags & TCP_RST)
 		return;
-	status = seg->payload ? parse_status(skb, seg) : 0;
-	serves = status >= 200 && status < 500;
-	if (!serves && !closes)
+	status = parse_status(skb, seg);
+	served = status >= 200 && status < 500;
+	if (!served && !closed)
 		return;
-	port = find_traffic_port(seg);
+	device = bpf_map_lookup_elem(&devices, &seg->flow.ifindex);
+	if (!device)
+		return;
+	key = endpoint(seg->flow.ifindex, device->generation, seg->flow.pod_port, KIND_PORT, 0);
+	port = bpf_map_lookup_elem(&endpoint_tallies, &key);
 	if (!port)
 		return;
 	now = bpf_ktime_get_boot_ns();
-	if (closes)
-		port->closed_at = now;
-	if (serves)
+	if ((!served || is_noted(port->served_at, now)) && (!closed || is_noted(port->closed_at, now)))
+		return;
+	/* The kernel goes on repeating what a client does not acknowledge, for many minutes, even if the pod hangs. */
+	s = get_scratch();
+	if (!s)
+		return;
+	set_tuple(seg, s);
+	if (is_repeating(skb, s, device->nsid))
+		return;
+	if (served)
 		port->served_at = now;
+	if (closed)
+		port->closed_at = now;
 }
 
 /* Reports whether the traffic of a port shows at that time that the endpoint with this evidence would be served. */

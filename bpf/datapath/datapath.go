@@ -36,10 +36,15 @@ type Datapath struct {
 	prober sync.Mutex // guards the map's only element, parts of which change independently, and marker
 	marker *marker    // nil: sockets are not marked, at least not by this process
 	own    bool       // the programs look into own_sockets; guarded by prober
-	watch  link.Link  // nil: listening sockets are not watched, at least not by this process
-	blind  bool       // steer does not look at listening sockets; false if opened by pins
-	dir    string     // <bpf dir>/<ABI>; empty if nothing is pinned
-	found  Stamp      // of dir, when its pins were last confirmed to be of these objects
+	// traffic has the slots of traffic_slots that this process has set.
+	traffic struct {
+		sync.Mutex
+		wanted map[uint32]bool
+	}
+	watch link.Link // nil: listening sockets are not watched, at least not by this process
+	blind bool      // steer does not look at listening sockets; false if opened by pins
+	dir   string    // <bpf dir>/<ABI>; empty if nothing is pinned
+	found Stamp     // of dir, when its pins were last confirmed to be of these objects
 }
 
 // Dir returns the directory where the objects are pinned, or "" if they are not.

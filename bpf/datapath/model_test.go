@@ -47,6 +47,7 @@ const (
 	contested    = uint32(probeletFlowFlagFLOW_CONTESTED)
 	answering    = uint32(probeletFlowFlagFLOW_ANSWERED)
 	unrecorded   = uint32(probeletFlowFlagFLOW_UNRECORDED)
+	spokenFor    = uint32(probeletFlowFlagFLOW_BY_TRAFFIC)
 )
 
 // model implements the table in bpf/flow.h in Go: what the programs do with packets, given what is known. It holds what the maps
@@ -191,7 +192,11 @@ func (m *model) decide(p packet) decision {
 	if due && fresh {
 		m.meet(p, probeletObstacleOBSTACLE_REAL_DUE)
 	}
+	byTraffic := serving && (!fresh || m.tallies[PortKey(p.of.pod)].AskedAt != 0)
 	take := (fresh && !due && (serving || m.isAnswered(p)) || serving) && m.trusts(p, f)
+	if take && byTraffic {
+		f.Flags |= spokenFor
+	}
 	m.flows[p.of] = f
 	if tally, ok := m.tallies[PortKey(p.of.pod)]; ok && !take {
 		tally.AskedAt = f.StartedAt
@@ -247,16 +252,28 @@ func (m *model) notePassed(key EndpointKey) {
 	}
 }
 
+// notedAgain returns when a packet is noted again after one that was noted then.
+func notedAgain(at uint64) uint64 { return at + uint64(20*time.Millisecond) }
+
 // noteTraffic notes what a packet of the pod's shows.
 func (m *model) noteTraffic(p packet) {
 	tally, ok := m.tallies[PortKey(p.of.pod)]
 	if !ok || !m.attached || !m.wanted || p.has("R") {
 		return
 	}
-	if p.has("F") {
+	status := statusOf(p.Payload)
+	served, closed := status >= 200 && status < 500, p.has("F")
+	due := served && m.reached(notedAgain(tally.ServedAt))
+	if closed {
+		due = m.reached(notedAgain(tally.ClosedAt)) || due
+	}
+	if !due {
+		return
+	}
+	if closed {
 		tally.ClosedAt = m.before
 	}
-	if status := statusOf(p.Payload); status >= 200 && status < 500 {
+	if served {
 		tally.ServedAt = m.before
 	}
 	m.tallies[PortKey(p.of.pod)] = tally
@@ -486,6 +503,9 @@ func (m *model) answer(p packet, f *probeletFlow) (decision, bool) {
 		return decision{}, false
 	}
 	port, endpoint := m.tally(PortKey(p.of.pod)), m.tallies[key]
+	if f.Flags&spokenFor != 0 {
+		e.FreshUntil = 0
+	}
 	may := MayAnswer(e, port, endpoint, f.StartedAt, m.before)
 	m.unsure = m.unsure || may != MayAnswer(e, port, endpoint, f.StartedAt, m.after)
 	if !may {

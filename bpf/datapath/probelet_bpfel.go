@@ -160,6 +160,7 @@ const (
 	probeletFlowFlagFLOW_CONTESTED        probeletFlowFlag = 1024
 	probeletFlowFlagFLOW_ANSWERED         probeletFlowFlag = 2048
 	probeletFlowFlagFLOW_UNRECORDED       probeletFlowFlag = 4096
+	probeletFlowFlagFLOW_BY_TRAFFIC       probeletFlowFlag = 8192
 )
 
 type probeletFlowKey struct {

@@ -26,7 +26,7 @@ func IsRealDue(e Evidence, endpoint Tally) bool {
 	return e.TrafficUntil != 0 && endpoint.Answered >= MaxTrafficAnswers
 }
 
-// trafficSlot computes the slot of what a device's pod sends from a port, as traffic_slot in bpf/parse.h does.
+// trafficSlot computes the slot of what a device's pod sends from a port, as may_show_traffic in bpf/parse.h does.
 func trafficSlot(ifindex uint32, port uint16) uint32 {
 	return (ifindex*31 + uint32(port)) & (trafficSlots - 1)
 }
@@ -34,19 +34,62 @@ func trafficSlot(ifindex uint32, port uint16) uint32 {
 // WantTraffic makes observe note what the pod's traffic on a port shows, for evidence with a TrafficUntil.
 func (p *Pod) WantTraffic(port uint16) error {
 	slot := trafficSlot(p.device.Ifindex, port)
-	if err := p.d.objects.TrafficSlots.Put(slot, p.device.Generation); err != nil {
-		return fmt.Errorf("looking at the traffic of port %d: %w", port, err)
+	p.d.traffic.Lock()
+	defer p.d.traffic.Unlock()
+	if p.d.traffic.wanted[slot] {
+		return nil
+	}
+	return p.d.setTraffic(slot, true)
+}
+
+// WantTrafficOnly reverts the calls of WantTraffic by this process, except those for the ports.
+func (d *Datapath) WantTrafficOnly(ports []PodPort) error {
+	still := map[uint32]bool{}
+	for _, p := range ports {
+		still[trafficSlot(p.Device.Ifindex, p.Port)] = true
+	}
+	d.traffic.Lock()
+	defer d.traffic.Unlock()
+	for slot := range d.traffic.wanted {
+		if still[slot] {
+			continue
+		}
+		if err := d.setTraffic(slot, false); err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
-// IgnoreTraffic reverts all calls of WantTraffic. The daemon calls it when it starts, because nothing else reverts those for
-// earlier pods.
+// IgnoreTraffic reverts all calls of WantTraffic. The daemon calls it when it starts, because nothing else reverts those of
+// earlier daemons.
 func (d *Datapath) IgnoreTraffic() error {
+	d.traffic.Lock()
+	defer d.traffic.Unlock()
 	for slot := range uint32(trafficSlots) {
-		if err := d.objects.TrafficSlots.Put(slot, uint32(0)); err != nil {
-			return fmt.Errorf("clearing the map of traffic: %w", err)
+		if err := d.setTraffic(slot, false); err != nil {
+			return err
 		}
+	}
+	return nil
+}
+
+// setTraffic sets a slot. The caller must hold the lock on d.traffic.
+func (d *Datapath) setTraffic(slot uint32, wanted bool) error {
+	value := uint32(0)
+	if wanted {
+		value = 1
+	}
+	if err := d.objects.TrafficSlots.Put(slot, value); err != nil {
+		return fmt.Errorf("changing whose traffic is looked at: %w", err)
+	}
+	if d.traffic.wanted == nil {
+		d.traffic.wanted = map[uint32]bool{}
+	}
+	if wanted {
+		d.traffic.wanted[slot] = true
+	} else {
+		delete(d.traffic.wanted, slot)
 	}
 	return nil
 }

@@ -175,6 +175,34 @@ func (b *bench) withdraws(key EndpointKey) {
 	b.setTally(key, tally)
 }
 
+// What is no longer wanted is looked at no more.
+func TestWantTrafficOnly(t *testing.T) {
+	onBench(t, func(t *testing.T, b *bench) {
+		must(t, b.d.IgnoreTraffic())
+		check := func(want int) {
+			t.Helper()
+			got := 0
+			for _, wanted := range entries[uint32, uint32](t, b.d.objects.TrafficSlots) {
+				got += int(wanted)
+			}
+			if got != want {
+				t.Errorf("%d slots are looked at, want %d", got, want)
+			}
+		}
+		for port := range uint16(3) {
+			must(t, b.pod.WantTraffic(port))
+		}
+		check(3)
+		must(t, b.d.WantTrafficOnly([]PodPort{{b.key, 0}, {b.key, 2}}))
+		check(2)
+		must(t, b.pod.WantTraffic(1)) // again
+		must(t, b.pod.WantTraffic(2))
+		check(3)
+		must(t, b.d.WantTrafficOnly(nil))
+		check(0)
+	})
+}
+
 // BenchmarkTraffic measures observe on packets of a pod to an ordinary client: where its traffic is no evidence, and where it is.
 // "other" is a port that nobody wants to know about, on a node where a pod has asked for others.
 func BenchmarkTraffic(b *testing.B) {

@@ -17,6 +17,7 @@ type attachment struct {
 	settings  probe.Settings
 	tracker   *probe.Tracker
 	several   []probe.EndpointSpec           // the observed endpoints with a successThreshold above 1
+	ranged    []probe.EndpointSpec           // the observed endpoints with a longer staleness once they are steady
 	events    map[probe.Endpoint][]api.Event // the last ones
 	estimator *probe.Estimator               // nil unless in mode observe
 	maps      *store.Pod                     // nil: not attached yet, or to be opened again

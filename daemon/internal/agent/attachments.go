@@ -133,6 +133,9 @@ func (ag *agent) ask(a *attachment) {
 	a.several = slices.DeleteFunc(slices.Clone(endpoints), func(s probe.EndpointSpec) bool {
 		return !s.Observed || s.SuccessThreshold < 2
 	})
+	a.ranged = slices.DeleteFunc(slices.Clone(endpoints), func(s probe.EndpointSpec) bool {
+		return !s.Observed || s.Staleness == s.SteadyStaleness
+	})
 	a.estimate(endpoints, now)
 }
 

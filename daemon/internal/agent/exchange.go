@@ -142,6 +142,9 @@ func (ag *agent) learn(a *attachment, o probe.Outcome, unanswered unansweredFunc
 	}
 	changed := len(a.several) > 0 && ag.learnUnseen(a, unanswered)
 	a.tally(o)
+	for _, s := range a.ranged {
+		a.tracker.Falter(s.Endpoint, a.withdrawnAt(s.Endpoint)) // a listening socket that closed, which no probe need have noticed
+	}
 	changes := a.tracker.Observe(o)
 	for _, c := range changes {
 		ag.outdated = ag.outdated || c.From.Question != c.To.Question
@@ -197,7 +200,8 @@ func (ag *agent) learnUnseen(a *attachment, unanswered unansweredFunc) bool {
 	return len(changes) > 0
 }
 
-// sweep expires connections whose end was not seen, after learning which of them the pod did not answer.
+// sweep expires connections whose end was not seen, after learning which of them the pod did not answer. It also spares pods that are
+// gone, or no longer ask for it, the look at their traffic, and so all that share a slot with them.
 func (ag *agent) sweep() error {
 	unanswered := sync.OnceValues(ag.unanswered)
 	for _, a := range ag.attachments {
@@ -205,7 +209,13 @@ func (ag *agent) sweep() error {
 			ag.sync(a)
 		}
 	}
-	return ag.datapath.Sweep()
+	var traffic []datapath.PodPort
+	for _, a := range ag.attachments {
+		if a.maps != nil {
+			traffic = append(traffic, a.maps.TrafficPorts()...)
+		}
+	}
+	return errors.Join(ag.datapath.WantTrafficOnly(traffic), ag.datapath.Sweep())
 }
 
 // note counts, logs and remembers a change. outcome is what it was learned from; nil if it was no outcome. By default only changes

@@ -191,6 +191,14 @@ func (t *Tracker) Void(meant func(Endpoint) bool, at uint64) []Change {
 	})
 }
 
+// Falter records that a failure at that time may have gone unseen by the prober. It does not change the evidence, but from
+// then on the endpoint has to prove anew that it is steady.
+func (t *Tracker) Falter(endpoint Endpoint, at uint64) {
+	if e := t.entries[endpoint]; e != nil && e.wellSince <= at {
+		e.wellSince = 0
+	}
+}
+
 // Unanswered records that a connection to a port, begun at that time, has not been answered yet. It counts as a failure
 // once it has taken as long as the timeout of a probe.
 func (t *Tracker) Unanswered(port uint16, began, now uint64) []Change {

@@ -179,6 +179,15 @@ func TestSteadyEndpoints(t *testing.T) {
 			t.Errorf("after %d s, status %d: fresh until %d, want %d", step.at, step.status, got, want)
 		}
 	}
+	// A server that was restarted between two probes has failed, too.
+	tracker.Falter(e, (1000+40+2*steady)*second+1)
+	for _, step := range []struct{ at, want uint64 }{{50 + 2*steady, 6}, {50 + 3*steady, 51}} {
+		tracker.Observe(after(step.at, e, Answered, 200))
+		if got := tracker.Evidence()[e].FreshUntil; got != (1000+step.at+step.want)*second {
+			t.Errorf("after %d s, with a restart: fresh until %d, want %d s from then", step.at, got, step.want)
+		}
+		tracker.Falter(e, (1000+40+2*steady)*second+1) // old news
+	}
 	if d := specs[0].Delays()[0]; d.Probelet != d.Plain+51*time.Second {
 		t.Errorf("%+v: the bound must hold for the longer staleness", d)
 	}

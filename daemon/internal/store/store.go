@@ -179,8 +179,6 @@ func compareKeys(a, b datapath.EndpointKey) int {
 type Pod struct {
 	maps *datapath.Pod
 	have Records // in the maps
-	// traffic has the ports whose traffic the programs have been told to note.
-	traffic map[uint16]bool
 }
 
 // Open reads a pod's part of the maps.
@@ -189,7 +187,7 @@ func Open(maps *datapath.Pod) (*Pod, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Pod{maps, have, map[uint16]bool{}}, nil
+	return &Pod{maps, have}, nil
 }
 
 // Device returns the device that the pod is behind. Once it was attached again, what is written here has no effect.
@@ -217,16 +215,32 @@ func (p *Pod) Sync(want Records) error {
 
 // wantTraffic makes the programs look at the traffic of ports where it is evidence, before the records say that it is.
 func (p *Pod) wantTraffic(records Records) error {
-	for key, record := range records {
-		if key.Kind != datapath.KindPort || record.TrafficUntil == 0 || p.traffic[key.Port] {
-			continue
-		}
-		if err := p.maps.WantTraffic(key.Port); err != nil {
+	for _, port := range records.trafficPorts() {
+		if err := p.maps.WantTraffic(port); err != nil {
 			return err
 		}
-		p.traffic[key.Port] = true
 	}
 	return nil
+}
+
+// trafficPorts returns the ports where traffic is evidence.
+func (r Records) trafficPorts() []uint16 {
+	var ports []uint16
+	for key, record := range r {
+		if key.Kind == datapath.KindPort && record.TrafficUntil != 0 {
+			ports = append(ports, key.Port)
+		}
+	}
+	return ports
+}
+
+// TrafficPorts returns the pod's ports where traffic is evidence.
+func (p *Pod) TrafficPorts() []datapath.PodPort {
+	var all []datapath.PodPort
+	for _, port := range p.have.trafficPorts() {
+		all = append(all, datapath.PodPort{Device: p.Device(), Port: port})
+	}
+	return all
 }
 
 func (p *Pod) apply(s step) error {

@@ -73,7 +73,7 @@ func (a *Attachment) readMaps(maps PodMaps, now uint64) error {
 		case e.State != status.StateFresh:
 		case e.due:
 			e.due = e.never() == (probe.Reason{}) && a.WhyNotAnsweredCode == ""
-		case a.isServing(e.Port, p, now):
+		case e.Traffic > 0 && a.isServing(e.Port, p, now):
 		case !datapath.PortFresh(p.evidence, p.tally, now):
 			e.explain(a.heldBack(*e))
 		case a.asksListener(e.Port) && realDue(p.tally):
