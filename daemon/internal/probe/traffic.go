@@ -97,9 +97,11 @@ func (e *entry) speakFor(until uint64) {
 }
 
 // timeOut learns that a probe which began then has timed out, and reports whether traffic makes up for that: the endpoint has
-// succeeded in this container, and its last probe that had an outcome did.
+// succeeded in this container, and its last probe that had an outcome did. After two bounds without any outcome, as while no
+// daemon ran, that is not known: an error may have gone unseen.
 func (e *entry) timeOut(asked uint64) bool {
-	if e.spec.Traffic == 0 || e.evidence.Result != Success || e.evidence.TrafficUntil == 0 {
+	if e.spec.Traffic == 0 || e.evidence.Result != Success || e.evidence.TrafficUntil == 0 ||
+		asked > e.evidence.TrafficUntil+uint64(e.spec.TrafficBound()) {
 		return false
 	}
 	e.successes, e.wellSince = 0, 0

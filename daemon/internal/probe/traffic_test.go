@@ -192,3 +192,20 @@ func TestSteadyEndpoints(t *testing.T) {
 		t.Errorf("%+v: the bound must hold for the longer staleness", d)
 	}
 }
+
+// After a long time without any outcome, as while no daemon ran, traffic does not make up for a timeout: an error may have gone
+// unseen.
+func TestTimeoutAfterAGap(t *testing.T) {
+	for _, test := range []struct {
+		at     uint64
+		result Result
+	}{{20 + 10*10, Success}, {20 + 2*(9*10+1) - 1, Success}, {20 + 2*(9*10+1) + 1, Failure}} {
+		tracker := byTraffic(t, httpProbe(Liveness, "/x"))
+		e := tracker.Endpoints()[0].Endpoint
+		tracker.Observe(after(20, e, Answered, 200))
+		tracker.Observe(took(time.Second, after(test.at+1, e, NoAnswer, 0)))
+		if got := tracker.Evidence()[e]; got.Result != test.result || (got.TrafficUntil != 0) != (test.result == Success) {
+			t.Errorf("a timeout at %d s: %+v, want %s", test.at, got, test.result)
+		}
+	}
+}
