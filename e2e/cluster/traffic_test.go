@@ -31,7 +31,8 @@ func busy(name string, annotations map[string]string) *corev1.Pod {
 	return pod
 }
 
-// crowd has the clients of a pod, each of which sends one request after another that takes more of the CPU than the pod has.
+// crowd is a number of clients of a pod. Each sends one request after another, and together they want more CPU time than the
+// pod has.
 type crowd struct {
 	cancel  context.CancelFunc
 	clients sync.WaitGroup

@@ -192,7 +192,7 @@ func (t *Tracker) Void(meant func(Endpoint) bool, at uint64) []Change {
 }
 
 // Falter records that a failure at that time may have gone unseen by the prober. It does not change the evidence, but from
-// then on the endpoint has to prove anew that it is steady.
+// then on the endpoint has to become steady again.
 func (t *Tracker) Falter(endpoint Endpoint, at uint64) {
 	if e := t.entries[endpoint]; e != nil && e.wellSince <= at {
 		e.wellSince = 0

@@ -49,7 +49,7 @@ type Settings struct {
 	Staleness        probe.StalenessRange `json:"staleness"`
 	StalenessFrom    probe.Origin         `json:"stalenessFrom"`
 	StalenessCeiling probe.Staleness      `json:"stalenessCeiling"`
-	// Refresh is whether, or how often, the daemon asks itself, in the format of the annotation.
+	// Refresh says whether, or how often, the daemon asks itself, in the format of the annotation.
 	Refresh     probe.Refresh `json:"refresh"`
 	RefreshFrom probe.Origin  `json:"refreshFrom"`
 	// Liveness says what is evidence for liveness probes, in the format of the annotation.
