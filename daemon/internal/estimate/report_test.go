@@ -135,7 +135,7 @@ func TestLoads(t *testing.T) {
 		Default:   {.5, .5, 60 + 5, 0, 3},
 		Staleness: {5. / 6, 1. / 6, 20 + 10*5./6, 0, 11},
 		Refresh:   {1, 1, 10 + 10, 1, 3},
-		Traffic:   {.7, .3, 36 + 7, 0, 19},
+		Traffic:   {.7, .3, 36 + 7, 0, 23},
 	} {
 		o := policy(t, g, p)
 		if !near(o.Answered, test.answered) || !near(o.Load.Connections, test.connections) || !near(o.Load.Conntrack, test.conntrack) || !near(o.Refreshes, test.refreshes) {

@@ -52,13 +52,14 @@ func (s *EndpointSpec) setTraffic(settings Settings, limits Limits) {
 	}
 }
 
-// TrafficBound returns how long after a real probe began traffic may speak for the endpoint: until the probe that must be
-// real again, whatever the traffic.
+// TrafficBound returns how long after a real probe began traffic may speak for the endpoint. The kernel makes every tenth probe
+// real, whatever the traffic. Should that one time out, the next one may begin before the daemon knows of it, and must not find that
+// traffic says nothing any more: with a failureThreshold of 2 it would cost the busy container its life.
 func (s EndpointSpec) TrafficBound() time.Duration {
 	if s.Traffic == 0 {
 		return 0
 	}
-	return time.Duration(s.Traffic)*s.Period + slack(s.Period, s.Timeout)
+	return time.Duration(s.Traffic+1)*s.Period + max(s.Period, s.Timeout) + slack(s.Period, s.Timeout)
 }
 
 // TrafficWindow returns how recently the pod must have served for its traffic to speak for the endpoint.

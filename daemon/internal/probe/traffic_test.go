@@ -58,16 +58,16 @@ func TestTimeoutsAreNoEvidenceAndErrorsAre(t *testing.T) {
 		}{
 			"nothing known":                {nil, Unknown, 0, false},
 			"a timeout alone":              {[]Outcome{took(time.Second, after(20, e, NoAnswer, 0))}, Failure, 0, false},
-			"a success":                    {[]Outcome{ok}, Success, 1020*second + 9*period + slack, true},
-			"a timeout after it":           {[]Outcome{ok, took(time.Second, after(31, e, NoAnswer, 0))}, Success, 1030*second + 9*period + slack, false},
-			"a late success after it":      {[]Outcome{ok, took(late, about(e, Outcome{Event: ok.Event, Status: 200, ObservedAt: 1030*second + uint64(late)}))}, Success, 1030*second + 9*period + slack, false},
-			"two timeouts":                 {[]Outcome{ok, took(time.Second, after(31, e, NoAnswer, 0)), took(time.Second, after(41, e, NoAnswer, 0))}, Success, 1040*second + 9*period + slack, false},
+			"a success":                    {[]Outcome{ok}, Success, 1020*second + 11*period + slack, true},
+			"a timeout after it":           {[]Outcome{ok, took(time.Second, after(31, e, NoAnswer, 0))}, Success, 1030*second + 11*period + slack, false},
+			"a late success after it":      {[]Outcome{ok, took(late, about(e, Outcome{Event: ok.Event, Status: 200, ObservedAt: 1030*second + uint64(late)}))}, Success, 1030*second + 11*period + slack, false},
+			"two timeouts":                 {[]Outcome{ok, took(time.Second, after(31, e, NoAnswer, 0)), took(time.Second, after(41, e, NoAnswer, 0))}, Success, 1040*second + 11*period + slack, false},
 			"a reset":                      {[]Outcome{ok, after(31, e, Reset, 0)}, Failure, 0, false},
 			"a malformed answer":           {[]Outcome{ok, after(31, e, Failed, 0)}, Failure, 0, false},
 			"an error after a timeout":     {[]Outcome{ok, took(time.Second, after(31, e, NoAnswer, 0)), after(41, e, Reset, 0)}, Failure, 0, false},
 			"a timeout after an error":     {[]Outcome{ok, after(31, e, Reset, 0), took(time.Second, after(41, e, NoAnswer, 0))}, Failure, 0, false},
-			"a success after an error":     {[]Outcome{after(10, e, Reset, 0), ok}, Success, 1020*second + 9*period + slack, true},
-			"a prober that left by itself": {[]Outcome{ok, took(time.Second/2, after(31, e, NoAnswer, 0))}, Success, 1020*second + 9*period + slack, true},
+			"a success after an error":     {[]Outcome{after(10, e, Reset, 0), ok}, Success, 1020*second + 11*period + slack, true},
+			"a prober that left by itself": {[]Outcome{ok, took(time.Second/2, after(31, e, NoAnswer, 0))}, Success, 1020*second + 11*period + slack, true},
 		} {
 			tracker := byTraffic(t, probe)
 			for _, o := range test.outcomes {
@@ -134,7 +134,7 @@ func TestUnansweredConnectionsAreTimeouts(t *testing.T) {
 	tracker.Observe(after(20, e, Connected, 0))
 	tracker.Unanswered(80, 1030*second, 1031*second)
 	got := tracker.Evidence()[e]
-	if got.Result != Success || got.FreshUntil != 0 || got.TrafficUntil != 1030*second+9*10*second+second {
+	if got.Result != Success || got.FreshUntil != 0 || got.TrafficUntil != 1030*second+11*10*second+second {
 		t.Errorf("%+v", got)
 	}
 }
@@ -199,13 +199,27 @@ func TestTimeoutAfterAGap(t *testing.T) {
 	for _, test := range []struct {
 		at     uint64
 		result Result
-	}{{20 + 10*10, Success}, {20 + 2*(9*10+1) - 1, Success}, {20 + 2*(9*10+1) + 1, Failure}} {
+	}{{20 + 10*10, Success}, {20 + 2*(11*10+1) - 1, Success}, {20 + 2*(11*10+1) + 1, Failure}} {
 		tracker := byTraffic(t, httpProbe(Liveness, "/x"))
 		e := tracker.Endpoints()[0].Endpoint
 		tracker.Observe(after(20, e, Answered, 200))
 		tracker.Observe(took(time.Second, after(test.at+1, e, NoAnswer, 0)))
 		if got := tracker.Evidence()[e]; got.Result != test.result || (got.TrafficUntil != 0) != (test.result == Success) {
 			t.Errorf("a timeout at %d s: %+v, want %s", test.at, got, test.result)
+		}
+	}
+}
+
+// A real probe that times out, and the next one, which may begin at once, do not make two failures in a row.
+func TestTheProbeAfterATimeoutFindsTraffic(t *testing.T) {
+	for _, timeout := range []time.Duration{time.Second, 10 * time.Second, 25 * time.Second} {
+		tracker := byTraffic(t, with(httpProbe(Liveness, "/x"), func(s *Spec) { s.Timeout = timeout }))
+		e := tracker.Endpoints()[0].Endpoint
+		tracker.Observe(after(20, e, Answered, 200))
+		tenth := 1020*second + uint64(limits.Traffic+1)*10*second
+		next := tenth + max(10*second, uint64(timeout))
+		if until := tracker.Evidence()[e].TrafficUntil; until <= next {
+			t.Errorf("timeout %s: until %d, and the probe after the tenth begins at %d", timeout, until, next)
 		}
 	}
 }
