@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -341,7 +342,7 @@ func (c *conversation) say(conn *net.TCPConn, in *inbox) error {
 	for i, r := range c.Rounds {
 		request, from := left[:r.Request], 0
 		left = left[r.Request:]
-		for _, p := range append(r.Pieces, piece{Percent: 100}) {
+		for _, p := range slices.Concat(r.Pieces, []piece{{Percent: 100}}) {
 			to := max(from, len(request)*p.Percent/100)
 			if c.aborted() {
 				to = min(to, c.Cut-sent)
