@@ -95,8 +95,7 @@ enum evidence_result {
 struct evidence {
 	__u64 observed_at; /* success: start of the probe; failure: when it was detected */
 	__u64 fresh_until; /* not answered from then on; 0: never answered */
-	/* Answered until then, fresh or not, while the pod's traffic shows that it serves; 0: traffic is no evidence.
-	 */
+	/* Answered until then, fresh or not, while traffic shows that the pod serves; 0: traffic is not evidence. */
 	__u64 traffic_until;
 	__u64 check;		 /* of the question; 0 unless KIND_HTTP */
 	__u32 traffic_window_ms; /* how recently the pod must have served */
@@ -143,8 +142,8 @@ struct tally {
 };
 
 /*
- * Why a probe is not answered although the evidence is fresh. All but the last are detected by a look at the listening
- * socket.
+ * Why a probe is not answered although the evidence is fresh. A look at the listening socket detects all but
+ * OBSTACLE_UNANSWERED and, where traffic is evidence, OBSTACLE_REAL_DUE.
  */
 enum obstacle {
 	OBSTACLE_NO_LISTENER = 1, /* no socket of the pod listens there */

@@ -274,7 +274,7 @@ static __always_inline void note_obstacle(struct tally *port, enum obstacle obst
  * a TCP probe it decides alone; on others it has a veto. Where sockets cannot be examined, the result is true. The
  * socket is examined even if the port is not fresh, to update answered_max. With serving, the pod's traffic says more
  * than the queue does, so it is enough that there is a listening socket; the flow is marked, because that holds only
- * for endpoints that traffic speaks for.
+ * for endpoints that traffic vouches for.
  */
 static __always_inline bool is_listening(struct __sk_buff *skb, const struct segment *seg, struct device *device,
 					 struct tally *port, struct flow *flow, bool fresh, bool serving)

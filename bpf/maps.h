@@ -149,8 +149,8 @@ struct {
 __u32 flow_ports[FLOW_PORT_SLOTS];
 
 /*
- * Index: traffic_slot of a device and a port; value: 1 if traffic from there may be evidence. 0 spares all other
- * packets of pods the lookup of the port. Written by the daemon together with a port's evidence, and cleared soon after
+ * Index: a hash of a device and a port (may_show_traffic); value: 1 if traffic from there may be evidence. 0 saves all
+ * other packets of pods the lookup of the port. Set by the daemon along with a port's evidence, and cleared soon after
  * that is gone, or when a daemon starts; read by observe. Lives until the pins are removed.
  */
 #define TRAFFIC_SLOTS 4096

@@ -529,8 +529,7 @@ static __always_inline bool answer_request(struct __sk_buff *skb, const struct s
 		return false;
 	/* Within the grace period, what held at the SYN counts. */
 	at = now - flow->started_at < TAKEN_GRACE_NS ? flow->started_at : now;
-	/* What kept the port from being taken without traffic concerns all endpoints but those that traffic speaks for.
-	 */
+	/* A connection taken only because of traffic is for the endpoints that traffic vouches for. */
 	if ((at >= e.fresh_until || flow->flags & FLOW_BY_TRAFFIC) && (!port || !is_serving(&e, port, KIND_HTTP, at)))
 		return false;
 	if (!again && is_real_due(&e, tally))

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
 /*
- * Traffic as evidence. A pod that is busy lets probes time out while it goes on serving. Where its probes allow that,
- * what it sends to any client shows that it lives: for HTTP a response that is no server error, for TCP that it closes
- * connections too. A time-out is the absence of evidence, and traffic makes up for it; an error is evidence, and
- * withdraws as ever. Some probes reach the pod whatever its traffic shows, so that an error is found.
+ * Traffic as evidence. A busy pod lets probes time out while it goes on serving. Where its probes allow it, what the
+ * pod sends to any client shows that it is alive: for HTTP, a response that is not a server error; for TCP, also that
+ * it closes connections. A timeout is the absence of evidence, and traffic makes up for it; an error is evidence, and
+ * withdraws the success as usual. Some probes reach the pod whatever its traffic shows, so that errors are found.
  */
 #ifndef PROBELET_TRAFFIC_H
 #define PROBELET_TRAFFIC_H
@@ -13,10 +13,12 @@
 #include "maps.h"
 #include "parse.h"
 
-/* How many probes in a row are answered at most before one is passed on. */
+/* The maximum number of consecutive probes that are answered before one is passed on. */
 #define TRAFFIC_ANSWERS_MAX 9
 
-/* How exactly it is noted when a pod serves. Within this time another packet of a busy pod costs no look at its socket.
+/*
+ * The resolution of served_at and closed_at. Until it has passed, further packets of a busy pod do not cost a look at
+ * its socket.
  */
 #define TRAFFIC_NOTED_NS (SECOND_NS / 50)
 
@@ -25,7 +27,7 @@ static __always_inline bool is_noted(__u64 noted_at, __u64 now)
 	return (__s64)(now - noted_at) < (__s64)TRAFFIC_NOTED_NS;
 }
 
-/* Notes what a pod's packet shows. Call it for packets of the pod only, not for answers in its name. */
+/* Notes what a pod's packet shows. Only call it for packets of the pod itself, not for answers in its name. */
 static __always_inline void note_traffic(struct __sk_buff *skb, const struct segment *seg)
 {
 	bool closed = seg->tcp_flags & TCP_FIN, served;
@@ -65,7 +67,7 @@ static __always_inline void note_traffic(struct __sk_buff *skb, const struct seg
 		port->closed_at = now;
 }
 
-/* Reports whether the traffic of a port shows at that time that the endpoint with this evidence would be served. */
+/* Reports whether the traffic of a port shows, at the given time, that the pod would serve the evidence's endpoint. */
 static __always_inline bool is_serving(const struct evidence *e, const struct tally *port, enum endpoint_kind kind,
 				       __u64 at)
 {
@@ -77,7 +79,7 @@ static __always_inline bool is_serving(const struct evidence *e, const struct ta
 	return at < e->traffic_until && last && (__s64)(at - last) < (__s64)((__u64)e->traffic_window_ms * 1000000);
 }
 
-/* Reports whether an endpoint that traffic may speak for has had so many answers that a real probe is due. */
+/* Reports whether an endpoint that traffic may vouch for has had so many answers that a real probe is due. */
 static __always_inline bool is_real_due(const struct evidence *e, const struct tally *endpoint)
 {
 	return e->traffic_until && endpoint && endpoint->answered >= TRAFFIC_ANSWERS_MAX;

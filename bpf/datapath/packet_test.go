@@ -655,7 +655,7 @@ func TestFreshnessMatchesTheModel(t *testing.T) {
 			}
 			x := bpftest.ParseSegment(t, frame).Seq
 			got, _ = b.sends(b.toPod("PA", b.isn+1, x+1, request).Bytes(t, nil))
-			// A connection that was taken because of traffic is for endpoints that traffic speaks for.
+			// A connection that was taken because of traffic is for endpoints that traffic vouches for.
 			byTraffic := now >= port.FreshUntil
 			want = MayAnswer(endpoint, ofPort, ofEndpoint, now, now) && (!byTraffic || IsServing(endpoint, ofPort, KindHTTP, now))
 			if (got == toClient) != want {

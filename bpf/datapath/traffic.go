@@ -3,15 +3,15 @@ package datapath
 import "fmt"
 
 const (
-	// MaxTrafficAnswers is how many probes in a row of an endpoint that traffic may speak for are answered at most.
+	// MaxTrafficAnswers is the maximum number of consecutive probes that are answered of an endpoint that traffic may vouch for.
 	// TRAFFIC_ANSWERS_MAX in bpf/traffic.h.
 	MaxTrafficAnswers = 9
 	// trafficSlots is TRAFFIC_SLOTS in bpf/maps.h.
 	trafficSlots = 4096
 )
 
-// IsServing reports whether the traffic of a port, whose tally is given, shows at that time that the endpoint with the
-// evidence would be served. Like PortFresh it is a model of the program.
+// IsServing reports whether the traffic of a port, as noted in its tally, shows at the given time that the pod would serve the
+// evidence's endpoint. Like PortFresh it is a model of the program.
 func IsServing(e Evidence, port Tally, kind uint8, at uint64) bool {
 	last := port.ServedAt
 	if kind == KindTCP {
@@ -20,13 +20,13 @@ func IsServing(e Evidence, port Tally, kind uint8, at uint64) bool {
 	return at < e.TrafficUntil && last != 0 && int64(at-last) < int64(e.TrafficWindowMs)*1_000_000
 }
 
-// IsRealDue reports whether an endpoint that traffic may speak for has had so many answers that its next probe must reach the
-// pod. Like PortFresh it is a model of the program.
+// IsRealDue reports whether an endpoint that traffic may vouch for has had so many answers that its next probe must reach the pod.
+// Like PortFresh it is a model of the program.
 func IsRealDue(e Evidence, endpoint Tally) bool {
 	return e.TrafficUntil != 0 && endpoint.Answered >= MaxTrafficAnswers
 }
 
-// trafficSlot computes the slot of what a device's pod sends from a port, as may_show_traffic in bpf/parse.h does.
+// trafficSlot returns the slot of a device and a port of its pod, as may_show_traffic in bpf/parse.h computes it.
 func trafficSlot(ifindex uint32, port uint16) uint32 {
 	return (ifindex*31 + uint32(port)) & (trafficSlots - 1)
 }
@@ -81,7 +81,7 @@ func (d *Datapath) setTraffic(slot uint32, wanted bool) error {
 		value = 1
 	}
 	if err := d.objects.TrafficSlots.Put(slot, value); err != nil {
-		return fmt.Errorf("changing whose traffic is looked at: %w", err)
+		return fmt.Errorf("selecting the traffic to look at: %w", err)
 	}
 	if d.traffic.wanted == nil {
 		d.traffic.wanted = map[uint32]bool{}

@@ -24,7 +24,7 @@ func (b *bench) armByTraffic(keys ...EndpointKey) {
 	must(b.t, b.pod.WantTraffic(b.srv.Port()))
 }
 
-// serves passes a packet of the pod to another client.
+// serves makes the pod send a packet to another client.
 func (b *bench) serves(flags, payload string) {
 	b.t.Helper()
 	s := b.fromPod(flags, 1, 1, payload)
@@ -34,7 +34,7 @@ func (b *bench) serves(flags, payload string) {
 	}
 }
 
-// probes sends an HTTP or TCP probe, and reports whether it is answered. The pod refuses none, and says nothing.
+// probes sends an HTTP or TCP probe, and reports whether it is answered. The pod itself does not respond.
 func (b *bench) probes(http bool) bool {
 	b.t.Helper()
 	b.isn += 0x01000000
@@ -62,7 +62,7 @@ func (b *bench) resets() {
 	b.setTally(PortKey(b.srv.Port()), port)
 }
 
-// What shows that a pod serves, and for which probes.
+// A response with a status below 500 shows that a pod serves; for TCP probes, so does a connection that it closes.
 func TestWhatTrafficShows(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		for name, test := range map[string]struct {
@@ -79,7 +79,7 @@ func TestWhatTrafficShows(t *testing.T) {
 			"an interim response":      {"PA", "HTTP/1.1 100 Continue\r\n\r\n", false, false},
 			"a body":                   {"PA", "body: HTTP/1.1 200 OK", false, false},
 			"another protocol":         {"PA", "SSH-2.0-OpenSSH_9.9\r\n", false, false},
-			"an end":                   {"FA", "", false, true},
+			"a FIN":                    {"FA", "", false, true},
 			"a reset":                  {"RA", "", false, false},
 			"a response and a reset":   {"RPA", "HTTP/1.1 200 OK\r\n", false, false},
 			"a short packet":           {"PA", "HTTP/1.1 20", false, false},
@@ -105,7 +105,7 @@ func TestWhatTrafficShows(t *testing.T) {
 	})
 }
 
-// Traffic speaks for a while, for the port that sent it, while the evidence permits, and not after an error.
+// Traffic vouches only for endpoints of its port, for a while, as long as their evidence permits, and not after an error.
 func TestTrafficHasBounds(t *testing.T) {
 	const ok = "HTTP/1.1 200 OK\r\n\r\n"
 	onBench(t, func(t *testing.T, b *bench) {
@@ -122,7 +122,7 @@ func TestTrafficHasBounds(t *testing.T) {
 			"a listener that closed": {func() { b.voidPod(Now()) }, false},
 			"a failure":              {func() { e := success(t, 200, time.Hour); e.Result = ResultFailure; b.putFor(request, e) }, false},
 			"ignored":                {func() { must(t, b.d.IgnoreTraffic()); b.wait(11 * time.Second); b.serves("PA", ok) }, false},
-			"another life of it":     {func() { b.attach(); b.armByTraffic(PortKey(8080), b.asked()) }, false},
+			"attached again":         {func() { b.attach(); b.armByTraffic(PortKey(8080), b.asked()) }, false},
 			"untrusted":              {func() { b.trust(TrustLost) }, false},
 		} {
 			b.reset()
@@ -175,7 +175,7 @@ func (b *bench) withdraws(key EndpointKey) {
 	b.setTally(key, tally)
 }
 
-// What is no longer wanted is looked at no more.
+// Traffic that is no longer wanted is no longer looked at.
 func TestWantTrafficOnly(t *testing.T) {
 	onBench(t, func(t *testing.T, b *bench) {
 		must(t, b.d.IgnoreTraffic())
@@ -203,8 +203,8 @@ func TestWantTrafficOnly(t *testing.T) {
 	})
 }
 
-// BenchmarkTraffic measures observe on packets of a pod to an ordinary client: where its traffic is no evidence, and where it is.
-// "other" is a port that nobody wants to know about, on a node where a pod has asked for others.
+// BenchmarkTraffic measures observe on packets of a pod to an ordinary client, from a port whose traffic is evidence, and from one
+// whose traffic is not ("other").
 func BenchmarkTraffic(b *testing.B) {
 	const pause = 20_000 // packets per variant and round
 	bench := newBench(b, HookTC, families["ipv4"])
