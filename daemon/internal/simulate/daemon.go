@@ -57,7 +57,7 @@ func (p *pod) setEndpoints() {
 
 func (p *pod) endpoints(specs []probe.Spec) []probe.EndpointSpec {
 	pod := probe.Pod{Namespace: "n", Name: "p", IPs: []netip.Addr{netip.MustParseAddr(address)}, Probes: specs}
-	limits := probe.Limits{Request: 1024, Records: 64, Live: p.Live, Traffic: mostSpoken}
+	limits := probe.Limits{Request: 1024, Records: 64, Live: p.Live, Traffic: mostByTraffic}
 	endpoints, err := probe.Endpoints(pod, p.Defaults.Settings(nil), limits)
 	if err != nil {
 		panic(err) // scenarios have few endpoints
@@ -139,7 +139,7 @@ func (p *pod) observe(e probe.Endpoint, o probe.Outcome) {
 	if timeout := o.Event == probe.NoAnswer; failure || timeout {
 		for endpoint := range p.successes {
 			concerned := e == endpoint || o.Event == probe.Reset && e.Port == endpoint.Port
-			if spoken := timeout && p.evidence[endpoint].TrafficUntil != 0; concerned && !spoken {
+			if vouched := timeout && p.evidence[endpoint].TrafficUntil != 0; concerned && !vouched {
 				p.failed[endpoint] = max(p.failed[endpoint], o.ObservedAt)
 			}
 		}

@@ -17,8 +17,15 @@ type kernel struct {
 	answered     map[uint16]int         // by port: probes answered since a prober's connection was last known to be accepted
 	unanswered   map[uint16][]uint64    // by port: when unanswered connections began, until they are swept
 	ignored      map[uint16]bool        // by port: whether the last connection passed on was not answered
-	spoken       map[probe.Endpoint]int // by endpoint: probes answered since one was last passed on
+	sinceReal    map[probe.Endpoint]int // by endpoint: probes answered since one was last passed on
 	connectedAt  map[uint16]uint64      // by port: when the last connection was established, until it is known to be accepted
+}
+
+func newKernel() kernel {
+	return kernel{
+		withdrawn: map[probe.Endpoint]uint64{}, answered: map[uint16]int{}, unanswered: map[uint16][]uint64{},
+		ignored: map[uint16]bool{}, sinceReal: map[probe.Endpoint]int{}, connectedAt: map[uint16]uint64{},
+	}
 }
 
 // connect starts a probe now.
@@ -28,12 +35,12 @@ func (p *pod) connect(e probe.Endpoint, timeout, usual time.Duration) (answered 
 		p.answered[e.Port]++
 	}
 	if taken && (e.Kind.Keying() == probe.KeyedByPort || p.answerable(e)) {
-		p.spoken[e]++
+		p.sinceReal[e]++
 		return true, exchange{event: probe.Answered, status: 200, connected: true, end: p.now + uint64(refusal)}
 	}
-	p.spoken[e] = 0
+	p.sinceReal[e] = 0
 	if !taken {
-		p.spoken[probe.Endpoint{Port: e.Port, Kind: probe.TCP}] = 0
+		p.sinceReal[probe.Endpoint{Port: e.Port, Kind: probe.TCP}] = 0
 	}
 	server := p.servers[e.Port]
 	x = server.ask(inquiry{p.now, e, timeout, usual}, &server.queue)
@@ -71,23 +78,21 @@ func (p *pod) taken(port uint16) bool {
 	return p.serving(port, g.TrafficUntil, g.TrafficWindow, asked) || fresh && !p.ignored[port] && p.listening(port)
 }
 
-// mostSpoken is how many probes in a row are answered by traffic at most (datapath.MaxTrafficAnswers).
-const mostSpoken = 9
-
 // due reports whether a probe of the endpoint must reach the pod, whatever its traffic shows.
 func (p *pod) due(e probe.Endpoint) bool {
-	return p.Broken != Due && p.evidence[e].TrafficUntil != 0 && p.spoken[e] >= mostSpoken
+	return p.Broken != Due && p.evidence[e].TrafficUntil != 0 && p.sinceReal[e] >= mostByTraffic
 }
 
-// serving reports whether traffic shows that the pod serves.
+// serving reports whether traffic on a port shows that the pod serves its clients, or with byTCP that it closes their
+// connections.
 func (p *pod) serving(port uint16, until uint64, window time.Duration, byTCP bool) bool {
-	switch p.Broken {
-	case Due:
-		return until != 0 && p.Clients > 0 && p.servers[port].served(port, p.Clients, window, p.now, byTCP)
-	case Traffic:
+	if p.Broken == Traffic {
 		return p.now < until
 	}
-	return p.now < until && p.Clients > 0 && p.servers[port].served(port, p.Clients, window, p.now, byTCP)
+	if p.now >= until && (p.Broken != Due || until == 0) || p.Clients == 0 {
+		return false
+	}
+	return p.servers[port].served(port, p.Clients, window, p.now, byTCP)
 }
 
 // listening reports whether the port's listening socket would accept a connection now, and not too many probes were

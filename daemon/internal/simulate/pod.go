@@ -23,7 +23,7 @@ type Config struct {
 	Sidecar bool
 	// Live is probe.Limits.Live.
 	Live int
-	// Clients: each port has a client every so often; 0 means that it has none.
+	// Clients is the interval at which clients send requests to each port; 0 means that there are none.
 	Clients  time.Duration
 	Defaults probe.Defaults
 	Duration time.Duration
@@ -53,8 +53,8 @@ const (
 	Queue           // a TCP probe is answered regardless of the listening socket's queue
 	Unanswered      // a probe that gets no connection does not count as a failure
 	Limit           // any number of TCP probes in a row is answered
-	Traffic         // traffic speaks for the pod, whatever it shows
-	Due             // any number of probes in a row is answered by traffic, at any time
+	Traffic         // traffic vouches for the pod, whatever it shows
+	Due             // traffic answers any number of probes in a row, even past its bound
 )
 
 // Result holds the counts of one or more pods.
@@ -137,7 +137,7 @@ func Run(c Config) Result {
 		servers: map[uint16]*server{}, instances: map[uint16]int{}, startup: map[string]*startup{},
 		requests: map[probe.Endpoint]probe.Request{},
 		daemon:   newDaemon(),
-		kernel:   kernel{withdrawn: map[probe.Endpoint]uint64{}, answered: map[uint16]int{}, unanswered: map[uint16][]uint64{}, ignored: map[uint16]bool{}, connectedAt: map[uint16]uint64{}, spoken: map[probe.Endpoint]int{}},
+		kernel:   newKernel(),
 		truth: truth{
 			successes: map[probe.Endpoint]map[uint64]bool{}, failed: map[probe.Endpoint]uint64{},
 			voided: map[probe.Endpoint]uint64{}, ended: map[uint16]uint64{},
@@ -293,7 +293,7 @@ func (p *pod) checkAnswer(e probe.Endpoint, known probe.Evidence) {
 	switch {
 	case !p.successes[e][known.ObservedAt]:
 		p.violate("%s answered with evidence that was not observed", e)
-	case p.now > known.ObservedAt+uint64(p.staleness[e]) && !p.truly(e, known):
+	case p.now > known.ObservedAt+uint64(p.staleness[e]) && !p.vouched(e, known):
 		p.violate("%s answered %s after its bound", e, time.Duration(p.now-known.ObservedAt)-p.staleness[e])
 	case p.failed[e] >= known.ObservedAt:
 		p.violate("%s answered after a failure that the daemon knew of", e)
@@ -311,14 +311,14 @@ func (p *pod) mayBeAnswered(e probe.Endpoint) bool {
 	return p.believable(e) && (!asked || p.believable(tcp)) && !p.ignored[e.Port] && p.listening(e.Port)
 }
 
-// truly reports whether traffic really speaks for the endpoint now.
-func (p *pod) truly(e probe.Endpoint, known probe.Evidence) bool {
+// vouched reports whether traffic really vouches for the endpoint now.
+func (p *pod) vouched(e probe.Endpoint, known probe.Evidence) bool {
 	return p.now < known.TrafficUntil && p.Clients > 0 &&
 		p.servers[e.Port].served(e.Port, p.Clients, known.TrafficWindow, p.now, e.Kind == probe.TCP)
 }
 
-// spokenFor reports whether traffic may speak for the endpoint, and there is some.
-func (p *pod) spokenFor(e probe.Endpoint) bool {
+// hasTraffic reports whether the pod has clients, and their requests may vouch for the endpoint.
+func (p *pod) hasTraffic(e probe.Endpoint) bool {
 	return p.traffic[e] > 0 && p.Clients > 0
 }
 

@@ -83,8 +83,12 @@ func with(staleness string, refresh bool) probe.Defaults {
 	return d
 }
 
-// live is how many TCP probes in a row the kernel side answers at most (datapath.MaxAnswers).
-const live = 9
+const (
+	// live is the maximum number of consecutive TCP probes that the kernel side answers (datapath.MaxAnswers).
+	live = 9
+	// mostByTraffic is the maximum number of consecutive probes that it answers by traffic (datapath.MaxTrafficAnswers).
+	mostByTraffic = 9
+)
 
 var (
 	lone = []probe.Spec{get("c", probe.Readiness, 80, "/x", usually)}
@@ -127,7 +131,6 @@ func Scenarios() []Scenario {
 		return changed(s, func(c *Config) { c.Defaults.Liveness, c.Clients = probe.LivenessByTraffic, clients })
 	}
 	const nineOfTen = 9. / 10
-	aliveBy := func(probes ...probe.Spec) []probe.Spec { return probes }
 	return []Scenario{
 		scenario("one probe", 1./2, .49, "one observed, the next answered", usual, false, lone...),
 		scenario("one TCP probe", oneTCP, .45, "K answered between two observed: 0, 1, 1, 2 or 9, depending on the length of the queue", usual, false,
@@ -164,17 +167,17 @@ func Scenarios() []Scenario {
 			Why: "not computed: random kinds, paths, periods, timeouts and thresholds",
 		},
 		traffic(scenario("liveness, traffic, a client each second", nineOfTen, .88, "every tenth probe is real", usual, false,
-			aliveBy(get("c", probe.Liveness, 80, "/x", usually))...), time.Second),
+			get("c", probe.Liveness, 80, "/x", usually)), time.Second),
 		traffic(scenario("liveness, traffic, no client", 1./2, .49, "as without traffic", usual, false,
-			aliveBy(get("c", probe.Liveness, 80, "/x", usually))...), 0),
+			get("c", probe.Liveness, 80, "/x", usually)), 0),
 		traffic(scenario("liveness each second, traffic, a client each second", 0, .80, "not computed: a client may be later than the probe", usual, false,
-			aliveBy(get("c", probe.Liveness, 80, "/x", time.Second))...), time.Second),
+			get("c", probe.Liveness, 80, "/x", time.Second)), time.Second),
 		traffic(scenario("liveness by TCP, traffic, a client each second", nineOfTen, .88, "every tenth probe is real", usual, false,
-			aliveBy(tcp("c", probe.Liveness, 80, usually))...), time.Second),
+			tcp("c", probe.Liveness, 80, usually)), time.Second),
 		traffic(scenario("readiness + liveness, two paths, traffic, a client each second", (1./2+nineOfTen)/2, .68,
 			"readiness every second time, liveness nine times of ten", usual, false, own...), time.Second),
 		traffic(changed(scenario("liveness, traffic, a proxy in the pod that listens for it", nineOfTen, .88, "likewise", usual, false,
-			aliveBy(get("c", probe.Liveness, 80, "/x", usually))...), func(c *Config) { c.Sidecar = true }), time.Second),
+			get("c", probe.Liveness, 80, "/x", usually)), func(c *Config) { c.Sidecar = true }), time.Second),
 		scenario("one probe, staleness 1 to 5", 0, .65, "not computed: one observed, one answered, and five of six once it has been well for ten minutes", "1-5", false, lone...),
 		scenario("one probe, staleness 5", 5./6, .82, "one observed, five answered", "5", false, lone...),
 		scenario("one probe, refresh", 1, .99, "all but the first after a failure", usual, true, lone...),

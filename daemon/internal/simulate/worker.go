@@ -47,7 +47,7 @@ func (p *pod) newWorker(s probe.Spec) {
 	w := &worker{pod: p, spec: s, endpoint: p.endpointOf(s)}
 	w.bound = p.delayOf(s)
 	p.result.MaxBound = max(p.result.MaxBound, w.bound.Probelet)
-	for _, interval := range p.servers[s.Port].failing(w.endpoint, s.Timeout, p.spokenFor(w.endpoint)) {
+	for _, interval := range p.servers[s.Port].failing(w.endpoint, s.Timeout, p.hasTraffic(w.endpoint)) {
 		p.at(interval[0], func() { w.begin(interval) })
 	}
 	w.base = p.now + uint64(p.upTo(s.Period))
@@ -162,7 +162,7 @@ func (w *worker) checkRow(x exchange, answered bool, began uint64) {
 // checkHalt compares with plain Kubernetes how many probes succeed before the queue of a stopped server is full.
 func (w *worker) checkHalt(s *server, x, twin exchange) {
 	i := s.at(w.now)
-	if w.spec.Kind.Keying() != probe.KeyedByPort || w.Live == 0 || w.spokenFor(w.endpoint) || s.phases[i].condition != stopped {
+	if w.spec.Kind.Keying() != probe.KeyedByPort || w.Live == 0 || w.hasTraffic(w.endpoint) || s.phases[i].condition != stopped {
 		return
 	}
 	if w.halt.phase != i {
@@ -234,11 +234,12 @@ func (v *verdict) count(success bool, threshold int) bool {
 
 // begin records that the endpoint fails every probe from now on.
 func (w *worker) begin(interval [2]uint64) {
-	for _, who := range []string{"probelet", "plain Kubernetes"} {
-		v, bound := &w.with, w.bound.Probelet
-		if who == "plain Kubernetes" {
-			v, bound = &w.plain, w.bound.Plain
-		}
+	for _, side := range []struct {
+		who   string
+		v     *verdict
+		bound time.Duration
+	}{{"probelet", &w.with, w.bound.Probelet}, {"plain Kubernetes", &w.plain, w.bound.Plain}} {
+		v, bound := side.v, side.bound
 		v.since, v.until = 0, 0
 		if v.failing || !w.due() {
 			continue
@@ -254,7 +255,7 @@ func (w *worker) begin(interval [2]uint64) {
 		}
 		w.at(until+1, func() {
 			if v.since == since && instance == w.instances[w.spec.Port] {
-				w.violate("%s of %s: not detected within %s by %s", w.endpoint, w.spec.Asker(), bound, who)
+				w.violate("%s of %s: not detected within %s by %s", w.endpoint, w.spec.Asker(), bound, side.who)
 			}
 		})
 	}

@@ -252,9 +252,9 @@ func (s *server) overtake(x exchange, q inquiry, i int) exchange {
 // client is the path that the pod's clients request, and patience is how long they wait.
 const client, patience = "/app", 30 * time.Second
 
-// served reports whether the server, which has a client every so often, has begun a response with a status below 500 to one
-// of them in the time before now. For TCP the response of any status does, because the server closes the connection after
-// it.
+// served reports whether, within the given time before now, the server began a response to one of its clients with a status
+// below 500. Clients arrive at regular intervals (every). With byTCP any status will do, because the server closes the
+// connection after the response.
 func (s *server) served(port uint16, every, within time.Duration, now uint64, byTCP bool) bool {
 	for t := now - now%uint64(every); t+uint64(within+patience) > now; t -= uint64(every) {
 		q := inquiry{t, probe.Endpoint{Port: port, Kind: probe.HTTP, Path: client}, patience, time.Millisecond}
@@ -267,9 +267,8 @@ func (s *server) served(port uint16, every, within time.Duration, now uint64, by
 }
 
 // failing returns, for each phase in which all probes of the endpoint fail, when the first and the last of these probes
-// may begin.
-// spokenFor: timeouts are no failures while the pod serves its clients.
-func (s *server) failing(e probe.Endpoint, timeout time.Duration, spokenFor bool) (intervals [][2]uint64) {
+// may begin. With byTraffic, timeouts are no failures while the pod serves its clients.
+func (s *server) failing(e probe.Endpoint, timeout time.Duration, byTraffic bool) (intervals [][2]uint64) {
 	for _, p := range s.phases {
 		to, fails := p.to, e.Kind.Keying() != probe.KeyedByPort
 		switch p.condition {
@@ -281,9 +280,9 @@ func (s *server) failing(e probe.Endpoint, timeout time.Duration, spokenFor bool
 			to -= min(to, uint64(timeout))
 		case hangingOn:
 			to -= min(to, uint64(timeout))
-			fails = fails && e.Path == p.path && !spokenFor
+			fails = fails && e.Path == p.path && !byTraffic
 		case slow:
-			fails = fails && p.latency >= timeout && !spokenFor
+			fails = fails && p.latency >= timeout && !byTraffic
 		case erringOn:
 			fails = fails && e.Path == p.path
 		case unauthorized:
