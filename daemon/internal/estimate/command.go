@@ -36,7 +36,7 @@ their sources.
 With -o wide, policies are shown for each namespace too, and CPU is split up. With -o json, docs/estimate.schema.json describes the
 fields.`
 
-// Environment is what the command needs from the program that it is part of.
+// Environment provides what the command needs from the program that it is part of.
 type Environment struct {
 	Stdin  io.Reader
 	Stdout io.Writer

@@ -49,7 +49,7 @@ var constants = struct {
 	timeWait: Constant{"time in TIME_WAIT", 60, "s", "TCP_TIMEWAIT_LEN in Linux' include/net/tcp.h"},
 	trackedClosed: Constant{"conntrack entry of a closed connection", 120, "s",
 		"default of nf_conntrack_tcp_timeout_time_wait"},
-	trackedReset: Constant{"conntrack entry of an answered probe or a refresh, which end by a reset", 10, "s",
+	trackedReset: Constant{"conntrack entry of an answered probe or a refresh, which end in a reset", 10, "s",
 		"default of nf_conntrack_tcp_timeout_close"},
 	httpNode:        Constant{"HTTP probes that leave a TIME_WAIT on the node", 0.263, "of all", fromDemo},
 	httpPod:         Constant{"HTTP probes that leave a TIME_WAIT in the pod", 0.570, "of all", fromDemo},

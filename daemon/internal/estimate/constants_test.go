@@ -56,7 +56,7 @@ func read(t *testing.T, file string) string {
 
 func about(got, want, tolerance float64) bool { return math.Abs(got-want) <= tolerance*math.Abs(want) }
 
-// The constants are what the tables say that they name as their sources.
+// The constants follow from the tables that they name as their sources.
 func TestConstantsAreMeasured(t *testing.T) {
 	off, on := densityRow(t, "Go, mode off"), densityRow(t, "Go, mode answer")
 	realHTTP, realTCP := on.perSecond/2*(1-on.http), on.perSecond/2*(1-on.tcp)
@@ -139,7 +139,7 @@ spec:
 	return in.Pods
 }
 
-// An estimate for the measured pods is what was measured.
+// An estimate for the measured pods agrees with the measurement.
 func TestEstimateIsAsMeasured(t *testing.T) {
 	r := Pods(densePods(t))
 	perSecond := r.Total.Answerable.PerSecond

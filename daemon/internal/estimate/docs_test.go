@@ -121,7 +121,7 @@ func block(t *testing.T, page, after string) (text string, from, to int) {
 	return page[from:to], from, to
 }
 
-// What the page says that the command prints is what it prints, for the pods that the page makes.
+// The command prints what the page shows, for the pods that the page creates.
 func TestPageIsWhatIsPrinted(t *testing.T) {
 	const width = 140 // as the page's command says
 	page := read(t, pageFile)

@@ -2,7 +2,7 @@ package estimate
 
 import "github.com/probelet/probelet/daemon/internal/probe"
 
-// Limits describes the kernel side on a kernel with BTF. They are repeated here because package bpf does not build on every workstation.
+// Limits are the limits of a kernel with BTF. They repeat constants of package datapath, which does not build on every workstation.
 var Limits = probe.Limits{Request: 1024, Records: 64, Live: 9, Traffic: 9}
 
 // Policy names a configuration of the nodes. The annotations of pods override it.

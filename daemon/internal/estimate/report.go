@@ -17,7 +17,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
-// Report is what estimate -o json prints.
+// Report is the output of estimate -o json.
 type Report struct {
 	Total Group `json:"total"`
 	// Namespaces are sorted by name.
@@ -340,7 +340,7 @@ func passed(c cost, hostNetwork bool) Load {
 // hit is the load of one answered probe per second.
 var hit = Load{Conntrack: constants.trackedReset.Value, CPU: CPU{Kubelets: constants.kubeletAnswered.Value * microsecond}}
 
-// refreshed returns the load of one request of the daemon per second. The daemon ends it by a reset, so no TIME_WAIT is left.
+// refreshed returns the load of one of the daemon's own requests per second. The daemon ends it with a reset, so no TIME_WAIT is left.
 func refreshed(c cost) Load {
 	return Load{
 		Connections: 1, Conntrack: constants.trackedReset.Value,

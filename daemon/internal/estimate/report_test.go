@@ -56,7 +56,7 @@ func TestReasons(t *testing.T) {
 		"not scheduled":    {podText("p", "", "", "phase: Pending", lone), ""},
 		"unknown port":     {podText("p", "", "", "", "readinessProbe: {httpGet: {port: web}}"), "request 1"},
 		"request too long": {podText("p", "", "", "", "readinessProbe: {httpGet: {port: 80, path: /"+strings.Repeat("x", 1100)+"}}"), "too_long 1"},
-		// Of a pod without an address as of one that has one.
+		// A pod without an address is treated like one that has one.
 		"header Host": {podText("p", "", "", "", "readinessProbe: {httpGet: {port: 80, httpHeaders: [{name: Host, value: example.org}]}}"), ""},
 		"header Host of a pod with two addresses": {podText("p", "", "", `phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}, {ip: "fd00::1"}]`,
 			"readinessProbe: {httpGet: {port: 80, httpHeaders: [{name: Host, value: example.org}]}}"), "host 1"},
@@ -99,7 +99,7 @@ func TestEndedPodsDoNotCount(t *testing.T) {
 	}
 }
 
-// Startup probes end, so they cost nothing all the time.
+// Startup probes end, so they add nothing to the steady load.
 func TestStartupProbesAreCountedApart(t *testing.T) {
 	g := reportOf(t, podText("a", "", "", "", "startupProbe: {httpGet: {path: /x, port: 80}, periodSeconds: 1}\nlivenessProbe: {httpGet: {path: /x, port: 80}}")).Total
 	if g.Startup != (Count{1, 1}) || g.Answerable != (Count{1, .1}) || g.Without.Connections != .1 {
@@ -118,7 +118,7 @@ func policy(t *testing.T, g Group, p Policy) Outcome {
 
 func near(got, want float64) bool { return math.Abs(got-want) < 1e-3 }
 
-// Every number of one pod.
+// Every number of the estimate for one pod.
 func TestLoads(t *testing.T) {
 	const both = "readinessProbe: {httpGet: {path: /ready, port: http}, periodSeconds: 2}\nlivenessProbe: {httpGet: {path: /live, port: http}, periodSeconds: 2}"
 	g := reportOf(t, podText("a", "", "nodeName: n1", "", both)).Total
@@ -146,11 +146,11 @@ func TestLoads(t *testing.T) {
 		}
 	}
 	if o := policy(t, g, Refresh); o.Load.TimeWaitNodes != 0 || o.Load.CPU.Sum() <= g.Without.CPU.Sum() {
-		t.Errorf("requests of the daemon end by a reset, and are not for free: %+v", o.Load)
+		t.Errorf("the daemon's own requests end in a reset, and are not free: %+v", o.Load)
 	}
 }
 
-// What closes first in a hostNetwork pod closes on the node. Commands open no connections.
+// Sockets of a hostNetwork pod are on the node. Exec probes open no connections.
 func TestLoadsOfOthers(t *testing.T) {
 	g := reportOf(t, podText("a", "", "hostNetwork: true", "", lone)).Total
 	if want := .1 * 60 * (constants.httpNode.Value + constants.httpPod.Value); !near(g.Without.TimeWaitNodes, want) || g.Without.TimeWaitPods != 0 {
@@ -166,7 +166,7 @@ func TestLoadsOfOthers(t *testing.T) {
 	}
 }
 
-// Annotations outweigh the policy.
+// Annotations override the policy.
 func TestAnnotations(t *testing.T) {
 	for name, test := range map[string]struct {
 		annotations string

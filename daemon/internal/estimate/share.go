@@ -26,7 +26,7 @@ const unlimited = math.MaxInt
 // endpoint models an endpoint.
 type endpoint struct {
 	answerable bool
-	// traffic: the pod's traffic keeps it fresh, for up to so many probes in a row; 0 if it is no evidence.
+	// traffic is the maximum number of consecutive probes that the pod's traffic answers; 0 if it is not evidence.
 	traffic   int
 	staleness time.Duration
 }
