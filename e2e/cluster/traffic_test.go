@@ -31,17 +31,17 @@ func busy(name string, annotations map[string]string) *corev1.Pod {
 	return pod
 }
 
-// crowd is a number of clients of a pod. Each sends one request after another, and together they want more CPU time than the
-// pod has.
-type crowd struct {
+// clientLoad keeps a pod busy. Each of its clients sends one request after another, and together they need more CPU time than the pod
+// has.
+type clientLoad struct {
 	cancel  context.CancelFunc
 	clients sync.WaitGroup
 	served  atomic.Int64
 }
 
-func startLoad(t *testing.T, pod *corev1.Pod) *crowd {
+func startLoad(t *testing.T, pod *corev1.Pod) *clientLoad {
 	t.Helper()
-	l := &crowd{}
+	l := &clientLoad{}
 	ctx, cancel := context.WithCancel(t.Context())
 	l.cancel = cancel
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 30 * time.Second}
@@ -58,7 +58,7 @@ func startLoad(t *testing.T, pod *corev1.Pod) *crowd {
 	return l
 }
 
-func (l *crowd) ask(ctx context.Context, client *http.Client, url string) error {
+func (l *clientLoad) ask(ctx context.Context, client *http.Client, url string) error {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return err
@@ -74,31 +74,31 @@ func (l *crowd) ask(ctx context.Context, client *http.Client, url string) error 
 	return errors.Join(err, response.Body.Close())
 }
 
-func (l *crowd) stop() {
+func (l *clientLoad) stop() {
 	l.cancel()
 	l.clients.Wait()
 }
 
-// A pod that is busy serving is restarted again and again, and with liveness traffic never. Once it is stopped, or serves only
-// errors, it is restarted within the stated bound.
+// A pod that is busy serving is restarted again and again; with liveness: traffic it never is, until it is stopped or serves only
+// errors. Then it is restarted within the stated bound.
 func TestBusyPodsLive(t *testing.T) {
 	deploy(t, nil)
 	without := run(t, busy("busy", map[string]string{"probelet.dev/mode": "off"}))
 	with := run(t, busy("busy-traffic", map[string]string{"probelet.dev/liveness": "traffic"}))
 	awaitHits(t, with.Name, 2)
 	start := time.Now()
-	loads := []*crowd{startLoad(t, without), startLoad(t, with)}
+	loads := []*clientLoad{startLoad(t, without), startLoad(t, with)}
 	const watched = 5 * time.Minute
 	for time.Since(start) < watched {
 		time.Sleep(5 * time.Second)
 		if now, err := cluster.Get(t.Context(), with); err != nil || kube.Restarts(now) > 0 {
-			t.Fatalf("after %s it is restarted: %v\n%s\n%s", time.Since(start), err, events(t, with), ctl(t, "explain", kube.Namespace+"/"+with.Name))
+			t.Fatalf("restarted after %s: %v\n%s\n%s", time.Since(start), err, events(t, with), ctl(t, "explain", kube.Namespace+"/"+with.Name))
 		}
 	}
 	plain, err := cluster.Get(t.Context(), without)
 	must(t, err)
 	if kube.Restarts(plain) < 2 {
-		t.Errorf("without probelet it is restarted %d times: it is not busy enough", kube.Restarts(plain))
+		t.Errorf("restarted %d times without probelet, want at least 2: the pod is not busy enough", kube.Restarts(plain))
 	}
 	fmt.Printf("A BUSY POD, FIVE MINUTES   RESTARTS   REQUESTS SERVED   PROBES FAILED\n")
 	for i, p := range []*corev1.Pod{plain, with} {
