@@ -7,9 +7,9 @@ SHELL := bash
 BIN := $(CURDIR)/bin
 CLANG_PACKAGES := clang-19 llvm-19 clang-format-19
 
-# The runtime executes the CNI plugin once per pod, on any distribution: keep it small and static.
 # The version that the binaries report. Set it (VERSION=v1.2.3) where there is no repository, such as in an image build.
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
+# The runtime executes the CNI plugin once per pod, on any distribution: keep it small and static.
 GO_BUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X github.com/probelet/probelet/internal/version.linked=$(VERSION)'
 # The kubelet's prober reports the Kubernetes version in its User-Agent; the kubelet's own build sets it like this.
 KUBE_VERSION := -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=37
