@@ -17,7 +17,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/store"
 )
 
-// The way of an exchange, from top to bottom:
+// The path of an exchange, from top to bottom:
 //
 //	readExchanges  takes the kernel's records of it from the ring buffer; package evidence puts them together and judges them
 //	observe        finds the attachment of the device that it went by; what the daemon asked itself begins at refreshed instead
@@ -143,7 +143,7 @@ func (ag *agent) learn(a *attachment, o probe.Outcome, unanswered unansweredFunc
 	changed := len(a.several) > 0 && ag.learnUnseen(a, unanswered)
 	a.tally(o)
 	for _, s := range a.ranged {
-		a.tracker.Falter(s.Endpoint, a.withdrawnAt(s.Endpoint)) // a listening socket that closed, which no probe need have noticed
+		a.tracker.Falter(s.Endpoint, a.withdrawnAt(s.Endpoint)) // a listening socket that closed, perhaps unnoticed by probes
 	}
 	changes := a.tracker.Observe(o)
 	for _, c := range changes {
@@ -200,8 +200,8 @@ func (ag *agent) learnUnseen(a *attachment, unanswered unansweredFunc) bool {
 	return len(changes) > 0
 }
 
-// sweep expires connections whose end was not seen, after learning which of them the pod did not answer. It also spares pods that are
-// gone, or no longer ask for it, the look at their traffic, and so all that share a slot with them.
+// sweep expires connections whose end was not seen, after learning which of them the pod did not answer. It also ends the look at the
+// traffic of pods that are gone or no longer ask for it.
 func (ag *agent) sweep() error {
 	unanswered := sync.OnceValues(ag.unanswered)
 	for _, a := range ag.attachments {

@@ -155,7 +155,7 @@ func (x Explanation) printEndpoint(text *table.Text, e survey.Endpoint) {
 	if e.Traffic > 0 {
 		text.Pair("traffic", traffic(e))
 	} else if e.TrafficOff != "" {
-		text.Pair("traffic", "no evidence: "+e.TrafficOff)
+		text.Pair("traffic", "not evidence: "+e.TrafficOff)
 	}
 	if e.RefreshOff != "" {
 		text.Pair("refresh", "off: "+e.RefreshOff)
@@ -171,8 +171,8 @@ func (x Explanation) printEndpoint(text *table.Text, e survey.Endpoint) {
 			status.Duration(p.Period), status.Duration(p.Timeout), p.FailureThreshold, would(e), status.Duration(p.DetectionAnswered), status.Duration(p.DetectionPlain)))
 		if e.Traffic > 0 {
 			hang := p.DetectionPlain + max(e.StalenessBound, e.SteadyBound, e.TrafficWindow)
-			text.Pair("", fmt.Sprintf("that is for an error; a pod that serves nobody any more is detected within %s, "+
-				"and timeouts of this probe alone are not while it serves others", status.Duration(hang)))
+			text.Pair("", fmt.Sprintf("that is for errors; a pod that no longer serves anyone is detected within %s, "+
+				"and timeouts of this probe alone are not detected while it serves others", status.Duration(hang)))
 		}
 	}
 	for _, event := range x.eventsOf(e) {

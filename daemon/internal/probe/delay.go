@@ -30,12 +30,13 @@ func plainDelay(p Spec) time.Duration {
 
 // delay returns, for the bound with probelet,
 //
-//	plain + staleness
+//	plain + max(staleness, traffic bound)
 //
 // The last success was requested before the failure began, and is answered for the staleness from then on, even if the
 // pod took longer to complete it. So the last answered probe starts before failure + staleness. From its start on,
 // everything is as in plain Kubernetes after its last success, because an observed failure re-arms nothing and all later
-// probes reach the pod.
+// probes reach the pod. Where the pod's traffic may vouch for the endpoint, answers may continue until the traffic bound,
+// which also counts from the start of the last real probe.
 //
 // None of this depends on whose period the staleness is derived from. So it also holds for a startup probe, whose own
 // period may be shorter.

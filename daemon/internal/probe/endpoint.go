@@ -66,7 +66,7 @@ type EndpointSpec struct {
 	// settings ask for refresh all the same, RefreshOff explains why there is none.
 	Refresh    time.Duration
 	RefreshOff string
-	// Traffic is Limits.Traffic if the pod's traffic may speak for the endpoint, otherwise 0. If the settings ask for that all
+	// Traffic is Limits.Traffic if the pod's traffic may vouch for the endpoint, otherwise 0. If the settings ask for that all
 	// the same, TrafficOff explains why it may not; empty for endpoints that no liveness probe asks.
 	Traffic    int
 	TrafficOff string

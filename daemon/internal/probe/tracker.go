@@ -15,7 +15,7 @@ type Evidence struct {
 	ObservedAt uint64
 	FreshUntil uint64
 	// TrafficUntil: until then a success may be answered while the pod has served its clients within TrafficWindow; 0 if
-	// that says nothing.
+	// traffic is not evidence.
 	TrafficUntil  uint64
 	TrafficWindow time.Duration
 }
@@ -149,7 +149,7 @@ func (t *Tracker) SetEndpoints(specs []EndpointSpec, now uint64) []Change {
 			e.forget(now)
 		}
 		e.evidence.FreshUntil = min(e.evidence.FreshUntil, e.bound())
-		e.speakFor(min(e.evidence.TrafficUntil, e.spokenFor(now)))
+		e.setTrafficUntil(min(e.evidence.TrafficUntil, e.trafficUntil(now)))
 		if change.To = e.evidence; change.To != change.From {
 			changes = append(changes, change)
 		}
@@ -177,7 +177,7 @@ func (t *Tracker) Restore(endpoint Endpoint, evidence Evidence, now uint64) {
 		e.successes = 1 // a higher threshold is not restored: failures may have gone unseen meanwhile
 	}
 	e.evidence.FreshUntil = min(evidence.FreshUntil, e.bound())
-	e.speakFor(min(evidence.TrafficUntil, e.spokenFor(now)))
+	e.setTrafficUntil(min(evidence.TrafficUntil, e.trafficUntil(now)))
 }
 
 // Void records that the matching endpoints may have failed at that time, although no outcome says so. They are not
@@ -186,7 +186,7 @@ func (t *Tracker) Void(meant func(Endpoint) bool, at uint64) []Change {
 	return t.change(func(s EndpointSpec, e *entry) {
 		if e.evidence.ObservedAt <= at && meant(s.Endpoint) {
 			e.successes, e.wellSince, e.evidence.FreshUntil = 0, 0, 0
-			e.speakFor(0)
+			e.setTrafficUntil(0)
 		}
 	})
 }
@@ -274,7 +274,7 @@ func (e *entry) observe(o Outcome) bool {
 		e.evidence.FreshUntil = e.bound()
 	}
 	if result == Success {
-		e.speakFor(e.spokenFor(observedAt))
+		e.setTrafficUntil(e.trafficUntil(observedAt))
 	}
 	return true
 }
@@ -288,7 +288,7 @@ func (e *entry) renew(o Outcome) bool {
 	}
 	e.evidence.ObservedAt = asked
 	e.evidence.FreshUntil = e.bound()
-	e.speakFor(e.spokenFor(asked))
+	e.setTrafficUntil(e.trafficUntil(asked))
 	return true
 }
 

@@ -673,7 +673,7 @@ func TestInvariants(t *testing.T) {
 						t.Fatalf("%s: prolonged to %+v by %+v", e, now, o)
 					}
 					if now.TrafficUntil > before[e].TrafficUntil && !success(o, e) && (before[e].TrafficUntil == 0 || !timeout(o, e)) {
-						t.Fatalf("%s: traffic may speak for it after %+v, by %+v", e, before[e], o)
+						t.Fatalf("%s: traffic may vouch for it after %+v, by %+v", e, before[e], o)
 					}
 					if e != o.asks() && o.Kind != "" && o.Event != Reset && now != before[e] {
 						t.Fatalf("%s: changed to %+v by %+v, which is about another endpoint", e, now, o)

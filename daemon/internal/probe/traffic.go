@@ -29,7 +29,7 @@ func (l *LivenessEvidence) UnmarshalText(text []byte) error {
 // MarshalText implements encoding.TextMarshaler.
 func (l LivenessEvidence) MarshalText() ([]byte, error) { return []byte(l), nil }
 
-// setTraffic decides whether the pod's traffic may speak for the endpoint.
+// setTraffic decides whether the pod's traffic may vouch for the endpoint.
 func (s *EndpointSpec) setTraffic(settings Settings, limits Limits) {
 	if settings.Liveness != LivenessByTraffic || limits.Traffic == 0 {
 		return
@@ -39,12 +39,12 @@ func (s *EndpointSpec) setTraffic(settings Settings, limits Limits) {
 		liveness = liveness || a.Type == Liveness
 		// A startup probe ends with its first success, and without a success traffic shows nothing.
 		if a.Type != Liveness && a.Type != Startup {
-			s.TrafficOff = fmt.Sprintf("%s asks it, too", a)
+			s.TrafficOff = fmt.Sprintf("%s also asks it", a)
 			return
 		}
 	}
 	switch {
-	case !liveness: // of no concern to the setting
+	case !liveness: // the setting does not apply
 	case s.Reason != (Reason{}):
 		s.TrafficOff = reasonNotAnswered
 	default:
@@ -52,9 +52,9 @@ func (s *EndpointSpec) setTraffic(settings Settings, limits Limits) {
 	}
 }
 
-// TrafficBound returns how long after a real probe began traffic may speak for the endpoint. The kernel makes every tenth probe
-// real, whatever the traffic. Should that one time out, the next one may begin before the daemon knows of it, and must not find that
-// traffic says nothing any more: with a failureThreshold of 2 it would cost the busy container its life.
+// TrafficBound returns how long after a real probe began traffic may vouch for the endpoint. The kernel makes every tenth probe
+// real, whatever the traffic. If that one times out, the next may begin before the daemon knows, and must still be vouched for:
+// otherwise, with a failureThreshold of 2, the busy container would be restarted.
 func (s EndpointSpec) TrafficBound() time.Duration {
 	if s.Traffic == 0 {
 		return 0
@@ -62,7 +62,7 @@ func (s EndpointSpec) TrafficBound() time.Duration {
 	return time.Duration(s.Traffic+1)*s.Period + max(s.Period, s.Timeout) + slack(s.Period, s.Timeout)
 }
 
-// TrafficWindow returns how recently the pod must have served for its traffic to speak for the endpoint.
+// TrafficWindow returns how recently the pod must have served for its traffic to vouch for the endpoint.
 func (s EndpointSpec) TrafficWindow() time.Duration {
 	if s.Traffic == 0 {
 		return 0
@@ -70,7 +70,7 @@ func (s EndpointSpec) TrafficWindow() time.Duration {
 	return s.Period
 }
 
-// timedOut reports whether the prober gave up on the outcome's probe, or may have: the pod said nothing that is wrong.
+// timedOut reports whether the prober gave up on the outcome's probe, or may have, although the pod sent nothing wrong.
 func (s EndpointSpec) timedOut(o Outcome) bool {
 	switch o.Event {
 	case NoAnswer:
@@ -81,25 +81,25 @@ func (s EndpointSpec) timedOut(o Outcome) bool {
 	return false
 }
 
-// spokenFor returns until when traffic may speak for the endpoint after a real probe that began then.
-func (e *entry) spokenFor(asked uint64) uint64 {
+// trafficUntil returns until when traffic may vouch for the endpoint after a real probe that began then.
+func (e *entry) trafficUntil(asked uint64) uint64 {
 	if e.spec.Traffic == 0 || e.spec.Reason != (Reason{}) {
 		return 0
 	}
 	return asked + uint64(e.spec.TrafficBound())
 }
 
-// speakFor lets traffic speak for the endpoint until then; 0 if it may not.
-func (e *entry) speakFor(until uint64) {
+// setTrafficUntil lets traffic vouch for the endpoint until then; 0 if it may not.
+func (e *entry) setTrafficUntil(until uint64) {
 	e.evidence.TrafficUntil, e.evidence.TrafficWindow = until, 0
 	if until != 0 {
 		e.evidence.TrafficWindow = e.spec.TrafficWindow()
 	}
 }
 
-// timeOut learns that a probe which began then has timed out, and reports whether traffic makes up for that: the endpoint has
-// succeeded in this container, and its last probe that had an outcome did. After two bounds without any outcome, as while no
-// daemon ran, that is not known: an error may have gone unseen.
+// timeOut learns that a probe has timed out, and reports whether traffic makes up for that. It does if the endpoint's last
+// probe with an outcome was a success, in this container. After two bounds without an outcome, for example because no daemon
+// was running, it does not: an error may have gone unseen.
 func (e *entry) timeOut(asked uint64) bool {
 	if e.spec.Traffic == 0 || e.evidence.Result != Success || e.evidence.TrafficUntil == 0 ||
 		asked > e.evidence.TrafficUntil+uint64(e.spec.TrafficBound()) {
@@ -107,6 +107,6 @@ func (e *entry) timeOut(asked uint64) bool {
 	}
 	e.successes, e.wellSince = 0, 0
 	e.evidence.FreshUntil = 0
-	e.speakFor(max(e.evidence.TrafficUntil, e.spokenFor(asked)))
+	e.setTrafficUntil(max(e.evidence.TrafficUntil, e.trafficUntil(asked)))
 	return true
 }

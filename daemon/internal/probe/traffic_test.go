@@ -17,9 +17,9 @@ func byTraffic(t *testing.T, probes ...Spec) *Tracker {
 	return tracker
 }
 
-// Traffic speaks for endpoints that liveness probes ask, and no others but startup probes, which have ended by then.
-func TestWhatTrafficSpeaksFor(t *testing.T) {
-	const both = "c/readiness asks it, too"
+// Traffic vouches for endpoints that liveness probes ask, and no others but startup probes, which have ended by then.
+func TestWhatTrafficVouchesFor(t *testing.T) {
+	const both = "c/readiness also asks it"
 	for name, test := range map[string]struct {
 		probes  []Spec
 		traffic int
@@ -38,12 +38,12 @@ func TestWhatTrafficSpeaksFor(t *testing.T) {
 			t.Errorf("%s: %d %q, want %d %q", name, s.Traffic, s.TrafficOff, test.traffic, test.off)
 		}
 		if tracker := track(t, test.probes...); tracker.Endpoints()[0].Traffic != 0 || tracker.Endpoints()[0].TrafficOff != "" {
-			t.Errorf("%s: traffic speaks for it unasked", name)
+			t.Errorf("%s: traffic vouches for it unasked", name)
 		}
 	}
 }
 
-// What comes of a probe, and whether traffic may speak for the endpoint after it.
+// After a timeout the last success stands, and traffic may vouch for it. An error ends both.
 func TestTimeoutsAreNoEvidenceAndErrorsAre(t *testing.T) {
 	const period, slack = 10 * second, second
 	late := 950 * time.Millisecond
@@ -56,18 +56,18 @@ func TestTimeoutsAreNoEvidenceAndErrorsAre(t *testing.T) {
 			until    uint64 // 0: it may not
 			fresh    bool
 		}{
-			"nothing known":                {nil, Unknown, 0, false},
-			"a timeout alone":              {[]Outcome{took(time.Second, after(20, e, NoAnswer, 0))}, Failure, 0, false},
-			"a success":                    {[]Outcome{ok}, Success, 1020*second + 11*period + slack, true},
-			"a timeout after it":           {[]Outcome{ok, took(time.Second, after(31, e, NoAnswer, 0))}, Success, 1030*second + 11*period + slack, false},
-			"a late success after it":      {[]Outcome{ok, took(late, about(e, Outcome{Event: ok.Event, Status: 200, ObservedAt: 1030*second + uint64(late)}))}, Success, 1030*second + 11*period + slack, false},
-			"two timeouts":                 {[]Outcome{ok, took(time.Second, after(31, e, NoAnswer, 0)), took(time.Second, after(41, e, NoAnswer, 0))}, Success, 1040*second + 11*period + slack, false},
-			"a reset":                      {[]Outcome{ok, after(31, e, Reset, 0)}, Failure, 0, false},
-			"a malformed answer":           {[]Outcome{ok, after(31, e, Failed, 0)}, Failure, 0, false},
-			"an error after a timeout":     {[]Outcome{ok, took(time.Second, after(31, e, NoAnswer, 0)), after(41, e, Reset, 0)}, Failure, 0, false},
-			"a timeout after an error":     {[]Outcome{ok, after(31, e, Reset, 0), took(time.Second, after(41, e, NoAnswer, 0))}, Failure, 0, false},
-			"a success after an error":     {[]Outcome{after(10, e, Reset, 0), ok}, Success, 1020*second + 11*period + slack, true},
-			"a prober that left by itself": {[]Outcome{ok, took(time.Second/2, after(31, e, NoAnswer, 0))}, Success, 1020*second + 11*period + slack, true},
+			"nothing known":            {nil, Unknown, 0, false},
+			"a timeout alone":          {[]Outcome{took(time.Second, after(20, e, NoAnswer, 0))}, Failure, 0, false},
+			"a success":                {[]Outcome{ok}, Success, 1020*second + 11*period + slack, true},
+			"a timeout after it":       {[]Outcome{ok, took(time.Second, after(31, e, NoAnswer, 0))}, Success, 1030*second + 11*period + slack, false},
+			"a late success after it":  {[]Outcome{ok, took(late, about(e, Outcome{Event: ok.Event, Status: 200, ObservedAt: 1030*second + uint64(late)}))}, Success, 1030*second + 11*period + slack, false},
+			"two timeouts":             {[]Outcome{ok, took(time.Second, after(31, e, NoAnswer, 0)), took(time.Second, after(41, e, NoAnswer, 0))}, Success, 1040*second + 11*period + slack, false},
+			"a reset":                  {[]Outcome{ok, after(31, e, Reset, 0)}, Failure, 0, false},
+			"a malformed answer":       {[]Outcome{ok, after(31, e, Failed, 0)}, Failure, 0, false},
+			"an error after a timeout": {[]Outcome{ok, took(time.Second, after(31, e, NoAnswer, 0)), after(41, e, Reset, 0)}, Failure, 0, false},
+			"a timeout after an error": {[]Outcome{ok, after(31, e, Reset, 0), took(time.Second, after(41, e, NoAnswer, 0))}, Failure, 0, false},
+			"a success after an error": {[]Outcome{after(10, e, Reset, 0), ok}, Success, 1020*second + 11*period + slack, true},
+			"a prober that left early": {[]Outcome{ok, took(time.Second/2, after(31, e, NoAnswer, 0))}, Success, 1020*second + 11*period + slack, true},
 		} {
 			tracker := byTraffic(t, probe)
 			for _, o := range test.outcomes {
@@ -92,7 +92,7 @@ func TestTimeoutsAreNoEvidenceAndErrorsAre(t *testing.T) {
 	}
 }
 
-// What ends what is known ends what traffic may say, and does not bring it back.
+// Whatever ends a success also ends what traffic may vouch for, and does not bring it back.
 func TestTrafficEndsWithWhatIsKnown(t *testing.T) {
 	all := func(Endpoint) bool { return true }
 	live := httpProbe(Liveness, "/x")
@@ -119,7 +119,7 @@ func TestTrafficEndsWithWhatIsKnown(t *testing.T) {
 		e := tracker.Endpoints()[0].Endpoint
 		tracker.Observe(after(20, e, Answered, 200))
 		if tracker.Evidence()[e].TrafficUntil == 0 {
-			t.Fatal("it did not begin")
+			t.Fatal("traffic does not vouch for it to begin with")
 		}
 		if end(tracker); tracker.Evidence()[e].TrafficUntil != 0 {
 			t.Errorf("%s: %+v", name, tracker.Evidence()[e])
@@ -139,7 +139,7 @@ func TestUnansweredConnectionsAreTimeouts(t *testing.T) {
 	}
 }
 
-// Evidence that outlived a daemon says no more than it did, and nothing if traffic is not asked for any more.
+// Evidence that outlived a daemon keeps its traffic bound, unless the pod no longer asks for traffic as evidence.
 func TestTrafficIsRestored(t *testing.T) {
 	live := httpProbe(Liveness, "/x")
 	old := Evidence{Result: Success, Status: 200, ObservedAt: 1000 * second, TrafficUntil: 1050 * second, TrafficWindow: 10 * time.Second}
@@ -179,7 +179,7 @@ func TestSteadyEndpoints(t *testing.T) {
 			t.Errorf("after %d s, status %d: fresh until %d, want %d", step.at, step.status, got, want)
 		}
 	}
-	// A server that was restarted between two probes has failed, too.
+	// A server that was restarted between two probes has failed too.
 	tracker.Falter(e, (1000+40+2*steady)*second+1)
 	for _, step := range []struct{ at, want uint64 }{{50 + 2*steady, 6}, {50 + 3*steady, 51}} {
 		tracker.Observe(after(step.at, e, Answered, 200))
@@ -210,7 +210,7 @@ func TestTimeoutAfterAGap(t *testing.T) {
 	}
 }
 
-// A real probe that times out, and the next one, which may begin at once, do not make two failures in a row.
+// If a real probe times out, traffic still vouches for the next one, which may begin immediately.
 func TestTheProbeAfterATimeoutFindsTraffic(t *testing.T) {
 	for _, timeout := range []time.Duration{time.Second, 10 * time.Second, 25 * time.Second} {
 		tracker := byTraffic(t, with(httpProbe(Liveness, "/x"), func(s *Spec) { s.Timeout = timeout }))

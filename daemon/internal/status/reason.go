@@ -67,7 +67,7 @@ func ReasonLimit(n uint32) probe.Reason {
 	return probe.Reason{Code: Limit, Text: fmt.Sprintf("the maximum of %d probes in a row were answered, so the pod must accept one", n)}
 }
 
-// ReasonRealDue returns why an endpoint that traffic may speak for is not answered once n of its probes were answered in a row.
+// ReasonRealDue returns why an endpoint that traffic may vouch for is not answered once n of its probes were answered in a row.
 func ReasonRealDue(n uint32) probe.Reason {
 	return probe.Reason{Code: Limit, Text: fmt.Sprintf("%d probes in a row were answered, so one must reach the pod, whatever its traffic shows", n)}
 }

@@ -111,7 +111,7 @@ func (e Endpoint) Reason(now uint64) probe.Reason {
 	case known.FreshUntil == 0 && e.Never == (probe.Reason{}) && e.Successes > 1:
 		return probe.Reason{Code: Threshold, Text: fmt.Sprintf("%d probes in a row must succeed first (successThreshold)", e.Successes)}
 	case known.TrafficUntil > now:
-		return probe.Reason{Code: NoTraffic, Text: "the last probe timed out or expired, and the pod has not served anybody since"}
+		return probe.Reason{Code: NoTraffic, Text: "the last probe timed out or expired, and the pod has not served a client since"}
 	case known.FreshUntil == 0:
 		return probe.Reason{Code: Expired, Text: "expired"}
 	}
