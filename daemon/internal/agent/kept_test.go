@@ -11,6 +11,7 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/daemon/internal/evidence"
+	"github.com/probelet/probelet/daemon/internal/logtest"
 	"github.com/probelet/probelet/daemon/internal/probe"
 	"github.com/probelet/probelet/daemon/internal/repair"
 	"github.com/probelet/probelet/daemon/internal/repair/repairtest"
@@ -22,12 +23,12 @@ type kept struct {
 	*repairtest.Node
 	*agent
 	t   testing.TB
-	log *repairtest.Log
+	log *logtest.Log
 }
 
 func newKept(t testing.TB) *kept {
 	t.Helper()
-	k := &kept{Node: repairtest.New(t), t: t, log: &repairtest.Log{}}
+	k := &kept{Node: repairtest.New(t), t: t, log: &logtest.Log{}}
 	c := Config{BPFDir: k.BPFDir, StateDir: k.StateDir, Defaults: probe.NewDefaults()}
 	k.agent = newAgent(slog.New(slog.NewTextHandler(k.log, nil)), k.Datapath, c, statedir.Endpoints{}, idleRefresher(t))
 	k.podsKnown = true

@@ -1,7 +1,6 @@
 package estimate
 
 import (
-	"bytes"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -12,9 +11,10 @@ import (
 	"strings"
 	"testing"
 
-	generator "github.com/invopop/jsonschema"
 	"github.com/santhosh-tekuri/jsonschema/v6"
 	"k8s.io/client-go/rest"
+
+	"github.com/probelet/probelet/daemon/internal/schematest"
 )
 
 var update = flag.Bool("update", false, "write docs/estimate.schema.json, and the output in docs/estimate.md")
@@ -40,45 +40,9 @@ func execute(t *testing.T, stdin io.Reader, width int, args ...string) (string, 
 	return out.String(), err
 }
 
-// reflected returns the schema of Report, with the comments of its fields as descriptions.
-func reflected(t *testing.T) []byte {
-	t.Helper()
-	r := &generator.Reflector{}
-	for _, dir := range []string{"estimate", "probe"} {
-		if err := r.AddGoComments("github.com/probelet/probelet", filepath.Join("../../../daemon/internal", dir)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	comments := map[string]string{}
-	for name, text := range r.CommentMap {
-		// The generator takes the relative path for part of the package path.
-		if i := strings.Index(name, "daemon/"); i >= 0 {
-			name = "github.com/probelet/probelet/" + name[i:]
-		}
-		comments[name] = text
-	}
-	r.CommentMap = comments
-	schema := r.Reflect(&Report{})
-	schema.ID, schema.Title = "", "probeletctl estimate -o json"
-	text, err := json.MarshalIndent(schema, "", "  ")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return append(text, '\n')
-}
-
 // The documented schema matches the types. To update it: go test ./daemon/internal/estimate -run Documented -update
 func TestSchemaIsDocumented(t *testing.T) {
-	want := reflected(t)
-	if *update {
-		if err := os.WriteFile(schemaFile, want, 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	got, err := os.ReadFile(schemaFile)
-	if err != nil || !bytes.Equal(got, want) {
-		t.Errorf("%s does not match the types (-update writes it): %v", schemaFile, err)
-	}
+	schematest.Document(t, schemaFile, "probeletctl estimate -o json", &Report{}, *update, "estimate", "probe")
 }
 
 func TestOutputFitsTheSchema(t *testing.T) {

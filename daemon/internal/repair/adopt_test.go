@@ -6,12 +6,12 @@ import (
 	"testing"
 	"time"
 
-	"github.com/probelet/probelet/daemon/internal/repair/repairtest"
+	"github.com/probelet/probelet/daemon/internal/logtest"
 )
 
 // A pod that cannot be adopted is logged once, and not before an ADD or a DEL would have ended.
 func TestUnadoptedPodsAreLogged(t *testing.T) {
-	log := &repairtest.Log{}
+	log := &logtest.Log{}
 	r := NewRepairer(Config{Log: slog.New(slog.NewTextHandler(log, nil))})
 	unknown := map[string]error{"shop/web": errors.New("no record of its network")}
 	now := time.Now()

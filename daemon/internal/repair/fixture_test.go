@@ -12,6 +12,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/daemon/internal/adopt"
+	"github.com/probelet/probelet/daemon/internal/logtest"
 	"github.com/probelet/probelet/daemon/internal/repair/repairtest"
 )
 
@@ -19,7 +20,7 @@ import (
 type fixture struct {
 	*repairtest.Node
 	t        testing.TB
-	log      *repairtest.Log
+	log      *logtest.Log
 	looker   *Looker
 	repairer *Repairer
 	promoter *Promoter
@@ -34,7 +35,7 @@ type fixture struct {
 
 func newFixture(t testing.TB) *fixture {
 	t.Helper()
-	f := &fixture{Node: repairtest.New(t), t: t, log: &repairtest.Log{}, repairs: map[Action]int{}}
+	f := &fixture{Node: repairtest.New(t), t: t, log: &logtest.Log{}, repairs: map[Action]int{}}
 	f.start()
 	return f
 }

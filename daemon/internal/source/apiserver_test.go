@@ -16,6 +16,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/probelet/probelet/daemon/internal/logtest"
 	"github.com/probelet/probelet/daemon/internal/polltest"
 )
 
@@ -164,8 +165,8 @@ func (f *fakeAPIServer) kubeconfig() string {
 
 func TestAPIServer(t *testing.T) {
 	f := newFakeAPIServer(t)
-	var log logged
-	a, err := NewAPIServer(f.kubeconfig(), "node-1", log.logger())
+	var log logtest.Log
+	a, err := NewAPIServer(f.kubeconfig(), "node-1", log.Logger())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -186,7 +187,7 @@ func TestAPIServer(t *testing.T) {
 
 	// During an outage nothing is reported, and nothing forgotten.
 	f.setDown(true)
-	polltest.Eventually(t, "an error is logged", func() bool { return log.count("level=ERROR") > 0 })
+	polltest.Eventually(t, "an error is logged", func() bool { return log.Count("level=ERROR") > 0 })
 	select {
 	case pods := <-snapshots:
 		t.Fatalf("a snapshot during the outage: %v", pods)
@@ -195,13 +196,13 @@ func TestAPIServer(t *testing.T) {
 	f.change("MODIFIED", webPod("c", "10.0.0.9"))
 	f.setDown(false)
 	wantNext(t, snapshots, "b[10.0.0.8]", "c[10.0.0.9]")
-	polltest.Eventually(t, "the recovery is logged", func() bool { return log.count("source of specs recovered") > 0 })
+	polltest.Eventually(t, "the recovery is logged", func() bool { return log.Count("source of specs recovered") > 0 })
 }
 
 func TestAPIServerNoPods(t *testing.T) {
 	f := newFakeAPIServer(t)
-	var log logged
-	a, err := NewAPIServer(f.kubeconfig(), "node-1", log.logger())
+	var log logtest.Log
+	a, err := NewAPIServer(f.kubeconfig(), "node-1", log.Logger())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,7 +1,6 @@
 package source
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -14,7 +13,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -25,31 +23,10 @@ import (
 	"k8s.io/client-go/util/cert"
 
 	"github.com/probelet/probelet/daemon/internal/kubelet"
+	"github.com/probelet/probelet/daemon/internal/logtest"
 	"github.com/probelet/probelet/daemon/internal/polltest"
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
-
-// logged is a log that can be read while it is being written.
-type logged struct {
-	mutex sync.Mutex
-	text  bytes.Buffer
-}
-
-func (l *logged) Write(p []byte) (int, error) {
-	l.mutex.Lock()
-	defer l.mutex.Unlock()
-	return l.text.Write(p)
-}
-
-func (l *logged) String() string {
-	l.mutex.Lock()
-	defer l.mutex.Unlock()
-	return l.text.String()
-}
-
-func (l *logged) count(part string) int { return strings.Count(l.String(), part) }
-
-func (l *logged) logger() *slog.Logger { return slog.New(slog.NewTextHandler(l, nil)) }
 
 // webPod returns a running pod with a readiness probe on port 80.
 func webPod(name, ip string) corev1.Pod {
@@ -260,8 +237,8 @@ func TestKubeletFailures(t *testing.T) {
 			t.Parallel()
 			f := newFakeKubelet(t, (*httptest.Server).Start)
 			f.says(good)
-			var log logged
-			k := openKubelet(t, at(f.URL), log.logger())
+			var log logtest.Log
+			k := openKubelet(t, at(f.URL), log.Logger())
 			k.timeout = 300 * time.Millisecond
 			snapshots := running(t, k)
 			wantNext(t, snapshots, "a[10.0.0.7]")
@@ -270,7 +247,7 @@ func TestKubeletFailures(t *testing.T) {
 			polltest.Eventually(t, "asked again", func() bool { return f.requests.Load() > before+3 })
 			f.says(podList(t, webPod("b", "10.0.0.8")))
 			wantNext(t, snapshots, "b[10.0.0.8]") // the first snapshot since
-			if log.count("level=ERROR") != 1 || log.count(test.want) == 0 || log.count("source of specs recovered") != 1 {
+			if log.Count("level=ERROR") != 1 || log.Count(test.want) == 0 || log.Count("source of specs recovered") != 1 {
 				t.Errorf("want one error that says %s, one recovery; logged:\n%s", test.want, log.String())
 			}
 		})
@@ -284,11 +261,11 @@ func says(text string) http.HandlerFunc {
 func TestKubeletNotThere(t *testing.T) {
 	f := newFakeKubelet(t, (*httptest.Server).Start)
 	f.Close()
-	var log logged
-	running(t, openKubelet(t, KubeletConfig{Config: at(f.URL).Config, Poll: time.Millisecond}, log.logger()))
-	polltest.Eventually(t, "the refusal is logged", func() bool { return log.count("refused") > 0 })
+	var log logtest.Log
+	running(t, openKubelet(t, KubeletConfig{Config: at(f.URL).Config, Poll: time.Millisecond}, log.Logger()))
+	polltest.Eventually(t, "the refusal is logged", func() bool { return log.Count("refused") > 0 })
 	time.Sleep(50 * time.Millisecond)
-	if log.count("level=ERROR") != 1 {
+	if log.Count("level=ERROR") != 1 {
 		t.Errorf("logged:\n%s", log.String())
 	}
 }
@@ -317,12 +294,12 @@ func TestKubeletTLS(t *testing.T) {
 		}
 	}
 	ca := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: f.Certificate().Raw}))
-	var log logged
+	var log logtest.Log
 	says := func(part string) {
 		t.Helper()
-		polltest.Eventually(t, part, func() bool { return log.count(part) > 0 })
+		polltest.Eventually(t, part, func() bool { return log.Count(part) > 0 })
 	}
-	snapshots := running(t, openKubelet(t, c, log.logger()))
+	snapshots := running(t, openKubelet(t, c, log.Logger()))
 	says("ca.crt")
 	write(c.CAFile, "nonsense")
 	write(c.TokenFile, "first\n")

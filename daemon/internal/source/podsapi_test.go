@@ -25,6 +25,7 @@ import (
 	podsv1alpha1 "k8s.io/kubelet/pkg/apis/pods/v1alpha1"
 	"pgregory.net/rapid"
 
+	"github.com/probelet/probelet/daemon/internal/logtest"
 	"github.com/probelet/probelet/daemon/internal/podspec"
 	"github.com/probelet/probelet/daemon/internal/polltest"
 	"github.com/probelet/probelet/daemon/internal/probe"
@@ -296,14 +297,14 @@ func TestPodsAPIOutage(t *testing.T) {
 			stays, ends := pushed("stays", "10.0.0.7", "containerd://1", 0), pushed("ends", "10.0.0.8", "containerd://2", 0)
 			a.set(stays)
 			a.set(ends)
-			var log logged
-			k, f := apiKubelet(t, a, log.logger())
+			var log logtest.Log
+			k, f := apiKubelet(t, a, log.Logger())
 			snapshots := running(t, k)
 			wantNext(t, snapshots, "ends[10.0.0.8]", "stays[10.0.0.7]")
 			a.remove(ends, false)
 			again(t, a, stop)
 			wantNext(t, snapshots, "stays[10.0.0.7]")
-			if f.requests.Load() != 0 || log.count("level=ERROR") == 0 || log.count("source of specs recovered") != 1 {
+			if f.requests.Load() != 0 || log.Count("level=ERROR") == 0 || log.Count("source of specs recovered") != 1 {
 				t.Errorf("%d polls; logged:\n%s", f.requests.Load(), log.String())
 			}
 		})
@@ -314,8 +315,8 @@ func TestPodsAPIOutage(t *testing.T) {
 func TestPodsAPIComesAndGoes(t *testing.T) {
 	a := newPodsAPI(t)
 	a.set(pushed("watched", "10.0.0.7", "containerd://1", 0))
-	var log logged
-	k, f := apiKubelet(t, a, log.logger())
+	var log logtest.Log
+	k, f := apiKubelet(t, a, log.Logger())
 	k.config.Poll, k.patient = 20*time.Millisecond, 200*time.Millisecond
 	if d := k.Delivery(); d.Pushed || d.Why == "" {
 		t.Errorf("before anything is known: %+v", d)
@@ -340,7 +341,7 @@ func TestPodsAPIComesAndGoes(t *testing.T) {
 		stop()
 		wantNext(t, snapshots, "polled[10.0.0.99]")
 	}
-	if log.count("pod watch established") != 2 || log.count("polling pods") != 3 {
+	if log.Count("pod watch established") != 2 || log.Count("polling pods") != 3 {
 		t.Errorf("logged:\n%s", log.String())
 	}
 }

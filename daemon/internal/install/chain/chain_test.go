@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/daemon/internal/install/runtimes"
+	"github.com/probelet/probelet/daemon/internal/polltest"
 )
 
 const (
@@ -447,17 +448,6 @@ func TestBestWay(t *testing.T) {
 	}
 }
 
-func eventually(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for range 1000 {
-		if ok() {
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatal(what)
-}
-
 // The runtime notices every change, including that of a process that was killed before it could wake the runtime.
 func TestRuntimeNotices(t *testing.T) {
 	t.Parallel()
@@ -467,7 +457,7 @@ func TestRuntimeNotices(t *testing.T) {
 			chain := n.runtime(t)
 			expect := func(what, want string) {
 				t.Helper()
-				eventually(t, what+": the runtime's chain is another than "+want, func() bool { return chain() == want })
+				polltest.Eventually(t, what+": the runtime's chain is another than "+want, func() bool { return chain() == want })
 			}
 			if _, err := n.Join(t.Context(), way); err != nil {
 				t.Fatal(err)
@@ -490,7 +480,7 @@ func TestRuntimeNotices(t *testing.T) {
 	if err := n.Follow(t.Context(), DropIn, true); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the runtime was not woken", func() bool { return strings.Contains(chain(), PluginType) })
+	polltest.Eventually(t, "the runtime was not woken", func() bool { return strings.Contains(chain(), PluginType) })
 }
 
 // Whatever happens to the primary network's file, the chain is that network's plugins followed by ours. Without a primary network there
@@ -503,7 +493,7 @@ func TestFollow(t *testing.T) {
 			n.follow(t, way)
 			expect := func(what, want string) {
 				t.Helper()
-				eventually(t, fmt.Sprintf("%s: the chain is not %q", what, want), func() bool { return n.chainIn(t) == want })
+				polltest.Eventually(t, fmt.Sprintf("%s: the chain is not %q", what, want), func() bool { return n.chainIn(t) == want })
 			}
 			rename := func(from, to string) {
 				t.Helper()
@@ -567,7 +557,7 @@ func TestFollowWithoutNotification(t *testing.T) {
 	t.Parallel()
 	n := newNode(t, files{"10-pods.conflist": list})
 	n.follow(t, Copy)
-	eventually(t, "it has not joined", func() bool { return strings.Contains(n.chainIn(t), PluginType) })
+	polltest.Eventually(t, "it has not joined", func() bool { return strings.Contains(n.chainIn(t), PluginType) })
 	if err := os.Rename(n.NetDir, n.NetDir+"-old"); err != nil {
 		t.Fatal(err)
 	}
@@ -584,11 +574,11 @@ func TestFollowWithoutNotification(t *testing.T) {
 	late := func(want string) func() bool {
 		return func() bool { time.Sleep(20 * time.Millisecond); return n.chainIn(t) == want }
 	}
-	eventually(t, "it does not follow into the new directory", late("pods: ptp portmap probelet"))
+	polltest.Eventually(t, "it does not follow into the new directory", late("pods: ptp portmap probelet"))
 	if err := os.WriteFile(original, []byte(strings.Replace(list, "portmap", "firewall", 1)), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "it does not follow the link", late("pods: ptp firewall probelet"))
+	polltest.Eventually(t, "it does not follow the link", late("pods: ptp firewall probelet"))
 }
 
 // Follow backs off from a process that immediately removes every file but its own.

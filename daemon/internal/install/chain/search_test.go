@@ -12,25 +12,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/daemon/internal/install/runtimes"
+	"github.com/probelet/probelet/daemon/internal/install/runtimes/runtimestest"
+	"github.com/probelet/probelet/daemon/internal/polltest"
 )
 
-// process makes the proc directory of a runtime's process, with files below its root.
+// process returns a runtime's process with files below its root.
 func process(t *testing.T, name string, args []string, root files) runtimes.Runtime {
 	t.Helper()
-	r := runtimes.Runtime{Name: name, PID: "17", Dir: t.TempDir()}
-	write := func(file, text string) {
-		t.Helper()
-		file = filepath.Join(r.Dir, file)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(text), 0o644)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	write("cmdline", strings.Join(append([]string{name}, args...), "\x00")+"\x00")
-	write("root/etc/hostname", "node")
-	for file, text := range root {
-		write(filepath.Join("root", file), text)
-	}
-	return r
+	return runtimes.Runtime{Name: name, PID: "17", Dir: runtimestest.Proc(t, name, args, root)}
 }
 
 // Join joins only if the runtime would find the plugin, and leaves the chain, however it was joined, once the runtime would not.
@@ -206,14 +195,14 @@ func TestPodsStartWhenMisplaced(t *testing.T) {
 func TestFollowRemovedBinary(t *testing.T) {
 	n := newNode(t, files{"10-pods.conflist": list})
 	n.follow(t, Copy)
-	eventually(t, "joined", func() bool { return n.chainIn(t) == "pods: ptp portmap probelet" })
+	polltest.Eventually(t, "joined", func() bool { return n.chainIn(t) == "pods: ptp portmap probelet" })
 	for range 2 {
 		if err := os.Remove(n.pluginFile()); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "left", func() bool { return n.chainIn(t) == "pods: ptp portmap" })
+		polltest.Eventually(t, "left", func() bool { return n.chainIn(t) == "pods: ptp portmap" })
 		n.addProgram(t, PluginType)
-		eventually(t, "joined again", func() bool { return n.chainIn(t) == "pods: ptp portmap probelet" })
+		polltest.Eventually(t, "joined again", func() bool { return n.chainIn(t) == "pods: ptp portmap probelet" })
 	}
 }
 

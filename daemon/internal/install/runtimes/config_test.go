@@ -1,33 +1,19 @@
 package runtimes
 
 import (
-	"errors"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/probelet/probelet/daemon/internal/install/runtimes/runtimestest"
 )
 
 type files = map[string]string
 
-// process makes the proc directory of a runtime's process, with files below its root.
+// process returns a runtime's process with files below its root.
 func process(t *testing.T, name string, args []string, root files) Runtime {
 	t.Helper()
-	r := Runtime{Name: name, PID: "17", Dir: t.TempDir()}
-	write := func(file, text string) {
-		t.Helper()
-		file = filepath.Join(r.Dir, file)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(text), 0o644)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	write("cmdline", strings.Join(append([]string{name}, args...), "\x00")+"\x00")
-	write("root/etc/hostname", "node")
-	for file, text := range root {
-		write(filepath.Join("root", file), text)
-	}
-	return r
+	return Runtime{Name: name, PID: "17", Dir: runtimestest.Proc(t, name, args, root)}
 }
 
 func TestBinDirs(t *testing.T) {

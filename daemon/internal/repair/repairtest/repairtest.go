@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -291,26 +290,3 @@ func (n *Node) RequireTCX() {
 		n.T.Fatal(err)
 	}
 }
-
-// Log is a log that can be read while it is written.
-type Log struct {
-	mutex sync.Mutex
-	text  strings.Builder
-}
-
-// Write implements io.Writer.
-func (l *Log) Write(text []byte) (int, error) {
-	l.mutex.Lock()
-	defer l.mutex.Unlock()
-	return l.text.Write(text)
-}
-
-// String returns what was logged.
-func (l *Log) String() string {
-	l.mutex.Lock()
-	defer l.mutex.Unlock()
-	return l.text.String()
-}
-
-// Count returns how often a text was logged.
-func (l *Log) Count(text string) int { return strings.Count(l.String(), text) }
