@@ -13,11 +13,17 @@ const (
 // IsServing reports whether the traffic of a port, as noted in its tally, shows at the given time that the pod would serve the
 // evidence's endpoint. Like PortFresh it is a model of the program.
 func IsServing(e Evidence, port Tally, kind uint8, at uint64) bool {
-	last := port.ServedAt
-	if kind == KindTCP {
-		last = max(last, port.ClosedAt)
-	}
+	last := port.LastServed(kind)
 	return at < e.TrafficUntil && last != 0 && int64(at-last) < int64(e.TrafficWindowMs)*1_000_000
+}
+
+// LastServed returns when the pod was last seen serving an endpoint of a kind on the tally's port; 0: never. For TCP it suffices
+// that it closed a connection.
+func (t *probeletTally) LastServed(kind uint8) uint64 {
+	if kind == KindTCP {
+		return max(t.ServedAt, t.ClosedAt)
+	}
+	return t.ServedAt
 }
 
 // IsRealDue reports whether an endpoint that traffic may vouch for has had so many answers that its next probe must reach the pod.
@@ -66,11 +72,14 @@ func (d *Datapath) WantTrafficOnly(ports []PodPort) error {
 func (d *Datapath) IgnoreTraffic() error {
 	d.traffic.Lock()
 	defer d.traffic.Unlock()
-	for slot := range uint32(trafficSlots) {
-		if err := d.setTraffic(slot, false); err != nil {
-			return err
-		}
+	slots := make([]uint32, trafficSlots)
+	for i := range slots {
+		slots[i] = uint32(i)
 	}
+	if _, err := d.objects.TrafficSlots.BatchUpdate(slots, make([]uint32, trafficSlots), nil); err != nil {
+		return fmt.Errorf("clearing the map of traffic: %w", err)
+	}
+	clear(d.traffic.wanted)
 	return nil
 }
 

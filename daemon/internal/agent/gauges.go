@@ -77,10 +77,7 @@ func (a *attachment) servedAt(s probe.EndpointSpec) uint64 {
 		return 0
 	}
 	port, _ := a.maps.Tally(datapath.PortKey(s.Port)) // errors are reported when the maps are written
-	if s.Kind.Keying() == probe.KeyedByPort {
-		return max(port.ServedAt, port.ClosedAt)
-	}
-	return port.ServedAt
+	return store.ServedAt(s.Kind, port)
 }
 
 // state returns the state that an endpoint is counted under.

@@ -234,6 +234,9 @@ func (r Records) trafficPorts() []uint16 {
 	return ports
 }
 
+// ServedAt returns when a pod was last seen serving an endpoint of a kind on the port whose tally is given; 0: never.
+func ServedAt(kind probe.Kind, port datapath.Tally) uint64 { return port.LastServed(kinds[kind]) }
+
 // TrafficPorts returns the pod's ports where traffic is evidence.
 func (p *Pod) TrafficPorts() []datapath.PodPort {
 	var all []datapath.PodPort

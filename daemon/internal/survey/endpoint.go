@@ -85,16 +85,12 @@ func (a *Attachment) readMaps(maps PodMaps, now uint64) error {
 	return nil
 }
 
-// servedAt returns when the endpoint's pod was last seen serving its clients, if that is evidence; 0 otherwise. For TCP it
-// suffices that it closed a connection.
+// servedAt returns when the endpoint's pod was last seen serving its clients, if that is evidence; 0 otherwise.
 func (e *Endpoint) servedAt(port datapath.Tally) uint64 {
-	switch {
-	case e.Traffic == 0:
+	if e.Traffic == 0 {
 		return 0
-	case e.Kind.Keying() == probe.KeyedByPort:
-		return max(port.ServedAt, port.ClosedAt)
 	}
-	return port.ServedAt
+	return store.ServedAt(e.Kind, port)
 }
 
 // isServing reports whether connections to a port are taken because the pod serves its clients there.
