@@ -233,3 +233,35 @@ func BenchmarkTraffic(b *testing.B) {
 		b.ReportMetric(float64(p.total.Nanoseconds())/float64(rounds), p.name+"-ns/packet")
 	}
 }
+
+func TestTrafficModelAtTheBoundaries(t *testing.T) {
+	e := Evidence{TrafficUntil: 100e9, TrafficWindowMs: 10_000}
+	for name, test := range map[string]struct {
+		port Tally
+		kind uint8
+		at   uint64
+		want bool
+	}{
+		"never seen":              {Tally{}, KindTCP, 50e9, false},
+		"last moment of window":   {Tally{ServedAt: 40e9}, KindHTTP, 50e9 - 1, true},
+		"end of window":           {Tally{ServedAt: 40e9}, KindHTTP, 50e9, false},
+		"seen by another CPU":     {Tally{ServedAt: 51e9}, KindHTTP, 50e9, true},
+		"last moment of evidence": {Tally{ServedAt: 99e9}, KindHTTP, 100e9 - 1, true},
+		"end of evidence":         {Tally{ServedAt: 99e9}, KindHTTP, 100e9, false},
+		"closed, HTTP":            {Tally{ClosedAt: 49e9}, KindHTTP, 50e9, false},
+		"closed, TCP":             {Tally{ClosedAt: 49e9}, KindTCP, 50e9, true},
+		"closed later, TCP":       {Tally{ServedAt: 10e9, ClosedAt: 49e9}, KindTCP, 50e9, true},
+	} {
+		if got := IsServing(e, test.port, test.kind, test.at); got != test.want {
+			t.Errorf("%s: %v, want %v", name, got, test.want)
+		}
+	}
+	for answered, want := range map[uint32]bool{MaxTrafficAnswers - 1: false, MaxTrafficAnswers: true, MaxTrafficAnswers + 1: true} {
+		if got := IsRealDue(e, Tally{Answered: answered}); got != want {
+			t.Errorf("after %d answers a real probe is due: %v", answered, got)
+		}
+	}
+	if IsRealDue(Evidence{}, Tally{Answered: MaxTrafficAnswers}) {
+		t.Error("due, where traffic is no evidence")
+	}
+}
