@@ -179,6 +179,8 @@ func compareKeys(a, b datapath.EndpointKey) int {
 type Pod struct {
 	maps *datapath.Pod
 	have Records // in the maps
+	// synced: the programs look at the traffic of all ports where have says that it is evidence.
+	synced bool
 }
 
 // Open reads a pod's part of the maps.
@@ -187,7 +189,7 @@ func Open(maps *datapath.Pod) (*Pod, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Pod{maps, have}, nil
+	return &Pod{maps: maps, have: have}, nil
 }
 
 // Device returns the device that the pod is behind. Once it was attached again, what is written here has no effect.
@@ -201,8 +203,11 @@ func (p *Pod) Tally(key datapath.EndpointKey) (datapath.Tally, error) { return p
 
 // Sync makes the maps hold the records. After an error their content is unknown, and the pod must be opened again.
 func (p *Pod) Sync(want Records) error {
-	if err := p.wantTraffic(want); err != nil {
-		return err
+	if !p.synced { // records that stay as they are may date from a previous daemon
+		if err := p.wantTraffic(want); err != nil {
+			return err
+		}
+		p.synced = true
 	}
 	for _, s := range diff(p.have, want) {
 		if err := p.apply(s); err != nil {
@@ -213,7 +218,7 @@ func (p *Pod) Sync(want Records) error {
 	return nil
 }
 
-// wantTraffic makes the programs look at the traffic of ports where it is evidence, before the records say that it is.
+// wantTraffic makes the programs look at the traffic of ports where it is evidence.
 func (p *Pod) wantTraffic(records Records) error {
 	for _, port := range records.trafficPorts() {
 		if err := p.maps.WantTraffic(port); err != nil {
@@ -249,6 +254,11 @@ func (p *Pod) TrafficPorts() []datapath.PodPort {
 func (p *Pod) apply(s step) error {
 	if s.remove {
 		return p.maps.Delete(s.key)
+	}
+	if s.key.Kind == datapath.KindPort && s.record.TrafficUntil != 0 {
+		if err := p.maps.WantTraffic(s.key.Port); err != nil { // before the record says that it is evidence
+			return err
+		}
 	}
 	if _, exists := p.have[s.key]; exists {
 		return p.maps.Renew(s.key, s.record)
