@@ -5,7 +5,6 @@ package ctl
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -147,10 +146,4 @@ func (env *environment) warn(err error) {
 // probeletctl needs no flags in the daemon's container.
 func fromEnvironment(flags *pflag.FlagSet) error {
 	return flagenv.Apply(flags, "bpf-dir", "state-dir", "cni-net-dir", "cni-bin-dir")
-}
-
-func printJSON[T any](w io.Writer, s T) error {
-	encoder := json.NewEncoder(w)
-	encoder.SetIndent("", "  ")
-	return encoder.Encode(s)
 }

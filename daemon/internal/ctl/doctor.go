@@ -27,7 +27,7 @@ It needs root, on the node or in the daemon's pod, and sees what a process there
 
 func doctorCommand(env *environment) *cobra.Command {
 	var where place
-	var output string
+	var output *string
 	node := chain.Node{Runtimes: env.host.Runtimes, Log: slog.New(slog.DiscardHandler)}
 	cmd := &cobra.Command{
 		Use:   "doctor",
@@ -35,14 +35,11 @@ func doctorCommand(env *environment) *cobra.Command {
 		Long:  doctorHelp,
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if output != "text" && output != "json" {
-				return status.Errorf(status.Usage, "--output %q: must be one of json|text", output)
-			}
-			return examine(cmd.Context(), env, doctor.Doctor{Source: env.at(where), Chain: node, Host: env.host}, output == "json")
+			return examine(cmd.Context(), env, doctor.Doctor{Source: env.at(where), Chain: node, Host: env.host}, *output == "json")
 		},
 	}
 	where.flags(cmd)
-	cmd.Flags().StringVarP(&output, "output", "o", "text", "`format`: json|text")
+	output = status.OutputFlag(cmd, "text", "json", "text")
 	cmd.Flags().StringVar(&node.NetDir, "cni-net-dir", "/etc/cni/net.d", "`directory` of CNI network configurations")
 	cmd.Flags().StringVar(&node.BinDir, "cni-bin-dir", "/opt/cni/bin", "`directory` of CNI plugins")
 	return cmd
@@ -61,7 +58,7 @@ func examine(ctx context.Context, env *environment, d doctor.Doctor, asJSON bool
 		return err
 	}
 	if asJSON {
-		if err := printJSON(env.stdout, findings); err != nil {
+		if err := status.PrintJSON(env.stdout, findings); err != nil {
 			return err
 		}
 	}

@@ -40,21 +40,18 @@ type Explanation struct {
 func explainCommand(env *environment) *cobra.Command {
 	var where place
 	var pod podArgument
-	var output string
+	var output *string
 	cmd := &cobra.Command{
 		Use:   "explain NAMESPACE/POD",
 		Short: "Show what is known about a pod, and why it is answered or not",
 		Long:  explainHelp,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if output != "text" && output != "json" {
-				return status.Errorf(status.Usage, "--output %q: must be one of json|text", output)
-			}
 			x, err := explain(cmd.Context(), env, where, pod.name(args[0]))
 			if err != nil {
 				return err
 			}
-			if output == "json" {
-				err = printJSON(env.stdout, x)
+			if *output == "json" {
+				err = status.PrintJSON(env.stdout, x)
 			} else {
 				err = x.print(env)
 			}
@@ -64,7 +61,7 @@ func explainCommand(env *environment) *cobra.Command {
 			return daemonDown(x.Daemon)
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", "text", "`format`: json|text")
+	output = status.OutputFlag(cmd, "text", "json", "text")
 	pod.flags(cmd, &where)
 	where.flags(cmd)
 	return cmd

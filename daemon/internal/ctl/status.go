@@ -5,7 +5,6 @@ package ctl
 import (
 	"context"
 	"fmt"
-	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -47,24 +46,8 @@ unproven if none was tried yet) and, for each of the PROBES:
 
 The fields of -o json are described in docs/status.schema.json.`
 
-// formats has the values of -o.
-var formats = map[string]func(*environment, survey.Status) error{
-	"table": func(env *environment, s survey.Status) error { return printTable(env, s, false) },
-	"wide":  func(env *environment, s survey.Status) error { return printTable(env, s, true) },
-	"json":  func(env *environment, s survey.Status) error { return printJSON(env.stdout, s) },
-}
-
-func formatNames() string {
-	names := make([]string, 0, len(formats))
-	for name := range formats {
-		names = append(names, name)
-	}
-	slices.Sort(names)
-	return strings.Join(names, "|")
-}
-
 func statusCommand(env *environment) *cobra.Command {
-	var output string
+	var output *string
 	var summary bool
 	var where place
 	var only namespaceFilter
@@ -74,24 +57,26 @@ func statusCommand(env *environment) *cobra.Command {
 		Long:  statusHelp,
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			show, ok := formats[output]
-			if !ok {
-				return status.Errorf(status.Usage, "--output %q: must be one of %s", output, formatNames())
-			}
 			if summary {
-				return summarize(cmd.Context(), env, where, output == "json")
+				return summarize(cmd.Context(), env, where, *output == "json")
 			}
 			s, err := env.at(where).ReadWithNeighbours()
 			if err != nil {
 				return err
 			}
-			if err := show(env, only.of(s)); err != nil {
+			s = only.of(s)
+			if *output == "json" {
+				err = status.PrintJSON(env.stdout, s)
+			} else {
+				err = printTable(env, s, *output == "wide")
+			}
+			if err != nil {
 				return err
 			}
 			return daemonDown(s.Daemon)
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", "table", "`format`: "+formatNames())
+	output = status.OutputFlag(cmd, "table", "json", "table", "wide")
 	cmd.Flags().BoolVar(&summary, "summary", false, "only the node's totals, and the pods that are not attached")
 	only.flags(cmd)
 	where.flags(cmd)
@@ -111,7 +96,7 @@ func summarize(ctx context.Context, env *environment, where place, asJSON bool) 
 		}
 	}
 	if asJSON {
-		err = printJSON(env.stdout, n)
+		err = status.PrintJSON(env.stdout, n)
 	} else {
 		err = printNode(env, s, n)
 	}

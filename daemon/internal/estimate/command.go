@@ -2,13 +2,10 @@ package estimate
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"slices"
-	"strings"
 
 	"github.com/spf13/cobra"
 	"k8s.io/client-go/rest"
@@ -48,21 +45,16 @@ type Environment struct {
 	Namespace func() (string, error)
 }
 
-// formats are the values of -o.
-var formats = []string{"table", "wide", "json"}
-
 // Command returns the command estimate.
 func Command(env Environment) *cobra.Command {
-	var output, file string
+	var output *string
+	var file string
 	cmd := &cobra.Command{
 		Use:   "estimate",
 		Short: "Compute what probelet would save, from the specs of pods",
 		Long:  help,
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if !slices.Contains(formats, output) {
-				return status.Errorf(status.Usage, "--output %q: must be one of %s", output, strings.Join(formats, "|"))
-			}
 			namespace, err := env.Namespace()
 			if err != nil {
 				return err
@@ -75,15 +67,13 @@ func Command(env Environment) *cobra.Command {
 			if report.Total.Pods == 0 {
 				return empty(report, from, namespace)
 			}
-			if output == "json" {
-				encoder := json.NewEncoder(env.Stdout)
-				encoder.SetIndent("", "  ")
-				return encoder.Encode(report)
+			if *output == "json" {
+				return status.PrintJSON(env.Stdout, report)
 			}
-			return report.print(env.Stdout, env.Width(), output == "wide")
+			return report.print(env.Stdout, env.Width(), *output == "wide")
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", formats[0], "`format`: "+strings.Join(formats, "|"))
+	output = status.OutputFlag(cmd, "table", "table", "wide", "json")
 	cmd.Flags().StringVarP(&file, "file", "f", "", "`FILE` of pods in JSON or YAML, instead of the API server; - is standard input")
 	return cmd
 }

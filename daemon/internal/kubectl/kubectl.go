@@ -5,13 +5,11 @@ package kubectl
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -124,18 +122,6 @@ func (s *session) connect() (*cluster, error) {
 	return connect(config, s.daemonNamespace)
 }
 
-// outputFlag adds -o.
-func outputFlag(cmd *cobra.Command, values ...string) *string {
-	output := cmd.Flags().StringP("output", "o", values[0], "`format`: "+strings.Join(values, "|"))
-	cmd.PreRunE = func(*cobra.Command, []string) error {
-		if !slices.Contains(values, *output) {
-			return status.Errorf(status.Usage, "--output %q: must be one of %s", *output, strings.Join(values, "|"))
-		}
-		return nil
-	}
-	return output
-}
-
 // nodeFlag adds --node.
 func (s *session) nodeFlag(cmd *cobra.Command, usage string) {
 	cmd.Flags().StringVar(&s.node, "node", "", usage)
@@ -187,7 +173,7 @@ func (s *session) explainCommand() *cobra.Command {
 			return s.explain(cmd.Context(), namespace, pod, *output)
 		},
 	}
-	output = outputFlag(cmd, "text", "json")
+	output = status.OutputFlag(cmd, "text", "text", "json")
 	return cmd
 }
 
@@ -242,10 +228,4 @@ func (s *session) relay(ctx context.Context, c *cluster, node string, args ...st
 		err = fmt.Errorf("node %s: %w", node, err)
 	}
 	return err
-}
-
-func printJSON(w io.Writer, value any) error {
-	encoder := json.NewEncoder(w)
-	encoder.SetIndent("", "  ")
-	return encoder.Encode(value)
 }

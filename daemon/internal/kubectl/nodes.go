@@ -88,7 +88,7 @@ func (s *session) statusCommand() *cobra.Command {
 			return s.status(cmd.Context(), namespace, *output)
 		},
 	}
-	output = outputFlag(cmd, "table", "wide", "json")
+	output = status.OutputFlag(cmd, "table", "table", "wide", "json")
 	s.nodeFlag(cmd, "show the attachments of this `NODE`")
 	cmd.Flags().BoolVarP(&all, "all-namespaces", "A", false, "pods in all namespaces (the default)")
 	return cmd
@@ -124,7 +124,7 @@ func (s *session) status(ctx context.Context, namespace, output string) error {
 	}
 	result.only(namespace)
 	if output == "json" {
-		err = printJSON(s.stdout, result)
+		err = status.PrintJSON(s.stdout, result)
 	} else {
 		err = result.print(s.environment, output == "wide")
 	}
@@ -268,7 +268,7 @@ func (s *session) doctorCommand() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return s.doctor(cmd.Context(), *output) },
 	}
-	output = outputFlag(cmd, "text", "json")
+	output = status.OutputFlag(cmd, "text", "text", "json")
 	s.nodeFlag(cmd, "only this `NODE`")
 	return cmd
 }
@@ -280,7 +280,7 @@ func (s *session) doctor(ctx context.Context, output string) error {
 	}
 	all := eachNode(daemons, func(name string, daemon *corev1.Pod) Examined { return s.examine(ctx, c, name, daemon) })
 	if output == "json" {
-		err = printJSON(s.stdout, all)
+		err = status.PrintJSON(s.stdout, all)
 	}
 	problems, ill := 0, 0
 	for _, e := range all {

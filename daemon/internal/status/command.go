@@ -2,6 +2,10 @@ package status
 
 import (
 	"context"
+	"encoding/json"
+	"io"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -25,4 +29,24 @@ func Execute(ctx context.Context, root *cobra.Command) error {
 		return &Error{Code: Usage, Err: err}
 	}
 	return err
+}
+
+// OutputFlag adds -o, whose value must be one of values. Any other is an error with the code Usage, before the command runs.
+func OutputFlag(cmd *cobra.Command, value string, values ...string) *string {
+	allowed := strings.Join(values, "|")
+	output := cmd.Flags().StringP("output", "o", value, "`format`: "+allowed)
+	cmd.PreRunE = func(*cobra.Command, []string) error {
+		if !slices.Contains(values, *output) {
+			return Errorf(Usage, "--output %q: must be one of %s", *output, allowed)
+		}
+		return nil
+	}
+	return output
+}
+
+// PrintJSON writes v for people and programs: indented, with a newline at the end.
+func PrintJSON(w io.Writer, v any) error {
+	encoder := json.NewEncoder(w)
+	encoder.SetIndent("", "  ")
+	return encoder.Encode(v)
 }
