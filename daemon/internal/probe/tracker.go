@@ -384,11 +384,12 @@ func (t *Tracker) gate(port uint16) Gate {
 // decider returns the port's TCP endpoint. An endpoint asked only by startup probes does not count: it would close the
 // port for good once they have ended, and fresh HTTP evidence already implies that connections are accepted.
 func (t *Tracker) decider(port uint16) (EndpointSpec, bool) {
-	i := slices.IndexFunc(t.specs, func(s EndpointSpec) bool {
-		return s.Observed && s.Port == port && s.Kind.Keying() == KeyedByPort && !s.Startup
-	})
+	i := slices.IndexFunc(t.specs, func(s EndpointSpec) bool { return s.Port == port && s.decides() })
 	if i < 0 {
 		return EndpointSpec{}, false
 	}
 	return t.specs[i], true
 }
+
+// decides reports whether the endpoint is the decider of its port.
+func (s EndpointSpec) decides() bool { return s.Observed && s.Kind.Keying() == KeyedByPort && !s.Startup }

@@ -52,6 +52,21 @@ func (s *EndpointSpec) setTraffic(settings Settings, limits Limits) {
 	}
 }
 
+// speakBeside keeps traffic from vouching for requests where it does not vouch for the TCP endpoint of their port: a connection that
+// is taken already answers a TCP probe, so that endpoint decides (Tracker.decider).
+func speakBeside(specs []EndpointSpec) {
+	for _, tcp := range specs {
+		if !tcp.decides() || tcp.Traffic > 0 {
+			continue
+		}
+		for i, s := range specs {
+			if s.Port == tcp.Port && s.Traffic > 0 {
+				specs[i].Traffic, specs[i].TrafficOff = 0, fmt.Sprintf("nor is it for %s, which decides: %s", tcp.Endpoint, tcp.TrafficOff)
+			}
+		}
+	}
+}
+
 // TrafficBound returns how long after a real probe began traffic may vouch for the endpoint. The kernel makes every tenth probe
 // real, whatever the traffic. If that one times out, the next may begin before the daemon knows, and must still be vouched for:
 // otherwise, with a failureThreshold of 2, the busy container would be restarted.

@@ -43,6 +43,30 @@ func TestWhatTrafficVouchesFor(t *testing.T) {
 	}
 }
 
+// A TCP endpoint decides whether connections to its port are taken, so traffic speaks for requests only where it speaks for it.
+func TestTrafficBesideATCPProbe(t *testing.T) {
+	elsewhere := func(s Spec) Spec {
+		s.Port++
+		return s
+	}
+	for name, test := range map[string]struct {
+		tcp     Spec
+		traffic int
+		off     string
+	}{
+		"liveness":              {tcpProbe(Liveness), 9, ""},
+		"readiness":             {tcpProbe(Readiness), 0, "nor is it for TCP :80, which decides: c/readiness also asks it"},
+		"startup":               {tcpProbe(Startup), 9, ""},
+		"readiness, other port": {elsewhere(tcpProbe(Readiness)), 9, ""},
+	} {
+		for _, s := range byTraffic(t, httpProbe(Liveness, "/x"), test.tcp).Endpoints() {
+			if s.Kind == HTTP && (s.Traffic != test.traffic || s.TrafficOff != test.off) {
+				t.Errorf("%s: %d %q, want %d %q", name, s.Traffic, s.TrafficOff, test.traffic, test.off)
+			}
+		}
+	}
+}
+
 // After a timeout the last success stands, and traffic may vouch for it. An error ends both.
 func TestTimeoutsAreNoEvidenceAndErrorsAre(t *testing.T) {
 	const period, slack = 10 * second, second
