@@ -30,6 +30,7 @@ var skipMarks = "make bench measures"
 
 func TestMain(m *testing.M) {
 	role.Register(workerRole, &working{})
+	role.Register(kubeletRole, &probing{})
 	role.Main()
 	flag.Parse()
 	if err := node.Suited(); *measure && errors.Is(err, node.ErrUnsuited) && os.Getenv("CI") == "" {
@@ -83,7 +84,10 @@ func TestMarks(t *testing.T) {
 		{"handover", "Latency of handed-over requests", measureHandover},
 		{"cost", "Time in the BPF programs", measureCost},
 		{"cni", "CNI ADD and DEL", measureCNI},
+		{"throttled", "A busy pod that is throttled", measureThrottled},
 		{"scale", "Memory and many pods", measureScale},
+		{"ports", "The node's ports", measurePorts},
+		{"periods", "A node's probes: what they cost, and how soon they detect failures", measurePeriods},
 	} {
 		t.Run(m.name, func(t *testing.T) {
 			s.section = m.section
@@ -114,6 +118,13 @@ func (s *suite) add(measure string, v, against variant, e estimate, unit string,
 	r.section = s.section
 	s.rows = append(s.rows, r)
 	s.progress("  %s", strings.Join(r.cells(), "  "))
+}
+
+// cell adds a value to the section's matrix.
+func (s *suite) cell(measure string, v variant, e estimate, unit string) {
+	r := newRow(measure, v, "", e, unit, nil)
+	r.section, r.cell = s.section, true
+	s.rows = append(s.rows, r)
 }
 
 // rounds and window shorten measurements under -short, which shows that the suite works but measures nothing meaningful.

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -57,6 +58,7 @@ type variant string
 // row is a row of the results.
 type row struct {
 	section string // of the page
+	cell    bool   // in the section's matrix of measures and variants
 
 	Measure string  `json:"measure"`
 	Variant variant `json:"variant"`
@@ -121,35 +123,108 @@ type results struct {
 	machine string
 }
 
-// ordered returns the rows section by section, ratios first in each.
-func (r *results) ordered() []row {
-	sections := map[string]int{}
+// section is a part of the page: rows, ratios first, and possibly a matrix.
+type section struct {
+	name        string
+	rows, cells []row
+}
+
+// sections returns the rows by section.
+func (r *results) sections() []section {
+	var all []section
+	at := map[string]int{}
 	for _, row := range r.rows {
-		if _, ok := sections[row.section]; !ok {
-			sections[row.section] = len(sections)
+		i, ok := at[row.section]
+		if !ok {
+			i = len(all)
+			at[row.section] = i
+			all = append(all, section{name: row.section})
+		}
+		if row.cell {
+			all[i].cells = append(all[i].cells, row)
+		} else {
+			all[i].rows = append(all[i].rows, row)
 		}
 	}
-	key := func(row row) int {
-		k := 2 * sections[row.section]
-		if row.Unit != ratio {
-			k++
-		}
-		return k
+	for _, s := range all {
+		slices.SortStableFunc(s.rows, func(a, b row) int {
+			switch {
+			case a.Unit == ratio && b.Unit != ratio:
+				return -1
+			case a.Unit != ratio && b.Unit == ratio:
+				return 1
+			}
+			return 0
+		})
 	}
-	rows := slices.Clone(r.rows)
-	slices.SortStableFunc(rows, func(a, b row) int { return key(a) - key(b) })
+	return all
+}
+
+// ordered returns the rows section by section.
+func (r *results) ordered() (rows []row) {
+	for _, s := range r.sections() {
+		rows = append(rows, s.rows...)
+		rows = append(rows, s.cells...)
+	}
 	return rows
+}
+
+// matrix returns the section's cells with a line per measure and a column per variant, headings included.
+func (s section) matrix() [][]string {
+	table := [][]string{{"measure"}}
+	line, column := map[string]int{}, map[variant]int{}
+	for _, c := range s.cells {
+		if _, ok := column[c.Variant]; !ok {
+			column[c.Variant] = len(table[0])
+			table[0] = append(table[0], string(c.Variant))
+		}
+	}
+	for _, c := range s.cells {
+		if _, ok := line[c.Measure]; !ok {
+			line[c.Measure] = len(table)
+			cells := slices.Repeat([]string{"-"}, len(table[0]))
+			cells[0] = c.Measure
+			if c.Unit != "" {
+				cells[0] += " (" + c.Unit + ")"
+			}
+			table = append(table, cells)
+		}
+		table[line[c.Measure]][column[c.Variant]] = short(c.Value)
+	}
+	return table
+}
+
+// short returns three digits of a value, and all those before the point.
+func short(value float64) string {
+	if math.Abs(value) >= 100 {
+		return strconv.FormatFloat(value, 'f', 0, 64)
+	}
+	return strconv.FormatFloat(value, 'g', 3, 64)
 }
 
 // print writes the rows in a form for terminals.
 func (r *results) print(w io.Writer) error {
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	_, _ = fmt.Fprintln(table, strings.Join(columns, "\t"))
-	for _, row := range r.ordered() {
-		_, _ = fmt.Fprintln(table, strings.Join(row.cells(), "\t"))
+	for _, s := range r.sections() {
+		for _, row := range s.rows {
+			_, _ = fmt.Fprintln(table, strings.Join(row.cells(), "\t"))
+		}
 	}
 	if err := table.Flush(); err != nil {
 		return err
+	}
+	for _, s := range r.sections() {
+		if s.cells == nil {
+			continue
+		}
+		_, _ = fmt.Fprintf(w, "\n%s\n", s.name)
+		for _, line := range s.matrix() {
+			_, _ = fmt.Fprintln(table, strings.Join(line, "\t"))
+		}
+		if err := table.Flush(); err != nil {
+			return err
+		}
 	}
 	_, err := fmt.Fprintln(w, "\n"+r.verdict())
 	return err
@@ -169,7 +244,7 @@ func (r *results) verdict() string {
 	return fmt.Sprintf("%d of %d marks are met.", marks-missed, marks)
 }
 
-// write writes bench/results.json, docs/benchmarks.md and docs/benchmarks.svg of the repository at root.
+// write writes bench/results.json, docs/benchmarks.md and its pictures in the repository at root.
 func (r *results) write(root string) error {
 	page, err := r.page()
 	if err != nil {
@@ -181,6 +256,7 @@ func (r *results) write(root string) error {
 	}
 	for name, text := range map[string][]byte{
 		"bench/results.json": records, "docs/benchmarks.md": page, "docs/benchmarks.svg": plot(r.ordered()),
+		"docs/periods.svg": plotPolicies(r.ordered()),
 	} {
 		if err := os.WriteFile(filepath.Join(root, name), text, 0o644); err != nil {
 			return err
@@ -218,20 +294,35 @@ func (r *results) page() ([]byte, error) {
 	return out.Bytes(), err
 }
 
-// tables returns a Markdown table for each section.
+// tables returns the Markdown tables of each section.
 func (r *results) tables() string {
 	var out strings.Builder
-	section := ""
-	for _, row := range r.ordered() {
-		if row.section != section {
-			section = row.section
-			fmt.Fprintf(&out, "\n## %s\n\n| %s |\n|%s\n", section, strings.ToLower(strings.Join(columns, " | ")), strings.Repeat("---|", len(columns)))
+	line := func(cells []string) { fmt.Fprintf(&out, "| %s |\n", strings.Join(cells, " | ")) }
+	heading := func(cells []string) {
+		out.WriteString("\n")
+		line(cells)
+		fmt.Fprintf(&out, "|%s\n", strings.Repeat("---|", len(cells)))
+	}
+	for _, s := range r.sections() {
+		fmt.Fprintf(&out, "\n## %s\n", s.name)
+		if s.rows != nil {
+			heading(strings.Split(strings.ToLower(strings.Join(columns, "|")), "|"))
 		}
-		cells := row.cells()
-		if row.missed() {
-			cells[6] = "**missed**"
+		for _, row := range s.rows {
+			cells := row.cells()
+			if row.missed() {
+				cells[6] = "**missed**"
+			}
+			line(cells)
 		}
-		fmt.Fprintf(&out, "| %s |\n", strings.Join(cells, " | "))
+		if s.cells == nil {
+			continue
+		}
+		matrix := s.matrix()
+		heading(matrix[0])
+		for _, cells := range matrix[1:] {
+			line(cells)
+		}
 	}
 	return out.String()
 }

@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"bytes"
 	"encoding/json"
 	"encoding/xml"
 	"errors"
@@ -103,6 +104,59 @@ func TestRatiosComeFirst(t *testing.T) {
 	}
 }
 
+// matrix returns results with cells of two policies, one of which is cheap and slow, and rows between them.
+func matrix() *results {
+	r := some()
+	for _, c := range []struct {
+		measure string
+		v       variant
+		value   float64
+		unit    string
+	}{
+		{nodeCPU, "none & nothing", 0, "%"},
+		{nodeCPU, "plain, 1 s", 6.5812, "%"}, {stopped, "plain, 1 s", 4.1, "s"}, {erring, "plain, 1 s", 3, "s"}, {stated, "plain, 1 s", 4, "s"},
+		{nodeCPU, "default, 1 s", 0.66, "%"}, {stopped, "default, 1 s", 5.123, "s"}, {erring, "default, 1 s", 1234.5, "s"}, {stated, "default, 1 s", 5.5, "s"},
+		{"probes", "default, 1 s", 60, ""},
+	} {
+		row := newRow(c.measure, c.v, "", exactly(c.value), c.unit, nil)
+		row.section, row.cell = "Section of tax", true
+		r.rows = append(r.rows, row)
+	}
+	return r
+}
+
+func TestMatrix(t *testing.T) {
+	want := `
+| measure | none & nothing | plain, 1 s | default, 1 s |
+|---|---|---|---|
+| CPU of the node (%) | 0 | 6.58 | 0.66 |
+| detection of a stopped server, worst (s) | - | 4.1 | 5.12 |
+| detection of an error of the health path alone, worst (s) | - | 3 | 1234 |
+| detection of any silent failure, stated (s) | - | 4 | 5.5 |
+| probes | - | - | 60 |
+
+## Section of delay
+`
+	if got := matrix().tables(); !strings.Contains(got, want) || strings.Count(got, "## Section of tax") != 1 {
+		t.Errorf("tables lack%s:%s", want, got)
+	}
+	var terminal strings.Builder
+	if err := matrix().print(&terminal); err != nil || !strings.Contains(terminal.String(), "none & nothing") {
+		t.Errorf("%v: %s", err, terminal.String())
+	}
+}
+
+// Policies without probes have no dot. Dots beyond the axes are drawn at their ends.
+func TestPlotPolicies(t *testing.T) {
+	if picture := plotPolicies(some().rows); picture != nil {
+		t.Errorf("a picture of no policies: %s", picture)
+	}
+	elements := draw(t, plotPolicies(matrix().rows))
+	if elements["circle"] != 2 {
+		t.Errorf("the plot has %v, want two dots", elements)
+	}
+}
+
 func TestWrite(t *testing.T) {
 	root := t.TempDir()
 	for _, dir := range []string{"bench", "docs"} {
@@ -110,7 +164,7 @@ func TestWrite(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := some().write(root); err != nil {
+	if err := matrix().write(root); err != nil {
 		t.Fatal(err)
 	}
 	page, err := os.ReadFile(filepath.Join(root, "docs/benchmarks.md"))
@@ -127,16 +181,27 @@ func TestWrite(t *testing.T) {
 			t.Errorf("the page lacks %q:\n%s", want, page)
 		}
 	}
-	picture, err := os.Open(filepath.Join(root, "docs/benchmarks.svg"))
+	picture, err := os.ReadFile(filepath.Join(root, "docs/benchmarks.svg"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer picture.Close() //nolint:errcheck // read only
+	elements := draw(t, picture)
+	if elements["circle"] != 3 || elements["rect"] != 2 { // including the background
+		t.Errorf("the plot has %v, want three dots, and one square in addition to the background", elements)
+	}
+	if _, err := os.Stat(filepath.Join(root, "docs/periods.svg")); err != nil {
+		t.Error(err)
+	}
+}
+
+// draw returns the number of elements of a picture by name, and fails if one is outside it.
+func draw(t *testing.T, picture []byte) map[string]int {
+	t.Helper()
 	elements := map[string]int{}
-	for d := xml.NewDecoder(picture); ; {
+	for d := xml.NewDecoder(bytes.NewReader(picture)); ; {
 		token, err := d.Token()
 		if errors.Is(err, io.EOF) {
-			break
+			return elements
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -145,9 +210,6 @@ func TestWrite(t *testing.T) {
 			elements[e.Name.Local]++
 			wantOnCanvas(t, e)
 		}
-	}
-	if elements["circle"] != 3 || elements["rect"] != 2 { // including the background
-		t.Errorf("the plot has %v, want three dots, and one square in addition to the background", elements)
 	}
 }
 

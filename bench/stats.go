@@ -36,6 +36,9 @@ type estimate struct {
 	rounds           int
 }
 
+// exactly is the estimate of something that was counted once.
+func exactly(value float64) estimate { return estimate{value, value, value, 1} }
+
 const resamples = 1000
 
 // bootstrap estimates a statistic. of computes it from rounds given by index; drawing whole rounds instead of values keeps

@@ -2,6 +2,7 @@ package bench
 
 import (
 	"bufio"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -113,6 +114,8 @@ type Plan struct {
 	Targets       []Target
 	Rounds, Burst int
 	Limit         time.Duration // for starting rounds; 0 means none
+	// Timeout is that of each request; one that fails counts as taking that long. 0: no request may fail.
+	Timeout time.Duration
 }
 
 // Target is the destination and kind of a request.
@@ -399,7 +402,7 @@ func (w *working) onOneConnection(l Load, text string) error {
 func (w *working) Time(p Plan, took *[][]float64) error {
 	var ask []func() error
 	for _, t := range p.Targets {
-		ask = append(ask, t.asker())
+		ask = append(ask, t.asker(cmp.Or(p.Timeout, requestTimeout)))
 	}
 	*took = make([][]float64, len(ask))
 	begin := time.Now()
@@ -411,10 +414,14 @@ func (w *working) Time(p Plan, took *[][]float64) error {
 			round := make([]float64, p.Burst)
 			for j := range round {
 				start := time.Now()
-				if err := ask[i](); err != nil {
+				err := ask[i]()
+				took := time.Since(start)
+				if err != nil && p.Timeout == 0 {
 					return fmt.Errorf("%+v: %w", p.Targets[i], err)
+				} else if err != nil {
+					took = max(took, p.Timeout)
 				}
-				round[j] = float64(time.Since(start).Nanoseconds()) / 1000
+				round[j] = float64(took.Nanoseconds()) / 1000
 			}
 			(*took)[i] = append((*took)[i], median(round))
 		}
@@ -425,11 +432,11 @@ func (w *working) Time(p Plan, took *[][]float64) error {
 const requestTimeout = 10 * time.Second
 
 // asker prepares a repeated request. Kubernetes' prober is called the way the kubelet does (pkg/kubelet/prober, runProbe).
-func (t Target) asker() func() error {
+func (t Target) asker(timeout time.Duration) func() error {
 	switch t.Kind {
 	case "tcp":
 		p := tcpprobe.New()
-		return func() error { return success(p.Probe(t.Host, t.Port, requestTimeout)) }
+		return func() error { return success(p.Probe(t.Host, t.Port, timeout)) }
 	case "http":
 		p := httpprobe.New(false)
 		action := &v1.HTTPGetAction{Path: t.Path, Port: intstr.FromInt32(int32(t.Port))}
@@ -438,7 +445,7 @@ func (t Target) asker() func() error {
 			if err != nil {
 				return err
 			}
-			return success(p.Probe(request, requestTimeout))
+			return success(p.Probe(request, timeout))
 		}
 	case "post":
 		body := strings.Repeat("x", postBytes)
@@ -480,4 +487,30 @@ func (t Target) exchange(text string) func() error {
 		}
 		return err
 	}
+}
+
+// Visits are requests to each address at an interval, for which connections are kept alive.
+type Visits struct {
+	Addresses []string
+	Path      string
+	Every     time.Duration
+}
+
+// Visit starts visits that go on until the process ends, whatever comes of them.
+func (w *working) Visit(v Visits, _ *struct{}) error {
+	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 1}}
+	for _, address := range v.Addresses {
+		go func() {
+			time.Sleep(time.Duration(rand.Int64N(int64(v.Every))))
+			for {
+				response, err := client.Get("http://" + address + v.Path)
+				if err == nil {
+					_, _ = io.Copy(io.Discard, response.Body)
+					_ = response.Body.Close()
+				}
+				time.Sleep(v.Every)
+			}
+		}()
+	}
+	return nil
 }

@@ -241,6 +241,7 @@ enum flow_state {
 	FLOW_TAKEN = 2,	    /* between the client and us; the pod is unaware of it */
 	FLOW_HANDING = 3,   /* the client's SYN was replayed to the pod, which has not answered yet */
 	FLOW_HANDED = 4,    /* spliced: sequence numbers are translated until it ends */
+	FLOW_OWN = 5,	    /* the daemon's own connection, passed on; it ends with the pod's reply to the SYN */
 };
 
 enum flow_flag {

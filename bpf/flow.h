@@ -41,6 +41,9 @@
  * If an owner vanishes without a FIN or RST passing here, its flow stays until sweep removes it after the deadline. It
  * is harmless until then, because packets of other senders are never mistaken for the owner's.
  *
+ * OWN is for a connection of the daemon's own to a port with a TCP endpoint. Everything passes. The pod's SYN-ACK is
+ * noted, since it leads to the same conclusion about the listening socket as one to a prober, and ends the flow.
+ *
  * DONE: a handed-over connection is no longer recorded, because its client has closed or it is not a probe.
  * ANSWERED: the first bytes of an answer were seen. The daemon judges whether a reset after them is a failure.
  *

@@ -401,6 +401,30 @@ static __always_inline int decide(struct __sk_buff *skb, const struct segment *s
 	return PASS;
 }
 
+/* Follows a connection of the daemon's own until the pod answers, if that says anything about a TCP endpoint. */
+static __always_inline void follow_own(const struct segment *seg, __u64 cookie)
+{
+	struct device *device = bpf_map_lookup_elem(&devices, &seg->flow.ifindex);
+	struct scratch *scratch = get_scratch();
+	struct endpoint_key key;
+	struct flow *flow;
+
+	if (!sees_listeners || !device || !scratch)
+		return;
+	key = endpoint(seg->flow.ifindex, device->generation, seg->flow.pod_port, KIND_TCP, 0);
+	if (!bpf_map_lookup_elem(&endpoint_evidence, &key))
+		return;
+	flow = &scratch->flow;
+	__builtin_memset(flow, 0, sizeof(*flow));
+	flow->owner = cookie;
+	flow->client_isn = seg->seq;
+	flow->state = FLOW_OWN;
+	flow->generation = device->generation;
+	flow->started_at = bpf_ktime_get_boot_ns();
+	flow->deadline = flow->started_at + CONNECTING_NS;
+	add_flow(&seg->flow, flow);
+}
+
 static __always_inline int steer_syn(struct __sk_buff *skb, const struct segment *seg)
 {
 	__u32 zero = 0;
@@ -408,13 +432,18 @@ static __always_inline int steer_syn(struct __sk_buff *skb, const struct segment
 	__u64 cookie;
 
 	/* A packet with an ingress device was forwarded or bridged, and not sent by a process in this namespace. */
-	if (!config || skb->ingress_ifindex || !is_prober(config, skb)) {
+	if (!config || skb->ingress_ifindex) {
 		count(COUNT_PASSED_NOT_PROBER);
 		return PASS;
 	}
 	cookie = bpf_get_socket_cookie(skb);
 	if (config->own_sockets && bpf_map_lookup_elem(&own_sockets, &cookie)) {
 		count(COUNT_PASSED_OWN);
+		follow_own(seg, cookie);
+		return PASS;
+	}
+	if (!is_prober(config, skb)) {
+		count(COUNT_PASSED_NOT_PROBER);
 		return PASS;
 	}
 	return decide(skb, seg, cookie);
@@ -423,7 +452,7 @@ static __always_inline int steer_syn(struct __sk_buff *skb, const struct segment
 /* Handles a SYN that a flow's owner repeats. */
 static __always_inline int steer_syn_again(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
-	if (flow->state == FLOW_OBSERVING)
+	if (flow->state == FLOW_OBSERVING || flow->state == FLOW_OWN)
 		return PASS;
 	if (flow->state != FLOW_TAKEN)
 		return drop_quietly(); /* a late duplicate: the client is connected */
@@ -723,6 +752,16 @@ static __always_inline void observe_passed(struct __sk_buff *skb, const struct s
 	record_packet(skb, seg, flow, 1);
 }
 
+/* Notes the pod's reply to the SYN of the daemon. */
+static __always_inline void observe_own(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
+{
+	if (!(seg->tcp_flags & (TCP_SYN | TCP_RST)) || seg->ack != flow->client_isn + 1)
+		return;
+	if (seg->tcp_flags & TCP_SYN)
+		note_connected(skb, seg, flow);
+	end_flow(&seg->flow, flow);
+}
+
 /* Turns the pod's SYN-ACK into the ACK for it, which carries what the client has sent so far. */
 static __always_inline int accept_handover(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
@@ -912,6 +951,9 @@ int observe(struct __sk_buff *skb)
 		return observe_handing(skb, &seg, flow);
 	case FLOW_HANDED:
 		return observe_handed(skb, &seg, flow);
+	case FLOW_OWN:
+		observe_own(skb, &seg, flow);
+		return PASS;
 	}
 	return PASS;
 }

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"syscall"
 	"testing"
 	"time"
 
@@ -561,6 +562,77 @@ func TestHandedOverCountsAsReal(t *testing.T) {
 			t.Errorf("%v: a third was answered", to)
 		}
 		time.Sleep(accepted)
+	}
+}
+
+// A connection of the daemon's own counts as a real one where it is accepted by the socket that probes would meet.
+func TestOwnConnectionsCountAsReal(t *testing.T) {
+	const backlog, most, elsewhere = 16, 2, 7000
+	for name, c := range map[string]struct {
+		stopped, redirected bool
+		counts              bool
+	}{
+		"accepted":               {counts: true},
+		"waiting to be accepted": {stopped: true},
+		"accepted elsewhere":     {redirected: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := knockable(t, newWorld(t))
+			if c.redirected {
+				bpftest.AcceptAll(socket{port: elsewhere, backlog: backlog}.listen(t, s.NS))
+				newFirewall(t, &bpftest.Node{NS: s.NS}).redirect(knockPort, elsewhere)
+			}
+			l := socket{backlog: backlog}.listen(t, s.NS)
+			if !c.stopped {
+				bpftest.AcceptAll(l)
+			}
+			s.armTCP(t, knockPort)
+			for _, addr := range s.families() {
+				to := netip.AddrPortFrom(addr, knockPort)
+				for n := range most {
+					if _, passed := s.knock(t, to); passed && addr == s.IPv4 {
+						t.Fatalf("%v: probe %d was passed on because of %q", to, n, s.obstacle(t, knockPort))
+					}
+				}
+				before := s.counters(t)["passed_own"]
+				s.connectAsDaemon(t, to)
+				if passed := s.counters(t)["passed_own"] - before; passed != 1 {
+					t.Fatalf("%v: %d connections were exempt", to, passed)
+				}
+				time.Sleep(accepted)
+				if _, passed := s.knock(t, to); passed == c.counts {
+					t.Errorf("%v: after the daemon's connection: passed on %t, because of %q", to, passed, s.obstacle(t, knockPort))
+				}
+				waitFor(t, "the end of all flows", func() bool {
+					n, err := s.d.Flows()
+					return err == nil && n == 0
+				})
+			}
+		})
+	}
+}
+
+// connectAsDaemon opens a connection as the daemon does, and closes it.
+func (s *served) connectAsDaemon(t *testing.T, to netip.AddrPort) {
+	t.Helper()
+	dialer := net.Dialer{Control: func(_, _ string, raw syscall.RawConn) (err error) {
+		controlled := raw.Control(func(fd uintptr) {
+			var cookie uint64
+			if cookie, err = unix.GetsockoptUint64(int(fd), unix.SOL_SOCKET, unix.SO_COOKIE); err == nil {
+				err = s.d.ExemptSocket(cookie)
+			}
+		})
+		return errors.Join(controlled, err)
+	}}
+	err := inNS(s.Node.NS, func() error {
+		conn, err := dialer.Dial("tcp", to.String())
+		if err != nil {
+			return err
+		}
+		return conn.Close()
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -13,7 +13,7 @@ import (
 const (
 	// ABI versions the programs and the layout of maps and orders. Objects are pinned under it, so builds with different
 	// ABIs never open each other's objects, and builds with the same ABI share whatever the first of them loaded.
-	ABI = "v5"
+	ABI = "v6"
 	// DefaultDir is the default directory for pins.
 	DefaultDir = "/sys/fs/bpf/probelet"
 )

@@ -99,7 +99,7 @@ func TestModelAtTheBoundaries(t *testing.T) {
 // programsOf has the hash of each ABI's object. Objects that a build with the same ABI has already loaded are not replaced,
 // so a change needs another ABI to take effect before the machine restarts.
 var programsOf = map[string]string{
-	"v5": "a401fdd35d54f4cdda3788f986066350ff4cea1df934fc22b81f0968e53b6257",
+	"v6": "897f505b627c80e2b2f3c8a344ebc6fcf68449eeffa9fed8a794cb0fb9cb9113",
 }
 
 func TestChangedProgramsNeedAnotherABI(t *testing.T) {
@@ -154,9 +154,9 @@ func TestEnsureLoadsOnce(t *testing.T) {
 		}
 	}
 	want := []string{
-		"", "/v5", "/v5/answer_ages", "/v5/attachments", "/v5/counters", "/v5/devices", "/v5/endpoint_evidence", "/v5/endpoint_lists",
-		"/v5/endpoint_tallies", "/v5/flows", "/v5/observe", "/v5/own_sockets", "/v5/pod_netns", "/v5/prober", "/v5/prober_sockets",
-		"/v5/records", "/v5/respond", "/v5/steer", "/v5/sweep", "/v5/traffic_slots", "/v5/watch",
+		"", "/v6", "/v6/answer_ages", "/v6/attachments", "/v6/counters", "/v6/devices", "/v6/endpoint_evidence", "/v6/endpoint_lists",
+		"/v6/endpoint_tallies", "/v6/flows", "/v6/observe", "/v6/own_sockets", "/v6/pod_netns", "/v6/prober", "/v6/prober_sockets",
+		"/v6/records", "/v6/respond", "/v6/steer", "/v6/sweep", "/v6/traffic_slots", "/v6/watch",
 	}
 	if got := pinned(t, dir); !slices.Equal(got, want) {
 		t.Fatalf("pinned %q, want %q", got, want)

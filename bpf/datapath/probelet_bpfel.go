@@ -179,6 +179,7 @@ const (
 	probeletFlowStateFLOW_TAKEN     probeletFlowState = 2
 	probeletFlowStateFLOW_HANDING   probeletFlowState = 3
 	probeletFlowStateFLOW_HANDED    probeletFlowState = 4
+	probeletFlowStateFLOW_OWN       probeletFlowState = 5
 )
 
 type probeletHook uint32

@@ -125,7 +125,7 @@ func testInstallCycle(t *testing.T, way string) {
 
 // Directories in which an attachment leaves entries.
 const (
-	pinsDir    = kube.BPFFS + "/probelet/v5/attachments"
+	pinsDir    = kube.BPFFS + "/probelet/v6/attachments"
 	recordsDir = stateDir + "/attachments"
 )
 

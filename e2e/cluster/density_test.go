@@ -4,7 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -13,16 +13,13 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
 	"github.com/probelet/probelet/e2e/harness/kube"
+	"github.com/probelet/probelet/e2e/harness/node"
 )
 
 const (
@@ -176,7 +173,9 @@ func checkDensity(t *testing.T, off, on load) {
 // trackConnections makes the kernel track the node's connections, as Services do.
 func trackConnections(t *testing.T) {
 	t.Helper()
-	filter(t, nftables.TableFamilyINet, nftables.ChainHookOutput, &expr.Ct{Key: expr.CtKeySTATE, Register: 1})
+	stop, err := node.TrackConnections()
+	must(t, err)
+	t.Cleanup(func() { must(t, stop()) })
 	// By the end of a measurement, connections from before it have expired.
 	must(t, os.WriteFile("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_time_wait", []byte(strconv.Itoa(int(measured.Seconds()))), 0o644))
 }
@@ -207,34 +206,20 @@ func measure(t *testing.T, s server, mode string) load {
 			l.timeWait++
 		}
 	}
-	_, pods, err := net.ParseCIDR(kube.IPv4)
+	var err error
+	l.conntracks, err = node.Tracked(netip.MustParsePrefix(kube.IPv4))
 	must(t, err)
-	entries, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET) //nolint:forbidigo // netlinksafe has none
-	must(t, err)
-	for _, entry := range entries {
-		if pods.Contains(entry.Forward.DstIP) {
-			l.conntracks++
-		}
-	}
 	if l.failed > 0 {
 		sayUnhealthy(t, begin)
 	}
 	return l
 }
 
-// timeWaits returns the addresses of the node's sockets in TIME_WAIT.
-func timeWaits(t *testing.T) map[string]bool {
+// timeWaits returns the node's sockets in TIME_WAIT.
+func timeWaits(t *testing.T) map[node.Connection]bool {
 	t.Helper()
-	sockets := map[string]bool{}
-	for _, file := range []string{"/proc/self/net/tcp", "/proc/self/net/tcp6"} {
-		text, err := os.ReadFile(file)
-		must(t, err)
-		for line := range strings.Lines(string(text)) {
-			if fields := strings.Fields(line); len(fields) > 3 && fields[3] == "06" {
-				sockets[fields[1]+fields[2]] = true
-			}
-		}
-	}
+	sockets, err := node.TimeWaits(os.Getpid(), func(netip.AddrPort) bool { return true })
+	must(t, err)
 	return sockets
 }
 

@@ -152,7 +152,9 @@ func (r *run) advance(to time.Duration, answered, asked []int) {
 func (r *run) ask(a asker, now time.Duration) (answered bool) {
 	e := r.endpoints[a.endpoint]
 	if a.daemon {
+		r.row = 0
 		r.learn(a.endpoint, now)
+		r.learnAccepted(a.endpoint, now)
 		return false
 	}
 	taken := r.taken(now)
@@ -167,10 +169,15 @@ func (r *run) ask(a asker, now time.Duration) (answered bool) {
 	if e.answerable {
 		r.learn(a.endpoint, now)
 	}
-	if r.decider >= 0 && r.limit < unlimited && a.endpoint != r.decider && r.endpoints[r.decider].answerable {
-		r.learn(r.decider, now) // its connection was accepted
-	}
+	r.learnAccepted(a.endpoint, now)
 	return false
+}
+
+// learnAccepted learns from a request to an endpoint that its connection was accepted.
+func (r *run) learnAccepted(i int, now time.Duration) {
+	if r.decider >= 0 && r.limit < unlimited && i != r.decider && r.endpoints[r.decider].answerable {
+		r.learn(r.decider, now)
+	}
 }
 
 // taken reports whether a connection that begins now is taken.

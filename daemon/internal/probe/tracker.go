@@ -392,4 +392,6 @@ func (t *Tracker) decider(port uint16) (EndpointSpec, bool) {
 }
 
 // decides reports whether the endpoint is the decider of its port.
-func (s EndpointSpec) decides() bool { return s.Observed && s.Kind.Keying() == KeyedByPort && !s.Startup }
+func (s EndpointSpec) decides() bool {
+	return s.Observed && s.Kind.Keying() == KeyedByPort && !s.Startup
+}

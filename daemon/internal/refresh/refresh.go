@@ -142,7 +142,7 @@ func (r *Refresher) run() {
 		if !ok {
 			return
 		}
-		if busy || n > 0 {
+		if busy || n > 0 && r.underWay() {
 			time.Sleep(gather)
 		}
 		var err error
@@ -177,6 +177,13 @@ func (r *Refresher) step() (busy, ok bool) {
 		}
 	}
 	return busy, true
+}
+
+// underWay reports whether replies are outstanding.
+func (r *Refresher) underWay() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.open) > 0
 }
 
 // wait returns how long until the next job is due, in ms (-1: for ever).

@@ -113,6 +113,32 @@ func TestGreedyPodServesAllItsEndpoints(t *testing.T) {
 	}
 }
 
+// Requests to different pods begin together, so the goroutine wakes up a few times per interval, however many pods there are. None
+// is later for it.
+func TestPodsShareSlots(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		w := newWorld()
+		interval := time.Duration(rapid.IntRange(100, 10_000).Draw(t, "interval in ms")) * time.Millisecond
+		for pod := range 50 {
+			w.targets(pod, 1, interval, time.Second)
+		}
+		const rounds = 10
+		w.run(rounds*interval, func(*job) time.Duration { return time.Millisecond })
+		wakeups := map[uint64]bool{}
+		for _, began := range w.began {
+			for i, at := range began {
+				wakeups[at] = true
+				if i > 0 && at-began[i-1] > uint64(interval) {
+					t.Errorf("asked again after %s, not %s", time.Duration(at-began[i-1]), interval)
+				}
+			}
+		}
+		if most := rounds * (int(interval/min(slot, interval/4)) + 2); len(wakeups) > most {
+			t.Errorf("%d wake-ups, want at most %d", len(wakeups), most)
+		}
+	})
+}
+
 // A healthy pod stays fresh throughout, whatever the staleness, and is asked no more than once per interval.
 func TestAlwaysFresh(t *testing.T) {
 	for _, staleness := range []string{"0.5", "1", "2", "5"} {

@@ -212,6 +212,9 @@ func (p *pod) refresh(a *asker) {
 	p.result.Refreshes++
 	server := p.servers[s.Port]
 	x := server.ask(inquiry{began, s.Endpoint, s.Timeout, p.usual()}, &server.queue)
+	if x.connected {
+		p.connectedAt[s.Port] = began
+	}
 	p.at(x.end, func() {
 		if p.refreshing[s.Endpoint] != a {
 			return

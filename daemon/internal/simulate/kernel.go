@@ -14,7 +14,7 @@ type kernel struct {
 	// listening socket closed, which voids all evidence of the pod.
 	withdrawn    map[probe.Endpoint]uint64
 	podWithdrawn uint64
-	answered     map[uint16]int         // by port: probes answered since a prober's connection was last known to be accepted
+	answered     map[uint16]int         // by port: probes answered since a connection was last known to be accepted
 	unanswered   map[uint16][]uint64    // by port: when unanswered connections began, until they are swept
 	ignored      map[uint16]bool        // by port: whether the last connection passed on was not answered
 	sinceReal    map[probe.Endpoint]int // by endpoint: probes answered since one was last passed on

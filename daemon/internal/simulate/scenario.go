@@ -183,6 +183,8 @@ func Scenarios() []Scenario {
 		scenario("one probe, refresh", 1, .99, "all but the first after a failure", usual, true, lone...),
 		scenario("one probe, refresh, staleness 5", 1, .99, "likewise", "5", true, lone...),
 		scenario("readiness + liveness, two paths, refresh", 1, .99, "likewise", usual, true, own...),
+		scenario("HTTP readiness + TCP liveness, one port, refresh", 0, .50,
+			"not computed: with each request, K answers are allowed again", usual, true, both...),
 		{
 			Name: "one to six probes, refresh", config: Config{Live: live, Defaults: with(usual, true)}, draw: drawProbes,
 			Why: "not computed: random as above",

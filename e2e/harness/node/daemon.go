@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
 // Daemon is a running probeletd.
@@ -38,6 +39,9 @@ func (n *Node) StartDaemon(flags ...string) (*Daemon, error) {
 // DaemonLog returns the file that probeletd logs to.
 func (n *Node) DaemonLog() string { return filepath.Join(n.dir, "probeletd.log") }
 
+// Pid returns the process ID.
+func (d *Daemon) Pid() int { return d.cmd.Process.Pid }
+
 // Kill ends the daemon abruptly, like a crash.
 func (d *Daemon) Kill() {
 	_ = d.cmd.Process.Kill()
@@ -54,14 +58,14 @@ func (d *Daemon) Stop() error {
 
 func (n *Node) specsFile() string { return filepath.Join(n.dir, "specs.yaml") }
 
-// Probed is a pod with the probes of its containers.
+// Probed is a pod with probes, each of a container of its own.
 type Probed struct {
-	Pod       *Pod
-	Readiness []Probe
-	IPv6      bool // probed at its IPv6 address
+	Pod                 *Pod
+	Readiness, Liveness []Probe
+	IPv6                bool // probed at its IPv6 address
 }
 
-// Probe is a readiness probe: HTTP with a path, TCP without.
+// Probe is an HTTP probe with a path, a TCP probe without.
 type Probe struct {
 	Path           string
 	Host           string // address to dial; the pod's if empty
@@ -79,20 +83,26 @@ func (p Probed) addresses() []string {
 	return []string{p.Pod.IPv4.String(), p.Pod.IPv6.String()}
 }
 
+// Containers returns the pod's containers, as in its spec.
+func (p Probed) Containers() (all []v1.Container) {
+	name := func() string { return fmt.Sprintf("container%d", len(all)) }
+	for _, probe := range p.Readiness {
+		all = append(all, v1.Container{Name: name(), ReadinessProbe: probe.spec()})
+	}
+	for _, probe := range p.Liveness {
+		all = append(all, v1.Container{Name: name(), LivenessProbe: probe.spec()})
+	}
+	return all
+}
+
 // WriteSpecs replaces the node's specs. A running daemon picks up the change.
 func (n *Node) WriteSpecs(pods ...Probed) error {
 	list := []any{}
 	for _, p := range pods {
-		var containers []any
-		for i, probe := range p.Readiness { // a container has only one readiness probe
-			containers = append(containers, map[string]any{
-				"name": fmt.Sprintf("container%d", i), "readinessProbe": probe.spec(),
-			})
-		}
 		list = append(list, map[string]any{
 			"name": p.Pod.Name, "namespace": Namespace,
 			"ips":        p.addresses(),
-			"containers": containers,
+			"containers": p.Containers(),
 		})
 	}
 	text, err := json.MarshalIndent(map[string]any{"pods": list}, "", "  ") // JSON is YAML
@@ -106,12 +116,16 @@ func (n *Node) WriteSpecs(pods ...Probed) error {
 	return os.Rename(replacement, n.specsFile())
 }
 
-func (p Probe) spec() map[string]any {
-	spec := map[string]any{"periodSeconds": p.PeriodSeconds, "timeoutSeconds": p.TimeoutSeconds}
+// spec returns the probe with the kubelet's defaults.
+func (p Probe) spec() *v1.Probe {
+	spec := &v1.Probe{
+		PeriodSeconds: int32(p.PeriodSeconds), TimeoutSeconds: int32(p.TimeoutSeconds), SuccessThreshold: 1, FailureThreshold: 3,
+	}
+	port := intstr.FromInt32(int32(p.Port))
 	if p.Path == "" {
-		spec["tcpSocket"] = map[string]any{"port": p.Port, "host": p.Host}
+		spec.TCPSocket = &v1.TCPSocketAction{Port: port, Host: p.Host}
 	} else {
-		spec["httpGet"] = map[string]any{"port": p.Port, "path": p.Path, "host": p.Host, "httpHeaders": p.Headers}
+		spec.HTTPGet = &v1.HTTPGetAction{Port: port, Path: p.Path, Host: p.Host, HTTPHeaders: p.Headers, Scheme: v1.URISchemeHTTP}
 	}
 	return spec
 }

@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -81,12 +80,22 @@ func (m *Machine) NewNode(chain Chain) (*Node, error) {
 
 // WriteChain writes the network's configuration, with the given plugins before and after probelet.
 func (n *Node) WriteChain(before, after []map[string]any) error {
-	plugins := slices.Concat([]map[string]any{n.main}, before, []map[string]any{n.own}, after)
+	plugins := append([]map[string]any{n.main}, before...)
+	if n.own != nil {
+		plugins = append(plugins, n.own)
+	}
+	plugins = append(plugins, after...)
 	text, err := json.MarshalIndent(map[string]any{"cniVersion": "1.1.0", "name": n.network, "plugins": plugins}, "", "  ")
 	if err != nil {
 		return err
 	}
 	return os.WriteFile(filepath.Join(n.NetDir(), n.network+".conflist"), text, 0o644)
+}
+
+// WithoutProbelet takes probelet out of the chain of pods to come.
+func (n *Node) WithoutProbelet() error {
+	n.own = nil
+	return n.WriteChain(nil, nil)
 }
 
 // NetDir returns the directory of the node's network configurations.

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -255,6 +256,41 @@ func (m *Machine) CgroupPath(name string) string { return filepath.Join(m.cgroup
 // CgroupName returns the path of the machine's cgroup in its hierarchy. Container runtimes may use the same path in the
 // hierarchies of version 1.
 func (m *Machine) CgroupName() string { return "/" + filepath.Base(m.cgroup) }
+
+// LimitCPU limits a process to a percentage of a CPU, in a cgroup of that name. The error wraps ErrUnsuited if the machine has no
+// controller for that.
+func (m *Machine) LimitCPU(pid int, name string, percent int) error {
+	const period = 100_000 // µs, the kernel's default
+	quota := period * percent / 100
+	roots, err := mounts("cgroup")
+	if err != nil {
+		return err
+	}
+	for _, root := range roots {
+		if _, err := os.Stat(filepath.Join(root, "cpu.cfs_quota_us")); err == nil {
+			dir := filepath.Join(root, m.CgroupName(), name)
+			return errors.Join(os.MkdirAll(dir, 0o755), writeNumber(dir, "cpu.cfs_quota_us", quota), writeNumber(dir, "cgroup.procs", pid))
+		}
+	}
+	root, err := cgroupRoot()
+	if err != nil {
+		return err
+	}
+	for _, dir := range []string{root, m.cgroup} { // version 2: the controller comes down from the root
+		if err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+cpu"), 0o644); err != nil {
+			return fmt.Errorf("%w: no controller for CPU: %w", ErrUnsuited, err)
+		}
+	}
+	dir := m.CgroupPath(name)
+	return errors.Join(
+		os.Mkdir(dir, 0o755), os.WriteFile(filepath.Join(dir, "cpu.max"), fmt.Appendf(nil, "%d %d", quota, period), 0o644),
+		writeNumber(dir, "cgroup.procs", pid),
+	)
+}
+
+func writeNumber(dir, file string, n int) error {
+	return os.WriteFile(filepath.Join(dir, file), []byte(strconv.Itoa(n)), 0o644)
+}
 
 // cgroupRoot returns the mount point of cgroup v2.
 func cgroupRoot() (string, error) {

@@ -8,6 +8,11 @@ import (
 	"os"
 	"strconv"
 	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // Connection is a TCP connection as one side sees it.
@@ -15,6 +20,11 @@ type Connection struct{ Local, Remote netip.AddrPort }
 
 // TimeWait returns the sockets in TIME_WAIT that involve the endpoint, in the network namespace of a process.
 func TimeWait(pid int, endpoint netip.AddrPort) (map[Connection]bool, error) {
+	return TimeWaits(pid, func(at netip.AddrPort) bool { return at == endpoint })
+}
+
+// TimeWaits returns the sockets in TIME_WAIT with an address that is meant, in the network namespace of a process.
+func TimeWaits(pid int, meant func(netip.AddrPort) bool) (map[Connection]bool, error) {
 	const timeWait = "06" // TCP_TIME_WAIT
 	found := map[Connection]bool{}
 	// IPv4 connections to a socket that listens on all addresses are in tcp6.
@@ -36,7 +46,7 @@ func TimeWait(pid int, endpoint netip.AddrPort) (map[Connection]bool, error) {
 			if err != nil {
 				return nil, err
 			}
-			if local == endpoint || remote == endpoint {
+			if meant(local) || meant(remote) {
 				found[Connection{local, remote}] = true
 			}
 		}
@@ -67,7 +77,13 @@ func parseSocket(text string) (netip.AddrPort, error) {
 const SegmentsOfTCPProbe = 5
 
 // SegmentsIn returns how many TCP segments the network namespace of a process has received.
-func SegmentsIn(pid int) (int, error) {
+func SegmentsIn(pid int) (int, error) { return tcpCounter(pid, "InSegs") }
+
+// AcceptedIn returns how many TCP connections to the network namespace of a process have been established.
+func AcceptedIn(pid int) (int, error) { return tcpCounter(pid, "PassiveOpens") }
+
+// tcpCounter returns a counter of RFC 4022 by its name in /proc/net/snmp.
+func tcpCounter(pid int, counter string) (int, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/snmp", pid))
 	if err != nil {
 		return 0, err
@@ -83,10 +99,40 @@ func SegmentsIn(pid int) (int, error) {
 			continue
 		}
 		for i, name := range names {
-			if name == "InSegs" && i < len(fields) {
+			if name == counter && i < len(fields) {
 				return strconv.Atoi(fields[i])
 			}
 		}
 	}
-	return 0, fmt.Errorf("process %d: no count of TCP segments", pid)
+	return 0, fmt.Errorf("process %d: no counter %s", pid, counter)
+}
+
+// TrackConnections makes the kernel track the connections of the current network namespace, as it does where kube-proxy runs, until
+// stop is called.
+func TrackConnections() (stop func() error, err error) {
+	c, err := nftables.New()
+	if err != nil {
+		return nil, err
+	}
+	table := c.AddTable(&nftables.Table{Name: "track", Family: nftables.TableFamilyINet})
+	chain := c.AddChain(&nftables.Chain{
+		Name: "output", Table: table, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter,
+	})
+	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: 1}}})
+	return func() error {
+		c.DelTable(table)
+		return c.Flush()
+	}, c.Flush()
+}
+
+// Tracked returns the number of tracked connections to addresses in a prefix of IPv4, in the current network namespace.
+func Tracked(to netip.Prefix) (count int, err error) {
+	entries, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET) //nolint:forbidigo // netlinksafe has none
+	for _, entry := range entries {
+		if ip, ok := netip.AddrFromSlice(entry.Forward.DstIP.To4()); ok && to.Contains(ip) {
+			count++
+		}
+	}
+	return count, err
 }

@@ -28,6 +28,10 @@ type EndpointStatus struct {
 	FreshFor       float64 `json:"freshForSeconds"`
 	Hits           int     `json:"hits"`
 	WhyNotAnswered string  `json:"whyNotAnswered"`
+	Probes         []struct {
+		Type           string  `json:"type"`
+		WorstDetection float64 `json:"worstDetectionSeconds"`
+	} `json:"probes"`
 }
 
 // States of an endpoint. Absent stands for an endpoint that probeletctl does not list.

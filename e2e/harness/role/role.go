@@ -61,17 +61,8 @@ func Start(name, netns, cgroup string, extra *os.File) (*Process, error) {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), roleEnv+"="+name)
 	cmd.Stderr = os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{}
 	if extra != nil {
 		cmd.ExtraFiles = []*os.File{extra}
-	}
-	if cgroup != "" {
-		fd, err := unix.Open(cgroup, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return nil, fmt.Errorf("cgroup %s: %w", cgroup, err)
-		}
-		defer unix.Close(fd) //nolint:errcheck // read only
-		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, fd
 	}
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -81,17 +72,26 @@ func Start(name, netns, cgroup string, extra *os.File) (*Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := inNetns(netns, cmd.Start); err != nil {
+	if err := StartCommand(cmd, netns, cgroup); err != nil {
 		return nil, fmt.Errorf("starting the %s: %w", name, err)
 	}
 	return &Process{cmd, rpc.NewClient(stdio{out, in})}, nil
 }
 
-func inNetns(path string, do func() error) error {
-	if path == "" {
-		return do()
+// StartCommand starts a command in a network namespace and a cgroup, as Start does.
+func StartCommand(cmd *exec.Cmd, netns, cgroup string) error {
+	if cgroup != "" {
+		fd, err := unix.Open(cgroup, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("cgroup %s: %w", cgroup, err)
+		}
+		defer unix.Close(fd) //nolint:errcheck // read only
+		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: fd}
 	}
-	return ns.WithNetNSPath(path, func(ns.NetNS) error { return do() })
+	if netns == "" {
+		return cmd.Start()
+	}
+	return ns.WithNetNSPath(netns, func(ns.NetNS) error { return cmd.Start() })
 }
 
 // Call calls a method of the role's service and waits for the result.

@@ -1,0 +1,53 @@
+package bench
+
+import (
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/probelet/probelet/bpf/bpftest"
+	"github.com/probelet/probelet/e2e/harness/node"
+)
+
+// measureThrottled probes pods that have 1 % of a core, and clients that need more.
+func measureThrottled(t *testing.T, s *suite) {
+	const (
+		measure = "HTTP probe of a busy pod with 1 % of a core"
+		timeout = time.Second
+	)
+	n := bpftest.NewNode(t)
+	k := newKernel(t)
+	hosts := map[variant]netip.AddrPort{}
+	for _, v := range []variant{none, hookTC} {
+		pod := n.AddPod(t)
+		server := serveHTTP(t, pod)
+		k.put(t, pod, v)
+		if v != none {
+			k.armPod(t, pod)
+		}
+		hosts[v] = netip.AddrPortFrom(pod.IPv4, podPort)
+		if err := machine.LimitCPU(server.Pid(), "throttled-"+pod.HostIfName, 1); err != nil {
+			t.Skip(err)
+		}
+		client := startWorker(t, n.NS, node.OtherCgroup)
+		client.start(t, Load{Address: hosts[v].String(), Path: largePath, Connections: 64, KeepAlive: true})
+	}
+	prober := startWorker(t, n.NS, node.ProberCgroup)
+	before := k.counters(t)
+	p := Plan{Rounds: rounds(60), Burst: 1, Timeout: timeout}
+	took := ask(t, prober, "http", healthPath, p, hosts)
+	checkAnswered(t, measure, "http", k.counters(t).answered-before.answered, p.Rounds)
+	s.add(measure, hookTC, none, medianOf(quotients(took[hookTC], took[none])), ratio, atMost(rounded(1./300)))
+	for _, v := range []variant{none, hookTC} {
+		s.add(measure, v, "", medianOf(took[v]), "µs", nil)
+	}
+	for _, v := range []variant{none, hookTC} {
+		late := 0
+		for _, us := range took[v] {
+			if us >= float64(timeout.Microseconds()) {
+				late++
+			}
+		}
+		s.add(measure+", timeouts", v, "", exactly(100*float64(late)/float64(len(took[v]))), "%", v.mark(atMost(0)))
+	}
+}
