@@ -10,9 +10,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/e2e/harness/node"
 	"github.com/probelet/probelet/e2e/harness/role"
@@ -133,6 +134,8 @@ func (m *member) address() string { return addrPort(m.Pod.IPv4, podPort) }
 
 func (m *member) sicken() error { return os.Remove(filepath.Join(m.dir, healthyFile)) }
 
+func (m *member) stop() error { return m.cmd.Process.Signal(unix.SIGSTOP) }
+
 // requests returns how many requests for healthPath the server has logged.
 func (m *member) requests(t testing.TB) int {
 	t.Helper()
@@ -150,6 +153,7 @@ type probedNode struct {
 	kubelet *kubelet
 	members []*member
 	cgroup  string
+	created time.Time
 }
 
 // cgroups of a probed node, in addition to one for each program.
@@ -181,7 +185,7 @@ func newProbedNode(t *testing.T, p policy, probes []node.Probe, pods int, progra
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := &probedNode{policy: p, Node: inner, cgroup: machine.CgroupPath(filepath.Base(t.TempDir()) + strings.ReplaceAll(string(p.variant), " ", ""))}
+	n := &probedNode{policy: p, Node: inner, created: time.Now(), cgroup: machine.CgroupPath(filepath.Base(inner.BPFDir))}
 	if p.flags == nil {
 		err = n.WithoutProbelet()
 	}
@@ -304,16 +308,31 @@ func (n *probedNode) cpu(t *testing.T) map[string]float64 {
 	return used
 }
 
-// census is what has happened on a probed node since it was created.
+// census is what has happened on a probed node since it was created, or since another census.
 type census struct {
+	seconds             float64
 	connections, logged int
 	probes, failed      int
 	tcp, answeredTCP    map[string]int // by program
 }
 
+// since returns what has happened since an earlier census.
+func (c census) since(earlier census) census {
+	c.seconds -= earlier.seconds
+	c.connections -= earlier.connections
+	c.logged -= earlier.logged
+	c.probes -= earlier.probes
+	c.failed -= earlier.failed
+	for name := range c.tcp {
+		c.tcp[name] -= earlier.tcp[name]
+		c.answeredTCP[name] -= earlier.answeredTCP[name]
+	}
+	return c
+}
+
 func (n *probedNode) census(t *testing.T) census {
 	t.Helper()
-	c := census{tcp: map[string]int{}, answeredTCP: map[string]int{}}
+	c := census{seconds: time.Since(n.created).Seconds(), tcp: map[string]int{}, answeredTCP: map[string]int{}}
 	outcomes := map[Container]Outcomes{}
 	if n.period > 0 {
 		outcomes = n.kubelet.counts(t)

@@ -6,8 +6,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/probelet/probelet/e2e/harness/node"
 	"github.com/probelet/probelet/e2e/harness/role"
 )
@@ -30,37 +28,50 @@ func measurePeriods(t *testing.T, s *suite) {
 		pods, windows, window, settled = 2, 2, time.Second, 3*time.Second
 	}
 	var nodes []*probedNode
-	var addresses []string
 	for _, p := range policies {
 		if testing.Short() && p.period > 2 {
 			continue
 		}
-		n := newProbedNode(t, p, p.probes(), pods, programs...)
-		nodes = append(nodes, n)
-		for _, m := range n.members {
-			addresses = append(addresses, m.address())
-		}
-		s.progress("  %d pods created", len(addresses))
+		nodes = append(nodes, newProbedNode(t, p, p.probes(), pods, programs...))
+		s.progress("  %d nodes created", len(nodes))
 	}
 	for _, n := range nodes {
 		n.awaitServing(t)
 	}
-	client, err := role.Start(workerRole, "", machine.CgroupPath(node.OtherCgroup), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(client.Stop)
-	if err := client.Call("Visit", Visits{addresses, servedPath, 400 * time.Millisecond}, &struct{}{}); err != nil {
-		t.Fatal(err)
-	}
+	visit(t, nodes)
 	for _, n := range nodes {
 		for _, m := range n.members {
 			n.kubelet.probe(t, m.Probed)
 		}
 	}
 	time.Sleep(settled)
-	s.comparePolicies(t, nodes, windows, window)
+	before := map[variant]census{}
+	for _, n := range nodes {
+		before[n.variant] = n.census(t)
+	}
+	cpu := s.watchCPU(t, nodes, windows, window)
+	s.addCensus(t, nodes, before)
+	s.addCPU(nodes, cpu)
 	s.compareDetection(t, nodes)
+}
+
+// visit gives all pods a client.
+func visit(t *testing.T, nodes []*probedNode) {
+	t.Helper()
+	v := Visits{Path: servedPath, Every: 400 * time.Millisecond}
+	for _, n := range nodes {
+		for _, m := range n.members {
+			v.Addresses = append(v.Addresses, m.address())
+		}
+	}
+	client, err := role.Start(workerRole, "", machine.CgroupPath(node.OtherCgroup), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(client.Stop)
+	if err := client.Call("Visit", v, &struct{}{}); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // needs skips the test unless these commands are installed.
@@ -77,14 +88,13 @@ func needs(t *testing.T, commands ...string) {
 	}
 }
 
-// comparePolicies measures what probing costs the nodes during some windows.
-func (s *suite) comparePolicies(t *testing.T, nodes []*probedNode, windows int, window time.Duration) {
-	before := map[variant]census{}
-	used := map[variant][]map[string]float64{} // per window, in % of a core
+// watchCPU returns what the cgroups of each node use, by their names, in % of a core: a value per window.
+func (s *suite) watchCPU(t *testing.T, nodes []*probedNode, windows int, window time.Duration) map[variant]map[string][]float64 {
+	t.Helper()
+	used := map[variant]map[string][]float64{}
 	for _, n := range nodes {
-		before[n.variant] = n.census(t)
+		used[n.variant] = map[string][]float64{}
 	}
-	began := time.Now()
 	for i := range windows {
 		start := map[variant]map[string]float64{}
 		for _, n := range nodes {
@@ -92,62 +102,37 @@ func (s *suite) comparePolicies(t *testing.T, nodes []*probedNode, windows int, 
 		}
 		begin := time.Now()
 		time.Sleep(window)
-		took := time.Since(begin).Seconds() * 1000
+		took := float64(time.Since(begin).Milliseconds())
 		for _, n := range nodes {
-			now := n.cpu(t)
-			for name, ms := range start[n.variant] {
-				now[name] = 100 * (now[name] - ms) / took
+			for name, ms := range n.cpu(t) {
+				used[n.variant][name] = append(used[n.variant][name], 100*(ms-start[n.variant][name])/took)
 			}
-			used[n.variant] = append(used[n.variant], now)
 		}
 		s.progress("  window %d of %d", i+1, windows)
 	}
-	took := time.Since(began).Seconds()
+	return used
+}
+
+// addCPU adds what probing costs the nodes: what they use, less what the node without probes does.
+func (s *suite) addCPU(nodes []*probedNode, used map[variant]map[string][]float64) {
+	names := []string{kubeletCgroup, daemonCgroup}
+	for _, p := range programs {
+		names = append(names, p.name)
+	}
 	total := map[variant][]float64{}
-	timeWait := map[variant]float64{}
 	for _, n := range nodes {
-		after, once := n.census(t), func(measure string, value float64, unit string) { s.cell(measure, n.variant, exactly(value), unit) }
-		if n.period > 0 {
-			failed := after.failed - before[n.variant].failed
-			if failed > 0 {
-				s.progress("  %s: %d probes failed", n.variant, failed)
-			}
-			once("probes", float64(after.probes-before[n.variant].probes)/took, "/s")
-			once("connections to pods", float64(after.connections-before[n.variant].connections)/took, "/s")
-			once("lines in access logs", float64(after.logged-before[n.variant].logged)/took, "/s")
-			onNode, inPods, tracked := n.remains(t)
-			once("TIME_WAIT on the node", float64(onNode), "")
-			once("TIME_WAIT in pods", float64(inPods), "")
-			once("conntrack entries", float64(tracked), "")
-			timeWait[n.variant] = float64(onNode + inPods)
+		if n.period == 0 {
+			continue
 		}
-		names := []string{kubeletCgroup, daemonCgroup}
-		for _, p := range programs {
-			names = append(names, p.name)
-		}
-		sums := make([]float64, windows)
+		total[n.variant] = make([]float64, len(used[n.variant][kubeletCgroup]))
 		for _, name := range names {
-			each := make([]float64, windows)
-			for i := range each {
-				each[i] = used[n.variant][i][name] - used[unprobed][i][name]
-				sums[i] += each[i]
+			cost := differences(used[n.variant][name], used[unprobed][name])
+			for i := range cost {
+				total[n.variant][i] += cost[i]
 			}
-			s.cell("CPU, "+name, n.variant, medianOf(each), "%")
+			s.cell("CPU, "+name, n.variant, medianOf(cost), "%")
 		}
-		total[n.variant] = sums
-		s.cell(nodeCPU, n.variant, medianOf(sums), "%")
-		for _, p := range programs {
-			tcp := after.tcp[p.name] - before[n.variant].tcp[p.name]
-			answered := after.answeredTCP[p.name] - before[n.variant].answeredTCP[p.name]
-			if n.variant != default1 {
-				continue
-			}
-			var m *mark
-			if p.name != "Python" {
-				m = atLeast(85)
-			}
-			s.add("TCP probes answered, "+p.name, n.variant, "", exactly(100*float64(answered)/float64(tcp)), "%", m)
-		}
+		s.cell(nodeCPU, n.variant, medianOf(total[n.variant]), "%")
 	}
 	for _, c := range []struct {
 		v, against variant
@@ -157,57 +142,81 @@ func (s *suite) comparePolicies(t *testing.T, nodes []*probedNode, windows int, 
 	} {
 		s.add(nodeCPU, c.v, c.against, medianOf(quotients(total[c.v], total[c.against])), ratio, c.m)
 	}
-	s.add("TIME_WAIT on the node and in pods", default1, plain1, exactly(timeWait[default1]/timeWait[plain1]), ratio, nil)
-	s.add("TIME_WAIT on the node and in pods", refresh1, plain1, exactly(timeWait[refresh1]/timeWait[plain1]), ratio, atMost(0.05))
 }
 
-// compareDetection lets all pods fail at the same moment, in which each is in another phase of its probes.
-func (s *suite) compareDetection(t *testing.T, nodes []*probedNode) {
-	failure := func(i int) string { return []string{stopped, erring}[i%2] }
-	limit := 0.0
+// addCensus adds what probes have done to the nodes since an earlier census, and what they leave behind.
+func (s *suite) addCensus(t *testing.T, nodes []*probedNode, before map[variant]census) {
+	t.Helper()
+	const left = "TIME_WAIT on the node and in pods"
+	timeWait := map[variant]float64{}
 	for _, n := range nodes {
-		if n.period > 0 {
-			bound := n.stated(t)
-			limit = max(limit, bound)
-			s.cell(stated, n.variant, exactly(bound), "s")
+		if n.period == 0 {
+			continue
+		}
+		c := n.census(t).since(before[n.variant])
+		add := func(measure string, value float64, unit string) { s.cell(measure, n.variant, exactly(value), unit) }
+		add("probes", float64(c.probes)/c.seconds, "/s")
+		add("failed probes", float64(c.failed), "")
+		add("connections to pods", float64(c.connections)/c.seconds, "/s")
+		add("lines in access logs", float64(c.logged)/c.seconds, "/s")
+		onNode, inPods, tracked := n.remains(t)
+		add("TIME_WAIT on the node", float64(onNode), "")
+		add("TIME_WAIT in pods", float64(inPods), "")
+		add("conntrack entries", float64(tracked), "")
+		timeWait[n.variant] = float64(onNode + inPods)
+		if n.variant != default1 {
+			continue
+		}
+		for i, m := range []*mark{atLeast(85), atLeast(85), nil} {
+			name := programs[i].name
+			answered := 100 * float64(c.answeredTCP[name]) / float64(c.tcp[name])
+			s.add("TCP probes answered, "+name, n.variant, "", exactly(answered), "%", m)
 		}
 	}
+	s.add(left, default1, plain1, exactly(timeWait[default1]/timeWait[plain1]), ratio, nil)
+	s.add(left, refresh1, plain1, exactly(timeWait[refresh1]/timeWait[plain1]), ratio, atMost(0.05))
+}
+
+// compareDetection lets all pods fail at the same moment, at any phase of their probes: half of the servers are stopped, and the others
+// answer healthPath with an error.
+func (s *suite) compareDetection(t *testing.T, nodes []*probedNode) {
+	failure := func(i int) string { return []string{stopped, erring}[i%2] }
 	failed := map[*member]time.Time{}
+	longest := 0.0
 	for _, n := range nodes {
+		if n.period == 0 {
+			continue
+		}
+		bound := n.stated(t)
+		longest = max(longest, bound)
+		s.cell(stated, n.variant, exactly(bound), "s")
 		for i, m := range n.members {
-			var err error
 			failed[m] = time.Now()
-			if failure(i) == stopped {
-				err = m.cmd.Process.Signal(unix.SIGSTOP)
-			} else {
-				err = m.fail(m)
-			}
-			if err != nil {
+			fail := map[string]func(*member) error{stopped: (*member).stop, erring: m.fail}[failure(i)]
+			if err := fail(m); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
 	s.progress("  all pods have failed")
-	time.Sleep(time.Duration(limit*float64(time.Second)) + 10*time.Second)
+	time.Sleep(time.Duration(longest*float64(time.Second)) + 10*time.Second)
 	worst := map[string]map[variant]float64{stopped: {}, erring: {}}
 	for _, n := range nodes {
-		if n.period == 0 {
-			continue
-		}
 		verdicts := n.kubelet.verdicts(t)
 		for i, m := range n.members {
 			at, ok := verdicts[Container{m.Pod.Name, httpContainer}]
-			if !ok {
-				t.Errorf("%s, %s: %s", n.variant, m.program.name, "not: "+failure(i))
-				continue
+			if !ok && n.period > 0 {
+				t.Errorf("%s, %s: not found: %s", n.variant, m.program.name, failure(i))
 			}
 			worst[failure(i)][n.variant] = max(worst[failure(i)][n.variant], at.Sub(failed[m]).Seconds())
 		}
-		for _, f := range []string{stopped, erring} {
-			s.cell(f, n.variant, exactly(worst[f][n.variant]), "s")
-		}
 	}
 	for _, f := range []string{stopped, erring} {
+		for _, n := range nodes {
+			if n.period > 0 {
+				s.cell(f, n.variant, exactly(worst[f][n.variant]), "s")
+			}
+		}
 		s.add(f, default1, plain2, exactly(worst[f][default1]/worst[f][plain2]), ratio, below(1))
 	}
 }

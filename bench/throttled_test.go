@@ -26,11 +26,12 @@ func measureThrottled(t *testing.T, s *suite) {
 			k.armPod(t, pod)
 		}
 		hosts[v] = netip.AddrPortFrom(pod.IPv4, podPort)
+		client := startWorker(t, n.NS, node.OtherCgroup)
+		client.start(t, Load{Address: hosts[v].String(), Path: largePath, Connections: 64, KeepAlive: true})
+		client.rate(t, time.Second) // until all are accepted: probes are not answered while a connection waits for long
 		if err := machine.LimitCPU(server.Pid(), "throttled-"+pod.HostIfName, 1); err != nil {
 			t.Skip(err)
 		}
-		client := startWorker(t, n.NS, node.OtherCgroup)
-		client.start(t, Load{Address: hosts[v].String(), Path: largePath, Connections: 64, KeepAlive: true})
 	}
 	prober := startWorker(t, n.NS, node.ProberCgroup)
 	before := k.counters(t)
