@@ -258,7 +258,7 @@ func (ag *agent) listen(ctx context.Context, c Config, in *inputs) error {
 	}
 	config, err := api.TLSConfig(c.API.CertFile, c.API.KeyFile, c.API.ClientCAFile)
 	if err != nil {
-		return fmt.Errorf("--api-listen %s: %w", c.API.Listen, err)
+		return err
 	}
 	listener, err := tls.Listen("tcp", c.API.Listen, config)
 	if err != nil {

@@ -72,15 +72,15 @@ func TLSConfig(certFile, keyFile, clientCAFile string) (*tls.Config, error) {
 	load := func() (*tls.Config, error) {
 		certificate, err := tls.LoadX509KeyPair(certFile, keyFile)
 		if err != nil {
-			return nil, fmt.Errorf("certificate %s, key %s: %w", certFile, keyFile, err)
+			return nil, fmt.Errorf("--api-cert-file %s, --api-key-file %s: %w", certFile, keyFile, err)
 		}
 		authority, err := os.ReadFile(clientCAFile)
 		if err != nil {
-			return nil, fmt.Errorf("client authority: %w", err)
+			return nil, fmt.Errorf("--api-client-ca-file: %w", err)
 		}
 		pool := x509.NewCertPool()
 		if !pool.AppendCertsFromPEM(authority) {
-			return nil, fmt.Errorf("client authority %s: has no certificate", clientCAFile)
+			return nil, fmt.Errorf("--api-client-ca-file %s: has no certificate", clientCAFile)
 		}
 		return &tls.Config{
 			Certificates: []tls.Certificate{certificate}, ClientCAs: pool,
