@@ -1,10 +1,12 @@
 package estimate
 
 import (
+	"encoding/json"
 	"fmt"
 	"math"
 	"os"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -170,6 +172,52 @@ func TestEstimateIsAsMeasured(t *testing.T) {
 				if mode == "answer" {
 					check("daemon", o.Load.CPU.Daemons*scale, row.daemon, .05)
 				}
+			}
+		}
+	}
+}
+
+// Estimates for all policies agree with what make bench measured on a node with thirty pods.
+func TestPoliciesAreAsMeasured(t *testing.T) {
+	type row struct {
+		Measure, Variant string
+		Value            float64
+	}
+	var rows []row
+	if err := json.Unmarshal([]byte(read(t, "../../../bench/results.json")), &rows); err != nil {
+		t.Fatal(err)
+	}
+	measured := func(measure, variant string) float64 {
+		i := slices.IndexFunc(rows, func(r row) bool { return r.Measure == measure && r.Variant == variant })
+		if i < 0 {
+			t.Fatalf("bench/results.json has no %q of %q", measure, variant)
+		}
+		return rows[i].Value
+	}
+	in, err := Read(strings.NewReader(strings.Repeat(`
+---
+kind: Pod
+metadata: {name: pod}
+spec:
+  containers:
+  - {name: container0, livenessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}}
+  - {name: container1, livenessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1}}
+`, 30)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	total, clients := Pods(in.Pods).Total, 30. // whose connections are tracked, too
+	loads := map[string]Load{"plain, 1 s": total.Without}
+	for _, o := range total.Policies {
+		loads[string(o.Policy)+", 1 s"] = o.Load
+	}
+	if len(loads) != 5 {
+		t.Fatalf("%d policies", len(loads))
+	}
+	for variant, load := range loads {
+		for measure, got := range map[string]float64{"connections to pods": load.Connections, "conntrack entries": load.Conntrack + clients} {
+			if want := measured(measure, variant); !about(got, want, .2) {
+				t.Errorf("%s, %s: %.3g estimated, %.3g measured", variant, measure, got, want)
 			}
 		}
 	}

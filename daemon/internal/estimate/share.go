@@ -166,6 +166,9 @@ func (r *run) ask(a asker, now time.Duration) (answered bool) {
 		return true
 	}
 	r.row, r.rows[a.endpoint] = 0, 0
+	if !taken && r.decider >= 0 {
+		r.rows[r.decider] = 0 // a connection that reaches the pod
+	}
 	if e.answerable {
 		r.learn(a.endpoint, now)
 	}
@@ -182,11 +185,9 @@ func (r *run) learnAccepted(i int, now time.Duration) {
 
 // taken reports whether a connection that begins now is taken.
 func (r *run) taken(now time.Duration) bool {
-	if r.row >= r.limit {
-		return false
-	}
 	if r.decider >= 0 {
-		return r.believes(r.decider, now)
+		byTraffic := r.endpoints[r.decider].traffic > 0 && r.known[r.decider].until > 0
+		return r.believes(r.decider, now) && (r.row < r.limit || byTraffic)
 	}
 	for i := range r.endpoints {
 		if r.believes(i, now) {
@@ -202,10 +203,10 @@ func (r *run) believes(i int, now time.Duration) bool {
 	if k.learnedAt <= now {
 		k.until = k.thenUntil
 	}
-	if !e.answerable {
+	if !e.answerable || e.traffic > 0 && r.rows[i] >= e.traffic {
 		return false
 	}
-	return now < k.until || e.traffic > 0 && k.until > 0 && r.rows[i] < e.traffic
+	return now < k.until || e.traffic > 0 && k.until > 0
 }
 
 func (r *run) learn(i int, now time.Duration) {

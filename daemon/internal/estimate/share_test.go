@@ -120,6 +120,8 @@ func TestSharesAreTheSimulations(t *testing.T) {
 	one, two := time.Second, 3*time.Second
 	sidecar := tcp(probe.Liveness, usually)
 	sidecar.Container = "sidecar"
+	traffic := defaults(1, false)
+	traffic.Liveness = probe.LivenessByTraffic
 	for name, test := range map[string]struct {
 		defaults probe.Defaults
 		live     int
@@ -140,6 +142,9 @@ func TestSharesAreTheSimulations(t *testing.T) {
 		"HTTP and TCP":                      {defaults(1, false), 9, []probe.Spec{get(probe.Readiness, "/x", usually), tcp(probe.Liveness, usually)}},
 		"HTTP and TCP, periods of 3 and 10": {defaults(1, false), 9, []probe.Spec{get(probe.Readiness, "/x", two), tcp(probe.Liveness, usually)}},
 		"HTTP on two paths and TCP":         {defaults(1, false), 9, []probe.Spec{get(probe.Readiness, "/x", usually), get(probe.Liveness, "/y", usually), sidecar}},
+		"liveness by HTTP, traffic":         {traffic, 9, []probe.Spec{get(probe.Liveness, "/x", usually)}},
+		"liveness by both, traffic":         {traffic, 9, []probe.Spec{get(probe.Liveness, "/x", usually), sidecar}},
+		"HTTP and TCP, traffic":             {traffic, 9, []probe.Spec{get(probe.Liveness, "/x", usually), tcp(probe.Readiness, usually)}},
 		"HTTP and TCP, refresh":             {defaults(1, true), 9, []probe.Spec{get(probe.Readiness, "/x", usually), tcp(probe.Liveness, usually)}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -153,7 +158,7 @@ func TestSharesAreTheSimulations(t *testing.T) {
 				w, r := share(specs, limit)
 				want, refreshes = want+w/float64(len(queues)), refreshes+r/float64(len(queues))
 			}
-			got := simulated(simulate.Config{Probes: test.probes, Live: test.live, Defaults: test.defaults})
+			got := simulated(simulate.Config{Probes: test.probes, Live: test.live, Defaults: test.defaults, Clients: time.Second})
 			if math.Abs(want-got.HitRate()) > .02 {
 				t.Errorf("%.4f answered, simulated %.4f", want, got.HitRate())
 			}
