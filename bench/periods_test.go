@@ -157,7 +157,7 @@ func (s *suite) addCensus(t *testing.T, nodes []*probedNode, before map[variant]
 		add := func(measure string, value float64, unit string) { s.cell(measure, n.variant, exactly(value), unit) }
 		add("probes", float64(c.probes)/c.seconds, "/s")
 		add("failed probes", float64(c.failed), "")
-		add("connections to pods", float64(c.connections)/c.seconds, "/s")
+		add(connections, float64(c.connections)/c.seconds, "/s")
 		add("lines in access logs", float64(c.logged)/c.seconds, "/s")
 		onNode, inPods, tracked := n.remains(t)
 		add("TIME_WAIT on the node", float64(onNode), "")

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"html"
 	"math"
+	"slices"
 	"strings"
 )
 
@@ -69,81 +70,134 @@ func plotRow(add func(string, ...any), r row, y float64) {
 	add(`<line x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f" stroke="%s" stroke-width="2"/>`, low, y, high, y, colour)
 	add(`%s fill="%s"/>`, dot, colour)
 	add(`<text x="%d" y="%.1f">%s</text>`, plotWidth-plotRight+12, y+4,
-		html.EscapeString(fmt.Sprintf("%s %s, mark %s", number(r.Value), r.Unit, r.Mark)))
+		html.EscapeString(fmt.Sprintf("%s, mark %s", r.value(), r.Mark)))
 }
 
 // Measures of policies that the plot shows.
 const (
-	nodeCPU = "CPU of the node"
-	stopped = "detection of a stopped server, worst"
-	erring  = "detection of an error of the health path alone, worst"
-	stated  = "detection of any silent failure, stated"
+	nodeCPU     = "CPU of the node"
+	connections = "connections to pods"
+	stopped     = "detection of a stopped server, worst"
+	erring      = "detection of an error of the health path alone, worst"
+	stated      = "detection of any silent failure, stated"
 )
 
-// Layout of the plot of policies, in pixels, and the ends of its logarithmic axis of delays, in seconds.
+// Layout of the plot of policies, in pixels: two panels with a common axis of delays, whose ends are in seconds.
 const (
-	policyLeft, policyRight, policyTop, policyBottom = 70, 700, 70, 410
-	delayMin, delayMax                               = 2, 100
+	panelLeft, panelWidth, panelApart, panelTop, panelBottom = 60, 465, 70, 70, 410
+	delayMin, delayMax                                       = 2, 100
 )
 
+// delayY returns the position of a delay on its logarithmic axis.
 func delayY(seconds float64) float64 {
 	within := min(max(seconds, delayMin), delayMax)
-	return policyBottom - math.Log(within/delayMin)/math.Log(delayMax/delayMin)*(policyBottom-policyTop)
+	return panelBottom - math.Log(within/delayMin)/math.Log(delayMax/delayMin)*(panelBottom-panelTop)
 }
 
-// plotPolicies draws the delay in detecting a failure against the cost of probing, with a dot per policy; nil if there are none.
+// policyDots are the policies of the plot with the longest delays measured and stated, in seconds.
+type policyDots struct {
+	policies        []variant
+	measured, bound map[variant]float64
+}
+
+// panel is a part of the plot: delays against a measure of cost.
+type panel struct {
+	policyDots
+	left       int // pixels
+	measure    string
+	label      string
+	cost       map[variant]float64
+	step, most float64 // of its axis
+}
+
+// costs sets the panel's costs and its axis.
+func (p *panel) costs(rows []row) {
+	p.cost = map[variant]float64{}
+	for _, r := range rows {
+		if r.cell && r.Measure == p.measure {
+			p.cost[r.Variant] = r.Value
+			p.most = max(p.most, r.Value)
+		}
+	}
+	p.step = math.Pow(10, math.Floor(math.Log10(p.most)))
+	if p.most > 5*p.step {
+		p.step *= 2
+	}
+	p.most = p.step * math.Ceil(p.most*1.2/p.step) // leaves room for the last name
+}
+
+func (p *panel) x(cost float64) float64 { return float64(p.left) + max(cost, 0)/p.most*panelWidth }
+
+// plotPolicies draws the delay in detecting a failure against two measures of the cost of probing, with a dot per policy; nil if there
+// are none.
 func plotPolicies(rows []row) []byte {
-	cost, delay, bound := map[variant]float64{}, map[variant]float64{}, map[variant]float64{}
-	var policies []variant
-	most := 0.0
+	dots := policyDots{measured: map[variant]float64{}, bound: map[variant]float64{}}
 	for _, r := range rows {
 		switch {
 		case !r.cell:
-		case r.Measure == nodeCPU:
-			cost[r.Variant] = r.Value
-			most = max(most, r.Value)
 		case r.Measure == stopped, r.Measure == erring:
-			delay[r.Variant] = max(delay[r.Variant], r.Value)
+			dots.measured[r.Variant] = max(dots.measured[r.Variant], r.Value)
 		case r.Measure == stated:
-			bound[r.Variant] = r.Value
-			policies = append(policies, r.Variant)
+			dots.bound[r.Variant] = r.Value
+			dots.policies = append(dots.policies, r.Variant)
 		}
 	}
-	if policies == nil {
+	if dots.policies == nil {
 		return nil
 	}
-	step := math.Pow(10, math.Floor(math.Log10(most)))
-	if most < 5*step {
-		step /= 2
-	}
-	end := step * math.Ceil(most*1.05/step)
-	costX := func(c float64) float64 { return policyLeft + max(c, 0)/end*(policyRight-policyLeft) }
-
 	var out bytes.Buffer
 	add := func(format string, a ...any) { fmt.Fprintf(&out, format+"\n", a...) }
-	add(`<svg xmlns="http://www.w3.org/2000/svg" width="840" height="470" viewBox="0 0 840 470" font-family="sans-serif" font-size="12">`)
+	add(`<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="470" viewBox="0 0 %[1]d 470" font-family="sans-serif" font-size="12">`, plotWidth)
 	add(`<rect width="100%%" height="100%%" fill="white"/>`)
 	add(`<text x="10" y="24" font-size="16" font-weight="bold">How soon failures are detected, and what probing costs</text>`)
 	add(`<text x="10" y="44" fill="#555">dots: longest delay measured, dashes: longest delay stated; nearer to the lower left corner is better</text>`)
-	for c := 0.0; c <= end+step/2; c += step {
-		add(`<line x1="%.1f" y1="%d" x2="%.1[1]f" y2="%d" stroke="#ddd"/>`, costX(c), policyTop, policyBottom)
-		add(`<text x="%.1f" y="%d" text-anchor="middle">%s</text>`, costX(c), policyBottom+18, short(c))
-	}
-	for _, d := range []float64{2, 5, 10, 20, 50, 100} {
-		add(`<line x1="%d" y1="%.1f" x2="%d" y2="%.1[2]f" stroke="#ddd"/>`, policyLeft, delayY(d), policyRight)
-		add(`<text x="%d" y="%.1f" text-anchor="end">%s s</text>`, policyLeft-8, delayY(d)+4, short(d))
-	}
-	add(`<text x="%d" y="%d" text-anchor="middle">%s: kubelet, daemon and servers, %% of a core</text>`, (policyLeft+policyRight)/2, policyBottom+40, nodeCPU)
-	for _, v := range policies {
-		x, y, colour := costX(cost[v]), delayY(delay[v]), "#b5471b"
-		if strings.HasPrefix(string(v), "plain") {
-			colour = "#1f5fa8"
-		}
-		add(`<line x1="%.1f" y1="%.1f" x2="%.1[1]f" y2="%.1f" stroke="%s"/>`, x, y, delayY(bound[v]), colour)
-		add(`<line x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1[2]f" stroke="%s" stroke-width="2"/>`, x-5, delayY(bound[v]), x+5, colour)
-		add(`<circle cx="%.1f" cy="%.1f" r="5" fill="%s"/>`, x, y, colour)
-		add(`<text x="%.1f" y="%.1f" fill="%s">%s</text>`, x+9, y+4, colour, html.EscapeString(string(v)))
+	for i, p := range []*panel{
+		{measure: nodeCPU, label: "CPU of kubelet, daemon and servers, % of a core"},
+		{measure: connections, label: "connections that reach the pods, per second"},
+	} {
+		p.policyDots, p.left = dots, panelLeft+i*(panelWidth+panelApart)
+		p.costs(rows)
+		p.draw(add)
 	}
 	add("</svg>")
 	return out.Bytes()
+}
+
+func (p *panel) draw(add func(string, ...any)) {
+	const line = `<line x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f" stroke="%s"/>`
+	right := p.x(p.most)
+	for c := 0.0; c <= p.most+p.step/2; c += p.step {
+		add(line, p.x(c), float64(panelTop), p.x(c), float64(panelBottom), "#ddd")
+		add(`<text x="%.1f" y="%d" text-anchor="middle">%s</text>`, p.x(c), panelBottom+18, short(c))
+	}
+	for _, d := range []float64{2, 5, 10, 20, 50, 100} {
+		add(line, p.x(0), delayY(d), right, delayY(d), "#ddd")
+		add(`<text x="%.1f" y="%.1f" text-anchor="end">%s s</text>`, p.x(0)-8, delayY(d)+4, short(d))
+	}
+	add(`<text x="%.1f" y="%d" text-anchor="middle">%s</text>`, (p.x(0)+right)/2, panelBottom+40, html.EscapeString(p.label))
+	for _, v := range p.policies {
+		x, y, bound, colour := p.x(p.cost[v]), delayY(p.measured[v]), delayY(p.bound[v]), "#b5471b"
+		if strings.HasPrefix(string(v), "plain") {
+			colour = "#1f5fa8"
+		}
+		add(line, x, y, x, bound, colour)
+		add(line, x-5, bound, x+5, bound, colour)
+		add(`<circle cx="%.1f" cy="%.1f" r="5" fill="%s"/>`, x, y, colour)
+		anchor, at, base := "start", x+9, y+4
+		switch crowded := p.crowded(x, y); {
+		case crowded && x-p.x(0) < 80:
+			base = y - 6
+		case crowded:
+			anchor, at = "end", x-9
+		}
+		add(`<text x="%.1f" y="%.1f" text-anchor="%s" fill="%s">%s</text>`, at, base, anchor, colour, html.EscapeString(string(v)))
+	}
+}
+
+// crowded reports whether a dot's name would cover a neighbour on its right.
+func (p *panel) crowded(x, y float64) bool {
+	return slices.ContainsFunc(p.policies, func(v variant) bool {
+		right := p.x(p.cost[v]) - x
+		return right > 0 && right < 100 && math.Abs(delayY(p.measured[v])-y) < 14
+	})
 }

@@ -44,6 +44,9 @@ func (m mark) strain(value float64) float64 {
 	if m.Sign == "≥" {
 		return m.Limit / value
 	}
+	if m.Limit == 0 && value == 0 {
+		return 0
+	}
 	return value / m.Limit
 }
 
@@ -98,6 +101,9 @@ func rounded(value float64) float64 {
 
 func number(value float64) string { return strconv.FormatFloat(value, 'f', -1, 64) }
 
+// value returns the value with its unit, if it has one.
+func (r row) value() string { return strings.TrimSpace(number(r.Value) + " " + r.Unit) }
+
 var columns = []string{"MEASURE", "VARIANT", "AGAINST", "VALUE", "95 % INTERVAL", "MARK", "MET", "ROUNDS"}
 
 func (r row) cells() []string {
@@ -112,7 +118,7 @@ func (r row) cells() []string {
 		holds = "MISSED"
 	}
 	return []string{
-		r.Measure, string(r.Variant), string(against), number(r.Value) + " " + r.Unit, number(r.Low) + " to " + number(r.High), limit, holds,
+		r.Measure, string(r.Variant), string(against), r.value(), number(r.Low) + " to " + number(r.High), limit, holds,
 		strconv.Itoa(r.Rounds),
 	}
 }

@@ -23,6 +23,7 @@ func TestMark(t *testing.T) {
 	}{
 		{atMost(2), 1.9, true}, {atMost(2), 2, true}, {atMost(2), 2.1, false},
 		{below(2), 1.9, true}, {below(2), 2, false}, {below(2), 2.1, false},
+		{atMost(0), 0, true}, {atMost(0), 0.1, false},
 		{atLeast(2), 1.9, false}, {atLeast(2), 2, true}, {atLeast(2), 2.1, true},
 	} {
 		if got := test.mark.holds(test.value); got != test.holds {
@@ -116,7 +117,7 @@ func matrix() *results {
 		{nodeCPU, "none & nothing", 0, "%"},
 		{nodeCPU, "plain, 1 s", 6.5812, "%"}, {stopped, "plain, 1 s", 4.1, "s"}, {erring, "plain, 1 s", 3, "s"}, {stated, "plain, 1 s", 4, "s"},
 		{nodeCPU, "default, 1 s", 0.66, "%"}, {stopped, "default, 1 s", 5.123, "s"}, {erring, "default, 1 s", 1234.5, "s"}, {stated, "default, 1 s", 5.5, "s"},
-		{"probes", "default, 1 s", 60, ""},
+		{connections, "default, 1 s", 60, ""},
 	} {
 		row := newRow(c.measure, c.v, "", exactly(c.value), c.unit, nil)
 		row.section, row.cell = "Section of tax", true
@@ -133,7 +134,7 @@ func TestMatrix(t *testing.T) {
 | detection of a stopped server, worst (s) | - | 4.1 | 5.12 |
 | detection of an error of the health path alone, worst (s) | - | 3 | 1234 |
 | detection of any silent failure, stated (s) | - | 4 | 5.5 |
-| probes | - | - | 60 |
+| connections to pods | - | - | 60 |
 
 ## Section of delay
 `
@@ -152,8 +153,8 @@ func TestPlotPolicies(t *testing.T) {
 		t.Errorf("a picture of no policies: %s", picture)
 	}
 	elements := draw(t, plotPolicies(matrix().rows))
-	if elements["circle"] != 2 {
-		t.Errorf("the plot has %v, want two dots", elements)
+	if elements["circle"] != 2*2 {
+		t.Errorf("the plot has %v, want two dots in each of two panels", elements)
 	}
 }
 
@@ -198,6 +199,9 @@ func TestWrite(t *testing.T) {
 func draw(t *testing.T, picture []byte) map[string]int {
 	t.Helper()
 	elements := map[string]int{}
+	if bytes.Contains(picture, []byte("%!")) {
+		t.Errorf("bad formats: %s", picture)
+	}
 	for d := xml.NewDecoder(bytes.NewReader(picture)); ; {
 		token, err := d.Token()
 		if errors.Is(err, io.EOF) {
