@@ -276,7 +276,7 @@ func (n *probedNode) awaitServing(t *testing.T) {
 				break
 			}
 			if time.Now().After(deadline) {
-				t.Fatalf("%s, %s: %v", n.variant, m.program.name, err)
+				t.Fatalf("%s, %s: %v", n.variant, m.name, err)
 			}
 			time.Sleep(50 * time.Millisecond)
 		}
@@ -350,8 +350,8 @@ func (n *probedNode) census(t *testing.T) census {
 			c.probes += o.Probes
 			c.failed += o.Failed
 		}
-		c.tcp[m.program.name] += outcomes[Container{m.Pod.Name, tcpContainer}].Probes
-		programs[node.Namespace+"/"+m.Pod.Name] = m.program.name
+		c.tcp[m.name] += outcomes[Container{m.Pod.Name, tcpContainer}].Probes
+		programs[node.Namespace+"/"+m.Pod.Name] = m.name
 	}
 	if n.flags == nil {
 		return c

@@ -206,7 +206,7 @@ func (s *suite) compareDetection(t *testing.T, nodes []*probedNode) {
 		for i, m := range n.members {
 			at, ok := verdicts[Container{m.Pod.Name, httpContainer}]
 			if !ok && n.period > 0 {
-				t.Errorf("%s, %s: not found: %s", n.variant, m.program.name, failure(i))
+				t.Errorf("%s, %s: not found: %s", n.variant, m.name, failure(i))
 			}
 			worst[failure(i)][n.variant] = max(worst[failure(i)][n.variant], at.Sub(failed[m]).Seconds())
 		}
