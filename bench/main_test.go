@@ -95,6 +95,9 @@ func TestMarks(t *testing.T) {
 			m.measure(t, s)
 		})
 	}
+	if s.section == "" {
+		t.Fatal("no such part: ", flag.Lookup("test.run").Value)
+	}
 	if err := s.print(os.Stdout); err != nil {
 		t.Error(err)
 	}

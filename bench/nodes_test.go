@@ -397,28 +397,17 @@ func (n *probedNode) remains(t *testing.T) (onNode, inPods, tracked int) {
 	return len(sockets), inPods, tracked
 }
 
-// stated returns the longest time from the start of a failure to the kubelet's verdict, in seconds.
-func (n *probedNode) stated(t *testing.T) float64 {
+// stated returns the longest times from the start of a failure to the verdict of the HTTP probe, in seconds.
+func (n *probedNode) stated(t *testing.T) map[string]float64 {
 	t.Helper()
 	if n.flags == nil {
-		return float64(threshold*n.period) + timeout.Seconds()
+		plain := float64(threshold*n.period) + timeout.Seconds()
+		return map[string]float64{stopped: plain, erring: plain}
 	}
-	s, err := n.Status()
-	if err != nil {
-		t.Fatal(err)
+	e, err := n.Endpoint(n.members[0].Pod, podPort, healthPath)
+	if err != nil || len(e.Probes) != 1 {
+		t.Fatalf("%s: no bound is stated: %v, %+v", n.variant, err, e)
 	}
-	worst := 0.0
-	for _, a := range s.Attachments {
-		for _, e := range a.Endpoints {
-			for _, p := range e.Probes {
-				if e.Path != "" {
-					worst = max(worst, p.WorstDetection)
-				}
-			}
-		}
-	}
-	if worst == 0 {
-		t.Fatalf("%s: no bound is stated", n.variant)
-	}
-	return worst
+	p := e.Probes[0]
+	return map[string]float64{stopped: p.WorstDetectionPlain + max(e.StalenessBound, e.TrafficWindow), erring: p.WorstDetection}
 }

@@ -36,7 +36,7 @@ func plot(rows []row) []byte {
 	add(`<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %[1]d %[2]d" font-family="sans-serif" font-size="12">`, plotWidth, bottom+40)
 	add(`<rect width="100%%" height="100%%" fill="white"/>`)
 	add(`<text x="10" y="24" font-size="16" font-weight="bold">Measurements and their marks</text>`)
-	add(`<text x="10" y="44" fill="#555">left of the line: met (dot); right of it: missed (square); bars: 95 %% intervals; logarithmic scale</text>`)
+	add(`<text x="10" y="44" fill="#555">value ÷ mark, or mark ÷ value for ≥ (logarithmic); left of the line: met (dot), right of it: missed (square); beyond the scale: at its end (◂ ▸); bars: 95 %% intervals</text>`)
 	for _, strain := range []float64{0.1, 0.2, 0.5, 1, 2, 5, 10} {
 		colour := "#ddd"
 		if strain == 1 {
@@ -69,6 +69,12 @@ func plotRow(add func(string, ...any), r row, y float64) {
 	}
 	add(`<line x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f" stroke="%s" stroke-width="2"/>`, low, y, high, y, colour)
 	add(`%s fill="%s"/>`, dot, colour)
+	switch strain := r.Mark.strain(r.Value); {
+	case strain < strainMin:
+		add(`<text x="%.1f" y="%.1f" text-anchor="end" fill="%s">◂</text>`, x-4, y+4, colour)
+	case strain > strainMax:
+		add(`<text x="%.1f" y="%.1f" fill="%s">▸</text>`, x+5, y+4, colour)
+	}
 	add(`<text x="%d" y="%.1f">%s</text>`, plotWidth-plotRight+12, y+4,
 		html.EscapeString(fmt.Sprintf("%s, mark %s", r.value(), r.Mark)))
 }
@@ -77,9 +83,10 @@ func plotRow(add func(string, ...any), r row, y float64) {
 const (
 	nodeCPU     = "CPU of the node"
 	connections = "connections to pods"
-	stopped     = "detection of a stopped server, worst"
-	erring      = "detection of an error of the health path alone, worst"
-	stated      = "detection of any silent failure, stated"
+	stopped     = "a stopped server is detected"
+	erring      = "an error of the health path alone is detected"
+	longest     = ", longest measured"
+	stated      = ", longest stated"
 )
 
 // Layout of the plot of policies, in pixels: two panels with a common axis of delays, whose ends are in seconds.
@@ -135,10 +142,12 @@ func plotPolicies(rows []row) []byte {
 	for _, r := range rows {
 		switch {
 		case !r.cell:
-		case r.Measure == stopped, r.Measure == erring:
+		case strings.HasSuffix(r.Measure, longest):
 			dots.measured[r.Variant] = max(dots.measured[r.Variant], r.Value)
-		case r.Measure == stated:
-			dots.bound[r.Variant] = r.Value
+		case strings.HasSuffix(r.Measure, stated):
+			dots.bound[r.Variant] = max(dots.bound[r.Variant], r.Value)
+		}
+		if r.cell && r.Measure == stopped+stated {
 			dots.policies = append(dots.policies, r.Variant)
 		}
 	}
@@ -150,7 +159,7 @@ func plotPolicies(rows []row) []byte {
 	add(`<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="470" viewBox="0 0 %[1]d 470" font-family="sans-serif" font-size="12">`, plotWidth)
 	add(`<rect width="100%%" height="100%%" fill="white"/>`)
 	add(`<text x="10" y="24" font-size="16" font-weight="bold">How soon failures are detected, and what probing costs</text>`)
-	add(`<text x="10" y="44" fill="#555">dots: longest delay measured, dashes: longest delay stated; nearer to the lower left corner is better</text>`)
+	add(`<text x="10" y="44" fill="#555">time until a restart (logarithmic); dots: longest measured of two kinds of failure, dashes: longest stated; lower left is better</text>`)
 	for i, p := range []*panel{
 		{measure: nodeCPU, label: "CPU of kubelet, daemon and servers, % of a core"},
 		{measure: connections, label: "connections that reach the pods, per second"},
@@ -186,7 +195,7 @@ func (p *panel) draw(add func(string, ...any)) {
 		anchor, at, base := "start", x+9, y+4
 		switch crowded := p.crowded(x, y); {
 		case crowded && x-p.x(0) < 80:
-			base = y - 6
+			base = bound + 4 // beside its dash
 		case crowded:
 			anchor, at = "end", x-9
 		}
@@ -198,6 +207,7 @@ func (p *panel) draw(add func(string, ...any)) {
 func (p *panel) crowded(x, y float64) bool {
 	return slices.ContainsFunc(p.policies, func(v variant) bool {
 		right := p.x(p.cost[v]) - x
-		return right > 0 && right < 100 && math.Abs(delayY(p.measured[v])-y) < 14
+		near := func(delay float64) bool { return math.Abs(delayY(delay)-y) < 14 }
+		return right > 0 && right < 100 && (near(p.measured[v]) || near(p.bound[v]))
 	})
 }

@@ -117,8 +117,12 @@ func (r row) cells() []string {
 	if r.missed() {
 		holds = "MISSED"
 	}
+	interval := number(r.Low) + " to " + number(r.High)
+	if r.Rounds == 1 {
+		interval = "-"
+	}
 	return []string{
-		r.Measure, string(r.Variant), string(against), r.value(), number(r.Low) + " to " + number(r.High), limit, holds,
+		r.Measure, string(r.Variant), string(against), r.value(), interval, limit, holds,
 		strconv.Itoa(r.Rounds),
 	}
 }

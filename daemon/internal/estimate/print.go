@@ -190,7 +190,11 @@ func (o Outcome) later() string {
 		return "none, since nothing is answered"
 	}
 	text := strings.Join(all, ", ")
-	if o.Policy == Traffic {
+	switch {
+	case o.Policy != Traffic:
+	case o.ByTraffic == 0:
+		text += "; traffic is evidence for none of these probes, so nothing changes"
+	default:
 		text += "; a probe that would time out while the pod serves other requests is not a failure then"
 	}
 	return text

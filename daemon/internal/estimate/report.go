@@ -92,7 +92,9 @@ type Outcome struct {
 	AnsweredByKind map[probe.Kind]float64 `json:"answeredByKind"`
 	// Refreshes is the number of the daemon's own requests per second.
 	Refreshes float64 `json:"refreshesPerSecond"`
-	Load      Load    `json:"load"`
+	// ByTraffic counts the endpoints that the pods' traffic may vouch for.
+	ByTraffic int  `json:"endpointsByTraffic"`
+	Load      Load `json:"load"`
 	// Delays has the longest delay of detection for each kind that is answered.
 	Delays []Delay `json:"delays"`
 }
@@ -317,6 +319,9 @@ func (s *sum) add(policy int, p pod, spec probe.EndpointSpec, answered map[probe
 		if share > 0 {
 			o.delay(p, spec, d)
 		}
+	}
+	if spec.Traffic > 0 {
+		o.ByTraffic++
 	}
 	o.Refreshes += refreshes
 	o.Load.plus(refreshes, refreshed(c))

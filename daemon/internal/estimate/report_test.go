@@ -216,3 +216,21 @@ func TestGroups(t *testing.T) {
 		t.Errorf("%+v", d)
 	}
 }
+
+// The report says whether the pods' traffic is evidence for any of their probes.
+func TestTrafficThatChangesNothing(t *testing.T) {
+	const http, tcp = "httpGet: {path: /x, port: 80}, periodSeconds: 10", "tcpSocket: {port: 80}, periodSeconds: 10"
+	for probes, want := range map[string]string{
+		"livenessProbe: {" + http + "}":                                "is not a failure then",
+		"livenessProbe: {" + http + "}, readinessProbe: {" + tcp + "}": "so nothing changes",
+		"readinessProbe: {" + http + "}":                               "so nothing changes",
+	} {
+		r := reportOf(t, podText("a", "", "nodeName: n", "", probes))
+		if o := policy(t, r.Total, Traffic); !strings.Contains(o.later(), want) || (want == "so nothing changes") != (o.ByTraffic == 0) {
+			t.Errorf("%s: %q, %d by traffic, want %q", probes, o.later(), o.ByTraffic, want)
+		}
+		if text := policy(t, r.Total, Default).later(); strings.Contains(text, "nothing changes") {
+			t.Errorf("%s: by default %q", probes, text)
+		}
+	}
+}

@@ -29,9 +29,11 @@ type EndpointStatus struct {
 	Hits           int     `json:"hits"`
 	WhyNotAnswered string  `json:"whyNotAnswered"`
 	Probes         []struct {
-		Type           string  `json:"type"`
-		WorstDetection float64 `json:"worstDetectionSeconds"`
+		WorstDetection      float64 `json:"worstDetectionSeconds"`
+		WorstDetectionPlain float64 `json:"worstDetectionPlainSeconds"`
 	} `json:"probes"`
+	StalenessBound float64 `json:"stalenessBoundSeconds"`
+	TrafficWindow  float64 `json:"trafficWindowSeconds"`
 }
 
 // States of an endpoint. Absent stands for an endpoint that probeletctl does not list.
