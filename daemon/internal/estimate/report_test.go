@@ -225,7 +225,7 @@ func TestTrafficThatChangesNothing(t *testing.T) {
 		"livenessProbe: {" + http + "}, readinessProbe: {" + tcp + "}": "so nothing changes",
 		"readinessProbe: {" + http + "}":                               "so nothing changes",
 	} {
-		r := reportOf(t, podText("a", "", "nodeName: n", "", probes))
+		r := reportOf(t, podText("a", "", "nodeName: n1", "", probes))
 		if o := policy(t, r.Total, Traffic); !strings.Contains(o.later(), want) || (want == "so nothing changes") != (o.ByTraffic == 0) {
 			t.Errorf("%s: %q, %d by traffic, want %q", probes, o.later(), o.ByTraffic, want)
 		}
