@@ -129,8 +129,8 @@ struct tally {
 	 */
 	__u32 answered;
 	/*
-	 * KIND_PORT: when the pod's SYN-ACK to a prober was seen, in us of CLOCK_MONOTONIC; 0: that connection is known
-	 * to have been accepted, or there was none.
+	 * KIND_PORT: when the pod's SYN-ACK to a prober or the daemon was seen, in us of CLOCK_MONOTONIC; 0: that
+	 * connection is known to have been accepted, or there was none.
 	 */
 	__u64 connected_at;
 	__u64 connected_to; /* KIND_PORT: the listening socket that sent it, as an address in kernel memory */

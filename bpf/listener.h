@@ -222,10 +222,11 @@ static __always_inline __u32 answers_max(const struct listener *l)
 /*
  * Returns what keeps a probe from being answered, or 0. A TCP probe that may be answered is counted.
  *
- * The count restarts once a prober's connection is known to have been accepted. Its SYN-ACK alone proves nothing about
- * the process, since the kernel sends it. But if both queues of the socket that sent it are empty, the connection has
- * left them. The same holds if the SYN-ACK was sent LISTENER_WAIT_US ago and nothing in the queue is that old, because
- * connections are accepted in order of arrival. connected_at is that of the port, read before the queues.
+ * The count restarts once a connection of a prober, or of the daemon's, is known to have been accepted. Its SYN-ACK
+ * alone proves nothing about the process, since the kernel sends it. But if both queues of the socket that sent it are
+ * empty, the connection has left them. The same holds if the SYN-ACK was sent LISTENER_WAIT_US ago and nothing in the
+ * queue is that old, because connections are accepted in order of arrival. connected_at is that of the port, read
+ * before the queues.
  */
 static __always_inline enum obstacle judge(const struct listener *l, struct tally *port, __u64 connected_at,
 					   bool is_tcp)
@@ -317,8 +318,9 @@ static __always_inline struct tally *note_answered(const struct segment *seg, co
 }
 
 /*
- * Notes that the pod's kernel has answered a prober's SYN, so that judge can tell whether the connection is accepted. A
- * netfilter rule, a program or a bound socket may have led it to a different socket than the one that steer finds.
+ * Notes that the pod's kernel has answered a SYN of a prober, or of the daemon, so that judge can tell whether the
+ * connection is accepted. A netfilter rule, a program or a bound socket may have led it to a different socket than the
+ * one that steer finds.
  */
 static __always_inline void note_connected(struct __sk_buff *skb, const struct segment *seg, const struct flow *flow)
 {

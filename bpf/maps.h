@@ -108,10 +108,10 @@ struct {
 } pod_netns SEC(".maps");
 
 /*
- * key: addresses, ports and device of a prober's connection; value: its state. Created by steer at a SYN, read and
- * changed by steer and observe, removed by them when the connection ends, or by sweep after its deadline or once its
- * device is detached. Not an LRU: new connections must not evict one that was handed over. When it is full, connections
- * are passed on unobserved.
+ * key: addresses, ports and device of a connection of a prober, or of the daemon's; value: its state. Created by steer
+ * at a SYN, read and changed by steer and observe, removed by them when the connection ends, or by sweep after its
+ * deadline or once its device is detached. Not an LRU: new connections must not evict one that was handed over. When it
+ * is full, connections are passed on unobserved.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

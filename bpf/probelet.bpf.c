@@ -339,6 +339,22 @@ static __always_inline void note_mtu(struct __sk_buff *skb, const struct segment
 		device->pod_mtu = mtu;
 }
 
+/* Returns a flow that begins with this SYN, in the scratch memory. It is not in the map yet. */
+static __always_inline struct flow *new_flow(const struct segment *seg, const struct device *device,
+					     struct scratch *scratch, __u64 owner, enum flow_state state)
+{
+	struct flow *flow = &scratch->flow;
+
+	__builtin_memset(flow, 0, sizeof(*flow));
+	flow->owner = owner;
+	flow->client_isn = seg->seq;
+	flow->state = state;
+	flow->generation = device->generation;
+	flow->started_at = bpf_ktime_get_boot_ns();
+	flow->deadline = flow->started_at + CONNECTING_NS;
+	return flow;
+}
+
 /* Decides, once and for all, whether a prober's new connection is taken. */
 static __always_inline int decide(struct __sk_buff *skb, const struct segment *seg, __u64 cookie)
 {
@@ -353,12 +369,7 @@ static __always_inline int decide(struct __sk_buff *skb, const struct segment *s
 
 	if (!device || !scratch)
 		return PASS;
-	flow = &scratch->flow;
-	__builtin_memset(flow, 0, sizeof(*flow));
-	flow->owner = cookie;
-	flow->client_isn = seg->seq;
-	flow->state = FLOW_OBSERVING;
-	flow->generation = device->generation;
+	flow = new_flow(seg, device, scratch, cookie, FLOW_OBSERVING);
 	if (device->hook == HOOK_XDP)
 		flow->flags = FLOW_XDP;
 	key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_PORT, 0);
@@ -373,17 +384,16 @@ static __always_inline int decide(struct __sk_buff *skb, const struct segment *s
 		count(COUNT_PASSED_NOT_PARSABLE);
 		return PASS;
 	}
-	flow->started_at = bpf_ktime_get_boot_ns();
 	taken = may_take(skb, seg, device, flow, &port, tally, withdrawn);
 	if (taken) {
 		flow->state = FLOW_TAKEN;
 		flow->our_isn = bpf_get_prandom_u32();
 		flow->evidence_at = port.observed_at;
+		flow->deadline = flow->started_at + TAKEN_NS;
 		limit_mss(seg, device, flow);
-	}
-	if (!taken)
+	} else {
 		flow->flags &= ~FLOW_BY_TRAFFIC;
-	flow->deadline = flow->started_at + (taken ? TAKEN_NS : CONNECTING_NS);
+	}
 	if (!add_flow(&seg->flow, flow)) {
 		if (flow->flags & FLOW_TRIAL) /* the trial did not take place */
 			__sync_val_compare_and_swap(&device->trial_at, flow->started_at, 0);
@@ -407,22 +417,12 @@ static __always_inline void follow_own(const struct segment *seg, __u64 cookie)
 	struct device *device = bpf_map_lookup_elem(&devices, &seg->flow.ifindex);
 	struct scratch *scratch = get_scratch();
 	struct endpoint_key key;
-	struct flow *flow;
 
 	if (!sees_listeners || !device || !scratch)
 		return;
 	key = endpoint(seg->flow.ifindex, device->generation, seg->flow.pod_port, KIND_TCP, 0);
-	if (!bpf_map_lookup_elem(&endpoint_evidence, &key))
-		return;
-	flow = &scratch->flow;
-	__builtin_memset(flow, 0, sizeof(*flow));
-	flow->owner = cookie;
-	flow->client_isn = seg->seq;
-	flow->state = FLOW_OWN;
-	flow->generation = device->generation;
-	flow->started_at = bpf_ktime_get_boot_ns();
-	flow->deadline = flow->started_at + CONNECTING_NS;
-	add_flow(&seg->flow, flow);
+	if (bpf_map_lookup_elem(&endpoint_evidence, &key))
+		add_flow(&seg->flow, new_flow(seg, device, scratch, cookie, FLOW_OWN));
 }
 
 static __always_inline int steer_syn(struct __sk_buff *skb, const struct segment *seg)

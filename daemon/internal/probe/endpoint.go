@@ -128,7 +128,7 @@ func Endpoints(pod Pod, settings Settings, limits Limits) ([]EndpointSpec, error
 		specs[i].setRefresh(settings, len(pod.IPs) > 0)
 		specs[i].setTraffic(settings, limits)
 	}
-	speakBeside(specs)
+	deferToDecider(specs)
 	return specs, err
 }
 

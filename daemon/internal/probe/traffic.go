@@ -39,7 +39,7 @@ func (s *EndpointSpec) setTraffic(settings Settings, limits Limits) {
 		liveness = liveness || a.Type == Liveness
 		// A startup probe ends with its first success, and without a success traffic shows nothing.
 		if a.Type != Liveness && a.Type != Startup {
-			s.TrafficOff = fmt.Sprintf("%s also asks it", a)
+			s.TrafficOff = fmt.Sprintf("%s asks it too", a)
 			return
 		}
 	}
@@ -52,16 +52,16 @@ func (s *EndpointSpec) setTraffic(settings Settings, limits Limits) {
 	}
 }
 
-// speakBeside keeps traffic from vouching for requests where it does not vouch for the TCP endpoint of their port: a connection that
+// deferToDecider keeps traffic from vouching for requests where it does not vouch for the TCP endpoint of their port: a connection that
 // is taken already answers a TCP probe, so that endpoint decides (Tracker.decider).
-func speakBeside(specs []EndpointSpec) {
+func deferToDecider(specs []EndpointSpec) {
 	for _, tcp := range specs {
 		if !tcp.decides() || tcp.Traffic > 0 {
 			continue
 		}
 		for i, s := range specs {
 			if s.Port == tcp.Port && s.Traffic > 0 {
-				specs[i].Traffic, specs[i].TrafficOff = 0, fmt.Sprintf("nor is it for %s, which decides: %s", tcp.Endpoint, tcp.TrafficOff)
+				specs[i].Traffic, specs[i].TrafficOff = 0, fmt.Sprintf("%s decides for this port, and %s", tcp.Endpoint, tcp.TrafficOff)
 			}
 		}
 	}

@@ -19,7 +19,7 @@ func byTraffic(t *testing.T, probes ...Spec) *Tracker {
 
 // Traffic vouches for endpoints that liveness probes ask, and no others but startup probes, which have ended by then.
 func TestWhatTrafficVouchesFor(t *testing.T) {
-	const both = "c/readiness also asks it"
+	const both = "c/readiness asks it too"
 	for name, test := range map[string]struct {
 		probes  []Spec
 		traffic int
@@ -55,7 +55,7 @@ func TestTrafficBesideATCPProbe(t *testing.T) {
 		off     string
 	}{
 		"liveness":              {tcpProbe(Liveness), 9, ""},
-		"readiness":             {tcpProbe(Readiness), 0, "nor is it for TCP :80, which decides: c/readiness also asks it"},
+		"readiness":             {tcpProbe(Readiness), 0, "TCP :80 decides for this port, and c/readiness asks it too"},
 		"startup":               {tcpProbe(Startup), 9, ""},
 		"readiness, other port": {elsewhere(tcpProbe(Readiness)), 9, ""},
 	} {

@@ -18,19 +18,19 @@ const (
 	// every second, or two at the shortest interval. Beyond that the pod's endpoints are refreshed less often than
 	// configured.
 	podApart = 50 * time.Millisecond
-	// slot is the length of the slots in which requests begin together, because waking up takes several times as much CPU as a
-	// request. Short intervals have shorter slots: a quarter.
-	slot = 250 * time.Millisecond
+	// longestSlot limits the length of the slots in which requests begin together, because waking up takes several times as much CPU
+	// as a request.
+	longestSlot = 250 * time.Millisecond
 )
 
-// slot returns the length of the target's slots.
-func (t Target) slot() uint64 { return uint64(max(1, min(slot, t.Interval/4))) }
+// slotLength returns the length of the target's slots, which divide its interval.
+func (t Target) slotLength() uint64 {
+	slots := max(4, (t.Interval+longestSlot-1)/longestSlot)
+	return uint64(max(1, t.Interval/slots))
+}
 
 // slotOf returns the beginning of the slot that a time is in.
-func (t Target) slotOf(at uint64) uint64 { return at - at%t.slot() }
-
-// slotFrom returns the beginning of the first slot from a time on.
-func (t Target) slotFrom(at uint64) uint64 { return t.slotOf(at + t.slot() - 1) }
+func (t Target) slotOf(at uint64) uint64 { return at - at%t.slotLength() }
 
 // Target is an endpoint to refresh, and how.
 type Target struct {
@@ -101,7 +101,7 @@ func (s *schedule) set(id attach.ID, targets []Target, now uint64) (ended []*job
 			continue
 		}
 		// Spread out targets that arrive together, such as when the daemon starts.
-		j := &job{Target: t, pod: p, at: t.slotFrom(now + uint64(rand.N(t.Interval))), index: -1}
+		j := &job{Target: t, pod: p, at: max(now, t.slotOf(now+uint64(rand.N(t.Interval)))), index: -1}
 		if t.Endpoint.Kind.Keying() == probe.KeyedByRequest {
 			var err error
 			if j.request, err = probe.ParseRequest(t.Request); err != nil {
@@ -158,14 +158,14 @@ func (s *schedule) next(now uint64) *job {
 		switch {
 		case j.began != 0:
 			return j
-		case !j.reserved && p.free > now:
+		case !j.reserved && p.free >= now+j.slotLength(): // requests of a slot may begin together
 			j.reserved = true
-			s.plan(j, j.slotFrom(p.free))
+			s.plan(j, p.free)
 			p.free += uint64(podApart)
 			continue
 		case !j.reserved:
 			j.reserved = true
-			p.free = now + uint64(podApart)
+			p.free = max(p.free, now) + uint64(podApart)
 		}
 		if p.open == podConnections {
 			p.waiting = append(p.waiting, j)

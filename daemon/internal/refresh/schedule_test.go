@@ -19,7 +19,7 @@ type world struct {
 	began map[*job][]uint64
 }
 
-func newWorld() *world { return &world{newSchedule(), uint64(time.Hour), map[*job][]uint64{}} }
+func newWorld() *world { return &world{newSchedule(), uint64(time.Hour + 10*time.Millisecond), map[*job][]uint64{}} }
 
 func (w *world) targets(pod, n int, interval, timeout time.Duration) attach.ID {
 	id := attach.ID{ContainerID: fmt.Sprint(pod)}
@@ -86,12 +86,37 @@ func TestLimitsArePerPod(t *testing.T) {
 		}
 		for _, began := range w.of(modest) {
 			for i := range began[1:] {
-				if late := time.Duration(began[i+1]-began[i]) - time.Second; late < 0 || late > podApart {
+				// After a late one, the next is in its slot again.
+				if late := time.Duration(began[i+1]-began[i]) - time.Second; late <= -longestSlot || late > podApart {
 					t.Errorf("a modest pod was asked %s late", late)
 				}
 			}
 			if len(began) < int(length/time.Second)-1 {
 				t.Errorf("a modest pod was asked %d times", len(began))
+			}
+		}
+	})
+}
+
+// The endpoints of a pod within its limits are asked once per interval, however many there are.
+func TestEndpointsOfOnePod(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		w := newWorld()
+		n := rapid.IntRange(1, 10).Draw(t, "endpoints")
+		interval := time.Duration(rapid.IntRange(1000, 3000).Draw(t, "interval in ms")) * time.Millisecond
+		took := time.Duration(rapid.IntRange(1, 200).Draw(t, "takes, in ms")) * time.Millisecond
+		id := w.targets(1, n, interval, time.Second)
+		const rounds = 30
+		w.run(rounds*interval, func(*job) time.Duration { return took })
+		for _, began := range w.of(id) {
+			if len(began) < rounds-1 || len(began) > rounds+1 {
+				t.Errorf("%d requests in %d intervals", len(began), rounds)
+			}
+			for i := range began[1:] {
+				// By default a success is answered for half a period longer than it is old when it is asked for again.
+				if late := time.Duration(began[i+1]-began[i]) - interval; late+took > interval/2 {
+					t.Errorf("%s late: expired before it was renewed", late)
+				}
 			}
 		}
 	})
@@ -133,7 +158,7 @@ func TestPodsShareSlots(t *testing.T) {
 				}
 			}
 		}
-		if most := rounds * (int(interval/min(slot, interval/4)) + 2); len(wakeups) > most {
+		if most := rounds * (int(max(4, (interval+longestSlot-1)/longestSlot)) + 2); len(wakeups) > most {
 			t.Errorf("%d wake-ups, want at most %d", len(wakeups), most)
 		}
 	})
