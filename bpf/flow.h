@@ -59,6 +59,7 @@
 #include "parse.h"
 
 #define CONNECTING_NS (30 * SECOND_NS) /* a client that gives up connecting sends nothing */
+#define OWN_NS (3 * SECOND_NS)	       /* if the daemon repeats its SYN later, another flow begins */
 #define OBSERVING_NS (600 * SECOND_NS)
 #define TAKEN_NS (3 * 3600 * SECOND_NS) /* more than 2 h, after which Linux sends a keep-alive (tcp_keepalive_time) */
 #define HANDING_NS (130 * SECOND_NS)	/* more than 120 s, Linux's longest retransmission timeout (TCP_RTO_MAX) */

@@ -417,12 +417,16 @@ static __always_inline void follow_own(const struct segment *seg, __u64 cookie)
 	struct device *device = bpf_map_lookup_elem(&devices, &seg->flow.ifindex);
 	struct scratch *scratch = get_scratch();
 	struct endpoint_key key;
+	struct flow *flow;
 
 	if (!sees_listeners || !device || !scratch)
 		return;
 	key = endpoint(seg->flow.ifindex, device->generation, seg->flow.pod_port, KIND_TCP, 0);
-	if (bpf_map_lookup_elem(&endpoint_evidence, &key))
-		add_flow(&seg->flow, new_flow(seg, device, scratch, cookie, FLOW_OWN));
+	if (!bpf_map_lookup_elem(&endpoint_evidence, &key))
+		return;
+	flow = new_flow(seg, device, scratch, cookie, FLOW_OWN);
+	flow->deadline = flow->started_at + OWN_NS;
+	add_flow(&seg->flow, flow);
 }
 
 static __always_inline int steer_syn(struct __sk_buff *skb, const struct segment *seg)
@@ -752,7 +756,10 @@ static __always_inline void observe_passed(struct __sk_buff *skb, const struct s
 	record_packet(skb, seg, flow, 1);
 }
 
-/* Notes the pod's reply to the SYN of the daemon. */
+/*
+ * Notes the pod's reply to the SYN of the daemon. It counts once the connection has left the queue (judge), so the
+ * daemon must not reset a connection on which it has sent nothing: that would leave the queue without being accepted.
+ */
 static __always_inline void observe_own(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
 	if (!(seg->tcp_flags & (TCP_SYN | TCP_RST)) || seg->ack != flow->client_isn + 1)

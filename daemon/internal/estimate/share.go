@@ -157,11 +157,11 @@ func (r *run) ask(a asker, now time.Duration) (answered bool) {
 		r.learnAccepted(a.endpoint, now)
 		return false
 	}
-	taken := r.taken(now)
+	taken, byTraffic := r.taken(now)
 	if taken {
 		r.row++
 	}
-	if taken && (a.endpoint == r.decider || r.believes(a.endpoint, now)) {
+	if taken && (a.endpoint == r.decider || r.believes(a.endpoint, now) && (!byTraffic || e.traffic > 0)) {
 		r.rows[a.endpoint]++
 		return true
 	}
@@ -183,18 +183,21 @@ func (r *run) learnAccepted(i int, now time.Duration) {
 	}
 }
 
-// taken reports whether a connection that begins now is taken.
-func (r *run) taken(now time.Duration) bool {
+// taken reports whether a connection that begins now is taken, and whether only because of the pod's traffic.
+func (r *run) taken(now time.Duration) (taken, byTraffic bool) {
 	if r.decider >= 0 {
-		byTraffic := r.endpoints[r.decider].traffic > 0 && r.known[r.decider].until > 0
-		return r.believes(r.decider, now) && (r.row < r.limit || byTraffic)
+		traffic := r.endpoints[r.decider].traffic > 0
+		if !r.believes(r.decider, now) || r.row >= r.limit && !traffic {
+			return false, false
+		}
+		return true, r.row >= r.limit || now >= r.known[r.decider].until
 	}
 	for i := range r.endpoints {
 		if r.believes(i, now) {
-			return true
+			return true, false // as the endpoint itself says
 		}
 	}
-	return false
+	return false, false
 }
 
 // believes reports whether the endpoint is fresh, or traffic stands in for that.

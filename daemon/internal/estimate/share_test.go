@@ -144,6 +144,7 @@ func TestSharesAreTheSimulations(t *testing.T) {
 		"HTTP on two paths and TCP":         {defaults(1, false), 9, []probe.Spec{get(probe.Readiness, "/x", usually), get(probe.Liveness, "/y", usually), sidecar}},
 		"liveness by HTTP, traffic":         {traffic, 9, []probe.Spec{get(probe.Liveness, "/x", usually)}},
 		"liveness by both, traffic":         {traffic, 9, []probe.Spec{get(probe.Liveness, "/x", usually), sidecar}},
+		"TCP by traffic, HTTP not":          {traffic, 9, []probe.Spec{get(probe.Readiness, "/x", usually), tcp(probe.Liveness, usually)}},
 		"HTTP and TCP, traffic":             {traffic, 9, []probe.Spec{get(probe.Liveness, "/x", usually), tcp(probe.Readiness, usually)}},
 		"HTTP and TCP, refresh":             {defaults(1, true), 9, []probe.Spec{get(probe.Readiness, "/x", usually), tcp(probe.Liveness, usually)}},
 	} {

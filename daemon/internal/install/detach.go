@@ -143,6 +143,9 @@ func (u uninstaller) quiesce(ctx context.Context, d *datapath.Datapath, ids []at
 		if !wait(ctx, drainInterval) {
 			return ctx.Err()
 		}
+		if err := d.Sweep(); err != nil {
+			return err
+		}
 		flows, err := d.Flows()
 		if err != nil || flows == 0 {
 			return err

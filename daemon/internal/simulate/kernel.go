@@ -30,11 +30,11 @@ func newKernel() kernel {
 
 // connect starts a probe now.
 func (p *pod) connect(e probe.Endpoint, timeout, usual time.Duration) (answered bool, x exchange) {
-	taken := p.taken(e.Port)
+	taken, byTraffic := p.taken(e.Port)
 	if taken {
 		p.answered[e.Port]++
 	}
-	if taken && (e.Kind.Keying() == probe.KeyedByPort || p.answerable(e)) {
+	if taken && (e.Kind.Keying() == probe.KeyedByPort || p.answerable(e, byTraffic)) {
 		p.sinceReal[e]++
 		return true, exchange{event: probe.Answered, status: 200, connected: true, end: p.now + uint64(refusal)}
 	}
@@ -56,8 +56,8 @@ func (p *pod) connect(e probe.Endpoint, timeout, usual time.Duration) (answered 
 	return false, x
 }
 
-// taken reports whether a connection that arrives now is taken.
-func (p *pod) taken(port uint16) bool {
+// taken reports whether a connection that arrives now is taken, and whether only because of the pod's traffic.
+func (p *pod) taken(port uint16) (taken, byTraffic bool) {
 	g := p.gates[port]
 	if p.Broken == Gate {
 		for e, known := range p.evidence {
@@ -68,14 +68,18 @@ func (p *pod) taken(port uint16) bool {
 	}
 	fresh := g.FreshUntil > p.now || p.Broken == Bound && g.FreshUntil != 0
 	if g.ObservedAt <= max(p.withdrawn[portOf(port)], p.podWithdrawn) {
-		return false
+		return false, false
 	}
 	tcp := probe.Endpoint{Port: port, Kind: probe.TCP}
 	_, asked := p.successes[tcp]
 	if asked && p.due(tcp) {
-		return false
+		return false, false
 	}
-	return p.serving(port, g.TrafficUntil, g.TrafficWindow, asked) || fresh && !p.ignored[port] && p.listening(port)
+	if fresh && !p.ignored[port] && p.listening(port) {
+		return true, false
+	}
+	serving := p.serving(port, g.TrafficUntil, g.TrafficWindow, asked)
+	return serving, serving
 }
 
 // due reports whether a probe of the endpoint must reach the pod, whatever its traffic shows.
@@ -112,11 +116,12 @@ func (p *pod) listening(port uint16) bool {
 	return !asked || p.Broken == Limit || p.answered[port] < s.mostAnswered(p.Live)
 }
 
-// answerable reports whether a request on a connection taken just now is answered.
-func (p *pod) answerable(e probe.Endpoint) bool {
+// answerable reports whether a request on a connection taken just now is answered. One taken only because of traffic is for the
+// endpoints that traffic vouches for.
+func (p *pod) answerable(e probe.Endpoint, byTraffic bool) bool {
 	e = p.meant(e)
 	known := p.evidence[e]
-	fresh := known.FreshUntil > p.now || p.Broken == Bound && known.FreshUntil != 0 ||
+	fresh := !byTraffic && (known.FreshUntil > p.now || p.Broken == Bound && known.FreshUntil != 0) ||
 		p.serving(e.Port, known.TrafficUntil, known.TrafficWindow, false)
 	return known.Result == probe.Success && fresh && !p.due(e) &&
 		known.ObservedAt > max(p.withdrawn[e], p.withdrawn[portOf(e.Port)], p.podWithdrawn)
