@@ -98,6 +98,16 @@ func (k *kubelet) counts(t testing.TB) map[Container]Outcomes {
 	return counts
 }
 
+// total returns the outcomes of all containers.
+func (k *kubelet) total(t testing.TB) (sum Outcomes) {
+	t.Helper()
+	for _, o := range k.counts(t) {
+		sum.Probes += o.Probes
+		sum.Failed += o.Failed
+	}
+	return sum
+}
+
 // verdicts returns when the kubelet decided to restart containers.
 func (k *kubelet) verdicts(t testing.TB) map[Container]time.Time {
 	t.Helper()

@@ -3,6 +3,7 @@ package bench
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -61,7 +62,8 @@ type program struct {
 
 var programs = []program{
 	{"Go", goServer, func(m *member) error {
-		response, err := http.Get("http://" + m.address() + "/set?status=500")
+		client := http.Client{Timeout: 5 * time.Second}
+		response, err := client.Get("http://" + m.address() + "/set?status=500")
 		if err != nil {
 			return err
 		}
@@ -169,17 +171,17 @@ func (p policy) probes() []node.Probe {
 	if p.period == 0 {
 		return nil
 	}
-	tcp := node.Probe{Port: podPort, PeriodSeconds: p.period, TimeoutSeconds: int(timeout.Seconds())}
-	http := tcp
-	http.Path = healthPath
-	return []node.Probe{http, tcp}
+	byTCP := node.Probe{Port: podPort, PeriodSeconds: p.period, TimeoutSeconds: int(timeout.Seconds())}
+	byHTTP := byTCP
+	byHTTP.Path = healthPath
+	return []node.Probe{byHTTP, byTCP}
 }
 
 // The containers of these probes.
 const httpContainer, tcpContainer = "container0", "container1"
 
-// newProbedNode creates a node with a number of pods of each program, which have these liveness probes.
-func newProbedNode(t *testing.T, p policy, probes []node.Probe, pods int, programs ...program) *probedNode {
+// newProbedNode creates a node with a number of pods of each program, which have the probes of a pod.
+func newProbedNode(t *testing.T, p policy, of node.Probed, pods int, runs ...program) *probedNode {
 	t.Helper()
 	inner, err := machine.NewNode(node.PTP)
 	if err != nil {
@@ -193,8 +195,8 @@ func newProbedNode(t *testing.T, p policy, probes []node.Probe, pods int, progra
 		t.Fatal(err)
 	}
 	names := []string{kubeletCgroup, daemonCgroup}
-	for _, program := range programs {
-		names = append(names, program.name)
+	for _, p := range runs {
+		names = append(names, p.name)
 	}
 	for _, name := range names {
 		if err := os.MkdirAll(n.cgroupOf(name), 0o755); err != nil {
@@ -202,9 +204,9 @@ func newProbedNode(t *testing.T, p policy, probes []node.Probe, pods int, progra
 		}
 	}
 	var specs []node.Probed
-	for _, program := range programs {
+	for _, p := range runs {
 		for range pods {
-			m := n.newMember(t, program, probes)
+			m := n.newMember(t, p, of)
 			n.members = append(n.members, m)
 			specs = append(specs, m.Probed)
 		}
@@ -219,7 +221,7 @@ func newProbedNode(t *testing.T, p policy, probes []node.Probe, pods int, progra
 	return n
 }
 
-func (n *probedNode) newMember(t *testing.T, p program, probes []node.Probe) *member {
+func (n *probedNode) newMember(t *testing.T, p program, of node.Probed) *member {
 	t.Helper()
 	pod, err := n.NewPod()
 	if err == nil {
@@ -228,7 +230,8 @@ func (n *probedNode) newMember(t *testing.T, p program, probes []node.Probe) *me
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &member{program: p, dir: t.TempDir(), Probed: node.Probed{Pod: pod, Liveness: probes}}
+	of.Pod = pod
+	m := &member{program: p, dir: t.TempDir(), Probed: of}
 	if err := os.WriteFile(filepath.Join(m.dir, healthyFile), nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -258,8 +261,7 @@ func (n *probedNode) startDaemon(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(daemon.Kill)
-	err = os.WriteFile(filepath.Join(n.cgroupOf(daemonCgroup), "cgroup.procs"), []byte(strconv.Itoa(daemon.Pid())), 0o644)
-	if err != nil {
+	if err := node.MoveToCgroup(daemon.Pid(), n.cgroupOf(daemonCgroup)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -323,6 +325,7 @@ func (c census) since(earlier census) census {
 	c.logged -= earlier.logged
 	c.probes -= earlier.probes
 	c.failed -= earlier.failed
+	c.tcp, c.answeredTCP = maps.Clone(c.tcp), maps.Clone(c.answeredTCP)
 	for name := range c.tcp {
 		c.tcp[name] -= earlier.tcp[name]
 		c.answeredTCP[name] -= earlier.answeredTCP[name]

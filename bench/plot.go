@@ -22,6 +22,16 @@ func strainX(strain float64) float64 {
 	return plotLeft + math.Log(within/strainMin)/math.Log(strainMax/strainMin)*(plotWidth-plotLeft-plotRight)
 }
 
+// picture begins a picture of plotWidth and a height in pixels, and returns a function that adds elements to it.
+func picture(out *bytes.Buffer, height int, title, subtitle string) (add func(format string, a ...any)) {
+	add = func(format string, a ...any) { fmt.Fprintf(out, format+"\n", a...) }
+	add(`<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %[1]d %[2]d" font-family="sans-serif" font-size="12">`, plotWidth, height)
+	add(`<rect width="100%%" height="100%%" fill="white"/>`)
+	add(`<text x="10" y="24" font-size="16" font-weight="bold">%s</text>`, html.EscapeString(title))
+	add(`<text x="10" y="44" fill="#555">%s</text>`, html.EscapeString(subtitle))
+	return add
+}
+
 // plot draws, for each row with a mark, how close the value is to it: the line is the mark, and values to its left meet it.
 func plot(rows []row) []byte {
 	var marked []row
@@ -32,11 +42,7 @@ func plot(rows []row) []byte {
 	}
 	bottom := plotTop + lineHeight*len(marked)
 	var out bytes.Buffer
-	add := func(format string, a ...any) { fmt.Fprintf(&out, format+"\n", a...) }
-	add(`<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %[1]d %[2]d" font-family="sans-serif" font-size="12">`, plotWidth, bottom+40)
-	add(`<rect width="100%%" height="100%%" fill="white"/>`)
-	add(`<text x="10" y="24" font-size="16" font-weight="bold">Measurements and their marks</text>`)
-	add(`<text x="10" y="44" fill="#555">value ÷ mark, or mark ÷ value for ≥ (logarithmic); left of the line: met (dot), right of it: missed (square); beyond the scale: at its end (◂ ▸); bars: 95 %% intervals</text>`)
+	add := picture(&out, bottom+40, "Measurements and their marks", "value ÷ mark, or mark ÷ value for ≥ (logarithmic); left of the line: met (dot), right of it: missed (square); beyond the scale: at its end (◂ ▸); bars: 95 % intervals")
 	for _, strain := range []float64{0.1, 0.2, 0.5, 1, 2, 5, 10} {
 		colour := "#ddd"
 		if strain == 1 {
@@ -155,11 +161,8 @@ func plotPolicies(rows []row) []byte {
 		return nil
 	}
 	var out bytes.Buffer
-	add := func(format string, a ...any) { fmt.Fprintf(&out, format+"\n", a...) }
-	add(`<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="470" viewBox="0 0 %[1]d 470" font-family="sans-serif" font-size="12">`, plotWidth)
-	add(`<rect width="100%%" height="100%%" fill="white"/>`)
-	add(`<text x="10" y="24" font-size="16" font-weight="bold">How soon failures are detected, and what probing costs</text>`)
-	add(`<text x="10" y="44" fill="#555">time until a restart (logarithmic); dots: longest measured of two kinds of failure, dashes: longest stated; lower left is better</text>`)
+	add := picture(&out, panelBottom+60, "How soon failures are detected, and what probing costs",
+		"time until a restart (logarithmic); dots: longest measured of two kinds of failure, dashes: longest stated; lower left is better")
 	for i, p := range []*panel{
 		{measure: nodeCPU, label: "CPU of kubelet, daemon and servers, % of a core"},
 		{measure: connections, label: "connections that reach the pods, per second"},
@@ -185,6 +188,9 @@ func (p *panel) draw(add func(string, ...any)) {
 	}
 	add(`<text x="%.1f" y="%d" text-anchor="middle">%s</text>`, (p.x(0)+right)/2, panelBottom+40, html.EscapeString(p.label))
 	for _, v := range p.policies {
+		if _, known := p.cost[v]; !known {
+			continue
+		}
 		x, y, bound, colour := p.x(p.cost[v]), delayY(p.measured[v]), delayY(p.bound[v]), "#b5471b"
 		if strings.HasPrefix(string(v), "plain") {
 			colour = "#1f5fa8"

@@ -10,9 +10,9 @@ import (
 	"github.com/probelet/probelet/e2e/harness/role"
 )
 
-// measurePeriods compares policies on nodes that work at the same time and have the same pods and clients. CPU is measured by
+// measurePolicies compares policies on nodes that work at the same time and have the same pods and clients. CPU is measured by
 // cgroup, so that the machine's speed, which varies, is the same for all of them.
-func measurePeriods(t *testing.T, s *suite) {
+func measurePolicies(t *testing.T, s *suite) {
 	needs(t, "nginx", "/usr/bin/python3")
 	stop, err := node.TrackConnections()
 	if err != nil {
@@ -23,16 +23,16 @@ func measurePeriods(t *testing.T, s *suite) {
 			t.Error(err)
 		}
 	})
-	pods, windows, window, settled := 10, 9, 20*time.Second, 25*time.Second
+	pods, windows, each, settled := 10, 9, 20*time.Second, 25*time.Second
 	if testing.Short() {
-		pods, windows, window, settled = 2, 2, time.Second, 3*time.Second
+		pods, windows, each, settled = 2, 2, time.Second, 3*time.Second
 	}
 	var nodes []*probedNode
 	for _, p := range policies {
 		if testing.Short() && p.period > 2 {
 			continue
 		}
-		nodes = append(nodes, newProbedNode(t, p, p.probes(), pods, programs...))
+		nodes = append(nodes, newProbedNode(t, p, node.Probed{Liveness: p.probes()}, pods, programs...))
 		s.progress("  %d nodes created", len(nodes))
 	}
 	for _, n := range nodes {
@@ -49,7 +49,7 @@ func measurePeriods(t *testing.T, s *suite) {
 	for _, n := range nodes {
 		before[n.variant] = n.census(t)
 	}
-	cpu := s.watchCPU(t, nodes, windows, window)
+	cpu := s.watchCPU(t, nodes, windows, each)
 	s.addCensus(t, nodes, before)
 	s.addCPU(nodes, cpu)
 	s.compareDetection(t, nodes)
@@ -89,7 +89,7 @@ func needs(t *testing.T, commands ...string) {
 }
 
 // watchCPU returns what the cgroups of each node use, by their names, in % of a core: a value per window.
-func (s *suite) watchCPU(t *testing.T, nodes []*probedNode, windows int, window time.Duration) map[variant]map[string][]float64 {
+func (s *suite) watchCPU(t *testing.T, nodes []*probedNode, windows int, each time.Duration) map[variant]map[string][]float64 {
 	t.Helper()
 	used := map[variant]map[string][]float64{}
 	for _, n := range nodes {
@@ -101,7 +101,7 @@ func (s *suite) watchCPU(t *testing.T, nodes []*probedNode, windows int, window 
 			start[n.variant] = n.cpu(t)
 		}
 		begin := time.Now()
-		time.Sleep(window)
+		time.Sleep(each)
 		took := float64(time.Since(begin).Milliseconds())
 		for _, n := range nodes {
 			for name, ms := range n.cpu(t) {
@@ -201,14 +201,18 @@ func (s *suite) compareDetection(t *testing.T, nodes []*probedNode) {
 		}
 	}
 	s.progress("  all pods have failed")
-	time.Sleep(time.Duration(wait*float64(time.Second)) + 10*time.Second)
+	verdicts := awaitVerdicts(t, nodes, time.Duration(wait*float64(time.Second))+10*time.Second)
 	took := map[string]map[variant]float64{stopped: {}, erring: {}}
 	for _, n := range nodes {
-		verdicts := n.kubelet.verdicts(t)
 		for i, m := range n.members {
-			at, ok := verdicts[Container{m.Pod.Name, httpContainer}]
-			if !ok && n.period > 0 {
+			at, ok := verdicts[m]
+			switch {
+			case n.period == 0:
+				continue
+			case !ok:
 				t.Errorf("%s, %s: not found: %s", n.variant, m.name, failure(i))
+			case at.Before(failed[m]):
+				t.Errorf("%s, %s: to be restarted before it failed", n.variant, m.name)
 			}
 			took[failure(i)][n.variant] = max(took[failure(i)][n.variant], at.Sub(failed[m]).Seconds())
 		}
@@ -220,5 +224,27 @@ func (s *suite) compareDetection(t *testing.T, nodes []*probedNode) {
 			}
 		}
 		s.add(f+longest, default1, plain2, exactly(took[f][default1]/took[f][plain2]), ratio, below(1))
+	}
+}
+
+// awaitVerdicts returns when the kubelets decided to restart servers, as soon as they have for all, or after a time.
+func awaitVerdicts(t *testing.T, nodes []*probedNode, most time.Duration) map[*member]time.Time {
+	t.Helper()
+	for deadline := time.Now().Add(most); ; time.Sleep(100 * time.Millisecond) {
+		found, probed := map[*member]time.Time{}, 0
+		for _, n := range nodes {
+			verdicts := n.kubelet.verdicts(t)
+			for _, m := range n.members {
+				if n.period > 0 {
+					probed++
+				}
+				if at, ok := verdicts[Container{m.Pod.Name, httpContainer}]; ok {
+					found[m] = at
+				}
+			}
+		}
+		if len(found) == probed || time.Now().After(deadline) {
+			return found
+		}
 	}
 }

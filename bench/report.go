@@ -266,7 +266,7 @@ func (r *results) write(root string) error {
 	}
 	for name, text := range map[string][]byte{
 		"bench/results.json": records, "docs/benchmarks.md": page, "docs/benchmarks.svg": plot(r.ordered()),
-		"docs/periods.svg": plotPolicies(r.ordered()),
+		"docs/policies.svg": plotPolicies(r.ordered()),
 	} {
 		if err := os.WriteFile(filepath.Join(root, name), text, 0o644); err != nil {
 			return err

@@ -153,8 +153,8 @@ func TestPlotPolicies(t *testing.T) {
 		t.Errorf("a picture of no policies: %s", picture)
 	}
 	elements := draw(t, plotPolicies(matrix().rows))
-	if elements["circle"] != 2*2 {
-		t.Errorf("the plot has %v, want two dots in each of two panels", elements)
+	if elements["circle"] != 2+1 { // the number of connections of one of them is unknown
+		t.Errorf("the plot has %v, want two dots and one", elements)
 	}
 }
 
@@ -190,7 +190,7 @@ func TestWrite(t *testing.T) {
 	if elements["circle"] != 3 || elements["rect"] != 2 { // including the background
 		t.Errorf("the plot has %v, want three dots, and one square in addition to the background", elements)
 	}
-	if _, err := os.Stat(filepath.Join(root, "docs/periods.svg")); err != nil {
+	if _, err := os.Stat(filepath.Join(root, "docs/policies.svg")); err != nil {
 		t.Error(err)
 	}
 }

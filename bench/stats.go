@@ -36,7 +36,7 @@ type estimate struct {
 	rounds           int
 }
 
-// exactly is the estimate of something that was counted once.
+// exactly returns the estimate for a single count.
 func exactly(value float64) estimate { return estimate{value, value, value, 1} }
 
 const resamples = 1000

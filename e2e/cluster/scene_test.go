@@ -240,16 +240,7 @@ func process(t *testing.T, pod *corev1.Pod) (pid int) {
 // filter adds a rule to one of the node's netfilter hooks, until the end of the test.
 func filter(t *testing.T, family nftables.TableFamily, hook *nftables.ChainHook, rule ...expr.Any) {
 	t.Helper()
-	c, err := nftables.New()
+	remove, err := node.AddRule(t.Name(), family, hook, rule...)
 	must(t, err)
-	table := c.AddTable(&nftables.Table{Name: t.Name(), Family: family})
-	t.Cleanup(func() {
-		c.DelTable(table)
-		must(t, c.Flush())
-	})
-	chain := c.AddChain(&nftables.Chain{
-		Name: "filter", Table: table, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityFilter,
-	})
-	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: rule})
-	must(t, c.Flush())
+	t.Cleanup(func() { must(t, remove()) })
 }

@@ -180,15 +180,15 @@ func TestEstimateIsAsMeasured(t *testing.T) {
 // Estimates for all policies agree with what make bench measured on a node with thirty pods.
 func TestPoliciesAreAsMeasured(t *testing.T) {
 	type row struct {
-		Measure, Variant string
-		Value            float64
+		Measure, Variant, Against string
+		Value                     float64
 	}
 	var rows []row
 	if err := json.Unmarshal([]byte(read(t, "../../../bench/results.json")), &rows); err != nil {
 		t.Fatal(err)
 	}
 	measured := func(measure, variant string) float64 {
-		i := slices.IndexFunc(rows, func(r row) bool { return r.Measure == measure && r.Variant == variant })
+		i := slices.IndexFunc(rows, func(r row) bool { return r.Measure == measure && r.Variant == variant && r.Against == "" })
 		if i < 0 {
 			t.Fatalf("bench/results.json has no %q of %q", measure, variant)
 		}
@@ -214,10 +214,19 @@ spec:
 	if len(loads) != 5 {
 		t.Fatalf("%d policies", len(loads))
 	}
+	const plain, cpu = "plain, 1 s", "CPU of the node"
 	for variant, load := range loads {
-		for measure, got := range map[string]float64{"connections to pods": load.Connections, "conntrack entries": load.Conntrack + clients} {
-			if want := measured(measure, variant); !about(got, want, .2) {
-				t.Errorf("%s, %s: %.3g estimated, %.3g measured", variant, measure, got, want)
+		for _, test := range []struct {
+			what                 string
+			got, want, tolerance float64
+		}{
+			{"connections", load.Connections, measured("connections to pods", variant), .15},
+			{"conntrack entries", load.Conntrack + clients, measured("conntrack entries", variant), .15},
+			{"TIME_WAIT", load.TimeWaitNodes + load.TimeWaitPods, measured("TIME_WAIT on the node", variant) + measured("TIME_WAIT in pods", variant), .35},
+			{"CPU relative to plain probes", load.CPU.Sum() / loads[plain].CPU.Sum(), measured(cpu, variant) / measured(cpu, plain), .15},
+		} {
+			if test.got != test.want && !about(test.got, test.want, test.tolerance) {
+				t.Errorf("%s, %s: %.3g estimated, %.3g measured", variant, test.what, test.got, test.want)
 			}
 		}
 	}

@@ -19,7 +19,9 @@ type world struct {
 	began map[*job][]uint64
 }
 
-func newWorld() *world { return &world{newSchedule(), uint64(time.Hour + 10*time.Millisecond), map[*job][]uint64{}} }
+func newWorld() *world {
+	return &world{newSchedule(), uint64(time.Hour + 10*time.Millisecond), map[*job][]uint64{}}
+}
 
 func (w *world) targets(pod, n int, interval, timeout time.Duration) attach.ID {
 	id := attach.ID{ContainerID: fmt.Sprint(pod)}

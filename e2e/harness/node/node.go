@@ -92,7 +92,7 @@ func (n *Node) WriteChain(before, after []map[string]any) error {
 	return os.WriteFile(filepath.Join(n.NetDir(), n.network+".conflist"), text, 0o644)
 }
 
-// WithoutProbelet takes probelet out of the chain of pods to come.
+// WithoutProbelet removes probelet from the chain of pods added later.
 func (n *Node) WithoutProbelet() error {
 	n.own = nil
 	return n.WriteChain(nil, nil)

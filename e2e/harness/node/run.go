@@ -258,38 +258,46 @@ func (m *Machine) CgroupPath(name string) string { return filepath.Join(m.cgroup
 func (m *Machine) CgroupName() string { return "/" + filepath.Base(m.cgroup) }
 
 // LimitCPU limits a process to a percentage of a CPU, in a cgroup of that name. The error wraps ErrUnsuited if the machine has no
-// controller for that.
+// controller for that. On the version 2 of cgroups the root must have delegated it, as systemd makes it do.
 func (m *Machine) LimitCPU(pid int, name string, percent int) error {
 	const period = 100_000 // µs, the kernel's default
 	quota := period * percent / 100
-	roots, err := mounts("cgroup")
+	v1, err := mounts("cgroup")
 	if err != nil {
 		return err
 	}
-	for _, root := range roots {
+	for _, root := range v1 {
 		if _, err := os.Stat(filepath.Join(root, "cpu.cfs_quota_us")); err == nil {
-			dir := filepath.Join(root, m.CgroupName(), name)
-			return errors.Join(os.MkdirAll(dir, 0o755), writeNumber(dir, "cpu.cfs_quota_us", quota), writeNumber(dir, "cgroup.procs", pid))
+			return limit(pid, filepath.Join(root, m.CgroupName(), name), "cpu.cfs_quota_us", strconv.Itoa(quota))
 		}
 	}
-	root, err := cgroupRoot()
+	offered, err := os.ReadFile(filepath.Join(m.cgroup, "cgroup.controllers"))
 	if err != nil {
 		return err
 	}
-	for _, dir := range []string{root, m.cgroup} { // version 2: the controller comes down from the root
-		if err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+cpu"), 0o644); err != nil {
-			return fmt.Errorf("%w: no controller for CPU: %w", ErrUnsuited, err)
-		}
+	if !slices.Contains(strings.Fields(string(offered)), "cpu") {
+		return fmt.Errorf("%w: no cgroup controller for CPU", ErrUnsuited)
 	}
-	dir := m.CgroupPath(name)
-	return errors.Join(
-		os.Mkdir(dir, 0o755), os.WriteFile(filepath.Join(dir, "cpu.max"), fmt.Appendf(nil, "%d %d", quota, period), 0o644),
-		writeNumber(dir, "cgroup.procs", pid),
-	)
+	if err := os.WriteFile(filepath.Join(m.cgroup, "cgroup.subtree_control"), []byte("+cpu"), 0o644); err != nil {
+		return err
+	}
+	return limit(pid, m.CgroupPath(name), "cpu.max", fmt.Sprintf("%d %d", quota, period))
 }
 
-func writeNumber(dir, file string, n int) error {
-	return os.WriteFile(filepath.Join(dir, file), []byte(strconv.Itoa(n)), 0o644)
+// limit moves a process into a new cgroup with a limit.
+func limit(pid int, dir, file, value string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(dir, file), []byte(value), 0o644); err != nil {
+		return err
+	}
+	return MoveToCgroup(pid, dir)
+}
+
+// MoveToCgroup moves a process into a cgroup, given by its directory.
+func MoveToCgroup(pid int, dir string) error {
+	return os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0o644)
 }
 
 // cgroupRoot returns the mount point of cgroup v2.

@@ -23,8 +23,8 @@ func TimeWait(pid int, endpoint netip.AddrPort) (map[Connection]bool, error) {
 	return TimeWaits(pid, func(at netip.AddrPort) bool { return at == endpoint })
 }
 
-// TimeWaits returns the sockets in TIME_WAIT with an address that is meant, in the network namespace of a process.
-func TimeWaits(pid int, meant func(netip.AddrPort) bool) (map[Connection]bool, error) {
+// TimeWaits returns the sockets in TIME_WAIT with an address that matches, in the network namespace of a process.
+func TimeWaits(pid int, match func(netip.AddrPort) bool) (map[Connection]bool, error) {
 	const timeWait = "06" // TCP_TIME_WAIT
 	found := map[Connection]bool{}
 	// IPv4 connections to a socket that listens on all addresses are in tcp6.
@@ -46,7 +46,7 @@ func TimeWaits(pid int, meant func(netip.AddrPort) bool) (map[Connection]bool, e
 			if err != nil {
 				return nil, err
 			}
-			if meant(local) || meant(remote) {
+			if match(local) || match(remote) {
 				found[Connection{local, remote}] = true
 			}
 		}
@@ -110,18 +110,22 @@ func tcpCounter(pid int, counter string) (int, error) {
 // TrackConnections makes the kernel track the connections of the current network namespace, as it does where kube-proxy runs, until
 // stop is called.
 func TrackConnections() (stop func() error, err error) {
+	return AddRule("track", nftables.TableFamilyINet, nftables.ChainHookOutput, &expr.Ct{Key: expr.CtKeySTATE, Register: 1})
+}
+
+// AddRule adds a rule to a netfilter hook of the current network namespace, in a table of its own that remove removes.
+func AddRule(table string, family nftables.TableFamily, hook *nftables.ChainHook, rule ...expr.Any) (remove func() error, err error) {
 	c, err := nftables.New()
 	if err != nil {
 		return nil, err
 	}
-	table := c.AddTable(&nftables.Table{Name: "track", Family: nftables.TableFamilyINet})
+	t := c.AddTable(&nftables.Table{Name: table, Family: family})
 	chain := c.AddChain(&nftables.Chain{
-		Name: "output", Table: table, Type: nftables.ChainTypeFilter,
-		Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityFilter,
+		Name: "filter", Table: t, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityFilter,
 	})
-	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: 1}}})
+	c.AddRule(&nftables.Rule{Table: t, Chain: chain, Exprs: rule})
 	return func() error {
-		c.DelTable(table)
+		c.DelTable(t)
 		return c.Flush()
 	}, c.Flush()
 }

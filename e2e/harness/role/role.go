@@ -86,7 +86,10 @@ func StartCommand(cmd *exec.Cmd, netns, cgroup string) error {
 			return fmt.Errorf("cgroup %s: %w", cgroup, err)
 		}
 		defer unix.Close(fd) //nolint:errcheck // read only
-		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: fd}
+		if cmd.SysProcAttr == nil {
+			cmd.SysProcAttr = &syscall.SysProcAttr{}
+		}
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, fd
 	}
 	if netns == "" {
 		return cmd.Start()
