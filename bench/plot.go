@@ -201,7 +201,7 @@ func (p *panel) draw(add func(string, ...any)) {
 		anchor, at, base := "start", x+9, y+4
 		switch crowded := p.crowded(x, y); {
 		case crowded && x-p.x(0) < 80:
-			base = bound + 4 // beside its dash
+			base = (y+bound)/2 + 4 // between it and its dash
 		case crowded:
 			anchor, at = "end", x-9
 		}

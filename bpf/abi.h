@@ -134,7 +134,8 @@ struct tally {
 	 */
 	__u64 connected_at;
 	__u64 connected_to; /* KIND_PORT: the listening socket that sent it, as an address in kernel memory */
-	__u64 asked_at;	   /* KIND_PORT: started_at of the connection last passed on; 0: the pod has answered its SYN */
+	__u64 asked_at; /* KIND_PORT: started_at of the connection last passed on; 0: the pod has answered it or a later
+			   one */
 	__u8 answered_max; /* KIND_PORT: upper limit of answered, as of the last look at the listening socket */
 	__u8 pad[7];
 	__u64 served_at; /* KIND_PORT: when the pod last began an HTTP response with a status below 500; 0: never */

@@ -306,13 +306,16 @@ static __always_inline bool is_listening(struct __sk_buff *skb, const struct seg
 	return false;
 }
 
-/* Notes that the pod has answered a SYN, even if by a refusal. Returns the tally of the port, or NULL. */
+/*
+ * Notes that the pod has answered a SYN, even if by a refusal, and with it earlier ones: it answers again. Returns the
+ * tally of the port, or NULL.
+ */
 static __always_inline struct tally *note_answered(const struct segment *seg, const struct flow *flow)
 {
 	struct endpoint_key key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_PORT, 0);
 	struct tally *port = bpf_map_lookup_elem(&endpoint_tallies, &key);
 
-	if (port && port->asked_at == flow->started_at)
+	if (port && port->asked_at <= flow->started_at)
 		port->asked_at = 0;
 	return port;
 }

@@ -99,7 +99,7 @@ func TestModelAtTheBoundaries(t *testing.T) {
 // programsOf has the hash of each ABI's object. Objects that a build with the same ABI has already loaded are not replaced,
 // so a change needs another ABI to take effect before the machine restarts.
 var programsOf = map[string]string{
-	"v6": "6548fe391ac7d6294cb3eb2a0d26ea9c66f3d253a7db2643f5bd2035418d259c",
+	"v6": "6b5e68583d9309583f5295b71f093971ee48c8ffd8e34cd63f572b7140ffb4c6",
 }
 
 func TestChangedProgramsNeedAnotherABI(t *testing.T) {

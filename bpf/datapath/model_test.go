@@ -281,7 +281,7 @@ func (m *model) noteTraffic(p packet) {
 
 // noteAnswered notes the pod's answer to a SYN.
 func (m *model) noteAnswered(p packet, f *probeletFlow) {
-	if tally, ok := m.tallies[PortKey(p.of.pod)]; ok && tally.AskedAt == f.StartedAt {
+	if tally, ok := m.tallies[PortKey(p.of.pod)]; ok && tally.AskedAt <= f.StartedAt {
 		tally.AskedAt = 0
 		m.tallies[PortKey(p.of.pod)] = tally
 	}
@@ -626,6 +626,7 @@ func (m *model) podHanding(p packet, f *probeletFlow) decision {
 		return p.become(toClient, "RA", f.OurIsn+1, p.Ack, 0, 0, "")
 	case p.has("S"):
 		m.noteMTU(p, f)
+		m.noteAnswered(p, f)
 		f.State, f.PodIsn, f.Deadline = handed, p.Seq, m.before+handedFor
 		return m.accept(p, f)
 	}

@@ -213,7 +213,7 @@ func (p *pod) refresh(a *asker) {
 	server := p.servers[s.Port]
 	x := server.ask(inquiry{began, s.Endpoint, s.Timeout, p.usual()}, &server.queue)
 	if x.connected {
-		p.connectedAt[s.Port] = began
+		p.connectedAt[s.Port], p.ignored[s.Port] = began, false
 	}
 	p.at(x.end, func() {
 		if p.refreshing[s.Endpoint] != a {
