@@ -440,17 +440,19 @@ static __always_inline int steer_syn(struct __sk_buff *skb, const struct segment
 		count(COUNT_PASSED_NOT_PROBER);
 		return PASS;
 	}
-	cookie = bpf_get_socket_cookie(skb);
-	if (config->own_sockets && bpf_map_lookup_elem(&own_sockets, &cookie)) {
-		count(COUNT_PASSED_OWN);
-		follow_own(seg, cookie);
-		return PASS;
+	if (config->own_sockets) {
+		cookie = bpf_get_socket_cookie(skb);
+		if (bpf_map_lookup_elem(&own_sockets, &cookie)) {
+			count(COUNT_PASSED_OWN);
+			follow_own(seg, cookie);
+			return PASS;
+		}
 	}
 	if (!is_prober(config, skb)) {
 		count(COUNT_PASSED_NOT_PROBER);
 		return PASS;
 	}
-	return decide(skb, seg, cookie);
+	return decide(skb, seg, bpf_get_socket_cookie(skb));
 }
 
 /* Handles a SYN that a flow's owner repeats. */

