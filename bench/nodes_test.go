@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"testing"
 	"time"
@@ -50,6 +51,11 @@ var policies = []policy{
 	{stale1, 1, []string{"--staleness", "5"}},
 	{refresh1, 1, []string{"--refresh", "true"}},
 	{traffic1, 1, []string{"--liveness", "traffic"}},
+}
+
+// policiesOf returns the policies of some variants.
+func policiesOf(variants ...variant) []policy {
+	return slices.DeleteFunc(slices.Clone(policies), func(p policy) bool { return !slices.Contains(variants, p.variant) })
 }
 
 // program is a server that pods run. It answers healthPath as long as the file "healthy" exists in its directory, and everything
@@ -336,10 +342,7 @@ func (c census) since(earlier census) census {
 func (n *probedNode) census(t *testing.T) census {
 	t.Helper()
 	c := census{seconds: time.Since(n.created).Seconds(), tcp: map[string]int{}, answeredTCP: map[string]int{}}
-	outcomes := map[Container]Outcomes{}
-	if n.period > 0 {
-		outcomes = n.kubelet.counts(t)
-	}
+	outcomes := n.kubelet.counts(t)
 	programs := map[string]string{}
 	for _, m := range n.members {
 		accepted, err := node.AcceptedIn(m.cmd.Process.Pid)

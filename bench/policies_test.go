@@ -45,14 +45,15 @@ func measurePolicies(t *testing.T, s *suite) {
 		}
 	}
 	time.Sleep(settled)
+	probed := nodes[1:] // after the one without probes
 	before := map[variant]census{}
-	for _, n := range nodes {
+	for _, n := range probed {
 		before[n.variant] = n.census(t)
 	}
 	cpu := s.watchCPU(t, nodes, windows, each)
-	s.addCensus(t, nodes, before)
-	s.addCPU(nodes, cpu)
-	s.compareDetection(t, nodes)
+	s.addCensus(t, probed, before)
+	s.addCPU(probed, cpu)
+	s.compareDetection(t, probed)
 }
 
 // visit gives all pods a client.
@@ -121,9 +122,6 @@ func (s *suite) addCPU(nodes []*probedNode, used map[variant]map[string][]float6
 	}
 	total := map[variant][]float64{}
 	for _, n := range nodes {
-		if n.period == 0 {
-			continue
-		}
 		total[n.variant] = make([]float64, len(used[n.variant][kubeletCgroup]))
 		for _, name := range names {
 			cost := differences(used[n.variant][name], used[unprobed][name])
@@ -150,9 +148,6 @@ func (s *suite) addCensus(t *testing.T, nodes []*probedNode, before map[variant]
 	const left = "TIME_WAIT on the node and in pods"
 	timeWait := map[variant]float64{}
 	for _, n := range nodes {
-		if n.period == 0 {
-			continue
-		}
 		c := n.census(t).since(before[n.variant])
 		add := func(measure string, value float64, unit string) { s.cell(measure, n.variant, exactly(value), unit) }
 		add("probes", float64(c.probes)/c.seconds, "/s")
@@ -184,9 +179,6 @@ func (s *suite) compareDetection(t *testing.T, nodes []*probedNode) {
 	failed := map[*member]time.Time{}
 	wait := 0.0
 	for _, n := range nodes {
-		if n.period == 0 {
-			continue
-		}
 		bounds := n.stated(t)
 		for _, f := range []string{stopped, erring} {
 			wait = max(wait, bounds[f])
@@ -207,8 +199,6 @@ func (s *suite) compareDetection(t *testing.T, nodes []*probedNode) {
 		for i, m := range n.members {
 			at, ok := verdicts[m]
 			switch {
-			case n.period == 0:
-				continue
 			case !ok:
 				t.Errorf("%s, %s: not found: %s", n.variant, m.name, failure(i))
 			case at.Before(failed[m]):
@@ -219,9 +209,7 @@ func (s *suite) compareDetection(t *testing.T, nodes []*probedNode) {
 	}
 	for _, f := range []string{stopped, erring} {
 		for _, n := range nodes {
-			if n.period > 0 {
-				s.cell(f+longest, n.variant, exactly(took[f][n.variant]), "s")
-			}
+			s.cell(f+longest, n.variant, exactly(took[f][n.variant]), "s")
 		}
 		s.add(f+longest, default1, plain2, exactly(took[f][default1]/took[f][plain2]), ratio, below(1))
 	}
@@ -231,19 +219,17 @@ func (s *suite) compareDetection(t *testing.T, nodes []*probedNode) {
 func awaitVerdicts(t *testing.T, nodes []*probedNode, most time.Duration) map[*member]time.Time {
 	t.Helper()
 	for deadline := time.Now().Add(most); ; time.Sleep(100 * time.Millisecond) {
-		found, probed := map[*member]time.Time{}, 0
+		found, all := map[*member]time.Time{}, 0
 		for _, n := range nodes {
 			verdicts := n.kubelet.verdicts(t)
+			all += len(n.members)
 			for _, m := range n.members {
-				if n.period > 0 {
-					probed++
-				}
 				if at, ok := verdicts[Container{m.Pod.Name, httpContainer}]; ok {
 					found[m] = at
 				}
 			}
 		}
-		if len(found) == probed || time.Now().After(deadline) {
+		if len(found) == all || time.Now().After(deadline) {
 			return found
 		}
 	}

@@ -18,14 +18,14 @@ func measurePorts(t *testing.T, s *suite) {
 	}
 	for _, kind := range []struct {
 		name, path string
-		policies   []policy
+		variants   []variant
 	}{
-		{"TCP", "", []policy{{plain1, 1, nil}, {default1, 1, []string{}}}},
-		{"HTTP", healthPath, []policy{{plain1, 1, nil}, {default1, 1, []string{}}, {refresh1, 1, []string{"--refresh", "true"}}}},
+		{"TCP", "", []variant{plain1, default1}},
+		{"HTTP", healthPath, []variant{plain1, default1, refresh1}},
 	} {
 		probe := node.Probe{Port: podPort, Path: kind.path, PeriodSeconds: 1, TimeoutSeconds: 1}
 		var nodes []*probedNode
-		for _, p := range kind.policies {
+		for _, p := range policiesOf(kind.variants...) {
 			n := newProbedNode(t, p, node.Probed{Readiness: slices.Repeat([]node.Probe{probe}, containers)}, 1, programs[0])
 			n.awaitServing(t)
 			nodes = append(nodes, n)
