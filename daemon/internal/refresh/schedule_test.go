@@ -166,6 +166,26 @@ func TestPodsShareSlots(t *testing.T) {
 	})
 }
 
+// So do requests to one pod, as far as its rate allows.
+func TestEndpointsShareSlots(t *testing.T) {
+	const pods, endpoints, rounds = 20, 4, 10
+	w := newWorld()
+	for pod := range pods {
+		w.targets(pod, endpoints, time.Second, time.Second)
+	}
+	w.run(rounds*time.Second, func(*job) time.Duration { return time.Millisecond })
+	wakeups := map[uint64]bool{}
+	for _, began := range w.began {
+		for _, at := range began {
+			wakeups[at] = true
+		}
+	}
+	slots := int(time.Second / longestSlot)
+	if most := (rounds + 1) * slots; len(wakeups) > most {
+		t.Errorf("%d wake-ups, want at most %d", len(wakeups), most)
+	}
+}
+
 // A healthy pod stays fresh throughout, whatever the staleness, and is asked no more than once per interval.
 func TestAlwaysFresh(t *testing.T) {
 	for _, staleness := range []string{"0.5", "1", "2", "5"} {
