@@ -87,7 +87,7 @@ func TestRefreshIsNoMoreLenient(t *testing.T) {
 					if success {
 						successes.Add(1)
 					}
-					if success && !seen && !leftOut(reply) {
+					if success && !seen && !leftOut(reply, nil) {
 						missed.Add(1)
 					}
 					if success || !seen {

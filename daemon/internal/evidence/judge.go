@@ -53,11 +53,12 @@ type verdict struct {
 func (r Response) Judge() (event probe.Event, status int, doubt Doubt) {
 	buffered := pool.Get().(*bufio.Reader)
 	defer pool.Put(buffered)
-	v, chunked := r.read(buffered)
+	v, chunked := r.read(buffered, false)
 	if chunked {
-		// net/http looks ahead at chunk headers and trailers that have arrived already. So a flaw right behind the last
-		// byte that the kubelet reads may or may not be found: read again with everything buffered.
-		all, _ := r.read(bufio.NewReaderSize(nil, len(r.Bytes)+readBuffer))
+		// net/http looks ahead at ends of chunks, chunk headers and trailers that have arrived already. So a flaw right
+		// behind the last byte that the kubelet reads may or may not be found, and it may not have been seen here: read
+		// again with everything buffered, and require what was not seen.
+		all, _ := r.read(bufio.NewReaderSize(nil, len(r.Bytes)+readBuffer), r.End == Open || r.End == Unseen)
 		if v.doubt == "" && v != all {
 			v.doubt = DoubtTiming
 		}
@@ -67,14 +68,20 @@ func (r Response) Judge() (event probe.Event, status int, doubt Doubt) {
 
 var pool = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, readBuffer) }}
 
-// read reads the response as DoHTTPProbe does (pkg/probe/http/http.go), using http.Transport.
-func (r Response) read(buffered *bufio.Reader) (v verdict, chunked bool) {
+// read reads the response as DoHTTPProbe does (pkg/probe/http/http.go), using http.Transport. With ahead, it also
+// reads what a chunked body may make it look at behind the last byte.
+func (r Response) read(buffered *bufio.Reader, ahead bool) (v verdict, chunked bool) {
 	source := &source{Reader: bytes.NewReader(r.Bytes), end: r.End}
 	buffered.Reset(source)
 	response, err := readFinal(buffered)
 	if err == nil && response.StatusCode/100 == 2 {
 		_, err = io.Copy(io.Discard, io.LimitReader(response.Body, maxBody))
 		chunked = response.TransferEncoding != nil
+		if err == nil && chunked && ahead {
+			if _, err = response.Body.Read(nil); errors.Is(err, io.EOF) {
+				err = nil
+			}
+		}
 	}
 	switch {
 	case source.starved && r.End != Open:
