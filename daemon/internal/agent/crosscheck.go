@@ -192,7 +192,7 @@ func (a *attachment) bar(endpoints []probe.EndpointSpec) {
 	})
 	for i := range endpoints {
 		if b, ok := a.barred[endpoints[i].Endpoint]; ok && endpoints[i].Observed {
-			endpoints[i].Bar(probe.Reason{Code: probe.ReasonVerdict, Text: barReasons[b.kind]})
+			probe.Bar(endpoints, i, probe.Reason{Code: probe.ReasonVerdict, Text: barReasons[b.kind]})
 		}
 	}
 }

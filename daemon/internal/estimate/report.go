@@ -217,7 +217,7 @@ func (p pod) estimate(shares cache, sums []*sum) {
 		specs, _ := probe.Endpoints(p.Pod, policy.settings(p.Annotations), Limits)
 		if p.hostNetwork {
 			for j := range specs {
-				specs[j].Bar(probe.Reason{Code: HostNetwork, Text: "hostNetwork"})
+				probe.Bar(specs, j, probe.Reason{Code: HostNetwork, Text: "hostNetwork"})
 			}
 		}
 		answered, refreshes := answers(specs, shares)

@@ -149,8 +149,9 @@ func (s *EndpointSpec) setRefresh(settings Settings, addressed bool) {
 	}
 }
 
-// Bar sets a reason not to answer the endpoint, overriding any other, such as mode observe.
-func (s *EndpointSpec) Bar(reason Reason) {
+// Bar sets a reason not to answer one of a pod's endpoints, overriding any other, such as mode observe.
+func Bar(specs []EndpointSpec, i int, reason Reason) {
+	s := &specs[i]
 	s.Reason, s.Withheld = reason, false
 	if s.Traffic > 0 {
 		s.Traffic, s.TrafficOff = 0, reasonNotAnswered
@@ -158,6 +159,7 @@ func (s *EndpointSpec) Bar(reason Reason) {
 	if s.Refresh > 0 {
 		s.Refresh, s.RefreshOff = 0, reasonNotAnswered
 	}
+	deferToDecider(specs)
 }
 
 const reasonNotAnswered = "the endpoint is not answered"

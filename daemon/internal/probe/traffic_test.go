@@ -1,6 +1,7 @@
 package probe
 
 import (
+	"slices"
 	"testing"
 	"time"
 )
@@ -51,15 +52,22 @@ func TestTrafficBesideATCPProbe(t *testing.T) {
 	}
 	for name, test := range map[string]struct {
 		tcp     Spec
+		barred  bool
 		traffic int
 		off     string
 	}{
-		"liveness":              {tcpProbe(Liveness), 9, ""},
-		"readiness":             {tcpProbe(Readiness), 0, "TCP :80 decides for this port, and c/readiness asks it too"},
-		"startup":               {tcpProbe(Startup), 9, ""},
-		"readiness, other port": {elsewhere(tcpProbe(Readiness)), 9, ""},
+		"liveness":              {tcpProbe(Liveness), false, 9, ""},
+		"readiness":             {tcpProbe(Readiness), false, 0, "TCP :80 decides for this port, and c/readiness asks it too"},
+		"startup":               {tcpProbe(Startup), false, 9, ""},
+		"readiness, other port": {elsewhere(tcpProbe(Readiness)), false, 9, ""},
+		"barred":                {tcpProbe(Liveness), true, 0, "TCP :80 decides for this port, and the endpoint is not answered"},
+		"barred, other port":    {elsewhere(tcpProbe(Liveness)), true, 9, ""},
 	} {
-		for _, s := range byTraffic(t, httpProbe(Liveness, "/x"), test.tcp).Endpoints() {
+		specs := byTraffic(t, httpProbe(Liveness, "/x"), test.tcp).Endpoints()
+		if test.barred {
+			Bar(specs, slices.IndexFunc(specs, func(s EndpointSpec) bool { return s.Kind == TCP }), Reason{ReasonVerdict, "x"})
+		}
+		for _, s := range specs {
 			if s.Kind == HTTP && (s.Traffic != test.traffic || s.TrafficOff != test.off) {
 				t.Errorf("%s: %d %q, want %d %q", name, s.Traffic, s.TrafficOff, test.traffic, test.off)
 			}
