@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR MIT */
 /*
- * Connections of a prober. The table shows what each packet does in each state. "drop" is hidden from the client's TCP:
+ * Connections of a prober or of the daemon. The table shows what each packet does in each state. "drop" is hidden from
+ * the client's TCP:
  *
  *   packet of           | OBSERVING        | TAKEN                    | HANDING                 | HANDED
  *   --------------------|------------------|--------------------------|-------------------------|----------------------
@@ -41,8 +42,8 @@
  * If an owner vanishes without a FIN or RST passing here, its flow stays until sweep removes it after the deadline. It
  * is harmless until then, because packets of other senders are never mistaken for the owner's.
  *
- * OWN is for a connection of the daemon's own to a port with a TCP endpoint. Everything passes. The pod's SYN-ACK is
- * noted, since it leads to the same conclusion about the listening socket as one to a prober, and ends the flow.
+ * OWN: a connection of the daemon to a port with a TCP endpoint. Everything passes. The pod's SYN-ACK is noted, as for
+ * a prober; it or an RST ends the flow. The Go model leaves OWN out, because test runs have no sockets.
  *
  * DONE: a handed-over connection is no longer recorded, because its client has closed or it is not a probe.
  * ANSWERED: the first bytes of an answer were seen. The daemon judges whether a reset after them is a failure.

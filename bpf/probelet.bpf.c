@@ -4,7 +4,7 @@
  *
  *   steer, tc egress: sees what the host sends to the pod. Decides at the SYN whether to take a prober's connection,
  *   and turns each packet of a taken one into its answer, in place, redirected into the receive path of the same
- * device.
+ *   device.
  *
  *   observe, tc ingress: sees what the pod sends. Splices connections that are handed over. Both programs record
  *   connections that reach the pod.
@@ -759,8 +759,9 @@ static __always_inline void observe_passed(struct __sk_buff *skb, const struct s
 }
 
 /*
- * Notes the pod's reply to the SYN of the daemon. It counts once the connection has left the queue (judge), so the
- * daemon must not reset a connection on which it has sent nothing: that would leave the queue without being accepted.
+ * Notes the pod's reply to the daemon's SYN. judge counts the connection as accepted once it has left the queue. So the
+ * daemon must not reset a connection before it has sent its request: with TCP_DEFER_ACCEPT that would take it off the
+ * queue although it was not accepted.
  */
 static __always_inline void observe_own(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {

@@ -616,7 +616,7 @@ func TestOwnConnectionsCountAsReal(t *testing.T) {
 	}
 }
 
-// A connection of the daemon's own is followed only where that can tell something, and no longer than until the pod replies.
+// The daemon's connections are followed only on ports with a TCP endpoint, and only until the pod replies.
 func TestOwnConnectionsEnd(t *testing.T) {
 	for name, c := range map[string]struct {
 		arm              func(s *served, t testing.TB, port uint16)

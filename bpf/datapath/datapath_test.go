@@ -99,7 +99,7 @@ func TestModelAtTheBoundaries(t *testing.T) {
 // programsOf has the hash of each ABI's object. Objects that a build with the same ABI has already loaded are not replaced,
 // so a change needs another ABI to take effect before the machine restarts.
 var programsOf = map[string]string{
-	"v6": "2cf3b1647d03d6b2c7022c1f2ee1dd6208d674be7ab0edc74378949b7c61c352",
+	"v6": "fbfc38b3f1a3972df22d4830aa5e4e72c3c9a61b73da97f50e793ae930f48e36",
 }
 
 func TestChangedProgramsNeedAnotherABI(t *testing.T) {
@@ -153,10 +153,12 @@ func TestEnsureLoadsOnce(t *testing.T) {
 			t.Fatalf("steer loaded more than once: %v", ids)
 		}
 	}
-	want := []string{
-		"", "/v6", "/v6/answer_ages", "/v6/attachments", "/v6/counters", "/v6/devices", "/v6/endpoint_evidence", "/v6/endpoint_lists",
-		"/v6/endpoint_tallies", "/v6/flows", "/v6/observe", "/v6/own_sockets", "/v6/pod_netns", "/v6/prober", "/v6/prober_sockets",
-		"/v6/records", "/v6/respond", "/v6/steer", "/v6/sweep", "/v6/traffic_slots", "/v6/watch",
+	want := []string{"", "/" + ABI}
+	for _, name := range []string{
+		"answer_ages", "attachments", "counters", "devices", "endpoint_evidence", "endpoint_lists", "endpoint_tallies", "flows", "observe",
+		"own_sockets", "pod_netns", "prober", "prober_sockets", "records", "respond", "steer", "sweep", "traffic_slots", "watch",
+	} {
+		want = append(want, "/"+ABI+"/"+name)
 	}
 	if got := pinned(t, dir); !slices.Equal(got, want) {
 		t.Fatalf("pinned %q, want %q", got, want)

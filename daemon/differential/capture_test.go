@@ -33,8 +33,8 @@ type flow struct {
 }
 
 func newCapture(t testing.TB) *capture {
-	// A socket for IPv4 alone would get a packet after the kernel's own IPv4 (since Linux 6.15), and thus perhaps after
-	// what the packet led to.
+	// Since Linux 6.15 a socket bound to ETH_P_IP sees a packet only after the IPv4 stack has processed it, and so possibly
+	// after its consequences.
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, int(htons(unix.ETH_P_ALL)))
 	must(t, err)
 	must(t, unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1))

@@ -142,7 +142,7 @@ func TestNothingElseIsASuccess(t *testing.T) {
 	}
 }
 
-// Of a response whose rest was not seen, nothing is a success unless it is one whatever the rest is.
+// A truncated response counts as a success only if the whole response does.
 func TestUnseenRestDoesNotMatter(t *testing.T) {
 	successes := 0
 	for seed := range uint64(20_000) {
@@ -207,8 +207,8 @@ func (s *stage) compare(t *testing.T, reply replies.Reply, timeout time.Duration
 }
 
 // leftOut reports whether a success may go unrecognised: it came before the request, is an answer of probelet's, is too
-// long to be recorded, is an error to older versions of net/http, or is a chunked body of which the prober reads only a
-// part, before a rest that was not seen, or that makes it fail if it comes in time to be looked at.
+// long to be recorded, is an error to older versions of net/http, or is a chunked body longer than the prober reads,
+// whose remainder was not seen or is flawed, so that the verdict depends on timing.
 func leftOut(r replies.Reply, records []datapath.Record) bool {
 	text := r.Text()
 	partly := len(text) > 10<<10 && bytes.Contains(bytes.ToLower(text), []byte("chunked"))

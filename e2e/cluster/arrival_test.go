@@ -123,11 +123,19 @@ func testInstallCycle(t *testing.T, way string) {
 	mustBeGone(t, links)
 }
 
-// Directories in which an attachment leaves entries.
-const (
-	pinsDir    = kube.BPFFS + "/probelet/v6/attachments"
-	recordsDir = stateDir + "/attachments"
-)
+// recordsDir has a file for each attachment.
+const recordsDir = stateDir + "/attachments"
+
+// pinsDir returns the directory that has a directory for each attachment.
+func pinsDir(t *testing.T) string {
+	t.Helper()
+	dirs, err := filepath.Glob(kube.BPFFS + "/probelet/v*/attachments")
+	must(t, err)
+	if len(dirs) != 1 {
+		t.Fatalf("directories of attachments: %q, want one", dirs)
+	}
+	return dirs[0]
+}
 
 // A pod that existed before probelet leaves nothing behind when it is deleted.
 func TestAdoptedPodIsDeleted(t *testing.T) {
@@ -143,11 +151,11 @@ func TestAdoptedPodIsDeleted(t *testing.T) {
 		must(t, err)
 		return len(files) > 0
 	}
-	if !remains(pinsDir) || !remains(recordsDir) {
+	if !remains(pinsDir(t)) || !remains(recordsDir) {
 		t.Fatalf("%s is not pinned or has no record", name)
 	}
 	must(t, cluster.Delete(t.Context(), old))
-	eventually(t, "pins and record are removed", 10*time.Second, func() bool { return !remains(pinsDir) && !remains(recordsDir) })
+	eventually(t, "pins and record are removed", 10*time.Second, func() bool { return !remains(pinsDir(t)) && !remains(recordsDir) })
 }
 
 // doctor reports a healthy node as healthy, both on the host and in the daemon's pod, and an unhealthy one as unhealthy.

@@ -100,7 +100,7 @@ func TestRepair(t *testing.T) {
 		lose func()
 	}{
 		{"links", func() { detachLinks(t, attachmentOf(t, pod)) }},
-		{"pins", func() { must(t, os.RemoveAll(filepath.Join(pinsDir, attachmentOf(t, pod)))) }},
+		{"pins", func() { must(t, os.RemoveAll(filepath.Join(pinsDir(t), attachmentOf(t, pod)))) }},
 		{"bpffs", func() { must(t, unix.Unmount(kube.BPFFS, unix.MNT_DETACH)); must(t, cluster.MountBPFFS()) }},
 		{"all", func() { must(t, os.RemoveAll(kube.BPFFS+"/probelet")) }},
 	} {
@@ -137,10 +137,10 @@ func detachLinks(t *testing.T, attachment string) {
 
 func linksOf(t *testing.T, attachment string) (links []link.Link) {
 	t.Helper()
-	pins, err := os.ReadDir(filepath.Join(pinsDir, attachment))
+	pins, err := os.ReadDir(filepath.Join(pinsDir(t), attachment))
 	must(t, err)
 	for _, pin := range pins {
-		if l, err := link.LoadPinnedLink(filepath.Join(pinsDir, attachment, pin.Name()), nil); err == nil {
+		if l, err := link.LoadPinnedLink(filepath.Join(pinsDir(t), attachment, pin.Name()), nil); err == nil {
 			links = append(links, l)
 		}
 	}

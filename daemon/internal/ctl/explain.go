@@ -220,7 +220,7 @@ func traffic(e survey.Endpoint) string {
 func listener(l store.Listener) string {
 	var said []string
 	if l.Most > 0 || l.Answered > 0 {
-		text := fmt.Sprintf("%d of at most %d probes were answered since the pod last accepted one", l.Answered, l.Most)
+		text := fmt.Sprintf("%d of at most %d probes were answered since a connection was last known to be accepted", l.Answered, l.Most)
 		if l.Pending && l.Answered >= l.Most {
 			text += ", and another has reached the pod since"
 		}

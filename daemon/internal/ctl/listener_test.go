@@ -27,7 +27,7 @@ func TestListener(t *testing.T) {
 	text, err := m.run("explain", "shop/web")
 	for _, want := range []string{
 		"while the listening socket accepts, and at most 9 times in a row",
-		"listening socket 3 of at most 4 probes were answered since the pod last accepted one; the last one passed on: the queue was more than half full",
+		"listening socket 3 of at most 4 probes were answered since a connection was last known to be accepted; the last one passed on: the queue was more than half full",
 	} {
 		if err != nil || !strings.Contains(squeeze(text), want) {
 			t.Errorf("%v, does not say %q:\n%s", err, want, text)
@@ -94,7 +94,7 @@ func TestListenerOfHTTP(t *testing.T) {
 		"alone, nothing":       {datapath.Tally{AnsweredMax: 9}, nil, "", "tc proven - - -"},
 		"alone, vetoed":        {datapath.Tally{AnsweredMax: 9, Obstacle: 3}, nil, "listening socket the last probe passed on because of it: a connection had been waiting", "tc proven head_old - -"},
 		"beside TCP":           {datapath.Tally{Answered: 1, AnsweredMax: 2, Obstacle: 5}, []statedir.Endpoint{tcp}, "listening socket 1 of at most 2 probes", "tc proven 1/2 real_due - -"},
-		"beside TCP, accepted": {datapath.Tally{Answered: 2, AnsweredMax: 2, ConnectedAt: 1}, []statedir.Endpoint{tcp}, "since the pod last accepted one, and another has reached the pod since", "tc proven 2/2 - -"},
+		"beside TCP, accepted": {datapath.Tally{Answered: 2, AnsweredMax: 2, ConnectedAt: 1}, []statedir.Endpoint{tcp}, "since a connection was last known to be accepted, and another has reached the pod since", "tc proven 2/2 - -"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)

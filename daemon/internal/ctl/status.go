@@ -40,7 +40,7 @@ unproven if none was tried yet) and, for each of the PROBES:
                    is longer). With probelet, a success may be answered for the BOUND before that time begins to
                    count; in mode observe, it would be
   LISTENER         for ports with a TCP probe: how many probes in a row were answered, and after the slash how many may
-                   be before the pod must have accepted one; then what last kept a fresh probe from being answered:
+                   be before a connection must have been accepted; then what last kept a fresh probe from being answered:
                    no_listener, queue_long, head_old, special, real_due (the maximum was reached) or unanswered
   SETTINGS         mode, staleness and refresh where they differ from the defaults, and what set them
 

@@ -78,7 +78,7 @@ func TestConstantsAreMeasured(t *testing.T) {
 		{c.kubeletAnswered, (on.kubelet - real*kubelet) / (on.perSecond - real)},
 		{c.daemonPod, off.daemon / 100},
 		{c.daemonProbe, (on.daemon - off.daemon) / on.perSecond},
-		{c.daemonRefresh, (0.12 - 0.0013 - 0.0022) / 1000}, // of what the daemon takes: with refresh, without probes, and for watching
+		{c.daemonRefresh, (0.12 - 0.0013 - 0.0022) / 1000}, // with refresh, minus no probes and watching (docs/density.md)
 	} {
 		if !about(test.Value*microsecond, test.want, .02) {
 			t.Errorf("%s: %g %s, want %.1f", test.Name, test.Value, test.Unit, test.want/microsecond)

@@ -194,7 +194,7 @@ func (r *run) taken(now time.Duration) (taken, byTraffic bool) {
 	}
 	for i := range r.endpoints {
 		if r.believes(i, now) {
-			return true, false // as the endpoint itself says
+			return true, false // each endpoint checks traffic for itself
 		}
 	}
 	return false, false

@@ -55,9 +55,9 @@ func (r Response) Judge() (event probe.Event, status int, doubt Doubt) {
 	defer pool.Put(buffered)
 	v, chunked := r.read(buffered, false)
 	if chunked {
-		// net/http looks ahead at ends of chunks, chunk headers and trailers that have arrived already. So a flaw right
-		// behind the last byte that the kubelet reads may or may not be found, and it may not have been seen here: read
-		// again with everything buffered, and require what was not seen.
+		// net/http may also parse the end of the chunk, the next header or trailers, if they have arrived. Whether it finds
+		// a flaw there depends on timing, so require a response that is a success either way. What was not seen of it is
+		// missing.
 		all, _ := r.read(bufio.NewReaderSize(nil, len(r.Bytes)+readBuffer), r.End == Open || r.End == Unseen)
 		if v.doubt == "" && v != all {
 			v.doubt = DoubtTiming
@@ -68,8 +68,8 @@ func (r Response) Judge() (event probe.Event, status int, doubt Doubt) {
 
 var pool = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, readBuffer) }}
 
-// read reads the response as DoHTTPProbe does (pkg/probe/http/http.go), using http.Transport. With ahead, it also
-// reads what a chunked body may make it look at behind the last byte.
+// read reads the response as DoHTTPProbe does (pkg/probe/http/http.go), using http.Transport. If ahead, it also
+// parses what follows the last byte that the prober reads of a chunked body, up to the next chunk's data.
 func (r Response) read(buffered *bufio.Reader, ahead bool) (v verdict, chunked bool) {
 	source := &source{Reader: bytes.NewReader(r.Bytes), end: r.End}
 	buffered.Reset(source)
@@ -78,6 +78,7 @@ func (r Response) read(buffered *bufio.Reader, ahead bool) (v verdict, chunked b
 		_, err = io.Copy(io.Discard, io.LimitReader(response.Body, maxBody))
 		chunked = response.TransferEncoding != nil
 		if err == nil && chunked && ahead {
+			// An empty read makes net/http check the end of the chunk and the next header (net/http/internal, chunked.go).
 			if _, err = response.Body.Read(nil); errors.Is(err, io.EOF) {
 				err = nil
 			}

@@ -149,7 +149,8 @@ func (s *EndpointSpec) setRefresh(settings Settings, addressed bool) {
 	}
 }
 
-// Bar sets a reason not to answer one of a pod's endpoints, overriding any other, such as mode observe.
+// Bar sets the reason not to answer specs[i], overriding any other, such as mode observe. If that endpoint decides for its port, traffic no
+// longer vouches for the port's other endpoints.
 func Bar(specs []EndpointSpec, i int, reason Reason) {
 	s := &specs[i]
 	s.Reason, s.Withheld = reason, false
@@ -162,7 +163,7 @@ func Bar(specs []EndpointSpec, i int, reason Reason) {
 	deferToDecider(specs)
 }
 
-const reasonNotAnswered = "the endpoint is not answered"
+const reasonNotAnswered = "it is not answered"
 
 func compare(a, b EndpointSpec) int {
 	return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Path, b.Path),

@@ -60,7 +60,7 @@ func TestTrafficBesideATCPProbe(t *testing.T) {
 		"readiness":             {tcpProbe(Readiness), false, 0, "TCP :80 decides for this port, and c/readiness asks it too"},
 		"startup":               {tcpProbe(Startup), false, 9, ""},
 		"readiness, other port": {elsewhere(tcpProbe(Readiness)), false, 9, ""},
-		"barred":                {tcpProbe(Liveness), true, 0, "TCP :80 decides for this port, and the endpoint is not answered"},
+		"barred":                {tcpProbe(Liveness), true, 0, "TCP :80 decides for this port, and it is not answered"},
 		"barred, other port":    {elsewhere(tcpProbe(Liveness)), true, 9, ""},
 	} {
 		specs := byTraffic(t, httpProbe(Liveness, "/x"), test.tcp).Endpoints()

@@ -21,11 +21,13 @@ const (
 	// longestSlot limits the length of the slots in which requests begin together, because waking up takes several times as much CPU
 	// as a request.
 	longestSlot = 250 * time.Millisecond
+	// fewestSlots is per interval, so that a request is early by a quarter of it at most.
+	fewestSlots = 4
 )
 
 // slotLength returns the length of the target's slots, which divide its interval.
 func (t Target) slotLength() uint64 {
-	slots := max(4, (t.Interval+longestSlot-1)/longestSlot)
+	slots := max(fewestSlots, (t.Interval+longestSlot-1)/longestSlot)
 	return uint64(max(1, t.Interval/slots))
 }
 
@@ -40,7 +42,8 @@ type Target struct {
 	Request  []byte
 	Question probe.Question // of Request
 	Timeout  time.Duration
-	// Interval is the time between two requests. The limits per pod may make it longer.
+	// Interval is the longest time between the beginnings of two requests, as far as the pod's limits allow. A request may begin up
+	// to one slot early.
 	Interval time.Duration
 }
 

@@ -115,7 +115,7 @@ func TestEndpointsOfOnePod(t *testing.T) {
 				t.Errorf("%d requests in %d intervals", len(began), rounds)
 			}
 			for i := range began[1:] {
-				// By default a success is answered for half a period longer than it is old when it is asked for again.
+				// By default a success stays valid for half a period after the next request is due.
 				if late := time.Duration(began[i+1]-began[i]) - interval; late+took > interval/2 {
 					t.Errorf("%s late: expired before it was renewed", late)
 				}
@@ -160,7 +160,8 @@ func TestPodsShareSlots(t *testing.T) {
 				}
 			}
 		}
-		if most := rounds * (int(max(4, (interval+longestSlot-1)/longestSlot)) + 2); len(wakeups) > most {
+		slots := int(uint64(interval) / Target{Interval: interval}.slotLength())
+		if most := rounds * (slots + 2); len(wakeups) > most {
 			t.Errorf("%d wake-ups, want at most %d", len(wakeups), most)
 		}
 	})

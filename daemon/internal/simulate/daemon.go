@@ -202,7 +202,7 @@ func (p *pod) publish() {
 // asker repeats the daemon's own request to an endpoint.
 type asker struct{ spec probe.EndpointSpec }
 
-// refresh follows package refresh.
+// refresh repeats the request once per interval. Unlike package refresh it has no slots and no limits per pod.
 func (p *pod) refresh(a *asker) {
 	if p.refreshing[a.spec.Endpoint] != a {
 		return
@@ -212,7 +212,8 @@ func (p *pod) refresh(a *asker) {
 	p.result.Refreshes++
 	server := p.servers[s.Port]
 	x := server.ask(inquiry{began, s.Endpoint, s.Timeout, p.usual()}, &server.queue)
-	if x.connected {
+	// The kernel side follows the daemon's connections only to ports with a TCP endpoint whose listening socket it sees.
+	if _, tcp := p.successes[probe.Endpoint{Port: s.Port, Kind: probe.TCP}]; x.connected && tcp && p.Live > 0 {
 		p.connectedAt[s.Port], p.ignored[s.Port] = began, false
 	}
 	p.at(x.end, func() {

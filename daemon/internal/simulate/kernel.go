@@ -16,7 +16,7 @@ type kernel struct {
 	podWithdrawn uint64
 	answered     map[uint16]int         // by port: probes answered since a connection was last known to be accepted
 	unanswered   map[uint16][]uint64    // by port: when unanswered connections began, until they are swept
-	ignored      map[uint16]bool        // by port: whether the last connection passed on was not answered, and no later one
+	ignored      map[uint16]bool        // by port: whether neither the last connection passed on nor a later one was answered
 	sinceReal    map[probe.Endpoint]int // by endpoint: probes answered since one was last passed on
 	connectedAt  map[uint16]uint64      // by port: when the last connection was established, until it is known to be accepted
 }

@@ -108,7 +108,7 @@ var obstacles = map[string]string{
 	"head_old":    "a connection had been waiting for 50 ms",
 	"special":     "the socket does not accept every packet",
 	"real_due":    "the maximum of probes in a row had been answered",
-	"unanswered":  "the pod had not answered the previous connection",
+	"unanswered":  "the pod had answered neither the last connection passed on nor a later one",
 }
 
 // WhyText says why probes would have reached the pod in mode answer.
