@@ -74,6 +74,9 @@ type entry struct {
 	text []byte
 	// since is when the endpoint was set up or withdrawn. Outcomes of earlier requests are ignored.
 	since uint64
+	// probedAt dates the last outcome of a prober, as the evidence would. What the daemon's own requests and other endpoints'
+	// probes find may be newer, but the prober does not know of it, so it makes no failure of the prober's obsolete.
+	probedAt uint64
 	// successes counts the probes in a row that succeeded.
 	successes int
 	// wellSince is when the first of them was asked; 0 if there is none.
@@ -120,7 +123,7 @@ func (e *entry) armed() bool {
 
 // forget drops everything but the question.
 func (e *entry) forget(now uint64) {
-	e.evidence, e.successes, e.wellSince, e.since = Evidence{Question: e.evidence.Question}, 0, 0, now
+	e.evidence, e.successes, e.wellSince, e.since, e.probedAt = Evidence{Question: e.evidence.Question}, 0, 0, now, 0
 }
 
 // NewTracker returns a tracker without endpoints.
@@ -184,7 +187,7 @@ func (t *Tracker) Restore(endpoint Endpoint, evidence Evidence, now uint64) {
 // answered until they have succeeded often enough again.
 func (t *Tracker) Void(meant func(Endpoint) bool, at uint64) []Change {
 	return t.change(func(s EndpointSpec, e *entry) {
-		if e.evidence.ObservedAt <= at && meant(s.Endpoint) {
+		if e.probedAt <= at && meant(s.Endpoint) {
 			e.successes, e.wellSince, e.evidence.FreshUntil = 0, 0, 0
 			e.setTrafficUntil(0)
 		}
@@ -204,9 +207,9 @@ func (t *Tracker) Falter(endpoint Endpoint, at uint64) {
 func (t *Tracker) Unanswered(port uint16, began, now uint64) []Change {
 	return t.change(func(s EndpointSpec, e *entry) {
 		failed := min(now, began+uint64(s.longestTimeout()))
-		if s.Port == port && now >= began+uint64(s.Timeout) && e.evidence.ObservedAt <= failed && !e.timeOut(began) {
+		if s.Port == port && now >= began+uint64(s.Timeout) && e.probedAt <= failed && !e.timeOut(began) {
 			e.successes, e.wellSince = 0, 0
-			e.evidence = Evidence{Question: e.evidence.Question, Result: Failure, ObservedAt: failed}
+			e.evidence = Evidence{Question: e.evidence.Question, Result: Failure, ObservedAt: max(failed, e.evidence.ObservedAt)}
 		}
 	})
 }
@@ -227,7 +230,8 @@ func (t *Tracker) change(f func(EndpointSpec, *entry)) []Change {
 	return changes
 }
 
-// Observe learns from an outcome. It ignores outcomes older than the last one of the same endpoint.
+// Observe learns from an outcome. It ignores outcomes older than the last one of the same endpoint, but not a prober's failures
+// because of what the daemon's own requests found later.
 func (t *Tracker) Observe(o Outcome) []Change {
 	var changes []Change
 	for _, s := range t.specs {
@@ -258,22 +262,27 @@ func (e *entry) observe(o Outcome) bool {
 	if result == Success {
 		observedAt = o.askedAt()
 	}
-	if !conclusive || observedAt <= e.evidence.ObservedAt || o.askedAt() < e.since {
+	last := e.evidence.ObservedAt
+	if result != Success && !o.Refresh {
+		last = e.probedAt
+	}
+	if !conclusive || observedAt <= last || o.askedAt() < e.since {
 		return false
+	}
+	if !o.Refresh {
+		e.probedAt = observedAt
 	}
 	if e.spec.timedOut(o) && result == Failure && e.timeOut(o.askedAt()) {
 		return true
 	}
 	e.count(result, o)
 	known := e.evidence.Question
-	e.evidence = Evidence{Question: known, Result: result, Status: o.Status, ObservedAt: observedAt}
+	e.evidence = Evidence{Question: known, Result: result, Status: o.Status, ObservedAt: max(observedAt, e.evidence.ObservedAt)}
 	if o.Question != (Question{}) && e.of(o) {
 		e.evidence.Question, e.text = o.Question, o.Text
 	}
 	if e.armed() {
 		e.evidence.FreshUntil = e.bound()
-	}
-	if result == Success {
 		e.setTrafficUntil(e.trafficUntil(observedAt))
 	}
 	return true

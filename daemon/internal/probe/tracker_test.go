@@ -666,7 +666,7 @@ func TestInvariants(t *testing.T) {
 					if failure(o, e) && o.ObservedAt > before[e].ObservedAt {
 						failures[e] = o.ObservedAt
 					}
-					if o.ObservedAt < before[e].ObservedAt && now != before[e] {
+					if o.ObservedAt < before[e].ObservedAt && now != before[e] && (o.Refresh || success(o, e) || now.FreshUntil != 0) {
 						t.Fatalf("%s: an older outcome changed %+v to %+v", e, before[e], now)
 					}
 					if now.FreshUntil > before[e].FreshUntil && !success(o, e) {
@@ -694,6 +694,83 @@ func TestInvariants(t *testing.T) {
 			},
 		})
 	})
+}
+
+// What the prober knows decides, in whatever order its outcomes and those of the daemon's own requests are learned: an endpoint is
+// fresh only after as many successes in a row as the prober needs, and traffic may vouch for it only if its last outcome was no error.
+func TestOwnRequestsHideNoFailure(t *testing.T) {
+	tcp := Endpoint{Port: 80, Kind: TCP}
+	good := map[Endpoint]Outcome{x: {Event: Answered, Status: 200}, tcp: {Event: Connected}}
+	bad := map[Endpoint][]Outcome{
+		x: {
+			{Event: NoAnswer, Duration: time.Second}, {Event: Answered, Status: 503}, {Event: Failed}, {Event: Reset},
+		},
+		tcp: {{Event: Reset}},
+	}
+	fresh := 0
+	rapid.Check(t, func(t *rapid.T) {
+		threshold, settings := rapid.IntRange(1, 3).Draw(t, "threshold"), NewDefaults().Settings(map[string]string{AnnotationRefresh: "true"})
+		http, connects := httpProbe(Liveness, "/x"), tcpProbe(Liveness)
+		if threshold > 1 {
+			http.Type, connects.Type = Readiness, Readiness
+			http.SuccessThreshold, connects.SuccessThreshold = threshold, threshold
+		} else if rapid.Bool().Draw(t, "traffic") {
+			settings.Liveness = LivenessByTraffic
+		}
+		specs, err := Endpoints(Pod{Probes: []Spec{http, connects}}, settings, limits)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tracker := NewTracker()
+		tracker.SetEndpoints(specs, 1000*second)
+
+		type stream struct {
+			endpoint Endpoint
+			own      bool
+		}
+		streams := []stream{{x, false}, {tcp, false}, {x, true}}
+		pending := make([][]Outcome, len(streams))
+		row, failed := map[Endpoint]int{}, map[Endpoint]bool{}
+		for i := range rapid.IntRange(1, 12).Draw(t, "outcomes") {
+			n := rapid.IntRange(0, len(streams)-1).Draw(t, "whose")
+			e := streams[n].endpoint
+			o := good[e]
+			if !streams[n].own && rapid.Bool().Draw(t, "bad") {
+				o = rapid.SampledFrom(bad[e]).Draw(t, "how")
+			}
+			o.ObservedAt, o.Refresh = uint64(1002+2*i)*second, streams[n].own
+			o = about(e, o)
+			pending[n] = append(pending[n], o)
+			switch {
+			case o.Refresh:
+			case success(o, e):
+				row[e], failed[e] = row[e]+1, false
+			default:
+				row[e], failed[e] = 0, failed[e] || o.Event != NoAnswer
+			}
+		}
+		for slices.ContainsFunc(pending, func(left []Outcome) bool { return len(left) > 0 }) {
+			n := rapid.IntRange(0, len(streams)-1).Draw(t, "next")
+			if len(pending[n]) > 0 {
+				tracker.Observe(pending[n][0])
+				pending[n] = pending[n][1:]
+			}
+		}
+		for e, got := range tracker.Evidence() {
+			if got.FreshUntil != 0 {
+				fresh++
+			}
+			if got.FreshUntil != 0 && row[e] < threshold {
+				t.Errorf("%s: fresh after %d successes in a row, want %d: %+v", e, row[e], threshold, got)
+			}
+			if got.TrafficUntil != 0 && failed[e] {
+				t.Errorf("%s: traffic vouches for it after an error: %+v", e, got)
+			}
+		}
+	})
+	if fresh == 0 && !testing.Short() {
+		t.Error("nothing was ever fresh")
+	}
 }
 
 // checkChanges checks that every change is reported, and nothing else. Endpoints that are no longer asked are not
