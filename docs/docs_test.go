@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"sigs.k8s.io/yaml"
 )
@@ -322,11 +323,20 @@ func TestQuotedOutputExists(t *testing.T) {
 	}
 }
 
-// The README is the first screen, not the manual.
+// The README is the first screen, not the manual, and begins with what a reader can try.
 func TestReadmeIsShort(t *testing.T) {
 	readme := files(t, "README.md")["README.md"]
-	if lines := strings.Count(readme, "\n"); lines > 130 {
-		t.Errorf("README.md has %d lines, want 130 at most", lines)
+	if words := len(strings.Fields(readme)); words > 1700 {
+		t.Errorf("README.md has %d words, want 1700 at most", words)
+	}
+	lines := strings.Split(readme, "\n")
+	if !strings.Contains(strings.Join(lines[:15], "\n"), "`make demo`") {
+		t.Error("README.md: the demo is not in the first 15 lines")
+	}
+	for i, line := range lines {
+		if columns := utf8.RuneCountInString(line); columns > 142 && !strings.HasPrefix(line, "|") {
+			t.Errorf("README.md:%d: %d columns, want 142 at most outside tables", i+1, columns)
+		}
 	}
 }
 
