@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -336,6 +337,48 @@ func TestReadmeIsShort(t *testing.T) {
 	for i, line := range lines {
 		if columns := utf8.RuneCountInString(line); columns > 142 && !strings.HasPrefix(line, "|") {
 			t.Errorf("README.md:%d: %d columns, want 142 at most outside tables", i+1, columns)
+		}
+	}
+}
+
+// The page of benchmarks explains each mark that the last run missed. What else it names is close to its mark, and is called that.
+func TestMissedMarksAreExplained(t *testing.T) {
+	measures := map[string]string{ // by what the page calls them: measure|variant|against
+		"Time in the BPF programs": `^BPF time, answered`, "Memory": `^kernel memory`, "CNI ADD": `^CNI ADD, time added by probelet`,
+		"Handed-over GETs": `^handed-over GET, IPv.\|`, "TCP probes among 1,000 pods": `^answered TCP probe\|.* 1000 pods`,
+		"Plain probes at twice the period": `^CPU of the node\|.*\|plain, 2 s`, "Ports, by TCP": `by TCP, ports in TIME_WAIT`,
+	}
+	var rows []struct {
+		Measure, Variant, Against, Mark string
+		Value                           float64
+		Holds, explained                bool
+	}
+	if err := yaml.Unmarshal([]byte(files(t, "results.json")["bench/results.json"]), &rows); err != nil {
+		t.Fatal(err)
+	}
+	_, text, found := strings.Cut(files(t, "benchmarks.md")["docs/benchmarks.md"], "\n## Why marks are missed\n")
+	if template, err := os.ReadFile(filepath.Join(root, "bench/page.md")); err != nil || !found || !strings.HasSuffix(string(template), text) {
+		t.Fatalf("docs/benchmarks.md does not end as its template, bench/page.md: %v", err)
+	}
+	for sentence := range strings.SplitSeq(strings.Join(strings.Fields(strings.Split(text, "\n## ")[0]), " "), ". ") {
+		for _, bold := range regexp.MustCompile(`\*\*(.+?)\*\*`).FindAllStringSubmatch(sentence, -1) {
+			pattern, named := measures[bold[1]]
+			missed, near := false, named && strings.Contains(sentence, "close to")
+			for i, r := range rows {
+				if r.Mark != "" && named && regexp.MustCompile(pattern).MatchString(r.Measure+"|"+r.Variant+"|"+r.Against) {
+					limit, err := strconv.ParseFloat(strings.Fields(r.Mark)[1], 64)
+					near = near && err == nil && 0.9*limit <= r.Value && r.Value <= 1.1*limit
+					missed, rows[i].explained = missed || !r.Holds, true
+				}
+			}
+			if !missed && !near {
+				t.Errorf("docs/benchmarks.md names %q, whose marks are met", bold[1])
+			}
+		}
+	}
+	for _, r := range rows {
+		if r.Mark != "" && !r.Holds && !r.explained {
+			t.Errorf("docs/benchmarks.md does not explain why this mark is missed: %+v", r)
 		}
 	}
 }
