@@ -102,7 +102,7 @@ e2e-kind: build ## Run the tests of "make e2e" on a kind cluster (docker)
 	e2e/kind/run.sh $(BIN)
 
 .PHONY: bench
-bench: build ## Measure probelet against its marks, in twenty minutes; writes docs/benchmarks.* (root; nginx-light python3; BENCH=PART prints one part)
+bench: build ## Measure probelet against its marks, in twenty minutes; writes docs/benchmarks.*, docs/policies.svg and bench/results.json (root; nginx-light python3; BENCH=PART prints one part)
 	$(call need,nginx /usr/bin/python3,nginx-light python3)
 	cd bench && PROBELET_BIN=$(BIN) CGO_ENABLED=0 go test -count=1 -timeout 30m -ldflags '$(KUBE_VERSION)' \
 		-run 'TestMarks/$(if $(BENCH),^$(BENCH)$$)' -measure $(if $(BENCH),,-write $(CURDIR))
