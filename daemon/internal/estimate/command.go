@@ -55,9 +55,11 @@ func Command(env Environment) *cobra.Command {
 		Long:  help,
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			for _, name := range []string{"kubeconfig", "context"} {
-				if flag := cmd.Flags().Lookup(name); file != "" && flag != nil && flag.Changed {
-					return status.Errorf(status.Usage, "--%s %q, --file %q: must be one or the other", name, flag.Value, file)
+			if file != "" {
+				for _, name := range []string{"kubeconfig", "context"} {
+					if flag := cmd.Flags().Lookup(name); flag != nil && flag.Changed {
+						return status.Errorf(status.Usage, "--file %q: cannot be combined with --%s %q", file, name, flag.Value)
+					}
 				}
 			}
 			namespace, err := env.Namespace()

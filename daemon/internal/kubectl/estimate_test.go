@@ -34,7 +34,7 @@ func TestEstimate(t *testing.T) {
 		"rights there":       {func(s *apiServer) { s.forbidden = []string{"/api/v1/pods"} }, []string{"-n", "bank"}, status.OK, "\nbank 1 1"},
 		"a file":             {func(s *apiServer) { s.Close() }, []string{"-f", file}, status.OK, "\nmail 1 1 0.10 0.10 0 % kind: 1 (0.10/s)\n"},
 		"a file's namespace": {nil, []string{"-f", file, "-n", "bank"}, status.NotFound, file + ": no pods in namespace bank\n"},
-		"file and context":   {nil, []string{"-f", file, "--context", "x"}, status.Usage, `--context "x", --file "` + file + `": must be one or the other`},
+		"file and context":   {nil, []string{"-f", file, "--context", "x"}, status.Usage, `--file "` + file + `": cannot be combined with --context "x"`},
 		"no such file":       {nil, []string{"-f", file + "x"}, status.Failed, "no such file"},
 		"no such format":     {nil, []string{"-o", "xml"}, status.Usage, `--output "xml": must be one of table|wide|json`},
 		"argument":           {nil, []string{"shop"}, status.Usage, `unknown command "shop"`},
