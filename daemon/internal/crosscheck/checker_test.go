@@ -16,7 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/probelet/probelet/daemon/internal/kubelet"
-	"github.com/probelet/probelet/daemon/internal/polltest"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // scene is a kubelet and a node with made-up probes.

@@ -17,7 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/probelet/probelet/daemon/internal/logtest"
-	"github.com/probelet/probelet/daemon/internal/polltest"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // fakeAPIServer lists and watches pods as an API server does, as far as the source needs it: a watch starts with the

@@ -24,8 +24,8 @@ import (
 
 	"github.com/probelet/probelet/daemon/internal/kubelet"
 	"github.com/probelet/probelet/daemon/internal/logtest"
-	"github.com/probelet/probelet/daemon/internal/polltest"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // webPod returns a running pod with a readiness probe on port 80.

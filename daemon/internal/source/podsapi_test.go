@@ -27,8 +27,8 @@ import (
 
 	"github.com/probelet/probelet/daemon/internal/logtest"
 	"github.com/probelet/probelet/daemon/internal/podspec"
-	"github.com/probelet/probelet/daemon/internal/polltest"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // podsAPI serves the kubelet's pods API on a socket, as the kubelet does (pkg/kubelet/apis/pods/server.go): it drops a

@@ -10,8 +10,8 @@ import (
 	"time"
 
 	"github.com/probelet/probelet/daemon/internal/logtest"
-	"github.com/probelet/probelet/daemon/internal/polltest"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 func write(t *testing.T, path, text string) {

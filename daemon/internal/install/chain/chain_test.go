@@ -24,7 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/daemon/internal/install/runtimes"
-	"github.com/probelet/probelet/daemon/internal/polltest"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 const (

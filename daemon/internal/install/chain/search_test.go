@@ -13,7 +13,7 @@ import (
 
 	"github.com/probelet/probelet/daemon/internal/install/runtimes"
 	"github.com/probelet/probelet/daemon/internal/install/runtimes/runtimestest"
-	"github.com/probelet/probelet/daemon/internal/polltest"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // process returns a runtime's process with files below its root.
