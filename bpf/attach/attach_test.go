@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -17,6 +16,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // eachWay runs a test for every way to attach, each with a pod of its own.
@@ -396,15 +396,11 @@ func TestAttachAfterPinsWereLost(t *testing.T) {
 // waitForRelease waits until the kernel has detached the programs whose links are no longer pinned.
 func (w *world) waitForRelease() {
 	w.t.Helper()
-	for range 500 {
+	polltest.Eventually(w.t, "no programs are attached", func() bool {
 		s := state{}
 		w.do(func(device netlink.Link) error { return addDevice(s, device) })
-		if !slices.ContainsFunc(slices.Collect(maps.Keys(s)), func(thing string) bool { return strings.Contains(thing, "program") }) {
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	w.t.Fatal("programs are still loaded")
+		return !slices.ContainsFunc(slices.Collect(maps.Keys(s)), func(thing string) bool { return strings.Contains(thing, "program") })
+	})
 }
 
 func TestForeignClsactStays(t *testing.T) {

@@ -18,6 +18,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // BenchmarkBusyServer probes a server (TCP, b.N times, 20 ms apart) that 64 clients in its pod keep busy, each request on a new
@@ -38,7 +39,7 @@ func BenchmarkBusyServer(b *testing.B) {
 			start(b, pod)
 			served := load(b, pod, 64)
 			to := netip.AddrPortFrom(pod.IPv4, knockPort)
-			waitFor(b, "the server", func() bool { return connects(b, pod.Node, to) })
+			polltest.Eventually(b, "the server accepts connections", func() bool { return connects(b, pod.Node, to) })
 			s.armTCP(b, knockPort)
 			before, from, start := s.counters(b), served.Load(), time.Now()
 			for b.Loop() {

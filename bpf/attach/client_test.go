@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/bpftest"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // halfClose sends a request, closes its sending side, and returns what comes back.
@@ -137,7 +138,7 @@ func TestKilledClient(t *testing.T) {
 			if err := inNS(s.Node.NS, client.Start); err != nil {
 				t.Fatal(err)
 			}
-			waitFor(t, "the client to connect", func() bool {
+			polltest.Eventually(t, "the client has connected", func() bool {
 				flows, err := s.d.Flows()
 				return err != nil || flows > 0
 			})
@@ -182,7 +183,7 @@ func TestFirstWindow(t *testing.T) {
 			_, err := conn.Write(make([]byte, n))
 			sent <- errors.Join(err, conn.CloseWrite())
 		}()
-		waitFor(t, "the client to repeat what it has sent", func() bool { return tcpInfo(conn).Total_retrans > 0 })
+		polltest.Eventually(t, "the client repeats what it has sent", func() bool { return tcpInfo(conn).Total_retrans > 0 })
 		if info := tcpInfo(conn); info.Bytes_sent-info.Bytes_retrans > window {
 			t.Errorf("the client has sent %d bytes, some of them repeated: %d", info.Bytes_sent, info.Bytes_retrans)
 		}

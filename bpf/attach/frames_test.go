@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/bpf/bpftest"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 const (
@@ -118,7 +119,7 @@ func TestNeighboursSeeWholeFrames(t *testing.T) {
 			{etherTypeSteered, etherTypeSteered}, {protocol8022, 46},
 		}
 		var seen map[frameKey]uint64
-		waitFor(t, "the frames", func() bool {
+		polltest.Eventually(t, "all frames are seen", func() bool {
 			seen = counts.all(t)
 			protocols := map[uint16]bool{}
 			for key := range seen {

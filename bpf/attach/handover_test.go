@@ -26,6 +26,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // twins are two pods on a node. One of them is attached, and every connection to it is handed over.
@@ -152,7 +153,7 @@ func (s *served) counters(t testing.TB) map[string]uint64 {
 // the pod. It waits for a minute: the retransmission timeout of a lost FIN depends on earlier losses.
 func (s *served) left(t testing.TB) (left string) {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+	polltest.Within(time.Minute, func() bool {
 		flows, err := s.d.Flows()
 		if err != nil {
 			t.Fatal(err)
@@ -161,10 +162,9 @@ func (s *served) left(t testing.TB) (left string) {
 		if requests := s.requests(t); flows+requests > 0 {
 			left += fmt.Sprintf("\n%d flows and %d requests", flows, requests)
 		}
-		if left == "" || time.Now().After(deadline) {
-			return left
-		}
-	}
+		return left == ""
+	})
+	return left
 }
 
 func (s *served) wantNothingLeft(t testing.TB) {

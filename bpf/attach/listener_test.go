@@ -21,6 +21,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // knockPort is the port of TCP probes in these tests.
@@ -510,7 +511,7 @@ func TestLongQueues(t *testing.T) {
 			if _, passed := s.knock(t, to); passed && s.obstacle(t, knockPort) != "head_old" { // on a busy machine
 				t.Errorf("half full: passed on because of %q", s.obstacle(t, knockPort))
 			}
-			waitFor(t, "a queue that is long, but has not been so for long", func() bool {
+			polltest.Eventually(t, "the queue is long, but has not been so for long", func() bool {
 				for delay == 0 && acceptsNow(listener) {
 				}
 				for range backlog/2 + 1 {
@@ -607,7 +608,7 @@ func TestOwnConnectionsCountAsReal(t *testing.T) {
 				if _, passed := s.knock(t, to); passed == c.counts || passed && s.obstacle(t, knockPort) != "real_due" {
 					t.Errorf("%v: after the daemon's connection: passed on %t, because of %q", to, passed, s.obstacle(t, knockPort))
 				}
-				waitFor(t, "the end of all flows", func() bool {
+				polltest.Eventually(t, "all flows have ended", func() bool {
 					n, err := s.d.Flows()
 					return err == nil && n == 0
 				})
@@ -751,7 +752,7 @@ func TestListenerVeto(t *testing.T) {
 		time.Sleep(accepted)
 		wantPassed(to, "head_old")
 		bpftest.AcceptAll(listener)
-		waitFor(t, "the queue to be empty", func() bool {
+		polltest.Eventually(t, "the queue is empty", func() bool {
 			before := s.counters(t)["answered_tcp"]
 			connects(t, s.Node, to)
 			return s.counters(t)["answered_tcp"] > before
@@ -827,7 +828,7 @@ func TestReusedNamespaceID(t *testing.T) {
 	next := bpftest.NewNode(t).NS
 	s := &served{Pod: pod, d: w.d, bpfDir: w.bpfDir}
 	id := s.device(t).NSID
-	waitFor(t, "the id to be free", func() bool {
+	polltest.Eventually(t, "the id is free", func() bool {
 		return w.inNode(func() error { return netlink.SetNetNsIdByFd(int(next.Fd()), id) }) == nil
 	})
 	bpftest.AcceptAll(socket{backlog: 128}.listen(t, next))

@@ -16,6 +16,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // placement describes where and when a neighbour attaches its program.
@@ -131,7 +132,7 @@ func TestOneProbeIsLostWhereNothingIsObserved(t *testing.T) {
 		if _, err := io.WriteString(conn, unknown); err != nil {
 			t.Fatal(err)
 		}
-		waitFor(t, "trust to be lost", func() bool { return w.device().Trust == datapath.TrustLost })
+		polltest.Eventually(t, "trust is lost", func() bool { return w.device().Trust == datapath.TrustLost })
 		s.wantPassedBy(t, s.IPv4)
 		w.wantTrust(datapath.TrustLost, "unobserved")
 	})

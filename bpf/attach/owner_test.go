@@ -22,6 +22,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // dialFrom connects from an address and port, which may have been in use.
@@ -255,12 +256,10 @@ func TestPortsOfAVanishedOwnerAreReusable(t *testing.T) {
 			return inNS(n, func() error {
 				var conn *net.TCPConn
 				var err error
-				for range 100 { // until the vanished owner's socket is gone, too
-					if conn, err = dialFrom(c.from, c.to); !errors.Is(err, unix.EADDRNOTAVAIL) {
-						break
-					}
-					time.Sleep(20 * time.Millisecond)
-				}
+				polltest.Within(polltest.Limit, func() bool { // until the vanished owner's socket is gone, too
+					conn, err = dialFrom(c.from, c.to)
+					return !errors.Is(err, unix.EADDRNOTAVAIL)
+				})
 				if err != nil {
 					return err
 				}

@@ -24,6 +24,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 const echoPort = 7
@@ -190,7 +191,7 @@ func TestAttachedTwiceBehavesLikeOnce(t *testing.T) {
 			w.tcx(s.d.Observe(), ebpf.AttachTCXIngress, link.Head())
 			w.tcx(s.d.Steer(), ebpf.AttachTCXEgress, link.Head())
 			s.wantAll(t)
-			waitFor(t, "the flow table to be empty", func() bool {
+			polltest.Eventually(t, "the flow table is empty", func() bool {
 				n, err := s.d.Flows()
 				return err == nil && n == 0
 			})
@@ -308,7 +309,7 @@ func TestConnectionsOutliveReattach(t *testing.T) {
 				conn := s.Dial(t, netip.AddrPortFrom(addr, echoPort).String())
 				go func() { done <- echo(conn, stop) }()
 			}
-			waitFor(t, "the connections to be handed over", func() bool {
+			polltest.Eventually(t, "the connections are handed over", func() bool {
 				counters, err := s.d.Counters()
 				return err == nil && counters["handed_over"] == 8+2
 			})

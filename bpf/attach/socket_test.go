@@ -435,24 +435,6 @@ func (s *served) device(t *testing.T) datapath.Device {
 	return device
 }
 
-func waitFor(t testing.TB, what string, done func() bool) {
-	t.Helper()
-	if !await(done) {
-		t.Fatalf("timed out waiting for %s", what)
-	}
-}
-
-// await polls until done returns true, and reports whether that happened within 10 s.
-func await(done func() bool) bool {
-	for range 1000 {
-		if done() {
-			return true
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	return false
-}
-
 // When a listening socket of the pod closes, for whatever reason and on whatever port, nothing about the pod is answered any more,
 // even before the next probe.
 func TestClosedListenerVoidsAllEvidence(t *testing.T) {

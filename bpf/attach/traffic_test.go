@@ -8,6 +8,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // Packets that a pod's kernel repeats for a client that has vanished do not show that the pod serves.
@@ -41,7 +42,7 @@ func TestRepeatsAreNoTraffic(t *testing.T) {
 		}
 		_ = conn.Close()
 		key := datapath.PortKey(port)
-		waitFor(t, "the response", func() bool { return s.tally(t, key).ServedAt != 0 && s.tally(t, key).ClosedAt != 0 })
+		polltest.Eventually(t, "the response is seen", func() bool { return s.tally(t, key).ServedAt != 0 && s.tally(t, key).ClosedAt != 0 })
 		time.Sleep(100 * time.Millisecond) // for the probe of a lost tail
 		first := s.tally(t, key)
 		time.Sleep(1500 * time.Millisecond)
@@ -61,7 +62,7 @@ func TestRepeatsAreNoTraffic(t *testing.T) {
 		}
 		_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\n\r\n")
 		_ = conn.Close()
-		waitFor(t, "another response", func() bool {
+		polltest.Eventually(t, "another response is seen", func() bool {
 			now := s.tally(t, key)
 			return now.ServedAt > before.ServedAt && now.ClosedAt > before.ClosedAt
 		})
@@ -99,7 +100,7 @@ func TestTrafficVouchesForItsEndpointOnly(t *testing.T) {
 				t.Fatal(err)
 			}
 			_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\n\r\n")
-			waitFor(t, "the response", func() bool { return s.tally(t, datapath.PortKey(port)).ServedAt != 0 })
+			polltest.Eventually(t, "the response is seen", func() bool { return s.tally(t, datapath.PortKey(port)).ServedAt != 0 })
 			if obstacle == "head_old" {
 				bpftest.Dial(t, s.NS, to.String())
 				time.Sleep(accepted)

@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -23,6 +22,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // world is a pod, the loaded programs, and an attachment's name.
@@ -360,14 +360,13 @@ func addDevice(s state, device netlink.Link) error {
 func (w *world) wantState(want state) {
 	w.t.Helper()
 	var now state
-	for range 500 {
+	if !polltest.Within(polltest.Limit, func() bool {
 		now = w.state()
-		if without := now.withoutEmptyClsact(); maps.Equal(without, want.withoutEmptyClsact()) && (!w.released || len(without) == len(now)) {
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
+		without := now.withoutEmptyClsact()
+		return maps.Equal(without, want.withoutEmptyClsact()) && (!w.released || len(without) == len(now))
+	}) {
+		w.t.Errorf("now %q, previously %q", now.without(want), want.without(now))
 	}
-	w.t.Errorf("now %q, previously %q", now.without(want), want.without(now))
 }
 
 const clsactKey = "qdisc clsact"

@@ -15,6 +15,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/probelet/probelet/bpf/bpftest"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 const podISN = 7000
@@ -593,15 +594,11 @@ func TestWakeReader(t *testing.T) {
 // untilItPolls returns once a thread is polling.
 func untilItPolls(t *testing.T, thread int) {
 	t.Helper()
-	for range 5000 {
+	polltest.Eventually(t, "the reader waits", func() bool {
 		in, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/wchan", thread))
 		must(t, err)
-		if strings.Contains(string(in), "ep_poll") || strings.Contains(string(in), "epoll") {
-			return
-		}
-		time.Sleep(time.Millisecond)
-	}
-	t.Fatal("reader never waits")
+		return strings.Contains(string(in), "ep_poll") || strings.Contains(string(in), "epoll")
+	})
 }
 
 // A withdrawal has a cause, and is counted if there was fresh evidence.
