@@ -5,7 +5,6 @@ import (
 	"errors"
 	"os"
 	"testing"
-	"time"
 
 	"github.com/containernetworking/plugins/pkg/ns"
 
@@ -17,6 +16,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/refresh"
 	"github.com/probelet/probelet/daemon/internal/repair"
 	"github.com/probelet/probelet/daemon/internal/statedir"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // The first look that finds an attachment broken ends answering, whatever is observed. The second repairs it, and starts from nothing.
@@ -24,9 +24,7 @@ func TestRepairTakesTwoLooks(t *testing.T) {
 	unpin := func(program string) func(*kept, *bpftest.Pod) {
 		return func(k *kept, p *bpftest.Pod) {
 			_ = os.Remove(k.Pin(p, program))
-			for k.Check(p) == nil { // the kernel detaches it a moment later
-				time.Sleep(time.Millisecond)
-			}
+			polltest.Eventually(k.t, "the kernel has detached "+program, func() bool { return k.Check(p) != nil })
 		}
 	}
 	for name, test := range map[string]struct {

@@ -27,6 +27,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/repair/repairtest"
 	"github.com/probelet/probelet/daemon/internal/statedir"
 	"github.com/probelet/probelet/daemon/internal/store"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // node is a machine with one pod, whose HTTP server listens on port 8080.
@@ -183,13 +184,7 @@ func (n *node) logger() *slog.Logger { return slog.New(slog.NewTextHandler(n.log
 
 func (n *node) eventually(what string, ok func() bool) {
 	n.t.Helper()
-	for range 2000 {
-		if ok() {
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	n.t.Fatalf("never: %s", what)
+	polltest.Eventually(n.t, what, ok)
 }
 
 func (n *node) records() store.Records { return n.recordsOf(n.pod) }

@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // well is a healthy Node.
@@ -89,10 +91,8 @@ func TestUnfinishedRequests(t *testing.T) {
 					open.Add(-1)
 				})
 			}
-			for end := time.Now().Add(patience / 2); open.Load() > maxConnections; time.Sleep(time.Millisecond) {
-				if time.Now().After(end) {
-					t.Fatalf("%d connections are open", open.Load())
-				}
+			if !polltest.Within(patience/2, func() bool { return open.Load() <= maxConnections }) {
+				t.Fatalf("%d connections are open", open.Load())
 			}
 			if status, text := get(t, "http://"+address+"/healthz"); status != http.StatusOK || text != "ok\n" {
 				t.Errorf("%d %s", status, text)

@@ -2,6 +2,7 @@ package podevents
 
 import (
 	"encoding/json"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
@@ -9,7 +10,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
@@ -18,6 +18,7 @@ import (
 
 	"github.com/probelet/probelet/daemon/internal/kubeapi"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 var decoder = serializer.NewCodecFactory(clientscheme.Scheme).UniversalDeserializer()
@@ -72,16 +73,14 @@ func (s *server) all() (events []corev1.Event, posted int) {
 	return events, s.posted
 }
 
-func (s *server) await(t *testing.T, posted int) []corev1.Event {
+func (s *server) await(t *testing.T, posted int) (events []corev1.Event) {
 	t.Helper()
-	for range 1000 {
-		if events, n := s.all(); n >= posted {
-			return events
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatalf("not %d events", posted)
-	return nil
+	polltest.Eventually(t, fmt.Sprintf("%d events are posted", posted), func() bool {
+		var n int
+		events, n = s.all()
+		return n >= posted
+	})
+	return events
 }
 
 // Each problem is reported once, and on the pod concerned.

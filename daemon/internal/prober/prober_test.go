@@ -24,6 +24,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 func TestParseProber(t *testing.T) {
@@ -139,10 +140,11 @@ func (s *stage) cgroup(name string) string {
 		switch err := os.Mkdir(made, 0o755); {
 		case err == nil:
 			s.t.Cleanup(func() {
-				err := os.Remove(made)
-				for end := time.Now().Add(10 * time.Second); errors.Is(err, unix.EBUSY) && time.Now().Before(end); err = os.Remove(made) {
-					time.Sleep(time.Millisecond) // killed processes may not be gone yet
-				}
+				var err error
+				polltest.Within(polltest.Limit, func() bool { // killed processes may not be gone yet
+					err = os.Remove(made)
+					return !errors.Is(err, unix.EBUSY)
+				})
 				if err != nil {
 					s.t.Error(err)
 				}
@@ -340,11 +342,7 @@ func TestSharedCgroupWithoutFirstThread(t *testing.T) {
 	t.Setenv("PROBELET_TEST_LEADERLESS", "1")
 	s.start(cgroup, 0, os.Args[0])
 	prober := Finder{Kubelet: true}
-	for end := time.Now().Add(10 * time.Second); !hasZombie(t, cgroup); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("the first thread has not ended")
-		}
-	}
+	polltest.Eventually(t, "the first thread has ended", func() bool { return hasZombie(t, cgroup) })
 	who, err := prober.Find()
 	if err != nil || who.Process == nil {
 		t.Errorf("%+v, %v; want one process", who, err)

@@ -22,6 +22,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 func now() uint64 { return uint64(time.Now().UnixNano()) }
@@ -498,9 +499,7 @@ func TestHeldConnections(t *testing.T) {
 			sockets := &plain{}
 			r := newRefresher(t, sockets)
 			hostile(r, at)
-			for sockets.opened.Load() < 32*podConnections {
-				time.Sleep(time.Millisecond)
-			}
+			polltest.Eventually(t, "all connections have been opened", func() bool { return sockets.opened.Load() >= 32*podConnections })
 			good := target(listen(t, serveHTTP(func(http.ResponseWriter, *http.Request) {})), "/x")
 			r.Set(podID, []Target{good})
 			n := 0

@@ -457,7 +457,10 @@ func TestRuntimeNotices(t *testing.T) {
 			chain := n.runtime(t)
 			expect := func(what, want string) {
 				t.Helper()
-				polltest.Eventually(t, what+": the runtime's chain is another than "+want, func() bool { return chain() == want })
+				var got string
+				if !polltest.Within(polltest.Limit, func() bool { got = chain(); return got == want }) {
+					t.Fatalf("%s: the runtime's chain is %s, want %s", what, got, want)
+				}
 			}
 			if _, err := n.Join(t.Context(), way); err != nil {
 				t.Fatal(err)
@@ -480,7 +483,7 @@ func TestRuntimeNotices(t *testing.T) {
 	if err := n.Follow(t.Context(), DropIn, true); err != nil {
 		t.Fatal(err)
 	}
-	polltest.Eventually(t, "the runtime was not woken", func() bool { return strings.Contains(chain(), PluginType) })
+	polltest.Eventually(t, "the runtime was woken", func() bool { return strings.Contains(chain(), PluginType) })
 }
 
 // Whatever happens to the primary network's file, the chain is that network's plugins followed by ours. Without a primary network there
@@ -493,7 +496,10 @@ func TestFollow(t *testing.T) {
 			n.follow(t, way)
 			expect := func(what, want string) {
 				t.Helper()
-				polltest.Eventually(t, fmt.Sprintf("%s: the chain is not %q", what, want), func() bool { return n.chainIn(t) == want })
+				var got string
+				if !polltest.Within(polltest.Limit, func() bool { got = n.chainIn(t); return got == want }) {
+					t.Fatalf("%s: the chain is %q, want %q", what, got, want)
+				}
 			}
 			rename := func(from, to string) {
 				t.Helper()
@@ -557,7 +563,7 @@ func TestFollowWithoutNotification(t *testing.T) {
 	t.Parallel()
 	n := newNode(t, files{"10-pods.conflist": list})
 	n.follow(t, Copy)
-	polltest.Eventually(t, "it has not joined", func() bool { return strings.Contains(n.chainIn(t), PluginType) })
+	polltest.Eventually(t, "it has joined", func() bool { return strings.Contains(n.chainIn(t), PluginType) })
 	if err := os.Rename(n.NetDir, n.NetDir+"-old"); err != nil {
 		t.Fatal(err)
 	}
@@ -574,11 +580,11 @@ func TestFollowWithoutNotification(t *testing.T) {
 	late := func(want string) func() bool {
 		return func() bool { time.Sleep(20 * time.Millisecond); return n.chainIn(t) == want }
 	}
-	polltest.Eventually(t, "it does not follow into the new directory", late("pods: ptp portmap probelet"))
+	polltest.Eventually(t, "it follows into the new directory", late("pods: ptp portmap probelet"))
 	if err := os.WriteFile(original, []byte(strings.Replace(list, "portmap", "firewall", 1)), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	polltest.Eventually(t, "it does not follow the link", late("pods: ptp firewall probelet"))
+	polltest.Eventually(t, "it follows the link", late("pods: ptp firewall probelet"))
 }
 
 // Follow backs off from a process that immediately removes every file but its own.

@@ -1,15 +1,16 @@
 package runtimes
 
 import (
+	"fmt"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/probelet/probelet/bpf/bpftest"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // Only processes that root's runtime runs count as plugins, not other processes with the same environment, even under a runtime's name.
@@ -38,14 +39,11 @@ func TestUnderWay(t *testing.T) {
 	user := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	expect := func(running int, want ...string) {
 		t.Helper()
-		for range 500 { // until all have started
+		polltest.Eventually(t, fmt.Sprintf("%d plugins run", running), func() bool {
 			processes, _ := filepath.Glob("/proc/[0-9]*")
 			processes = slices.DeleteFunc(processes, func(p string) bool { return !strings.HasPrefix(containerOf(p), ours) })
-			if len(processes) == running {
-				break
-			}
-			time.Sleep(10 * time.Millisecond)
-		}
+			return len(processes) == running
+		})
 		var got []string
 		for container := range UnderWay("/proc") {
 			if name, isOurs := strings.CutPrefix(container, ours); isOurs {
