@@ -26,6 +26,7 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/bpf/lock"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 func TestAddAttachesRecordsAndReturnsPrevResult(t *testing.T) {
@@ -656,9 +657,10 @@ func TestCheckFinds(t *testing.T) {
 						t.Fatal(err)
 					}
 					var found error
-					if !eventually(func() bool { found = w.check(pod).err; return found != nil }) { // the kernel detaches links asynchronously
-						t.Fatal("CHECK finds nothing wrong")
-					}
+					polltest.Eventually(t, "CHECK finds the harm", func() bool { // the kernel detaches links asynchronously
+						found = w.check(pod).err
+						return found != nil
+					})
 					wantFault(t, found, codeCheck, test.text)
 					w.del(pod).must(t) // the next pod may get the same namespace number
 					w.gc().must(t)

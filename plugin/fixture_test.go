@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -27,6 +26,7 @@ import (
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // runMain turns the test binary into the plugin, so that commands can run as a runtime runs them.
@@ -569,7 +569,7 @@ func (w *world) wantState(want string) {
 func (w *world) wantStateWithout(prefix, want string) {
 	w.t.Helper()
 	var got string
-	if !eventually(func() bool {
+	if !polltest.Within(polltest.Limit, func() bool {
 		got = without(prefix, w.state())
 		return got == without(prefix, want)
 	}) {
@@ -585,16 +585,6 @@ func without(prefix, state string) string {
 		}
 	}
 	return strings.Join(lines, "\n")
-}
-
-// eventually reports whether a condition becomes true.
-func eventually(done func() bool) bool {
-	for deadline := time.Now().Add(5 * time.Second); !done(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			return false
-		}
-	}
-	return true
 }
 
 // foreignProgram loads a foreign program that passes every packet, for the rest of the test.

@@ -14,6 +14,7 @@ import (
 
 	"github.com/probelet/probelet/bpf/attach"
 	"github.com/probelet/probelet/bpf/datapath"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // A thousand pods that came and went leave no more behind than one: nothing.
@@ -35,7 +36,7 @@ func TestManyAddsAndDelsLeaveNothingBehind(t *testing.T) {
 		}
 		w.wantState(before)
 		var left map[string]int
-		if !eventually(func() bool {
+		if !polltest.Within(polltest.Limit, func() bool {
 			left = w.kernelObjects()
 			return fmt.Sprint(left) == fmt.Sprint(objects)
 		}) {
