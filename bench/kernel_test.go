@@ -21,6 +21,7 @@ import (
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/bpf/datapath"
 	"github.com/probelet/probelet/e2e/harness/node"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // This file contains everything that depends on how programs are loaded, attached and fed.
@@ -160,15 +161,12 @@ func (k *kernel) remove(pod *bpftest.Pod) error {
 		return err
 	}
 	// The kernel detaches a link some time after its last pin is removed.
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
-		is, err := bare(pod.IfIndex)
-		if err != nil || is {
-			return err
-		}
-		if time.Now().After(deadline) {
-			return fmt.Errorf("%s still has programs", pod.HostIfName)
-		}
+	var is bool
+	var err error
+	if !polltest.Within(polltest.Limit, func() bool { is, err = bare(pod.IfIndex); return is || err != nil }) {
+		return fmt.Errorf("%s still has programs", pod.HostIfName)
 	}
+	return err
 }
 
 // bare reports whether a device has no programs.
