@@ -9,7 +9,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/probelet/probelet/e2e/harness/node"
 )
@@ -114,11 +113,7 @@ func recordOf(t *testing.T, s *scene, p *pod) string {
 func expectRemains(t *testing.T, s *scene, want []string) {
 	t.Helper()
 	var got []string
-	for end := time.Now().Add(deadline); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		if got = remains(t, s); slices.Equal(got, want) {
-			return
-		}
-	}
+	within(deadline, func() bool { got = remains(t, s); return slices.Equal(got, want) })
 	for _, r := range got {
 		if !slices.Contains(want, r) {
 			t.Errorf("left behind: %s", r)
@@ -134,17 +129,17 @@ func expectRemains(t *testing.T, s *scene, want []string) {
 // expectDead polls, because the kernel frees objects some time after their last use.
 func expectDead(t *testing.T, objects map[node.Object]bool) {
 	t.Helper()
-	end := time.Now().Add(deadline)
-	for o := range objects {
-		for exists := true; exists; time.Sleep(time.Millisecond) {
-			var err error
-			exists, err = o.Exists()
+	alive := maps.Clone(objects)
+	within(deadline, func() bool {
+		maps.DeleteFunc(alive, func(o node.Object, _ bool) bool {
+			exists, err := o.Exists()
 			must(t, err)
-			if exists && time.Now().After(end) {
-				t.Errorf("alive in the kernel: %s %d", o.Kind, o.ID)
-				break
-			}
-		}
+			return !exists
+		})
+		return len(alive) == 0
+	})
+	for o := range alive {
+		t.Errorf("alive in the kernel: %s %d", o.Kind, o.ID)
 	}
 }
 

@@ -60,12 +60,8 @@ func TestInstallAndUninstall(t *testing.T) {
 
 			// When the primary's owner rewrites its configuration, the chain follows.
 			rewritten := plain.rewrite(t)
-			deadline := time.Now().Add(deadline)
-			for !strings.Contains(s.effective(t), `"mtu": 1400`) {
-				if time.Now().After(deadline) {
-					t.Fatalf("the chain is still %s", s.effective(t))
-				}
-				time.Sleep(20 * time.Millisecond)
+			if !within(deadline, func() bool { return strings.Contains(s.effective(t), `"mtu": 1400`) }) {
+				t.Fatalf("the chain is still %s", s.effective(t))
 			}
 			before[rewritten] = snapshot(t, s.NetDir())[rewritten]
 
@@ -135,13 +131,10 @@ func TestUninstallWaitsForRunningPlugins(t *testing.T) {
 		must(t, err)
 		added := make(chan error, 1)
 		go func() { added <- p.Add() }()
-		for end := time.Now().Add(deadline); ; time.Sleep(10 * time.Millisecond) {
-			if _, err := os.Stat(started); err == nil {
-				return p, added
-			} else if time.Now().After(end) {
-				t.Fatal(err)
-			}
+		if !within(deadline, func() bool { _, err = os.Stat(started); return err == nil }) {
+			t.Fatal(err)
 		}
+		return p, added
 	}
 	p, added := begin()
 	uninstalled := make(chan error, 1)
@@ -383,10 +376,8 @@ func runSlowPlugin() {
 	if err == nil {
 		err = os.WriteFile(filepath.Join(conf.Dir, slowStarted), nil, 0o600)
 	}
-	for end := time.Now().Add(time.Minute); err == nil && time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
-		if _, err := os.Stat(filepath.Join(conf.Dir, slowRelease)); err == nil {
-			break
-		}
+	if err == nil {
+		within(time.Minute, func() bool { _, err := os.Stat(filepath.Join(conf.Dir, slowRelease)); return err == nil })
 	}
 	if err != nil {
 		fmt.Printf(`{"code": 100, "msg": %q}`, err)

@@ -8,10 +8,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/prometheus/prometheus/promql/parser"
@@ -67,18 +67,14 @@ func (s *scene) awaitScrape(url string, status int, parts ...string) string {
 	var got int
 	var text string
 	var err error
-	for end := time.Now().Add(deadline); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+	if !within(deadline, func() bool {
 		got, text, err = scrape(url)
-		missing := false
-		for _, part := range parts {
-			missing = missing || !strings.Contains(text, part)
-		}
-		if err == nil && got == status && !missing {
-			return text
-		}
+		missing := func(part string) bool { return !strings.Contains(text, part) }
+		return err == nil && got == status && !slices.ContainsFunc(parts, missing)
+	}) {
+		s.t.Fatalf("%s: %d, %v, want %d with %q in\n%s", url, got, err, status, parts, text)
 	}
-	s.t.Fatalf("%s: %d, %v, want %d with %q in\n%s", url, got, err, status, parts, text)
-	return ""
+	return text
 }
 
 // A healthy node, scraped the way the chart sets it up, fires no alert; a node whose prober is gone fires the alert for that.

@@ -119,11 +119,11 @@ func (p *pod) probeByIPv6(probes ...node.Probe) {
 	must(p.s.t, p.s.WriteSpecs(node.Probed{Pod: p.Pod, Readiness: probes, IPv6: true}))
 	for _, probe := range probes {
 		before := p.hits(probe)
-		for end := time.Now().Add(deadline); p.hits(probe) == before; time.Sleep(20 * time.Millisecond) {
-			if time.Now().After(end) {
-				p.s.t.Fatalf("port %d is not answered at its IPv6 address", probe.Port)
-			}
+		if !within(deadline, func() bool {
 			p.probe(probe, p.IPv6, 1)
+			return p.hits(probe) > before
+		}) {
+			p.s.t.Fatalf("port %d is not answered at its IPv6 address", probe.Port)
 		}
 	}
 }
@@ -214,6 +214,17 @@ func needBTF(t *testing.T) {
 		t.Fatal("this kernel has no BTF")
 	}
 	t.Skip("this kernel has no BTF")
+}
+
+// within polls until a condition holds, and reports whether it did within the limit. This module does not import the
+// root module, which has polltest.
+func within(limit time.Duration, holds func() bool) bool {
+	for end := time.Now().Add(limit); !holds(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			return false
+		}
+	}
+	return true
 }
 
 func must(t *testing.T, err error) {
