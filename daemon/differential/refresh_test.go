@@ -87,7 +87,7 @@ func TestRefreshIsNoMoreLenient(t *testing.T) {
 					if success {
 						successes.Add(1)
 					}
-					if success && !seen && !leftOut(reply, nil) {
+					if success && !seen && !leftOut(reply) {
 						missed.Add(1)
 					}
 					if success || !seen {

@@ -59,7 +59,11 @@ func (r Response) Judge() (event probe.Event, status int, doubt Doubt) {
 		// a flaw there depends on timing, so require a response that is a success either way. What was not seen of it is
 		// missing.
 		all, _ := r.read(bufio.NewReaderSize(nil, len(r.Bytes)+readBuffer), r.End == Open || r.End == Unseen)
-		if v.doubt == "" && v != all {
+		switch {
+		case v.doubt != "" || v == all:
+		case all.doubt == DoubtUnseen || all.event == probe.NoAnswer:
+			v.doubt = DoubtUnseen
+		default:
 			v.doubt = DoubtTiming
 		}
 	}

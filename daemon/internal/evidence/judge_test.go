@@ -68,8 +68,8 @@ func TestJudge(t *testing.T) {
 		"trailer":                          {chunked + "0\r\nX: y\r\n\r\n", Open, success},
 		"long trailer":                     {chunked + "0\r\nX: " + strings.Repeat("y", readBuffer) + "\r\n\r\n", Open, doubtful(DoubtTiming)},
 		"chunk as long as is read":         {chunked + "2800\r\n" + body + "\r\n0\r\n\r\n", Open, success},
-		"chunk as long as is read, unseen": {chunked + "2800\r\n" + body + "X", Unseen, doubtful(DoubtTiming)},
-		"chunk as long as is read, open":   {chunked + "2800\r\n" + body, Open, doubtful(DoubtTiming)},
+		"chunk as long as is read, unseen": {chunked + "2800\r\n" + body + "X", Unseen, doubtful(DoubtUnseen)},
+		"chunk as long as is read, open":   {chunked + "2800\r\n" + body, Open, doubtful(DoubtUnseen)},
 		"chunk longer than is read":        {chunked + "2801\r\n" + body + "x", Open, success},
 		"chunk as long as is read, flawed": {chunked + "2800\r\n" + body + "XX", Open, failed},
 		// Whether the flaw is found depends on how much had arrived when the last byte was read.

@@ -34,6 +34,7 @@ type conn struct {
 	reply     evidence.Response
 	looks     int
 	paused    bool // not checked for a while
+	enough    bool // what was read may satisfy the prober, depending on what follows
 }
 
 // watch registers a file descriptor with epoll, or changes its events.
@@ -216,7 +217,8 @@ func (r *Refresher) judge(j *job, text []byte) {
 	if c.looks++; c.looks <= eagerLooks || c.reply.End != evidence.Open || headed(text) {
 		reply := evidence.Response{Bytes: text, End: c.reply.End}
 		event, status, doubt := reply.Judge()
-		certain := event != probe.NoAnswer || reply.End != evidence.Open
+		c.enough = event != probe.NoAnswer
+		certain := c.enough && doubt != evidence.DoubtUnseen || reply.End != evidence.Open
 		switch {
 		case certain && doubt != "":
 			r.abandon(j)

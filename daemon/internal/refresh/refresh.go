@@ -202,6 +202,8 @@ func (r *Refresher) deal(j *job, now uint64) {
 	switch {
 	case j.conn == nil:
 		r.begin(j)
+	case now >= j.deadline() && j.conn.enough:
+		r.abandon(j)
 	case now >= j.deadline():
 		r.finish(j, probe.NoAnswer, 0)
 	default:

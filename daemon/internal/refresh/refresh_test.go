@@ -164,6 +164,7 @@ func TestOutcome(t *testing.T) {
 	}
 	body := strings.Repeat("x", 1<<20)
 	const brief = 50 * time.Millisecond
+	chunks := "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + strings.Repeat("800\r\n"+body[:2048]+"\r\n", 5) // as much as the kubelet reads
 	for name, test := range map[string]struct {
 		serve   func(net.Conn)
 		timeout time.Duration // 0 for an ample one
@@ -204,6 +205,15 @@ func TestOutcome(t *testing.T) {
 			says("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok")(conn)
 			_ = conn.(*net.TCPConn).SetLinger(0)
 		}, 0, probe.Reset, 0},
+		"chunks, with a pause": {func(conn net.Conn) {
+			says(strings.TrimSuffix(chunks, "\r\n"))(conn)
+			time.Sleep(20 * time.Millisecond)
+			_, _ = io.WriteString(conn, "\r\n5\r\nhello\r\n0\r\n\r\n")
+		}, 0, probe.Answered, 200},
+		"chunks, without an end": {func(conn net.Conn) {
+			says(chunks)(conn)
+			<-released
+		}, brief, 0, 0},
 		"hangs": {func(net.Conn) { <-released }, brief, probe.NoAnswer, 0},
 		"endless body": {func(conn net.Conn) {
 			says("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok")(conn)
