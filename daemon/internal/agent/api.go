@@ -122,9 +122,9 @@ func (ag *agent) Source() api.SourceReply {
 // known describes what is known of the attachment's observed endpoints.
 func (a *attachment) known() []api.Endpoint {
 	var all []api.Endpoint
-	var estimates map[probe.Endpoint]probe.Estimate // nil unless in mode observe
-	if a.estimator != nil {
-		estimates = a.estimator.Estimates()
+	var counts map[probe.Endpoint]probe.ShadowCounts // nil unless in mode observe
+	if a.shadow != nil {
+		counts = a.shadow.Counts()
 	}
 	for e, known := range a.tracker.Evidence() {
 		described := api.Endpoint{
@@ -132,8 +132,8 @@ func (a *attachment) known() []api.Endpoint {
 			Kind: e.Kind, Port: e.Port, Path: e.Path, HeadersID: e.Headers,
 			Result: known.Result.String(), Status: known.Status, ObservedAt: known.ObservedAt,
 		}
-		if estimate, ok := estimates[e]; ok {
-			described.Estimate = &api.Estimate{Answered: estimate.Answered, Hidden: estimate.Hidden, Passed: estimate.Passed}
+		if of, ok := counts[e]; ok {
+			described.WouldAnswer = &api.WouldAnswer{Answered: of.Answered, Hidden: of.Hidden, Passed: of.Passed}
 		}
 		all = append(all, described)
 	}

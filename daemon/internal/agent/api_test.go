@@ -370,11 +370,11 @@ func TestObserveShowsWhatWouldBeAnswered(t *testing.T) {
 		`probelet_worst_detection_seconds{mode="observe",probelet="answering"}`: "1260",
 	})
 	reply, err := api.NewClient(n.config.StateDir).Endpoints(t.Context())
-	if err != nil || len(reply.Endpoints) != 1 || reply.Endpoints[0].Estimate == nil {
+	if err != nil || len(reply.Endpoints) != 1 || reply.Endpoints[0].WouldAnswer == nil {
 		t.Fatalf("%+v, %v", reply, err)
 	}
-	if e := reply.Endpoints[0].Estimate; e.Answered != 2 || e.Hidden != 1 || e.Probes() != 3 || e.Passed[probe.WhyUnknown] != 1 {
-		t.Errorf("estimate %+v", e)
+	if e := reply.Endpoints[0].WouldAnswer; e.Answered != 2 || e.Hidden != 1 || e.Probes() != 3 || e.Passed[probe.WhyUnknown] != 1 {
+		t.Errorf("would answer: %+v", e)
 	}
 }
 

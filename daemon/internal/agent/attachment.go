@@ -12,21 +12,21 @@ import (
 
 // attachment is an attached interface, with what is known of the pod behind it.
 type attachment struct {
-	record    attach.Record
-	pod       *probe.Pod // nil: the source does not have it
-	settings  probe.Settings
-	tracker   *probe.Tracker
-	several   []probe.EndpointSpec           // the observed endpoints with a successThreshold above 1
-	ranged    []probe.EndpointSpec           // the observed endpoints with a longer staleness once they are steady
-	events    map[probe.Endpoint][]api.Event // the last ones
-	estimator *probe.Estimator               // nil unless in mode observe
-	maps      *store.Pod                     // nil: not attached yet, or to be opened again
-	device    datapath.DeviceKey             // of the last maps
-	live      int                            // probe.Limits.Live of that device
-	restored  bool                           // the evidence of a previous daemon was taken over
-	pending   bool                           // the maps are out of date
-	broken    bool                           // part of it is lost, so failures of the pod may go unseen
-	distrust  bool                           // answers do not arrive by its device, and that was logged
+	record   attach.Record
+	pod      *probe.Pod // nil: the source does not have it
+	settings probe.Settings
+	tracker  *probe.Tracker
+	several  []probe.EndpointSpec           // the observed endpoints with a successThreshold above 1
+	ranged   []probe.EndpointSpec           // the observed endpoints with a longer staleness once they are steady
+	events   map[probe.Endpoint][]api.Event // the last ones
+	shadow   *probe.Shadow                  // nil unless in mode observe
+	maps     *store.Pod                     // nil: not attached yet, or to be opened again
+	device   datapath.DeviceKey             // of the last maps
+	live     int                            // probe.Limits.Live of that device
+	restored bool                           // the evidence of a previous daemon was taken over
+	pending  bool                           // the maps are out of date
+	broken   bool                           // part of it is lost, so failures of the pod may go unseen
+	distrust bool                           // answers do not arrive by its device, and that was logged
 	// inconclusive counts exchanges without a certain outcome; doubtedAt is when the last of them was seen.
 	inconclusive map[evidence.Doubt]uint64
 	doubtedAt    uint64
@@ -51,16 +51,16 @@ func (a *attachment) podName() string {
 	return a.pod.String()
 }
 
-// estimate keeps an estimator while the pod is in mode observe.
-func (a *attachment) estimate(endpoints []probe.EndpointSpec, now uint64) {
+// keepShadow keeps a shadow while the pod is in mode observe.
+func (a *attachment) keepShadow(endpoints []probe.EndpointSpec, now uint64) {
 	switch {
 	case a.pod == nil || a.settings.Mode != probe.Observe:
-		a.estimator = nil
+		a.shadow = nil
 		return
-	case a.estimator == nil:
-		a.estimator = probe.NewEstimator()
+	case a.shadow == nil:
+		a.shadow = probe.NewShadow()
 	}
-	a.estimator.SetEndpoints(endpoints, now)
+	a.shadow.SetEndpoints(endpoints, now)
 }
 
 // targets returns what the daemon asks the pod itself.
@@ -81,8 +81,8 @@ func (a *attachment) targets() []refresh.Target {
 // withdraw forgets what is known of the endpoints that are meant.
 func (a *attachment) withdraw(meant func(probe.Endpoint) bool) []probe.Change {
 	now := datapath.Now()
-	if a.estimator != nil {
-		a.estimator.Withdraw(meant, now)
+	if a.shadow != nil {
+		a.shadow.Withdraw(meant, now)
 	}
 	return a.tracker.Withdraw(meant, now)
 }

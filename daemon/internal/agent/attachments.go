@@ -136,7 +136,7 @@ func (ag *agent) ask(a *attachment) {
 	a.ranged = slices.DeleteFunc(slices.Clone(endpoints), func(s probe.EndpointSpec) bool {
 		return !s.Observed || s.Staleness == s.SteadyStaleness
 	})
-	a.estimate(endpoints, now)
+	a.keepShadow(endpoints, now)
 }
 
 func (ag *agent) endpoints(a *attachment) []probe.EndpointSpec {

@@ -108,13 +108,13 @@ func (ag *agent) doubt(doubtful map[evidence.Doubtful]uint64) {
 	}
 }
 
-// judge estimates what mode answer would have made of a probe.
+// judge counts what mode answer would have made of a probe.
 func (ag *agent) judge(a *attachment, o probe.Outcome) {
-	if a.estimator == nil || a.broken {
+	if a.shadow == nil || a.broken {
 		return
 	}
-	if judged, ok := a.estimator.Observe(o, a.closedAt(o.Port), a.mostAnswered(o.Port)); ok {
-		ag.metrics.Estimated(judged)
+	if judged, ok := a.shadow.Observe(o, a.closedAt(o.Port), a.mostAnswered(o.Port)); ok {
+		ag.metrics.Judged(judged)
 	}
 }
 

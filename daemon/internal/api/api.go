@@ -65,13 +65,13 @@ type Endpoint struct {
 	Result      string     `json:"result"` // success, failure or unknown
 	Status      int        `json:"status,omitempty"`
 	ObservedAt  uint64     `json:"observedAt,omitempty"` // in ns of CLOCK_BOOTTIME
-	// Estimate is null in modes other than observe, and if no probe was seen.
-	Estimate *Estimate `json:"estimate,omitempty"`
+	// WouldAnswer is null in modes other than observe, and if no probe was seen.
+	WouldAnswer *WouldAnswer `json:"estimate,omitempty"`
 }
 
-// Estimate says what mode answer would have done with the probes seen in mode observe since the daemon started or the endpoint
+// WouldAnswer says what mode answer would have done with the probes seen in mode observe since the daemon started or the endpoint
 // appeared.
-type Estimate struct {
+type WouldAnswer struct {
 	// Answered counts the probes that would have been answered. Hidden counts those among them that failed: their prober would have
 	// found out later.
 	Answered uint64 `json:"answered"`
@@ -81,13 +81,13 @@ type Estimate struct {
 	Passed map[probe.Why]uint64 `json:"passed"`
 }
 
-// Probes returns how many probes were seen; 0 for a nil estimate.
-func (e *Estimate) Probes() uint64 {
-	if e == nil {
+// Probes returns how many probes were seen; 0 if w is nil.
+func (w *WouldAnswer) Probes() uint64 {
+	if w == nil {
 		return 0
 	}
-	n := e.Answered
-	for _, passed := range e.Passed {
+	n := w.Answered
+	for _, passed := range w.Passed {
 		n += passed
 	}
 	return n

@@ -160,8 +160,8 @@ func (x Explanation) printEndpoint(text *table.Text, e survey.Endpoint) {
 	if e.NotCompared != "" {
 		text.Pair("kubelet's verdict", "not compared: "+e.NotCompared)
 	}
-	if n := e.Estimate.Probes(); n > 0 {
-		text.Pair("mode answer", wouldAnswer(*e.Estimate, n))
+	if n := e.WouldAnswer.Probes(); n > 0 {
+		text.Pair("mode answer", wouldAnswer(*e.WouldAnswer, n))
 	}
 	for _, p := range e.Probes {
 		text.Pair(p.String(), fmt.Sprintf("every %s, timeout %s, threshold %d: a failure %s detected within %s (%s without probelet)",
@@ -237,7 +237,7 @@ func listener(l store.Listener) string {
 }
 
 // wouldAnswer says what mode answer would have done with probes.
-func wouldAnswer(e api.Estimate, probes uint64) string {
+func wouldAnswer(e api.WouldAnswer, probes uint64) string {
 	text := fmt.Sprintf("would have answered %d of %d probes", e.Answered, probes)
 	if e.Hidden > 0 {
 		text += fmt.Sprintf(" (%d of which failed)", e.Hidden)

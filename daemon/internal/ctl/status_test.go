@@ -209,12 +209,12 @@ func TestModeObserve(t *testing.T) {
 }
 
 // In mode observe, output says what mode answer would have done with the probes that were seen.
-func TestEstimate(t *testing.T) {
+func TestWouldAnswer(t *testing.T) {
 	m := newMachine(t)
 	e := surveytest.Endpoint(probe.HTTP, 80, "/x")
 	e.NotAnswered, e.NotAnsweredCode, e.Withheld = "mode observe", probe.ReasonMode, true
 	m.Web(surveytest.Maps{datapath.PortKey(80): {}}, e)
-	m.Serve(api.Endpoint{Kind: probe.HTTP, Port: 80, Path: "/x", Result: "success", Estimate: &api.Estimate{
+	m.Serve(api.Endpoint{Kind: probe.HTTP, Port: 80, Path: "/x", Result: "success", WouldAnswer: &api.WouldAnswer{
 		Answered: 12, Hidden: 1, Passed: map[probe.Why]uint64{probe.WhyExpired: 10, probe.WhyUnknown: 2},
 	}})
 	if table := m.status(); !strings.Contains(table, "mode observe; 12 of 24 probes would have been answered") {

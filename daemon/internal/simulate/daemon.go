@@ -14,8 +14,8 @@ import (
 // daemon models probeletd. The tracker is nil while the daemon is down.
 type daemon struct {
 	tracker    *probe.Tracker
-	estimator  *probe.Estimator // sees only the twins, because in mode observe all probes reach the pod
-	known      map[uint16]int   // container instances reported by its source
+	shadow     *probe.Shadow  // sees only the twins, because in mode observe all probes reach the pod
+	known      map[uint16]int // container instances reported by its source
 	refreshing map[probe.Endpoint]*asker
 	staleness  map[probe.Endpoint]time.Duration
 	traffic    map[probe.Endpoint]int // probe.EndpointSpec.Traffic
@@ -23,7 +23,7 @@ type daemon struct {
 
 func newDaemon() daemon {
 	return daemon{
-		estimator: probe.NewEstimator(), known: map[uint16]int{}, refreshing: map[probe.Endpoint]*asker{},
+		shadow: probe.NewShadow(), known: map[uint16]int{}, refreshing: map[probe.Endpoint]*asker{},
 		staleness: map[probe.Endpoint]time.Duration{}, traffic: map[probe.Endpoint]int{},
 	}
 }
@@ -52,7 +52,7 @@ func (p *pod) setEndpoints() {
 		p.staleness[e.Endpoint], p.traffic[e.Endpoint] = e.SteadyStaleness, e.Traffic
 	}
 	p.tracker.SetEndpoints(endpoints, p.now)
-	p.estimator.SetEndpoints(endpoints, p.now)
+	p.shadow.SetEndpoints(endpoints, p.now)
 }
 
 func (p *pod) endpoints(specs []probe.Spec) []probe.EndpointSpec {

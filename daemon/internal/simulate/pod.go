@@ -61,7 +61,7 @@ const (
 type Result struct {
 	Probes, Answered                 int // of all probes
 	HealthyProbes, HealthyAnswered   int // of probes of healthy servers
-	Estimated                        int // would have been answered, according to mode observe
+	Predicted                        int // would have been answered, according to mode observe
 	HandedOver                       int
 	Refreshes                        int // requests of the daemon's own
 	Verdicts, PlainVerdicts          int // rows of failureThreshold failures
@@ -77,7 +77,7 @@ type Result struct {
 func (r *Result) add(o Result) {
 	r.Probes, r.Answered = r.Probes+o.Probes, r.Answered+o.Answered
 	r.HealthyProbes, r.HealthyAnswered = r.HealthyProbes+o.HealthyProbes, r.HealthyAnswered+o.HealthyAnswered
-	r.Estimated, r.HandedOver = r.Estimated+o.Estimated, r.HandedOver+o.HandedOver
+	r.Predicted, r.HandedOver = r.Predicted+o.Predicted, r.HandedOver+o.HandedOver
 	r.Refreshes += o.Refreshes
 	r.Verdicts, r.PlainVerdicts, r.Detected = r.Verdicts+o.Verdicts, r.PlainVerdicts+o.PlainVerdicts, r.Detected+o.Detected
 	r.Readied, r.Stopped = r.Readied+o.Readied, r.Stopped+o.Stopped

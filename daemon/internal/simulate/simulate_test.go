@@ -21,13 +21,13 @@ func TestNothingIsViolated(t *testing.T) {
 				t.Errorf("nothing happened: %+v", r)
 			}
 			// Mode observe predicts mode answer. It leaves out refresh, strangers and traffic.
-			estimated, answered := float64(r.Estimated)/float64(r.Probes), r.TotalHitRate()
+			predicted, answered := float64(r.Predicted)/float64(r.Probes), r.TotalHitRate()
 			off := .01
 			if s.config.Defaults.Staleness.Short != s.config.Defaults.Staleness.Long {
 				off = .03 // a daemon that restarts does not know since when an endpoint has been well
 			}
-			if !s.config.Defaults.Refresh.On && s.config.Strangers == nil && s.config.Clients == 0 && math.Abs(estimated-answered) > off {
-				t.Errorf("estimated %.3f, answered %.3f", estimated, answered)
+			if !s.config.Defaults.Refresh.On && s.config.Strangers == nil && s.config.Clients == 0 && math.Abs(predicted-answered) > off {
+				t.Errorf("predicted %.3f, answered %.3f", predicted, answered)
 			}
 		})
 	}

@@ -98,7 +98,7 @@ func (w *worker) tick() {
 	known, may := w.evidence[w.endpoint], w.mayBeAnswered(w.endpoint)
 	answered, x := w.connect(w.endpoint, w.spec.Timeout, usual)
 	w.result.Probes++
-	w.at(max(twin.end, w.now), func() { w.estimate(began, twin) })
+	w.at(max(twin.end, w.now), func() { w.predict(began, twin) })
 	switch {
 	case answered:
 		w.checkAnswer(w.endpoint, known)
@@ -129,15 +129,15 @@ func (w *worker) tick() {
 	})
 }
 
-// estimate makes the estimator judge the twin.
-func (w *worker) estimate(began uint64, twin exchange) {
+// predict makes the shadow judge the twin.
+func (w *worker) predict(began uint64, twin exchange) {
 	if !twin.seen() {
 		return
 	}
 	o := w.outcome(w.endpoint, began, twin)
-	judged, ok := w.estimator.Observe(o, w.lastClosed, w.servers[w.spec.Port].mostAnswered(w.Live))
+	judged, ok := w.shadow.Observe(o, w.lastClosed, w.servers[w.spec.Port].mostAnswered(w.Live))
 	if ok && judged.Answered {
-		w.result.Estimated++
+		w.result.Predicted++
 	}
 }
 

@@ -123,14 +123,14 @@ const daemonPatience = 2 * time.Second
 // add adds what the daemon knows. The kernel has no entry for an endpoint until its request was seen once, so only the daemon knows
 // of earlier failures.
 func (e *Endpoint) add(k api.Endpoint, now uint64) {
-	e.Estimate = k.Estimate
+	e.WouldAnswer = k.WouldAnswer
 	if e.Age == nil && k.ObservedAt != 0 && k.Result == probe.Failure.String() {
 		known := e.decides(probe.Evidence{Result: probe.Failure, Status: k.Status, ObservedAt: k.ObservedAt}, 0, 0)
 		e.State, e.Status, e.Age = known.State(now), uint16(k.Status), seconds(now, k.ObservedAt)
 		e.explain(e.never(), known.Reason(now))
 	}
-	if n := e.Estimate.Probes(); e.Withheld && n > 0 {
-		e.WhyNotAnswered += fmt.Sprintf("; %d of %d probes would have been answered", e.Estimate.Answered, n)
+	if n := e.WouldAnswer.Probes(); e.Withheld && n > 0 {
+		e.WhyNotAnswered += fmt.Sprintf("; %d of %d probes would have been answered", e.WouldAnswer.Answered, n)
 	}
 }
 

@@ -124,9 +124,9 @@ type Endpoint struct {
 	Listener *store.Listener `json:"listener" jsonschema:"nullable"`
 	// ServedAge is the time since the pod was last seen serving its clients; null if it was not, or if that is no evidence.
 	ServedAge *float64 `json:"servedAgeSeconds" jsonschema:"nullable"`
-	// Estimate says what mode answer would have done with the probes seen in mode observe; null in other modes, if no probe was
+	// WouldAnswer says what mode answer would have done with the probes seen in mode observe; null in other modes, if no probe was
 	// seen, or if the daemon is not running.
-	Estimate *api.Estimate `json:"estimate" jsonschema:"nullable"`
+	WouldAnswer *api.WouldAnswer `json:"estimate" jsonschema:"nullable"`
 	// due reports that the endpoint is fresh, but that the maximum of probes in a row were answered.
 	due bool
 }

@@ -23,7 +23,7 @@ type Metrics struct {
 	evidence        *prometheus.CounterVec
 	withdrawals     *prometheus.CounterVec
 	inconclusive    *prometheus.CounterVec
-	estimates       *prometheus.CounterVec
+	judged          *prometheus.CounterVec
 	reconcileErrors prometheus.Counter
 	repairs         *prometheus.CounterVec
 	own             prometheus.Counter
@@ -50,7 +50,7 @@ func New() *Metrics {
 			Name: "probelet_inconclusive_probes_total",
 			Help: "Connections of a prober that reached a pod but whose outcome is uncertain, by reason.",
 		}, []string{"reason"}),
-		estimates: prometheus.NewCounterVec(prometheus.CounterOpts{
+		judged: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "probelet_estimated_probes_total",
 			Help: "Probes of pods in mode observe, by what mode answer would have done: verdict answered (reason: success, or failure if the pod failed the probe and its prober would have learned of it later) or passed (reason: why).",
 		}, []string{"verdict", "reason"}),
@@ -83,10 +83,10 @@ func New() *Metrics {
 		m.inconclusive.WithLabelValues(string(doubt))
 	}
 	for _, why := range probe.Whys() {
-		m.estimates.WithLabelValues("passed", string(why))
+		m.judged.WithLabelValues("passed", string(why))
 	}
 	for _, result := range []probe.Result{probe.Success, probe.Failure} {
-		m.estimates.WithLabelValues("answered", result.String())
+		m.judged.WithLabelValues("answered", result.String())
 	}
 	for _, cause := range []probe.Cause{timedOut, probe.ByRefresh, probe.ByRestart, probe.BySpec, probe.ByRequest, probe.ByRepair, probe.ByVerdict} {
 		m.withdrawals.WithLabelValues(string(cause))
@@ -125,15 +125,15 @@ func (m *Metrics) Inconclusive(doubt evidence.Doubt, n uint64) {
 	m.inconclusive.WithLabelValues(string(doubt)).Add(float64(n))
 }
 
-// Estimated counts a probe of a pod in mode observe.
-func (m *Metrics) Estimated(j probe.Judged) {
+// Judged counts a probe of a pod in mode observe.
+func (m *Metrics) Judged(j probe.Judged) {
 	switch {
 	case !j.Answered:
-		m.estimates.WithLabelValues("passed", string(j.Why)).Inc()
+		m.judged.WithLabelValues("passed", string(j.Why)).Inc()
 	case j.Hidden:
-		m.estimates.WithLabelValues("answered", probe.Failure.String()).Inc()
+		m.judged.WithLabelValues("answered", probe.Failure.String()).Inc()
 	default:
-		m.estimates.WithLabelValues("answered", probe.Success.String()).Inc()
+		m.judged.WithLabelValues("answered", probe.Success.String()).Inc()
 	}
 }
 
@@ -156,7 +156,7 @@ func (m *Metrics) Changed(c probe.Change, outcome *probe.Outcome) {
 // Handler serves the metrics. gauges returns the agent's current state. With perPod, pods get a time series each.
 func (m *Metrics) Handler(d *datapath.Datapath, gauges func(context.Context) (Gauges, error), perPod bool) http.Handler {
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(m.evidence, m.withdrawals, m.inconclusive, m.estimates, m.reconcileErrors, m.repairs, m.own, m.disagreements, m.snapshots, m.lastSnapshot,
+	registry.MustRegister(m.evidence, m.withdrawals, m.inconclusive, m.judged, m.reconcileErrors, m.repairs, m.own, m.disagreements, m.snapshots, m.lastSnapshot,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		&collector{d, gauges, perPod}, buildInfo())
 	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{})

@@ -22,32 +22,32 @@ func Whys() []Why {
 	return []Why{WhyNever, WhyUnknown, WhyFailed, WhyThreshold, WhyWithdrawn, WhyExpired, WhyTCP, WhyLimit}
 }
 
-// Estimate counts what would have become of an endpoint's probes in mode answer.
-type Estimate struct {
+// ShadowCounts counts what would have become of an endpoint's probes in mode answer.
+type ShadowCounts struct {
 	// Answered would have been answered. Hidden of them failed, which their prober would have learned later.
 	Answered, Hidden uint64
 	// Passed would have reached the pod.
 	Passed map[Why]uint64
 }
 
-// Estimator predicts in mode observe, where all probes reach the pod, what mode answer would do. It learns only from the
-// probes that would have reached the pod then.
-type Estimator struct {
+// Shadow runs mode answer as a shadow of mode observe: all probes reach the pod, and it predicts which of them would have been
+// answered. It learns only from the others.
+type Shadow struct {
 	tracker   *Tracker
 	learnedAt map[Endpoint]uint64 // when the evidence was learned
 	answered  map[uint16]int      // by port: probes answered since the last one that was not
-	estimates map[Endpoint]Estimate
+	counts    map[Endpoint]ShadowCounts
 }
 
-// NewEstimator returns an estimator without endpoints.
-func NewEstimator() *Estimator {
-	return &Estimator{
-		tracker: NewTracker(), learnedAt: map[Endpoint]uint64{}, answered: map[uint16]int{}, estimates: map[Endpoint]Estimate{},
+// NewShadow returns a shadow without endpoints.
+func NewShadow() *Shadow {
+	return &Shadow{
+		tracker: NewTracker(), learnedAt: map[Endpoint]uint64{}, answered: map[uint16]int{}, counts: map[Endpoint]ShadowCounts{},
 	}
 }
 
 // SetEndpoints replaces the endpoints, as Tracker.SetEndpoints does.
-func (m *Estimator) SetEndpoints(specs []EndpointSpec, now uint64) {
+func (sh *Shadow) SetEndpoints(specs []EndpointSpec, now uint64) {
 	answering := make([]EndpointSpec, len(specs))
 	for i, s := range specs {
 		if s.Withheld {
@@ -55,16 +55,16 @@ func (m *Estimator) SetEndpoints(specs []EndpointSpec, now uint64) {
 		}
 		answering[i] = s
 	}
-	m.tracker.SetEndpoints(answering, now)
-	gone := func(e Endpoint) bool { return m.tracker.entries[e] == nil }
-	maps.DeleteFunc(m.learnedAt, func(e Endpoint, _ uint64) bool { return gone(e) })
-	maps.DeleteFunc(m.estimates, func(e Endpoint, _ Estimate) bool { return gone(e) })
+	sh.tracker.SetEndpoints(answering, now)
+	gone := func(e Endpoint) bool { return sh.tracker.entries[e] == nil }
+	maps.DeleteFunc(sh.learnedAt, func(e Endpoint, _ uint64) bool { return gone(e) })
+	maps.DeleteFunc(sh.counts, func(e Endpoint, _ ShadowCounts) bool { return gone(e) })
 }
 
 // Withdraw withdraws evidence, as Tracker.Withdraw does.
-func (m *Estimator) Withdraw(meant func(Endpoint) bool, now uint64) { m.tracker.Withdraw(meant, now) }
+func (sh *Shadow) Withdraw(meant func(Endpoint) bool, now uint64) { sh.tracker.Withdraw(meant, now) }
 
-// Judged is an estimator's prediction for one probe.
+// Judged is a shadow's prediction for one probe.
 type Judged struct {
 	Endpoint Endpoint
 	Answered bool
@@ -76,34 +76,34 @@ type Judged struct {
 // a listening socket of the pod last closed; limit is how many TCP probes in a row the port's listening socket allows to
 // answer. A probe of an unknown endpoint is only learned from: it did not get a connection, and the kernel side would
 // have passed it on.
-func (m *Estimator) Observe(o Outcome, withdrawnAt uint64, limit int) (j Judged, ok bool) {
-	for _, s := range m.tracker.specs {
+func (sh *Shadow) Observe(o Outcome, withdrawnAt uint64, limit int) (j Judged, ok bool) {
+	for _, s := range sh.tracker.specs {
 		if ok = s.Observed && o.of(s); ok {
-			j = m.judge(s, o, withdrawnAt, limit)
+			j = sh.judge(s, o, withdrawnAt, limit)
 			break
 		}
 	}
 	if ok {
-		m.count(j)
+		sh.count(j)
 	}
 	if j.Answered {
-		m.answered[o.Port]++
+		sh.answered[o.Port]++
 		return j, ok
 	}
-	m.answered[o.Port] = 0
-	for _, c := range m.tracker.Observe(o) {
-		m.learnedAt[c.Endpoint] = o.ObservedAt
+	sh.answered[o.Port] = 0
+	for _, c := range sh.tracker.Observe(o) {
+		sh.learnedAt[c.Endpoint] = o.ObservedAt
 	}
 	return j, ok
 }
 
-func (m *Estimator) judge(s EndpointSpec, o Outcome, withdrawnAt uint64, limit int) Judged {
-	j := Judged{Endpoint: s.Endpoint, Why: m.why(s, o.askedAt(), withdrawnAt)}
-	if tcp, ok := m.tracker.decider(s.Port); ok && j.Why == "" {
+func (sh *Shadow) judge(s EndpointSpec, o Outcome, withdrawnAt uint64, limit int) Judged {
+	j := Judged{Endpoint: s.Endpoint, Why: sh.why(s, o.askedAt(), withdrawnAt)}
+	if tcp, ok := sh.tracker.decider(s.Port); ok && j.Why == "" {
 		switch {
-		case tcp.Live > 0 && m.answered[s.Port] >= limit:
+		case tcp.Live > 0 && sh.answered[s.Port] >= limit:
 			j.Why = WhyLimit
-		case tcp.Endpoint != s.Endpoint && m.why(tcp, o.askedAt(), withdrawnAt) != "":
+		case tcp.Endpoint != s.Endpoint && sh.why(tcp, o.askedAt(), withdrawnAt) != "":
 			j.Why = WhyTCP
 		}
 	}
@@ -115,14 +115,14 @@ func (m *Estimator) judge(s EndpointSpec, o Outcome, withdrawnAt uint64, limit i
 }
 
 // why returns why the endpoint's evidence would not have answered a probe at that time; empty if it would have.
-func (m *Estimator) why(s EndpointSpec, at, withdrawnAt uint64) Why {
-	e := m.tracker.entries[s.Endpoint]
+func (sh *Shadow) why(s EndpointSpec, at, withdrawnAt uint64) Why {
+	e := sh.tracker.entries[s.Endpoint]
 	switch known := e.evidence; {
 	case s.Reason != (Reason{}):
 		return WhyNever
 	case known.Result == Failure:
 		return WhyFailed
-	case known.Result != Success || m.learnedAt[s.Endpoint] > at:
+	case known.Result != Success || sh.learnedAt[s.Endpoint] > at:
 		return WhyUnknown
 	case !e.armed():
 		return WhyThreshold
@@ -134,8 +134,8 @@ func (m *Estimator) why(s EndpointSpec, at, withdrawnAt uint64) Why {
 	return ""
 }
 
-func (m *Estimator) count(j Judged) {
-	e := m.estimates[j.Endpoint]
+func (sh *Shadow) count(j Judged) {
+	e := sh.counts[j.Endpoint]
 	switch {
 	case !j.Answered:
 		if e.Passed == nil {
@@ -148,13 +148,13 @@ func (m *Estimator) count(j Judged) {
 	default:
 		e.Answered++
 	}
-	m.estimates[j.Endpoint] = e
+	sh.counts[j.Endpoint] = e
 }
 
-// Estimates returns the counts since the endpoints were set up.
-func (m *Estimator) Estimates() map[Endpoint]Estimate {
-	all := make(map[Endpoint]Estimate, len(m.estimates))
-	for endpoint, e := range m.estimates {
+// Counts returns the counts since the endpoints were set up.
+func (sh *Shadow) Counts() map[Endpoint]ShadowCounts {
+	all := make(map[Endpoint]ShadowCounts, len(sh.counts))
+	for endpoint, e := range sh.counts {
 		passed := make(map[Why]uint64, len(e.Passed))
 		maps.Copy(passed, e.Passed)
 		e.Passed = passed

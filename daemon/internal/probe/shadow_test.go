@@ -6,20 +6,20 @@ import (
 	"time"
 )
 
-// estimate returns an estimator for the probes, in mode observe.
-func estimate(t *testing.T, limits Limits, probes ...Spec) *Estimator {
+// shadow returns a shadow for the probes, in mode observe.
+func shadow(t *testing.T, limits Limits, probes ...Spec) *Shadow {
 	t.Helper()
 	settings := NewDefaults().Settings(map[string]string{AnnotationMode: "observe"})
 	specs, err := Endpoints(Pod{Probes: probes}, settings, limits)
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := NewEstimator()
-	m.SetEndpoints(specs, 1000*second)
-	return m
+	sh := NewShadow()
+	sh.SetEndpoints(specs, 1000*second)
+	return sh
 }
 
-func TestEstimate(t *testing.T) {
+func TestShadow(t *testing.T) {
 	live := limits
 	live.Live = 2
 	tcp := Endpoint{Port: 80, Kind: TCP}
@@ -38,43 +38,43 @@ func TestEstimate(t *testing.T) {
 		outcomes  []Outcome
 		withdrawn uint64 // in seconds
 		of        Endpoint
-		want      Estimate
+		want      ShadowCounts
 	}{
 		"a lone probe": {limits, []Spec{httpProbe(Readiness, "/x")}, every(10, ok, ok, ok, ok), 0, x,
-			Estimate{2, 0, map[Why]uint64{WhyUnknown: 1, WhyExpired: 1}}},
+			ShadowCounts{2, 0, map[Why]uint64{WhyUnknown: 1, WhyExpired: 1}}},
 		"one that fails": {limits, []Spec{httpProbe(Readiness, "/x")}, every(10, ok, bad, bad, bad, ok), 0, x,
-			Estimate{1, 1, map[Why]uint64{WhyUnknown: 1, WhyExpired: 1, WhyFailed: 2}}},
+			ShadowCounts{1, 1, map[Why]uint64{WhyUnknown: 1, WhyExpired: 1, WhyFailed: 2}}},
 		"seldom": {limits, []Spec{httpProbe(Readiness, "/x")}, every(12, ok, ok, ok), 0, x,
-			Estimate{0, 0, map[Why]uint64{WhyUnknown: 1, WhyExpired: 2}}},
+			ShadowCounts{0, 0, map[Why]uint64{WhyUnknown: 1, WhyExpired: 2}}},
 		"before it was known": {limits, []Spec{httpProbe(Readiness, "/x")}, []Outcome{
 			took(500*time.Millisecond, after(10, x, Answered, 200)),
 			took(800*time.Millisecond, about(x, Outcome{Event: Answered, Status: 200, ObservedAt: 1010*second + second/2})),
-		}, 0, x, Estimate{0, 0, map[Why]uint64{WhyUnknown: 2}}},
+		}, 0, x, ShadowCounts{0, 0, map[Why]uint64{WhyUnknown: 2}}},
 		"threshold": {limits, []Spec{three}, every(10, ok, ok, ok, ok), 0, x,
-			Estimate{1, 0, map[Why]uint64{WhyUnknown: 1, WhyThreshold: 2}}},
+			ShadowCounts{1, 0, map[Why]uint64{WhyUnknown: 1, WhyThreshold: 2}}},
 		"withdrawn": {limits, []Spec{httpProbe(Readiness, "/x")}, every(10, ok, ok), 1015, x,
-			Estimate{0, 0, map[Why]uint64{WhyUnknown: 1, WhyWithdrawn: 1}}},
+			ShadowCounts{0, 0, map[Why]uint64{WhyUnknown: 1, WhyWithdrawn: 1}}},
 		"TCP": {live, []Spec{tcpProbe(Liveness)}, every(10, connected, connected, connected, connected, connected), 0, tcp,
-			Estimate{3, 0, map[Why]uint64{WhyUnknown: 1, WhyLimit: 1}}},
+			ShadowCounts{3, 0, map[Why]uint64{WhyUnknown: 1, WhyLimit: 1}}},
 		"HTTP beside TCP": {live, []Spec{httpProbe(Readiness, "/x"), tcpProbe(Liveness)}, every(5, ok, ok, connected, ok, ok, ok), 0, x,
-			Estimate{2, 0, map[Why]uint64{WhyUnknown: 1, WhyTCP: 1, WhyExpired: 1}}},
+			ShadowCounts{2, 0, map[Why]uint64{WhyUnknown: 1, WhyTCP: 1, WhyExpired: 1}}},
 		"never": {limits, []Spec{with(httpProbe(Startup, "/x"), func(*Spec) {})}, every(5, slow, ok), 0, x,
-			Estimate{0, 0, map[Why]uint64{WhyNever: 2}}},
+			ShadowCounts{0, 0, map[Why]uint64{WhyNever: 2}}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			m := estimate(t, test.limits, test.probes...)
-			var judged Estimate
+			sh := shadow(t, test.limits, test.probes...)
+			var judged ShadowCounts
 			for _, o := range test.outcomes {
 				withdrawn := test.withdrawn * second
 				if o.ObservedAt < withdrawn {
 					withdrawn = 0
 				}
-				j, ok := m.Observe(o, withdrawn, live.Live)
+				j, ok := sh.Observe(o, withdrawn, live.Live)
 				if ok && j.Endpoint == test.of && j.Answered {
 					judged.Answered++
 				}
 			}
-			got := m.Estimates()[test.of]
+			got := sh.Counts()[test.of]
 			if got.Answered != test.want.Answered || got.Hidden != test.want.Hidden || !maps.Equal(got.Passed, test.want.Passed) {
 				t.Errorf("got %+v, want %+v", got, test.want)
 			}
@@ -85,14 +85,14 @@ func TestEstimate(t *testing.T) {
 	}
 }
 
-func TestEstimatesEndWithTheirEndpoints(t *testing.T) {
-	m := estimate(t, limits, httpProbe(Readiness, "/x"))
-	m.Observe(after(10, x, Answered, 200), 0, 0)
-	if got := m.Estimates()[x].Passed[WhyUnknown]; got != 1 {
+func TestShadowCountsEndWithTheirEndpoints(t *testing.T) {
+	sh := shadow(t, limits, httpProbe(Readiness, "/x"))
+	sh.Observe(after(10, x, Answered, 200), 0, 0)
+	if got := sh.Counts()[x].Passed[WhyUnknown]; got != 1 {
 		t.Fatalf("%d probes", got)
 	}
-	m.SetEndpoints(nil, 1020*second)
-	if got := m.Estimates(); len(got) != 0 {
+	sh.SetEndpoints(nil, 1020*second)
+	if got := sh.Counts(); len(got) != 0 {
 		t.Errorf("still there: %+v", got)
 	}
 }
