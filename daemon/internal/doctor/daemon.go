@@ -15,8 +15,8 @@ import (
 )
 
 func (d *Doctor) daemon(ctx context.Context) {
-	if !d.status.Daemon.Running {
-		d.says(status.Problem, "daemon", "not running on "+d.Source.StateDir+"; "+d.status.Daemon.Still.Words(time.Now()),
+	if !d.node.Daemon.Running {
+		d.says(status.Problem, "daemon", "not running on "+d.Source.StateDir+"; "+d.node.Daemon.Still.Words(time.Now()),
 			"start it with probeletd run; if it exits at once, its log says why")
 		return
 	}
@@ -25,10 +25,10 @@ func (d *Doctor) daemon(ctx context.Context) {
 		missing = []string{err.Error()}
 	}
 	if len(missing) > 0 {
-		d.says(status.Problem, "daemon", fmt.Sprintf("process %d is running, but not ready: %s", d.status.Daemon.PID, strings.Join(missing, "; ")), "see its log")
+		d.says(status.Problem, "daemon", fmt.Sprintf("process %d is running, but not ready: %s", d.node.Daemon.PID, strings.Join(missing, "; ")), "see its log")
 		return
 	}
-	d.says(status.Well, "daemon", fmt.Sprintf("process %d, ready", d.status.Daemon.PID), "")
+	d.says(status.Well, "daemon", fmt.Sprintf("process %d, ready", d.node.Daemon.PID), "")
 	d.states(ctx)
 }
 
@@ -48,7 +48,7 @@ func (d *Doctor) states(ctx context.Context) {
 
 // kubelet checks that the prober set in the kernel is the kubelet.
 func (d *Doctor) kubelet() {
-	set := d.status.Prober
+	set := d.node.Prober
 	if set != nil && set.Host {
 		d.says(status.Note, "prober", "every process on the node counts as the prober (--prober host)", "on a cluster's nodes, run the daemon with --prober kubelet")
 		return

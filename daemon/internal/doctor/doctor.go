@@ -26,7 +26,7 @@ type Doctor struct {
 	// Report is called with each finding as it is made.
 	Report func(status.Finding)
 
-	status survey.Status
+	node survey.Status
 }
 
 // Host gives the checks access to the machine.
@@ -63,7 +63,7 @@ func (d *Doctor) Examine(ctx context.Context) error {
 	d.bpffs()
 	d.cgroup()
 	var err error
-	if d.status, err = d.Source.Read(); err != nil {
+	if d.node, err = d.Source.Read(); err != nil {
 		d.says(status.Problem, "state", err.Error(), "")
 	}
 	d.capabilities()

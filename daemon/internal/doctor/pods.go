@@ -23,16 +23,16 @@ func (d *Doctor) attachments() {
 	if err != nil {
 		d.says(status.Problem, "attachments", err.Error(), "remove the record; the daemon adopts the pod, or it is attached when it is recreated")
 	}
-	if unattached := d.status.Unattached; len(unattached) > 0 {
+	if unattached := d.node.Unattached; len(unattached) > 0 {
 		d.says(status.Note, "attachments", "these pods have probes, but are not attached: "+strings.Join(unattached, ", "),
 			"restart those that are older than probelet and that the daemon does not adopt; pods with hostNetwork are never attached")
 	}
-	for _, a := range d.status.Attachments {
+	for _, a := range d.node.Attachments {
 		if a.Settings != nil && a.Settings.Problem != "" {
 			d.says(status.Note, "annotations", a.Pod+": "+a.Settings.Problem, "correct the annotation; until then no probe of the pod is answered")
 		}
 	}
-	if d.status.Prober == nil || len(records) == 0 {
+	if d.node.Prober == nil || len(records) == 0 {
 		d.says(status.Well, "attachments", fmt.Sprintf("%d", len(records)), "")
 		return
 	}
@@ -61,7 +61,7 @@ func (d *Doctor) attachments() {
 
 // trust looks for devices through which answers did not arrive.
 func (d *Doctor) trust() {
-	for _, a := range d.status.Attachments {
+	for _, a := range d.node.Attachments {
 		if a.Trust != survey.TrustLost {
 			continue
 		}

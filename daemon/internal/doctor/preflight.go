@@ -15,7 +15,7 @@ import (
 
 // installed reports whether any part of probelet is on the node.
 func (d *Doctor) installed() bool {
-	if d.status.Daemon.Running || d.status.Prober != nil || len(d.status.Attachments) > 0 {
+	if d.node.Daemon.Running || d.node.Prober != nil || len(d.node.Attachments) > 0 {
 		return true
 	}
 	if info, _ := d.pluginFile(); info != nil {

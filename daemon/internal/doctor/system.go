@@ -68,8 +68,8 @@ var needed = []struct {
 
 func (d *Doctor) capabilities() {
 	who, process := "this command", "self"
-	if d.status.Daemon.Running {
-		who, process = "the daemon", strconv.Itoa(d.status.Daemon.PID)
+	if d.node.Daemon.Running {
+		who, process = "the daemon", strconv.Itoa(d.node.Daemon.PID)
 	}
 	has, err := capabilitiesOf(d.Host.Proc, process)
 	if err != nil {
@@ -108,7 +108,7 @@ func capabilitiesOf(proc, process string) (uint64, error) {
 }
 
 func (d *Doctor) objects() {
-	if d.status.Prober == nil {
+	if d.node.Prober == nil {
 		d.says(status.Note, "BPF objects", "none pinned in "+d.Source.BPFDir, "nothing: the daemon, or the next pod that starts, loads them")
 		return
 	}
