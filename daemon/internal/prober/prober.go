@@ -193,7 +193,7 @@ func (p *Finder) kubeletsAmong(proc string, processes []string) (found []kubelet
 		return nil, err
 	}
 	for _, process := range processes {
-		if !slices.Contains(names, nameOf(process)) || !procfs.IsRoots(process) || !isIn(process, "ns/net", netns) || !isIn(process, "ns/pid", pidns) {
+		if !slices.Contains(names, nameOf(process)) || !procfs.StartedByRoot(process) || !isIn(process, "ns/net", netns) || !isIn(process, "ns/pid", pidns) {
 			continue
 		}
 		cgroup, err := cgroupOf(process)

@@ -1,4 +1,4 @@
-// Package procfs tells which processes are trusted.
+// Package procfs tells which processes can be trusted, from their directories in a proc file system.
 package procfs
 
 import (
@@ -7,9 +7,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// IsRoots reports whether root started the process with the given directory in a proc file system. Its name, arguments and environment
+// StartedByRoot reports whether root started the process with the given directory. Its name, arguments and environment
 // prove nothing, because any user can choose them; nor does its UID, if the program has the set-user-ID bit (execve(2)).
-func IsRoots(dir string) bool {
+func StartedByRoot(dir string) bool {
 	var process, program unix.Stat_t
 	return unix.Stat(dir, &process) == nil && process.Uid == 0 &&
 		unix.Stat(filepath.Join(dir, "exe"), &program) == nil && program.Mode&unix.S_ISUID == 0

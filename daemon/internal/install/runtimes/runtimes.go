@@ -43,7 +43,7 @@ func Find(proc string) List {
 	var all, ofHost List
 	for _, process := range processes {
 		name, err := os.ReadFile(filepath.Join(process, "comm"))
-		if err != nil || !slices.Contains(names, strings.TrimSpace(string(name))) || !procfs.IsRoots(process) {
+		if err != nil || !slices.Contains(names, strings.TrimSpace(string(name))) || !procfs.StartedByRoot(process) {
 			continue
 		}
 		r := Runtime{Name: strings.TrimSpace(string(name)), PID: filepath.Base(process), Dir: process}

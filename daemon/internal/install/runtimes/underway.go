@@ -18,7 +18,7 @@ func UnderWay(proc string) map[string]bool {
 	all := Find(proc)
 	processes, _ := filepath.Glob(filepath.Join(proc, "[0-9]*"))
 	for _, process := range processes {
-		if container := containerOf(process); container != "" && procfs.IsRoots(process) && all.run(proc, process) {
+		if container := containerOf(process); container != "" && procfs.StartedByRoot(process) && all.run(proc, process) {
 			containers[container] = true
 		}
 	}
