@@ -5,7 +5,7 @@ import (
 	"runtime/debug"
 	"time"
 
-	"github.com/probelet/probelet/daemon/internal/repair"
+	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
 const (
@@ -26,37 +26,23 @@ func (ag *agent) run(ctx context.Context, in *inputs) error {
 	ag.readRecords()
 	// Until the pods are known, probes mean nothing, and evidence in the maps would seem superfluous.
 	var exchanges <-chan batch
-	var retry, again, describe <-chan time.Time
+	reports := ag.repairs.reports()
 	prober := time.NewTicker(proberInterval)
 	defer prober.Stop()
 	resync := time.NewTicker(resyncInterval)
 	defer resync.Stop()
-	var reports <-chan repair.Report
-	if ag.repairs != nil {
-		reports = ag.repairs.looker.Reports()
-	}
+	var due timers
 	for {
-		var lookErr error
+		var err error
 		select {
 		case <-ctx.Done():
 			return nil
-		case err := <-in.failed:
-			return err
+		case err = <-in.failed:
 		case pods := <-in.snapshots:
-			first := !ag.podsKnown
 			exchanges = in.exchanges
-			ag.setPods(pods)
-			if first {
-				lookErr = ag.look()
-				debug.FreeOSMemory() // starting takes several times the memory of running
-			}
+			err = ag.takePods(pods)
 		case <-in.records:
-			if err := ag.held(); err != nil {
-				return err
-			}
-			if ag.readRecords() {
-				ag.source.Refresh()
-			}
+			err = ag.recordsChanged()
 		case b := <-exchanges:
 			ag.doubt(b.doubtful)
 			ag.observe(b.observations)
@@ -64,39 +50,80 @@ func (ag *agent) run(ctx context.Context, in *inputs) error {
 			call()
 		case <-ag.refresher.C:
 			ag.refreshed(ag.refresher.Take())
-		case <-retry:
-			retry = nil
-			ag.retry()
 		case <-resync.C:
-			if err := ag.held(); err != nil {
-				return err
-			}
-			if in.recordsReplaced() || ag.unreadable != "" {
-				ag.readRecords()
-			}
-			lookErr = ag.look()
+			err = ag.resync(in)
 		case report := <-reports:
-			lookErr = ag.looked(ctx, report)
+			err = ag.looked(ctx, report)
 			if ag.repairs.again {
-				again = time.After(lookAgain)
+				due.look = time.After(lookAgain)
 			}
-		case <-again:
-			again = nil
-			ag.requestLook()
 		case <-prober.C:
 			ag.prober.follow()
-		case <-describe:
-			describe = nil
+		case <-due.retry:
+			due.retry = nil
+			ag.retry()
+		case <-due.look:
+			due.look = nil
+			ag.requestLook()
+		case <-due.describe:
+			due.describe = nil
 			ag.describe()
 		}
-		if lookErr != nil {
-			return lookErr
+		if err != nil {
+			return err
 		}
-		if ag.outdated && describe == nil {
-			describe = time.After(time.Until(ag.describedAt.Add(describeInterval)))
-		}
-		if retry == nil && ag.pending() {
-			retry = time.After(retryAfter)
-		}
+		due.arm(ag)
 	}
+}
+
+// timers fire once each, when what was put off is due. One that is not armed is nil.
+type timers struct {
+	retry    <-chan time.Time // maps that are missing or not writable
+	look     <-chan time.Time // attachments that the last look left with something to be done
+	describe <-chan time.Time // a description that is out of date
+}
+
+// arm arms the timers of what is yet to be written, unless they are armed already.
+func (due *timers) arm(ag *agent) {
+	if due.describe == nil && ag.outdated {
+		due.describe = time.After(time.Until(ag.describedAt.Add(describeInterval)))
+	}
+	if due.retry == nil && ag.pending() {
+		due.retry = time.After(retryAfter)
+	}
+}
+
+// takePods takes the pods that the source lists. The first list is followed by a look at the attachments.
+func (ag *agent) takePods(pods []probe.Pod) error {
+	first := !ag.podsKnown
+	ag.setPods(pods)
+	if !first {
+		return nil
+	}
+	err := ag.look()
+	debug.FreeOSMemory() // starting takes several times the memory of running
+	return err
+}
+
+// recordsChanged reads the records. For new attachments, the source is asked for their pods.
+func (ag *agent) recordsChanged() error {
+	if err := ag.held(); err != nil {
+		return err
+	}
+	if ag.readRecords() {
+		ag.source.Refresh()
+	}
+	return nil
+}
+
+// resync does what nothing notifies the loop of: it looks at the attachments, and reads the records where a change may have been
+// missed.
+func (ag *agent) resync(in *inputs) error {
+	if err := ag.held(); err != nil {
+		return err
+	}
+	if in.recordsReplaced() || ag.unreadable != "" {
+		ag.readRecords()
+	}
+	return ag.look()
 }

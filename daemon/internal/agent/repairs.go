@@ -35,6 +35,14 @@ func newRepairs(c repair.Config) (*repairs, error) {
 	return &repairs{repairer: repair.NewRepairer(c), looker: looker, promoter: repair.NewPromoter(c)}, nil
 }
 
+// reports returns the looker's reports. If attachments are not repaired, r is nil and there are none.
+func (r *repairs) reports() <-chan repair.Report {
+	if r == nil {
+		return nil
+	}
+	return r.looker.Reports()
+}
+
 func (ag *agent) repairConfig(hook attach.Hook, node adopt.Node) repair.Config {
 	return repair.Config{Datapath: ag.datapath, BPFDir: ag.bpfDir, StateDir: ag.stateDir, Hook: hook, Adopt: node, Log: ag.log}
 }
