@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"fmt"
 	"log/slog"
 	"reflect"
 	"time"
@@ -32,6 +33,18 @@ type refusal struct {
 	who datapath.Prober
 	err error
 	at  time.Time
+}
+
+// followProber looks the prober up for the first time. The previous prober stays set if it is still the one: without any for a moment,
+// a failure that it found then would go unseen, and the success before it would still be answered.
+func followProber(d *datapath.Datapath, finder prober.Finder, log *slog.Logger) (*proberFollower, error) {
+	who, err := d.Prober()
+	if err != nil {
+		return nil, fmt.Errorf("reading the previous prober: %w", err)
+	}
+	f := &proberFollower{log: log, finder: finder, set: d.SetProber, who: who}
+	f.follow()
+	return f, nil
 }
 
 func (f *proberFollower) follow() {

@@ -114,14 +114,10 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 	if err := d.IgnoreTraffic(); err != nil {
 		return err
 	}
-	// The previous prober stays set if it is still the one. Without any for a moment, a failure that it found then would go unseen, and
-	// the success before it would still be answered.
-	who, err := d.Prober()
+	follower, err := followProber(d, finder, log)
 	if err != nil {
-		return fmt.Errorf("reading the previous prober: %w", err)
+		return err
 	}
-	follower := &proberFollower{log: log, finder: finder, set: d.SetProber, who: who}
-	follower.follow()
 	previous, err := statedir.ReadEndpoints(c.StateDir)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		log.Warn("failed to read what the previous daemon knew; its evidence is not used", "error", err)
