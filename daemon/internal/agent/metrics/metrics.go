@@ -79,6 +79,12 @@ func New() *Metrics {
 			Help: "Unix time at which the last list of pods was received from the source; 0 if none was.",
 		}),
 	}
+	m.presetLabels()
+	return m
+}
+
+// presetLabels makes counters start at 0 for each value of their labels, instead of appearing when they are first counted.
+func (m *Metrics) presetLabels() {
 	for _, doubt := range evidence.Doubts() {
 		m.inconclusive.WithLabelValues(string(doubt))
 	}
@@ -97,7 +103,6 @@ func New() *Metrics {
 	for _, kind := range crosscheck.Kinds {
 		m.disagreements.WithLabelValues(string(kind))
 	}
-	return m
 }
 
 // SnapshotReceived counts a list of pods from the source.
