@@ -129,6 +129,16 @@ func runCommand(stderr io.Writer) *cobra.Command {
 		Short: "Run the daemon in the foreground",
 		Long:  runHelp,
 		Args:  cobra.NoArgs,
+		PreRunE: func(cmd *cobra.Command, _ []string) error {
+			if err := flagenv.Apply(cmd.Flags()); err != nil {
+				return err
+			}
+			if err := install.CheckDirs(cmd.Flags()); err != nil {
+				return err
+			}
+			noteChosen(cmd.Flags(), &c.Defaults)
+			return checkIntervals(c)
+		},
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, err := newLog(stderr, logFormat, c.LogLevel)
 			if err != nil {
@@ -147,6 +157,20 @@ func runCommand(stderr io.Writer) *cobra.Command {
 		},
 	}
 	flags := cmd.Flags()
+	sourceFlags(flags, &c)
+	flags.StringVar(&c.Prober, "prober", "", "whose connections are probes: `kubelet|cgroup:PATH|host` (default: kubelet, except for specs from a file)")
+	policyFlags(flags, &c.Defaults)
+	attachmentFlags(flags, &c)
+	chainFlags(flags, &network)
+	serverFlags(flags, &c)
+	flags.BoolVar(&c.Events, "events", true, "write Events about pods with invalid annotations")
+	flags.TextVar(c.LogLevel, "log-level", &slog.LevelVar{}, "lowest `level` to log: debug, info, warn or error; probeletctl log-level changes it at run time")
+	flags.StringVar(&logFormat, "log-format", "text", "log format: `text|json`")
+	return cmd
+}
+
+// sourceFlags adds the flags of the source of specs, and of the kubelet's verdicts.
+func sourceFlags(flags *pflag.FlagSet, c *agent.Config) {
 	flags.StringVar(&c.Source, "source", "", "source of specs: `kubelet|apiserver|file` (default: file with --specs, otherwise kubelet)")
 	flags.StringVar(&c.Specs, "specs", "", "YAML `FILE` with pods and their probes")
 	kubelet := "https://" + net.JoinHostPort(cmp.Or(os.Getenv("NODE_IP"), "127.0.0.1"), "10250") + "/pods"
@@ -159,42 +183,6 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	flags.DurationVar(&c.Crosscheck, "crosscheck", 15*time.Second, "`INTERVAL` at which the kubelet's verdicts are compared with what was observed, up to 1m; 0: never")
 	flags.StringVar(&c.Kubeconfig, "kubeconfig", "", "kubeconfig `FILE` for the API server (default: the service account of the pod)")
 	flags.StringVar(&c.NodeName, "node-name", os.Getenv("NODE_NAME"), "`NAME` of this node at the API server (default: $NODE_NAME)")
-	flags.StringVar(&c.Prober, "prober", "", "whose connections are probes: `kubelet|cgroup:PATH|host` (default: kubelet, except for specs from a file)")
-	install.HookFlag(flags, &c.Hook)
-	flags.StringVar(&c.BPFDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
-	flags.StringVar(&c.StateDir, "state-dir", attach.DefaultStateDir, "`directory` with attachment records and the daemon's state")
-	policyFlags(flags, &c.Defaults)
-	flags.BoolVar(&c.Repair, "repair", true, "repair attachments, and adopt pods that were started before probelet")
-	flags.StringVar(&c.CNICacheDir, "cni-cache-dir", adopt.DefaultCacheDir, "`directory` on the host where libcni caches results, which has the pods to adopt")
-	flags.StringVar(&network.NetDir, "cni-net-dir", "", "`directory` with network configurations, to keep the plugin in their chain (default: do not)")
-	flags.StringVar(&network.BinDir, "cni-bin-dir", "/opt/cni/bin", "`directory` with CNI plugins; the plugin is kept out of the chain while the runtime would not find it there")
-	flags.StringVar(&network.Chain, "chain", "auto", "how the plugin joins the chain: `auto|dropin|copy`, as for install")
-	flags.StringVar(&c.MetricsListen, "metrics-listen", "127.0.0.1:9553", "`ADDRESS` to serve /metrics, /healthz and /readyz on, in plain HTTP; empty: none")
-	flags.BoolVar(&c.MetricsPerPod, "metrics-per-pod", false, "add a metric per pod: as many time series as there are pods")
-	flags.StringVar(&c.API.Listen, "api-listen", "", "`ADDRESS` to serve the API for controllers on, over TLS with client certificates")
-	flags.StringVar(&c.API.CertFile, "api-cert-file", "", "`FILE` with its certificate")
-	flags.StringVar(&c.API.KeyFile, "api-key-file", "", "`FILE` with its key")
-	flags.StringVar(&c.API.ClientCAFile, "api-client-ca-file", "", "`FILE` with the CA of its clients")
-	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error {
-		if err := flagenv.Apply(cmd.Flags()); err != nil {
-			return err
-		}
-		if err := install.CheckDirs(cmd.Flags()); err != nil {
-			return err
-		}
-		noteChosen(cmd.Flags(), &c.Defaults)
-		if c.Kubelet.Poll < time.Second {
-			return fmt.Errorf("--kubelet-poll %s: must be 1s or more", c.Kubelet.Poll)
-		}
-		if c.Crosscheck != 0 && (c.Crosscheck < time.Second || c.Crosscheck > crosscheck.LongestInterval) {
-			return fmt.Errorf("--crosscheck %s: must be between 1s and %s, or 0", c.Crosscheck, crosscheck.LongestInterval)
-		}
-		return nil
-	}
-	flags.BoolVar(&c.Events, "events", true, "write Events about pods with invalid annotations")
-	flags.TextVar(c.LogLevel, "log-level", &slog.LevelVar{}, "lowest `level` to log: debug, info, warn or error; probeletctl log-level changes it at run time")
-	flags.StringVar(&logFormat, "log-format", "text", "log format: `text|json`")
-	return cmd
 }
 
 func policyFlags(flags *pflag.FlagSet, d *probe.Defaults) {
@@ -205,6 +193,43 @@ func policyFlags(flags *pflag.FlagSet, d *probe.Defaults) {
 	flags.TextVar(&d.Ceiling, "staleness-ceiling", builtIn.Ceiling, "most `periods` that an annotation can request")
 	flags.TextVar(&d.Refresh, "refresh", builtIn.Refresh, "whether the daemon sends requests of its own: `true|false`, or the longest interval between them")
 	flags.BoolVar(&d.RefreshByAnnotation, "refresh-by-annotation", false, "let pods request refresh by annotation, at the node's expense")
+}
+
+// attachmentFlags adds the flags of attachments: where they are, and whether they are repaired.
+func attachmentFlags(flags *pflag.FlagSet, c *agent.Config) {
+	install.HookFlag(flags, &c.Hook)
+	flags.StringVar(&c.BPFDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
+	flags.StringVar(&c.StateDir, "state-dir", attach.DefaultStateDir, "`directory` with attachment records and the daemon's state")
+	flags.BoolVar(&c.Repair, "repair", true, "repair attachments, and adopt pods that were started before probelet")
+	flags.StringVar(&c.CNICacheDir, "cni-cache-dir", adopt.DefaultCacheDir, "`directory` on the host where libcni caches results, which has the pods to adopt")
+}
+
+// chainFlags adds the flags of the chain in which the daemon keeps the plugin.
+func chainFlags(flags *pflag.FlagSet, network *install.Options) {
+	flags.StringVar(&network.NetDir, "cni-net-dir", "", "`directory` with network configurations, to keep the plugin in their chain (default: do not)")
+	flags.StringVar(&network.BinDir, "cni-bin-dir", "/opt/cni/bin", "`directory` with CNI plugins; the plugin is kept out of the chain while the runtime would not find it there")
+	flags.StringVar(&network.Chain, "chain", "auto", "how the plugin joins the chain: `auto|dropin|copy`, as for install")
+}
+
+// serverFlags adds the flags of the servers that can be reached over the network.
+func serverFlags(flags *pflag.FlagSet, c *agent.Config) {
+	flags.StringVar(&c.MetricsListen, "metrics-listen", "127.0.0.1:9553", "`ADDRESS` to serve /metrics, /healthz and /readyz on, in plain HTTP; empty: none")
+	flags.BoolVar(&c.MetricsPerPod, "metrics-per-pod", false, "add a metric per pod: as many time series as there are pods")
+	flags.StringVar(&c.API.Listen, "api-listen", "", "`ADDRESS` to serve the API for controllers on, over TLS with client certificates")
+	flags.StringVar(&c.API.CertFile, "api-cert-file", "", "`FILE` with its certificate")
+	flags.StringVar(&c.API.KeyFile, "api-key-file", "", "`FILE` with its key")
+	flags.StringVar(&c.API.ClientCAFile, "api-client-ca-file", "", "`FILE` with the CA of its clients")
+}
+
+// checkIntervals returns an error that names the flag and value of the first interval that is out of range.
+func checkIntervals(c agent.Config) error {
+	if c.Kubelet.Poll < time.Second {
+		return fmt.Errorf("--kubelet-poll %s: must be 1s or more", c.Kubelet.Poll)
+	}
+	if c.Crosscheck != 0 && (c.Crosscheck < time.Second || c.Crosscheck > crosscheck.LongestInterval) {
+		return fmt.Errorf("--crosscheck %s: must be between 1s and %s, or 0", c.Crosscheck, crosscheck.LongestInterval)
+	}
+	return nil
 }
 
 // noteChosen records which values were given, as opposed to defaults that happen to be the same.
