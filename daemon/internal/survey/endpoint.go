@@ -15,74 +15,93 @@ import (
 	"github.com/probelet/probelet/daemon/internal/store"
 )
 
-// port has the kernel's records of a port, which all of its endpoints share.
-type port struct {
+// entry has what the kernel's maps say of an endpoint, or of a port, which all of its endpoints share.
+type entry struct {
 	evidence datapath.Evidence
 	tally    datapath.Tally
 }
 
 // readMaps fills in the contents of the pod's maps.
 func (a *Attachment) readMaps(maps PodMaps, now uint64) error {
-	ports := map[uint16]port{}
+	ports, err := a.readPorts(maps)
+	if err != nil {
+		return err
+	}
 	for i := range a.Endpoints {
 		e := &a.Endpoints[i]
 		if !e.Observed {
 			continue
 		}
-		if _, known := ports[e.Port]; !known {
-			evidence, tally, err := get(maps, datapath.PortKey(e.Port))
-			if err != nil {
-				return err
-			}
-			ports[e.Port] = port{evidence, tally}
-		}
-		var evidence datapath.Evidence
-		var tally datapath.Tally
+		var own entry
 		if key, ok := store.Key(e.Endpoint.Endpoint(), e.Question); ok {
-			var err error
-			if evidence, tally, err = get(maps, key); err != nil {
+			if own, err = get(maps, key); err != nil {
 				return err
 			}
-		}
-		e.Hits = tally.Hits
-		if tally.AnsweredAt != 0 {
-			e.LastHitAge = seconds(now, tally.AnsweredAt)
-		}
-		last := ports[e.Port].tally
-		if tally.WithdrawnAt > last.WithdrawnAt {
-			last = tally
-		}
-		if last.WithdrawnAt != 0 {
-			e.WithdrawnAge, e.WithdrawnCause = seconds(now, last.WithdrawnAt), datapath.WithdrawalCauses[last.WithdrawnCause]
 		}
 		e.Listener = a.listener(e.Port, ports[e.Port].tally)
-		servedAt := e.servedAt(ports[e.Port].tally)
-		if servedAt != 0 {
-			e.ServedAge = seconds(now, servedAt)
-		}
-		e.judge(evidence, last, servedAt, now)
-		if e.State == status.StateFresh && datapath.IsRealDue(evidence, tally) {
-			e.explain(status.ReasonRealDue(tally.Answered))
-			e.due = true
-		}
+		e.describe(own, ports[e.Port].tally, now)
 	}
+	// Whether a port is open depends on the states of all its endpoints.
 	for i := range a.Endpoints {
-		e := &a.Endpoints[i]
-		p := ports[e.Port]
-		switch {
-		case e.State != status.StateFresh:
-		case e.due:
-			e.due = e.never() == (probe.Reason{}) && a.WhyNotAnsweredCode == ""
-		case e.Traffic > 0 && a.isServing(e.Port, p, now):
-		case !datapath.PortFresh(p.evidence, p.tally, now):
-			e.explain(a.heldBack(*e))
-		case a.asksListener(e.Port) && realDue(p.tally):
-			e.explain(status.ReasonLimit(p.tally.Answered))
-			e.due = e.never() == (probe.Reason{}) && a.WhyNotAnsweredCode == ""
-		}
-		e.explain(e.never(), e.why(), a.why())
+		a.explainEndpoint(&a.Endpoints[i], ports[a.Endpoints[i].Port], now)
 	}
 	return nil
+}
+
+// readPorts returns the entries of the ports of observed endpoints.
+func (a *Attachment) readPorts(maps PodMaps) (map[uint16]entry, error) {
+	all := map[uint16]entry{}
+	for _, e := range a.Endpoints {
+		if _, known := all[e.Port]; known || !e.Observed {
+			continue
+		}
+		port, err := get(maps, datapath.PortKey(e.Port))
+		if err != nil {
+			return nil, err
+		}
+		all[e.Port] = port
+	}
+	return all, nil
+}
+
+// describe fills in what the endpoint's own entry and its port's tally say about it.
+func (e *Endpoint) describe(own entry, port datapath.Tally, now uint64) {
+	e.Hits = own.tally.Hits
+	if own.tally.AnsweredAt != 0 {
+		e.LastHitAge = seconds(now, own.tally.AnsweredAt)
+	}
+	last := port
+	if own.tally.WithdrawnAt > last.WithdrawnAt {
+		last = own.tally
+	}
+	if last.WithdrawnAt != 0 {
+		e.WithdrawnAge, e.WithdrawnCause = seconds(now, last.WithdrawnAt), datapath.WithdrawalCauses[last.WithdrawnCause]
+	}
+	servedAt := e.servedAt(port)
+	if servedAt != 0 {
+		e.ServedAge = seconds(now, servedAt)
+	}
+	e.judge(own.evidence, last, servedAt, now)
+	if e.State == status.StateFresh && datapath.IsRealDue(own.evidence, own.tally) {
+		e.explain(status.ReasonRealDue(own.tally.Answered))
+		e.due = true
+	}
+}
+
+// explainEndpoint records why the endpoint's next probe reaches the pod, given the states of all endpoints.
+func (a *Attachment) explainEndpoint(e *Endpoint, port entry, now uint64) {
+	switch {
+	case e.State != status.StateFresh:
+	case e.due:
+		e.due = e.never() == (probe.Reason{}) && a.WhyNotAnsweredCode == ""
+	case e.Traffic > 0 && a.isServing(e.Port, port, now):
+	case !datapath.PortFresh(port.evidence, port.tally, now):
+		e.explain(a.heldBack(*e))
+	case a.asksListener(e.Port) && realDue(port.tally):
+		e.explain(status.ReasonLimit(port.tally.Answered))
+		e.due = e.never() == (probe.Reason{}) && a.WhyNotAnsweredCode == ""
+	}
+	e.explain(e.never(), e.why(), a.why())
 }
 
 // servedAt returns when the endpoint's pod was last seen serving its clients, if that is evidence; 0 otherwise.
@@ -94,21 +113,21 @@ func (e *Endpoint) servedAt(port datapath.Tally) uint64 {
 }
 
 // isServing reports whether connections to a port are taken because the pod serves its clients there.
-func (a *Attachment) isServing(number uint16, p port, now uint64) bool {
+func (a *Attachment) isServing(number uint16, port entry, now uint64) bool {
 	kind := datapath.KindHTTP
 	if slices.ContainsFunc(a.Endpoints, func(e Endpoint) bool { return e.Port == number && e.Observed && e.Kind.Keying() == probe.KeyedByPort }) {
 		kind = datapath.KindTCP
 	}
-	return p.evidence.ObservedAt > p.tally.WithdrawnAt && datapath.IsServing(p.evidence, p.tally, kind, now)
+	return port.evidence.ObservedAt > port.tally.WithdrawnAt && datapath.IsServing(port.evidence, port.tally, kind, now)
 }
 
-// get returns zero values for an endpoint without a record.
-func get(maps PodMaps, key datapath.EndpointKey) (datapath.Evidence, datapath.Tally, error) {
+// get returns the zero entry if there is none.
+func get(maps PodMaps, key datapath.EndpointKey) (entry, error) {
 	evidence, tally, err := maps.Get(key)
 	if errors.Is(err, ebpf.ErrKeyNotExist) {
-		return datapath.Evidence{}, datapath.Tally{}, nil
+		return entry{}, nil
 	}
-	return evidence, tally, err
+	return entry{evidence, tally}, err
 }
 
 // decides returns what the endpoint's state depends on.
