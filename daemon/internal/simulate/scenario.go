@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -73,16 +74,6 @@ func tcp(container string, t probe.Type, port uint16, period time.Duration) prob
 
 const usually = 10 * time.Second // Kubernetes' default period
 
-func with(staleness string, refresh bool) probe.Defaults {
-	d := probe.NewDefaults()
-	if err := d.Staleness.UnmarshalText([]byte(staleness)); err != nil {
-		panic(err)
-	}
-	d.StalenessSet = d.Staleness != probe.NewDefaults().Staleness
-	d.Refresh.On = refresh
-	return d
-}
-
 const (
 	// live is the maximum number of consecutive TCP probes that the kernel side answers (datapath.MaxAnswers).
 	live = 9
@@ -103,19 +94,65 @@ const twoOfThree = 0.8*2/3 + 0.2*3/4
 // oneTCP is the mean over limits.
 const oneTCP = (0. + 1./2 + 1./2 + 2./3 + 9./10) / 5
 
-// Scenarios returns the scenarios of the table.
+// scenario returns a scenario with a staleness of 1, without refresh and without clients.
+func scenario(name string, expected, demanded float64, why string, probes ...probe.Spec) Scenario {
+	s := Scenario{
+		Name: name, Expected: expected, Demanded: demanded, Why: why,
+		config: Config{Probes: probes, Live: live, Defaults: probe.NewDefaults()},
+	}
+	return s.staleness("1")
+}
+
+func (s Scenario) staleness(periods string) Scenario {
+	d := &s.config.Defaults
+	if err := d.Staleness.UnmarshalText([]byte(periods)); err != nil {
+		panic(err)
+	}
+	d.StalenessSet = d.Staleness != probe.NewDefaults().Staleness
+	return s
+}
+
+func (s Scenario) refresh() Scenario {
+	s.config.Defaults.Refresh.On = true
+	return s
+}
+
+// traffic makes traffic evidence for liveness probes, with clients that send requests at that interval.
+func (s Scenario) traffic(clients time.Duration) Scenario {
+	s.config.Defaults.Liveness, s.config.Clients = probe.LivenessByTraffic, clients
+	return s
+}
+
+func (s Scenario) sidecar() Scenario {
+	s.config.Sidecar = true
+	return s
+}
+
+// stranger adds another pod's probe with host: set to this pod, three times as often.
+func (s Scenario) stranger(asks probe.Spec) Scenario {
+	asks.Period = 3 * time.Second
+	s.config.Strangers = []probe.Spec{asks}
+	return s
+}
+
+// uninspected describes a kernel that cannot inspect listening sockets.
+func (s Scenario) uninspected() Scenario {
+	s.config.Live = 0
+	return s
+}
+
+func (s Scenario) randomProbes() Scenario {
+	s.draw = drawProbes
+	return s
+}
+
+// Scenarios returns the scenarios of the table, in its order: Why may refer to the one above ("likewise").
 func Scenarios() []Scenario {
-	const usual = "1"
-	scenario := func(name string, expected, demanded float64, why, staleness string, refresh bool, probes ...probe.Spec) Scenario {
-		return Scenario{
-			Name: name, Expected: expected, Demanded: demanded, Why: why,
-			config: Config{Probes: probes, Live: live, Defaults: with(staleness, refresh)},
-		}
-	}
-	changed := func(s Scenario, change func(*Config)) Scenario {
-		change(&s.config)
-		return s
-	}
+	return slices.Concat(probeScenarios(), trafficScenarios(), policyScenarios())
+}
+
+// probeScenarios differ in who probes what.
+func probeScenarios() []Scenario {
 	threeSuccesses := get("c", probe.Readiness, 80, "/x", usually)
 	threeSuccesses.SuccessThreshold = 3
 	patient := get("c", probe.Liveness, 80, "/x", time.Second)
@@ -123,88 +160,85 @@ func Scenarios() []Scenario {
 	authorized := get("c", probe.Liveness, 80, "/x", usually)
 	authorized.Headers = []probe.Header{{Name: "X-Auth", Value: "yes"}}
 	starting := get("c", probe.Startup, 80, "/x", time.Second)
-	strangers := func(s Scenario, asks probe.Spec) Scenario {
-		asks.Period = 3 * time.Second
-		return changed(s, func(c *Config) { c.Strangers = []probe.Spec{asks} })
-	}
-	traffic := func(s Scenario, clients time.Duration) Scenario {
-		return changed(s, func(c *Config) { c.Defaults.Liveness, c.Clients = probe.LivenessByTraffic, clients })
-	}
-	const nineOfTen = 9. / 10
 	return []Scenario{
-		scenario("one probe", 1./2, .49, "one observed, the next answered", usual, false, lone...),
-		scenario("one TCP probe", oneTCP, .45, "K answered between two observed: 0, 1, 1, 2 or 9, depending on the length of the queue", usual, false,
+		scenario("one probe", 1./2, .49, "one observed, the next answered", lone...),
+		scenario("one TCP probe", oneTCP, .45, "K answered between two observed: 0, 1, 1, 2 or 9, depending on the length of the queue",
 			tcp("c", probe.Liveness, 80, usually)),
-		changed(scenario("one TCP probe, listening sockets not inspected", 1./2, .49, "as with HTTP", usual, false,
-			tcp("c", probe.Liveness, 80, usually)), func(c *Config) { c.Live = 0 }),
+		scenario("one TCP probe, listening sockets not inspected", 1./2, .49, "as with HTTP",
+			tcp("c", probe.Liveness, 80, usually)).uninspected(),
 		scenario("readiness + liveness, one path", twoOfThree, .66,
-			"two of three answered; three of four for the fifth of pods whose two probes begin within a timeout of each other", usual, false, pair...),
-		scenario("readiness + liveness, two paths", 1./2, .49, "each as if it were alone", usual, false, own...),
-		scenario("readiness + liveness, one path, other headers", 1./2, .49, "likewise", usual, false, lone[0], authorized),
-		strangers(scenario("one probe, plus another pod's with host: and headers", 1./2, .49, "likewise", usual, false, lone...), authorized),
-		strangers(scenario("one probe with headers, plus another pod's with host: only", 1./2, .49, "likewise", usual, false, authorized), lone[0]),
-		strangers(scenario("one probe, plus another pod's with host: asking the same", 0, .88,
-			"not computed: the first probe after 11 s is observed, and the other pod probes three times as often", usual, false, lone...), lone[0]),
-		changed(scenario("one probe, a sidecar owns the listening socket", 1./2, .49, "likewise", usual, false, lone...),
-			func(c *Config) { c.Sidecar = true }),
-		scenario("one probe, successThreshold 3", 1./2, .48, "likewise, after three in a row were observed", usual, false, threeSuccesses),
-		scenario("one probe every second, timeout 30 s", 1./2, .49, "the slack is half a second", usual, false, patient),
+			"two of three answered; three of four for the fifth of pods whose two probes begin within a timeout of each other", pair...),
+		scenario("readiness + liveness, two paths", 1./2, .49, "each as if it were alone", own...),
+		scenario("readiness + liveness, one path, other headers", 1./2, .49, "likewise", lone[0], authorized),
+		scenario("one probe, plus another pod's with host: and headers", 1./2, .49, "likewise", lone...).stranger(authorized),
+		scenario("one probe with headers, plus another pod's with host: only", 1./2, .49, "likewise", authorized).stranger(lone[0]),
+		scenario("one probe, plus another pod's with host: asking the same", 0, .88,
+			"not computed: the first probe after 11 s is observed, and the other pod probes three times as often", lone...).stranger(lone[0]),
+		scenario("one probe, a sidecar owns the listening socket", 1./2, .49, "likewise", lone...).sidecar(),
+		scenario("one probe, successThreshold 3", 1./2, .48, "likewise, after three in a row were observed", threeSuccesses),
+		scenario("one probe every second, timeout 30 s", 1./2, .49, "the slack is half a second", patient),
 		scenario("HTTP readiness + TCP liveness, one port", 0, .35,
-			"not computed: K counts both, so a short queue limits HTTP too", usual, false, both...),
-		scenario("startup + readiness + liveness, one path", twoOfThree, .66, "startup probes end", usual, false,
+			"not computed: K counts both, so a short queue limits HTTP too", both...),
+		scenario("startup + readiness + liveness, one path", twoOfThree, .66, "startup probes end",
 			append([]probe.Spec{get("c", probe.Startup, 80, "/x", usually)}, pair...)...),
-		scenario("startup every second + liveness, one path", 1./2, .49, "startup probes end, and then their period no longer counts", usual, false,
+		scenario("startup every second + liveness, one path", 1./2, .49, "startup probes end, and then their period no longer counts",
 			starting, get("c", probe.Liveness, 80, "/x", usually)),
-		scenario("startup every second + readiness with successThreshold 3, one path", 1./2, .48, "likewise", usual, false,
-			starting, threeSuccesses),
-		scenario("startup every second + liveness, one path, refresh", 1, .99, "likewise", usual, true,
-			starting, get("c", probe.Liveness, 80, "/x", usually)),
-		scenario("two containers", twoOfThree, .66, "each as if it were alone", usual, false,
+		scenario("startup every second + readiness with successThreshold 3, one path", 1./2, .48, "likewise", starting, threeSuccesses),
+		scenario("startup every second + liveness, one path, refresh", 1, .99, "likewise",
+			starting, get("c", probe.Liveness, 80, "/x", usually)).refresh(),
+		scenario("two containers", twoOfThree, .66, "each as if it were alone",
 			get("c", probe.Readiness, 80, "/x", usually), get("c", probe.Liveness, 80, "/x", usually),
 			get("d", probe.Readiness, 81, "/x", usually), get("d", probe.Liveness, 81, "/x", usually)),
-		{
-			Name: "one to six probes, periods of 1 to 30 s", config: Config{Live: live, Defaults: with(usual, false)}, draw: drawProbes,
-			Why: "not computed: random kinds, paths, periods, timeouts and thresholds",
-		},
-		traffic(scenario("liveness, traffic, a client each second", nineOfTen, .88, "every tenth probe is real", usual, false,
-			get("c", probe.Liveness, 80, "/x", usually)), time.Second),
-		traffic(scenario("liveness, traffic, no client", 1./2, .49, "as without traffic", usual, false,
-			get("c", probe.Liveness, 80, "/x", usually)), 0),
-		traffic(scenario("liveness each second, traffic, a client each second", 0, .80, "not computed: a client may be later than the probe", usual, false,
-			get("c", probe.Liveness, 80, "/x", time.Second)), time.Second),
-		traffic(scenario("liveness by TCP, traffic, a client each second", nineOfTen, .88, "every tenth probe is real", usual, false,
-			tcp("c", probe.Liveness, 80, usually)), time.Second),
-		traffic(scenario("readiness + liveness, two paths, traffic, a client each second", (1./2+nineOfTen)/2, .68,
-			"readiness every second time, liveness nine times of ten", usual, false, own...), time.Second),
-		traffic(changed(scenario("liveness, traffic, a proxy in the pod that listens for it", nineOfTen, .88, "likewise", usual, false,
-			get("c", probe.Liveness, 80, "/x", usually)), func(c *Config) { c.Sidecar = true }), time.Second),
-		scenario("one probe, staleness 1 to 5", 0, .65, "not computed: one observed, one answered, and five of six once it has been well for ten minutes", "1-5", false, lone...),
-		scenario("one probe, staleness 5", 5./6, .82, "one observed, five answered", "5", false, lone...),
-		scenario("one probe, refresh", 1, .99, "all but the first after a failure", usual, true, lone...),
-		scenario("one probe, refresh, staleness 5", 1, .99, "likewise", "5", true, lone...),
-		scenario("readiness + liveness, two paths, refresh", 1, .99, "likewise", usual, true, own...),
+		scenario("one to six probes, periods of 1 to 30 s", 0, 0,
+			"not computed: random kinds, paths, periods, timeouts and thresholds").randomProbes(),
+	}
+}
+
+// trafficScenarios have traffic as evidence for liveness probes.
+func trafficScenarios() []Scenario {
+	const nineOfTen = 9. / 10
+	liveness := get("c", probe.Liveness, 80, "/x", usually)
+	return []Scenario{
+		scenario("liveness, traffic, a client each second", nineOfTen, .88, "every tenth probe is real", liveness).traffic(time.Second),
+		scenario("liveness, traffic, no client", 1./2, .49, "as without traffic", liveness).traffic(0),
+		scenario("liveness each second, traffic, a client each second", 0, .80, "not computed: a client may be later than the probe",
+			get("c", probe.Liveness, 80, "/x", time.Second)).traffic(time.Second),
+		scenario("liveness by TCP, traffic, a client each second", nineOfTen, .88, "every tenth probe is real",
+			tcp("c", probe.Liveness, 80, usually)).traffic(time.Second),
+		scenario("readiness + liveness, two paths, traffic, a client each second", (1./2+nineOfTen)/2, .68,
+			"readiness every second time, liveness nine times of ten", own...).traffic(time.Second),
+		scenario("liveness, traffic, a proxy in the pod that listens for it", nineOfTen, .88, "likewise", liveness).sidecar().traffic(time.Second),
+	}
+}
+
+// policyScenarios have a longer staleness, or refresh, or both.
+func policyScenarios() []Scenario {
+	return []Scenario{
+		scenario("one probe, staleness 1 to 5", 0, .65,
+			"not computed: one observed, one answered, and five of six once it has been well for ten minutes", lone...).staleness("1-5"),
+		scenario("one probe, staleness 5", 5./6, .82, "one observed, five answered", lone...).staleness("5"),
+		scenario("one probe, refresh", 1, .99, "all but the first after a failure", lone...).refresh(),
+		scenario("one probe, refresh, staleness 5", 1, .99, "likewise", lone...).staleness("5").refresh(),
+		scenario("readiness + liveness, two paths, refresh", 1, .99, "likewise", own...).refresh(),
 		scenario("HTTP readiness + TCP liveness, one port, refresh", 0, .50,
-			"not computed: with each request, K answers are allowed again", usual, true, both...),
-		{
-			Name: "one to six probes, refresh", config: Config{Live: live, Defaults: with(usual, true)}, draw: drawProbes,
-			Why: "not computed: random as above",
-		},
+			"not computed: with each request, K answers are allowed again", both...).refresh(),
+		scenario("one to six probes, refresh", 0, 0, "not computed: random as above").randomProbes().refresh(),
 	}
 }
 
 // Sweep returns the scenarios of the plot: staleness from 0.5 to 5 periods.
 func Sweep() []Scenario {
 	var all []Scenario
-	for _, kind := range []struct {
-		name    string
-		probes  []probe.Spec
-		refresh bool
-	}{{"one probe", lone, false}, {"readiness + liveness, one path", pair, false}, {"one probe, refresh", lone, true}} {
+	for _, kind := range []Scenario{
+		scenario("one probe", 0, 0, "", lone...),
+		scenario("readiness + liveness, one path", 0, 0, "", pair...),
+		scenario("one probe, refresh", 0, 0, "", lone...).refresh(),
+	} {
 		for half := 1; half <= 10; half++ {
-			staleness := fmt.Sprintf("%g", float64(half)/2)
-			all = append(all, Scenario{
-				Name: kind.name, Why: staleness, config: Config{Probes: kind.probes, Live: live, Defaults: with(staleness, kind.refresh)},
-			})
+			periods := fmt.Sprintf("%g", float64(half)/2)
+			s := kind.staleness(periods)
+			s.Why = periods
+			all = append(all, s)
 		}
 	}
 	return all
