@@ -415,5 +415,5 @@ func (n *probedNode) stated(t *testing.T) map[string]float64 {
 		t.Fatalf("%s: no bound is stated: %v, %+v", n.variant, err, e)
 	}
 	p := e.Probes[0]
-	return map[string]float64{stopped: p.WorstDetectionPlain + max(e.StalenessBound, e.TrafficWindow), erring: p.WorstDetection}
+	return map[string]float64{stopped: p.WorstDetectionHang, erring: p.WorstDetection}
 }

@@ -164,11 +164,10 @@ type endpoint struct {
 
 	Port, Hits int
 	Probes     []struct {
-		Container, Type                                   string
-		WorstDetectionSeconds, WorstDetectionPlainSeconds float64
-	}
+		Container, Type string
 
-	StalenessBoundSeconds, TrafficWindowSeconds float64
+		WorstDetectionSeconds, WorstDetectionPlainSeconds, WorstDetectionHangSeconds float64
+	}
 }
 
 // of returns the attachment of a pod, or an empty one.

@@ -113,7 +113,7 @@ func TestBusyPodsLive(t *testing.T) {
 		act  act
 	}{{"is stopped", signal(syscall.SIGSTOP)}, {"serves errors only", set("status=500")}} {
 		e := readStatus(t).of(with.Name).Endpoints[0]
-		bound := seconds(e.Probes[0].WorstDetectionPlainSeconds + max(e.StalenessBoundSeconds, e.TrafficWindowSeconds))
+		bound := seconds(e.Probes[0].WorstDetectionHangSeconds)
 		begin := time.Now()
 		failure.act(t, with)
 		times := timesUntil(t, begin, []*corev1.Pod{with}, bound+slack, failure.name, func(pod *corev1.Pod) bool { return kube.Restarts(pod) == i+1 })

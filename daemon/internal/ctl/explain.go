@@ -166,10 +166,9 @@ func (x Explanation) printEndpoint(text *table.Text, e survey.Endpoint) {
 	for _, p := range e.Probes {
 		text.Pair(p.String(), fmt.Sprintf("every %s, timeout %s, threshold %d: a failure %s detected within %s (%s without probelet)",
 			status.Duration(p.Period), status.Duration(p.Timeout), p.FailureThreshold, would(e), status.Duration(p.DetectionAnswered), status.Duration(p.DetectionPlain)))
-		if e.Traffic > 0 {
-			hang := p.DetectionPlain + max(e.StalenessBound, e.SteadyBound, e.TrafficWindow)
+		if e.Traffic > 0 && p.DetectionHang > 0 { // an older daemon does not state it
 			text.Pair("", fmt.Sprintf("that is for errors; a pod that no longer serves anyone is detected within %s, "+
-				"and timeouts of this probe alone are not detected while it serves others", status.Duration(hang)))
+				"and timeouts of this probe alone are not detected while it serves others", status.Duration(p.DetectionHang)))
 		}
 	}
 	for _, event := range x.eventsOf(e) {

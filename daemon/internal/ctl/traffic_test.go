@@ -81,7 +81,7 @@ func TestTraffic(t *testing.T) {
 func TestTrafficIsExplained(t *testing.T) {
 	e := surveytest.Endpoint(probe.HTTP, 80, "/x")
 	e.Traffic, e.TrafficBound, e.TrafficWindow = datapath.MaxTrafficAnswers, 111, 10
-	e.Probes[0].DetectionPlain, e.Probes[0].DetectionAnswered = 31, 142
+	e.Probes[0].DetectionPlain, e.Probes[0].DetectionAnswered, e.Probes[0].DetectionHang = 31, 142, 42
 	off := surveytest.Endpoint(probe.HTTP, 80, "/y")
 	off.TrafficOff = "web/readiness asks it too"
 	m := newMachine(t)

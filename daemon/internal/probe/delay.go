@@ -12,6 +12,8 @@ type Delay struct {
 	// Plain is the bound of plain Kubernetes, Probelet the bound with probelet. They are equal if the endpoint is not
 	// answered.
 	Plain, Probelet time.Duration
+	// Hang is Probelet for a pod that no longer serves anyone. They differ only where traffic may vouch for the endpoint.
+	Hang time.Duration
 	// Answered is the bound if the endpoint is answered: Probelet, or in mode observe what Probelet would be.
 	Answered time.Duration
 }
@@ -38,6 +40,11 @@ func plainDelay(p Spec) time.Duration {
 // probes reach the pod. Where the pod's traffic may vouch for the endpoint, answers may continue until the traffic bound,
 // which also counts from the start of the last real probe.
 //
+// A pod that no longer serves anyone last served before the failure, and traffic vouches for the endpoint only within its
+// window after that. So the answers end at failure + window, or with the staleness, and the bound is
+//
+//	plain + max(staleness, traffic window)
+//
 // None of this depends on whose period the staleness is derived from. So it also holds for a startup probe, whose own
 // period may be shorter.
 //
@@ -48,12 +55,13 @@ func (s EndpointSpec) delay(p Spec) Delay {
 		Asker: p.Asker(), Period: p.Period, Timeout: p.Timeout, FailureThreshold: p.FailureThreshold,
 		Plain: plainDelay(p),
 	}
-	d.Probelet, d.Answered = d.Plain, d.Plain
+	d.Probelet, d.Answered, d.Hang = d.Plain, d.Plain, d.Plain
 	if s.Reason == (Reason{}) || s.Withheld {
 		d.Answered += max(s.SteadyStaleness, s.TrafficBound())
 	}
 	if s.Reason == (Reason{}) {
 		d.Probelet = d.Answered
+		d.Hang += max(s.SteadyStaleness, s.TrafficWindow())
 	}
 	return d
 }

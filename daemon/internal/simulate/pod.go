@@ -67,6 +67,7 @@ type Result struct {
 	Verdicts, PlainVerdicts          int // rows of failureThreshold failures
 	Readied                          int // rows of successThreshold successes, if that is more than one
 	Detected                         int // failures that lasted longer than the bound
+	Hangs                            int // failures of a pod that served no one, for longer than the bound for these
 	Stopped                          int // failures of TCP probes because the queue of a stopped server was full
 	WorstDelay, WorstPlain, MaxBound time.Duration
 	WorstShare                       float64 // the longest delay, as a share of its bound
@@ -80,7 +81,7 @@ func (r *Result) add(o Result) {
 	r.Predicted, r.HandedOver = r.Predicted+o.Predicted, r.HandedOver+o.HandedOver
 	r.Refreshes += o.Refreshes
 	r.Verdicts, r.PlainVerdicts, r.Detected = r.Verdicts+o.Verdicts, r.PlainVerdicts+o.PlainVerdicts, r.Detected+o.Detected
-	r.Readied, r.Stopped = r.Readied+o.Readied, r.Stopped+o.Stopped
+	r.Hangs, r.Readied, r.Stopped = r.Hangs+o.Hangs, r.Readied+o.Readied, r.Stopped+o.Stopped
 	r.WorstDelay, r.WorstPlain = max(r.WorstDelay, o.WorstDelay), max(r.WorstPlain, o.WorstPlain)
 	r.MaxBound, r.WorstShare = max(r.MaxBound, o.MaxBound), max(r.WorstShare, o.WorstShare)
 	if len(r.Violations) < violationsKept {

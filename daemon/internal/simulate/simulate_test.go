@@ -17,7 +17,7 @@ func TestNothingIsViolated(t *testing.T) {
 			if len(r.Violations) > 0 {
 				t.Errorf("%s", strings.Join(r.Violations, "\n"))
 			}
-			if r.Detected == 0 || r.Verdicts == 0 || r.Answered == 0 {
+			if r.Detected == 0 || r.Hangs == 0 || r.Verdicts == 0 || r.Answered == 0 {
 				t.Errorf("nothing happened: %+v", r)
 			}
 			// Mode observe predicts mode answer. It leaves out refresh, strangers and traffic.
@@ -77,6 +77,7 @@ func TestBrokenRulesAreNoticed(t *testing.T) {
 		{Queue, "one TCP probe", "of a stopped server"},
 		{Limit, "one TCP probe", "of a stopped server"},
 		{Traffic, "liveness, traffic, a client each second", "after its bound"},
+		{Traffic, "liveness, traffic, a client each second", "serves no one is not detected"},
 		{Due, "liveness, traffic, a client each second", "after its bound"},
 		{Withdrawal, "liveness, traffic, a client each second", "after its listener had closed"},
 		{Failures, "liveness, traffic, a client each second", "after a failure that the daemon knew"},

@@ -259,6 +259,27 @@ func (w *worker) begin(interval [2]uint64) {
 			}
 		})
 	}
+	w.checkHang(interval)
+}
+
+// checkHang checks that a failure that begins now is detected within the bound for pods that no longer serve anyone, if it is one.
+func (w *worker) checkHang(interval [2]uint64) {
+	server, hang := w.servers[w.spec.Port], w.bound.Hang
+	switch server.phases[server.at(interval[0])].condition {
+	case hanging, stuck, stopped, filtered:
+	default:
+		return
+	}
+	since, instance := w.with.since, w.instance
+	if since != interval[0] || interval[1] < since+uint64(hang) {
+		return
+	}
+	w.result.Hangs++
+	w.at(since+uint64(hang)+1, func() {
+		if w.with.since == since && instance == w.instances[w.spec.Port] {
+			w.violate("%s of %s: a pod that serves no one is not detected within %s", w.endpoint, w.spec.Asker(), hang)
+		}
+	})
 }
 
 // found records a failure verdict.

@@ -77,10 +77,12 @@ type Probe struct {
 	Timeout          float64 `json:"timeoutSeconds"`
 	FailureThreshold int     `json:"failureThreshold"`
 	// Detection is the longest time from the start of a failure to the prober's verdict. DetectionPlain is the same without probelet,
-	// DetectionAnswered with the endpoint answered, as it would be in mode answer.
+	// DetectionAnswered with the endpoint answered, as it would be in mode answer. DetectionHang is Detection for a pod that no
+	// longer serves anyone: smaller where traffic is evidence, and the same elsewhere.
 	Detection         float64 `json:"worstDetectionSeconds"`
 	DetectionPlain    float64 `json:"worstDetectionPlainSeconds"`
 	DetectionAnswered float64 `json:"worstDetectionAnsweredSeconds"`
+	DetectionHang     float64 `json:"worstDetectionHangSeconds"`
 }
 
 func probesOf(s probe.EndpointSpec) []Probe {
@@ -90,6 +92,7 @@ func probesOf(s probe.EndpointSpec) []Probe {
 			Asker: d.Asker, Period: d.Period.Seconds(), Timeout: d.Timeout.Seconds(),
 			FailureThreshold: d.FailureThreshold,
 			Detection:        d.Probelet.Seconds(), DetectionPlain: d.Plain.Seconds(), DetectionAnswered: d.Answered.Seconds(),
+			DetectionHang: d.Hang.Seconds(),
 		})
 	}
 	return probes

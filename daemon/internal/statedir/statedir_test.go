@@ -81,7 +81,7 @@ func TestEndpointOf(t *testing.T) {
 	}
 	got, err := json.Marshal(EndpointOf(specs[0], probe.Question{}))
 	want := `{"kind":"TCP","port":80,"probes":[{"container":"c","type":"liveness","periodSeconds":10,"timeoutSeconds":1,` +
-		`"failureThreshold":3,"worstDetectionSeconds":42,"worstDetectionPlainSeconds":31,"worstDetectionAnsweredSeconds":42}],` +
+		`"failureThreshold":3,"worstDetectionSeconds":42,"worstDetectionPlainSeconds":31,"worstDetectionAnsweredSeconds":42,"worstDetectionHangSeconds":42}],` +
 		`"periodSeconds":10,"timeoutSeconds":1,"stalenessBoundSeconds":11,"successesNeeded":1,"observed":true}`
 	if err != nil || string(got) != want {
 		t.Errorf("got  %s, %v\nwant %s", got, err, want)

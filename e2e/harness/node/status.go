@@ -29,11 +29,9 @@ type EndpointStatus struct {
 	Hits           int     `json:"hits"`
 	WhyNotAnswered string  `json:"whyNotAnswered"`
 	Probes         []struct {
-		WorstDetection      float64 `json:"worstDetectionSeconds"`
-		WorstDetectionPlain float64 `json:"worstDetectionPlainSeconds"`
+		WorstDetection     float64 `json:"worstDetectionSeconds"`
+		WorstDetectionHang float64 `json:"worstDetectionHangSeconds"`
 	} `json:"probes"`
-	StalenessBound float64 `json:"stalenessBoundSeconds"`
-	TrafficWindow  float64 `json:"trafficWindowSeconds"`
 }
 
 // States of an endpoint. Absent stands for an endpoint that probeletctl does not list.

@@ -128,7 +128,7 @@ func Endpoint(kind probe.Kind, port uint16, path string) statedir.Endpoint {
 		Question: questionOf(path),
 		Probes: []statedir.Probe{{
 			Asker:  probe.Asker{Container: "c", Type: probe.Readiness},
-			Period: 10, Timeout: 1, FailureThreshold: 3, Detection: 43, DetectionPlain: 31, DetectionAnswered: 43,
+			Period: 10, Timeout: 1, FailureThreshold: 3, Detection: 43, DetectionPlain: 31, DetectionAnswered: 43, DetectionHang: 43,
 		}},
 	}
 }
