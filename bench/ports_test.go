@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"fmt"
 	"slices"
 	"testing"
 	"time"
@@ -12,7 +13,8 @@ import (
 // same port every second. There the server is on loopback, where the kernel reuses the ports of sockets in TIME_WAIT; here it is
 // behind a veth, as pods are. Readiness probes go on whatever their outcomes, unlike liveness probes.
 func measurePorts(t *testing.T, s *suite) {
-	containers, settled, counted := 600, 65*time.Second, 25*time.Second // more than the 60 s of TIME_WAIT before it counts
+	// Count only after the first sockets have left TIME_WAIT (60 s).
+	containers, settled, counted := 600, 65*time.Second, 25*time.Second
 	if testing.Short() {
 		containers, settled, counted = 20, time.Second, time.Second
 	}
@@ -47,7 +49,7 @@ func measurePorts(t *testing.T, s *suite) {
 			if n.flags != nil {
 				inUse, failures = atMost(float64(containers)), atMost(0)
 			}
-			measure := "600 probes/s of one port by " + kind.name
+			measure := fmt.Sprintf("%d probes/s of one port by %s", containers, kind.name)
 			s.progress("  %s, %s: %.0f probes/s", measure, n.variant, float64(after.Probes-was.Probes)/counted.Seconds())
 			s.add(measure+", ports in TIME_WAIT", n.variant, "", exactly(float64(onNode)), "", inUse)
 			s.add(measure+", failed", n.variant, "", exactly(100*float64(after.Failed-was.Failed)/float64(after.Probes-was.Probes)), "%", failures)

@@ -25,8 +25,53 @@ func TimeWait(pid int, endpoint netip.AddrPort) (map[Connection]bool, error) {
 
 // TimeWaits returns the sockets in TIME_WAIT with an address that matches, in the network namespace of a process.
 func TimeWaits(pid int, match func(netip.AddrPort) bool) (map[Connection]bool, error) {
-	const timeWait = "06" // TCP_TIME_WAIT
 	found := map[Connection]bool{}
+	rows, err := sockets(pid, "06") // TCP_TIME_WAIT
+	if err != nil {
+		return nil, err
+	}
+	for _, fields := range rows {
+		local, err := parseSocket(fields[1])
+		if err != nil {
+			return nil, err
+		}
+		remote, err := parseSocket(fields[2])
+		if err != nil {
+			return nil, err
+		}
+		if match(local) || match(remote) {
+			found[Connection{local, remote}] = true
+		}
+	}
+	return found, nil
+}
+
+// Unaccepted returns how many connections wait to be accepted on a port, in the network namespace of a process.
+func Unaccepted(pid int, port uint16) (count int, err error) {
+	rows, err := sockets(pid, "0A") // TCP_LISTEN
+	if err != nil {
+		return 0, err
+	}
+	for _, fields := range rows {
+		local, err := parseSocket(fields[1])
+		if err != nil {
+			return 0, err
+		}
+		if local.Port() != port {
+			continue
+		}
+		_, queued, _ := strings.Cut(fields[4], ":") // of a listening socket, the length of its queue
+		waiting, err := strconv.ParseUint(queued, 16, 32)
+		if err != nil {
+			return 0, fmt.Errorf("queue %q: %w", fields[4], err)
+		}
+		count += int(waiting)
+	}
+	return count, nil
+}
+
+// sockets returns the fields of the TCP sockets in a state (in /proc/net/tcp) in the network namespace of a process.
+func sockets(pid int, state string) (rows [][]string, err error) {
 	// IPv4 connections to a socket that listens on all addresses are in tcp6.
 	for _, file := range []string{"tcp", "tcp6"} {
 		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", pid, file))
@@ -34,24 +79,12 @@ func TimeWaits(pid int, match func(netip.AddrPort) bool) (map[Connection]bool, e
 			return nil, err
 		}
 		for line := range strings.Lines(string(text)) {
-			fields := strings.Fields(line)
-			if len(fields) < 4 || fields[3] != timeWait {
-				continue
-			}
-			local, err := parseSocket(fields[1])
-			if err != nil {
-				return nil, err
-			}
-			remote, err := parseSocket(fields[2])
-			if err != nil {
-				return nil, err
-			}
-			if match(local) || match(remote) {
-				found[Connection{local, remote}] = true
+			if fields := strings.Fields(line); len(fields) > 4 && fields[3] == state {
+				rows = append(rows, fields)
 			}
 		}
 	}
-	return found, nil
+	return rows, nil
 }
 
 // parseSocket parses an address in /proc/net/tcp: hexadecimal words in the machine's byte order.
