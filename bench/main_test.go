@@ -61,9 +61,9 @@ func keepInside() error {
 // suite is a run with its results so far.
 type suite struct {
 	results
-	began   time.Time
-	section string
-	skipped bool // a part
+	began      time.Time
+	section    string
+	incomplete bool // a part was skipped, so the page must not be written
 }
 
 // TestMarks measures everything and compares it with the marks. A missed mark shows in the results but does not fail the
@@ -91,7 +91,7 @@ func TestMarks(t *testing.T) {
 		{"policies", "A node's probes: what they cost, and how soon they detect failures", measurePolicies},
 	} {
 		t.Run(m.name, func(t *testing.T) {
-			t.Cleanup(func() { s.skipped = s.skipped || t.Skipped() })
+			t.Cleanup(func() { s.incomplete = s.incomplete || t.Skipped() })
 			s.section = m.section
 			s.progress("%s", m.section)
 			m.measure(t, s)
@@ -106,7 +106,7 @@ func TestMarks(t *testing.T) {
 	if t.Failed() || *writeRoot == "" {
 		return
 	}
-	if s.skipped {
+	if s.incomplete {
 		t.Fatal("nothing is written, because a part was skipped")
 	}
 	if err := s.write(*writeRoot); err != nil {

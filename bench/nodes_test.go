@@ -1,21 +1,16 @@
 package bench
 
 import (
-	"bytes"
 	"fmt"
 	"maps"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
+	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/probelet/probelet/e2e/harness/node"
 	"github.com/probelet/probelet/e2e/harness/role"
@@ -29,16 +24,16 @@ type policy struct {
 }
 
 const (
-	unprobed  variant = "no probes"
-	plain1    variant = "plain, 1 s"
-	plain2    variant = "plain, 2 s"
-	default1  variant = "default, 1 s"
-	stale1    variant = "staleness 5, 1 s"
-	refresh1  variant = "refresh, 1 s"
-	traffic1  variant = "traffic, 1 s"
-	threshold         = 3 // failures in a row after which the kubelet restarts a container
-	timeout           = time.Second
+	unprobed variant = "no probes"
+	plain1   variant = "plain, 1 s"
+	plain2   variant = "plain, 2 s"
+	default1 variant = "default, 1 s"
+	stale1   variant = "staleness 5, 1 s"
+	refresh1 variant = "refresh, 1 s"
+	traffic1 variant = "traffic, 1 s"
 )
+
+const timeout = time.Second // of probes
 
 var policies = []policy{
 	{unprobed, 0, nil},
@@ -58,161 +53,66 @@ func policiesOf(variants ...variant) []policy {
 	return slices.DeleteFunc(slices.Clone(policies), func(p policy) bool { return !slices.Contains(variants, p.variant) })
 }
 
-// program is a server that pods run. It answers healthPath as long as the file "healthy" exists in its directory, and everything
-// else in any case, and logs each request.
-type program struct {
-	name    string
-	command func(dir string) (*exec.Cmd, error)
-	fail    func(*member) error // from then on it answers healthPath with status 500
-}
-
-var programs = []program{
-	{"Go", goServer, func(m *member) error {
-		client := http.Client{Timeout: 5 * time.Second}
-		response, err := client.Get("http://" + m.address() + "/set?status=500")
-		if err != nil {
-			return err
-		}
-		return response.Body.Close()
-	}},
-	{"nginx", nginx, (*member).sicken},
-	{"Python", pythonServer, (*member).sicken},
-}
-
-const (
-	servedPath  = "/seen" // answered whatever the health
-	healthyFile = "healthy"
-)
-
-func goServer(string) (*exec.Cmd, error) {
-	return exec.Command(filepath.Join(machine.Bin, "app"), "-listen", strconv.Itoa(podPort)), nil
-}
-
-func nginx(dir string) (*exec.Cmd, error) {
-	file := filepath.Join(dir, "nginx.conf")
-	cmd := exec.Command("nginx", "-p", dir, "-c", file, "-e", "stderr", "-g", "daemon off; master_process off;")
-	return cmd, os.WriteFile(file, fmt.Appendf(nil, `
-pid %[1]s/nginx.pid;
-events { worker_connections 64; }
-http {
-	access_log /dev/stdout;
-	server {
-		listen %[2]d;
-		root %[1]s;
-		location = %[3]s { try_files /%[4]s =500; }
-		location / { return 200; }
-	}
-}
-`, dir, podPort, healthPath, healthyFile), 0o644)
-}
-
-// Python's server is the one in its library, with the listen backlog of common servers (128 in aiohttp, 2,048 in uvicorn and
-// gunicorn).
-func pythonServer(dir string) (*exec.Cmd, error) {
-	cmd := exec.Command("/usr/bin/python3", "-c", fmt.Sprintf(`
-import os
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-class Server(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        healthy = self.path != %q or os.path.exists(%q)
-        self.send_response(200 if healthy else 500)
-        self.send_header("Content-Length", "3")
-        self.end_headers()
-        self.wfile.write(b"ok\n")
-
-ThreadingHTTPServer.request_queue_size = 128
-ThreadingHTTPServer(("", %d), Server).serve_forever()
-`, healthPath, healthyFile, podPort))
-	cmd.Dir = dir
-	return cmd, nil
-}
-
-// member is a pod of a probed node.
-type member struct {
-	node.Probed
-	program
-	dir string
-	cmd *exec.Cmd
-}
-
-func (m *member) address() string { return addrPort(m.Pod.IPv4, podPort) }
-
-func (m *member) sicken() error { return os.Remove(filepath.Join(m.dir, healthyFile)) }
-
-func (m *member) stop() error { return m.cmd.Process.Signal(unix.SIGSTOP) }
-
-// requests returns how many requests for healthPath the server has logged.
-func (m *member) requests(t testing.TB) int {
-	t.Helper()
-	text, err := os.ReadFile(filepath.Join(m.dir, "log"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return bytes.Count(text, []byte(healthPath))
-}
-
 // probedNode is a node whose pods are probed under a policy, with cgroups of its own.
 type probedNode struct {
 	policy
 	*node.Node
 	kubelet *kubelet
 	members []*member
-	cgroup  string
+	cgroups map[string]string // directories by name
 	created time.Time
 }
 
-// cgroups of a probed node, in addition to one for each program.
 const (
 	kubeletCgroup = "kubelet"
 	daemonCgroup  = "daemon"
 )
 
-func (n *probedNode) cgroupOf(name string) string { return filepath.Join(n.cgroup, name) }
+// cgroupsFor names the cgroups of a node whose pods run these servers.
+func cgroupsFor(servers []program) []string {
+	names := []string{kubeletCgroup, daemonCgroup}
+	for _, server := range servers {
+		names = append(names, server.name)
+	}
+	return names
+}
 
 // probes returns the probes of a pod: one by HTTP and one by TCP.
 func (p policy) probes() []node.Probe {
 	if p.period == 0 {
 		return nil
 	}
-	byTCP := node.Probe{Port: podPort, PeriodSeconds: p.period, TimeoutSeconds: int(timeout.Seconds())}
+	byTCP := node.Probe{Container: tcpContainer, Port: podPort, PeriodSeconds: p.period, TimeoutSeconds: int(timeout.Seconds())}
 	byHTTP := byTCP
-	byHTTP.Path = healthPath
+	byHTTP.Container, byHTTP.Path = httpContainer, healthPath
 	return []node.Probe{byHTTP, byTCP}
 }
 
-// The containers of these probes.
-const httpContainer, tcpContainer = "container0", "container1"
+const httpContainer, tcpContainer = "http", "tcp"
 
-// newProbedNode creates a node with a number of pods of each program, which have the probes of a pod.
-func newProbedNode(t *testing.T, p policy, of node.Probed, pods int, runs ...program) *probedNode {
+// newProbedNode creates a node with a number of pods of each server, which have the probes of a template.
+func newProbedNode(t *testing.T, p policy, template node.Probed, podsEach int, servers ...program) *probedNode {
 	t.Helper()
 	inner, err := machine.NewNode(node.PTP)
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := &probedNode{policy: p, Node: inner, created: time.Now(), cgroup: machine.CgroupPath(filepath.Base(inner.BPFDir))}
+	n := &probedNode{policy: p, Node: inner, created: time.Now(), cgroups: map[string]string{}}
 	if p.flags == nil {
 		err = n.WithoutProbelet()
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	names := []string{kubeletCgroup, daemonCgroup}
-	for _, p := range runs {
-		names = append(names, p.name)
-	}
-	for _, name := range names {
-		if err := os.MkdirAll(n.cgroupOf(name), 0o755); err != nil {
+	for _, name := range cgroupsFor(servers) {
+		if n.cgroups[name], err = n.NewCgroup(name); err != nil {
 			t.Fatal(err)
 		}
 	}
 	var specs []node.Probed
-	for _, p := range runs {
-		for range pods {
-			m := n.newMember(t, p, of)
+	for _, server := range servers {
+		for range podsEach {
+			m := n.newMember(t, server, template)
 			n.members = append(n.members, m)
 			specs = append(specs, m.Probed)
 		}
@@ -223,11 +123,11 @@ func newProbedNode(t *testing.T, p policy, of node.Probed, pods int, runs ...pro
 	if p.flags != nil {
 		n.startDaemon(t)
 	}
-	n.kubelet = startKubelet(t, n.cgroupOf(kubeletCgroup))
+	n.kubelet = startKubelet(t, n.cgroups[kubeletCgroup])
 	return n
 }
 
-func (n *probedNode) newMember(t *testing.T, p program, of node.Probed) *member {
+func (n *probedNode) newMember(t *testing.T, server program, template node.Probed) *member {
 	t.Helper()
 	pod, err := n.NewPod()
 	if err == nil {
@@ -236,12 +136,12 @@ func (n *probedNode) newMember(t *testing.T, p program, of node.Probed) *member 
 	if err != nil {
 		t.Fatal(err)
 	}
-	of.Pod = pod
-	m := &member{program: p, dir: t.TempDir(), Probed: of}
+	template.Pod = pod
+	m := &member{program: server, dir: t.TempDir(), Probed: template}
 	if err := os.WriteFile(filepath.Join(m.dir, healthyFile), nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if m.cmd, err = p.command(m.dir); err != nil {
+	if m.cmd, err = server.command(m.dir); err != nil {
 		t.Fatal(err)
 	}
 	log, err := os.OpenFile(filepath.Join(m.dir, "log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
@@ -250,7 +150,7 @@ func (n *probedNode) newMember(t *testing.T, p program, of node.Probed) *member 
 	}
 	defer log.Close() //nolint:errcheck // the server's
 	m.cmd.Stdout, m.cmd.Stderr = log, log
-	if err := role.StartCommand(m.cmd, pod.Netns, n.cgroupOf(p.name)); err != nil {
+	if err := role.StartCommand(m.cmd, pod.Netns, n.cgroups[server.name]); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -262,12 +162,12 @@ func (n *probedNode) newMember(t *testing.T, p program, of node.Probed) *member 
 
 func (n *probedNode) startDaemon(t *testing.T) {
 	t.Helper()
-	daemon, err := n.StartDaemon(append([]string{"--prober", "cgroup:" + n.cgroupOf(kubeletCgroup)}, n.flags...)...)
+	daemon, err := n.StartDaemon(append([]string{"--prober", "cgroup:" + n.cgroups[kubeletCgroup]}, n.flags...)...)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(daemon.Kill)
-	if err := node.MoveToCgroup(daemon.Pid(), n.cgroupOf(daemonCgroup)); err != nil {
+	if err := node.MoveToCgroup(daemon.Pid(), n.cgroups[daemonCgroup]); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -295,23 +195,16 @@ func (n *probedNode) awaitServing(t *testing.T) {
 func (n *probedNode) cpu(t *testing.T) map[string]float64 {
 	t.Helper()
 	used := map[string]float64{}
-	dirs, err := os.ReadDir(n.cgroup)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, dir := range dirs {
-		if !dir.IsDir() {
-			continue
-		}
-		text, err := os.ReadFile(filepath.Join(n.cgroupOf(dir.Name()), "cpu.stat"))
+	for name, dir := range n.cgroups {
+		text, err := os.ReadFile(filepath.Join(dir, "cpu.stat"))
 		if err != nil {
 			t.Fatal(err)
 		}
 		var usec float64
 		if _, err := fmt.Sscanf(string(text), "usage_usec %f", &usec); err != nil {
-			t.Fatalf("cpu.stat of %s: %v: %s", dir.Name(), err, text)
+			t.Fatalf("cpu.stat of %s: %v: %s", name, err, text)
 		}
-		used[dir.Name()] = usec / 1000
+		used[name] = usec / 1000
 	}
 	return used
 }
@@ -342,8 +235,7 @@ func (c census) since(earlier census) census {
 func (n *probedNode) census(t *testing.T) census {
 	t.Helper()
 	c := census{seconds: time.Since(n.created).Seconds(), tcp: map[string]int{}, answeredTCP: map[string]int{}}
-	outcomes := n.kubelet.counts(t)
-	programs := map[string]string{}
+	outcomes, answered := n.kubelet.counts(t), n.answeredTCP(t)
 	for _, m := range n.members {
 		accepted, err := node.AcceptedIn(m.cmd.Process.Pid)
 		if err != nil {
@@ -357,23 +249,30 @@ func (n *probedNode) census(t *testing.T) census {
 			c.failed += o.Failed
 		}
 		c.tcp[m.name] += outcomes[Container{m.Pod.Name, tcpContainer}].Probes
-		programs[node.Namespace+"/"+m.Pod.Name] = m.name
+		c.answeredTCP[m.name] += answered[m.Pod.Name]
 	}
+	return c
+}
+
+// answeredTCP returns how many TCP probes were answered in the kernel, by pod.
+func (n *probedNode) answeredTCP(t *testing.T) map[string]int {
+	t.Helper()
 	if n.flags == nil {
-		return c
+		return nil
 	}
 	s, err := n.Status()
 	if err != nil {
 		t.Fatal(err)
 	}
+	answered := map[string]int{}
 	for _, a := range s.Attachments {
 		for _, e := range a.Endpoints {
 			if e.Path == "" {
-				c.answeredTCP[programs[a.Pod]] += e.Hits
+				answered[strings.TrimPrefix(a.Pod, node.Namespace+"/")] += e.Hits
 			}
 		}
 	}
-	return c
+	return answered
 }
 
 // remains counts what connections have left behind: sockets in TIME_WAIT on the node and in its pods, and tracked connections.
@@ -403,11 +302,12 @@ func (n *probedNode) remains(t *testing.T) (onNode, inPods, tracked int) {
 	return len(sockets), inPods, tracked
 }
 
-// stated returns the longest times from the start of a failure to the verdict of the HTTP probe, in seconds.
+// stated returns the longest times from the start of a failure to the verdict of the HTTP probe, in seconds, by failure (stopped,
+// erring).
 func (n *probedNode) stated(t *testing.T) map[string]float64 {
 	t.Helper()
 	if n.flags == nil {
-		plain := float64(threshold*n.period) + timeout.Seconds()
+		plain := float64(node.FailureThreshold*n.period) + timeout.Seconds()
 		return map[string]float64{stopped: plain, erring: plain}
 	}
 	e, err := n.Endpoint(n.members[0].Pod, podPort, healthPath)

@@ -3,6 +3,7 @@ package bench
 import (
 	"os"
 	"os/exec"
+	"slices"
 	"testing"
 	"time"
 
@@ -45,7 +46,7 @@ func measurePolicies(t *testing.T, s *suite) {
 		}
 	}
 	time.Sleep(settled)
-	probed := nodes[1:] // after the one without probes
+	probed := slices.DeleteFunc(slices.Clone(nodes), func(n *probedNode) bool { return n.period == 0 })
 	before := map[variant]census{}
 	for _, n := range probed {
 		before[n.variant] = n.census(t)
@@ -116,14 +117,10 @@ func (s *suite) watchCPU(t *testing.T, nodes []*probedNode, windows int, each ti
 
 // addCPU adds what probing costs the nodes: what they use, less what the node without probes does.
 func (s *suite) addCPU(nodes []*probedNode, used map[variant]map[string][]float64) {
-	names := []string{kubeletCgroup, daemonCgroup}
-	for _, p := range programs {
-		names = append(names, p.name)
-	}
 	total := map[variant][]float64{}
 	for _, n := range nodes {
 		total[n.variant] = make([]float64, len(used[n.variant][kubeletCgroup]))
-		for _, name := range names {
+		for _, name := range cgroupsFor(programs) {
 			cost := differences(used[n.variant][name], used[unprobed][name])
 			for i := range cost {
 				total[n.variant][i] += cost[i]
@@ -159,17 +156,20 @@ func (s *suite) addCensus(t *testing.T, nodes []*probedNode, before map[variant]
 		add("TIME_WAIT in pods", float64(inPods), "")
 		add("conntrack entries", float64(tracked), "")
 		timeWait[n.variant] = float64(onNode + inPods)
-		if n.variant != default1 {
-			continue
-		}
-		for i, m := range []*mark{atLeast(85), atLeast(85), nil} {
-			name := programs[i].name
-			answered := 100 * min(1, float64(c.answeredTCP[name])/float64(c.tcp[name])) // read at slightly different times
-			s.add("TCP probes answered, "+name, n.variant, "", exactly(answered), "%", m)
+		if n.variant == default1 {
+			s.addAnswered(n, c)
 		}
 	}
 	s.add(left, default1, plain1, exactly(timeWait[default1]/timeWait[plain1]), ratio, nil)
 	s.add(left, refresh1, plain1, exactly(timeWait[refresh1]/timeWait[plain1]), ratio, atMost(0.05))
+}
+
+// addAnswered adds the share of TCP probes that were answered, for each program.
+func (s *suite) addAnswered(n *probedNode, c census) {
+	for _, p := range programs {
+		probes, answered := c.tcp[p.name], c.answeredTCP[p.name]
+		s.add("TCP probes answered, "+p.name, n.variant, "", exactly(100*min(1, float64(answered)/float64(probes))), "%", p.tcpMark)
+	}
 }
 
 // compareDetection lets all pods fail at the same moment, at any phase of their probes: half of the servers are stopped, and the others
@@ -215,7 +215,8 @@ func (s *suite) compareDetection(t *testing.T, nodes []*probedNode) {
 	}
 }
 
-// awaitVerdicts returns when the kubelets decided to restart servers, as soon as they have for all, or after a time.
+// awaitVerdicts returns when each kubelet decided to restart each server. It returns once all have decided, or after the given
+// time.
 func awaitVerdicts(t *testing.T, nodes []*probedNode, most time.Duration) map[*member]time.Time {
 	t.Helper()
 	for deadline := time.Now().Add(most); ; time.Sleep(100 * time.Millisecond) {

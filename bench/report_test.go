@@ -105,8 +105,8 @@ func TestRatiosComeFirst(t *testing.T) {
 	}
 }
 
-// matrix returns results with cells of two policies, one of which is cheap and slow, and rows between them.
-func matrix() *results {
+// withMatrix returns results with cells of two policies, one of which is cheap and slow, and rows between them.
+func withMatrix() *results {
 	r := some()
 	for _, c := range []struct {
 		measure string
@@ -138,11 +138,11 @@ func TestMatrix(t *testing.T) {
 
 ## Section of delay
 `
-	if got := matrix().tables(); !strings.Contains(got, want) || strings.Count(got, "## Section of tax") != 1 {
+	if got := withMatrix().tables(); !strings.Contains(got, want) || strings.Count(got, "## Section of tax") != 1 {
 		t.Errorf("tables lack%s:%s", want, got)
 	}
 	var terminal strings.Builder
-	if err := matrix().print(&terminal); err != nil || !strings.Contains(terminal.String(), "none & nothing") {
+	if err := withMatrix().print(&terminal); err != nil || !strings.Contains(terminal.String(), "none & nothing") {
 		t.Errorf("%v: %s", err, terminal.String())
 	}
 }
@@ -152,7 +152,7 @@ func TestPlotPolicies(t *testing.T) {
 	if picture := plotPolicies(some().rows); picture != nil {
 		t.Errorf("a picture of no policies: %s", picture)
 	}
-	elements := draw(t, plotPolicies(matrix().rows))
+	elements := draw(t, plotPolicies(withMatrix().rows))
 	if elements["circle"] != 2+1 { // the number of connections of one of them is unknown
 		t.Errorf("the plot has %v, want two dots and one", elements)
 	}
@@ -165,7 +165,7 @@ func TestWrite(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := matrix().write(root); err != nil {
+	if err := withMatrix().write(root); err != nil {
 		t.Fatal(err)
 	}
 	page, err := os.ReadFile(filepath.Join(root, "docs/benchmarks.md"))

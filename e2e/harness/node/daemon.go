@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -67,6 +68,7 @@ type Probed struct {
 
 // Probe is an HTTP probe with a path, a TCP probe without.
 type Probe struct {
+	Container      string // its name; containers without one are numbered
 	Path           string
 	Host           string // address to dial; the pod's if empty
 	Headers        []v1.HTTPHeader
@@ -85,12 +87,12 @@ func (p Probed) addresses() []string {
 
 // Containers returns the pod's containers, as in its spec.
 func (p Probed) Containers() (all []v1.Container) {
-	name := func() string { return fmt.Sprintf("container%d", len(all)) }
+	name := func(p Probe) string { return cmp.Or(p.Container, fmt.Sprintf("container%d", len(all))) }
 	for _, probe := range p.Readiness {
-		all = append(all, v1.Container{Name: name(), ReadinessProbe: probe.spec()})
+		all = append(all, v1.Container{Name: name(probe), ReadinessProbe: probe.spec()})
 	}
 	for _, probe := range p.Liveness {
-		all = append(all, v1.Container{Name: name(), LivenessProbe: probe.spec()})
+		all = append(all, v1.Container{Name: name(probe), LivenessProbe: probe.spec()})
 	}
 	return all
 }
@@ -116,10 +118,13 @@ func (n *Node) WriteSpecs(pods ...Probed) error {
 	return os.Rename(replacement, n.specsFile())
 }
 
+// FailureThreshold is the number of failures in a row, the kubelet's default, after which a probe has failed.
+const FailureThreshold = 3
+
 // spec returns the probe with the kubelet's defaults.
 func (p Probe) spec() *v1.Probe {
 	spec := &v1.Probe{
-		PeriodSeconds: int32(p.PeriodSeconds), TimeoutSeconds: int32(p.TimeoutSeconds), SuccessThreshold: 1, FailureThreshold: 3,
+		PeriodSeconds: int32(p.PeriodSeconds), TimeoutSeconds: int32(p.TimeoutSeconds), SuccessThreshold: 1, FailureThreshold: FailureThreshold,
 	}
 	port := intstr.FromInt32(int32(p.Port))
 	if p.Path == "" {

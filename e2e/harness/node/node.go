@@ -78,6 +78,12 @@ func (m *Machine) NewNode(chain Chain) (*Node, error) {
 	return n, n.WriteChain(nil, nil)
 }
 
+// NewCgroup creates a cgroup of the node, and returns its directory.
+func (n *Node) NewCgroup(name string) (string, error) {
+	dir := filepath.Join(n.CgroupPath(n.network), name)
+	return dir, os.MkdirAll(dir, 0o755)
+}
+
 // WriteChain writes the network's configuration, with the given plugins before and after probelet.
 func (n *Node) WriteChain(before, after []map[string]any) error {
 	plugins := append([]map[string]any{n.main}, before...)

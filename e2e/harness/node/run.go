@@ -250,7 +250,7 @@ const (
 	OtherCgroup  = "other"
 )
 
-// CgroupPath returns the directory of one of the cgroups above.
+// CgroupPath returns the directory of one of the machine's cgroups.
 func (m *Machine) CgroupPath(name string) string { return filepath.Join(m.cgroup, name) }
 
 // CgroupName returns the path of the machine's cgroup in its hierarchy. Container runtimes may use the same path in the
