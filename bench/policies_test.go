@@ -184,13 +184,13 @@ func (s *suite) addAnswered(t *testing.T, n *probedNode, c census) {
 // answer healthPath with an error.
 func (s *suite) compareDetection(t *testing.T, nodes []*probedNode) {
 	failure := func(i int) string { return []string{stopped, erring}[i%2] }
-	failed := map[*member]time.Time{}
+	failed, bounds := map[*member]time.Time{}, map[variant]map[string]float64{}
 	wait := 0.0
 	for _, n := range nodes {
-		bounds := n.stated(t)
+		bounds[n.variant] = n.stated(t)
 		for _, f := range []string{stopped, erring} {
-			wait = max(wait, bounds[f])
-			s.cell(f+stated, n.variant, exactly(bounds[f]), "s")
+			wait = max(wait, bounds[n.variant][f])
+			s.cell(f+stated, n.variant, exactly(bounds[n.variant][f]), "s")
 		}
 		for i, m := range n.members {
 			failed[m] = time.Now()
@@ -218,6 +218,9 @@ func (s *suite) compareDetection(t *testing.T, nodes []*probedNode) {
 	for _, f := range []string{stopped, erring} {
 		for _, n := range nodes {
 			s.cell(f+longest, n.variant, exactly(took[f][n.variant]), "s")
+			if n.flags != nil {
+				s.add(f+longest, n.variant, "", exactly(took[f][n.variant]), "s", atMost(bounds[n.variant][f]))
+			}
 		}
 		s.add(f+longest, default1, plain2, exactly(took[f][default1]/took[f][plain2]), ratio, below(1))
 	}
