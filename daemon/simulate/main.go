@@ -18,7 +18,7 @@ import (
 )
 
 func main() {
-	pods := flag.Int("pods", 320, "total number of pods, divided among the scenarios")
+	pods := flag.Int("pods", 310, "total number of pods, divided among the scenarios")
 	days := flag.Float64("days", 3, "days to simulate per pod")
 	seed := flag.Uint64("seed", 1, "seed of the random numbers")
 	docs := flag.String("docs", "", "directory in which to update simulation.md and simulation.svg; empty to write neither")

@@ -124,7 +124,7 @@ func strangersAmong(pods []probe.Pod) []stranger {
 	return all
 }
 
-// share records what else may ask the endpoints: strangers, and the pod's own hooks.
+// share records what else may ask the endpoints: strangers, and the pod's own hooks. It bars those that would be answered too.
 func (ag *agent) share(a *attachment, endpoints []probe.EndpointSpec) {
 	a.shared = map[probe.Endpoint]string{}
 	if a.pod == nil {
@@ -143,6 +143,9 @@ func (ag *agent) share(a *attachment, endpoints []probe.EndpointSpec) {
 		if i >= 0 {
 			a.shared[s.Endpoint] = others[i].String() + " may ask the same"
 		}
+	}
+	for _, o := range others {
+		probe.BarShared(endpoints, o.Spec, o.String(), a.pod.IPs)
 	}
 }
 

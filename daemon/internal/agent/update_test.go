@@ -138,8 +138,9 @@ func randomRecords(t *rapid.T) []attach.Record {
 	return records
 }
 
-// Endpoints that something else may ask, in whatever pod, are not compared with the kubelet's verdicts.
-func TestNotCompared(t *testing.T) {
+// Endpoints that something else may ask, in whatever pod, are not compared with the kubelet's verdicts, and not answered where that
+// would answer it too.
+func TestSharedEndpoints(t *testing.T) {
 	own := probe.Spec{Container: "c", Type: probe.Readiness, Kind: probe.HTTP, Port: 80, Path: "/x", Period: time.Second, Timeout: time.Second}
 	tcp := own
 	tcp.Kind, tcp.Path = probe.TCP, ""
@@ -157,6 +158,7 @@ func TestNotCompared(t *testing.T) {
 		others []probe.Pod // beside a pod that is asked by its own probe
 		too    probe.Pod   // what that pod has in addition
 		by     string      // what else may ask it
+		barred bool
 	}{
 		"alone":                  {own: own},
 		"alone, by TCP":          {own: tcp},
@@ -164,18 +166,18 @@ func TestNotCompared(t *testing.T) {
 		"beside other pods":      {own: own, others: []probe.Pod{{Name: "o", Probes: []probe.Spec{own, tcp}, Hooks: []probe.Spec{hook(own)}}}},
 		"beside other hosts":     {own: own, others: []probe.Pod{{Name: "o", Probes: []probe.Spec{at(own, "10.0.0.8"), at(own, "127.0.0.1")}}}},
 		"a pod": {own: own, others: []probe.Pod{{Name: "o", Probes: []probe.Spec{at(own, "10.0.0.7")}}},
-			by: "c/readiness of pod shop/o"},
+			by: "c/readiness of pod shop/o", barred: true},
 		"a pod, by TCP": {own: tcp, others: []probe.Pod{{Name: "o", Probes: []probe.Spec{at(tcp, "10.0.0.7")}}},
-			by: "c/readiness of pod shop/o"},
+			by: "c/readiness of pod shop/o", barred: true},
 		"a pod, by a Service": {own: tcp, others: []probe.Pod{{Name: "o", Probes: []probe.Spec{
 			with(at(tcp, "10.96.0.1"), func(s *probe.Spec) { s.Port = 8080 })}}}, by: "c/readiness of pod shop/o"},
 		"a pod of the host's": {own: own, others: []probe.Pod{{Name: "o", LeftAlone: "hostNetwork", Probes: []probe.Spec{at(own, "10.0.0.7")}}},
-			by: "c/readiness of pod shop/o"},
+			by: "c/readiness of pod shop/o", barred: true},
 		"a pod without IP": {own: own, others: []probe.Pod{{Name: "o", LeftAlone: "no IP yet", Probes: []probe.Spec{at(own, "10.0.0.7")}}},
-			by: "c/readiness of pod shop/o"},
+			by: "c/readiness of pod shop/o", barred: true},
 		"another pod's hook": {own: agent(own, "me"), others: []probe.Pod{{Name: "o", Hooks: []probe.Spec{hook(at(agent(own, "me"), "10.0.0.7"))}}},
-			by: "c/preStop of pod shop/o"},
-		"its own hook":   {own: agent(own, "me"), too: probe.Pod{Hooks: []probe.Spec{hook(agent(own, "me"))}}, by: "c/preStop of pod shop/web"},
+			by: "c/preStop of pod shop/o", barred: true},
+		"its own hook":   {own: agent(own, "me"), too: probe.Pod{Hooks: []probe.Spec{hook(agent(own, "me"))}}, by: "c/preStop of pod shop/web", barred: true},
 		"an honest hook": {own: own, too: probe.Pod{Hooks: []probe.Spec{hook(agent(own, "kube-lifecycle/1.37"))}}},
 		"its own probe, in other words": {own: own, too: probe.Pod{Probes: []probe.Spec{with(own, func(s *probe.Spec) {
 			s.Type, s.Headers = probe.Liveness, []probe.Header{{Name: "Accept", Value: "*/*"}}
@@ -197,6 +199,9 @@ func TestNotCompared(t *testing.T) {
 				want := test.by != "" && (others != nil || test.others == nil)
 				if strings.Contains(described, "notCompared") != want || !strings.Contains(described, test.by) && want {
 					t.Fatalf("beside %d pods: %s", len(others), described)
+				}
+				if strings.Contains(described, "answering it may also answer "+test.by) != (want && test.barred) {
+					t.Fatalf("beside %d pods, want it barred: %t: %s", len(others), want && test.barred, described)
 				}
 			}
 		})

@@ -172,8 +172,6 @@ func probeScenarios() []Scenario {
 		scenario("readiness + liveness, one path, other headers", 1./2, .49, "likewise", lone[0], authorized),
 		scenario("one probe, plus another pod's with host: and headers", 1./2, .49, "likewise", lone...).stranger(authorized),
 		scenario("one probe with headers, plus another pod's with host: only", 1./2, .49, "likewise", authorized).stranger(lone[0]),
-		scenario("one probe, plus another pod's with host: asking the same", 0, .88,
-			"not computed: the first probe after 11 s is observed, and the other pod probes three times as often", lone...).stranger(lone[0]),
 		scenario("one probe, a sidecar owns the listening socket", 1./2, .49, "likewise", lone...).sidecar(),
 		scenario("one probe, successThreshold 3", 1./2, .48, "likewise, after three in a row were observed", threeSuccesses),
 		scenario("one probe every second, timeout 30 s", 1./2, .49, "the slack is half a second", patient),
