@@ -281,13 +281,13 @@ func (n *probedNode) remains(t *testing.T) (onNode, inPods, tracked int) {
 	pods := map[netip.Addr]bool{}
 	for _, m := range n.members {
 		pods[m.Pod.IPv4] = true
-		sockets, err := node.TimeWaits(m.cmd.Process.Pid, func(netip.AddrPort) bool { return true })
+		sockets, err := node.TimeWaitWhere(m.cmd.Process.Pid, func(netip.AddrPort) bool { return true })
 		if err != nil {
 			t.Fatal(err)
 		}
 		inPods += len(sockets)
 	}
-	sockets, err := node.TimeWaits(os.Getpid(), func(a netip.AddrPort) bool { return pods[a.Addr()] })
+	sockets, err := node.TimeWaitWhere(os.Getpid(), func(a netip.AddrPort) bool { return pods[a.Addr()] })
 	if err != nil {
 		t.Fatal(err)
 	}

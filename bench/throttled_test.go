@@ -2,12 +2,13 @@ package bench
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"testing"
-	"time"
 
 	"github.com/probelet/probelet/bpf/bpftest"
 	"github.com/probelet/probelet/e2e/harness/node"
+	"github.com/probelet/probelet/internal/polltest"
 )
 
 // measureThrottled probes pods that have 1 % of a core, and clients that need more.
@@ -60,17 +61,12 @@ func measureThrottled(t *testing.T, s *suite) {
 // awaitAccepted waits until a pod's server has accepted that many connections.
 func awaitAccepted(t *testing.T, server *worker, connections int) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	polltest.Eventually(t, fmt.Sprintf("%d connections are accepted", connections), func() bool {
 		established, err := node.AcceptedIn(server.Pid())
 		waiting, more := node.Unaccepted(server.Pid(), podPort)
 		if err = errors.Join(err, more); err != nil {
 			t.Fatal(err)
 		}
-		if established >= connections && waiting == 0 {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("%d connections of %d were established, %d of which wait to be accepted", established, connections, waiting)
-		}
-	}
+		return established >= connections && waiting == 0
+	})
 }

@@ -50,7 +50,7 @@ func TestAnsweredProbesNeverReachThePod(t *testing.T) {
 func expectAnswered(t *testing.T, p *pod, probe node.Probe, address netip.Addr, count int) {
 	t.Helper()
 	endpoint := netip.AddrPortFrom(address, uint16(probe.Port))
-	waiting, err := node.TimeWait(os.Getpid(), endpoint)
+	waiting, err := node.TimeWaitOf(os.Getpid(), endpoint)
 	must(t, err)
 	segments, err := node.SegmentsIn(p.Pid())
 	must(t, err)
@@ -70,7 +70,7 @@ func expectAnswered(t *testing.T, p *pod, probe node.Probe, address netip.Addr, 
 	if most := node.SegmentsOfTCPProbe * passed; after-segments > most {
 		t.Errorf("port %d: %d segments reached the pod, want at most %d", probe.Port, after-segments, most)
 	}
-	left, err := node.TimeWait(os.Getpid(), endpoint)
+	left, err := node.TimeWaitOf(os.Getpid(), endpoint)
 	must(t, err)
 	if n := countNew(left, waiting); n > passed {
 		t.Errorf("port %d: %d sockets are left in TIME_WAIT", probe.Port, n)

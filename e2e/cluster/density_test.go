@@ -218,7 +218,7 @@ func measure(t *testing.T, s server, mode string) load {
 // timeWaits returns the node's sockets in TIME_WAIT.
 func timeWaits(t *testing.T) map[node.Connection]bool {
 	t.Helper()
-	sockets, err := node.TimeWaits(os.Getpid(), func(netip.AddrPort) bool { return true })
+	sockets, err := node.TimeWaitWhere(os.Getpid(), func(netip.AddrPort) bool { return true })
 	must(t, err)
 	return sockets
 }

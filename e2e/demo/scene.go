@@ -209,8 +209,8 @@ type reading struct {
 func (s *scene) read(q question) (r reading, err error) {
 	endpoint := netip.AddrPortFrom(q.address, uint16(q.port))
 	var errs [5]error
-	r.host, errs[0] = node.TimeWait(os.Getpid(), endpoint)
-	r.pod, errs[1] = node.TimeWait(q.server.Pid(), endpoint)
+	r.host, errs[0] = node.TimeWaitOf(os.Getpid(), endpoint)
+	r.pod, errs[1] = node.TimeWaitOf(q.server.Pid(), endpoint)
 	r.seen, errs[2] = q.server.Seen(q.port)
 	r.segments, errs[3] = node.SegmentsIn(q.server.Pid())
 	var status node.Status

@@ -121,7 +121,7 @@ func (n *Node) WriteSpecs(pods ...Probed) error {
 // FailureThreshold is the number of failures in a row, the kubelet's default, after which a probe has failed.
 const FailureThreshold = 3
 
-// spec returns the probe with the kubelet's defaults.
+// spec returns the probe with the API server's default thresholds and scheme.
 func (p Probe) spec() *v1.Probe {
 	spec := &v1.Probe{
 		PeriodSeconds: int32(p.PeriodSeconds), TimeoutSeconds: int32(p.TimeoutSeconds), SuccessThreshold: 1, FailureThreshold: FailureThreshold,

@@ -257,8 +257,8 @@ func (m *Machine) CgroupPath(name string) string { return filepath.Join(m.cgroup
 // hierarchies of version 1.
 func (m *Machine) CgroupName() string { return "/" + filepath.Base(m.cgroup) }
 
-// LimitCPU limits a process to a percentage of a CPU, in a cgroup of that name. The error wraps ErrUnsuited if the machine has no
-// controller for that. On the version 2 of cgroups the root must have delegated it, as systemd makes it do.
+// LimitCPU limits a process to a percentage of one CPU, in a new cgroup of that name. The error wraps ErrUnsuited if there is no CPU
+// controller. With cgroup v2 the root cgroup must delegate it, which systemd does.
 func (m *Machine) LimitCPU(pid int, name string, percent int) error {
 	const period = 100_000 // µs, the kernel's default
 	quota := period * percent / 100

@@ -8,23 +8,18 @@ import (
 	"os"
 	"strconv"
 	"strings"
-
-	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 )
 
 // Connection is a TCP connection as one side sees it.
 type Connection struct{ Local, Remote netip.AddrPort }
 
-// TimeWait returns the sockets in TIME_WAIT that involve the endpoint, in the network namespace of a process.
-func TimeWait(pid int, endpoint netip.AddrPort) (map[Connection]bool, error) {
-	return TimeWaits(pid, func(at netip.AddrPort) bool { return at == endpoint })
+// TimeWaitOf returns the sockets in TIME_WAIT that involve the endpoint, in the network namespace of a process.
+func TimeWaitOf(pid int, endpoint netip.AddrPort) (map[Connection]bool, error) {
+	return TimeWaitWhere(pid, func(at netip.AddrPort) bool { return at == endpoint })
 }
 
-// TimeWaits returns the sockets in TIME_WAIT with an address that matches, in the network namespace of a process.
-func TimeWaits(pid int, match func(netip.AddrPort) bool) (map[Connection]bool, error) {
+// TimeWaitWhere returns the sockets in TIME_WAIT with an address that matches, in the network namespace of a process.
+func TimeWaitWhere(pid int, match func(netip.AddrPort) bool) (map[Connection]bool, error) {
 	found := map[Connection]bool{}
 	rows, err := sockets(pid, "06") // TCP_TIME_WAIT
 	if err != nil {
@@ -138,38 +133,4 @@ func tcpCounter(pid int, counter string) (int, error) {
 		}
 	}
 	return 0, fmt.Errorf("process %d: no counter %s", pid, counter)
-}
-
-// TrackConnections makes the kernel track the connections of the current network namespace, as it does where kube-proxy runs, until
-// stop is called.
-func TrackConnections() (stop func() error, err error) {
-	return AddRule("track", nftables.TableFamilyINet, nftables.ChainHookOutput, &expr.Ct{Key: expr.CtKeySTATE, Register: 1})
-}
-
-// AddRule adds a rule to a netfilter hook of the current network namespace, in a table of its own that remove removes.
-func AddRule(table string, family nftables.TableFamily, hook *nftables.ChainHook, rule ...expr.Any) (remove func() error, err error) {
-	c, err := nftables.New()
-	if err != nil {
-		return nil, err
-	}
-	t := c.AddTable(&nftables.Table{Name: table, Family: family})
-	chain := c.AddChain(&nftables.Chain{
-		Name: "filter", Table: t, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityFilter,
-	})
-	c.AddRule(&nftables.Rule{Table: t, Chain: chain, Exprs: rule})
-	return func() error {
-		c.DelTable(t)
-		return c.Flush()
-	}, c.Flush()
-}
-
-// Tracked returns the number of tracked connections to addresses in a prefix of IPv4, in the current network namespace.
-func Tracked(to netip.Prefix) (count int, err error) {
-	entries, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET) //nolint:forbidigo // netlinksafe has none
-	for _, entry := range entries {
-		if ip, ok := netip.AddrFromSlice(entry.Forward.DstIP.To4()); ok && to.Contains(ip) {
-			count++
-		}
-	}
-	return count, err
 }
