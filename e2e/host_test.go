@@ -244,24 +244,25 @@ func (n *named) expectSame(t *testing.T, name string, p node.Probe, success bool
 	}
 }
 
-// Probes that send the same bytes to the same address share evidence in both directions, whoever owns them and however they
-// got the address.
+// A pod whose own probe another pod's probe repeats is not answered: the other one may have a shorter timeout. Among a pod's own probes
+// the same request is the same endpoint. A TCP probe that does not name the pod's address cannot be told apart from its own.
 func TestHostProbesWithTheSameRequest(t *testing.T) {
 	cases := []struct {
-		name string
-		by   asker
-		way  way
-		tcp  bool
+		name   string
+		by     asker
+		way    way
+		tcp    bool
+		shared bool
 	}{
-		{"HTTP", anotherPod, byIPv4, false},
-		{"HTTP of a hostNetwork pod", hostNetworkPod, byIPv4, false},
-		{"HTTP of a sidecar", theSamePod, byIPv4, false},
-		{"HTTP at a name", anotherPod, byName, false},
-		{"HTTP at a ClusterIP", anotherPod, byClusterIP, false},
-		{"TCP", anotherPod, byIPv4, true},
-		{"TCP of a hostNetwork pod", hostNetworkPod, byIPv4, true},
-		{"TCP at a name", anotherPod, byName, true},
-		{"TCP at a ClusterIP", anotherPod, byClusterIP, true},
+		{"HTTP", anotherPod, byIPv4, false, false},
+		{"HTTP of a hostNetwork pod", hostNetworkPod, byIPv4, false, false},
+		{"HTTP of a sidecar", theSamePod, byIPv4, false, true},
+		{"HTTP at a name", anotherPod, byName, false, false},
+		{"HTTP at a ClusterIP", anotherPod, byClusterIP, false, false},
+		{"TCP", anotherPod, byIPv4, true, false},
+		{"TCP of a hostNetwork pod", hostNetworkPod, byIPv4, true, false},
+		{"TCP at a name", anotherPod, byName, true, true},
+		{"TCP at a ClusterIP", anotherPod, byClusterIP, true, true},
 	}
 	s := newScene(t, node.PTP)
 	pods := s.newNamed(len(cases))
@@ -283,23 +284,27 @@ func TestHostProbesWithTheSameRequest(t *testing.T) {
 	for i, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			p := all[i]
-			p.expectShared(t, p.theirs[0], p.own[0])
-			p.expectShared(t, p.own[0], p.theirs[0])
+			p.expectEvidence(t, p.theirs[0], p.own[0], c.shared)
+			p.expectEvidence(t, p.own[0], p.theirs[0], c.shared)
 		})
 	}
 }
 
-// expectShared sends a probe that reaches the pod, then another that is answered based on the first.
-func (p *probes) expectShared(t *testing.T, first, second node.Probe) {
+// expectEvidence sends a probe that reaches the pod, then another, which is answered because of the first if evidence is shared.
+func (p *probes) expectEvidence(t *testing.T, first, second node.Probe, shared bool) {
 	t.Helper()
 	_, err := p.s.Ctl("invalidate", node.Namespace+"/"+p.Name)
 	must(t, err)
 	own := p.own[0]
 	before := p.hits(own)
 	p.expectSame(t, "first", first, true)
-	must(t, p.s.AwaitState(p.Pod, own.Port, own.Path, node.Fresh))
+	state, answered := node.Stale, 0
+	if shared {
+		state, answered = node.Fresh, 1
+	}
+	must(t, p.s.AwaitState(p.Pod, own.Port, own.Path, state))
 	p.expectSame(t, "second", second, true)
-	if got := p.hits(own) - before; got != 1 {
-		t.Errorf("%d probes were answered, want 1, the second", got)
+	if got := p.hits(own) - before; got != answered {
+		t.Errorf("%d probes were answered, want %d: only the second may be", got, answered)
 	}
 }

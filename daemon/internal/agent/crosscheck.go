@@ -115,7 +115,7 @@ func strangersAmong(pods []probe.Pod) []stranger {
 	var all []stranger
 	for i := range pods {
 		for _, p := range slices.Concat(pods[i].Probes, pods[i].Hooks) {
-			if p.Host != "" {
+			if p.Host != "" && !pods[i].Ended {
 				p.Instance = ""
 				all = append(all, stranger{p, pods[i].String()})
 			}
@@ -136,16 +136,19 @@ func (ag *agent) share(a *attachment, endpoints []probe.EndpointSpec) {
 			others = append(others, stranger{p, a.pod.String()})
 		}
 	}
-	for _, s := range endpoints {
-		i := slices.IndexFunc(others, func(o stranger) bool {
-			return s.Observed && s.MayBeAskedBy(o.Spec, a.pod.IPs)
-		})
-		if i >= 0 {
-			a.shared[s.Endpoint] = others[i].String() + " may ask the same"
+	for i, s := range endpoints {
+		if !s.Observed {
+			continue
 		}
-	}
-	for _, o := range others {
-		probe.BarShared(endpoints, o.Spec, o.String(), a.pod.IPs)
+		if j := slices.IndexFunc(others, func(o stranger) bool { return s.MayBeAskedBy(o.Spec, a.pod.IPs) }); j >= 0 {
+			a.shared[s.Endpoint] = others[j].String() + " may ask the same"
+		}
+		if s.Reason != (probe.Reason{}) && !s.Withheld {
+			continue
+		}
+		if j := slices.IndexFunc(others, func(o stranger) bool { return s.AnsweredWith(o.Spec, a.pod.IPs) }); j >= 0 {
+			probe.Bar(endpoints, i, probe.Reason{Code: probe.ReasonBeside, Text: fmt.Sprintf("answering it would also answer %s", others[j])})
+		}
 	}
 }
 

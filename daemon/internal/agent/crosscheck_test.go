@@ -100,7 +100,7 @@ func TestSharedEndpointReachesThePod(t *testing.T) {
 	n.makeFresh()
 	k.tells(t, pod, agent)
 	n.eventually("not answered", func() bool {
-		return n.endpoint().NotAnswered == "answering it may also answer c/readiness of pod shop/agent"
+		return n.endpoint().NotAnswered == "answering it would also answer c/readiness of pod shop/agent"
 	})
 	for range 3 {
 		n.want("/healthz", 200, false)

@@ -171,6 +171,7 @@ func TestSharedEndpoints(t *testing.T) {
 			by: "c/readiness of pod shop/o", barred: true},
 		"a pod, by a Service": {own: tcp, others: []probe.Pod{{Name: "o", Probes: []probe.Spec{
 			with(at(tcp, "10.96.0.1"), func(s *probe.Spec) { s.Port = 8080 })}}}, by: "c/readiness of pod shop/o"},
+		"a pod that has ended": {own: own, others: []probe.Pod{{Name: "o", Ended: true, Probes: []probe.Spec{at(own, "10.0.0.7")}}}},
 		"a pod of the host's": {own: own, others: []probe.Pod{{Name: "o", LeftAlone: "hostNetwork", Probes: []probe.Spec{at(own, "10.0.0.7")}}},
 			by: "c/readiness of pod shop/o", barred: true},
 		"a pod without IP": {own: own, others: []probe.Pod{{Name: "o", LeftAlone: "no IP yet", Probes: []probe.Spec{at(own, "10.0.0.7")}}},
@@ -200,7 +201,7 @@ func TestSharedEndpoints(t *testing.T) {
 				if strings.Contains(described, "notCompared") != want || !strings.Contains(described, test.by) && want {
 					t.Fatalf("beside %d pods: %s", len(others), described)
 				}
-				if strings.Contains(described, "answering it may also answer "+test.by) != (want && test.barred) {
+				if strings.Contains(described, "answering it would also answer "+test.by) != (want && test.barred) {
 					t.Fatalf("beside %d pods, want it barred: %t: %s", len(others), want && test.barred, described)
 				}
 			}

@@ -75,8 +75,8 @@ func Of(p *corev1.Pod) (probe.Pod, error) {
 		pod.Probes[i].Host = dialled(pod.Probes[i].Host, own)
 		pod.Probes[i].Instance = Instance(p.Status, pod.Probes[i].Container)
 	}
-	pod.NotAnswered = ending(p)
-	if ended(p) {
+	pod.NotAnswered, pod.Ended = ending(p), ended(p)
+	if pod.Ended {
 		pod.IPs = nil // another pod may have the addresses by now
 	}
 	return pod, err

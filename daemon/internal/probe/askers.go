@@ -1,21 +1,35 @@
 package probe
 
-import "net/netip"
+import (
+	"net/netip"
+	"slices"
+)
 
-// BarShared bars the endpoints that cannot be answered without also answering another probe, or a hook: one of another pod that dials this
-// pod, or a hook that sends what a probe does. Its timeout and its bound are not theirs. ips are the addresses of the pod; by names the
-// other one. A TCP probe that dials a Service is not noticed, as it may lead to any pod.
-func BarShared(specs []EndpointSpec, other Spec, by string, ips []netip.Addr) {
-	asker := endpointOf(other, ips, Limits{})
-	for i, s := range specs {
-		shared := s.MayBeAskedBy(other, ips)
-		if other.Kind.Keying() == KeyedByPort {
-			shared = asker.answeredWith(s)
-		}
-		if shared && s.Observed && (s.Reason == Reason{} || s.Withheld) {
-			Bar(specs, i, Reason{ReasonBeside, "answering it may also answer " + by})
-		}
+// AnsweredWith reports whether the kernel, if it may answer the endpoint, would also answer another probe, or a hook: one of another pod
+// that dials this one, or a hook of its own that sends what a probe does. ips are the pod's addresses. Whether a connection to a name or to
+// another address arrives at the pod, perhaps through a Service, is not known: only a request tells.
+func (s EndpointSpec) AnsweredWith(other Spec, ips []netip.Addr) bool {
+	here := other.Port == s.Port && (other.Host == "" || dials(other.Host, ips))
+	switch {
+	case other.Kind.Keying() == KeyedByPort:
+		return here
+	case other.Problem != "": // the request is unknown
+		return here && s.Kind == other.Kind && s.Path == other.Path
 	}
+	return s.MayBeAskedBy(other, ips) && (here || !isLoopback(other.Host))
+}
+
+// dials reports whether host is one of a pod's addresses. If they are not known, any address may be.
+func dials(host string, ips []netip.Addr) bool {
+	ip, err := netip.ParseAddr(host)
+	ip = ip.Unmap().WithZone("")
+	return err == nil && (slices.Contains(ips, ip) || len(ips) == 0 && !ip.IsLoopback())
+}
+
+// isLoopback reports whether host is the node itself, to the kubelet.
+func isLoopback(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && ip.Unmap().IsLoopback()
 }
 
 // MayBeAskedBy reports whether another probe, or a hook, may ask the endpoint the same question as its own probes. ips
@@ -26,7 +40,7 @@ func (s EndpointSpec) MayBeAskedBy(p Spec, ips []netip.Addr) bool {
 	case s.Kind != p.Kind:
 		return false
 	case s.Kind.Keying() == KeyedByPort:
-		return p.Host != "" && !isLoopback(p.Host)
+		return p.Host != ""
 	case s.Path != p.Path:
 		return false
 	case p.Problem != "":
@@ -34,10 +48,4 @@ func (s EndpointSpec) MayBeAskedBy(p Spec, ips []netip.Addr) bool {
 	}
 	q, err := questionOf(p, ips)
 	return err == nil && s.Asks(q.Request)
-}
-
-// isLoopback reports whether host is the node itself, to the kubelet.
-func isLoopback(host string) bool {
-	ip, err := netip.ParseAddr(host)
-	return host == "localhost" || err == nil && ip.Unmap().IsLoopback()
 }

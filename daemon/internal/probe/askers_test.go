@@ -64,9 +64,6 @@ func TestMayBeAskedByTCP(t *testing.T) {
 		"at its address":    {Spec{Kind: TCP, Port: 80, Host: "10.0.0.7"}, true},
 		"at a Service":      {Spec{Kind: TCP, Port: 8080, Host: "10.96.0.1"}, true},
 		"at a name":         {Spec{Kind: TCP, Port: 8080, Host: "web.example"}, true},
-		"at the node":       {Spec{Kind: TCP, Port: 80, Host: "127.0.0.1"}, false},
-		"at the node, IPv6": {Spec{Kind: TCP, Port: 80, Host: "::1"}, false},
-		"at localhost":      {Spec{Kind: TCP, Port: 80, Host: "localhost"}, false},
 		"of the pod's own":  {Spec{Kind: TCP, Port: 8080}, false},
 		"with a request":    {Spec{Kind: HTTP, Port: 80, Path: "/", Host: "10.0.0.7"}, false},
 		"with another kind": {Spec{Kind: GRPC, Port: 80}, false},
@@ -77,48 +74,50 @@ func TestMayBeAskedByTCP(t *testing.T) {
 	}
 }
 
-// Endpoints are barred if answering them also answers someone else's probe, or a hook.
-func TestBarShared(t *testing.T) {
-	ips := []netip.Addr{netip.MustParseAddr("10.0.0.7")}
-	request := Spec{Kind: HTTP, Port: 80, Path: "/x"}
-	at := func(s Spec, host string, port uint16) Spec {
-		s.Host, s.Port = host, port
-		return s
-	}
+// Answering an endpoint also answers probes of others that arrive and ask the same.
+func TestAnsweredWith(t *testing.T) {
+	ips := []netip.Addr{netip.MustParseAddr("10.0.0.7"), netip.MustParseAddr("fd00::7")}
+	tcp := Endpoint{Port: 80, Kind: TCP}
+	both, none, request := []Endpoint{x, tcp}, []Endpoint(nil), []Endpoint{x}
 	for name, test := range map[string]struct {
 		other Spec
+		ips   []netip.Addr
 		want  []Endpoint
 	}{
-		"the same request":              {at(request, "10.0.0.7", 80), []Endpoint{x}},
-		"another port":                  {at(request, "10.0.0.7", 81), nil},
-		"another address":               {at(request, "10.0.0.8", 80), nil},
-		"another path":                  {Spec{Kind: HTTP, Port: 80, Path: "/y", Host: "10.0.0.7"}, nil},
-		"a hook of its own":             {at(request, "", 80), []Endpoint{x}},
-		"an unknown request":            {Spec{Kind: HTTP, Port: 80, Path: "/x", Host: "10.0.0.7", Problem: "the path contains credentials"}, []Endpoint{x}},
-		"a connection":                  {Spec{Kind: TCP, Port: 80, Host: "10.0.0.7"}, []Endpoint{x, {Port: 80, Kind: TCP}}},
-		"a connection to a name":        {Spec{Kind: TCP, Port: 80, Host: "web.example"}, []Endpoint{x, {Port: 80, Kind: TCP}}},
-		"a connection to another port":  {Spec{Kind: TCP, Port: 81, Host: "10.0.0.7"}, nil},
-		"a connection to the node":      {Spec{Kind: TCP, Port: 80, Host: "127.0.0.1"}, nil},
-		"another kind":                  {Spec{Kind: GRPC, Port: 80, Host: "10.0.0.7"}, nil},
-		"a connection to other address": {Spec{Kind: TCP, Port: 80, Host: "10.0.0.8"}, nil},
+		"the same request":             {Spec{Kind: HTTP, Port: 80, Path: "/x", Host: "10.0.0.7"}, ips, request},
+		"another port":                 {Spec{Kind: HTTP, Port: 81, Path: "/x", Host: "10.0.0.7"}, ips, none},
+		"another address":              {Spec{Kind: HTTP, Port: 80, Path: "/x", Host: "10.0.0.8"}, ips, none},
+		"another path":                 {Spec{Kind: HTTP, Port: 80, Path: "/y", Host: "10.0.0.7"}, ips, none},
+		"by a Service":                 {Spec{Kind: HTTP, Port: 81, Path: "/x", Host: "10.96.0.1", Headers: []Header{{"Host", "10.0.0.7:80"}}}, ips, request},
+		"by a name":                    {Spec{Kind: HTTP, Port: 81, Path: "/x", Host: "web.example", Headers: []Header{{"Host", "10.0.0.7:80"}}}, ips, request},
+		"at the node":                  {Spec{Kind: HTTP, Port: 81, Path: "/x", Host: "127.0.0.1", Headers: []Header{{"Host", "10.0.0.7:80"}}}, ips, none},
+		"a hook of its own":            {Spec{Kind: HTTP, Port: 80, Path: "/x"}, ips, request},
+		"an unknown request":           {Spec{Kind: HTTP, Port: 80, Path: "/x", Host: "10.0.0.7", Problem: "x"}, ips, request},
+		"an unknown request elsewhere": {Spec{Kind: HTTP, Port: 9999, Path: "/x", Host: "10.0.0.8", Problem: "x"}, ips, none},
+		"an unknown port":              {Spec{Kind: HTTP, Path: "/x", Host: "10.0.0.7", Problem: "x"}, ips, none},
+		"a connection":                 {Spec{Kind: TCP, Port: 80, Host: "10.0.0.7"}, ips, both},
+		"a connection, IPv6":           {Spec{Kind: TCP, Port: 80, Host: "fd00::7%eth0"}, ips, both},
+		"a connection, IPv4 in IPv6":   {Spec{Kind: TCP, Port: 80, Host: "::ffff:10.0.0.7"}, ips, both},
+		"a connection to another pod":  {Spec{Kind: TCP, Port: 80, Host: "10.0.0.8"}, ips, none},
+		"a connection to another port": {Spec{Kind: TCP, Port: 81, Host: "10.0.0.7"}, ips, none},
+		"a connection to a name":       {Spec{Kind: TCP, Port: 80, Host: "web.example"}, ips, none},
+		"a connection to the node":     {Spec{Kind: TCP, Port: 80, Host: "127.0.0.1"}, ips, none},
+		"addresses unknown":            {Spec{Kind: TCP, Port: 80, Host: "10.0.0.7"}, nil, both},
+		"addresses unknown, the node":  {Spec{Kind: TCP, Port: 80, Host: "::1"}, nil, none},
+		"another kind":                 {Spec{Kind: GRPC, Port: 80, Host: "10.0.0.7"}, ips, none},
 	} {
-		for _, mode := range []Mode{Answer, Observe} {
-			settings := NewDefaults().Settings(nil)
-			settings.Mode = mode
-			specs, err := Endpoints(Pod{IPs: ips, Probes: []Spec{httpProbe(Readiness, "/x"), tcpProbe(Liveness)}}, settings, limits)
-			if err != nil {
-				t.Fatal(err)
+		specs, err := Endpoints(Pod{IPs: test.ips, Probes: []Spec{httpProbe(Readiness, "/x"), tcpProbe(Liveness)}}, NewDefaults().Settings(nil), limits)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []Endpoint
+		for _, s := range specs {
+			if s.AnsweredWith(test.other, test.ips) {
+				got = append(got, s.Endpoint)
 			}
-			BarShared(specs, test.other, "c/liveness of pod n/other", ips)
-			var barred []Endpoint
-			for _, s := range specs {
-				if s.Reason == (Reason{ReasonBeside, "answering it may also answer c/liveness of pod n/other"}) && !s.Withheld {
-					barred = append(barred, s.Endpoint)
-				}
-			}
-			if !slices.Equal(barred, test.want) {
-				t.Errorf("%s, mode %s: barred %v, want %v", name, mode, barred, test.want)
-			}
+		}
+		if !slices.Equal(got, test.want) {
+			t.Errorf("%s: got %v, want %v", name, got, test.want)
 		}
 	}
 }

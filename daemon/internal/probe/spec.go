@@ -85,6 +85,8 @@ type Pod struct {
 	LeftAlone string
 	// NotAnswered explains why none of the pod's probes is answered; empty if that depends on the probe.
 	NotAnswered string
+	// Ended: none of its containers will run again, so nothing probes it.
+	Ended bool
 }
 
 func (p Pod) String() string { return p.Namespace + "/" + p.Name }

@@ -77,6 +77,8 @@ type entry struct {
 	// probedAt dates the last outcome of a prober, as the evidence would. What the daemon's own requests and other endpoints'
 	// probes find may be newer, but the prober does not know of it, so it makes no failure of the prober's obsolete.
 	probedAt uint64
+	// restoredAt dates evidence that outlived an earlier tracker. Connections known to be unanswered before it were known then too.
+	restoredAt uint64
 	// successes counts the probes in a row that succeeded.
 	successes int
 	// wellSince is when the first of them was asked; 0 if there is none.
@@ -123,7 +125,8 @@ func (e *entry) armed() bool {
 
 // forget drops everything but the question.
 func (e *entry) forget(now uint64) {
-	e.evidence, e.successes, e.wellSince, e.since, e.probedAt = Evidence{Question: e.evidence.Question}, 0, 0, now, 0
+	e.evidence, e.since = Evidence{Question: e.evidence.Question}, now
+	e.successes, e.wellSince, e.probedAt, e.restoredAt = 0, 0, 0, 0
 }
 
 // NewTracker returns a tracker without endpoints.
@@ -144,6 +147,9 @@ func (t *Tracker) SetEndpoints(specs []EndpointSpec, now uint64) []Change {
 			continue
 		}
 		e := *old
+		if old.spec.Reason != (Reason{}) && !old.spec.Withheld { // meanwhile others may have asked it too
+			e.successes, e.wellSince = 0, 0
+		}
 		e.spec, e.asking = s, Question{}
 		entries[s.Endpoint] = &e
 		change := Change{Endpoint: s.Endpoint, Cause: BySpec, From: old.evidence}
@@ -175,7 +181,7 @@ func (t *Tracker) Restore(endpoint Endpoint, evidence Evidence, now uint64) {
 	if evidence.ObservedAt > now || evidence.ObservedAt <= e.evidence.ObservedAt {
 		return
 	}
-	e.evidence, e.since = evidence, 0
+	e.evidence, e.since, e.restoredAt = evidence, 0, evidence.ObservedAt
 	if evidence.FreshUntil != 0 && e.spec.SuccessThreshold == 1 {
 		e.successes = 1 // a higher threshold is not restored: failures may have gone unseen meanwhile
 	}
@@ -207,7 +213,7 @@ func (t *Tracker) Falter(endpoint Endpoint, at uint64) {
 func (t *Tracker) Unanswered(port uint16, began, now uint64) []Change {
 	return t.change(func(s EndpointSpec, e *entry) {
 		failed := min(now, began+uint64(s.longestTimeout()))
-		if s.Port == port && now >= began+uint64(s.Timeout) && e.probedAt <= failed && !e.timeOut(began) {
+		if s.Port == port && now >= began+uint64(s.Timeout) && max(e.probedAt, e.restoredAt) <= failed && !e.timeOut(began) {
 			e.successes, e.wellSince = 0, 0
 			e.evidence = Evidence{Question: e.evidence.Question, Result: Failure, ObservedAt: max(failed, e.evidence.ObservedAt)}
 		}
@@ -276,14 +282,17 @@ func (e *entry) observe(o Outcome) bool {
 		return true
 	}
 	e.count(result, o)
-	known := e.evidence.Question
-	e.evidence = Evidence{Question: known, Result: result, Status: o.Status, ObservedAt: max(observedAt, e.evidence.ObservedAt)}
+	before := e.evidence
+	e.evidence = Evidence{Question: before.Question, Result: result, Status: o.Status, ObservedAt: max(observedAt, before.ObservedAt)}
 	if o.Question != (Question{}) && e.of(o) {
 		e.evidence.Question, e.text = o.Question, o.Text
 	}
-	if e.armed() {
+	switch {
+	case e.armed():
 		e.evidence.FreshUntil = e.bound()
 		e.setTrafficUntil(e.trafficUntil(observedAt))
+	case result == Success && before.Result == Success: // of the daemon's own, after a timeout: it neither prolongs nor ends what traffic may do
+		e.setTrafficUntil(before.TrafficUntil)
 	}
 	return true
 }

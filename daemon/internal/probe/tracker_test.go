@@ -773,6 +773,54 @@ func TestOwnRequestsHideNoFailure(t *testing.T) {
 	}
 }
 
+// A success of the daemon's own between two timeouts does not end what traffic vouches for.
+func TestOwnSuccessKeepsTraffic(t *testing.T) {
+	tracker := byTraffic(t, httpProbe(Liveness, "/x"))
+	tracker.Observe(after(20, x, Answered, 200))
+	timeout := after(31, x, NoAnswer, 0)
+	timeout.Duration = time.Second
+	tracker.Observe(timeout)
+	until := tracker.Evidence()[x].TrafficUntil
+	own := after(32, x, Answered, 200)
+	own.Refresh = true
+	tracker.Observe(own)
+	if got := tracker.Evidence()[x]; until == 0 || got.TrafficUntil != until || got.FreshUntil != 0 {
+		t.Errorf("got %+v, want traffic to vouch until %d, and no more", got, until)
+	}
+}
+
+// Evidence that outlived a tracker is not voided by connections that were unanswered before it.
+func TestRestoredEvidenceIsNewerThanOldConnections(t *testing.T) {
+	tracker := track(t, httpProbe(Readiness, "/x"))
+	tracker.Restore(x, Evidence{Result: Success, ObservedAt: 990 * second, FreshUntil: 1001 * second}, 1000*second)
+	if changes := tracker.Unanswered(80, 975*second, 1000*second); changes != nil {
+		t.Errorf("an earlier connection: %+v", changes)
+	}
+	if changes := tracker.Unanswered(80, 995*second, 1000*second); len(changes) != 1 || changes[0].To.Result != Failure {
+		t.Errorf("a later connection: %+v", changes)
+	}
+}
+
+// Successes of the time during which an endpoint was barred do not count: others may have asked for them.
+func TestBarredSuccessesDoNotCount(t *testing.T) {
+	probe := httpProbe(Readiness, "/x")
+	probe.SuccessThreshold = 2
+	specs, barred := endpoints(t, probe), endpoints(t, probe)
+	Bar(barred, 0, Reason{ReasonBeside, "x"})
+	tracker := NewTracker()
+	tracker.SetEndpoints(barred, 1000*second)
+	for s := range uint64(5) {
+		tracker.Observe(after(1+s, x, Answered, 200))
+	}
+	tracker.SetEndpoints(specs, 1006*second)
+	for n, want := range []bool{false, true} {
+		tracker.Observe(after(7+uint64(n), x, Answered, 200))
+		if fresh := tracker.Evidence()[x].FreshUntil != 0; fresh != want {
+			t.Errorf("after %d successes since the bar was lifted: fresh: %t", n+1, fresh)
+		}
+	}
+}
+
 // checkChanges checks that every change is reported, and nothing else. Endpoints that are no longer asked are not
 // reported.
 func checkChanges(t *rapid.T, changes []Change, before, after map[Endpoint]Evidence) {
