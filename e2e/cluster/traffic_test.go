@@ -50,7 +50,7 @@ func startLoad(t *testing.T, pod *corev1.Pod) *clientLoad {
 	for range 10 {
 		l.clients.Go(func() {
 			for ctx.Err() == nil {
-				if err := l.ask(ctx, client, "http://"+net.JoinHostPort(pod.Status.PodIP, "8080")+"/work?cpu=10ms"); err != nil {
+				if err := l.ask(ctx, client, "http://"+net.JoinHostPort(pod.Status.PodIP, "8080")+"/work?cpu=5ms"); err != nil {
 					time.Sleep(100 * time.Millisecond) // it is being restarted
 				}
 			}
