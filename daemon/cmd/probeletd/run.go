@@ -190,7 +190,7 @@ func policyFlags(flags *pflag.FlagSet, d *probe.Defaults) {
 	flags.TextVar(&d.Mode, "mode", builtIn.Mode, "mode of pods without an annotation: `answer|observe|off`")
 	flags.TextVar(&d.Staleness, "staleness", builtIn.Staleness, "how many `periods` a success is answered for; 1-5: 1, and 5 once an endpoint is steady")
 	flags.TextVar(&d.Liveness, "liveness", builtIn.Liveness, "what is evidence for liveness probes: `probes|traffic`")
-	flags.TextVar(&d.Ceiling, "staleness-ceiling", builtIn.Ceiling, "most `periods` that an annotation can request")
+	flags.TextVar(&d.Ceiling, "staleness-ceiling", builtIn.Ceiling, "most `periods` that an annotation can request; if set, also of TCP endpoints by default")
 	flags.TextVar(&d.Refresh, "refresh", builtIn.Refresh, "whether the daemon sends requests of its own: `true|false`, or the longest interval between them")
 	flags.BoolVar(&d.RefreshByAnnotation, "refresh-by-annotation", false, "let pods request refresh by annotation, at the node's expense")
 }

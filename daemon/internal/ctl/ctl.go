@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -131,6 +132,32 @@ type place struct{ bpfDir, stateDir string }
 func (p *place) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&p.bpfDir, "bpf-dir", datapath.DefaultDir, "`directory` in bpffs where the BPF objects are pinned")
 	cmd.Flags().StringVar(&p.stateDir, "state-dir", attach.DefaultStateDir, "`directory` of attachment records and the daemon's state")
+}
+
+// read reads what is known of the node.
+func (env *environment) read(where place) (survey.Status, error) {
+	return where.check(env.at(where).Read)
+}
+
+// readWithNeighbours is read with the programs beside probelet's.
+func (env *environment) readWithNeighbours(where place) (survey.Status, error) {
+	return where.check(env.at(where).ReadWithNeighbours)
+}
+
+// check returns what read does, unless the directories are not those that probelet uses here.
+func (p place) check(read func() (survey.Status, error)) (s survey.Status, err error) {
+	for _, dir := range []struct{ flag, path string }{{"bpf-dir", p.bpfDir}, {"state-dir", p.stateDir}} {
+		if !filepath.IsAbs(dir.path) {
+			return s, status.Errorf(status.Usage, "--%s %q: must be an absolute path", dir.flag, dir.path)
+		}
+	}
+	if s, err = read(); err != nil {
+		return s, err
+	}
+	if _, err := os.Stat(p.stateDir); errors.Is(err, os.ErrNotExist) && s.Counters != nil {
+		return s, status.Errorf(status.Failed, "--state-dir %q: no such directory, although BPF objects are loaded: probeletd uses another one", p.stateDir)
+	}
+	return s, nil
 }
 
 // at returns the source of what the commands show.

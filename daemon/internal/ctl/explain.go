@@ -68,7 +68,7 @@ func explainCommand(env *environment) *cobra.Command {
 }
 
 func explain(ctx context.Context, env *environment, where place, name string) (Explanation, error) {
-	s, err := env.at(where).ReadWithNeighbours()
+	s, err := env.readWithNeighbours(where)
 	if err != nil {
 		return Explanation{}, err
 	}

@@ -54,7 +54,7 @@ func invalidateCommand(env *environment) *cobra.Command {
 
 // stillOf says what is still answered for a pod if nothing changes.
 func stillOf(env *environment, where place, pod string) string {
-	s, err := env.at(where).Read()
+	s, err := env.read(where)
 	if err != nil {
 		return err.Error()
 	}

@@ -60,7 +60,7 @@ func statusCommand(env *environment) *cobra.Command {
 			if summary {
 				return summarize(cmd.Context(), env, where, *output == "json")
 			}
-			s, err := env.at(where).ReadWithNeighbours()
+			s, err := env.readWithNeighbours(where)
 			if err != nil {
 				return err
 			}
@@ -85,7 +85,7 @@ func statusCommand(env *environment) *cobra.Command {
 
 // summarize shows the node's totals.
 func summarize(ctx context.Context, env *environment, where place, asJSON bool) error {
-	s, err := env.at(where).Read()
+	s, err := env.read(where)
 	if err != nil {
 		return err
 	}

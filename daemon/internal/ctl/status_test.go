@@ -53,7 +53,7 @@ func (m *machine) execute(args ...string) (string, error) {
 	env := environment{
 		stdout: &stdout, stderr: &m.stderr, now: func() uint64 { return surveytest.Now }, open: m.Open, host: m.host, width: m.width,
 	}
-	err := execute(context.Background(), env, append(args, "--state-dir", m.StateDir))
+	err := execute(context.Background(), env, append([]string{args[0], "--state-dir", m.StateDir}, args[1:]...))
 	return stdout.String(), err
 }
 

@@ -50,7 +50,7 @@ func topCommand(env *environment) *cobra.Command {
 }
 
 func top(ctx context.Context, env *environment, where place, only namespaceFilter, interval time.Duration, times int) error {
-	before, err := env.at(where).Read()
+	before, err := env.read(where)
 	if err != nil {
 		return err
 	}
@@ -61,7 +61,7 @@ func top(ctx context.Context, env *environment, where place, only namespaceFilte
 			return nil
 		case <-time.After(interval):
 		}
-		s, err := env.at(where).Read()
+		s, err := env.read(where)
 		if err != nil {
 			return err
 		}

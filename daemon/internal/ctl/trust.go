@@ -33,7 +33,7 @@ func trustCommand(env *environment) *cobra.Command {
 }
 
 func trust(env *environment, where place, name string) error {
-	s, err := env.at(where).Read()
+	s, err := env.read(where)
 	if err != nil {
 		return err
 	}

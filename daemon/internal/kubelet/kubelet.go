@@ -103,7 +103,7 @@ func (c *Client) request(ctx context.Context, accept string) (*http.Request, err
 	if c.config.TokenFile != "" {
 		token, err := os.ReadFile(c.config.TokenFile)
 		if err != nil {
-			return nil, fmt.Errorf("token: %w", err)
+			return nil, fmt.Errorf("--kubelet-token-file: %w", err)
 		}
 		request.Header.Set("Authorization", "Bearer "+string(bytes.TrimSpace(token)))
 	}
@@ -117,10 +117,10 @@ func (c *Client) prepare() error {
 	if c.config.CAFile != "" {
 		var err error
 		if ca, err = os.ReadFile(c.config.CAFile); err != nil {
-			return fmt.Errorf("CA: %w", err)
+			return fmt.Errorf("--kubelet-ca-file: %w", err)
 		}
 		if pool = x509.NewCertPool(); !pool.AppendCertsFromPEM(ca) {
-			return fmt.Errorf("CA: %s: no certificate found", c.config.CAFile)
+			return fmt.Errorf("--kubelet-ca-file %s: no certificate found", c.config.CAFile)
 		}
 	}
 	if c.client != nil && bytes.Equal(ca, c.ca) {

@@ -27,7 +27,7 @@ type Delay struct {
 // only come earlier, and delay nothing by more than a period. The last of failureThreshold failures may take its whole
 // timeout.
 func plainDelay(p Spec) time.Duration {
-	return time.Duration(max(p.FailureThreshold, 1))*max(p.Period, p.Timeout) + p.Timeout
+	return sum(times(max(p.FailureThreshold, 1), max(p.Period, p.Timeout)), p.Timeout)
 }
 
 // delay returns, for the bound with probelet,
@@ -57,11 +57,11 @@ func (s EndpointSpec) delay(p Spec) Delay {
 	}
 	d.Probelet, d.Answered, d.Hang = d.Plain, d.Plain, d.Plain
 	if s.Reason == (Reason{}) || s.Withheld {
-		d.Answered += max(s.SteadyStaleness, s.TrafficBound())
+		d.Answered = sum(d.Plain, max(s.SteadyStaleness, s.TrafficBound()))
 	}
 	if s.Reason == (Reason{}) {
 		d.Probelet = d.Answered
-		d.Hang += max(s.SteadyStaleness, s.TrafficWindow())
+		d.Hang = sum(d.Plain, max(s.SteadyStaleness, s.TrafficWindow()))
 	}
 	return d
 }

@@ -200,8 +200,8 @@ func endpointOf(p Spec, ips []netip.Addr, limits Limits) EndpointSpec {
 // elsewhere reports whether host is certainly not the pod. The pod's other addresses are the pod too, although its probes
 // do not dial them. A name may resolve to anything.
 func elsewhere(host string, ips []netip.Addr) bool {
-	ip, err := netip.ParseAddr(host)
-	return host == "localhost" || err == nil && !slices.Contains(ips, ip.Unmap())
+	_, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && !dials(host, ips)
 }
 
 // unanswerable returns the reason why a probe can never be answered, regardless of the pod's other probes, or the zero
@@ -232,14 +232,14 @@ func successesNeeded(probes []Spec) int {
 			continue
 		}
 		needed := p.SuccessThreshold
-		meanwhile := time.Duration(p.SuccessThreshold)*max(p.Period, p.Timeout) + p.Timeout
+		meanwhile := sum(times(p.SuccessThreshold, max(p.Period, p.Timeout)), p.Timeout)
 		for j, other := range probes {
 			switch {
 			case j == i:
 			case other.Type == Startup:
 				needed++
 			default:
-				needed += 1 + int((meanwhile+other.Timeout)/other.Period)
+				needed += 1 + int(sum(meanwhile, other.Timeout)/other.Period)
 			}
 		}
 		most = max(most, needed)

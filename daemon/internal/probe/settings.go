@@ -93,7 +93,7 @@ func (s Staleness) String() string { return strconv.FormatFloat(float64(s), 'f',
 
 // Of returns the staleness in time of an endpoint with these shortest period and timeout.
 func (s Staleness) Of(period, timeout time.Duration) time.Duration {
-	return time.Duration(float64(s)*float64(period)) + slack(period, timeout)
+	return sum(time.Duration(min(float64(s)*float64(period), float64(longest/2))), slack(period, timeout))
 }
 
 // slack makes a success outlast the start of the next probe, which would otherwise fall on either side of the bound by
@@ -205,6 +205,7 @@ const (
 	FromDefault    Origin = "default"
 	FromNode       Origin = "node"
 	FromAnnotation Origin = "annotation"
+	FromProblem    Origin = "invalid annotation"
 )
 
 // Defaults are the settings of a node's pods, unless their annotations override them.
@@ -298,7 +299,7 @@ func (d Defaults) Settings(annotations map[string]string) Settings {
 	if len(problems) > 0 {
 		s.Problem = strings.ReplaceAll(errors.Join(problems...).Error(), "\n", "; ")
 		if s.Mode == Answer {
-			s.Mode, s.ModeFrom = Observe, FromAnnotation
+			s.Mode, s.ModeFrom = Observe, FromProblem
 		}
 	}
 	return s

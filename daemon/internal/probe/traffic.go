@@ -74,7 +74,7 @@ func (s EndpointSpec) TrafficBound() time.Duration {
 	if s.Traffic == 0 {
 		return 0
 	}
-	return time.Duration(s.Traffic+1)*s.Period + max(s.Period, s.Timeout) + slack(s.Period, s.Timeout)
+	return sum(times(s.Traffic+1, s.Period), max(s.Period, s.Timeout), slack(s.Period, s.Timeout))
 }
 
 // TrafficWindow returns how recently the pod must have served for its traffic to vouch for the endpoint.

@@ -187,6 +187,9 @@ func (s Status) OfPod(name string) ([]Attachment, error) {
 	if slices.Contains(s.Unattached, name) {
 		return nil, status.Errorf(status.NotFound, "pod %s is not attached, so all of its probes reach it", name)
 	}
+	if !s.Daemon.Running {
+		return nil, status.Errorf(status.NotFound, "pod %s is not known on this node; probeletd, which knows the pods, is not running", name)
+	}
 	return nil, status.Errorf(status.NotFound, "pod %s is not known on this node", name)
 }
 
