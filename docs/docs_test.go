@@ -383,6 +383,23 @@ func TestMissedMarksAreExplained(t *testing.T) {
 	}
 }
 
+// What other pages say about the size of the simulation matches its page, which make simulate writes.
+func TestSimulationIsQuoted(t *testing.T) {
+	pages := files(t, "*.md")
+	size := regexp.MustCompile(`(?m)^(\d+) pods, (\d+)h0m0s each`).FindStringSubmatch(pages["docs/simulation.md"])
+	_, table, found := strings.Cut(pages["docs/simulation.md"], "\n| pods |")
+	table, _, ended := strings.Cut(table, "\n\n")
+	if size == nil || !found || !ended {
+		t.Fatal("docs/simulation.md: the results are missing")
+	}
+	if !strings.Contains(pages["README.md"], size[1]+" pods over three simulated days") || size[2] != "72" {
+		t.Errorf("README.md does not say how much is simulated: %s pods, %s hours", size[1], size[2])
+	}
+	if rows := strings.Count(table, "\n| "); !strings.Contains(pages["docs/limits.md"], fmt.Sprintf("of %d combinations", rows)) {
+		t.Errorf("docs/limits.md does not say how many combinations are simulated: %d", rows)
+	}
+}
+
 func TestPicturesAreXML(t *testing.T) {
 	for name, text := range files(t, "*.svg") {
 		decoder := xml.NewDecoder(strings.NewReader(text))
