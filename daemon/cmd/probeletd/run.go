@@ -31,9 +31,9 @@ Specs are read from a source (--source):
   kubelet    the pods API of this node's kubelet (--kubelet-pods-socket), which pushes every change of a container's state.
              Kubernetes 1.37 and later serve it by default. Without it, the daemon polls GET /pods, also shortly after a pod is
              attached, but at most once a second and for at most a tenth of the time. That needs "get" on nodes/pods (before
-             Kubernetes 1.33: nodes/proxy). --kubelet-ca-file must verify the kubelet's certificate; a certificate that the
-             kubelet signed itself can be given as its own CA (/var/lib/kubelet/pki/kubelet.crt), with the name of the node as
-             --kubelet-server-name. No token is sent to an http: URL (the read-only port).
+             Kubernetes 1.33: nodes/proxy). A certificate that the kubelet generated itself, kubeadm's default, is recognised
+             without any setting; --kubelet-ca-file must verify any other (empty: the CAs of the system). No token is sent to
+             an http: URL (the read-only port).
   apiserver  the daemon watches the pods with spec.nodeName=--node-name at the API server.
   file       a file (--specs).
 
