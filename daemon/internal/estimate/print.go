@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -231,5 +232,6 @@ func cores(n float64) string { return fmt.Sprintf("%.3f", n) }
 
 // seconds prints a time in seconds.
 func seconds(s float64) string {
-	return time.Duration(s * float64(time.Second)).Round(100 * time.Millisecond).String()
+	const most = math.MaxInt64 / int64(time.Second) // 292 years
+	return time.Duration(min(s, float64(most)) * float64(time.Second)).Round(100 * time.Millisecond).String()
 }

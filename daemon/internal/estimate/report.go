@@ -367,8 +367,15 @@ func (o *Outcome) delay(p pod, spec probe.EndpointSpec, d probe.Delay) {
 	}
 }
 
-// round removes digits that depend on the order of additions.
-func round(x float64) float64 { return math.Round(x*1e6) / 1e6 }
+// round removes digits that depend on the order of additions. It keeps six decimals, and three digits of what is smaller.
+func round(x float64) float64 {
+	decimals := 6.
+	if x > 0 {
+		decimals = max(decimals, 2-math.Floor(math.Log10(x)))
+	}
+	unit := math.Pow(10, decimals)
+	return math.Round(x*unit) / unit
+}
 
 func (l Load) rounded() Load {
 	return Load{
@@ -406,7 +413,7 @@ func (s *sum) group() Group {
 		for _, k := range g.Probes {
 			if k.Kind.Observable() {
 				o.Answered += s.answered[i][k.Kind] / all
-				o.AnsweredByKind[k.Kind] = round(s.answered[i][k.Kind] / k.PerSecond)
+				o.AnsweredByKind[k.Kind] = round(s.answered[i][k.Kind] / s.kinds[k.Kind].PerSecond)
 			}
 		}
 		o.Answered = round(o.Answered)
