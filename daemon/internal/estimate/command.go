@@ -66,13 +66,9 @@ func Command(env Environment) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			in, from, err := env.read(cmd.Context(), file, namespace)
+			report, err := until(cmd.Context(), func() (Report, error) { return env.report(cmd.Context(), file, namespace) })
 			if err != nil {
 				return err
-			}
-			report := in.of(namespace).Estimate()
-			if report.Total.Pods == 0 {
-				return empty(report, from, namespace)
 			}
 			if *output == "json" {
 				return status.PrintJSON(env.Stdout, report)
@@ -83,6 +79,39 @@ func Command(env Environment) *cobra.Command {
 	output = status.OutputFlag(cmd, "table", "table", "wide", "json")
 	cmd.Flags().StringVarP(&file, "file", "f", "", "`FILE` of pods in JSON or YAML, instead of the API server; - is standard input")
 	return cmd
+}
+
+// until returns what work returns, or an error as soon as ctx ends: reading a terminal or a pipe cannot be interrupted.
+func until[T any](ctx context.Context, work func() (T, error)) (T, error) {
+	type result struct {
+		value T
+		err   error
+	}
+	done := make(chan result, 1)
+	go func() {
+		value, err := work()
+		done <- result{value, err}
+	}()
+	select {
+	case r := <-done:
+		return r.value, r.err
+	case <-ctx.Done():
+		var none T
+		return none, context.Cause(ctx)
+	}
+}
+
+// report returns the estimate for the pods of a file, or of the API server. It is an error if there are none.
+func (env Environment) report(ctx context.Context, file, namespace string) (Report, error) {
+	in, from, err := env.read(ctx, file, namespace)
+	if err != nil {
+		return Report{}, err
+	}
+	r := in.of(namespace).Estimate()
+	if r.Total.Pods == 0 {
+		err = empty(r, from, namespace)
+	}
+	return r, err
 }
 
 // read returns pods and the name of their source.

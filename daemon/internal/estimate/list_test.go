@@ -1,7 +1,10 @@
 package estimate
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -36,6 +39,24 @@ func TestListReadsAllPages(t *testing.T) {
 	const want = "GET /api/v1/namespaces/shop/pods 500"
 	if err != nil || len(in.Pods) != 6 || !slices.Equal(asked, []string{want, want, want}) {
 		t.Errorf("%d pods, %v, asked %q", len(in.Pods), err, asked)
+	}
+}
+
+// A signal ends the command while it waits for standard input.
+func TestEndsWithItsContext(t *testing.T) {
+	stdin, w := io.Pipe()
+	t.Cleanup(func() { _ = w.Close() })
+	cmd := Command(Environment{Stdin: stdin, Namespace: func() (string, error) { return "", nil }})
+	cmd.SilenceErrors, cmd.SilenceUsage = true, true
+	cmd.SetArgs([]string{"-f", "-"})
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cause := errors.New("a signal")
+	go func() {
+		_, _ = w.Write([]byte("kind: Pod\n")) // returns once the command reads
+		cancel(cause)
+	}()
+	if err := cmd.ExecuteContext(ctx); !errors.Is(err, cause) {
+		t.Error(err)
 	}
 }
 

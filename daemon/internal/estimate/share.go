@@ -46,15 +46,23 @@ const (
 	counted = 60
 	// settling is the number of periods before that, longer than any success stays fresh.
 	settling = 12
-	// manyEvents limits the number of events of a port, beyond leastPhases.
+	// manyEvents limits the number of events of a port.
 	manyEvents = 400_000
+	// longestPeriod keeps times within their type.
+	longestPeriod = 365 * 24 * time.Hour
 )
 
-// shares returns the share of answered probes for each asker. Probes keep their periods exactly, and their phases are independent, so it
-// averages over evenly spread combinations of phases.
+// shares returns the share of answered probes for each asker.
 func (p port) shares() []float64 {
+	p = p.bounded()
+	return p.average(p.draws())
+}
+
+// average runs the model. Probes keep their periods exactly, and their phases are independent, so it averages over evenly spread
+// combinations of phases.
+func (p port) average(draws int) []float64 {
 	answered, asked := make([]int, len(p.askers)), make([]int, len(p.askers))
-	for _, phase := range spread(len(p.askers)-1, p.draws()) {
+	for _, phase := range spread(len(p.askers)-1, draws) {
 		r := newRun(p, phase)
 		r.advance(settling*p.longest(), nil, nil)
 		r.advance((settling+counted)*p.longest(), answered, asked)
@@ -73,16 +81,63 @@ func (p port) longest() (longest time.Duration) {
 	return longest
 }
 
+// events returns the number of events of a run.
+func (p port) events() (events int) {
+	for _, a := range p.askers {
+		events += (counted + settling) * int(p.longest()/a.period)
+	}
+	return events
+}
+
 // draws returns the number of combinations of phases to average over. A single probe has only one.
 func (p port) draws() int {
 	if len(p.askers) < 2 {
 		return 1
 	}
-	events := 0
-	for _, a := range p.askers {
-		events += (counted + settling) * int(p.longest()/a.period)
+	return min(max(manyEvents/max(p.events(), 1), leastPhases), phases)
+}
+
+// bounded returns a port with nearly the same shares, of which leastPhases runs take no more than manyEvents: a probe that is sent once
+// in hundreds of another's has as little to do with them as one that is sent once in millions. The gaps are multiples of the usual cycles
+// where that is possible, as the ratios of most long periods are.
+func (p port) bounded() port {
+	b := p.within(math.Inf(1))
+	for gap := 960.; gap >= 1 && b.events() > manyEvents/leastPhases; gap /= 2 {
+		b = p.within(gap)
 	}
-	return min(max(manyEvents/max(events, 1), leastPhases), phases)
+	return b
+}
+
+// within shortens periods, and for how long successes stay fresh, until no period is more than gap times the next shorter one. Periods
+// that are closer keep their ratio.
+func (p port) within(gap float64) port {
+	periods := make([]time.Duration, len(p.askers))
+	for i, a := range p.askers {
+		periods[i] = a.period
+	}
+	slices.Sort(periods)
+	factors, factor := map[time.Duration]float64{}, 1.
+	for i, period := range periods {
+		if i > 0 {
+			factor *= min(gap*float64(periods[i-1])/float64(period), 1)
+		}
+		factors[period] = factor
+	}
+	all := min(float64(longestPeriod)/(float64(p.longest())*factor), 1)
+	scaled := func(d, period time.Duration) time.Duration { return time.Duration(float64(d) * factors[period] * all) }
+
+	shortest := make([]time.Duration, len(p.endpoints)) // each endpoint's shortest probe says how long it stays fresh
+	p.askers, p.endpoints = slices.Clone(p.askers), slices.Clone(p.endpoints)
+	for i, a := range p.askers {
+		if s := &shortest[a.endpoint]; !a.daemon && (*s == 0 || a.period < *s) {
+			*s = a.period
+		}
+		p.askers[i].period = scaled(a.period, a.period)
+	}
+	for i, e := range p.endpoints {
+		p.endpoints[i].staleness = scaled(e.staleness, shortest[i])
+	}
+	return p
 }
 
 // spread returns n evenly spread points of the unit cube: multiples, modulo 1, of the powers of 1/x, where x^(dimensions+1) = x + 1
