@@ -4,6 +4,7 @@ package table
 import (
 	"io"
 	"slices"
+	"strconv"
 	"strings"
 	"unicode/utf8"
 )
@@ -24,9 +25,26 @@ const (
 	Blank = "-"
 )
 
+// Printable escapes control characters, and others that are not visible, as Go does. Names may have them before the API server has
+// checked them.
+func Printable(text string) string {
+	if utf8.ValidString(text) && !strings.ContainsFunc(text, func(r rune) bool { return !strconv.IsPrint(r) }) {
+		return text
+	}
+	quoted := strconv.Quote(text)
+	return quoted[1 : len(quoted)-1]
+}
+
 // Write prints the table in at most width characters per line; 0 means no limit. To fit, it wraps the prose, then drops columns, and
 // finally prints each row in lines of its own.
 func (t Table) Write(w io.Writer, width int) error {
+	t.Rows = slices.Clone(t.Rows)
+	for i, row := range t.Rows {
+		t.Rows[i] = slices.Clone(row)
+		for j, cell := range row {
+			t.Rows[i][j] = Printable(cell)
+		}
+	}
 	var b strings.Builder
 	if columns, room := t.fit(width); columns == nil {
 		t.stack(&b, width)
@@ -106,10 +124,12 @@ type Text struct{ lines []line }
 type line struct{ label, text string }
 
 // Line adds a line without a label. It ends a block of pairs; labels within a block are padded to the same width.
-func (t *Text) Line(text string) { t.lines = append(t.lines, line{text: text}) }
+func (t *Text) Line(text string) { t.lines = append(t.lines, line{text: Printable(text)}) }
 
 // Pair adds a label with prose beside it.
-func (t *Text) Pair(label, text string) { t.lines = append(t.lines, line{label, text}) }
+func (t *Text) Pair(label, text string) {
+	t.lines = append(t.lines, line{Printable(label), Printable(text)})
+}
 
 // Write prints the text, wrapped at width characters; 0 means no limit.
 func (t *Text) Write(w io.Writer, width int) error {

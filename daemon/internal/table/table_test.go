@@ -125,3 +125,23 @@ func hasLetters(all, text string) bool {
 	}
 	return true
 }
+
+// Whatever a text has, it takes one line, and does nothing to the terminal.
+func TestTextTakesOneLine(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		text := rapid.OneOf(rapid.String(), rapid.SampledFrom([]string{"\x1b[31m", "a\nb", "\u202e", "\xff", "\u0085"})).Draw(rt, "text")
+		var out strings.Builder
+		if err := (Table{Header: []string{"A", "B"}, Rows: [][]string{{text, text}}}).Write(&out, 0); err != nil {
+			rt.Fatal(err)
+		}
+		var prose Text
+		prose.Line(text)
+		prose.Pair(text, text)
+		if err := prose.Write(&out, 0); err != nil {
+			rt.Fatal(err)
+		}
+		if strings.Count(out.String(), "\n") != 4 || Printable(strings.ReplaceAll(out.String(), "\n", "")) != strings.ReplaceAll(out.String(), "\n", "") {
+			rt.Fatalf("%q", out.String())
+		}
+	})
+}
