@@ -154,12 +154,7 @@ func (in *Input) object(h head, text []byte) error {
 
 // decode decodes as Kubernetes does: names are case-sensitive, and unknown fields are ignored.
 func decode[T any](text []byte) (value T, err error) {
-	err = kubejson.UnmarshalCaseSensitivePreserveInts(text, &value)
-	var mismatch *json.UnmarshalTypeError
-	if errors.As(err, &mismatch) {
-		field := strings.ReplaceAll(mismatch.Field, "ProbeHandler.", "") // embedded, so the text does not have it
-		err = fmt.Errorf("%s: %s: must be %s", cmp.Or(field, "the document"), mismatch.Value, podspec.Expected(mismatch))
-	}
+	err = podspec.Mismatch(text, kubejson.UnmarshalCaseSensitivePreserveInts(text, &value))
 	return value, err
 }
 

@@ -1,7 +1,6 @@
 package estimate
 
 import (
-	"encoding/json"
 	"strings"
 	"testing"
 )
@@ -52,23 +51,28 @@ func TestRead(t *testing.T) {
 }
 
 func TestReadErrors(t *testing.T) {
-	quoted, err := json.Marshal("10")
-	if err != nil {
-		t.Fatal(err)
-	}
-	text := strings.Replace(podJSON, `"tcpSocket"`, `"periodSeconds": `+string(quoted)+`, "tcpSocket"`, 1)
+	const quoted = `"10"`
+	text := strings.Replace(podJSON, `"tcpSocket"`, `"periodSeconds": `+quoted+`, "tcpSocket"`, 1)
 	for name, test := range map[string]struct{ text, want string }{
 		"not JSON":          {`{"kind": `, "document 1: unexpected EOF"},
 		"not YAML":          {"kind: [", "document 1: "},
 		"a table":           {"NAME READY\nweb 1/1\n", "document 1: "},
 		"no kind":           {"metadata: {name: x}", "document 1: kind: missing"},
 		"no name":           {podYAML + "---\nkind: Pod\nspec: {}\n", "document 2: metadata.name: missing"},
-		"type of a field":   {text, `document 1: pod shop/web: spec.containers.readinessProbe.periodSeconds: string: must be a whole number`},
-		"bare off":          {strings.Replace(podYAML, "name: web,", "name: web, annotations: {probelet.dev/mode: off},", 1), "document 1: pod shop/web: metadata.annotations: bool: must be a string; put it in quotes"},
+		"type of a field":   {text, `document 1: pod shop/web: spec.containers[0].readinessProbe.periodSeconds: "10": must be a whole number`},
+		"too large":         {strings.Replace(text, quoted, "99999999999999999999", 1), `spec.containers[0].readinessProbe.periodSeconds: 99999999999999999999: must be at most 2147483647`},
+		"too small":         {strings.Replace(text, quoted, "-2147483649", 1), `spec.containers[0].readinessProbe.periodSeconds: -2147483649: must be at least -2147483648`},
+		"a fraction":        {strings.Replace(text, quoted, "0.5", 1), `spec.containers[0].readinessProbe.periodSeconds: 0.5: must be a whole number`},
+		"an object":         {strings.Replace(text, quoted, `{"s": 1}`, 1), `spec.containers[0].readinessProbe.periodSeconds: object: must be a whole number`},
+		"a list":            {strings.Replace(text, quoted, `[1]`, 1), `spec.containers[0].readinessProbe.periodSeconds: array: must be a whole number`},
+		"long text":         {strings.Replace(text, quoted, `"`+strings.Repeat("ü", 50)+`"`, 1), `periodSeconds: "` + strings.Repeat("ü", 40) + `…": must be a whole number`},
+		"a port":            {strings.Replace(podYAML, "port: 80", "port: [80]", 1), `spec.containers.readinessProbe.tcpSocket.port: array: must be a`},
+		"a port's size":     {strings.Replace(podYAML, "port: 80", "port: 80000000000", 1), `spec.containers.readinessProbe.tcpSocket.port: 80000000000: must be at most 2147483647`},
+		"bare off":          {strings.Replace(podYAML, "name: web,", "name: web, annotations: {probelet.dev/mode: off},", 1), "document 1: pod shop/web: metadata.annotations.probelet.dev/mode: false: must be a string; put it in quotes"},
 		"value of a field":  {strings.Replace(podYAML, "{tcp", "{periodSeconds: -1, tcp", 1), `document 1: pod shop/web: containers[0] (web): readinessProbe.periodSeconds: -1: must not be negative`},
 		"no handler":        {strings.Replace(podYAML, "tcpSocket: {port: 80}", "", 1), `containers[0] (web): readinessProbe.httpGet, tcpSocket, grpc, exec: 0 are set; exactly one must be`},
 		"in a list":         {`{"kind": "List", "items": [` + podJSON + "," + text + "]}", "document 1: items[1]: pod shop/web: spec.containers"},
-		"a list of strings": {`{"kind": "List", "items": ["x"]}`, "document 1: items[0]: the document: string: must be an object"},
+		"a list of strings": {`{"kind": "List", "items": ["x"]}`, `document 1: items[0]: "x": must be an object`},
 	} {
 		if in, err := Read(strings.NewReader(test.text)); err == nil || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%s: %d pods, %v; want %s", name, len(in.Pods), err, test.want)

@@ -10,7 +10,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -163,7 +162,11 @@ func Parse(text []byte) ([]probe.Pod, error) {
 	var file struct {
 		Pods *[]json.RawMessage `json:"pods"`
 	}
-	if err := yaml.UnmarshalStrict(text, &file); err != nil {
+	raw, err := yaml.YAMLToJSONStrict(text)
+	if err == nil {
+		err = decodeStrict(raw, &file)
+	}
+	if err != nil {
 		return nil, err
 	}
 	if file.Pods == nil {
@@ -206,25 +209,10 @@ func parsePod(raw []byte) (probe.Pod, error) {
 	return podspec.Of(&pod)
 }
 
-// decodeStrict rejects unknown fields, and fields whose case differs; for a type mismatch it reports the value.
+// decodeStrict rejects unknown fields, and fields whose case differs.
 func decodeStrict(raw []byte, into any) error {
 	strict, err := kubejson.UnmarshalStrict(raw, into)
-	var mismatch *json.UnmarshalTypeError
-	if errors.As(err, &mismatch) {
-		field := strings.ReplaceAll(mismatch.Field, "ProbeHandler.", "") // embedded, so it does not appear in the file
-		return fmt.Errorf("%s: %s: must be %s", field, valueBefore(raw, mismatch), podspec.Expected(mismatch))
-	}
-	return errors.Join(append(strict, err)...)
-}
-
-// valueBefore returns the scalar that failed to decode, or its JSON type if it is not a scalar.
-func valueBefore(raw []byte, mismatch *json.UnmarshalTypeError) string {
-	start := bytes.LastIndexAny(raw[:min(mismatch.Offset, int64(len(raw)))], ":[{,")
-	value := bytes.Trim(raw[start+1:min(mismatch.Offset, int64(len(raw)))], " ,}]")
-	if len(value) == 0 {
-		return mismatch.Value
-	}
-	return string(value)
+	return errors.Join(append(strict, podspec.Mismatch(raw, err))...)
 }
 
 func duplicates(pods []probe.Pod) error {
