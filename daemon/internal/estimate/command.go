@@ -9,8 +9,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 
+	"github.com/probelet/probelet/daemon/internal/kubeapi"
 	"github.com/probelet/probelet/daemon/internal/status"
 )
 
@@ -119,15 +119,8 @@ func (env Environment) read(ctx context.Context, file, namespace string) (in Inp
 	switch file {
 	case "":
 		config, err := env.Config()
-		var path *os.PathError
-		switch {
-		case clientcmd.IsEmptyConfig(err):
-			err = fmt.Errorf("no kubeconfig: name one with --kubeconfig, or a file of pods with --file (%w)", err)
-		case errors.As(err, &path):
-			err = fmt.Errorf("--kubeconfig: %w", err)
-		}
 		if err != nil {
-			return in, "", err
+			return in, "", kubeapi.ConfigError(err, ", or a file of pods with --file")
 		}
 		in, err = List(ctx, config, namespace)
 		return in, config.Host, err
@@ -135,13 +128,16 @@ func (env Environment) read(ctx context.Context, file, namespace string) (in Inp
 		from = "standard input"
 		in, err = Read(env.Stdin)
 	default:
-		from = file
+		from = fmt.Sprintf("--file %q", file)
 		var f *os.File
-		if f, err = os.Open(file); err != nil {
-			return in, from, fmt.Errorf("--file: %w", err)
+		if f, err = os.Open(file); err == nil {
+			defer f.Close() //nolint:errcheck // only read
+			in, err = Read(f)
 		}
-		defer f.Close() //nolint:errcheck // only read
-		in, err = Read(f)
+	}
+	var path *os.PathError
+	if errors.As(err, &path) {
+		err = path.Err
 	}
 	if err != nil {
 		err = fmt.Errorf("%s: %w", from, err)

@@ -4,6 +4,9 @@ package kubeapi
 
 import (
 	"cmp"
+	"errors"
+	"fmt"
+	"os"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -21,6 +24,18 @@ func Config(kubeconfig string) (*rest.Config, error) {
 		return rest.InClusterConfig()
 	}
 	return clientcmd.BuildConfigFromFlags("", kubeconfig)
+}
+
+// ConfigError names the flag that an error about kubectl's configuration is about, and what the command can read instead.
+func ConfigError(err error, instead string) error {
+	var path *os.PathError
+	switch {
+	case clientcmd.IsEmptyConfig(err):
+		return fmt.Errorf("no kubeconfig: name one with --kubeconfig%s", instead)
+	case errors.As(err, &path):
+		return fmt.Errorf("--kubeconfig: %w", err)
+	}
+	return err
 }
 
 // Core returns a client for the core group.

@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"github.com/probelet/probelet/daemon/internal/kubeapi"
 	"github.com/probelet/probelet/daemon/internal/status"
 	"github.com/probelet/probelet/daemon/internal/table"
 	"github.com/probelet/probelet/daemon/internal/versioncmd"
@@ -117,7 +118,7 @@ func (s *session) config() clientcmd.ClientConfig {
 func (s *session) connect() (*cluster, error) {
 	config, err := s.config().ClientConfig()
 	if err != nil {
-		return nil, err
+		return nil, kubeapi.ConfigError(err, "")
 	}
 	return connect(config, s.daemonNamespace)
 }
@@ -187,7 +188,7 @@ func (s *session) podName(text string) (namespace, pod string, err error) {
 		return namespace, pod, nil
 	}
 	namespace, _, err = s.config().Namespace()
-	return namespace, text, err
+	return namespace, text, kubeapi.ConfigError(err, "")
 }
 
 func (s *session) explain(ctx context.Context, namespace, name, output string) error {

@@ -433,3 +433,22 @@ func TestNamed(t *testing.T) {
 		}
 	}
 }
+
+// Without a kubeconfig, every command names the flag.
+func TestNoKubeconfig(t *testing.T) {
+	missing := filepath.Join(t.TempDir(), "missing")
+	t.Setenv("KUBECONFIG", missing)
+	t.Setenv("KUBERNETES_SERVICE_HOST", "")
+	for _, args := range [][]string{{"status"}, {"status", "--node", "n"}, {"doctor"}, {"explain", "web"}, {"explain", "shop/web"}, {"estimate"}} {
+		for want, args := range map[string][]string{
+			"no kubeconfig: name one with --kubeconfig": args,
+			"--kubeconfig: stat " + missing:             append(args[:len(args):len(args)], "--kubeconfig", missing),
+		} {
+			var out strings.Builder
+			code := status.Exit(&out, pluginName, execute(t.Context(), environment{stdout: &out, stderr: &out}, args))
+			if code != status.Failed || !strings.HasPrefix(out.String(), pluginName+": "+want) {
+				t.Errorf("%q: %d, %s, want %s", args, code, out.String(), want)
+			}
+		}
+	}
+}
