@@ -37,8 +37,8 @@ func anyProbe(rt *rapid.T) *corev1.Probe {
 	return p
 }
 
-func anyPod(rt *rapid.T) corev1.Pod {
-	var pod corev1.Pod
+func anyPod(rt *rapid.T) Replicated {
+	pod := Replicated{Replicas: 1}
 	pod.Name, pod.Namespace, pod.Annotations = "p", "n", map[string]string{}
 	for name, values := range map[string][]string{
 		probe.AnnotationStaleness: {"", "0.5", "2", "5"}, probe.AnnotationRefresh: {"", "true", "100ms", "1000h"},
@@ -81,7 +81,7 @@ func TestAnyPeriods(t *testing.T) {
 				}
 			}
 		}
-		r := Pods([]corev1.Pod{pod})
+		r := Pods([]Replicated{pod})
 		text, err := json.Marshal(r)
 		if err != nil {
 			rt.Fatal(err)

@@ -14,8 +14,9 @@ import (
 	"github.com/probelet/probelet/daemon/internal/status"
 )
 
-const help = `Computes what probelet would save, from the specs of pods alone. It lists pods through the API server, or reads them from a file. It
-installs nothing, and needs neither root nor a node.
+const help = `Computes what probelet would save, from the specs of pods alone. It lists pods through the API server, or reads them from a file; there,
+manifests of Deployments, ReplicaSets, StatefulSets and Jobs count as the pods that they create. It installs nothing, and needs neither
+root nor a node.
 
   kubectl probelet estimate
   kubectl get pods --all-namespaces -o json | kubectl probelet estimate --file -
@@ -77,7 +78,7 @@ func Command(env Environment) *cobra.Command {
 		},
 	}
 	output = status.OutputFlag(cmd, "table", "table", "wide", "json")
-	cmd.Flags().StringVarP(&file, "file", "f", "", "`FILE` of pods in JSON or YAML, instead of the API server; - is standard input")
+	cmd.Flags().StringVarP(&file, "file", "f", "", "`FILE` of pods or manifests in JSON or YAML, instead of the API server; - is standard input")
 	return cmd
 }
 
@@ -164,7 +165,8 @@ func empty(r Report, from, namespace string) error {
 		text += fmt.Sprintf("; %d have ended", n)
 	}
 	if found := others(r.NotCounted.Others); found != "" {
-		text += "; other objects: " + found
+		text += "; other objects: " + found + "; only pods, and manifests of Deployments, ReplicaSets, StatefulSets and Jobs, are counted " +
+			"(kubectl get pods --all-namespaces -o json lists a cluster's pods)"
 	}
 	return status.Errorf(status.NotFound, "%s", text)
 }

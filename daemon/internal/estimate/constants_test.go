@@ -11,8 +11,6 @@ import (
 	"strings"
 	"testing"
 
-	corev1 "k8s.io/api/core/v1"
-
 	"github.com/probelet/probelet/daemon/internal/probe"
 )
 
@@ -119,7 +117,7 @@ func TestConstantsAreMeasured(t *testing.T) {
 }
 
 // densePods are the pods that docs/density.md was measured with.
-func densePods(t *testing.T) []corev1.Pod {
+func densePods(t *testing.T) []Replicated {
 	t.Helper()
 	var text strings.Builder
 	for i := range 100 {

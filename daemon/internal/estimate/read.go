@@ -17,6 +17,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/client-go/rest"
+	"k8s.io/utils/ptr"
 	kubejson "sigs.k8s.io/json"
 	sigsyaml "sigs.k8s.io/yaml"
 
@@ -27,12 +28,18 @@ import (
 
 // Input holds the pods that were read, and the number of other objects by kind.
 type Input struct {
-	Pods   []corev1.Pod
+	Pods   []Replicated
 	Others map[string]int
 }
 
-// Read reads pods as JSON or YAML: any number of documents, each of which is a Pod or a list as kubectl prints it. Errors name the
-// document, the pod and the field.
+// Replicated is a pod, and how many there are of it.
+type Replicated struct {
+	corev1.Pod
+	Replicas int
+}
+
+// Read reads pods as JSON or YAML: any number of documents, each of which is a Pod, a manifest of a workload, or a list as kubectl prints
+// it. Errors name the document, the object and the field.
 func Read(r io.Reader) (Input, error) {
 	in := Input{Others: map[string]int{}}
 	next, err := documents(r)
@@ -91,12 +98,48 @@ func documents(r io.Reader) (func() ([]byte, error), error) {
 
 // head has the fields that all objects share.
 type head struct {
-	Kind     string            `json:"kind"`
-	Items    []json.RawMessage `json:"items"`
-	Metadata struct {
-		Name      string `json:"name"`
-		Namespace string `json:"namespace"`
+	APIVersion string            `json:"apiVersion"`
+	Kind       string            `json:"kind"`
+	Items      []json.RawMessage `json:"items"`
+	Metadata   struct {
+		Name         string `json:"name"`
+		GenerateName string `json:"generateName"`
+		Namespace    string `json:"namespace"`
+		UID          string `json:"uid"`
 	} `json:"metadata"`
+}
+
+// creates reports whether the object is a manifest of a workload whose pods can be counted. A workload that was read from a cluster has a
+// UID, and its pods are there as well.
+func (h head) creates() bool {
+	if h.Metadata.UID != "" {
+		return false
+	}
+	switch group, _, _ := strings.Cut(h.APIVersion, "/"); group + " " + h.Kind {
+	case "apps Deployment", "apps ReplicaSet", "apps StatefulSet", "batch Job":
+		return true
+	}
+	return false
+}
+
+// workload has the fields that say which pods a workload creates, and how many at a time.
+type workload struct {
+	Spec struct {
+		Replicas    *int32                 `json:"replicas"`
+		Parallelism *int32                 `json:"parallelism"`
+		Completions *int32                 `json:"completions"`
+		Template    corev1.PodTemplateSpec `json:"template"`
+	} `json:"spec"`
+}
+
+func (w workload) pods() (Replicated, error) {
+	n := ptr.Deref(w.Spec.Replicas, ptr.Deref(w.Spec.Parallelism, 1))
+	n = min(n, ptr.Deref(w.Spec.Completions, n))
+	if n < 0 {
+		return Replicated{}, fmt.Errorf("spec: %d pods: must not be negative", n)
+	}
+	template := w.Spec.Template
+	return Replicated{corev1.Pod{ObjectMeta: template.ObjectMeta, Spec: template.Spec}, int(n)}, nil
 }
 
 func (in *Input) document(text []byte) error {
@@ -126,30 +169,48 @@ func (in *Input) document(text []byte) error {
 	return in.object(h, text)
 }
 
-// object adds a pod, or counts another object.
+// object adds pods, or counts another object.
 func (in *Input) object(h head, text []byte) error {
-	switch h.Kind {
-	case "":
+	isPod, kind := h.Kind == "Pod", h.Kind
+	switch {
+	case h.Kind == "":
 		return errors.New("kind: missing")
-	case "Pod":
-	default:
-		in.Others[h.Kind]++
+	case !isPod && !h.creates():
+		in.Others[kind]++
 		return nil
 	}
-	if h.Metadata.Name == "" {
+	name := cmp.Or(h.Metadata.Name, strings.TrimRight(h.Metadata.GenerateName, "-."))
+	if name == "" {
 		return errors.New("metadata.name: missing")
 	}
-	name := cmp.Or(h.Metadata.Namespace, corev1.NamespaceDefault) + "/" + h.Metadata.Name
-	pod, err := decode[corev1.Pod](text)
+	namespace := cmp.Or(h.Metadata.Namespace, corev1.NamespaceDefault)
+	pods, err := decodePods(text, isPod)
+	if err == nil {
+		pods.Name, pods.Namespace = name, namespace
+		_, err = podspec.Of(&pods.Pod)
+		err = cmp.Or(errors.Unwrap(err), err) // "not understood" says nothing here
+	}
 	if err != nil {
-		return fmt.Errorf("pod %s: %w", name, err)
+		return fmt.Errorf("%s %s/%s: %w", strings.ToLower(h.Kind), namespace, name, err)
 	}
-	pod.Namespace = cmp.Or(pod.Namespace, corev1.NamespaceDefault)
-	if _, err := podspec.Of(&pod); err != nil {
-		return fmt.Errorf("pod %s: %w", name, cmp.Or(errors.Unwrap(err), err)) // "not understood" says nothing here
+	if pods.Replicas == 0 {
+		in.Others[kind]++
+		return nil
 	}
-	in.Pods = append(in.Pods, pod)
+	in.Pods = append(in.Pods, pods)
 	return nil
+}
+
+func decodePods(text []byte, isPod bool) (Replicated, error) {
+	if isPod {
+		pod, err := decode[corev1.Pod](text)
+		return Replicated{pod, 1}, err
+	}
+	w, err := decode[workload](text)
+	if err != nil {
+		return Replicated{}, err
+	}
+	return w.pods()
 }
 
 // decode decodes as Kubernetes does: names are case-sensitive, and unknown fields are ignored.
@@ -177,7 +238,9 @@ func List(ctx context.Context, config *rest.Config, namespace string) (Input, er
 		if err := request.Do(ctx).Into(&list); err != nil {
 			return in, refusal(err, namespace)
 		}
-		in.Pods = append(in.Pods, list.Items...)
+		for _, p := range list.Items {
+			in.Pods = append(in.Pods, Replicated{p, 1})
+		}
 		if more = list.Continue; more == "" {
 			return in, nil
 		}
@@ -199,7 +262,7 @@ func refusal(err error, namespace string) error {
 // of keeps the pods of a namespace, or all pods if it is empty.
 func (in Input) of(namespace string) Input {
 	if namespace != "" {
-		in.Pods = slices.DeleteFunc(in.Pods, func(p corev1.Pod) bool { return p.Namespace != namespace })
+		in.Pods = slices.DeleteFunc(in.Pods, func(p Replicated) bool { return p.Namespace != namespace })
 	}
 	return in
 }

@@ -50,6 +50,40 @@ func TestRead(t *testing.T) {
 	}
 }
 
+// Manifests count as the pods that they create. A cluster's workloads do not, because its pods are listed too.
+func TestWorkloads(t *testing.T) {
+	const pods = "template: {metadata: {annotations: {probelet.dev/mode: observe}}, spec: {containers: [{name: web, readinessProbe: {tcpSocket: {port: 80}}}]}}"
+	for name, test := range map[string]struct {
+		head, spec string
+		pods       int
+	}{
+		"Deployment":               {"apiVersion: apps/v1, kind: Deployment, metadata: {name: web}", "replicas: 3", 3},
+		"replicas left out":        {"apiVersion: apps/v1, kind: Deployment, metadata: {name: web}", "paused: false", 1},
+		"no replicas":              {"apiVersion: apps/v1, kind: Deployment, metadata: {name: web}", "replicas: 0", 0},
+		"many":                     {"apiVersion: apps/v1, kind: Deployment, metadata: {name: web}", "replicas: 2147483647", 2147483647},
+		"ReplicaSet":               {"apiVersion: apps/v1, kind: ReplicaSet, metadata: {name: web}", "replicas: 2", 2},
+		"StatefulSet":              {"apiVersion: apps/v1, kind: StatefulSet, metadata: {name: web}", "replicas: 2", 2},
+		"Job":                      {"apiVersion: batch/v1, kind: Job, metadata: {generateName: web-}", "completions: 9, parallelism: 4", 4},
+		"Job of one pod":           {"apiVersion: batch/v1, kind: Job, metadata: {name: web}", "completions: 9", 1},
+		"Job with few completions": {"apiVersion: batch/v1, kind: Job, metadata: {name: web}", "completions: 2, parallelism: 4", 2},
+		"DaemonSet":                {"apiVersion: apps/v1, kind: DaemonSet, metadata: {name: web}", "minReadySeconds: 1", 0},
+		"of a cluster":             {"apiVersion: apps/v1, kind: Deployment, metadata: {name: web, uid: u}", "replicas: 3", 0},
+		"of another API":           {"apiVersion: batch.volcano.sh/v1, kind: Job, metadata: {name: web}", "replicas: 3", 0},
+	} {
+		r := reportOf(t, "---\n{"+test.head+", spec: {"+test.spec+", "+pods+"}}")
+		one := reportOf(t, podText("web", "annotations: {probelet.dev/mode: observe}", "", "", "readinessProbe: {tcpSocket: {port: 80}}"))
+		if test.pods == 0 && len(r.NotCounted.Others) != 1 {
+			t.Errorf("%s: %+v", name, r.NotCounted)
+		}
+		n := float64(test.pods)
+		if r.Total.Pods != test.pods || r.Total.Probed != test.pods || !near(r.Total.Without.Connections, n*one.Total.Without.Connections) ||
+			!near(r.Total.Policies[0].Load.CPU.Daemons, n*one.Total.Policies[0].Load.CPU.Daemons) ||
+			test.pods > 0 && (len(r.Total.NotAnswerable) != 1 || r.Total.NotAnswerable[0].Probes != test.pods) {
+			t.Errorf("%s: %+v, want %d pods like %+v", name, r.Total, test.pods, one.Total)
+		}
+	}
+}
+
 func TestReadErrors(t *testing.T) {
 	const quoted = `"10"`
 	text := strings.Replace(podJSON, `"tcpSocket"`, `"periodSeconds": `+quoted+`, "tcpSocket"`, 1)
@@ -58,6 +92,8 @@ func TestReadErrors(t *testing.T) {
 		"not YAML":          {"kind: [", "document 1: "},
 		"a table":           {"NAME READY\nweb 1/1\n", "document 1: "},
 		"no kind":           {"metadata: {name: x}", "document 1: kind: missing"},
+		"a workload":        {"---\n{apiVersion: apps/v1, kind: Deployment, metadata: {name: x}, spec: {replicas: three}}", `document 1: deployment default/x: spec.replicas: "three": must be a whole number`},
+		"fewer than none":   {"---\n{apiVersion: apps/v1, kind: Deployment, metadata: {name: x}, spec: {replicas: -1}}", `document 1: deployment default/x: spec: -1 pods: must not be negative`},
 		"no name":           {podYAML + "---\nkind: Pod\nspec: {}\n", "document 2: metadata.name: missing"},
 		"type of a field":   {text, `document 1: pod shop/web: spec.containers[0].readinessProbe.periodSeconds: "10": must be a whole number`},
 		"too large":         {strings.Replace(text, quoted, "99999999999999999999", 1), `spec.containers[0].readinessProbe.periodSeconds: 99999999999999999999: must be at most 2147483647`},

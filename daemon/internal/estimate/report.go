@@ -143,14 +143,14 @@ func (l *Load) plus(n float64, o Load) {
 }
 
 // Pods returns the estimate for pods.
-func Pods(pods []corev1.Pod) Report {
+func Pods(pods []Replicated) Report {
 	r := Report{Namespaces: []Group{}, NotCounted: NotCounted{Others: map[string]int{}}, InvalidAnnotations: []string{}, Assumptions: assumptions(), Constants: Constants()}
 	all, namespaces, nodes := newSum(""), map[string]*sum{}, map[string]*sum{}
 	shares := cache{}
 	for i := range pods {
 		p := &pods[i]
 		if p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed {
-			r.NotCounted.Ended++
+			r.NotCounted.Ended += p.Replicas
 			continue
 		}
 		sums := []*sum{all, of(namespaces, p.Namespace)}
@@ -162,9 +162,9 @@ func Pods(pods []corev1.Pod) Report {
 			r.InvalidAnnotations = append(r.InvalidAnnotations, p.Namespace+"/"+p.Name+": "+problem)
 		}
 		for _, s := range sums {
-			s.Pods++
+			s.Pods += p.Replicas
 			if len(one.Probes) > 0 {
-				s.Probed++
+				s.Probed += p.Replicas
 			}
 		}
 		one.estimate(shares, sums)
@@ -189,25 +189,26 @@ func of(sums map[string]*sum, name string) *sum {
 	return sums[name]
 }
 
-// pod is a pod, converted.
+// pod is a pod, converted, and how many there are of it.
 type pod struct {
 	probe.Pod
 	hostNetwork bool
+	replicas    int
 }
 
 // placeholder stands for the address of a pod that has none yet.
 var placeholder = netip.MustParseAddr("192.0.2.1")
 
 // newPod converts a pod. One that is not running yet counts as if it were.
-func newPod(p *corev1.Pod) pod {
-	converted, err := podspec.Of(p)
+func newPod(p *Replicated) pod {
+	converted, err := podspec.Of(&p.Pod)
 	if err != nil {
 		converted.NotAnswered = cmp.Or(converted.NotAnswered, err.Error())
 	}
 	if len(converted.IPs) == 0 {
 		converted.IPs = []netip.Addr{placeholder}
 	}
-	return pod{converted, p.Spec.HostNetwork}
+	return pod{converted, p.Spec.HostNetwork, p.Replicas}
 }
 
 // estimate adds the pod's estimate to sums.
@@ -223,10 +224,10 @@ func (p pod) estimate(shares cache, sums []*sum) {
 		answered, refreshes := answers(specs, shares)
 		for _, s := range sums {
 			if policy == Default {
-				s.count(specs)
+				s.count(specs, p.replicas)
 			}
 			if len(specs) > 0 && !p.hostNetwork {
-				s.policies[i].Load.CPU.Daemons += constants.daemonPod.Value * microsecond
+				s.policies[i].Load.CPU.Daemons += float64(p.replicas) * constants.daemonPod.Value * microsecond
 			}
 			for _, spec := range specs {
 				s.add(i, p, spec, answered[spec.Endpoint], refreshes[spec.Endpoint])
@@ -273,7 +274,9 @@ func newSum(name string) *sum {
 	return s
 }
 
-func (c Count) plus(perSecond float64) Count { return Count{c.Probes + 1, c.PerSecond + perSecond} }
+func (c Count) plus(n int, perSecond float64) Count {
+	return Count{c.Probes + n, c.PerSecond + float64(n)*perSecond}
+}
 
 // lasting returns the endpoint's probes except startup probes, which end.
 func lasting(s probe.EndpointSpec) []probe.Delay {
@@ -282,20 +285,20 @@ func lasting(s probe.EndpointSpec) []probe.Delay {
 
 func rate(d probe.Delay) float64 { return 1 / d.Period.Seconds() }
 
-// count counts a pod's probes.
-func (s *sum) count(specs []probe.EndpointSpec) {
+// count counts the probes of n pods.
+func (s *sum) count(specs []probe.EndpointSpec, n int) {
 	for _, spec := range specs {
 		for _, d := range spec.Delays() {
 			switch {
 			case d.Type == probe.Startup:
-				s.Startup = s.Startup.plus(rate(d))
+				s.Startup = s.Startup.plus(n, rate(d))
 				continue
 			case spec.Reason == (probe.Reason{}):
-				s.Answerable = s.Answerable.plus(rate(d))
+				s.Answerable = s.Answerable.plus(n, rate(d))
 			default:
-				s.reasons[spec.Reason.Code] = s.reasons[spec.Reason.Code].plus(rate(d))
+				s.reasons[spec.Reason.Code] = s.reasons[spec.Reason.Code].plus(n, rate(d))
 			}
-			s.kinds[spec.Kind] = s.kinds[spec.Kind].plus(rate(d))
+			s.kinds[spec.Kind] = s.kinds[spec.Kind].plus(n, rate(d))
 		}
 	}
 }
@@ -305,26 +308,27 @@ func (s *sum) add(policy int, p pod, spec probe.EndpointSpec, answered map[probe
 	o := &s.policies[policy]
 	c := costs(spec.Kind)
 	real := passed(c, p.hostNetwork)
+	n := float64(p.replicas)
 	for _, d := range lasting(spec) {
-		share := answered[d.Asker]
+		share, rate := answered[d.Asker], n*rate(d)
 		if policy == 0 {
-			s.Without.plus(rate(d), real)
+			s.Without.plus(rate, real)
 		}
-		o.Load.plus(rate(d)*(1-share), real)
-		o.Load.plus(rate(d)*share, hit)
+		o.Load.plus(rate*(1-share), real)
+		o.Load.plus(rate*share, hit)
 		if spec.Observed && !p.hostNetwork {
-			o.Load.CPU.Daemons += rate(d) * constants.daemonProbe.Value * microsecond
+			o.Load.CPU.Daemons += rate * constants.daemonProbe.Value * microsecond
 		}
-		s.answered[policy][spec.Kind] += rate(d) * share
+		s.answered[policy][spec.Kind] += rate * share
 		if share > 0 {
 			o.delay(p, spec, d)
 		}
 	}
 	if spec.Traffic > 0 {
-		o.ByTraffic++
+		o.ByTraffic += p.replicas
 	}
-	o.Refreshes += refreshes
-	o.Load.plus(refreshes, refreshed(c))
+	o.Refreshes += n * refreshes
+	o.Load.plus(n*refreshes, refreshed(c))
 }
 
 // passed returns the load of one real probe per second.
