@@ -15,6 +15,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/util/validation"
 	"k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/client-go/rest"
 	"k8s.io/utils/ptr"
@@ -24,6 +25,7 @@ import (
 	"github.com/probelet/probelet/daemon/internal/kubeapi"
 	"github.com/probelet/probelet/daemon/internal/podspec"
 	"github.com/probelet/probelet/daemon/internal/status"
+	"github.com/probelet/probelet/daemon/internal/table"
 )
 
 // Input holds the pods that were read, and the number of other objects by kind.
@@ -171,7 +173,7 @@ func (in *Input) document(text []byte) error {
 
 // object adds pods, or counts another object.
 func (in *Input) object(h head, text []byte) error {
-	isPod, kind := h.Kind == "Pod", h.Kind
+	isPod, kind := h.Kind == "Pod", table.Printable(h.Kind)
 	switch {
 	case h.Kind == "":
 		return errors.New("kind: missing")
@@ -184,11 +186,13 @@ func (in *Input) object(h head, text []byte) error {
 		return errors.New("metadata.name: missing")
 	}
 	namespace := cmp.Or(h.Metadata.Namespace, corev1.NamespaceDefault)
+	if err := cmp.Or(dnsName("metadata.name", name), dnsName("metadata.namespace", namespace)); err != nil {
+		return err
+	}
 	pods, err := decodePods(text, isPod)
 	if err == nil {
 		pods.Name, pods.Namespace = name, namespace
-		_, err = podspec.Of(&pods.Pod)
-		err = cmp.Or(errors.Unwrap(err), err) // "not understood" says nothing here
+		err = check(&pods.Pod)
 	}
 	if err != nil {
 		return fmt.Errorf("%s %s/%s: %w", strings.ToLower(h.Kind), namespace, name, err)
@@ -211,6 +215,30 @@ func decodePods(text []byte, isPod bool) (Replicated, error) {
 		return Replicated{}, err
 	}
 	return w.pods()
+}
+
+// check returns an error for what the API server would reject and the estimate needs.
+func check(p *corev1.Pod) error {
+	errs := []error{dnsName("spec.nodeName", p.Spec.NodeName)}
+	for i := range p.Spec.Containers {
+		errs = append(errs, dnsName(fmt.Sprintf("spec.containers[%d].name", i), p.Spec.Containers[i].Name))
+	}
+	for i := range p.Spec.InitContainers {
+		errs = append(errs, dnsName(fmt.Sprintf("spec.initContainers[%d].name", i), p.Spec.InitContainers[i].Name))
+	}
+	if err := cmp.Or(errs...); err != nil {
+		return err
+	}
+	_, err := podspec.Of(p)
+	return cmp.Or(errors.Unwrap(err), err) // "not understood" says nothing here
+}
+
+// dnsName returns an error for a name that the API server would reject, and that might do anything to a terminal. It accepts an empty name.
+func dnsName(field, name string) error {
+	if name == "" || len(validation.IsDNS1123Subdomain(name)) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%s: %q: must be a DNS name", field, name)
 }
 
 // decode decodes as Kubernetes does: names are case-sensitive, and unknown fields are ignored.

@@ -1,8 +1,14 @@
 package estimate
 
 import (
+	"bytes"
+	"encoding/json"
 	"strings"
 	"testing"
+
+	"pgregory.net/rapid"
+
+	"github.com/probelet/probelet/daemon/internal/table"
 )
 
 const (
@@ -84,6 +90,50 @@ func TestWorkloads(t *testing.T) {
 	}
 }
 
+// No text in a file does anything to the terminal but take its place in a line.
+func TestHostileText(t *testing.T) {
+	text := rapid.OneOf(rapid.StringMatching("[a-z]+"), rapid.String(), rapid.SampledFrom([]string{"\x1b[31mred", "a\nb", "a\tb", "\u202eb", "a\u0085b", ""}))
+	rapid.Check(t, func(rt *rapid.T) {
+		names := map[string]string{}
+		for _, field := range []string{"name", "namespace", "node", "container", "key", "value", "port", "path", "kind", "period"} {
+			names[field] = "x"
+			if rapid.IntRange(0, 4).Draw(rt, "draw "+field) == 0 {
+				names[field] = text.Draw(rt, field)
+			}
+		}
+		period := any(10)
+		if names["period"] != "x" {
+			period = names["period"]
+		}
+		pod := map[string]any{
+			"kind": "Pod", "metadata": map[string]any{
+				"name": names["name"], "namespace": names["namespace"], "annotations": map[string]any{"probelet.dev/" + names["key"]: names["value"]},
+			},
+			"spec": map[string]any{"nodeName": names["node"], "containers": []any{map[string]any{"name": names["container"], "livenessProbe": map[string]any{
+				"httpGet": map[string]any{"port": names["port"], "path": names["path"]}, "periodSeconds": period,
+			}}}},
+		}
+		input, err := json.Marshal(map[string]any{"kind": "List", "items": []any{pod, map[string]any{"kind": names["kind"]}}})
+		if err != nil {
+			rt.Fatal(err)
+		}
+		for _, output := range []string{"wide", "json"} {
+			out, err := execute(t, bytes.NewReader(input), 0, "-f", "-", "-o", output)
+			if err != nil {
+				out += err.Error() + "\n"
+			}
+			for line := range strings.Lines(out) {
+				if line := strings.TrimSuffix(line, "\n"); table.Printable(line) != line {
+					rt.Fatalf("%s: %q", input, line)
+				}
+			}
+			if err != nil && strings.Count(out, "\n") != 1 {
+				rt.Fatalf("%s: %q", input, out)
+			}
+		}
+	})
+}
+
 func TestReadErrors(t *testing.T) {
 	const quoted = `"10"`
 	text := strings.Replace(podJSON, `"tcpSocket"`, `"periodSeconds": `+quoted+`, "tcpSocket"`, 1)
@@ -94,6 +144,7 @@ func TestReadErrors(t *testing.T) {
 		"no kind":           {"metadata: {name: x}", "document 1: kind: missing"},
 		"a workload":        {"---\n{apiVersion: apps/v1, kind: Deployment, metadata: {name: x}, spec: {replicas: three}}", `document 1: deployment default/x: spec.replicas: "three": must be a whole number`},
 		"fewer than none":   {"---\n{apiVersion: apps/v1, kind: Deployment, metadata: {name: x}, spec: {replicas: -1}}", `document 1: deployment default/x: spec: -1 pods: must not be negative`},
+		"escape sequence":   {`{"kind": "Pod", "metadata": {"name": "\u001b[31m"}}`, `document 1: metadata.name: "\x1b[31m": must be a DNS name`},
 		"no name":           {podYAML + "---\nkind: Pod\nspec: {}\n", "document 2: metadata.name: missing"},
 		"type of a field":   {text, `document 1: pod shop/web: spec.containers[0].readinessProbe.periodSeconds: "10": must be a whole number`},
 		"too large":         {strings.Replace(text, quoted, "99999999999999999999", 1), `spec.containers[0].readinessProbe.periodSeconds: 99999999999999999999: must be at most 2147483647`},

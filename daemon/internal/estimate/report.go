@@ -15,6 +15,7 @@ import (
 
 	"github.com/probelet/probelet/daemon/internal/podspec"
 	"github.com/probelet/probelet/daemon/internal/probe"
+	"github.com/probelet/probelet/daemon/internal/table"
 )
 
 // Report is the output of estimate -o json.
@@ -159,7 +160,7 @@ func Pods(pods []Replicated) Report {
 		}
 		one := newPod(p)
 		if problem := Default.settings(p.Annotations).Problem; problem != "" {
-			r.InvalidAnnotations = append(r.InvalidAnnotations, p.Namespace+"/"+p.Name+": "+problem)
+			r.InvalidAnnotations = append(r.InvalidAnnotations, table.Printable(p.Namespace+"/"+p.Name+": "+problem))
 		}
 		for _, s := range sums {
 			s.Pods += p.Replicas
