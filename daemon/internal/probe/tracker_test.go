@@ -773,6 +773,28 @@ func TestOwnRequestsHideNoFailure(t *testing.T) {
 	}
 }
 
+// Nor do they hide a prober's connection that was not answered, or a failure that no outcome tells of.
+func TestOwnRequestsHideNoUnseenFailure(t *testing.T) {
+	tcp := Endpoint{Port: 80, Kind: TCP}
+	for name, fails := range map[string]func(*Tracker) []Change{
+		"unanswered": func(t *Tracker) []Change { return t.Unanswered(80, 1003*second, 1010*second) },
+		"void":       func(t *Tracker) []Change { return t.Void(func(Endpoint) bool { return true }, 1004*second) },
+	} {
+		tracker := track(t, httpProbe(Readiness, "/x"), tcpProbe(Readiness))
+		tracker.Observe(after(2, x, Answered, 200))
+		tracker.Observe(after(2, tcp, Connected, 0))
+		own := after(6, x, Answered, 200) // renews what is known of TCP, too
+		own.Refresh = true
+		tracker.Observe(own)
+		fails(tracker)
+		for e, got := range tracker.Evidence() {
+			if got.FreshUntil != 0 {
+				t.Errorf("%s, %s: still fresh: %+v", name, e, got)
+			}
+		}
+	}
+}
+
 // A success of the daemon's own between two timeouts does not end what traffic vouches for.
 func TestOwnSuccessKeepsTraffic(t *testing.T) {
 	tracker := byTraffic(t, httpProbe(Liveness, "/x"))
