@@ -43,14 +43,14 @@ func TestExplainAndInvalidate(t *testing.T) {
 		`ago +observed by probe: success 200, took `,
 		`ago +answered in the kernel \(3 so far\)`,
 		`(?s)TCP :9090\n +state +fresh, observed`,
-		`listening socket +3 of at most 9 probes were answered since the pod last accepted one\n`,
+		`listening socket +3 of at most 9 probes were answered since a connection was last known to be accepted\n`,
 	)
 	expectText(t, s.ctl(t, "status", "-o", "wide"), `TCP :9090 +fresh .* proven +3/9 `)
 	p.probe(longTCP, p.IPv4, 6)
 	expectText(t, s.ctl(t, "explain", name), `reaches the pod: the maximum of 9 probes in a row were answered, so the pod must accept one`)
 	p.probe(longTCP, p.IPv4, 1)
 	expectText(t, s.ctl(t, "explain", name),
-		`9 of at most 9 probes were answered since the pod last accepted one, and another has reached the pod since; the last one passed on: the maximum of probes in a row had been answered`)
+		`9 of at most 9 probes were answered since a connection was last known to be accepted, and another has reached the pod since; the last one passed on: the maximum of probes in a row had been answered`)
 	schema, err := jsonschema.NewCompiler().Compile("../docs/status.schema.json")
 	must(t, err)
 	status, err := jsonschema.UnmarshalJSON(strings.NewReader(s.ctl(t, "status", "-o", "json")))
