@@ -16,9 +16,9 @@
  *                       | a question: ends | recorded if a question,  | to the pod again; what  |
  *                       |                  | stored, SYN to the pod,  | follows: stored; drop   |
  *                       |                  | HANDING; else drop       |                         |
- *   owner: FIN          | record, ends;    | nothing outstanding: RST | record; stored if it    | record, DONE;
- *                       | pass             | → client, ends; else drop| follows what is stored; | translate
- *                       |                  |                          | DONE; drop              |
+ *   owner: FIN          | record, ends, or | nothing outstanding: RST | record; stored if it    | record, DONE;
+ *                       | DONE if awaited; | → client, ends; else drop| follows what is stored; | translate
+ *                       | pass             |                          | DONE; drop              |
  *   owner: RST          | record, ends;    | ends; drop               | record, ends; drop      | record; translate,
  *                       | pass; of another |                          |                         | ends
  *                       | ISN: pass        |                          |                         |
@@ -32,12 +32,15 @@
  *                       |                  |                          |                         | ends
  *   pod: ACK, data, FIN | record; pass;    | pass                     | to another ISN, and not | record; translate;
  *                       | status 300 or    |                          | CONTESTED: RST → pod;   | status 300 or
- *                       | above: withdraw  |                          | else pass               | above: withdraw
+ *                       | above: withdraw; |                          | else pass               | above: withdraw
+ *                       | after DONE: ends |                          |                         |
  *   both FINs acked     |                  |                          |                         | ends
  *   deadline, since     | CONNECTING_NS,   | TAKEN_NS, its SYN        | HANDING_NS, the last SYN| HANDED_NS, the
  *                       | its SYN; then    |                          | to the pod              | owner's last packet
  *                       | OBSERVING_NS, the|                          |                         |
- *                       | pod's SYN-ACK    |                          |                         |
+ *                       | pod's SYN-ACK;   |                          |                         |
+ *                       | then LATE_NS, the|                          |                         |
+ *                       | owner's FIN      |                          |                         |
  *
  * If an owner vanishes without a FIN or RST passing here, its flow stays until sweep removes it after the deadline. It
  * is harmless until then, because packets of other senders are never mistaken for the owner's.
@@ -45,7 +48,9 @@
  * OWN: a connection of the daemon to a port with a TCP endpoint. Everything passes. The pod's SYN-ACK is noted, as for
  * a prober; it or an RST ends the flow. The Go model leaves OWN out, because test runs have no sockets.
  *
- * DONE: a handed-over connection is no longer recorded, because its client has closed or it is not a probe.
+ * DONE: the connection is no longer recorded, because its client has closed or it is not a probe.
+ * Awaited: traffic may vouch for what was asked, and the pod has not answered yet. It then ends with the pod's answer
+ * or FIN ("after DONE: ends").
  * ANSWERED: the first bytes of an answer were seen. The daemon judges whether a reset after them is a failure.
  *
  * The last acknowledgement ends a flow as it passes. If it gets lost between us and its receiver, the repeated FIN is
@@ -62,6 +67,7 @@
 #define CONNECTING_NS (30 * SECOND_NS) /* a client that gives up connecting sends nothing */
 #define OWN_NS (3 * SECOND_NS)	       /* if the daemon repeats its SYN later, another flow begins */
 #define OBSERVING_NS (600 * SECOND_NS)
+#define LATE_NS (60 * SECOND_NS)	/* as long as Linux remembers a closed connection (tcp_fin_timeout) */
 #define TAKEN_NS (3 * 3600 * SECOND_NS) /* more than 2 h, after which Linux sends a keep-alive (tcp_keepalive_time) */
 #define HANDING_NS (130 * SECOND_NS)	/* more than 120 s, Linux's longest retransmission timeout (TCP_RTO_MAX) */
 #define HANDED_NS (3 * 3600 * SECOND_NS)

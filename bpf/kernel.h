@@ -11,6 +11,8 @@
 #define STATE_LISTEN 10 /* TCP_LISTEN */
 #define STATE_NEW_SYN_RECV 12
 
+#define CA_LOSS 4 /* TCP_CA_Loss in include/uapi/linux/tcp.h */
+
 /* Only the fields that the programs read. CO-RE relocates their offsets to those of the running kernel. */
 #define KERNEL_TYPE __attribute__((preserve_access_index))
 struct ns_common {
@@ -59,12 +61,14 @@ struct request_sock_queue {
 struct inet_connection_sock {
 	struct inet_sock icsk_inet;
 	struct request_sock_queue icsk_accept_queue;
+	__u8 icsk_ca_state : 5;
 	__u8 icsk_retransmits; /* in a row, without an acknowledgement since */
 } KERNEL_TYPE;
 struct tcp_md5sig_info;
 struct tcp_ao_info;
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
+	__u32 snd_wnd;			     /* the peer's receive window, in bytes */
 	struct tcp_md5sig_info *md5sig_info; /* CONFIG_TCP_MD5SIG */
 	struct tcp_ao_info *ao_info;	     /* CONFIG_TCP_AO, since 6.7 */
 } KERNEL_TYPE;

@@ -156,7 +156,8 @@ __noinline __u64 find_answering(struct __sk_buff *skb, struct scratch *s, int ns
 
 /*
  * Reports whether the pod's kernel is repeating what it has sent on the connection in s->tuple, because its client does
- * not acknowledge it. False if the connection is not found. It is a global function like the ones above.
+ * not acknowledge it. What it repeats to a closed window does not count as a retransmission there. False if the
+ * connection is not found. It is a global function like the ones above.
  */
 __noinline int is_repeating(struct __sk_buff *skb, struct scratch *s, int nsid)
 {
@@ -171,7 +172,8 @@ __noinline int is_repeating(struct __sk_buff *skb, struct scratch *s, int nsid)
 		return 0;
 	tcp = bpf_skc_to_tcp_sock(found);
 	if (tcp && bpf_core_field_exists(tcp->inet_conn.icsk_retransmits))
-		repeating = tcp->inet_conn.icsk_retransmits != 0;
+		repeating = tcp->inet_conn.icsk_retransmits || !tcp->snd_wnd ||
+			    BPF_CORE_READ_BITFIELD(&tcp->inet_conn, icsk_ca_state) == CA_LOSS;
 	bpf_sk_release(found);
 	return repeating;
 }

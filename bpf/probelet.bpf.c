@@ -488,6 +488,20 @@ static __always_inline bool note_request(const struct segment *seg, struct flow 
 	return true;
 }
 
+/*
+ * Reports whether it still matters how the pod answers a request that its client has given up on. To traffic a timeout
+ * is no evidence, so an error that comes too late for the client must not be missed.
+ */
+static __always_inline bool is_awaited(const struct segment *seg, const struct flow *flow)
+{
+	struct endpoint_key key =
+	    endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_HTTP, flow->question.hash);
+	struct evidence e;
+
+	return (flow->flags & (FLOW_REQUESTED | FLOW_ANSWERED)) == FLOW_REQUESTED && read_evidence(&key, &e) &&
+	       e.traffic_until;
+}
+
 /* Notes a client's packet on a connection that was passed on. The packet itself is always passed on, too. */
 static __always_inline void steer_observing(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
@@ -500,8 +514,14 @@ static __always_inline void steer_observing(struct __sk_buff *skb, const struct 
 	    !note_request(seg, flow, seg->seq == flow->client_isn + 1 ? read_question(skb, seg) : NULL))
 		ends = true;
 	record_packet(skb, seg, flow, 0);
-	if (ends)
+	if (!ends)
+		return;
+	if (seg->tcp_flags & TCP_RST || !is_awaited(seg, flow)) {
 		end_flow(&seg->flow, flow);
+		return;
+	}
+	set_flags(flow, FLOW_DONE);
+	set_deadline(flow, LATE_NS);
 }
 
 /* Ends a taken connection that its client has closed, with a reset, so that nothing is left behind. */
@@ -718,12 +738,12 @@ static __always_inline void note_reset(const struct segment *seg, const struct f
 		withdraw(&port, WITHDRAWN_RESET, COUNT_WITHDRAWN_RESET);
 }
 
-/* Withdraws the evidence of a question that the pod answers with an error. */
+/* Withdraws the evidence of a question that the pod answers with an error, even if its client has given up on it. */
 static __always_inline void note_status(struct __sk_buff *skb, const struct segment *seg, struct flow *flow)
 {
 	struct endpoint_key key;
 
-	if ((flow->flags & (FLOW_REQUESTED | FLOW_ANSWERED | FLOW_DONE)) != FLOW_REQUESTED || !seg->payload ||
+	if ((flow->flags & (FLOW_REQUESTED | FLOW_ANSWERED)) != FLOW_REQUESTED || !seg->payload ||
 	    seg->seq != flow->pod_isn + 1)
 		return;
 	set_flags(flow, FLOW_ANSWERED);
@@ -756,6 +776,8 @@ static __always_inline void observe_passed(struct __sk_buff *skb, const struct s
 		return;
 	note_status(skb, seg, flow);
 	record_packet(skb, seg, flow, 1);
+	if (flow->flags & FLOW_DONE && (flow->flags & FLOW_ANSWERED || seg->tcp_flags & TCP_FIN))
+		end_flow(&seg->flow, flow);
 }
 
 /*

