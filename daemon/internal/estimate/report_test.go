@@ -175,6 +175,7 @@ func TestAnnotations(t *testing.T) {
 	}{
 		"staleness":         {`probelet.dev/staleness: "2"`, Default, 2. / 3},
 		"lower staleness":   {`probelet.dev/staleness: "2"`, Staleness, 2. / 3},
+		"steady staleness":  {`probelet.dev/staleness: "0.5-5"`, Default, 5. / 6},
 		"without refresh":   {`probelet.dev/refresh: "false"`, Refresh, .5},
 		"refresh by itself": {`probelet.dev/refresh: "true"`, Default, .5}, // the node does not allow it
 	} {

@@ -301,7 +301,7 @@ func (p *place) add(s probe.EndpointSpec) {
 	n := len(p.endpoints)
 	p.names = append(p.names, s.Endpoint)
 	p.endpoints = append(p.endpoints, endpoint{
-		answerable: s.Reason == (probe.Reason{}), traffic: s.Traffic, staleness: s.Staleness,
+		answerable: s.Reason == (probe.Reason{}), traffic: s.Traffic, staleness: s.SteadyStaleness,
 	})
 	if s.Kind.Keying() == probe.KeyedByPort {
 		p.decider = n

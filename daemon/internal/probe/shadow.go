@@ -78,6 +78,11 @@ type Judged struct {
 // have passed it on.
 func (sh *Shadow) Observe(o Outcome, withdrawnAt uint64, limit int) (j Judged, ok bool) {
 	for _, s := range sh.tracker.specs {
+		if s.Port == o.Port {
+			sh.tracker.Falter(s.Endpoint, withdrawnAt)
+		}
+	}
+	for _, s := range sh.tracker.specs {
 		if ok = s.Observed && o.of(s); ok {
 			j = sh.judge(s, o, withdrawnAt, limit)
 			break

@@ -85,6 +85,31 @@ func TestShadow(t *testing.T) {
 	}
 }
 
+// A listening socket that closes ends the steadiness of a shadow's endpoints, too.
+func TestShadowFalters(t *testing.T) {
+	settings := NewDefaults().Settings(map[string]string{AnnotationMode: "observe", AnnotationStaleness: "1-5"})
+	specs, err := Endpoints(Pod{Probes: []Spec{httpProbe(Readiness, "/x")}}, settings, limits)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, closed := range []uint64{0, 1645} {
+		sh := NewShadow()
+		sh.SetEndpoints(specs, 1000*second)
+		var last Judged
+		for at := uint64(1010); at <= 1700; at += 30 {
+			o, withdrawn := after(0, x, Answered, 200), uint64(0)
+			o.ObservedAt = at * second
+			if at > closed {
+				withdrawn = closed * second
+			}
+			last, _ = sh.Observe(o, withdrawn, 0)
+		}
+		if want := closed == 0; last.Answered != want {
+			t.Errorf("closed at %d: answered: %v, want %v: %+v", closed, last.Answered, want, last)
+		}
+	}
+}
+
 func TestShadowCountsEndWithTheirEndpoints(t *testing.T) {
 	sh := shadow(t, limits, httpProbe(Readiness, "/x"))
 	sh.Observe(after(10, x, Answered, 200), 0, 0)
