@@ -37,7 +37,7 @@ func TestExplainAndInvalidate(t *testing.T) {
 		`probeletd: running`,
 		`default/pod1  device \w+, container `,
 		`mode answer \(default\), staleness 1 \(default\), refresh false \(default\)`,
-		`(?s)HTTP :8080/healthz\n +state +fresh, status 200, observed .* ago\n +next probe +answered in the kernel, for another 10m`,
+		`(?s)HTTP :8080/healthz\n +state +fresh, status 200, observed .* ago\n +next probe +answered in the kernel, for another (10m|9m5\d)`,
 		`bound +a success is answered for 10m1s`,
 		`container0/readiness +every 10m0s, timeout 1s, threshold 3: a failure is detected within 40m2s \(30m1s without probelet\)`,
 		`ago +observed by probe: success 200, took `,

@@ -110,13 +110,23 @@ func (c *comparison) run() {
 	for _, a := range c.asked {
 		reply := replies.Generate(a.seed)
 		succeeded := a.result.Failures == 0
-		if succeeded && !before[a] && a.alone.Failures > 0 && !reply.Racy() {
+		byPod := a.status.Hits == 0
+		if succeeded && !before[a] && a.alone.Failures > 0 && !reply.Racy() && !(byPod && isJustInTime(reply)) {
 			c.t.Errorf("a success, but without probelet a failure (%q):\n%s", a.alone.Messages, reply)
 		}
 		if succeeded && a.status.Hits > 0 {
 			c.answered++
 		}
 	}
+}
+
+// isJustInTime reports whether a busy machine decides if the prober waits long enough for a reply.
+func isJustInTime(reply replies.Reply) bool {
+	var all time.Duration
+	for _, p := range reply.Parts {
+		all += p.Pause
+	}
+	return (all - time.Second).Abs() < 150*time.Millisecond
 }
 
 // probe probes each endpoint once.

@@ -136,6 +136,18 @@ func (p *pod) makeFresh(probes ...node.Probe) {
 		p.probe(probe, p.IPv4, 1)
 	}
 	for _, probe := range probes {
+		fresh := func() bool {
+			e, err := p.s.Endpoint(p.Pod, probe.Port, probe.Path)
+			return err == nil && e.State == node.Fresh && e.WhyNotAnswered == ""
+		}
+		// The probe was not observed if the daemon was still attaching the pod.
+		within(deadline, func() bool {
+			if within(2*time.Second, fresh) {
+				return true
+			}
+			p.probe(probe, p.IPv4, 1)
+			return false
+		})
 		must(p.s.t, p.s.AwaitState(p.Pod, probe.Port, probe.Path, node.Fresh))
 	}
 }
@@ -162,6 +174,14 @@ func (p *pod) seen(port int) role.Seen {
 	seen, err := p.Seen(port)
 	must(p.s.t, err)
 	return seen
+}
+
+// connections returns how many connections a port of the pod has seen, once it has seen as many as wanted: a client may have closed one
+// before the server gets to accept it.
+func (p *pod) connections(port, want int) (n int) {
+	p.s.t.Helper()
+	within(deadline, func() bool { n = p.seen(port).Connections; return n >= want })
+	return n
 }
 
 // address returns the address of one of the pod's ports.

@@ -155,7 +155,7 @@ func TestAdoptedPodIsDeleted(t *testing.T) {
 		t.Fatalf("%s is not pinned or has no record", name)
 	}
 	must(t, cluster.Delete(t.Context(), old))
-	eventually(t, "pins and record are removed", 10*time.Second, func() bool { return !remains(pinsDir(t)) && !remains(recordsDir) })
+	eventually(t, "pins and record are removed", time.Minute, func() bool { return !remains(pinsDir(t)) && !remains(recordsDir) })
 }
 
 // doctor reports a healthy node as healthy, both on the host and in the daemon's pod, and an unhealthy one as unhealthy.

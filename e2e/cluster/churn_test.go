@@ -70,6 +70,7 @@ func (c *churn) one(name string) {
 func (c *churn) during(what string, do func()) {
 	c.t.Helper()
 	begin := time.Now()
+	c.done.Go(func() { c.one(fmt.Sprintf("%sduring-%d", c.prefix, begin.UnixNano())) }) // the others may be slow
 	do()
 	end := time.Now()
 	// Wait for pods that were created meanwhile; some phases are shorter than a pod takes to become ready.

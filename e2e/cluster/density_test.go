@@ -95,6 +95,7 @@ func dense(s server, number int) *corev1.Pod {
 	pod := web(fmt.Sprintf("dense-%d", number))
 	liveness := kube.TCP(intstr.FromInt32(8080))
 	liveness.FailureThreshold = 60 // all start at once, and none should be restarted for being slow
+	liveness.TimeoutSeconds = patience
 	pod.Spec.Containers[0].LivenessProbe = liveness
 	s.serve(&pod.Spec.Containers[0], &pod.Spec)
 	return pod

@@ -16,8 +16,9 @@ import (
 	"github.com/probelet/probelet/e2e/harness/kube"
 )
 
-// slack allows the kubelet to act and to update the API server, even on a busy machine.
-const slack = 5 * time.Second
+// slack allows the kubelet to act and to update the API server, even on a busy machine. A restart takes as much again, and the time for
+// the container to end.
+const slack, restarting = 5 * time.Second, 10 * time.Second
 
 // act does something to a pod.
 type act func(*testing.T, *corev1.Pod)
@@ -66,7 +67,7 @@ func (f failure) pod(mode string) *corev1.Pod {
 
 func notReady(pod *corev1.Pod) bool { return !kube.Ready(pod) }
 
-func restarted(pod *corev1.Pod) bool { return kube.Restarts(pod) == 1 }
+func restarted(pod *corev1.Pod) bool { return kube.Restarts(pod) > 0 }
 
 // bounds returns how long a failure of a pod may go undetected according to probelet, and without probelet.
 func bounds(t *testing.T, pod *corev1.Pod, kind string) (stated, plain time.Duration) {
@@ -122,9 +123,9 @@ func (f failure) test(t *testing.T) (line string) {
 	pod, twin := create(t, f.pod("answer")), create(t, f.pod("off"))
 	pod, twin = awaitReady(t, pod), awaitReady(t, twin)
 	awaitHits(t, pod.Name, 3)
-	kind, wanted := "readiness", notReady
+	kind, wanted, late := "readiness", notReady, slack
 	if f.liveness {
-		kind, wanted = "liveness", restarted
+		kind, wanted, late = "liveness", restarted, slack+restarting
 	}
 	stated, plain := bounds(t, pod, kind)
 	both := []*corev1.Pod{pod, twin}
@@ -132,7 +133,7 @@ func (f failure) test(t *testing.T) (line string) {
 	for _, p := range both {
 		f.fail(t, p)
 	}
-	times := timesUntil(t, begin, both, stated+slack, kind+" found out", wanted)
+	times := timesUntil(t, begin, both, stated+late, kind+" found out", wanted)
 	if f.mend != nil {
 		mustBeFailed(t, pod)
 		for _, p := range both {
@@ -191,7 +192,7 @@ func TestSlowStart(t *testing.T) {
 		pods = append(pods, create(t, pod))
 	}
 	times := timesUntil(t, begin, pods, time.Minute, "ready", kube.Ready)
-	if times[0] < closed || times[0] > times[1]+2*time.Second {
+	if times[0] < closed || times[0] > times[1]+slack {
 		t.Errorf("ready after %s, without probelet %s, with a port closed for %s", times[0], times[1], closed)
 	}
 	watch := watchSteady(t, pods...)

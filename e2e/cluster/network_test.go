@@ -37,7 +37,7 @@ func setNetwork(t *testing.T, conf string) {
 }
 
 // read is how long the runtime takes to read a changed configuration, which it does silently.
-const read = 500 * time.Millisecond
+const read = 2 * time.Second
 
 // inChain reports whether the plugin is in the chain of the network that the primary's file currently describes, exactly
 // once.

@@ -33,6 +33,11 @@ func everything(name string) *corev1.Pod {
 	sidecar.StartupProbe = kube.HTTP("/", intstr.FromInt32(7070))
 	sidecar.ReadinessProbe = kube.HTTP("/", intstr.FromInt32(7070))
 	sidecar.LivenessProbe = kube.HTTP("/", intstr.FromInt32(7070))
+	for _, c := range []corev1.Container{first, second, sidecar} {
+		for _, p := range []*corev1.Probe{c.StartupProbe, c.ReadinessProbe, c.LivenessProbe} {
+			p.TimeoutSeconds = patience
+		}
+	}
 	pod := kube.Pod(name, first, second)
 	pod.Spec.InitContainers = []corev1.Container{sidecar}
 	return pod

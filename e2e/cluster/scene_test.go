@@ -123,11 +123,17 @@ func awaitReady(t *testing.T, pod *corev1.Pod) *corev1.Pod {
 	return pod
 }
 
+// patience is the timeout of probes that must not fail, for a machine that is busy with other tests. The staleness of endpoints probed
+// each second does not depend on it.
+const patience = 5 // seconds
+
 // web returns a pod with two probes per second on the same path.
 func web(name string) *corev1.Pod {
 	c := kube.App("app", 8080)
 	c.ReadinessProbe = kube.HTTP("/healthz", intstr.FromInt32(8080))
+	c.ReadinessProbe.TimeoutSeconds = patience
 	c.LivenessProbe = kube.HTTP("/healthz", intstr.FromInt32(8080))
+	c.LivenessProbe.TimeoutSeconds = patience
 	return kube.Pod(name, c)
 }
 

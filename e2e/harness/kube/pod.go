@@ -129,7 +129,7 @@ type Asked struct {
 
 // Ask sends a request to the app in a pod, from the node but not as the prober.
 func Ask(ctx context.Context, pod *corev1.Pod, port int, path string) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second) // some tests keep their pods busy
 	defer cancel()
 	url := "http://" + net.JoinHostPort(pod.Status.PodIP, strconv.Itoa(port)) + path
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
