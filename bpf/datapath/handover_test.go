@@ -567,6 +567,17 @@ func TestFlowsExpire(t *testing.T) {
 			b.replaysSYN(b.toPod("PA", b.isn+1, b.connect()+1, "x"))
 		}, 130 * time.Second},
 		"handed": {func(b *bench) { b.handOver(7000) }, 3 * time.Hour},
+		"handed, closed probe": {func(b *bench) {
+			p := ways["handed over"](b)
+			b.putFor(request, Evidence{})
+			p.asks(request)
+			p.closes("FA", 0)
+		}, 10 * time.Minute},
+		"handed, half-closed by another client": {func(b *bench) {
+			p := ways["handed over"](b)
+			p.asks(request)
+			p.closes("FA", 0)
+		}, 3 * time.Hour},
 	} {
 		t.Run(name, func(t *testing.T) {
 			onBench(t, func(t *testing.T, b *bench) {

@@ -282,7 +282,7 @@ func (m *model) noteTraffic(p packet) {
 
 // noteAnswered notes the pod's answer to a SYN.
 func (m *model) noteAnswered(p packet, f *probeletFlow) {
-	if tally, ok := m.tallies[PortKey(p.of.pod)]; ok && tally.AskedAt <= f.StartedAt {
+	if tally, ok := m.tallies[PortKey(p.of.pod)]; ok && m.knows(f) && tally.AskedAt <= f.StartedAt {
 		tally.AskedAt = 0
 		m.tallies[PortKey(p.of.pod)] = tally
 	}
@@ -414,6 +414,13 @@ func (m *model) observing(p packet, f *probeletFlow) decision {
 func (m *model) isAwaited(p packet, f *probeletFlow) bool {
 	e, known := m.evidence[EndpointKey{f.Question.Hash, p.of.pod, KindHTTP}]
 	return f.Flags&(requested|answering) == requested && known && m.knows(f) && e.TrafficUntil != 0
+}
+
+// closedProbe models a handed-over connection that its client has closed.
+func (m *model) closedProbe(p packet, f *probeletFlow) {
+	if _, known := m.evidence[EndpointKey{f.Question.Hash, p.of.pod, KindHTTP}]; f.Flags&requested != 0 && known && m.knows(f) {
+		f.Deadline = m.before + observingFor
+	}
 }
 
 func (m *model) noteRequest(p packet, f *probeletFlow) bool {
@@ -571,6 +578,7 @@ func (m *model) handed(p packet, f *probeletFlow) decision {
 	if p.has("F") {
 		f.ClientFin = p.Seq + p.len() + 1
 		f.Flags |= clientFin
+		m.closedProbe(p, f)
 	}
 	if f.Flags&podFin != 0 && meant == f.PodFin {
 		f.Flags |= podFinAck
@@ -657,6 +665,7 @@ func (m *model) accept(p packet, f *probeletFlow) decision {
 		flags = "FPA"
 		f.ClientFin = p.Ack + uint32(len(s.bytes)) + 1
 		f.Flags |= clientFin
+		m.closedProbe(p, f)
 	}
 	return p.back(toPod, flags, p.Ack, p.Seq+1, f.ClientWindow, 0, s.bytes)
 }
