@@ -205,8 +205,8 @@ func TestWhatListens(t *testing.T) {
 				to := netip.AddrPortFrom(addr, knockPort)
 				before := s.counters(t)
 				ok, passed := s.knock(t, to)
-				for range 20 { // a busy machine has not yet accepted the previous connection
-					if met := s.obstacle(t, knockPort); !passed || met != "queue_long" && met != "head_old" {
+				for range 20 { // a busy machine has not yet answered or accepted the previous connection
+					if met := s.obstacle(t, knockPort); !passed || met != "queue_long" && met != "head_old" && met != "unanswered" {
 						break
 					}
 					time.Sleep(accepted)

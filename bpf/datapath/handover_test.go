@@ -569,14 +569,12 @@ func TestFlowsExpire(t *testing.T) {
 		"handed": {func(b *bench) { b.handOver(7000) }, 3 * time.Hour},
 		"handed, closed probe": {func(b *bench) {
 			p := ways["handed over"](b)
-			b.putFor(request, Evidence{})
 			p.asks(request)
 			p.closes("FA", 0)
 		}, 10 * time.Minute},
 		"handed, half-closed by another client": {func(b *bench) {
-			p := ways["handed over"](b)
-			p.asks(request)
-			p.closes("FA", 0)
+			x := b.handOver(7000)
+			b.rewrites(b.toPod("FA", b.isn+2, x+1, ""))
 		}, 3 * time.Hour},
 	} {
 		t.Run(name, func(t *testing.T) {
