@@ -255,7 +255,7 @@ enum flow_flag {
 	FLOW_STORED = 1 << 6,	   /* the client's data is in the map requests */
 	FLOW_TRIAL = 1 << 7,	   /* the trial connection by which its device earns trust */
 	FLOW_XDP = 1 << 8,	   /* its device's hook is HOOK_XDP */
-	FLOW_DONE = 1 << 9,	   /* nothing more to learn from it: its end was recorded, or it is not a probe */
+	FLOW_DONE = 1 << 9,	   /* nothing more to record: its end was recorded, or it is not a probe */
 	FLOW_CONTESTED = 1 << 10,  /* handing: the pod also answered a SYN of another connection on these ports */
 	FLOW_ANSWERED = 1 << 11,   /* the first bytes of the pod's answer were seen */
 	FLOW_UNRECORDED = 1 << 12, /* one of its records was lost, so no more are written */

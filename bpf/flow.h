@@ -27,9 +27,9 @@
  *   client's ISN        |                  |                          | stored → pod, HANDED    | → pod, again
  *   pod: other SYN-ACK  | pass             | pass                     | pass, CONTESTED         | ends; pass
  *   pod: RST            | withdraw unless  | pass                     | to the client's ISN:    | withdraw unless
- *                       | ANSWERED; record,|                          | withdraw, record, RST → | ANSWERED or DONE;
- *                       | ends; pass       |                          | client, ends; else pass | record; translate,
- *                       |                  |                          |                         | ends
+ *                       | ANSWERED or DONE;|                          | withdraw, record, RST → | ANSWERED or DONE;
+ *                       | record, ends;    |                          | client, ends; else pass | record; translate,
+ *                       | pass             |                          |                         | ends
  *   pod: ACK, data, FIN | record; pass;    | pass                     | to another ISN, and not | record; translate;
  *                       | status 300 or    |                          | CONTESTED: RST → pod;   | status 300 or
  *                       | above: withdraw; |                          | else pass               | above: withdraw
@@ -40,8 +40,8 @@
  *                       | OBSERVING_NS, the|                          |                         |
  *                       | pod's SYN-ACK;   |                          |                         |
  *                       | then LATE_NS, the|                          |                         |
- *                       | owner's FIN      |                          |                         | of a probe then
- *                       |                  |                          |                         | OBSERVING_NS, its FIN
+ *                       | owner's FIN      |                          |                         | of a probe that
+ *                       |                  |                          |                         | is closed LATE_NS
  *
  * If an owner vanishes without a FIN or RST passing here, its flow stays until sweep removes it after the deadline. It
  * is harmless until then, because packets of other senders are never mistaken for the owner's.

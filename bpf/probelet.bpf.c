@@ -504,7 +504,7 @@ static __always_inline bool is_awaited(const struct segment *seg, const struct f
 	struct evidence e;
 
 	return (flow->flags & (FLOW_REQUESTED | FLOW_ANSWERED)) == FLOW_REQUESTED && read_evidence(&key, &e) &&
-	       e.traffic_until;
+	       bpf_ktime_get_boot_ns() < e.traffic_until;
 }
 
 /*
@@ -516,7 +516,7 @@ static __always_inline void note_closed_probe(const struct segment *seg, struct 
 	struct endpoint_key key = asked_endpoint(seg, flow);
 
 	if (flow->flags & FLOW_REQUESTED && bpf_map_lookup_elem(&endpoint_evidence, &key))
-		set_deadline(flow, OBSERVING_NS);
+		set_deadline(flow, LATE_NS);
 }
 
 /* Notes a client's packet on a connection that was passed on. The packet itself is always passed on, too. */
@@ -696,8 +696,9 @@ static __always_inline int steer_handed(struct __sk_buff *skb, const struct segm
 	if (seg->tcp_flags & TCP_FIN) {
 		flow->client_fin = seg->seq + seg->payload + 1;
 		set_flags(flow, FLOW_CLIENT_FIN);
-		note_closed_probe(seg, flow);
 	}
+	if (flow->flags & FLOW_CLIENT_FIN)
+		note_closed_probe(seg, flow);
 	if (seg->tcp_flags & TCP_RST ||
 	    (flow->flags & FLOW_POD_FIN && ack == flow->pod_fin && all_acked(flow, FLOW_POD_FIN_ACKED)))
 		end_flow(&seg->flow, flow);

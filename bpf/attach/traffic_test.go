@@ -42,27 +42,32 @@ func (s *served) testRepeats(t *testing.T, to netip.AddrPort, dropper *bpftest.D
 	}
 	listener := s.Listen(t, int(to.Port()))
 	client := s.Dial(t, to.String())
-	respond := func() {
+	// The pod keeps its socket: without one, the kernel treats a closed window like a client that has vanished.
+	respond := func() *net.TCPConn {
 		t.Helper()
 		conn, err := listener.Accept()
 		if err != nil {
 			t.Fatal(err)
 		}
+		t.Cleanup(func() { _ = conn.Close() })
 		if _, err := io.WriteString(conn, "HTTP/1.1 200 OK\r\n\r\n"); err != nil {
 			t.Fatal(err)
 		}
-		_ = conn.Close()
+		if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		return conn.(*net.TCPConn)
 	}
 	key := datapath.PortKey(to.Port())
 	dropper.At(t, bpftest.HostIn, to.Port(), bpftest.Drop{Percent: 100})
-	respond()
+	conn := respond()
 	polltest.Eventually(t, "the response is seen", func() bool { return s.tally(t, key).ServedAt != 0 && s.tally(t, key).ClosedAt != 0 })
 	if closesWindow {
 		s.closeWindow(t, client.(*net.TCPConn))
 	}
 	time.Sleep(100 * time.Millisecond) // for the probe of a lost tail
-	first := s.tally(t, key)
-	time.Sleep(1500 * time.Millisecond) // for two repeats
+	first, sent := s.tally(t, key), tcpInfo(conn).Total_retrans
+	polltest.Eventually(t, "two repeats", func() bool { return tcpInfo(conn).Total_retrans >= sent+2 })
 	if later := s.tally(t, key); later.ServedAt != first.ServedAt || later.ClosedAt != first.ClosedAt {
 		t.Errorf("window closed: %v: served again after %s, and closed after %s",
 			closesWindow, time.Duration(later.ServedAt-first.ServedAt), time.Duration(later.ClosedAt-first.ClosedAt))

