@@ -46,7 +46,7 @@ func TestReboot(t *testing.T) {
 	must(t, cluster.StartContainerd())
 	must(t, cluster.StartKubelet())
 	pod, err = cluster.Await(t.Context(), pod, 2*time.Minute, "recreated", func(now *corev1.Pod) bool {
-		return kube.Ready(now) && kube.Restarts(now) > 0
+		return kube.Ready(now) && kube.Restarts(now) == 1
 	})
 	if err != nil {
 		t.Fatalf("%v\n%v\n%v", err, events(t, nil), cluster.Log("kubelet"))

@@ -133,10 +133,8 @@ func TestBusyPodsLive(t *testing.T) {
 	}{{"is stopped", signal(syscall.SIGSTOP)}, {"serves errors only", set("status=500")}} {
 		mustBeDetected(t, with, loads[1], failure.name, failure.act)
 		loads[1].stop() // so that it can start
-		eventually(t, "the container runs again", time.Minute, func() bool {
-			now, err := cluster.Get(t.Context(), with)
-			return err == nil && kube.Restarts(now) > i
-		})
+		_, err = cluster.Await(t.Context(), with, time.Minute, "running again", func(now *corev1.Pod) bool { return kube.Restarts(now) == i+1 })
+		must(t, err)
 		with = awaitReady(t, with)
 		awaitHits(t, with.Name, 2)
 		loads[1] = startLoad(t, with)
